@@ -1,0 +1,350 @@
+"""What a model is and how an engine runs it: frozen dataclasses, resolved before anything is built.
+
+The key to the shape suffixes used everywhere (`x_TD` is tokens by model width):
+
+    T tokens        B requests        D model width     V vocabulary
+    H query heads   G kv heads        C head size       X fused q, k, v columns, (H + 2G)·C
+    E experts       A active experts  F expert width    P pages, S slots in a page
+
+GEMM code says M, N, K instead.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+Activation = Literal["gelu_tanh", "gelu", "silu"]
+ACTIVATIONS: tuple[str, ...] = get_args(Activation)
+
+
+class ConfigError(ValueError):
+    """A configuration that names something unknown or cannot be built."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The architecture of one decoder. Every difference between the families is a field here.
+
+    A softcap of 0 is none, `sliding_window` 0 is full attention, `attn_temperature_len` 0 is off.
+    `num_experts` 0 is a dense model, whose one feed-forward block has width `dense_d_ff`; a model
+    with both has a dense branch beside its experts, and the two outputs are summed over √2.
+    """
+
+    name: str = "custom"
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    d_ff: int = 0
+    dense_d_ff: int = 0
+    activation: Activation = "gelu_tanh"
+    post_norms: bool = True
+    attn_softcap: float = 0.0
+    router_softcap: float = 0.0
+    final_softcap: float = 0.0
+    renormalize: bool = False
+    embedding_multiplier: float = 1.0
+    output_multiplier: float = 1.0
+    attn_scale: float = 0.0  # 0 resolves to head_dim ** -0.5
+    rope_theta: float = 1e4
+    attn_temperature_len: int = 0
+    sliding_window: int = 0
+    tie_embeddings: bool = True
+    norm_eps: float = 1e-5
+    max_position: int = 8192
+    bos_token_id: int | None = 1
+    eos_token_ids: tuple[int, ...] = (2,)
+
+    def __post_init__(self) -> None:
+        if self.attn_scale == 0.0 and self.head_dim > 0:
+            object.__setattr__(self, "attn_scale", self.head_dim**-0.5)  # resolved once, here
+        problems = list(_problems(self))
+        if problems:
+            raise ConfigError(f"model {self.name!r}: " + "; ".join(problems))
+
+    @classmethod
+    def preset(cls, name: str) -> ModelConfig:
+        """A published architecture by name: one of `PRESETS`."""
+        if name not in PRESETS:
+            raise ConfigError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """From this class's own field names; an unknown key is an error that names it."""
+        known = {f.name for f in fields(cls)}
+        required = {f.name for f in fields(cls) if f.name in _REQUIRED}
+        _check_keys(values, known, required, "model configuration")
+        values = dict(values)
+        if "eos_token_ids" in values:
+            values["eos_token_ids"] = tuple(values["eos_token_ids"])
+        return cls(**values)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> ModelConfig:
+        """The configuration of a checkpoint folder.
+
+        Reads `config.json`, in the key names of xAI's reference code (a nested `model`) or in the
+        field names of this class. The release carries none: a folder without one is Grok-1 itself.
+        """
+        file = Path(path) / "config.json"
+        if not file.is_file():
+            return PRESETS["grok-1"]
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ConfigError(f"{file} is not valid JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{file} holds a {type(values).__name__}, expected an object")
+        try:
+            return _from_reference(values, Path(path).name) if "model" in values else cls.from_dict(values)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{file}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name, as `from_dict` takes it back."""
+        return asdict(self)
+
+    @property
+    def qkv_dim(self) -> int:
+        """X: columns of the fused query, key and value projection."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    def param_count(self) -> int:
+        """Parameters in total."""
+        return self._params(self.num_experts)
+
+    def active_param_count(self) -> int:
+        """Parameters that one token's forward pass multiplies by (a tied embedding once)."""
+        return self._params(self.num_experts_per_tok)
+
+    def _params(self, experts: int) -> int:
+        d, hc = self.d_model, self.num_heads * self.head_dim
+        attention = d * self.qkv_dim + hc * d
+        feed_forward = 3 * d * (experts * self.d_ff + self.dense_d_ff) + d * self.num_experts
+        norms = d * (4 if self.post_norms else 2)
+        embeddings = self.vocab_size * d * (1 if self.tie_embeddings else 2)
+        return self.num_layers * (attention + feed_forward + norms) + embeddings + d
+
+
+_REQUIRED = frozenset(("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim"))
+
+
+def _problems(c: ModelConfig) -> Any:
+    for name in sorted(_REQUIRED) + ["max_position"]:
+        value = getattr(c, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            yield f"{name}={value!r} is not a positive integer"
+            return
+    for name in ("num_experts", "num_experts_per_tok", "d_ff", "dense_d_ff", "sliding_window", "attn_temperature_len"):
+        value = getattr(c, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            yield f"{name}={value!r} is not an integer of 0 or more"
+            return
+    for name in ("attn_softcap", "router_softcap", "final_softcap"):
+        value = getattr(c, name)
+        if not (math.isfinite(value) and value >= 0):
+            yield f"{name}={value!r} is not a finite number of 0 (none) or more"
+    for name in ("embedding_multiplier", "output_multiplier", "attn_scale", "rope_theta", "norm_eps"):
+        value = getattr(c, name)
+        if not (math.isfinite(value) and value > 0):
+            yield f"{name}={value!r} is not a finite positive number"
+    if c.num_heads % c.num_kv_heads:
+        yield f"num_heads={c.num_heads} is not a multiple of num_kv_heads={c.num_kv_heads}"
+    if c.head_dim % 2:
+        yield f"head_dim={c.head_dim} is odd: rotary embedding turns its two halves against each other"
+    if c.activation not in ACTIVATIONS:
+        yield f"activation={c.activation!r} is not one of {', '.join(ACTIVATIONS)}"
+    if c.num_experts == 0:
+        if c.num_experts_per_tok or c.d_ff or c.router_softcap or c.renormalize:
+            yield (
+                f"num_experts=0 (dense) with num_experts_per_tok={c.num_experts_per_tok}, d_ff={c.d_ff}, "
+                f"router_softcap={c.router_softcap}, renormalize={c.renormalize}: expected none of them"
+            )
+        if c.dense_d_ff == 0:
+            yield "num_experts=0 and dense_d_ff=0: the model has no feed-forward block"
+    else:
+        if not 1 <= c.num_experts_per_tok <= c.num_experts:
+            yield f"num_experts_per_tok={c.num_experts_per_tok} is not in 1..num_experts={c.num_experts}"
+        if c.d_ff == 0:
+            yield f"d_ff=0 with num_experts={c.num_experts}: expected the experts' width"
+    if c.attn_temperature_len == 1:
+        yield "attn_temperature_len=1 divides by log2(1) = 0: expected 0 (off) or at least 2"
+    for token in (c.bos_token_id, *c.eos_token_ids):
+        if token is not None and not 0 <= token < c.vocab_size:
+            yield f"special token {token} is not in 0..{c.vocab_size - 1}"
+
+
+def _check_keys(values: Mapping[str, Any], known: set[str], required: set[str], what: str) -> None:
+    unknown = sorted(set(values) - known)
+    missing = sorted(required - set(values))
+    if unknown or missing:
+        parts = [f"unknown key {', '.join(map(repr, unknown))}"] if unknown else []
+        parts += [f"missing key {', '.join(map(repr, missing))}"] if missing else []
+        raise ConfigError(f"{what}: {'; '.join(parts)}; known keys: {', '.join(sorted(known))}")
+
+
+def ffn_width(widening_factor: float, d_model: int) -> int:
+    """F of the reference: two thirds of the widened width, rounded up to a multiple of 8."""
+    return -(-(int(widening_factor * d_model) * 2 // 3) // 8) * 8
+
+
+# The reference's own keys. Those on the right of each pair say nothing about the forward pass.
+_OUTER = {"model", "vocab_size", "eos_token", "sequence_len", "output_multiplier_scale", "embedding_multiplier_scale"}
+_OUTER_IGNORED = {
+    "pad_token", "embedding_init_scale", "init_scale_override", "shard_embeddings", "model_size", "model_type",
+    "fprop_dtype", "name",
+}  # fmt: skip
+_INNER = {
+    "emb_size", "widening_factor", "key_size", "num_q_heads", "num_kv_heads", "num_layers", "attn_output_multiplier",
+    "num_experts", "num_selected_experts",
+}  # fmt: skip
+_INNER_IGNORED = {
+    "vocab_size", "name", "capacity_factor", "init_scale", "shard_activations", "data_axis", "model_axis",
+}  # fmt: skip
+
+
+def _from_reference(values: Mapping[str, Any], name: str) -> ModelConfig:
+    _check_keys(values, _OUTER | _OUTER_IGNORED, _OUTER, "reference configuration")
+    inner = values["model"]
+    if not isinstance(inner, dict):
+        raise ConfigError(f"model={inner!r} is not an object")
+    _check_keys(inner, _INNER | _INNER_IGNORED, _INNER, "reference configuration, model")
+    if inner.get("vocab_size", values["vocab_size"]) != values["vocab_size"]:
+        raise ConfigError(f"model.vocab_size={inner['vocab_size']} differs from vocab_size={values['vocab_size']}")
+    width = ffn_width(inner["widening_factor"], inner["emb_size"])
+    sparse = inner["num_experts"] > 1
+    return replace(
+        PRESETS["grok-1"],
+        name=name,
+        vocab_size=values["vocab_size"],
+        d_model=inner["emb_size"],
+        num_layers=inner["num_layers"],
+        num_heads=inner["num_q_heads"],
+        num_kv_heads=inner["num_kv_heads"],
+        head_dim=inner["key_size"],
+        num_experts=inner["num_experts"] if sparse else 0,
+        num_experts_per_tok=inner["num_selected_experts"] if sparse else 0,
+        d_ff=width if sparse else 0,
+        dense_d_ff=0 if sparse else width,
+        embedding_multiplier=values["embedding_multiplier_scale"],
+        output_multiplier=values["output_multiplier_scale"],
+        attn_scale=inner["attn_output_multiplier"],
+        max_position=values["sequence_len"],
+        eos_token_ids=(values["eos_token"],),
+    )
+
+
+def _presets() -> dict[str, ModelConfig]:
+    grok_1 = ModelConfig(
+        name="grok-1",
+        vocab_size=131072,
+        d_model=6144,
+        num_layers=64,
+        num_heads=48,
+        num_kv_heads=8,
+        head_dim=128,
+        num_experts=8,
+        num_experts_per_tok=2,
+        d_ff=32768,
+        attn_softcap=30.0,
+        embedding_multiplier=78.38367176906169,
+        output_multiplier=0.5773502691896257,
+    )
+    grok_2 = replace(
+        grok_1,
+        name="grok-2",
+        d_model=8192,
+        num_heads=64,
+        d_ff=16384,
+        dense_d_ff=32768,
+        activation="gelu",
+        router_softcap=30.0,
+        final_softcap=50.0,
+        embedding_multiplier=90.50966799187809,
+        output_multiplier=0.5,
+        rope_theta=208533496.0,
+        attn_temperature_len=1024,
+        tie_embeddings=False,
+        max_position=131072,
+    )
+    mixtral_8x7b = ModelConfig(
+        name="mixtral-8x7b",
+        vocab_size=32000,
+        d_model=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        num_experts=8,
+        num_experts_per_tok=2,
+        d_ff=14336,
+        activation="silu",
+        post_norms=False,
+        renormalize=True,
+        rope_theta=1e6,
+        tie_embeddings=False,
+        max_position=32768,
+    )
+    mixtral_8x22b = replace(
+        mixtral_8x7b,
+        name="mixtral-8x22b",
+        d_model=6144,
+        num_layers=56,
+        num_heads=48,
+        d_ff=16384,
+        max_position=65536,
+    )
+    mistral_7b = replace(
+        mixtral_8x7b,
+        name="mistral-7b",
+        num_experts=0,
+        num_experts_per_tok=0,
+        d_ff=0,
+        dense_d_ff=14336,
+        renormalize=False,
+        rope_theta=1e4,
+        sliding_window=4096,
+    )
+    # Its sizes were never published beyond "33 B, dense": Grok-1's attention, and the width that gives 33 B.
+    grok_0 = replace(grok_1, name="grok-0", num_experts=0, num_experts_per_tok=0, d_ff=0, dense_d_ff=22528)
+    return {c.name: c for c in (grok_1, grok_2, mixtral_8x7b, mixtral_8x22b, mistral_7b, grok_0)}
+
+
+PRESETS: dict[str, ModelConfig] = _presets()
+
+DType = Literal["bfloat16", "float32"]
+WeightFormat = Literal["int8", "bf16", "fp32"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How a model is run. `weights` None keeps what the checkpoint holds."""
+
+    model: ModelConfig
+    dtype: DType = "bfloat16"
+    device: str = "cpu"
+    weights: WeightFormat | None = None
+    page_size: int = 16
+    max_model_len: int = field(default=0)  # 0 resolves to the model's own context
+
+    def __post_init__(self) -> None:
+        if self.max_model_len == 0:
+            object.__setattr__(self, "max_model_len", self.model.max_position)
+        if self.dtype not in get_args(DType):
+            raise ConfigError(f"dtype={self.dtype!r} is not one of {', '.join(get_args(DType))}")
+        if self.weights is not None and self.weights not in get_args(WeightFormat):
+            raise ConfigError(f"weights={self.weights!r} is not one of {', '.join(get_args(WeightFormat))}")
+        if self.page_size < 1:
+            raise ConfigError(f"page_size={self.page_size} is not a positive integer")
+        if not 1 <= self.max_model_len <= self.model.max_position:
+            raise ConfigError(f"max_model_len={self.max_model_len} is not in 1..{self.model.max_position}")

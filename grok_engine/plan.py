@@ -1,0 +1,298 @@
+"""Whether a model fits on given GPUs, and how fast it could be there: arithmetic over `ModelConfig`, nothing loaded.
+
+Bytes are counted from shapes; times are rooflines (bytes over bandwidth, operations over peak), so a floor
+that no engine beats, not a promise. Every assumption behind a figure is in `Plan.assumptions`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from grok_engine.config import PRESETS, ConfigError, ModelConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PlanWeights = Literal["int8", "fp8", "bf16"]
+PlanKV = Literal["bf16", "fp8"]
+
+RESERVED = 0.10  # the CUDA context, communication buffers, captured graphs, fragmentation: what servers leave free
+CHUNK = 2048  # tokens of prompt in one step
+GROUPS = 8  # groups of rows with a scale each, on attention o and expert down, as in Grok-1's release
+NODE_GPUS = 8
+NETWORK = 50e9  # bytes/s a GPU between nodes: one 400 Gb/s adapter each
+START_S = 5e-6  # before a collective's first byte arrives
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chip:
+    """One GPU. Rates are dense peaks a second; `fp8` 0 is none; `link` is bytes/s a GPU sends to its neighbours."""
+
+    name: str
+    memory: int
+    bandwidth: float
+    bf16: float
+    fp8: float
+    int8: float
+    link: float
+
+    def peak(self, weights: PlanWeights) -> float:
+        """Operations/s of a product with such weights. int8 is made bf16 on the way in (exactly), and so is fp8 where
+        the chip has no fp8 arithmetic."""
+        return self.fp8 if weights == "fp8" and self.fp8 else self.bf16
+
+
+def _chip(name: str, mib: int, tb_s: float, bf16: float, fp8: float, int8: float, link_gb_s: float) -> Chip:
+    return Chip(
+        name=name, memory=mib << 20, bandwidth=tb_s * 1e12, bf16=bf16 * 1e12, fp8=fp8 * 1e12, int8=int8 * 1e12,
+        link=link_gb_s * 1e9,
+    )  # fmt: skip
+
+
+# Memory is the total that the driver reports (nvidia-smi, rocm-smi), not the number in the name. Rates are from the
+# vendor's datasheet, halved where it quotes sparsity; links are one direction, half of the figure advertised.
+CHIPS: dict[str, Chip] = {
+    c.name: c
+    for c in (
+        # NVIDIA A100 datasheet, SXM: NVLink 600 GB/s. No fp8 arithmetic.
+        _chip("a100-40gb", 40960, 1.555, 312, 0, 624, 300),
+        _chip("a100-80gb", 81920, 2.039, 312, 0, 624, 300),
+        # NVIDIA L40S datasheet: PCIe 4.0 x16, no NVLink.
+        _chip("l40s-48gb", 46068, 0.864, 362.05, 733, 733, 32),
+        # NVIDIA H100 datasheet, SXM: NVLink 900 GB/s.
+        _chip("h100-80gb", 81559, 3.35, 989.5, 1979, 1979, 450),
+        # NVIDIA H100 NVL datasheet. Its bridge joins only pairs, so the link is PCIe 5.0 x16.
+        _chip("h100-94gb", 95330, 3.9, 835.5, 1670.5, 1670.5, 64),
+        # NVIDIA H200 datasheet, SXM.
+        _chip("h200-141gb", 143771, 4.8, 989.5, 1979, 1979, 450),
+        # NVIDIA HGX B200 datasheet: 62 TB/s over eight, NVLink 1.8 TB/s.
+        _chip("b200-180gb", 183359, 7.7, 2250, 4500, 4500, 900),
+        # AMD Instinct MI300X datasheet: seven Infinity Fabric links of 128 GB/s.
+        _chip("mi300x-192gb", 196592, 5.3, 1307.4, 2614.9, 2614.9, 448),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one GPU reads and computes. `matrix_ops` run at the weights' peak, `bf16_ops` at bf16's."""
+
+    read_bytes: float = 0.0
+    matrix_ops: float = 0.0
+    bf16_ops: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.read_bytes + other.read_bytes, self.matrix_ops + other.matrix_ops, self.bf16_ops + other.bf16_ops
+        )
+
+    def __mul__(self, times: float) -> Cost:
+        return Cost(self.read_bytes * times, self.matrix_ops * times, self.bf16_ops * times)
+
+    def floor(self, *, bandwidth: float, peak: float, bf16: float) -> tuple[float, float]:
+        """Seconds for the bytes, and for the operations; the larger is the roofline."""
+        return self.read_bytes / bandwidth, self.matrix_ops / peak + self.bf16_ops / bf16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """Seconds of one step: `total_s` = max(memory, compute) + link."""
+
+    memory_s: float
+    compute_s: float
+    link_s: float
+    total_s: float
+    tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Bytes are per GPU unless named otherwise. `headroom_bytes` is what stays free, below 0 what is missing;
+    `min_gpus` None means that no valid count of this GPU holds it."""
+
+    model: str
+    chip: str
+    gpus: int
+    weights: PlanWeights
+    kv: PlanKV
+    context: int
+    batch: int
+    params_total: int
+    params_active: int
+    released_bytes: int | None
+    memory_bytes: int
+    usable_bytes: int
+    weight_bytes: int
+    workspace_bytes: int
+    kv_bytes: int
+    kv_bytes_per_token: int
+    kv_bytes_per_token_all_gpus: int
+    kv_tokens_per_request: int
+    fits: bool
+    headroom_bytes: int
+    kv_capacity_tokens: int
+    max_requests: int
+    valid_gpus: tuple[int, ...]
+    min_gpus: int | None
+    decode: StepTime
+    prefill: StepTime
+    assumptions: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """Bytes of one GPU's share of the whole model, split by when a step reads them."""
+
+    experts: int
+    layers: int  # everything else in the layers: read by every step
+    embedding: int
+    head: int  # 0 where it is the embedding
+
+    @property
+    def total(self) -> int:
+        return self.experts + self.layers + self.embedding + self.head
+
+
+def _kv_heads(c: ModelConfig, gpus: int) -> int:
+    return max(1, c.num_kv_heads // gpus)
+
+
+def _weights(c: ModelConfig, weights: PlanWeights, n: int) -> _Weights:
+    d, hc, gc = c.d_model, c.num_heads * c.head_dim // n, _kv_heads(c, n) * c.head_dim
+    item = 2 if weights == "bf16" else 1
+
+    def matrix(rows_in: int, out: int, groups: int) -> int:
+        scales = {"int8": groups * out, "fp8": out, "bf16": 0}[weights]
+        return item * rows_in * out + 4 * scales
+
+    split_groups = -(-GROUPS // n)  # where the input is split over GPUs, so are its groups
+    experts = c.num_experts * (matrix(d, 2 * c.d_ff // n, 1) + matrix(c.d_ff // n, d, split_groups))
+    layer = matrix(d, hc + 2 * gc, 1) + matrix(hc, d, split_groups)
+    if c.dense_d_ff:
+        layer += matrix(d, 2 * c.dense_d_ff // n, 1) + matrix(c.dense_d_ff // n, d, split_groups)
+    layer += 4 * d * ((4 if c.post_norms else 2) + c.num_experts)
+    embedding = 2 * d * -(-c.vocab_size // n)
+    return _Weights(
+        c.num_layers * experts, c.num_layers * layer + 4 * d, embedding, 0 if c.tie_embeddings else embedding
+    )
+
+
+def _kv_bytes(c: ModelConfig, kv: PlanKV, heads: int) -> int:
+    return 2 * c.num_layers * heads * (2 * c.head_dim if kv == "bf16" else c.head_dim + 4)
+
+
+def _window(c: ModelConfig, tokens: int) -> int:
+    return min(tokens, c.sliding_window) if c.sliding_window else tokens
+
+
+def _workspace(c: ModelConfig, n: int, context: int, batch: int) -> int:
+    tokens = max(batch, min(CHUNK, context))
+    hc, gc = c.num_heads * c.head_dim // n, _kv_heads(c, n) * c.head_dim
+    wide = 4 * c.d_model + 2 * hc + 2 * gc + 3 * c.dense_d_ff // n
+    wide += c.num_experts_per_tok * (3 * c.d_ff // n + 2 * c.d_model)
+    return 2 * tokens * wide + 2 * 4 * batch * c.vocab_size
+
+
+def expert_layer_cost(c: ModelConfig, tokens: int, weights: PlanWeights, gpus: int = 1) -> Cost:
+    """One expert layer on each of `gpus`: weights of the experts really hit, by even routing, and their products."""
+    if not c.num_experts:
+        return Cost()
+    hit = 1 - (1 - c.num_experts_per_tok / c.num_experts) ** tokens
+    ops = 6 * tokens * c.num_experts_per_tok * c.d_model * c.d_ff / gpus
+    return Cost(_weights(c, weights, gpus).experts / c.num_layers * hit, ops)
+
+
+def _step_cost(
+    c: ModelConfig, weights: PlanWeights, kv: PlanKV, n: int, *, tokens: int, cached: int, pairs: int, rows: int
+) -> Cost:
+    """One step on each GPU: `cached` tokens of KV read, `pairs` of query and key scored, `rows` of logits."""
+    w, d = _weights(c, weights, n), c.d_model
+    hc, gc = c.num_heads * c.head_dim // n, _kv_heads(c, n) * c.head_dim
+    read = w.layers + (w.embedding if c.tie_embeddings else w.head) + 2 * tokens * d
+    read += cached * _kv_bytes(c, kv, _kv_heads(c, n))
+    linear = 2 * tokens * d * (2 * hc + 2 * gc + 3 * c.dense_d_ff // n) * c.num_layers
+    bf16 = 4 * pairs * hc * c.num_layers + 2 * rows * d * -(-c.vocab_size // n)
+    bf16 += 2 * tokens * d * c.num_experts * c.num_layers
+    return Cost(read, linear, bf16) + expert_layer_cost(c, tokens, weights, n) * c.num_layers
+
+
+def _link_s(c: ModelConfig, chip: Chip, n: int, tokens: int, rows: int) -> float:
+    if n == 1:
+        return 0.0
+    rate = chip.link if n <= NODE_GPUS else min(chip.link, NETWORK)
+    sent = 2 * c.num_layers * 2 * 2 * tokens * c.d_model + 4 * rows * c.vocab_size
+    return sent * (n - 1) / n / rate + (2 * c.num_layers + 1) * START_S
+
+
+def _time(steps: Iterator[tuple[Cost, float]], chip: Chip, weights: PlanWeights, tokens: int) -> StepTime:
+    memory = compute = link = total = 0.0
+    for cost, link_s in steps:
+        memory_s, compute_s = cost.floor(bandwidth=chip.bandwidth, peak=chip.peak(weights), bf16=chip.bf16)
+        memory, compute, link = memory + memory_s, compute + compute_s, link + link_s
+        total += max(memory_s, compute_s) + link_s
+    return StepTime(memory_s=memory, compute_s=compute, link_s=link, total_s=total, tokens_per_s=tokens / total)
+
+
+def _prefill_steps(
+    c: ModelConfig, chip: Chip, weights: PlanWeights, kv: PlanKV, n: int, context: int
+) -> Iterator[tuple[Cost, float]]:
+    for start in range(0, context, CHUNK):
+        end = min(start + CHUNK, context)
+        # keys seen by each query: its position + 1, or the window once that is full
+        full = max(start, min(end, _window(c, context)))
+        pairs = (start + 1 + full) * (full - start) // 2 + (end - full) * _window(c, context)
+        cached = end - start + _window(c, start)
+        cost = _step_cost(c, weights, kv, n, tokens=end - start, cached=cached, pairs=pairs, rows=1)
+        yield cost, _link_s(c, chip, n, end - start, 1)
+
+
+def released_bytes(c: ModelConfig) -> int | None:
+    """The tensors of the published checkpoint of this architecture; None where none was published.
+
+    Grok-1's: int8 matrices, bf16 scales, fp32 embedding, router and norms. Each of its 770 files adds about
+    250 bytes of header. The other families were published in bf16.
+    """
+    known = next((p for p in PRESETS.values() if replace(c, name=p.name) == p), None)
+    if known is None or known.name == "grok-0":
+        return None
+    if known.name != "grok-1":
+        return 2 * c.param_count()
+    d, hc = c.d_model, c.num_heads * c.head_dim
+    fp32 = c.vocab_size * d + d + c.num_layers * (4 * d + d * c.num_experts)
+    scales = c.num_layers * (c.num_experts * (2 * c.d_ff + GROUPS * d) + c.qkv_dim + GROUPS * d)
+    matrices = c.num_layers * (3 * c.num_experts * d * c.d_ff + d * c.qkv_dim + hc * d)
+    return matrices + 2 * scales + 4 * fp32
+
+
+def valid_gpu_counts(c: ModelConfig) -> tuple[int, ...]:
+    """Counts that divide the heads and the feed-forward widths, and share the kv heads evenly."""
+    whole = [w for w in (c.num_heads, c.d_ff, c.dense_d_ff) if w]
+    return tuple(
+        n
+        for n in range(1, c.num_heads + 1)
+        if all(w % n == 0 for w in whole) and (c.num_kv_heads % n == 0 or n % c.num_kv_heads == 0)
+    )
+
+
+def _check(c: ModelConfig, chip: str, gpus: int, weights: str, kv: str, context: int, batch: int) -> None:
+    if chip not in CHIPS:
+        raise ConfigError(f"gpu={chip!r} is not known: expected one of {', '.join(CHIPS)}")
+    if weights not in get_args(PlanWeights):
+        raise ConfigError(f"weights={weights!r}: expected one of {', '.join(get_args(PlanWeights))}")
+    if kv not in get_args(PlanKV):
+        raise ConfigError(f"kv={kv!r}: expected one of {', '.join(get_args(PlanKV))}")
+    if isinstance(gpus, bool) or gpus not in valid_gpu_counts(c):
+        raise ConfigError(
+            f"gpus={gpus!r}: expected one of {', '.join(map(str, valid_gpu_counts(c)))}, which divide "
+            f"num_heads={c.num_heads}, d_ff={c.d_ff or c.dense_d_ff} and share num_kv_heads={c.num_kv_heads} evenly"
+        )
+    if not isinstance(context, int) or isinstance(context, bool) or not 1 <= context <= c.max_position:
+        raise ConfigError(f"context={context!r}: expected an integer in 1..{c.max_position}")
+    if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
+        raise ConfigError(f"batch={batch!r}: expected a positive integer")

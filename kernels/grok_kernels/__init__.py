@@ -1,0 +1,38 @@
+"""Kernels for models of the Grok-1 kind, usable without the engine. `ops` is the contract."""
+
+from . import reference
+from .ops import (
+    group_tokens,
+    grouped_gemm,
+    moe,
+    paged_attention,
+    quantize_fp8,
+    quantize_int8,
+    rms_norm,
+    rope_store_kv,
+    rope_table,
+    route_topk,
+    sample_top_p,
+    sandwich_norm,
+)
+from .registry import Status, backends, chosen, use_backend
+
+__all__ = [
+    "Status",
+    "backends",
+    "chosen",
+    "group_tokens",
+    "grouped_gemm",
+    "moe",
+    "paged_attention",
+    "quantize_fp8",
+    "quantize_int8",
+    "reference",
+    "rms_norm",
+    "rope_store_kv",
+    "rope_table",
+    "route_topk",
+    "sample_top_p",
+    "sandwich_norm",
+    "use_backend",
+]

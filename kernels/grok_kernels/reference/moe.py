@@ -1,0 +1,50 @@
+"""The whole expert layer."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, silu
+
+from ..registry import register
+from .quantize import dequantize_weight, quantized_as
+from .route import group_tokens
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """gelu by tanh, gelu by erf, or silu."""
+    if activation == "silu":
+        return silu(x)
+    return gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+@register("moe", "reference")
+def moe(
+    x_TD: Tensor,
+    topk_weights_TA: Tensor,
+    experts_TA: Tensor,
+    w13: Tensor,
+    w13_scale: Tensor | None,
+    w2: Tensor,
+    w2_scale: Tensor | None,
+    activation: str,
+    act_format: str,
+) -> Tensor:
+    order, offsets = group_tokens(experts_TA, w13.shape[0])
+    order = order.long()
+    tokens = order // max(experts_TA.shape[1], 1)
+    weights = topk_weights_TA.flatten()
+    x = quantized_as(x_TD, act_format)
+    y_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
+    bounds = offsets.tolist()
+    for e, (lo, hi) in enumerate(pairwise(bounds)):
+        if lo == hi:
+            continue
+        up = x[tokens[lo:hi]] @ dequantize_weight(w13[e], None if w13_scale is None else w13_scale[e]).t()
+        gate, up = up.chunk(2, dim=-1)
+        inner = quantized_as(activate(gate, activation) * up, act_format)
+        out = inner @ dequantize_weight(w2[e], None if w2_scale is None else w2_scale[e]).t()
+        y_TD = y_TD.index_add(0, tokens[lo:hi], out * weights[order[lo:hi], None])
+    return y_TD.to(x_TD.dtype)

@@ -1,0 +1,67 @@
+"""Quantised activations, and both sides of a product back in fp32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..registry import register
+
+GROUP = 128
+TINY = 2.0**-100  # the least amax: keeps 1 / scale finite
+
+
+def _groups(x_TD: Tensor, group_size: int) -> Tensor:
+    """(T, groups, columns), the last group padded with zeros."""
+    width = group_size or max(x_TD.shape[1], 1)
+    padded = torch.nn.functional.pad(x_TD.float(), (0, -x_TD.shape[1] % width))
+    return padded.view(x_TD.shape[0], padded.shape[1] // width, width)
+
+
+def _scales(x_TNK: Tensor, largest: float) -> Tensor:
+    amax = x_TNK.abs().amax(-1) if x_TNK.shape[1] else x_TNK.new_zeros(x_TNK.shape[:2])
+    return amax.clamp(min=TINY) / largest
+
+
+@register("quantize_fp8", "reference")
+def quantize_fp8(x_TD: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    x = _groups(x_TD, group_size)
+    scale = _scales(x, 448.0)
+    q = (x / scale[..., None]).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+    return q.flatten(1)[:, : x_TD.shape[1]].contiguous(), scale
+
+
+@register("quantize_int8", "reference")
+def quantize_int8(x_TD: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    x = _groups(x_TD, group_size)
+    scale = _scales(x, 127.0)
+    q = (x / scale[..., None]).round().clamp(-127.0, 127.0).to(torch.int8)
+    return q.flatten(1)[:, : x_TD.shape[1]].contiguous(), scale
+
+
+def dequantize_rows(q_TD: Tensor, scale_TN: Tensor | None) -> Tensor:
+    """Activations in fp32."""
+    x = q_TD.float()
+    if scale_TN is None:
+        return x
+    if scale_TN.shape[1] > 1:
+        scale_TN = scale_TN.repeat_interleave(GROUP, dim=1)[:, : x.shape[1]]
+    return x * scale_TN
+
+
+def dequantize_weight(w_NK: Tensor, scale_GN: Tensor | None) -> Tensor:
+    """One matrix in fp32: w[n, k] · scale[k // (K / groups), n]."""
+    w = w_NK.float()
+    if scale_GN is None:
+        return w
+    n, k = w.shape
+    groups = scale_GN.shape[0]
+    return (w.view(n, groups, k // groups) * scale_GN.t().unsqueeze(-1)).view(n, k)
+
+
+def quantized_as(x_TD: Tensor, act_format: str) -> Tensor:
+    """x in fp32 after a round trip through `act_format`, per token and group of 128."""
+    if act_format == "none":
+        return x_TD.float()
+    quantize = quantize_fp8 if act_format == "fp8" else quantize_int8
+    return dequantize_rows(*quantize(x_TD, GROUP))

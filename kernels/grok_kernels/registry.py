@@ -1,0 +1,147 @@
+"""Which backend serves an op: registered kernels, selection at the call, and what was chosen.
+
+A kernel is a backend's function for one op plus a `supports` that looks at the call's arguments and
+answers None, or the reason why not. On a device the first backend of `ORDER` whose kernel supports the
+call serves it. A backend forced by `use_backend` or by `GROK_KERNELS_BACKEND` serves it or raises.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+ENV = "GROK_KERNELS_BACKEND"
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+Supports = Callable[..., "str | None"]
+log = logging.getLogger("grok_kernels")
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One backend's implementation of one op."""
+
+    op: str
+    backend: str
+    fn: Callable[..., Any]
+    supports: Supports
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Whether a backend can serve an op on this machine and, where it cannot, why."""
+
+    available: bool
+    reason: str = ""
+
+
+_kernels: dict[tuple[str, str], Kernel] = {}
+_missing: dict[str, str] = {}  # backend -> why none of its kernels can run here
+_chosen: dict[str, set[str]] = {}
+_forced: ContextVar[str | None] = ContextVar("grok_kernels_backend", default=None)
+
+
+def register(op: str, backend: str, supports: Supports = lambda *args: None) -> Callable[[Any], Any]:
+    """Decorator: the function is `backend`'s kernel for `op`. A second one for the same pair raises."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
+    if (op, backend) in _kernels:
+        raise ValueError(f"op {op!r} already has a kernel of backend {backend!r}")
+
+    def add(fn: Callable[..., Any]) -> Callable[..., Any]:
+        _kernels[op, backend] = Kernel(op, backend, fn, supports)
+        return fn
+
+    return add
+
+
+def mark_missing(backend: str, reason: str) -> None:
+    """Say why no kernel of `backend` can run on this machine, for `backends()` and for errors."""
+    _missing[backend] = reason
+
+
+def _check(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}={name!r} is not a backend: expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force every op inside the block onto one backend; what it cannot run raises NotImplementedError."""
+    token = _forced.set(_check(name, "backend"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced_backend() -> str | None:
+    """The backend forced here, by `use_backend` or else by the environment; None selects by device."""
+    name = _forced.get()
+    if name is None:
+        name = os.environ.get(ENV) or None
+        if name is not None:
+            _check(name, ENV)
+    return name
+
+
+def _why_not(op: str, backend: str, args: tuple[Any, ...]) -> str | None:
+    if backend in _missing:
+        return _missing[backend]
+    kernel = _kernels.get((op, backend))
+    if kernel is None:
+        return f"the {backend} backend has no kernel for it"
+    return kernel.supports(*args)
+
+
+def _signature(args: tuple[Any, ...]) -> tuple[str, str]:
+    tensor = next(a for a in args if isinstance(a, torch.Tensor))
+    return tensor.device.type, str(tensor.dtype).removeprefix("torch.")
+
+
+def select(op: str, args: tuple[Any, ...]) -> Kernel:
+    """The kernel that serves this call of `op`. Raises NotImplementedError where none, or not the forced one, can."""
+    device, dtype = _signature(args)
+    forced = forced_backend()
+    reasons = []
+    for backend in (forced,) if forced else ORDER.get(device, ("reference",)):
+        reason = _why_not(op, backend, args)
+        if reason is None:
+            if backend not in _chosen.setdefault(op, set()):
+                _chosen[op].add(backend)
+                log.info("grok::%s on %s (%s) is served by %s", op, device, dtype, backend)
+            return _kernels[op, backend]
+        reasons.append(f"{backend}: {reason}")
+    raise NotImplementedError(f"grok::{op} on {device} with {dtype} cannot run: {'; '.join(reasons)}")
+
+
+def call(op: str, *args: Any) -> Any:
+    """Run `op` on the backend that `select` finds."""
+    return select(op, args).fn(*args)
+
+
+def chosen() -> dict[str, tuple[str, ...]]:
+    """For every op called so far in this process, the backends that served it."""
+    return {op: tuple(sorted(backends)) for op, backends in sorted(_chosen.items())}
+
+
+def backends() -> dict[str, dict[str, Status]]:
+    """For every op, every backend: available on this machine or, where not, why."""
+    ops = sorted({op for op, backend in _kernels if backend == "reference"})
+    return {op: {backend: _status(op, backend) for backend in BACKENDS} for op in ops}
+
+
+def _status(op: str, backend: str) -> Status:
+    reason = _missing.get(backend)
+    if reason is None and (op, backend) not in _kernels:
+        reason = f"the {backend} backend has no kernel for it"
+    return Status(reason is None, reason or "")
