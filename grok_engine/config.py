@@ -140,7 +140,7 @@ _REQUIRED = frozenset(("vocab_size", "d_model", "num_layers", "num_heads", "num_
 
 
 def _problems(c: ModelConfig) -> Any:
-    for name in sorted(_REQUIRED) + ["max_position"]:
+    for name in [*sorted(_REQUIRED), "max_position"]:
         value = getattr(c, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             yield f"{name}={value!r} is not a positive integer"

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from grok_engine.config import PRESETS, ConfigError, ModelConfig
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 PlanWeights = Literal["int8", "fp8", "bf16"]
 PlanKV = Literal["bf16", "fp8"]
@@ -98,7 +99,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTime:
-    """Seconds of one step: `total_s` = max(memory, compute) + link."""
+    """Seconds, summed over steps; `total_s` adds up max(memory, compute) + link of each."""
 
     memory_s: float
     compute_s: float
@@ -127,8 +128,8 @@ class Plan:
     weight_bytes: int
     workspace_bytes: int
     kv_bytes: int
-    kv_bytes_per_token: int
-    kv_bytes_per_token_all_gpus: int
+    kv_bytes_per_token: int  # of the whole model, one copy
+    kv_bytes_per_token_gpu: int
     kv_tokens_per_request: int
     fits: bool
     headroom_bytes: int
@@ -222,12 +223,15 @@ def _step_cost(
     return Cost(read, linear, bf16) + expert_layer_cost(c, tokens, weights, n) * c.num_layers
 
 
+def _link_rate(chip: Chip, n: int) -> float:
+    return chip.link if n <= NODE_GPUS else min(chip.link, NETWORK)
+
+
 def _link_s(c: ModelConfig, chip: Chip, n: int, tokens: int, rows: int) -> float:
     if n == 1:
         return 0.0
-    rate = chip.link if n <= NODE_GPUS else min(chip.link, NETWORK)
     sent = 2 * c.num_layers * 2 * 2 * tokens * c.d_model + 4 * rows * c.vocab_size
-    return sent * (n - 1) / n / rate + (2 * c.num_layers + 1) * START_S
+    return sent * (n - 1) / n / _link_rate(chip, n) + (2 * c.num_layers + 1) * START_S
 
 
 def _time(steps: Iterator[tuple[Cost, float]], chip: Chip, weights: PlanWeights, tokens: int) -> StepTime:
@@ -281,18 +285,154 @@ def valid_gpu_counts(c: ModelConfig) -> tuple[int, ...]:
 
 
 def _check(c: ModelConfig, chip: str, gpus: int, weights: str, kv: str, context: int, batch: int) -> None:
-    if chip not in CHIPS:
-        raise ConfigError(f"gpu={chip!r} is not known: expected one of {', '.join(CHIPS)}")
-    if weights not in get_args(PlanWeights):
-        raise ConfigError(f"weights={weights!r}: expected one of {', '.join(get_args(PlanWeights))}")
-    if kv not in get_args(PlanKV):
-        raise ConfigError(f"kv={kv!r}: expected one of {', '.join(get_args(PlanKV))}")
-    if isinstance(gpus, bool) or gpus not in valid_gpu_counts(c):
+    choices = (("gpu", chip, tuple(CHIPS)), ("weights", weights, get_args(PlanWeights)), ("kv", kv, get_args(PlanKV)))
+    for name, value, known in choices:
+        if value not in known:
+            raise ConfigError(f"{name}={value!r}: expected one of {', '.join(known)}")
+    for name, number in (("gpus", gpus), ("context", context), ("batch", batch)):
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise ConfigError(f"{name}={number!r}: expected a positive integer")
+    if context > c.max_position:
+        raise ConfigError(f"context={context}: expected 1..{c.max_position}, the context of {c.name}")
+    if gpus not in valid_gpu_counts(c):
         raise ConfigError(
-            f"gpus={gpus!r}: expected one of {', '.join(map(str, valid_gpu_counts(c)))}, which divide "
-            f"num_heads={c.num_heads}, d_ff={c.d_ff or c.dense_d_ff} and share num_kv_heads={c.num_kv_heads} evenly"
+            f"gpus={gpus}: expected one of {', '.join(map(str, valid_gpu_counts(c)))}, which divide num_heads="
+            f"{c.num_heads} and d_ff={c.d_ff or c.dense_d_ff} and share num_kv_heads={c.num_kv_heads} evenly"
         )
-    if not isinstance(context, int) or isinstance(context, bool) or not 1 <= context <= c.max_position:
-        raise ConfigError(f"context={context!r}: expected an integer in 1..{c.max_position}")
-    if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
-        raise ConfigError(f"batch={batch!r}: expected a positive integer")
+
+
+def plan(
+    config: ModelConfig,
+    *,
+    chip: str,
+    gpus: int,
+    weights: PlanWeights = "int8",
+    kv: PlanKV = "bf16",
+    context: int | None = None,
+    batch: int = 1,
+) -> Plan:
+    """What `config` needs on `gpus` of `chip`, with `batch` requests of `context` tokens (None: the model's own).
+
+    Raises ConfigError, with the value and what was expected, for an unknown GPU or format, a count of GPUs that does
+    not divide the model, and a context or batch out of range.
+    """
+    context = config.max_position if context is None else context
+    _check(config, chip, gpus, weights, kv, context, batch)
+    gpu, resident = CHIPS[chip], _window(config, context)
+    usable = int(gpu.memory * (1 - RESERVED))
+
+    def free(n: int) -> int:
+        return usable - _weights(config, weights, n).total - _workspace(config, n, context, batch)
+
+    def kv_token(n: int) -> int:
+        return _kv_bytes(config, kv, _kv_heads(config, n))
+
+    def headroom(n: int) -> int:
+        return free(n) - batch * resident * kv_token(n)
+
+    valid = valid_gpu_counts(config)
+    capacity = max(0, free(gpus)) // kv_token(gpus)
+    pairs = batch * resident
+    step = _step_cost(config, weights, kv, gpus, tokens=batch, cached=pairs, pairs=pairs, rows=batch)
+    decode = iter([(step, _link_s(config, gpu, gpus, batch, batch))])
+    return Plan(
+        model=config.name,
+        chip=chip,
+        gpus=gpus,
+        weights=weights,
+        kv=kv,
+        context=context,
+        batch=batch,
+        params_total=config.param_count(),
+        params_active=config.active_param_count(),
+        released_bytes=released_bytes(config),
+        memory_bytes=gpu.memory,
+        usable_bytes=usable,
+        weight_bytes=_weights(config, weights, gpus).total,
+        workspace_bytes=_workspace(config, gpus, context, batch),
+        kv_bytes=batch * resident * kv_token(gpus),
+        kv_bytes_per_token=_kv_bytes(config, kv, config.num_kv_heads),
+        kv_bytes_per_token_gpu=kv_token(gpus),
+        kv_tokens_per_request=resident,
+        fits=headroom(gpus) >= 0,
+        headroom_bytes=headroom(gpus),
+        kv_capacity_tokens=capacity,
+        max_requests=capacity // resident,
+        valid_gpus=valid,
+        min_gpus=next((n for n in valid if headroom(n) >= 0), None),
+        decode=_time(decode, gpu, weights, batch),
+        prefill=_time(_prefill_steps(config, gpu, weights, kv, gpus, context), gpu, weights, context),
+        assumptions=tuple(_assumptions(config, gpu, gpus, weights, kv)),
+    )
+
+
+def _assumptions(c: ModelConfig, chip: Chip, n: int, weights: PlanWeights, kv: PlanKV) -> Iterator[str]:
+    bf16, fp8 = chip.bf16 / 1e12, chip.fp8 / 1e12
+    scales = {
+        "int8": f"fp32 scales in {GROUPS} groups of rows on attention output and down projections, 1 group elsewhere",
+        "fp8": "one fp32 scale an output channel",
+        "bf16": "no scales",
+    }
+    products = {
+        "int8": f"int8 made bf16 (exactly), {bf16:.0f} TFLOP/s",
+        "fp8": f"fp8 at {fp8:.0f} TFLOP/s" if fp8 else f"{chip.name} has none in fp8: made bf16, {bf16:.0f} TFLOP/s",
+        "bf16": f"bf16 at {bf16:.0f} TFLOP/s",
+    }
+    e, a, rate = c.num_experts, c.num_experts_per_tok, _link_rate(chip, n) / 1e9
+    copied = f"; {c.num_kv_heads} kv heads copied over {n} GPUs" if n > c.num_kv_heads else ""
+    window = f"; a sliding window keeps {c.sliding_window} tokens a request" if c.sliding_window else ""
+    yield f"memory: {chip.memory / 1e9:.1f} GB as drivers report it, {RESERVED:.0%} left to context, buffers, fragmentation"
+    yield f"sharding: heads, widths F of each expert and vocabulary split over GPUs; norms and router on each{copied}"
+    yield f"weights: {weights} matrices, {scales[weights]}; bf16 embedding and output head; fp32 norms and router"
+    yield f"KV: {'2 bytes a value' if kv == 'bf16' else '1 byte a value, and an fp32 scale a token and head'}{window}"
+    yield (
+        "workspace: 2 bytes x T(4D + 2HC + 2GC + 3F_dense + A(3F + 2D)), all but D divided by GPUs, "
+        f"T = max(batch, min(context, {CHUNK})); two fp32 rows of logits a request"
+    )
+    yield f"products: {products[weights]}; attention, router and output head in bf16"
+    yield f"time: datasheet peaks, {chip.bandwidth / 1e12:.2f} TB/s; activations and KV writes not counted"
+    if e:
+        yield f"routing: even, so that T tokens read {e}(1 - (1 - {a}/{e})^T) experts"
+    if n > 1:
+        yield f"links: 2 ring all-reduces a layer, 1 gather of logits, {rate:.0f} GB/s, {START_S * 1e6:.0f} us to start each"
+    yield f"prefill: one request, {CHUNK} tokens a step; decode: every request at its full context"
+
+
+def render(plan: Plan, console: Console) -> None:
+    """Print `plan` as a table of at most 100 columns."""
+    p, gb, width = plan, 1e9, min(console.width, 100)
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold cyan", no_wrap=True)
+    released = f" · {p.released_bytes / gb:,.1f} GB as released" if p.released_bytes else ""
+    sizes = f"{p.params_total / gb:,.1f} B parameters, {p.params_active / gb:,.1f} B active"
+    table.add_row("model", Text(f"{p.model} · {sizes}{released}"))  # a name may look like markup
+    table.add_row("on", f"{p.gpus} x {p.chip} · weights {p.weights} · KV {p.kv} · {p.batch} x {p.context:,} tokens")
+
+    verdict = Text.assemble(("fits", "bold green") if p.fits else ("does not fit", "bold red"))
+    verdict.append(f", {abs(p.headroom_bytes) / gb:,.1f} GB a GPU {'free' if p.fits else 'short'} · ")
+    least = f"least that holds it: {p.min_gpus}" if p.min_gpus else "no count holds it"
+    table.add_row("verdict", verdict.append(f"{least} (of {', '.join(map(str, p.valid_gpus))})", style="dim"))
+
+    uses = (
+        ("weights", p.weight_bytes, "blue"),
+        ("workspace", p.workspace_bytes, "yellow"),
+        ("KV", p.kv_bytes, "magenta"),
+    )
+    bar, legend, used, scale = Text(), Text(), 0, max(p.usable_bytes, p.usable_bytes - p.headroom_bytes)
+    for name, size, colour in uses:
+        used += size
+        bar.append("█" * (round(60 * used / scale) - len(bar)), style=colour)
+        legend.append(f"{name} {size / gb:,.2f}  ", style=colour)
+    table.add_row("GB a GPU", bar.append("░" * (60 - len(bar)), style="dim"))
+    table.add_row("", legend.append(f"of {p.usable_bytes / gb:,.1f} usable, {p.memory_bytes / gb:,.1f} in all"))
+
+    room = f"room for {p.kv_capacity_tokens:,} tokens, {p.max_requests:,} requests of {p.context:,}"
+    table.add_row("KV cache", f"{p.kv_bytes_per_token / 1024:,.0f} KiB a token · {room}")
+    for name, t in (("decode", p.decode), ("prefill", p.prefill)):
+        parts = f" (memory {t.memory_s * 1e3:,.2f}, compute {t.compute_s * 1e3:,.2f}, links {t.link_s * 1e3:,.2f})"
+        table.add_row(
+            name, Text(f"at best {t.tokens_per_s:,.0f} tokens/s · {t.total_s * 1e3:,.2f} ms").append(parts, "dim")
+        )
+    console.print(table, width=width)
+    for line in p.assumptions:
+        console.print(Text("  " + line, style="dim"), width=width)

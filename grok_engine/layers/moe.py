@@ -1,0 +1,84 @@
+"""The feed-forward block: experts, a dense one, or both side by side."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+import grok_kernels
+from grok_engine.config import ModelConfig
+
+from .weight import Table, Weight
+
+
+class Router(Table):
+    """weight_ED in fp32 to each token's experts."""
+
+    def __init__(self, name: str, config: ModelConfig) -> None:
+        super().__init__(name, config.num_experts, config.d_model, transposed=True)
+        self.config = config
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Expert weights (T, A) fp32 and experts (T, A) int32."""
+        c = self.config
+        return grok_kernels.route_topk(x_TD, self.weight, c.num_experts_per_tok, c.router_softcap, c.renormalize)
+
+
+def _gated(prefix: str, experts: int, d: int, f: int) -> tuple[Weight, Weight]:
+    w13 = Weight(experts, d, {f"{prefix}.gate": f, f"{prefix}.up": f})
+    return w13, Weight(experts, f, {f"{prefix}.down": d})
+
+
+class Experts(nn.Module):
+    """Σ over a token's experts of weight · down(act(gate x) * up x)."""
+
+    def __init__(self, config: ModelConfig, prefix: str) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.router = Router(f"{prefix}.router", config)
+        self.w13, self.w2 = _gated(prefix, config.num_experts, config.d_model, config.d_ff)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        weights_TA, experts_TA = self.router(x_TD)
+        w13, w2 = self.w13, self.w2
+        return grok_kernels.moe(
+            x_TD, weights_TA, experts_TA, w13.weight, w13.scale, w2.weight, w2.scale, self.activation
+        )
+
+
+class Dense(nn.Module):
+    """down(act(gate x) * up x): one expert that every token takes whole."""
+
+    def __init__(self, config: ModelConfig, prefix: str) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.w13, self.w2 = _gated(prefix, 1, config.d_model, config.dense_d_ff)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        ones_T1 = torch.ones((x_TD.shape[0], 1), device=x_TD.device)
+        zeros_T1 = torch.zeros((x_TD.shape[0], 1), dtype=torch.int32, device=x_TD.device)
+        w13, w2 = self.w13, self.w2
+        return grok_kernels.moe(x_TD, ones_T1, zeros_T1, w13.weight, w13.scale, w2.weight, w2.scale, self.activation)
+
+
+class DenseAndExperts(nn.Module):
+    """(dense(x) + experts(x)) / √2."""
+
+    def __init__(self, config: ModelConfig, dense: str, experts: str) -> None:
+        super().__init__()
+        self.dense, self.experts = Dense(config, dense), Experts(config, experts)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        y_TD: Tensor = ((self.dense(x_TD).float() + self.experts(x_TD).float()) / math.sqrt(2)).to(x_TD.dtype)
+        return y_TD
+
+
+def feed_forward(config: ModelConfig, prefix: str) -> nn.Module:
+    """The block that `config` describes, its weights named under `prefix`.moe and `prefix`.mlp."""
+    if not config.num_experts:
+        return Dense(config, f"{prefix}.mlp")
+    if not config.dense_d_ff:
+        return Experts(config, f"{prefix}.moe")
+    return DenseAndExperts(config, f"{prefix}.mlp", f"{prefix}.moe")
