@@ -3,16 +3,17 @@
     python examples/train_tiny.py --out runs/tiny text1.txt text2.txt
 
 Interrupted, the same command resumes from runs/tiny/state.pt. At the end runs/tiny/model holds ckpt-0/ (int8 and
-scales), config.json and tokenizer.model, ready for `grok-engine generate --model runs/tiny/model`.
+scales), config.json and tokenizer.model, ready for `grok-engine generate --model runs/tiny/model`, and
+runs/tiny/model-bf16 the same weights in bf16, to compare with.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,10 +23,12 @@ from corpus import bits_per_byte, encode, logits, split, train_tokenizer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from grok_engine.checkpoint.xai import write_xai
 from grok_engine.config import ModelConfig, ffn_width
 from grok_engine.layers.attention import Attention
 from grok_engine.layers.moe import Experts, Router
-from grok_engine.layers.weight import Weight
+from grok_engine.layers.weight import Table, Weight
+from grok_engine.loader import export_weights
 from grok_engine.models.decoder import Decoder
 
 
@@ -82,9 +85,11 @@ def initialise(model: Decoder) -> None:
         if isinstance(module, Weight):
             module.allocate(torch.float32, 0, "cpu")
             nn.init.normal_(module.weight, std=module.k**-0.5)
-        elif hasattr(module, "shape"):
-            module.weight = nn.Parameter(torch.ones(module.shape))
-            if len(module.shape) > 1:
+        elif isinstance(module, Table):
+            module.allocate(torch.float32, "cpu")
+            if len(module.shape) == 1:
+                nn.init.ones_(module.weight)
+            else:
                 nn.init.normal_(module.weight, std=module.shape[1] ** -0.5)
     model.requires_grad_(True)
 
@@ -120,7 +125,9 @@ def add_dropout(model: Decoder, p: float) -> None:
             module.register_forward_hook(hook)
 
 
-def windows(texts: list[str], tokenizer: spm.SentencePieceProcessor, a: argparse.Namespace, epoch: int) -> Iterator[Tensor]:
+def windows(
+    texts: list[str], tokenizer: spm.SentencePieceProcessor, a: argparse.Namespace, epoch: int
+) -> Iterator[Tensor]:
     """Batches (B, context + 1) of one pass over the text, freshly cut and freshly tokenised each epoch."""
     generator = torch.Generator().manual_seed(a.seed + epoch)
     ids = encode(tokenizer, texts, a.bpe_dropout)
@@ -132,7 +139,13 @@ def windows(texts: list[str], tokenizer: spm.SentencePieceProcessor, a: argparse
 
 
 def save(file: Path, model: Decoder, optimizer: torch.optim.Optimizer, step: int, epoch: int, elapsed: float) -> None:
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "epoch": epoch, "elapsed": elapsed}
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "epoch": epoch,
+        "elapsed": elapsed,
+    }
     torch.save(state, file.with_suffix(".new"))
     file.with_suffix(".new").replace(file)
 
@@ -165,7 +178,9 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         step, epoch, elapsed = state["step"], state["epoch"], state["elapsed"]
         print(f"resumed at step {step}, epoch {epoch}, after {elapsed / 60:.1f} minutes of training")
-    print(f"{model.config.param_count() / 1e6:.2f} M parameters, {model.config.active_param_count() / 1e6:.2f} M active")
+    print(
+        f"{model.config.param_count() / 1e6:.2f} M parameters, {model.config.active_param_count() / 1e6:.2f} M active"
+    )
 
     def done() -> float:
         return elapsed / 60 / a.minutes if a.minutes else step / a.steps
@@ -177,7 +192,11 @@ def main() -> None:
             for batch in windows(train_texts, tokenizer, a, epoch):
                 began = time.monotonic()
                 fraction = done()
-                rate = a.lr * min(1.0, (step + 1) / a.warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0))))
+                rate = (
+                    a.lr
+                    * min(1.0, (step + 1) / a.warmup)
+                    * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0))))
+                )
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 loss = nn.functional.cross_entropy(logits(model, batch[:, :-1].contiguous()), batch[:, 1:].flatten())
@@ -205,9 +224,10 @@ def main() -> None:
                 if done() >= 1:
                     break
             epoch += 1
-    from export import export
-    export(model, a.out / "model", tokenizer_file)
-    print(f"wrote {a.out / 'model'}")
+    for name, quantized in (("model", True), ("model-bf16", False)):
+        write_xai(a.out / name, model.config, export_weights(model, quantized=quantized), overwrite=True)
+        shutil.copyfile(tokenizer_file, a.out / name / "tokenizer.model")
+        print(f"wrote {a.out / name}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -335,10 +335,10 @@ class EngineConfig:
     device: str = "cpu"
     weights: WeightFormat | None = None
     page_size: int = 16
-    max_model_len: int = field(default=0)  # 0 resolves to the model's own context
+    max_model_len: int = -1  # -1 resolves to the model's own context
 
     def __post_init__(self) -> None:
-        if self.max_model_len == 0:
+        if self.max_model_len == -1:
             object.__setattr__(self, "max_model_len", self.model.max_position)
         if self.dtype not in get_args(DType):
             raise ConfigError(f"dtype={self.dtype!r} is not one of {', '.join(get_args(DType))}")

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checkpoint.pickles import Array
 from .checkpoint.quantize import quantize_matrix
 from .checkpoint.xai import CheckpointError, MappedTensor, XaiCheckpoint
 from .config import WeightFormat
 from .layers.embedding import Embedding
-from .layers.linear import Linear
 from .layers.weight import Part, Table, Weight
 from .models.decoder import Decoder
 
@@ -22,7 +22,7 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 _DTYPES: dict[WeightFormat, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def as_torch(array: np.ndarray) -> Tensor:
+def as_torch(array: Array) -> Tensor:
     """The same memory as a tensor; numpy's bf16 comes from ml_dtypes, which torch does not know."""
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
@@ -104,18 +104,26 @@ def _fill(module: Weight, part: Part, source: MappedTensor) -> None:
         module.weight[e, rows].copy_(matrix.t())
 
 
-def export_weights(model: Decoder, groups: int = 8) -> Iterator[tuple[str, np.ndarray, np.ndarray | None]]:
-    """Every tensor of a float `model` as the release has it: name, (in, out) array, scales of a quantised one.
+def export_weights(
+    model: Decoder, *, quantized: bool = True, groups: int = 8
+) -> Iterator[tuple[str, tuple[Array, Array | None]]]:
+    """Every tensor of a float `model` as the release has it: its name, and the (in, out) array with its scales.
 
-    As in the release, attention's output and the experts' down projection have `groups` of scales along their input.
+    quantized: int8, with `groups` of scales along the input of attention's output and the experts' down projections,
+    as in the release; otherwise bf16. Norms, router and embedding stay fp32.
     """
     for module in model.modules():
         if isinstance(module, Table):
             table = module.weight.detach().float()
-            yield module.name, (table.t() if module.transposed else table).contiguous().numpy(), None
+            yield module.name, ((table.t() if module.transposed else table).contiguous().numpy(), None)
         elif isinstance(module, Weight):
             for part in module.parts:
-                matrix = module.weight.detach()[:, part.start : part.stop].transpose(1, 2).float()
-                matrix = matrix[0] if isinstance(module, Linear) else matrix
-                grouped = part.name.endswith((".o", ".down"))
-                yield part.name, *quantize_matrix(matrix.contiguous().numpy(), groups if grouped else 1)
+                matrices = (
+                    module.weight.detach()[:, part.start : part.stop].transpose(1, 2).float().contiguous().numpy()
+                )
+                matrix = matrices[0] if module.experts == 1 else matrices
+                if quantized:
+                    grouped = part.name.endswith((".o", ".down"))
+                    yield part.name, quantize_matrix(matrix, groups if grouped else 1)
+                else:
+                    yield part.name, (matrix.astype(ml_dtypes.bfloat16), None)

@@ -1,6 +1,6 @@
 """Kernels for models of the Grok-1 kind, usable without the engine. `ops` is the contract."""
 
-from . import reference
+from . import cpu, reference
 from .ops import (
     group_tokens,
     grouped_gemm,
@@ -21,6 +21,7 @@ __all__ = [
     "Status",
     "backends",
     "chosen",
+    "cpu",
     "group_tokens",
     "grouped_gemm",
     "moe",

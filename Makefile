@@ -1,0 +1,62 @@
+# The commands a reader needs. PYTHON picks the interpreter (3.10 to 3.13) for the environment in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
+PROMPT ?= To Sherlock Holmes she is always
+PYTEST_ARGS ?=
+
+NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
+INSTALLED := $(VENV)/.installed
+BUILT := $(VENV)/.built
+
+# ninja lies in the environment, and the build looks for it on the path
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench lint clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: $(BUILT) ## create .venv, install the project there for development, build the native kernels
+
+demo: $(BUILT) ## generate text with the small model that ships with the project
+	$(BIN)/grok-engine generate --model tiny --prompt "$(PROMPT)" --max-tokens 120 --stats
+
+test: $(BUILT) ## run the tests (PYTEST_ARGS="-k name" to choose)
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+bench: $(BUILT) ## run the benchmarks
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only -q $(PYTEST_ARGS)
+
+lint: $(BUILT) ## check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean: ## remove what was built; .venv stays
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -f kernels/grok_kernels/_C.*.so $(BUILT)
+
+# --clear: what an interrupted creation left behind is not repaired, but made anew. A whole environment is kept.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v < (3, 14) else \
+	"$(PYTHON) is Python %d.%d, this project needs 3.10 to 3.13: make PYTHON=python3.12 ..." % v)'
+	$(PYTHON) -m venv --clear $(VENV)
+
+# The build requirements first, by hand: without build isolation the extension is built against the torch it runs with.
+$(INSTALLED): pyproject.toml setup.py | $(BIN)/python
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "installing torch and the tools into $(VENV) (minutes, the first time)"
+	@$(PIP) "setuptools>=77" wheel pybind11 ninja "torch>=2.11,<2.14"
+	@GROK_BUILD_NATIVE=0 $(PIP) --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+# Apart from the installation, so that a change under csrc/ compiles and no more. Without a module there is no stamp:
+# the next call tries again, since a compiler may have come.
+$(BUILT): $(INSTALLED) $(NATIVE_SOURCES)
+	@echo "building the native kernels"
+	@$(BIN)/python -W ignore setup.py -q build_ext --inplace > $(VENV)/native.log || { cat $(VENV)/native.log; exit 1; }
+	@if ls kernels/grok_kernels/_C.*.so >/dev/null 2>&1; then touch $@; else cat $(VENV)/native.log; fi

@@ -1,0 +1,17 @@
+#pragma once
+
+#include <sstream>
+#include <stdexcept>
+
+namespace grok {
+
+// Raises std::invalid_argument, a ValueError in Python, with the message's parts joined.
+template <class... Parts>
+void check(bool ok, const Parts&... message) {
+  if (ok) return;
+  std::ostringstream text;
+  (text << ... << message);
+  throw std::invalid_argument(text.str());
+}
+
+}  // namespace grok

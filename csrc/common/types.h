@@ -1,0 +1,44 @@
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+// Bodies shared by several instruction sets are inlined into a function of each: a call would stay on the baseline.
+#define GROK_INLINE inline __attribute__((always_inline))
+
+namespace grok {
+
+enum class DType { f32, bf16 };
+
+struct BF16 {
+  uint16_t bits;
+};
+
+GROK_INLINE float to_float(float value) { return value; }
+
+GROK_INLINE float to_float(BF16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+template <class T>
+T from_float(float value);
+
+template <>
+GROK_INLINE float from_float<float>(float value) {
+  return value;
+}
+
+// To nearest, ties to even. A NaN is set apart: the addition could carry its mantissa over into an infinity.
+template <>
+GROK_INLINE BF16 from_float<BF16>(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return BF16{static_cast<uint16_t>(nan ? 0x7fc0u : rounded)};
+}
+
+}  // namespace grok

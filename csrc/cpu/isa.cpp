@@ -1,0 +1,79 @@
+#include "isa.h"
+
+#include <atomic>
+#include <cstdlib>
+
+#include "../common/check.h"
+
+namespace grok::cpu {
+namespace {
+
+constexpr Isa kAll[] = {Isa::avx512, Isa::avx2, Isa::portable};
+constexpr int kDefault = -1;
+std::atomic<int> chosen{kDefault};
+
+bool runs_here(Isa isa) {
+#if GROK_X86
+  // these ask the operating system too: a CPU's wide registers are of no use where it does not save them
+  if (isa == Isa::avx512) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  }
+  if (isa == Isa::avx2) return __builtin_cpu_supports("avx2");
+#endif
+  return isa == Isa::portable;
+}
+
+template <class List>
+std::string join(const List& isas) {
+  std::string text;
+  for (Isa isa : isas) text += (text.empty() ? "" : ", ") + name(isa);
+  return text;
+}
+
+Isa parse(const std::string& text, const char* source) {
+  for (Isa isa : kAll) {
+    if (text != name(isa)) continue;
+    check(runs_here(isa), source, "='", text, "' cannot run on this machine, which has ", join(available_isas()));
+    return isa;
+  }
+  check(false, source, "='", text, "' is not an instruction set: expected one of ", join(kAll));
+  return Isa::portable;
+}
+
+Isa from_environment() {
+  const char* text = std::getenv("GROK_CPU_ISA");
+  return text && *text ? parse(text, "GROK_CPU_ISA") : available_isas().front();
+}
+
+}  // namespace
+
+std::string name(Isa isa) {
+  switch (isa) {
+    case Isa::avx512: return "avx512";
+    case Isa::avx2: return "avx2";
+    case Isa::portable: return "portable";
+  }
+  return "unknown";
+}
+
+std::vector<Isa> available_isas() {
+  std::vector<Isa> isas;
+  for (Isa isa : kAll) {
+    if (runs_here(isa)) isas.push_back(isa);
+  }
+  return isas;
+}
+
+Isa current_isa() {
+  const int isa = chosen.load(std::memory_order_relaxed);
+  if (isa != kDefault) return static_cast<Isa>(isa);
+  static const Isa initial = from_environment();
+  return initial;
+}
+
+void use_isa(const std::string& text) {
+  chosen = text.empty() ? kDefault : static_cast<int>(parse(text, "isa"));
+}
+
+}  // namespace grok::cpu

@@ -1,0 +1,36 @@
+#pragma once
+
+#include <string>
+#include <vector>
+
+// Which instruction set the CPU kernels run on. Everything is compiled for the machine's baseline, except functions
+// marked with one of the targets below, which are reached only where the CPU has it.
+
+#if defined(__x86_64__)
+#define GROK_X86 1
+#define GROK_AVX2 __attribute__((target("avx2")))
+#define GROK_AVX512_FEATURES "avx512f,avx512bw,avx512dq,avx512vl"
+#if defined(__clang__)
+#define GROK_AVX512 __attribute__((target(GROK_AVX512_FEATURES), min_vector_width(512)))
+#else
+#define GROK_AVX512 __attribute__((target(GROK_AVX512_FEATURES ",prefer-vector-width=512")))
+#endif
+#endif
+
+namespace grok::cpu {
+
+enum class Isa { portable, avx2, avx512 };
+
+std::string name(Isa isa);
+
+// What this machine can run, best first.
+std::vector<Isa> available_isas();
+
+// The one in use: set by use_isa, else by GROK_CPU_ISA as it was at the first call, else the best.
+// Raises std::invalid_argument for a name that is unknown, or that this machine cannot run.
+Isa current_isa();
+
+// For the whole process, since kernels run on threads of a pool. An empty name goes back to the default.
+void use_isa(const std::string& name);
+
+}  // namespace grok::cpu

@@ -1,0 +1,219 @@
+"""grok-engine: generate text, look into a checkpoint, plan a deployment."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+import grok_kernels
+
+from . import __version__
+from .checkpoint.inspect import inspect_checkpoint
+from .checkpoint.inspect import render as render_report
+from .config import PRESETS, ConfigError, DType, ModelConfig, WeightFormat
+from .engine import LLM, resolve_model
+from .plan import CHIPS, PlanKV, PlanWeights, plan
+from .plan import render as render_plan
+from .sampling import SamplingParams
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="grok-engine", message="%(prog)s %(version)s")
+def app() -> None:
+    """Runs models of the Grok-1 kind: top-2 of 8 experts, 8-bit weights."""
+
+
+_debug = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def _one_of(literal: Any) -> click.Choice[str]:
+    return click.Choice(get_args(literal))
+
+
+@app.command()
+@click.option("--model", default="tiny", show_default=True, help="`tiny`, which ships with the package, or a folder.")
+@click.option("--prompt", help="The text to continue; read from standard input if not given.")
+@click.option("--token-ids", help="The prompt as token ids, as in 17,4,99; prints token ids.")
+@click.option("--max-tokens", default=128, show_default=True, help="Tokens to generate at most.")
+@click.option("--temperature", default=0.8, show_default=True, help="0 takes the most probable token.")
+@click.option("--top-p", default=0.95, show_default=True, help="Sample among the likeliest tokens of this probability.")
+@click.option("--seed", type=int, help="Repeats a text.")
+@click.option("--dtype", type=_one_of(DType), default="bfloat16", show_default=True, help="Of the computation.")
+@click.option("--weights", type=_one_of(WeightFormat), help="Dequantise while loading; by default as they are stored.")
+@click.option("--device", default="cpu", show_default=True, help="As torch names them.")
+@click.option("--stats", is_flag=True, help="Print rates, memory and backends afterwards.")
+@_debug
+def generate(
+    model: str,
+    prompt: str | None,
+    token_ids: str | None,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    dtype: DType,
+    weights: WeightFormat | None,
+    device: str,
+    stats: bool,
+) -> None:
+    """Continue a text, printing it as it comes."""
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    request = _prompt(prompt, token_ids)
+    began = time.monotonic()
+    llm = LLM(model, dtype=dtype, device=device, weights=weights)
+    load_s = time.monotonic() - began
+    chunks = llm.stream(request, params)
+    if isinstance(request, str) and sys.stdout.isatty():
+        click.secho(request, bold=True, nl=False)
+    times = [time.monotonic()]
+    for chunk in chunks:
+        times.append(time.monotonic())
+        text = chunk.text if isinstance(request, str) else f"{',' * (len(times) > 2)}{chunk.token_id}"
+        print(text, end="", flush=True)
+    print()
+    if stats:
+        _print_stats(llm, len(llm.encode(request)), load_s, times)
+
+
+def _prompt(prompt: str | None, token_ids: str | None) -> str | list[int]:
+    if prompt is not None and token_ids is not None:
+        raise ValueError("--prompt and --token-ids are both given: expected one of them")
+    if token_ids is not None:
+        try:
+            return [int(part) for part in token_ids.split(",")]
+        except ValueError:
+            raise ValueError(f"--token-ids {token_ids!r} is not a list of integers, as in 17,4,99") from None
+    if prompt is not None:
+        return prompt
+    if sys.stdin.isatty():
+        raise ValueError("no prompt: give --prompt TEXT, or text on standard input")
+    return sys.stdin.read().removesuffix("\n")
+
+
+def _print_stats(llm: LLM, prompt_tokens: int, load_s: float, times: list[float]) -> None:
+    """`times` are the start and then each token's."""
+    first = times[1] - times[0]
+    decoded, decode_s = len(times) - 2, times[-1] - times[1]
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="cyan")
+    table.add_column()
+    table.add_row(
+        "model", f"{llm.config.model.name}, {llm.config.dtype} on {llm.config.device}, loaded in {load_s:.2f} s"
+    )
+    table.add_row("prompt", f"{prompt_tokens} tokens, {prompt_tokens / first:.1f} tokens/s")
+    table.add_row("time to first token", f"{first * 1e3:.1f} ms")
+    rate = f"{decoded / decode_s:.1f} tokens/s" if decoded else "no token after the first"
+    table.add_row("decode", f"{decoded + 1} tokens, {rate}")
+    table.add_row("peak memory", f"{_peak_bytes(llm) / 1e6:,.0f} MB")
+    served: dict[str, list[str]] = {}
+    for op, backends in grok_kernels.chosen().items():
+        served.setdefault("+".join(backends), []).append(op)
+    for backend, ops in served.items():
+        table.add_row(f"{backend} backend", ", ".join(ops))
+    Console(stderr=True, highlight=False).print(table)
+
+
+def _peak_bytes(llm: LLM) -> int:
+    if llm.config.device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@app.command()
+@click.argument("path")
+@click.option("--verify", is_flag=True, help="Read all of it: ranges, NaN, scales out of range.")
+@click.option("--all", "all_tensors", is_flag=True, help="A row for every tensor, not one for like layers.")
+@_json
+@_debug
+def inspect(path: str, verify: bool, all_tensors: bool, as_json: bool) -> None:
+    """Show what a checkpoint holds; no weight is read without --verify. PATH is a folder, or `tiny`."""
+    folder = resolve_model(path)
+    console = Console(stderr=True)
+    columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not (verify and console.is_terminal)) as bar:
+        task = bar.add_task("", total=None)
+        report = inspect_checkpoint(
+            folder, verify=verify, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        render_report(report, Console(highlight=False), every_tensor=all_tensors)
+    if not report.ok:
+        raise click.exceptions.Exit(1)
+
+
+@app.command(name="plan")
+@click.option("--model", default="grok-1", show_default=True, help=f"{', '.join(PRESETS)}, tiny, or a folder.")
+@click.option("--gpu", type=click.Choice(list(CHIPS)), default="h100-80gb", show_default=True, help="The chip.")
+@click.option("--gpus", default=8, show_default=True, help="How many, as one tensor-parallel group.")
+@click.option("--weights", type=_one_of(PlanWeights), default="int8", show_default=True)
+@click.option("--kv", type=_one_of(PlanKV), default="bf16", show_default=True, help="Type of keys and values.")
+@click.option("--context", type=int, help="Tokens of a request; by default all that the model takes.")
+@click.option("--batch", default=1, show_default=True, help="Requests at once.")
+@_json
+@_debug
+def plan_command(
+    model: str,
+    gpu: str,
+    gpus: int,
+    weights: PlanWeights,
+    kv: PlanKV,
+    context: int | None,
+    batch: int,
+    as_json: bool,
+) -> None:
+    """Say before a download whether a model fits, and how fast the chips could run it at best."""
+    config = PRESETS[model] if model in PRESETS else ModelConfig.from_pretrained(_folder(model))
+    result = plan(config, chip=gpu, gpus=gpus, weights=weights, kv=kv, context=context, batch=batch)
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+    else:
+        render_plan(result, Console(highlight=False))
+
+
+def _folder(model: str) -> Path:
+    try:
+        return resolve_model(model)
+    except ConfigError:
+        raise ConfigError(f"model {model!r} is neither a folder nor one of {', '.join(PRESETS)}, tiny") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line. Bad input is one line on standard error and status 2; --debug shows the traceback."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        status = app.main(argv, prog_name="grok-engine", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        return 2
+    except (click.ClickException, ValueError, NotImplementedError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        if "--debug" in argv and not isinstance(error, click.ClickException):
+            raise
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        print(f"grok-engine: error: {' '.join(message.split())}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        print(file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Registers the native CPU kernels of the extension `grok_kernels._C`, or says once why there are none.
+
+The kernels exist for AVX-512, for AVX2 and for any CPU; the best that the machine has runs, with the same bits from
+each. `GROK_CPU_ISA` (avx512, avx2 or portable), read at the first call, or `use_isa` forces one.
+
+Where the extension cannot be used, importing grok_kernels logs one warning, `backends()` gives the reason, and the
+reference serves.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import registry
+
+BUILD = "build it with `python setup.py build_ext --inplace` in the sources, or reinstall where there is a C++ compiler"
+log = logging.getLogger("grok_kernels")
+
+
+def _load() -> tuple[Any, str]:
+    """The extension, or None and the reason."""
+    name = "grok_kernels._C"
+    try:
+        import grok_kernels._C as module
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            return None, f"the extension {name} was not built; {BUILD}"
+        return None, f"the extension {name} does not load ({error}); {BUILD}"
+    built, running = (".".join(v.split(".")[:2]) for v in (module.torch_version, torch.__version__))
+    if built != running:  # the ABI holds within a minor version only: it may load, and then fail anywhere
+        return None, f"the extension {name} was built against torch {built}, this is torch {running}; {BUILD}"
+    return module, ""
+
+
+_module, _reason = _load()
+if _module is None:
+    registry.mark_missing("cpu", _reason)
+    log.warning("no native CPU kernels, the reference serves: %s", _reason)
+
+
+def _extension() -> Any:
+    if _module is None:
+        raise NotImplementedError(f"no native CPU kernels: {_reason}")
+    return _module
+
+
+def isas() -> tuple[str, ...]:
+    """The instruction sets that the kernels can use on this machine, best first."""
+    return tuple(_extension().available_isas())
+
+
+def isa() -> str:
+    """The instruction set in use. ValueError where `GROK_CPU_ISA` names one that is unknown or not on this machine."""
+    return str(_extension().current_isa())
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Force an instruction set inside the block, in every thread of the process. ValueError as in `isa`."""
+    module = _extension()
+    before = module.current_isa()
+    module.use_isa(name)
+    try:
+        yield
+    finally:
+        module.use_isa(before)
+
+
+def _supports(*args: Any) -> str | None:
+    where = next(str(a.device) for a in args if isinstance(a, Tensor))
+    return None if where == "cpu" else f"its tensors are on {where}, the cpu backend takes those on cpu"
+
+
+def _native(op: str) -> Callable[[Any], Any]:
+    return registry.register(op, "cpu", supports=_supports)
+
+
+@_native("rms_norm")
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    return torch.ops.grok_cpu.rms_norm.default(x_TD, weight_D, eps)  # type: ignore[no-any-return]

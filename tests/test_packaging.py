@@ -1,0 +1,120 @@
+"""The distribution: what a wheel holds, and that the package installs and runs where the extension cannot be built."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SKIPPED = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+# An editable install finds what a package lacks in the project's own sources: not in this test.
+USE = """
+import sys
+sys.meta_path = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
+import torch, grok_kernels as g
+g.rms_norm(torch.ones(2, 4), torch.ones(4))
+g.rms_norm(torch.ones(2, 4), torch.ones(4))
+print(g.__file__)
+print(g.chosen()["rms_norm"])
+print(g.backends()["rms_norm"]["cpu"])
+"""
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """The sources as a fresh clone has them, without what was built."""
+    tree = tmp_path / "sources"
+    for folder in ("grok_engine", "kernels", "csrc"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=SKIPPED)
+    for pattern in ("setup.py", "pyproject.toml", "MANIFEST.in", "*.md", "LICENSE"):
+        for path in ROOT.glob(pattern):
+            shutil.copy(path, tree)
+    return tree
+
+
+def run(tree: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("GROK_", "CXX", "PYTHONPATH"))}
+    done = subprocess.run(
+        [sys.executable, *args], cwd=tree, env={**kept, **env}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def assert_reference_serves(folder: Path, reason: str) -> None:
+    used = run(folder.parent, "-c", USE, PYTHONPATH=str(folder))
+    file, chosen, status = used.stdout.splitlines()
+    assert file.startswith(str(folder))
+    assert chosen == "('reference',)"
+    assert "available=False" in status
+    assert reason in status
+    assert used.stderr.count("no native CPU kernels") == 1
+
+
+def test_wheel_holds_both_packages_and_their_data(tree: Path) -> None:
+    assets = tree / "grok_engine/assets/tiny"
+    assets.mkdir(parents=True, exist_ok=True)
+    (assets / "planted.json").write_text("{}")
+    run(tree, "setup.py", "-q", "bdist_wheel", "-d", "dist", GROK_BUILD_NATIVE="0")
+    (wheel,) = (tree / "dist").iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
+        assert "grok-engine = grok_engine.cli:main" in archive.read(entry_points).decode()
+        (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        text = archive.read(metadata).decode()
+    assert "License-Expression: Apache-2.0" in text
+    assert "Requires-Dist: torch<2.14,>=2.11" in text
+    for package, folder in (("grok_engine", "grok_engine"), ("grok_kernels", "kernels/grok_kernels")):
+        modules = {f"{package}/{p.relative_to(tree / folder).as_posix()}" for p in (tree / folder).rglob("*.py")}
+        assert modules <= names, modules - names
+        assert f"{package}/py.typed" in names
+    assert "grok_engine/assets/tiny/planted.json" in names
+    assert "grok_kernels/_C.pyi" in names
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"grok_engine", "grok_kernels"}
+
+
+def test_without_a_compiler_it_says_so_once_and_the_reference_serves(tree: Path) -> None:
+    done = run(tree, "setup.py", "-q", "build_ext", "--inplace", CXX="/nonexistent/c++")
+    assert done.stderr.count("going without native kernels") == 1
+    assert "no C++ compiler, '/nonexistent/c++' is not there" in done.stderr
+    assert_reference_serves(tree / "kernels", "was not built")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the stand-in compiler is a shell script")
+def test_a_failed_build_removes_the_module_of_an_earlier_one(tree: Path) -> None:
+    import sysconfig
+
+    compiler = tree / "c++"
+    compiler.write_text("#!/bin/sh\necho 'error: planted' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    stale = tree / "kernels/grok_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    stale.write_text("left over")
+    done = run(tree, "setup.py", "-q", "build_ext", "--inplace", CXX=str(compiler))
+    assert done.stderr.count("going without native kernels") == 1
+    assert not stale.exists()
+
+
+def test_without_torch_at_build_time_it_still_builds(tree: Path) -> None:
+    (tree / "torch.py").write_text("raise ImportError('planted')\n")
+    done = run(tree, "setup.py", "-q", "bdist_wheel", "-d", "dist", PYTHONPATH=str(tree))
+    assert done.stderr.count("going without native kernels") == 1
+    assert "torch cannot be imported at build time (ImportError: planted)" in done.stderr
+    assert len(list((tree / "dist").glob("*.whl"))) == 1
+
+
+def test_an_extension_that_does_not_load_is_the_reason(tree: Path) -> None:
+    (tree / "kernels/grok_kernels/_C.py").write_text("raise ImportError('undefined symbol: planted')\n")
+    assert_reference_serves(tree / "kernels", "does not load (undefined symbol: planted)")
+
+
+def test_an_extension_of_another_torch_is_refused(tree: Path) -> None:
+    (tree / "kernels/grok_kernels/_C.py").write_text("torch_version = '1.13.1'\n")
+    assert_reference_serves(tree / "kernels", "was built against torch 1.13, this is torch")
