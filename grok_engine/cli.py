@@ -21,10 +21,11 @@ import grok_kernels
 from . import __version__
 from .checkpoint.inspect import inspect_checkpoint
 from .checkpoint.inspect import render as render_report
+from .chips import CHIPS, PlanWeights
 from .config import PRESETS, ConfigError, DType, ModelConfig, WeightFormat
 from .engine import LLM, resolve_model
-from .plan import CHIPS, PlanKV, PlanWeights, plan
-from .plan import render as render_plan
+from .plan import PlanKV, plan
+from .plan_view import render as render_plan
 from .sampling import SamplingParams
 
 

@@ -10,13 +10,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from .chips import CHIPS, Chip, PlanWeights
+from .config import PRESETS, ConfigError, ModelConfig
 
-from grok_engine.config import PRESETS, ConfigError, ModelConfig
-
-PlanWeights = Literal["int8", "fp8", "bf16"]
 PlanKV = Literal["bf16", "fp8"]
 
 RESERVED = 0.10  # the CUDA context, communication buffers, captured graphs, fragmentation: what servers leave free
@@ -25,55 +21,6 @@ GROUPS = 8  # groups of rows with a scale each, on attention o and expert down, 
 NODE_GPUS = 8
 NETWORK = 50e9  # bytes/s a GPU between nodes: one 400 Gb/s adapter each
 START_S = 5e-6  # before a collective's first byte arrives
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chip:
-    """One GPU. Rates are dense peaks a second; `fp8` 0 is none; `link` is bytes/s a GPU sends to its neighbours."""
-
-    name: str
-    memory: int
-    bandwidth: float
-    bf16: float
-    fp8: float
-    int8: float
-    link: float
-
-    def peak(self, weights: PlanWeights) -> float:
-        """Operations/s of a product with such weights. int8 is made bf16 on the way in (exactly), and so is fp8 where
-        the chip has no fp8 arithmetic."""
-        return self.fp8 if weights == "fp8" and self.fp8 else self.bf16
-
-
-def _chip(name: str, mib: int, tb_s: float, bf16: float, fp8: float, int8: float, link_gb_s: float) -> Chip:
-    return Chip(
-        name=name, memory=mib << 20, bandwidth=tb_s * 1e12, bf16=bf16 * 1e12, fp8=fp8 * 1e12, int8=int8 * 1e12,
-        link=link_gb_s * 1e9,
-    )  # fmt: skip
-
-
-# Memory is the total that the driver reports (nvidia-smi, rocm-smi), not the number in the name. Rates are from the
-# vendor's datasheet, halved where it quotes sparsity; links are one direction, half of the figure advertised.
-CHIPS: dict[str, Chip] = {
-    c.name: c
-    for c in (
-        # NVIDIA A100 datasheet, SXM: NVLink 600 GB/s. No fp8 arithmetic.
-        _chip("a100-40gb", 40960, 1.555, 312, 0, 624, 300),
-        _chip("a100-80gb", 81920, 2.039, 312, 0, 624, 300),
-        # NVIDIA L40S datasheet: PCIe 4.0 x16, no NVLink.
-        _chip("l40s-48gb", 46068, 0.864, 362.05, 733, 733, 32),
-        # NVIDIA H100 datasheet, SXM: NVLink 900 GB/s.
-        _chip("h100-80gb", 81559, 3.35, 989.5, 1979, 1979, 450),
-        # NVIDIA H100 NVL datasheet. Its bridge joins only pairs, so the link is PCIe 5.0 x16.
-        _chip("h100-94gb", 95330, 3.9, 835.5, 1670.5, 1670.5, 64),
-        # NVIDIA H200 datasheet, SXM.
-        _chip("h200-141gb", 143771, 4.8, 989.5, 1979, 1979, 450),
-        # NVIDIA HGX B200 datasheet: 62 TB/s over eight, NVLink 1.8 TB/s.
-        _chip("b200-180gb", 183359, 7.7, 2250, 4500, 4500, 900),
-        # AMD Instinct MI300X datasheet: seven Infinity Fabric links of 128 GB/s.
-        _chip("mi300x-192gb", 196592, 5.3, 1307.4, 2614.9, 2614.9, 448),
-    )
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,43 +343,3 @@ def _assumptions(c: ModelConfig, chip: Chip, n: int, weights: PlanWeights, kv: P
     if n > 1:
         yield f"links: 2 ring all-reduces a layer, 1 gather of logits, {rate:.0f} GB/s, {START_S * 1e6:.0f} us to start each"
     yield f"prefill: one request, {CHUNK} tokens a step; decode: every request at its full context"
-
-
-def render(plan: Plan, console: Console) -> None:
-    """Print `plan` as a table of at most 100 columns."""
-    p, gb, width = plan, 1e9, min(console.width, 100)
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold cyan", no_wrap=True)
-    released = f" · {p.released_bytes / gb:,.1f} GB as released" if p.released_bytes else ""
-    sizes = f"{p.params_total / gb:,.1f} B parameters, {p.params_active / gb:,.1f} B active"
-    table.add_row("model", Text(f"{p.model} · {sizes}{released}"))  # a name may look like markup
-    table.add_row("on", f"{p.gpus} x {p.chip} · weights {p.weights} · KV {p.kv} · {p.batch} x {p.context:,} tokens")
-
-    verdict = Text.assemble(("fits", "bold green") if p.fits else ("does not fit", "bold red"))
-    verdict.append(f", {abs(p.headroom_bytes) / gb:,.1f} GB a GPU {'free' if p.fits else 'short'} · ")
-    least = f"least that holds it: {p.min_gpus}" if p.min_gpus else "no count holds it"
-    table.add_row("verdict", verdict.append(f"{least} (of {', '.join(map(str, p.valid_gpus))})", style="dim"))
-
-    uses = (
-        ("weights", p.weight_bytes, "blue"),
-        ("workspace", p.workspace_bytes, "yellow"),
-        ("KV", p.kv_bytes, "magenta"),
-    )
-    bar, legend, used, scale = Text(), Text(), 0, max(p.usable_bytes, p.usable_bytes - p.headroom_bytes)
-    for name, size, colour in uses:
-        used += size
-        bar.append("█" * (round(60 * used / scale) - len(bar)), style=colour)
-        legend.append(f"{name} {size / gb:,.2f}  ", style=colour)
-    table.add_row("GB a GPU", bar.append("░" * (60 - len(bar)), style="dim"))
-    table.add_row("", legend.append(f"of {p.usable_bytes / gb:,.1f} usable, {p.memory_bytes / gb:,.1f} in all"))
-
-    room = f"room for {p.kv_capacity_tokens:,} tokens, {p.max_requests:,} requests of {p.context:,}"
-    table.add_row("KV cache", f"{p.kv_bytes_per_token / 1024:,.0f} KiB a token · {room}")
-    for name, t in (("decode", p.decode), ("prefill", p.prefill)):
-        parts = f" (memory {t.memory_s * 1e3:,.2f}, compute {t.compute_s * 1e3:,.2f}, links {t.link_s * 1e3:,.2f})"
-        table.add_row(
-            name, Text(f"at best {t.tokens_per_s:,.0f} tokens/s · {t.total_s * 1e3:,.2f} ms").append(parts, "dim")
-        )
-    console.print(table, width=width)
-    for line in p.assumptions:
-        console.print(Text("  " + line, style="dim"), width=width)

@@ -73,16 +73,16 @@ def _sizes(report: Report) -> Table:
 
 
 def _tensors(rows: Sequence[Sequence[TensorReport]]) -> Table:
-    table = _table("tensor", "file", ">shape", "dtype", ">scales by input rows", ">bytes")
+    every = all(len(group) == 1 for group in rows)
+    table = _table("tensor", "file" if every else ">files", ">shape", "dtype", ">scales: groups × rows", ">bytes")
     for group in rows:
         info = group[0].info
         scales = ""
         if info.groups:
-            layout = (group[0].scale_layout or "").removesuffix(" input rows")
-            scales = f"{layout} {_SHORT.get(info.scales_dtype or '', info.scales_dtype)}"
+            scales = f"{info.groups} × {info.shape[-2] // info.groups} {_SHORT.get(info.scales_dtype or '', '?')}"
         table.add_row(
             _name(group),
-            info.file if len(group) == 1 else f"{len(group)} files",
+            info.file if every else str(len(group)),
             "×".join(map(str, info.shape)),
             _SHORT.get(info.dtype, info.dtype),
             scales,

@@ -8,14 +8,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-import grok_kernels
 from grok_engine.batch import Batch, KVPages
 from grok_engine.config import ModelConfig
 from grok_engine.layers.attention import Attention
 from grok_engine.layers.embedding import Embedding
 from grok_engine.layers.linear import Linear
 from grok_engine.layers.moe import feed_forward
-from grok_engine.layers.weight import Table
+from grok_engine.layers.norm import RMSNorm, add_and_norm
+from grok_engine.layers.rotary import rotary_table
 
 
 class DecoderLayer(nn.Module):
@@ -23,25 +23,23 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
-        prefix, d = f"layers.{index}", config.d_model
-        self.eps = config.norm_eps
-        self.pre_attn = Table(f"{prefix}.norm.pre_attn", d)
-        self.post_attn = Table(f"{prefix}.norm.post_attn", d) if config.post_norms else None
-        self.pre_moe = Table(f"{prefix}.norm.pre_moe", d)
-        self.post_moe = Table(f"{prefix}.norm.post_moe", d) if config.post_norms else None
+        prefix = f"layers.{index}"
+
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(f"{prefix}.norm.{name}", config.d_model, config.norm_eps)
+
+        self.pre_attn, self.pre_moe = norm("pre_attn"), norm("pre_moe")
+        self.post_attn = norm("post_attn") if config.post_norms else None
+        self.post_moe = norm("post_moe") if config.post_norms else None
         self.attn = Attention(config, f"{prefix}.attn")
         self.feed_forward = feed_forward(config, prefix)
 
     def forward(
-        self, h_TD: Tensor, x_TD: Tensor, batch: Batch, pages: KVPages, cos_sin: Tensor, next_norm_D: Tensor
+        self, h_TD: Tensor, x_TD: Tensor, batch: Batch, pages: KVPages, cos_sin: Tensor, next_norm: RMSNorm
     ) -> tuple[Tensor, Tensor]:
-        """From the residual h and x = pre_attn(h) to the next residual and rms(it, next_norm_D)."""
-        post_attn = self.post_attn.weight if self.post_attn else None
-        post_moe = self.post_moe.weight if self.post_moe else None
-        out_TD = self.attn(x_TD, batch, pages, cos_sin)
-        h_TD, x_TD = grok_kernels.sandwich_norm(h_TD, out_TD, post_attn, self.pre_moe.weight, self.eps)
-        out_TD = self.feed_forward(x_TD)
-        return grok_kernels.sandwich_norm(h_TD, out_TD, post_moe, next_norm_D, self.eps)
+        """From the residual h and x = pre_attn(h) to the next residual and next_norm of it."""
+        h_TD, x_TD = add_and_norm(h_TD, self.attn(x_TD, batch, pages, cos_sin), self.post_attn, self.pre_moe)
+        return add_and_norm(h_TD, self.feed_forward(x_TD), self.post_moe, next_norm)
 
 
 class Decoder(nn.Module):
@@ -56,30 +54,26 @@ class Decoder(nn.Module):
         self.config, self.dtype = config, dtype
         self.embed = Embedding("embed", config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
-        self.final_norm = Table("final_norm", config.d_model)
+        self.final_norm = RMSNorm("final_norm", config.d_model, config.norm_eps)
         tied = config.tie_embeddings
         self.lm_head = None if tied else Linear(config.d_model, {"lm_head": config.vocab_size})
-        table = grok_kernels.rope_table(
-            max_positions or config.max_position, config.head_dim, config.rope_theta, device
-        )
+        table = rotary_table(config, max_positions or config.max_position, device)
         self.register_buffer("cos_sin", table, persistent=False)
 
     def forward(self, batch: Batch, cache: Sequence[KVPages]) -> Tensor:
         """The final norm's output for every token of the batch, x_TD; its keys and values are in the cache after."""
         h_TD = self.embed(batch.tokens_T, self.config.embedding_multiplier, self.dtype)
         layers = cast("list[DecoderLayer]", list(self.layers))
-        norms = [layer.pre_attn.weight for layer in layers] + [self.final_norm.weight]
-        x_TD = grok_kernels.rms_norm(h_TD, norms[0], self.config.norm_eps)
+        norms = [layer.pre_attn for layer in layers] + [self.final_norm]
+        x_TD: Tensor = norms[0](h_TD)
         for layer, pages, next_norm in zip(layers, cache, norms[1:], strict=True):
             h_TD, x_TD = layer(h_TD, x_TD, batch, pages, self.cos_sin, next_norm)
         return x_TD
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """logits_TV in fp32 of the rows of `forward`'s result."""
-        if self.lm_head is None:
-            logits_TV = grok_kernels.grouped_gemm(x_TD, self.embed.weight[None], out_dtype=torch.float32)
-        else:
-            logits_TV = self.lm_head(x_TD, torch.float32)
+        head = self.lm_head
+        logits_TV = self.embed.attend(x_TD) if head is None else head(x_TD, torch.float32)
         logits_TV = logits_TV * self.config.output_multiplier
         if cap := self.config.final_softcap:
             logits_TV = cap * torch.tanh(logits_TV / cap)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,8 @@ class Checker:
 
     def tensor(self, name: str, value: Tensor, dims: str, dtypes: Sequence[torch.dtype]) -> None:
         """One tensor argument: dtype, number of dimensions, sizes, device, and a contiguous last dimension."""
+        if not isinstance(value, Tensor):  # the dispatcher lets None pass as a tensor
+            self.fail(f"{name} is {value}, expected a tensor ({', '.join(dims.split())})")
         if value.dtype not in dtypes:
             self.fail(f"{name} has dtype {_name(value.dtype)}, expected {' or '.join(map(_name, dtypes))}")
         names = dims.split()
@@ -67,12 +70,18 @@ class Checker:
     def size(self, symbol: str) -> Any:
         return self.dims[symbol][0]
 
+    def finite(self, name: str, value: Any) -> None:
+        if isinstance(value, float) and not math.isfinite(value):
+            self.fail(f"{name}={value}, expected a finite number")
+
     def at_least(self, name: str, value: Any, low: float) -> None:
-        if not value >= low:  # also refuses NaN
+        self.finite(name, value)
+        if value < low:
             self.fail(f"{name}={value}, expected {low} or more")
 
     def positive(self, name: str, value: Any) -> None:
-        if not value > 0:
+        self.finite(name, value)
+        if value <= 0:
             self.fail(f"{name}={value}, expected more than 0")
 
     def one_of(self, name: str, value: str, allowed: Sequence[str]) -> None:

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from grok_engine.chips import CHIPS
 from grok_engine.config import PRESETS, ModelConfig
-from grok_engine.plan import CHIPS, expert_layer_cost, plan, released_bytes, render, valid_gpu_counts
+from grok_engine.plan import expert_layer_cost, plan, released_bytes, valid_gpu_counts
+from grok_engine.plan_view import render
 
 GROK = PRESETS["grok-1"]
 RELEASE = 318_239_886_140  # bytes of the released files

@@ -1,0 +1,49 @@
+"""Draws a plan for a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .plan import Plan
+
+
+def render(plan: Plan, console: Console) -> None:
+    """Print `plan` as a table of at most 100 columns."""
+    p, gb, width = plan, 1e9, min(console.width, 100)
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold cyan", no_wrap=True)
+    released = f" · {p.released_bytes / gb:,.1f} GB as released" if p.released_bytes else ""
+    sizes = f"{p.params_total / gb:,.1f} B parameters, {p.params_active / gb:,.1f} B active"
+    table.add_row("model", Text(f"{p.model} · {sizes}{released}"))  # a name may look like markup
+    table.add_row("on", f"{p.gpus} x {p.chip} · weights {p.weights} · KV {p.kv} · {p.batch} x {p.context:,} tokens")
+
+    verdict = Text.assemble(("fits", "bold green") if p.fits else ("does not fit", "bold red"))
+    verdict.append(f", {abs(p.headroom_bytes) / gb:,.1f} GB a GPU {'free' if p.fits else 'short'} · ")
+    least = f"least that holds it: {p.min_gpus}" if p.min_gpus else "no count holds it"
+    table.add_row("verdict", verdict.append(f"{least} (of {', '.join(map(str, p.valid_gpus))})", style="dim"))
+
+    uses = (
+        ("weights", p.weight_bytes, "blue"),
+        ("workspace", p.workspace_bytes, "yellow"),
+        ("KV", p.kv_bytes, "magenta"),
+    )
+    bar, legend, used, scale = Text(), Text(), 0, max(p.usable_bytes, p.usable_bytes - p.headroom_bytes)
+    for name, size, colour in uses:
+        used += size
+        bar.append("█" * (round(60 * used / scale) - len(bar)), style=colour)
+        legend.append(f"{name} {size / gb:,.2f}  ", style=colour)
+    table.add_row("GB a GPU", bar.append("░" * (60 - len(bar)), style="dim"))
+    table.add_row("", legend.append(f"of {p.usable_bytes / gb:,.1f} usable, {p.memory_bytes / gb:,.1f} in all"))
+
+    room = f"room for {p.kv_capacity_tokens:,} tokens, {p.max_requests:,} requests of {p.context:,}"
+    table.add_row("KV cache", f"{p.kv_bytes_per_token / 1024:,.0f} KiB a token · {room}")
+    for name, t in (("decode", p.decode), ("prefill", p.prefill)):
+        parts = f" (memory {t.memory_s * 1e3:,.2f}, compute {t.compute_s * 1e3:,.2f}, links {t.link_s * 1e3:,.2f})"
+        table.add_row(
+            name, Text(f"at best {t.tokens_per_s:,.0f} tokens/s · {t.total_s * 1e3:,.2f} ms").append(parts, "dim")
+        )
+    console.print(table, width=width)
+    for line in p.assumptions:
+        console.print(Text("  " + line, style="dim"), width=width)

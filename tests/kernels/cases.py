@@ -1,0 +1,240 @@
+"""A small valid call of every op, and every way of getting one tensor argument of it wrong."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import grok_kernels
+
+FP8 = torch.float8_e4m3fn
+TIED = ("B_plus_1", "groups", "groups13", "groups2", "2F", "H")  # sizes that one argument has alone, yet are checked
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def randint8(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+
+
+def ints(*values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A valid call: the arguments in the schema's order, and the dimensions of each tensor among them."""
+
+    op: str
+    name: str
+    dims: dict[str, str]
+    build: Callable[[], dict[str, Any]] = field(repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.name}"
+
+    @property
+    def overload(self) -> Any:
+        return getattr(torch.ops.grok, self.op).default
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        return getattr(grok_kernels, self.op)  # type: ignore[no-any-return]
+
+
+CASES: list[Case] = []
+
+
+def case(op: str, name: str = "fp32", **dims: str) -> Callable[[Callable[[], dict[str, Any]]], Any]:
+    def add(build: Callable[[], dict[str, Any]]) -> None:
+        CASES.append(Case(op, name, dims, build))
+
+    return add
+
+
+@case("rms_norm", x="T D", weight="D")
+def _() -> dict[str, Any]:
+    return {"x": randn(5, 48), "weight": randn(48, seed=1), "eps": 1e-5}
+
+
+@case("sandwich_norm", h="T D", delta="T D", post_weight="D", pre_weight="D")
+def _() -> dict[str, Any]:
+    weights = {"post_weight": randn(48, seed=2), "pre_weight": randn(48, seed=3)}
+    return {"h": randn(5, 48), "delta": randn(5, 48, seed=1), **weights, "eps": 1e-5}
+
+
+@case("sandwich_norm", "no_post_weight", h="T D", delta="T D", pre_weight="D")
+def _() -> dict[str, Any]:
+    weights = {"post_weight": None, "pre_weight": randn(48, seed=3)}
+    return {"h": randn(5, 48), "delta": randn(5, 48, seed=1), **weights, "eps": 1e-5}
+
+
+CACHE = {"k_cache": "P G S C", "v_cache": "P G S C"}
+SCALES = {"k_scale": "P G S", "v_scale": "P G S"}
+
+
+def _caches(dtype: torch.dtype) -> dict[str, Any]:
+    return {"k_cache": randn(6, 2, 4, 16, seed=5).to(dtype), "v_cache": randn(6, 2, 4, 16, seed=6).to(dtype)}
+
+
+def _scales(dtype: torch.dtype) -> dict[str, Any]:
+    names = ("k_scale", "v_scale")
+    return {n: randn(6, 2, 4, seed=i).abs() if dtype == FP8 else None for i, n in enumerate(names)}
+
+
+def _rope(dtype: torch.dtype) -> dict[str, Any]:
+    qkv = {"q": randn(5, 4, 16), "k": randn(5, 2, 16, seed=1), "v": randn(5, 2, 16, seed=2)}
+    where = {"positions": ints(0, 1, 2, 7, 0), "slots": ints(9, 4, -1, 23, 0)}
+    table = {"cos_sin": grok_kernels.rope_table(11, 16, 1e4)}
+    return {**qkv, **_caches(dtype), **where, **table, **_scales(dtype)}
+
+
+QKV = {"q": "T H C", "k": "T G C", "v": "T G C", **CACHE, "positions": "T", "slots": "T", "cos_sin": "L C"}
+case("rope_store_kv", **{**QKV, "q": "T free C"})(lambda: _rope(torch.float32))
+case("rope_store_kv", "fp8", **{**QKV, **SCALES, "q": "T free C"})(lambda: _rope(FP8))
+
+
+def _attention(dtype: torch.dtype) -> dict[str, Any]:
+    requests = {"block_table": ints([3, 1], [5, 0]), "query_start": ints(0, 1, 5), "seq_lens": ints(7, 5)}
+    flags = {"max_query_len": 4, "scale": 0.3, "softcap": 5.0, "window": 3, "temperature_len": 4}
+    return {"q": randn(5, 4, 16), **_caches(dtype), **requests, **flags, **_scales(dtype)}
+
+
+ATTENTION = {"q": "T H C", **CACHE, "block_table": "B N", "query_start": "B_plus_1", "seq_lens": "B"}
+case("paged_attention", **ATTENTION)(lambda: _attention(torch.float32))
+case("paged_attention", "fp8", **ATTENTION, **SCALES)(lambda: _attention(FP8))
+
+
+@case("route_topk", x="T D", router="E D")
+def _() -> dict[str, Any]:
+    return {"x": randn(5, 48), "router": randn(6, 48, seed=1), "k": 2, "softcap": 3.0, "renormalize": True}
+
+
+@case("group_tokens", experts="T A")
+def _() -> dict[str, Any]:
+    return {"experts": ints([1, 3], [0, 1], [3, 1]), "num_experts": 5}
+
+
+case("quantize_fp8", x="T D")(lambda: {"x": randn(3, 200), "group_size": 128})
+case("quantize_int8", x="T D")(lambda: {"x": randn(3, 200), "group_size": 128})
+
+
+def _gemm(x: Tensor, x_scale: Tensor | None, weight: Tensor, weight_scale: Tensor | None) -> dict[str, Any]:
+    offsets = ints(0, 2, 2, 5)
+    return {
+        "x": x, "weight": weight, "weight_scale": weight_scale, "offsets": offsets, "x_scale": x_scale,
+        "out_dtype": torch.float32,
+    }  # fmt: skip
+
+
+GEMM = {"x": "M K", "weight": "E N K", "offsets": "B_plus_1"}
+SCALED = {**GEMM, "weight_scale": "E groups N", "x_scale": "M groups13"}
+case("grouped_gemm", **GEMM)(lambda: _gemm(randn(5, 256), None, randn(3, 8, 256, seed=1), None))
+case("grouped_gemm", "int8", **SCALED)(
+    lambda: _gemm(randint8(5, 256), randn(5, 2).abs(), randint8(3, 8, 256, seed=1), randn(3, 4, 8).abs())
+)
+case("grouped_gemm", "fp8", **SCALED)(
+    lambda: _gemm(randn(5, 256).to(FP8), randn(5, 2).abs(), randn(3, 8, 256, seed=1).to(FP8), randn(3, 1, 8).abs())
+)
+
+
+def _moe(w13: Tensor, w13_scale: Tensor | None, w2: Tensor, w2_scale: Tensor | None, fmt: str) -> dict[str, Any]:
+    topk = {"topk_weights": randn(5, 2, seed=1).abs(), "experts": ints([1, 0], [2, 1], [0, 2], [1, 2], [0, 1])}
+    weights = {"w13": w13, "w13_scale": w13_scale, "w2": w2, "w2_scale": w2_scale}
+    return {"x": randn(5, 16), **topk, **weights, "activation": "gelu_tanh", "act_format": fmt}
+
+
+MOE = {"x": "T D", "topk_weights": "T A", "experts": "T A", "w13": "E 2F D", "w2": "E D F"}
+MOE_SCALED = {**MOE, "w13_scale": "E groups13 2F", "w2_scale": "E groups2 D"}
+case("moe", **MOE)(lambda: _moe(randn(3, 24, 16), None, randn(3, 16, 12, seed=2), None, "none"))
+case("moe", "int8", **MOE_SCALED)(
+    lambda: _moe(randint8(3, 24, 16), randn(3, 4, 24).abs(), randint8(3, 16, 12), randn(3, 4, 16).abs(), "int8")
+)
+case("moe", "fp8", **MOE_SCALED)(
+    lambda: _moe(
+        randn(3, 24, 16).to(FP8), randn(3, 1, 24).abs(), randn(3, 16, 12).to(FP8), randn(3, 1, 16).abs(), "fp8"
+    )
+)
+
+
+@case("sample_top_p", logits="B V", temperature="B", top_p="B", uniform="B")
+def _() -> dict[str, Any]:
+    row = {"temperature": torch.tensor([0.0, 0.5, 1.0]), "top_p": torch.tensor([0.5, 0.9, 1.0])}
+    return {"logits": randn(3, 11), **row, "uniform": torch.tensor([0.1, 0.5, 0.9])}
+
+
+def of(*ops: str) -> list[Case]:
+    return [c for c in CASES if c.op in ops]
+
+
+def _strided(x: Tensor) -> Tensor:
+    """The same values, the last dimension not contiguous."""
+    wide = torch.empty(*x.shape[:-1], x.shape[-1] * 2, dtype=x.dtype)
+    wide[..., ::2].copy_(x)
+    return wide[..., ::2]
+
+
+def _longer(x: Tensor, dim: int) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] += 1
+    return torch.zeros(shape, dtype=x.dtype)
+
+
+def _show(x: Tensor) -> str:
+    return str(tuple(x.shape))
+
+
+def _wrong(c: Case) -> Iterator[tuple[str, str, Any, str]]:
+    """What is wrong, the argument, its value, and what the message shows of it."""
+    args = c.build()
+    uses = Counter(symbol for dims in c.dims.values() for symbol in dims.split())
+    for name, dims in c.dims.items():
+        x = args[name]
+        yield "ndim+1", name, x.unsqueeze(0), _show(x.unsqueeze(0))
+        yield "ndim0", name, torch.zeros((), dtype=x.dtype), "()"
+        for dim, symbol in enumerate(dims.split()):
+            if uses[symbol] > 1 or symbol in TIED:
+                longer = _longer(x, dim)
+                yield f"size-{symbol}", name, longer, str(longer.shape[dim])
+        other = torch.int64 if x.dtype == torch.int32 else torch.float16
+        for dtype in (other, torch.float64, torch.bool):
+            yield f"dtype-{dtype}", name, torch.zeros(x.shape, dtype=dtype), str(dtype).removeprefix("torch.")
+        yield "device", name, x.to("meta"), "meta"
+        yield "strides", name, _strided(x), str(tuple(_strided(x).stride()))
+        yield "str", name, "wrong", "str"
+        yield "list", name, [1.0], "list"
+        if name != "post_weight":  # the one tensor that may always be left out
+            yield "None", name, None, "None"
+    scalars = [n for n in args if n not in c.dims and not (n.endswith(("_scale", "_weight")) and args[n] is None)]
+    for name in scalars:
+        yield "type", name, ["wrong"], "list"
+
+
+def refusals(*ops: str) -> list[Any]:
+    """(case, argument, wrong value, what the message must show of it) for every tensor argument of these ops."""
+    return [
+        pytest.param(c, name, value, shown, id=f"{c}-{name}-{what}".replace("torch.", ""))
+        for c in of(*ops)
+        for what, name, value, shown in _wrong(c)
+    ]
+
+
+def assert_refused(c: Case, name: str, value: Any, *shown: str) -> None:
+    """A ValueError with the op, the argument, its value and what was expected; and nothing is written."""
+    args = c.build()
+    kept = {n: a.clone() for n, a in args.items() if isinstance(a, Tensor)}
+    with pytest.raises(ValueError) as caught:
+        c.function(**{**args, name: value})
+    message = str(caught.value)
+    for part in (c.op, name, *shown, "xpected"):
+        assert part in message, f"{part!r} is missing from: {message}"
+    for n, before in kept.items():
+        assert torch.equal(before.view(torch.uint8), args[n].view(torch.uint8)), f"{n} was written"
