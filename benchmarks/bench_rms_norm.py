@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import grok_kernels
 import pytest
 import torch
+
+import grok_kernels
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

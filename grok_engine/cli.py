@@ -71,6 +71,7 @@ def generate(
 ) -> None:
     """Continue a text, printing it as it comes."""
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    resolve_model(model)  # a wrong name is said before standard input is waited for
     request = _prompt(prompt, token_ids)
     began = time.monotonic()
     llm = LLM(model, dtype=dtype, device=device, weights=weights)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -65,9 +65,11 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = (2,)
 
     def __post_init__(self) -> None:
-        if self.attn_scale == 0.0 and self.head_dim > 0:
-            object.__setattr__(self, "attn_scale", self.head_dim**-0.5)  # resolved once, here
-        problems = list(_problems(self))
+        problems = list(_wrong_types(self))
+        if not problems:
+            if self.attn_scale == 0 and self.head_dim > 0:
+                object.__setattr__(self, "attn_scale", self.head_dim**-0.5)  # resolved once, here
+            problems = list(_problems(self))
         if problems:
             raise ConfigError(f"model {self.name!r}: " + "; ".join(problems))
 
@@ -85,7 +87,7 @@ class ModelConfig:
         required = {f.name for f in fields(cls) if f.name in _REQUIRED}
         _check_keys(values, known, required, "model configuration")
         values = dict(values)
-        if "eos_token_ids" in values:
+        if isinstance(values.get("eos_token_ids"), list):  # as JSON has it
             values["eos_token_ids"] = tuple(values["eos_token_ids"])
         return cls(**values)
 
@@ -107,7 +109,7 @@ class ModelConfig:
             raise ConfigError(f"{file} holds a {type(values).__name__}, expected an object")
         try:
             return _from_reference(values, Path(path).name) if "model" in values else cls.from_dict(values)
-        except (TypeError, ValueError) as error:
+        except ConfigError as error:
             raise ConfigError(f"{file}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,15 +141,41 @@ class ModelConfig:
 _REQUIRED = frozenset(("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim"))
 
 
-def _problems(c: ModelConfig) -> Any:
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# By annotation: a JSON file can put anything under any key.
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "int": ("an integer", _is_int),
+    "float": ("a number", _is_number),
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
+    "str": ("text", lambda value: isinstance(value, str)),
+    "Activation": ("text", lambda value: isinstance(value, str)),
+    "int | None": ("an integer or null", lambda value: value is None or _is_int(value)),
+    "tuple[int, ...]": ("a list of integers", lambda value: isinstance(value, tuple) and all(map(_is_int, value))),
+}
+
+
+def _wrong_types(c: ModelConfig) -> Iterator[str]:
+    for field in fields(c):
+        value = getattr(c, field.name)
+        what, fits = _TYPES[str(field.type)]
+        if not fits(value):
+            yield f"{field.name}={value!r} is not {what}"
+
+
+def _problems(c: ModelConfig) -> Iterator[str]:
     for name in [*sorted(_REQUIRED), "max_position"]:
-        value = getattr(c, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if (value := getattr(c, name)) < 1:
             yield f"{name}={value!r} is not a positive integer"
             return
     for name in ("num_experts", "num_experts_per_tok", "d_ff", "dense_d_ff", "sliding_window", "attn_temperature_len"):
-        value = getattr(c, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        if (value := getattr(c, name)) < 0:
             yield f"{name}={value!r} is not an integer of 0 or more"
             return
     for name in ("attn_softcap", "router_softcap", "final_softcap"):
@@ -219,8 +247,14 @@ def _from_reference(values: Mapping[str, Any], name: str) -> ModelConfig:
     if not isinstance(inner, dict):
         raise ConfigError(f"model={inner!r} is not an object")
     _check_keys(inner, _INNER | _INNER_IGNORED, _INNER, "reference configuration, model")
-    if inner.get("vocab_size", values["vocab_size"]) != values["vocab_size"]:
+    if "vocab_size" in inner and inner["vocab_size"] != values["vocab_size"]:
         raise ConfigError(f"model.vocab_size={inner['vocab_size']} differs from vocab_size={values['vocab_size']}")
+    for key in ("emb_size", "num_experts"):
+        if not _is_int(inner[key]) or inner[key] < 0:
+            raise ConfigError(f"model.{key}={inner[key]!r} is not an integer of 0 or more")
+    for key in ("widening_factor", "attn_output_multiplier"):
+        if not (_is_number(inner[key]) and math.isfinite(inner[key]) and inner[key] > 0):
+            raise ConfigError(f"model.{key}={inner[key]!r} is not a finite positive number")
     width = ffn_width(inner["widening_factor"], inner["emb_size"])
     sparse = inner["num_experts"] > 1
     return replace(
@@ -344,7 +378,7 @@ class EngineConfig:
             raise ConfigError(f"dtype={self.dtype!r} is not one of {', '.join(get_args(DType))}")
         if self.weights is not None and self.weights not in get_args(WeightFormat):
             raise ConfigError(f"weights={self.weights!r} is not one of {', '.join(get_args(WeightFormat))}")
-        if self.page_size < 1:
-            raise ConfigError(f"page_size={self.page_size} is not a positive integer")
-        if not 1 <= self.max_model_len <= self.model.max_position:
-            raise ConfigError(f"max_model_len={self.max_model_len} is not in 1..{self.model.max_position}")
+        if not _is_int(self.page_size) or self.page_size < 1:
+            raise ConfigError(f"page_size={self.page_size!r} is not a positive integer")
+        if not _is_int(self.max_model_len) or not 1 <= self.max_model_len <= self.model.max_position:
+            raise ConfigError(f"max_model_len={self.max_model_len!r} is not in 1..{self.model.max_position}")

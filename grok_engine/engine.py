@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from numbers import Integral
 from pathlib import Path
 from typing import Literal, cast
 
@@ -89,13 +90,15 @@ class LLM:
         self,
         model: str | Path = "tiny",
         *,
-        dtype: DType = "bfloat16",
+        dtype: DType | torch.dtype = "bfloat16",
         device: str = "cpu",
         weights: WeightFormat | None = None,
         max_model_len: int | None = None,
         page_size: int = 16,
     ) -> None:
         path = resolve_model(model)
+        if isinstance(dtype, torch.dtype):
+            dtype = cast("DType", str(dtype).removeprefix("torch."))  # EngineConfig refuses the others by name
         self.config = EngineConfig(
             model=ModelConfig.from_pretrained(path),
             dtype=dtype,
@@ -191,9 +194,10 @@ class LLM:
             ends.update(self.config.model.eos_token_ids)
         fed = prompt_ids
         for left in range(room - 1, -1, -1):
-            *_, x_TD = session.feed(fed)
+            for x_TD in session.feed(fed):
+                last_1D = x_TD[-1:]
             with torch.inference_mode():
-                token = sampler(self.model.logits(x_TD[-1:])[0])
+                token = sampler(self.model.logits(last_1D)[0])
             reason: FinishReason | None = "stop" if token in ends else None if left else "length"
             text = ""
             if detokenizer:
@@ -206,9 +210,11 @@ class LLM:
 
 
 def _as_requests(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-        return [cast("Prompt", prompts)]
-    return [cast("Prompt", prompt) for prompt in prompts]
+    """One prompt or several, as a list; arrays and tensors count as the lists they hold."""
+    if isinstance(prompts, str):
+        return [prompts]
+    items = list(prompts.tolist() if hasattr(prompts, "tolist") else prompts)
+    return [items] if items and isinstance(items[0], Integral) else items
 
 
 def _device(name: str) -> torch.device:

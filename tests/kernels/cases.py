@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import grok_kernels
+from tests.kernels import oracle
 
 FP8 = torch.float8_e4m3fn
 TIED = ("B_plus_1", "groups", "groups13", "groups2", "2F", "H")  # sizes that one argument has alone, yet are checked
@@ -238,3 +240,65 @@ def assert_refused(c: Case, name: str, value: Any, *shown: str) -> None:
         assert part in message, f"{part!r} is missing from: {message}"
     for n, before in kept.items():
         assert torch.equal(before.view(torch.uint8), args[n].view(torch.uint8)), f"{n} was written"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Requests over scrambled pages. What no kernel may read is NaN, or a page id out of range."""
+
+    args: dict[str, Any]
+    lengths: list[tuple[int, int]]  # queries, keys
+    keys: list[Tensor]  # (L, G, C) fp64 a request, as the cache holds them
+    values: list[Tensor]
+
+    def expected(self, **flags: Any) -> Any:
+        """Attention of every request by the oracle, (T, H, C)."""
+        parts, start = [], 0
+        for (n, _), k, v in zip(self.lengths, self.keys, self.values, strict=True):
+            q_NHC = oracle.f64(self.args["q"][start : start + n])
+            parts.append(oracle.attend(q_NHC, k.numpy(), v.numpy(), **flags))
+            start += n
+        return np.concatenate(parts)
+
+
+def _fp8_rows(x_LGC: Tensor) -> tuple[Tensor, Tensor]:
+    q, scale = oracle.quantize_fp8(x_LGC.flatten(0, 1).numpy(), 0)
+    bits = torch.from_numpy(q.view(np.uint8)).view(x_LGC.shape)
+    return bits.view(FP8), torch.from_numpy(scale).view(x_LGC.shape[:2])
+
+
+def batch(
+    lengths: list[tuple[int, int]], heads: int = 4, groups: int = 2, c: int = 16, page: int = 4,
+    dtype: torch.dtype = torch.float32, cache_dtype: torch.dtype | None = None, seed: int = 0,
+) -> Batch:  # fmt: skip
+    cache_dtype = cache_dtype or dtype
+    counts = [-(-length // page) for _, length in lengths]
+    total = sum(counts) + 3
+    free = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+    nan = torch.full((total, groups, page, c), float("nan")).to(cache_dtype)
+    caches = {"k": nan, "v": nan.clone()}
+    scales = {name: torch.full((total, groups, page), float("nan")) for name in caches}
+    table = torch.full((len(lengths), max(counts, default=0) + 2), 2**31 - 1, dtype=torch.int32)
+    held: dict[str, list[Tensor]] = {"k": [], "v": []}
+    for b, ((_, length), count) in enumerate(zip(lengths, counts, strict=True)):
+        pages = [free.pop() for _ in range(count)]
+        table[b, :count] = ints(*pages)
+        for i, (name, cache) in enumerate(caches.items()):
+            x = randn(length, groups, c, seed=seed + 10 * b + i + 1)
+            stored, scale = _fp8_rows(x) if cache_dtype == FP8 else (x.to(cache_dtype), torch.ones(length, groups))
+            held[name].append(stored.double() * scale.double().unsqueeze(-1))
+            for j in range(length):
+                cache.view(torch.uint8)[pages[j // page], :, j % page] = stored[j].view(torch.uint8)
+                scales[name][pages[j // page], :, j % page] = scale[j]
+    starts = np.cumsum([0, *(n for n, _ in lengths)]).tolist()
+    args = {
+        "q": randn(starts[-1], heads, c, seed=seed + 5, dtype=dtype) * 2,
+        "k_cache": caches["k"],
+        "v_cache": caches["v"],
+        "block_table": table,
+        "query_start": ints(*starts),
+        "seq_lens": ints(*(length for _, length in lengths)),
+        "max_query_len": max((n for n, _ in lengths), default=0),
+        **{f"{name}_scale": scales[name] if cache_dtype == FP8 else None for name in scales},
+    }
+    return Batch(args, lengths, held["k"], held["v"])

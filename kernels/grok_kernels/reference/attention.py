@@ -81,8 +81,9 @@ def paged_attention(
         k_GLC = _gather(k_cache, k_scale, pages, length)
         v_GLC = _gather(v_cache, v_scale, pages, length)
         first = length - q.shape[0]
-        for block, position in zip(q.split(QUERY_BLOCK), range(first, length, QUERY_BLOCK), strict=True):
-            positions = torch.arange(position, position + block.shape[0], device=q.device)
+        for start in range(0, q.shape[0], QUERY_BLOCK):
+            block = q[start : start + QUERY_BLOCK]
+            positions = torch.arange(first + start, first + start + block.shape[0], device=q.device)
             parts.append(_attend(block, k_GLC, v_GLC, positions, scale, softcap, window, temperature_len))
     return torch.cat(parts).to(q_THC.dtype) if parts else torch.zeros_like(q_THC)
 
