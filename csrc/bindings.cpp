@@ -29,7 +29,7 @@ DType dtype(const char* op, const char* name, const at::Tensor& tensor) {
 void check_tensor(const char* op, const char* name, const at::Tensor& tensor, int64_t dims) {
   check(tensor.device().is_cpu(), op, ": ", name, " is on ", tensor.device(), ", expected cpu");
   check(tensor.dim() == dims, op, ": ", name, " has shape ", tensor.sizes(), ", expected ", dims, " dimensions");
-  check(tensor.size(-1) <= 1 || tensor.stride(-1) == 1, op, ": ", name, " has strides ", tensor.strides(),
+  check(tensor.size(-1) <= 1 || tensor.stride(-1) == 1 || tensor.numel() == 0, op, ": ", name, " has strides ", tensor.strides(),
         ", expected its last dimension contiguous");
 }
 

@@ -1,19 +1,31 @@
 """An inference engine for models of the Grok-1 kind: top-2 of 8 experts, 8-bit weights."""
 
+from .async_llm import AsyncLLM
+from .checkpoint.xai import CheckpointError
 from .config import ConfigError, EngineConfig, ModelConfig
-from .engine import LLM, CompletionOutput, RequestOutput, StreamChunk
-from .sampling import SamplingParams
+from .engine import EngineClosedError, EngineStats, LLMEngine
+from .llm import LLM, StreamChunk
+from .request import CompletionOutput, RequestMetrics, RequestOutput
+from .sampling import RequestOutputKind, SamplingParams, StructuredOutput
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
+    "CheckpointError",
     "CompletionOutput",
     "ConfigError",
+    "EngineClosedError",
     "EngineConfig",
+    "EngineStats",
+    "LLMEngine",
     "ModelConfig",
+    "RequestMetrics",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
     "StreamChunk",
+    "StructuredOutput",
     "__version__",
 ]

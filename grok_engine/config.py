@@ -358,27 +358,55 @@ PRESETS: dict[str, ModelConfig] = _presets()
 
 DType = Literal["bfloat16", "float32"]
 WeightFormat = Literal["int8", "bf16", "fp32"]
+KVDType = Literal["bfloat16", "float32", "fp8_e4m3"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """How a model is run. `weights` None keeps what the checkpoint holds."""
+    """How a model is run.
+
+    weights: None keeps what the checkpoint holds. kv_dtype: of the pages; None is `dtype`. max_num_seqs: sequences that
+    run at once; max_num_batched_tokens: tokens of one step. num_pages or kv_memory (bytes) size the keys and values;
+    with neither, what the device has left on a GPU, and on a CPU 2 GiB, or one request of max_model_len if that is
+    more. seed: of requests that bring none, so that a run can be repeated; None draws fresh ones.
+    """
 
     model: ModelConfig
     dtype: DType = "bfloat16"
     device: str = "cpu"
     weights: WeightFormat | None = None
+    kv_dtype: KVDType | None = None
+    max_model_len: int | None = None  # None resolves to the model's own context
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 1024
     page_size: int = 16
-    max_model_len: int = -1  # -1 resolves to the model's own context
+    num_pages: int | None = None
+    kv_memory: int | None = None
+    enable_prefix_caching: bool = True
+    seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_model_len == -1:
+        if self.max_model_len is None:
             object.__setattr__(self, "max_model_len", self.model.max_position)
-        if self.dtype not in get_args(DType):
-            raise ConfigError(f"dtype={self.dtype!r} is not one of {', '.join(get_args(DType))}")
-        if self.weights is not None and self.weights not in get_args(WeightFormat):
-            raise ConfigError(f"weights={self.weights!r} is not one of {', '.join(get_args(WeightFormat))}")
-        if not _is_int(self.page_size) or self.page_size < 1:
-            raise ConfigError(f"page_size={self.page_size!r} is not a positive integer")
-        if not _is_int(self.max_model_len) or not 1 <= self.max_model_len <= self.model.max_position:
+        if self.kv_dtype is None:
+            object.__setattr__(self, "kv_dtype", self.dtype)
+        for name, allowed in (("dtype", DType), ("weights", WeightFormat), ("kv_dtype", KVDType)):
+            value = getattr(self, name)
+            if value not in get_args(allowed) and not (name == "weights" and value is None):
+                raise ConfigError(f"{name}={value!r} is not one of {', '.join(get_args(allowed))}")
+        for name in ("max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages", "kv_memory"):
+            value = getattr(self, name)
+            if not (_is_int(value) and value >= 1) and not (name in ("num_pages", "kv_memory") and value is None):
+                raise ConfigError(f"{name}={value!r} is not a positive integer")
+        if not _is_int(self.max_model_len) or not 1 <= self.max_len <= self.model.max_position:
             raise ConfigError(f"max_model_len={self.max_model_len!r} is not in 1..{self.model.max_position}")
+        if self.num_pages is not None and self.kv_memory is not None:
+            raise ConfigError(f"num_pages={self.num_pages} and kv_memory={self.kv_memory}: expected one of them")
+        if self.seed is not None and not (_is_int(self.seed) and 0 <= self.seed < 2**63):
+            raise ConfigError(f"seed={self.seed!r} is not in 0..2**63 - 1")
+
+    @property
+    def max_len(self) -> int:
+        """`max_model_len`, resolved."""
+        assert self.max_model_len is not None
+        return self.max_model_len

@@ -1,70 +1,41 @@
-"""LLM: a model loaded from a folder, its logits, and text from it. One request at a time."""
+"""LLMEngine: many requests at once, a step at a time, in one process and on the caller's thread."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from importlib.resources import files
+from itertools import count
 from numbers import Integral
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
+from .cache.allocator import PageAllocator
 from .checkpoint.xai import XaiCheckpoint
-from .config import ConfigError, DType, EngineConfig, ModelConfig, WeightFormat
-from .loader import load_weights
+from .config import ConfigError, DType, EngineConfig, ModelConfig
+from .loader import Progress, load_weights
 from .models.decoder import Decoder
-from .runner import PREFILL_CHUNK, Session
-from .sampling import Sampler, SamplingParams
-from .tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer
+from .output import FinishReason, SequenceOutput, check_tokenizer
+from .request import CompletionOutput, RequestMetrics, RequestOutput, TopLogprobs
+from .runner import Runner, Work
+from .sampler import Sampled, SequenceSampler, bad_word_tokens, prompt_logprobs, sample
+from .sampling import RequestOutputKind, SamplingParams, fresh_seed
+from .scheduler import Entry, Schedule, Scheduler, SchedulerStats
+from .scheduler import Sequence as Tokens
+from .structured import StructuredCompiler
+from .tokenizer import Tokenizer, load_tokenizer
 
 Prompt = str | Sequence[int]
-FinishReason = Literal["stop", "length"]
 _DTYPES: dict[DType, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-@dataclass(frozen=True, slots=True)
-class StreamChunk:
-    """One new token, the text that became final with it, and, on the last one, why generation ended."""
-
-    token_id: int
-    text: str
-    finish_reason: FinishReason | None
-
-
-@dataclass(frozen=True, slots=True)
-class Metrics:
-    """Seconds on a monotonic clock: arrival of the request, its first token, its last."""
-
-    arrival: float
-    first_token: float
-    finished: float
-
-
-@dataclass(frozen=True, slots=True)
-class CompletionOutput:
-    """What was generated. `text` is empty where the model has no tokenizer; an end token is in `token_ids` only."""
-
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-
-
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """A finished request."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    metrics: Metrics
-    finished: bool = True
+class EngineClosedError(RuntimeError):
+    """The engine was closed, by its user or by a step that failed; the cause is chained."""
 
 
 def resolve_model(model: str | Path) -> Path:
@@ -77,46 +48,98 @@ def resolve_model(model: str | Path) -> Path:
     return path
 
 
-class LLM:
-    """A decoder loaded from `model`: `tiny`, or a folder that holds a release's `ckpt-0`.
+@dataclass(slots=True, eq=False)
+class _Answer:
+    """One of a request's n sequences."""
 
-    dtype: of the computation, bfloat16 or float32. weights: None keeps what the checkpoint holds (the release's int8,
-    bit for bit), bf16 or fp32 dequantise while loading. max_model_len: tokens of a request in all, by default the
-    model's own. Loading shows a progress bar on a terminal. Bad values raise ConfigError, a ValueError; a folder that
-    does not hold the model raises CheckpointError with everything that is wrong in it.
+    index: int
+    tokens: Tokens
+    sampler: SequenceSampler
+    output: SequenceOutput
+    logprobs: list[TopLogprobs] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    error: str | None = None
+    shown: tuple[int, int] = (0, 0)  # characters and tokens that DELTA outputs have shown
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    request_id: str
+    prompt: str | None
+    prompt_ids: list[int]
+    params: SamplingParams
+    arrival: float
+    answers: list[_Answer]
+    make_answer: Callable[[int, Tokens], _Answer]
+    first_token: float | None = None
+    finished: float | None = None
+    prompt_logprobs: list[TopLogprobs | None] | None = None
+
+    @property
+    def done(self) -> bool:
+        return len(self.answers) == self.params.n and all(a.output.finish_reason for a in self.answers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Now: requests, sequences and pages. Since the start: steps, tokens, and seconds by part of a step."""
+
+    requests: int
+    scheduler: SchedulerStats
+    kv_bytes: int
+    steps: int
+    prompt_tokens: int  # computed, those of preempted sequences again
+    generated_tokens: int
+    seconds: dict[str, float]
+
+
+class LLMEngine:
+    """A decoder loaded from `model`: `tiny`, or a folder that holds a release's `ckpt-0`; and the requests it serves.
+
+    `options` are the fields of `EngineConfig`. Nothing runs but inside `step`; nothing is shared between two engines.
+    A request's tokens are the same, bit for bit, whatever else runs. `progress` is called while loading, with the bytes
+    done and the bytes in all. Bad values raise ConfigError, a ValueError; a folder that does not hold the model raises
+    CheckpointError with everything that is wrong in it.
     """
 
-    def __init__(
-        self,
-        model: str | Path = "tiny",
-        *,
-        dtype: DType | torch.dtype = "bfloat16",
-        device: str = "cpu",
-        weights: WeightFormat | None = None,
-        max_model_len: int | None = None,
-        page_size: int = 16,
-    ) -> None:
+    def __init__(self, model: str | Path = "tiny", *, progress: Progress | None = None, **options: Any) -> None:
         path = resolve_model(model)
-        if isinstance(dtype, torch.dtype):
-            dtype = cast("DType", str(dtype).removeprefix("torch."))  # EngineConfig refuses the others by name
-        self.config = EngineConfig(
-            model=ModelConfig.from_pretrained(path),
-            dtype=dtype,
-            device=device,
-            weights=weights,
-            max_model_len=-1 if max_model_len is None else max_model_len,
-            page_size=page_size,
-        )
+        known = [f.name for f in fields(EngineConfig) if f.name != "model"]
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"unknown option {name!r}: expected one of {', '.join(known)}")
+        if isinstance(options.get("dtype"), torch.dtype):
+            options["dtype"] = str(options["dtype"]).removeprefix("torch.")
+        self.config = EngineConfig(model=ModelConfig.from_pretrained(path), **options)
         self.tokenizer: Tokenizer | None = load_tokenizer(path)
-        checkpoint = XaiCheckpoint(path, self.config.model)
-        self.model = Decoder(self.config.model, _DTYPES[dtype], _device(device), self.config.max_model_len)
-        columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        console = Console(stderr=True)
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("", total=checkpoint.total_bytes)
-            load_weights(
-                self.model, checkpoint, weights=weights, progress=lambda done, total: bar.update(task, completed=done)
+        if self.tokenizer and self.tokenizer.vocab_size > self.config.model.vocab_size:
+            raise ConfigError(
+                f"{path}: the tokenizer has {self.tokenizer.vocab_size} tokens, "
+                f"more than the model's vocab_size={self.config.model.vocab_size}"
             )
+        device = _device(self.config.device)
+        checkpoint = XaiCheckpoint(path, self.config.model)
+        self.model = Decoder(self.config.model, _DTYPES[self.config.dtype], device, self.config.max_len)
+        load_weights(self.model, checkpoint, weights=self.config.weights, progress=progress)
+        self.runner = Runner(self.model, self.config)
+        c = self.config
+        self.allocator = PageAllocator(self.runner.num_pages, c.page_size, c.enable_prefix_caching)
+        self.scheduler = Scheduler(
+            self.allocator,
+            max_num_seqs=c.max_num_seqs,
+            max_num_batched_tokens=max(c.max_num_batched_tokens, c.max_num_seqs),
+            max_model_len=c.max_len,
+        )
+        self._requests: dict[str, _Request] = {}
+        self._by_tokens: dict[int, tuple[_Request, _Answer]] = {}
+        self._ready: list[RequestOutput] = []  # of aborts, for the next step to return
+        self._serial = count()
+        self._seq_ids = count()
+        self._closed: BaseException | None = None
+        self._steps = self._prompt_tokens = self._generated = 0
+        self._seconds = dict.fromkeys(("schedule", "forward", "sample", "output"), 0.0)
+
+    # Requests
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, checked: text needs a tokenizer, ids must be in the vocabulary, and it must fit."""
@@ -125,103 +148,335 @@ class LLM:
                 raise ValueError(f"prompt {prompt[:40]!r} is text, but the model has no tokenizer: give token ids")
             token_ids = self.tokenizer.encode(prompt)
         else:
-            token_ids = [int(t) for t in prompt]
+            token_ids = list(_as_list(prompt))
         if not token_ids:
             raise ValueError(f"prompt {prompt!r} is empty: expected at least one token")
-        vocab, longest = self.config.model.vocab_size, self.config.max_model_len
+        vocab, longest = self.config.model.vocab_size, self.config.max_len
         for t in token_ids:
-            if not 0 <= t < vocab:
-                raise ValueError(f"token id {t} is not in the vocabulary: expected 0..{vocab - 1}")
+            if not isinstance(t, Integral) or isinstance(t, bool) or not 0 <= t < vocab:
+                raise ValueError(f"token id {t!r} is not in the vocabulary: expected an integer in 0..{vocab - 1}")
         if len(token_ids) > longest:
             raise ValueError(f"prompt has {len(token_ids)} tokens, expected at most max_model_len={longest}")
-        return token_ids
+        return [int(t) for t in token_ids]
 
-    @torch.inference_mode()
-    def logits(self, token_ids: Sequence[int], *, chunk: int = PREFILL_CHUNK) -> Tensor:
-        """logits_TV in fp32 after each of the tokens. `chunk` tokens go through the model at once."""
-        if chunk < 1:
-            raise ValueError(f"chunk={chunk} is not a positive integer")
-        ids = self.encode(token_ids)
-        session = Session(self.model, len(ids), self.config.page_size)
-        return torch.cat([self.model.logits(x_TD) for x_TD in session.feed(ids, chunk)])
+    def add_request(
+        self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0
+    ) -> None:
+        """Queue a request; a lower priority number is more urgent. ValueError where it is wrong or can never fit.
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamChunk]:
-        """Generate token by token. The prompt is checked at the call, not at the first token."""
-        return self._stream(self._prompt(prompt), params or SamplingParams())
+        Generation ends with finish_reason "length" at max_tokens or where max_model_len is reached.
+        """
+        self._check_open()
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params={params!r} is not a SamplingParams")
+        if not isinstance(request_id, str) or request_id in self._requests:
+            raise ValueError(f"request_id={request_id!r}: expected text that no unfinished request has")
+        prompt_ids = self.encode(prompt)
+        room = self.config.max_len - len(prompt_ids)
+        if room < 1:
+            raise ValueError(f"prompt has {len(prompt_ids)} tokens, all of max_model_len: no room for a new one")
+        params.check_vocabulary(self.config.model.vocab_size)
+        serial = next(self._serial)
+        seed = fresh_seed(params) if params.seed is not None or self.config.seed is None else self.config.seed + serial
+        make_answer = self._answers(params, prompt_ids, seed % 2**63)
+        tokens = Tokens(next(self._seq_ids), prompt_ids, min(params.max_tokens, room), priority)
+        tokens.use_cache = params.prompt_logprobs is None  # whose logits all have to be computed
+        answer = make_answer(0, tokens)
+        self.scheduler.add(tokens)
+        request = _Request(
+            request_id,
+            prompt if isinstance(prompt, str) else None,
+            prompt_ids,
+            params,
+            time.monotonic(),
+            [answer],
+            make_answer,
+            prompt_logprobs=None if params.prompt_logprobs is None else [None] * len(prompt_ids),
+        )
+        self._requests[request_id] = request
+        self._by_tokens[tokens.seq_id] = (request, answer)
 
-    def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> list[RequestOutput]:
-        """Finish every prompt, text or token ids, one after the other. Nothing runs unless all of them are valid."""
-        requests = _as_requests(prompts)
-        if isinstance(sampling_params, Sequence):
-            params = list(sampling_params)
-            if len(params) != len(requests):
-                raise ValueError(f"{len(params)} sampling_params for {len(requests)} prompts: expected as many, or one")
-        else:
-            params = [sampling_params or SamplingParams()] * len(requests)
-        checked = [self._prompt(prompt) for prompt in requests]
-        return [self._finish(i, *request) for i, request in enumerate(zip(requests, checked, params, strict=True))]
+    def _answers(self, params: SamplingParams, prompt_ids: list[int], seed: int) -> Callable[[int, Tokens], _Answer]:
+        """What makes each of a request's answers. Everything that can be wrong in the parameters is found here."""
+        tokenizer, eos = self.tokenizer, self.config.model.eos_token_ids
+        check_tokenizer(params, tokenizer)
+        words = bad_word_tokens(params.bad_words, tokenizer.encode) if tokenizer else []
+        room = self.config.max_len - len(prompt_ids)
+        if params.structured is not None:  # the text goes on after the prompt's, so it does not start one
+            self._compiler.matcher(params.structured, at_start=False)
 
-    def _prompt(self, prompt: Prompt) -> list[int]:
-        token_ids = self.encode(prompt)
-        if len(token_ids) == self.config.max_model_len:
-            raise ValueError(f"prompt has {len(token_ids)} tokens, all of max_model_len: no room for a new one")
-        return token_ids
+        def make(index: int, tokens: Tokens) -> _Answer:
+            matcher = self._compiler.matcher(params.structured, at_start=False) if params.structured else None
+            sampler = SequenceSampler(
+                params, seed=seed, index=index, prompt=prompt_ids, eos_token_ids=eos, bad_words=words, matcher=matcher
+            )
+            output = SequenceOutput(params, tokenizer, eos_token_ids=eos, context=prompt_ids, max_tokens=room)
+            return _Answer(index, tokens, sampler, output)
 
-    def _finish(self, index: int, prompt: Prompt, prompt_ids: list[int], params: SamplingParams) -> RequestOutput:
-        arrival = first = time.monotonic()
-        chunks: list[StreamChunk] = []
-        for chunk in self._stream(prompt_ids, params):
-            if not chunks:
-                first = time.monotonic()
-            chunks.append(chunk)
-        reason = chunks[-1].finish_reason
-        assert reason is not None
-        output = CompletionOutput("".join(c.text for c in chunks), [c.token_id for c in chunks], reason)
-        metrics = Metrics(arrival, first, time.monotonic())
-        return RequestOutput(str(index), prompt if isinstance(prompt, str) else None, prompt_ids, [output], metrics)
+        return make
 
-    def _stream(self, prompt_ids: list[int], params: SamplingParams) -> Iterator[StreamChunk]:
-        room = min(params.max_tokens, self.config.max_model_len - len(prompt_ids))
-        session = Session(self.model, len(prompt_ids) + room, self.config.page_size)
-        sampler = Sampler(params)
-        detokenizer = IncrementalDetokenizer(self.tokenizer) if self.tokenizer else None
-        ends = set(params.stop_token_ids)
-        if not params.ignore_eos:
-            ends.update(self.config.model.eos_token_ids)
-        fed = prompt_ids
-        for left in range(room - 1, -1, -1):
-            for x_TD in session.feed(fed):
-                last_1D = x_TD[-1:]
+    @cached_property
+    def _compiler(self) -> StructuredCompiler:
+        assert self.tokenizer is not None
+        return StructuredCompiler(self.tokenizer, self.config.model.vocab_size, self.config.model.eos_token_ids)
+
+    def abort_request(self, request_ids: str | Iterable[str]) -> None:
+        """End requests, at any time; their pages are free at once. The next step returns what they had, with
+        finish_reason "abort". Unknown and finished ones are passed over."""
+        for request_id in [request_ids] if isinstance(request_ids, str) else list(request_ids):
+            request = self._requests.get(request_id)
+            if request is not None:
+                for answer in request.answers:
+                    self._finish(answer, "abort")
+                self._ready += self._outputs([request], time.monotonic(), aborted=True)
+
+    def discard_request(self, request_ids: str | Iterable[str]) -> None:
+        """`abort_request` by one who does not want the outputs."""
+        ids = {request_ids} if isinstance(request_ids, str) else set(request_ids)
+        self.abort_request(ids)
+        self._ready = [output for output in self._ready if output.request_id not in ids]
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has anything to do or to return."""
+        return bool(self._requests or self._ready)
+
+    # Steps
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one batch of tokens; the outputs of every request that has something new to show.
+
+        An exception other than a request's own (which ends that request with finish_reason "error") closes the engine.
+        """
+        self._check_open()
+        ready, self._ready = self._ready, []
+        began = time.perf_counter()
+        schedule = self.scheduler.schedule()
+        if not schedule.entries:
+            return ready
+        try:
+            return ready + self._step(schedule, began)
+        except BaseException as error:
+            self._close(error)
+            raise
+
+    def _step(self, schedule: Schedule, began: float) -> list[RequestOutput]:
+        entries = schedule.entries
+        self.runner.copy(schedule.copies)
+        work = [Work(e.seq.tokens(e.start, e.start + e.count), e.start, e.seq.pages) for e in entries]
+        scheduled = time.perf_counter()
+        x_TD = self.runner.run(work)
+        rows, row = [], -1
+        for entry in entries:
+            row += entry.count
+            rows.append(row)
+        self._take_prompt_logprobs(entries, rows, x_TD)
+        sampling = [i for i, entry in enumerate(entries) if entry.samples]
+        logits_BV = self.runner.logits(x_TD[[rows[i] for i in sampling]]) if sampling else None
+        computed = time.perf_counter()
+
+        self.scheduler.commit(schedule)
+        answers: list[_Answer] = []
+        sources: list[int] = []
+        for source, i in enumerate(sampling):
+            forked = self._with_siblings(entries[i].seq)
+            answers += forked
+            sources += [source] * len(forked)
+        sampled: list[Sampled] = []
+        if logits_BV is not None:
+            if len(sources) > len(sampling):
+                logits_BV = logits_BV[sources]
             with torch.inference_mode():
-                token = sampler(self.model.logits(last_1D)[0])
-            reason: FinishReason | None = "stop" if token in ends else None if left else "length"
-            text = ""
-            if detokenizer:
-                text = detokenizer.push(token) if token not in ends else ""
-                text += detokenizer.finish() if reason else ""
-            yield StreamChunk(token, text, reason)
-            if reason:
-                return
-            fed = [token]
+                sampled = sample([a.sampler for a in answers], logits_BV)
+        chosen = time.perf_counter()
+
+        now = time.monotonic()
+        changed: dict[str, _Request] = {}
+        for answer, result in zip(answers, sampled, strict=True):
+            request = self._by_tokens[answer.tokens.seq_id][0]
+            if request.first_token is None:
+                request.first_token = now
+            self._accept(answer, result)
+            changed[request.request_id] = request
+        outputs = self._outputs(changed.values(), now)
+        ended = time.perf_counter()
+        self._steps += 1
+        self._generated += len(sampled)
+        self._prompt_tokens += len(x_TD) - len(sampling)
+        times = (began, scheduled, computed, chosen, ended)
+        for part, start, stop in zip(self._seconds, times, times[1:], strict=False):
+            self._seconds[part] += stop - start
+        return outputs
+
+    def _with_siblings(self, tokens: Tokens) -> list[_Answer]:
+        """The answer that these tokens are of and, once their prompt is computed, its n − 1 others."""
+        request, answer = self._by_tokens[tokens.seq_id]
+        if len(request.answers) == request.params.n:
+            return [answer]
+        ids = [next(self._seq_ids) for _ in range(request.params.n - 1)]
+        for child in self.scheduler.fork(tokens, ids):
+            sibling = request.make_answer(len(request.answers), child)
+            request.answers.append(sibling)
+            self._by_tokens[child.seq_id] = (request, sibling)
+        return list(request.answers)
+
+    def _accept(self, answer: _Answer, result: Sampled) -> None:
+        """One more token, or an error, of one answer."""
+        if result.error is not None:
+            answer.error = result.error
+            self._finish(answer, "error")
+            return
+        tokens = answer.tokens
+        tokens.output_ids.append(result.token)
+        if result.logprob is not None:
+            answer.logprobs.append(_as_dict(result.token, result.logprob, result.top_logprobs or []))
+            answer.cumulative_logprob += result.logprob
+        if answer.output.push(result.token).finish_reason:
+            self._drop(answer)
+
+    def _finish(self, answer: _Answer, reason: FinishReason) -> None:
+        if answer.output.finish_reason is None:
+            answer.output.finish(reason)
+            self._drop(answer)
+
+    def _drop(self, answer: _Answer) -> None:
+        self.scheduler.finish(answer.tokens)
+        del self._by_tokens[answer.tokens.seq_id]
+
+    def _take_prompt_logprobs(self, entries: Sequence[Entry], rows: Sequence[int], x_TD: Tensor) -> None:
+        for entry, last in zip(entries, rows, strict=True):
+            request, _ = self._by_tokens[entry.seq.seq_id]
+            into = request.prompt_logprobs
+            if into is None or request.params.prompt_logprobs is None:
+                continue
+            targets = request.prompt_ids[entry.start + 1 : entry.start + entry.count + 1]  # the row t foretells t + 1
+            if not targets or into[entry.start + 1] is not None:
+                continue
+            first = last - entry.count + 1
+            step = 64  # bounds the logits held at once
+            for at in range(0, len(targets), step):
+                part = targets[at : at + step]
+                logits_TV = self.runner.logits(x_TD[first + at : first + at + len(part)])
+                for i, found in enumerate(prompt_logprobs(logits_TV, part, request.params.prompt_logprobs)):
+                    into[entry.start + 1 + at + i] = _as_dict(part[i], found.logprob, found.top)
+
+    # Outputs
+
+    def _outputs(self, requests: Iterable[_Request], now: float, *, aborted: bool = False) -> list[RequestOutput]:
+        outputs = []
+        for request in requests:
+            if aborted or request.done:
+                request.finished = now
+                del self._requests[request.request_id]
+            if request.finished or request.params.output_kind is not RequestOutputKind.FINAL_ONLY:
+                outputs.append(self._output(request))
+        return outputs
+
+    def _output(self, request: _Request) -> RequestOutput:
+        delta = request.params.output_kind is RequestOutputKind.DELTA
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=request.prompt_ids,
+            outputs=[_completion(answer, delta) for answer in request.answers],
+            finished=request.finished is not None,
+            metrics=RequestMetrics(request.arrival, request.first_token, request.finished),
+            cached_tokens=request.answers[0].tokens.cached_tokens,
+            prompt_logprobs=request.prompt_logprobs,
+        )
+
+    # The rest
+
+    def logits(self, token_ids: Prompt, *, chunk: int | None = None) -> Tensor:
+        """logits_TV in fp32 after each token. `chunk` of them go through the model at once; no result depends on it."""
+        self._check_open()
+        chunk = self.config.max_num_batched_tokens if chunk is None else chunk
+        if not isinstance(chunk, Integral) or chunk < 1:
+            raise ValueError(f"chunk={chunk!r} is not a positive integer")
+        ids = self.encode(token_ids)
+        need = self.allocator.pages_for(len(ids))
+        pages = self.allocator.allocate(need)
+        if pages is None:
+            raise ValueError(f"{len(ids)} tokens need {need} pages, {self.allocator.available} are free")
+        try:
+            parts = [
+                self.runner.logits(self.runner.run([Work(ids[at : at + chunk], at, pages)]))
+                for at in range(0, len(ids), chunk)
+            ]
+        finally:
+            self.allocator.release(pages)
+        return torch.cat(parts)
+
+    def stats(self) -> EngineStats:
+        """Counts now and since the start."""
+        return EngineStats(
+            requests=len(self._requests),
+            scheduler=self.scheduler.stats(),
+            kv_bytes=self.runner.num_pages * self.runner.page_bytes,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated,
+            seconds=dict(self._seconds),
+        )
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called, or a step failed."""
+        return self._closed is not None
+
+    def close(self) -> None:
+        """Drop every request and free weights and pages. Later calls raise EngineClosedError; a second close is no
+        error."""
+        self._close(None)
+
+    def _close(self, cause: BaseException | None) -> None:
+        if self._closed is None:
+            self._closed = EngineClosedError("the engine is closed")
+            self._closed.__cause__ = cause
+            self._requests.clear()
+            self._by_tokens.clear()
+            self._ready.clear()
+            del self.model, self.runner, self.scheduler, self.allocator
+
+    def _check_open(self) -> None:
+        if self._closed is not None:
+            raise EngineClosedError(str(self._closed)) from self._closed.__cause__
 
 
-def _as_requests(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several, as a list; arrays and tensors count as the lists they hold."""
-    if isinstance(prompts, str):
-        return [prompts]
-    items = list(prompts.tolist() if hasattr(prompts, "tolist") else prompts)
-    return [items] if items and isinstance(items[0], Integral) else items
+def _completion(answer: _Answer, delta: bool) -> CompletionOutput:
+    text, ids = answer.output.text, answer.tokens.output_ids
+    text_from, tokens_from = answer.shown if delta else (0, 0)
+    answer.shown = (len(text), len(ids))
+    asked = answer.sampler.params.logprobs is not None
+    return CompletionOutput(
+        index=answer.index,
+        text=text[text_from:],
+        token_ids=ids[tokens_from:],
+        finish_reason=answer.output.finish_reason,
+        logprobs=answer.logprobs[tokens_from:] if asked else None,
+        cumulative_logprob=answer.cumulative_logprob if asked else None,
+        stop_reason=answer.output.stop_reason,
+        error=answer.error,
+    )
+
+
+def _as_dict(token: int, logprob: float, top: Sequence[tuple[int, float]]) -> TopLogprobs:
+    return {token: logprob, **dict(top)}
+
+
+def _as_list(prompt: Any) -> Sequence[Any]:
+    """Arrays and tensors count as the lists they hold."""
+    values = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if not isinstance(values, Sequence):
+        raise ValueError(f"prompt {prompt!r} is neither text nor a list of token ids")
+    return values
 
 
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device={name!r} cannot be used: {reason}") from None
     return device

@@ -110,13 +110,15 @@ def export_weights(
     """Every tensor of a float `model` as the release has it: its name, and the (in, out) array with its scales.
 
     quantized: int8, with `groups` of scales along the input of attention's output and the experts' down projections,
-    as in the release; otherwise bf16. Norms, router and embedding stay fp32.
+    as in the release; otherwise bf16. Norms, router and embedding stay fp32. ValueError for a model held in 8 bits.
     """
     for module in model.modules():
         if isinstance(module, Table):
             table = module.weight.detach().float()
             yield module.name, ((table.t() if module.transposed else table).contiguous().numpy(), None)
         elif isinstance(module, Weight):
+            if module.scale is not None:
+                raise ValueError(f"{module.parts[0].name} is {module.weight.dtype} with scales, expected a float model")
             for part in module.parts:
                 matrices = (
                     module.weight.detach()[:, part.start : part.stop].transpose(1, 2).float().contiguous().numpy()

@@ -1,49 +1,115 @@
-"""Runs the decoder over one request's tokens, in pages of its own."""
+"""A scheduled batch → tensors → model → rows of hidden states, in pages that it owns."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .batch import Batch
-from .cache.paged import allocate_pages
+from .cache.paged import allocate_pages, copy_pages, page_bytes
+from .config import ConfigError, EngineConfig
 from .models.decoder import Decoder
 
-PREFILL_CHUNK = 1024  # bounds the activations of a long prompt
+KV_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "fp8_e4m3": torch.float8_e4m3fn}
+CPU_KV_BYTES = 2 << 30
+GPU_SHARE = 0.9  # of the device, for everything; the rest is the driver's, the allocator's slack and others'
 
 
-class Session:
-    """The pages of one request of at most `capacity` tokens, and how far they are filled."""
+class Work:
+    """The tokens of one sequence that a step computes: positions start.. of it, in its pages."""
 
-    def __init__(self, model: Decoder, capacity: int, page_size: int) -> None:
-        self.model, self.device = model, model.cos_sin.device
-        pages = -(-capacity // page_size)
-        self.capacity = pages * page_size
-        self.cache = allocate_pages(model.config, pages, page_size, model.dtype, self.device)
-        self.block_table = torch.arange(pages, dtype=torch.int32, device=self.device)[None]
-        self.length = 0
+    __slots__ = ("pages", "start", "token_ids")
 
-    def feed(self, token_ids: Sequence[int], chunk: int = PREFILL_CHUNK) -> Iterator[Tensor]:
-        """x_TD of each chunk of the tokens in turn; their keys and values are kept."""
-        for first in range(0, len(token_ids), chunk):
-            yield self._step(token_ids[first : first + chunk])
+    def __init__(self, token_ids: Sequence[int], start: int, pages: Sequence[int]) -> None:
+        self.token_ids, self.start, self.pages = token_ids, start, pages
+
+
+class Runner:
+    """Holds the model and its pages."""
+
+    def __init__(self, model: Decoder, config: EngineConfig) -> None:
+        self.model, self.config = model, config
+        self.device = model.cos_sin.device
+        dtype = KV_DTYPES[str(config.kv_dtype)]
+        self.page_bytes = page_bytes(config.model, config.page_size, dtype)
+        self.num_pages = self._num_pages(dtype)
+        self.cache = allocate_pages(config.model, self.num_pages, config.page_size, dtype, self.device)
+
+    def _num_pages(self, dtype: torch.dtype) -> int:
+        c = self.config
+        longest = -(-c.max_len // c.page_size)
+        if c.num_pages is not None:
+            return c.num_pages
+        budget = c.kv_memory
+        if budget is None:
+            budget = self._left_on_device() if self.device.type == "cuda" else CPU_KV_BYTES
+            if self.device.type != "cuda":
+                budget = max(budget, longest * self.page_bytes)
+        pages = budget // self.page_bytes
+        if pages < 1:
+            raise ConfigError(f"kv_memory: {budget} bytes hold no page, expected {self.page_bytes} or more for one")
+        # more than every sequence could fill at once would lie idle
+        return min(pages, c.max_num_seqs * (longest + 1))
+
+    def _left_on_device(self) -> int:
+        """Bytes left once the largest step has run: weights, activations and logits at their peak."""
+        c = self.config
+        torch.cuda.reset_peak_memory_stats(self.device)
+        tokens = min(c.max_num_batched_tokens, c.max_len)
+        pages = -(-tokens // c.page_size)
+        self.cache = allocate_pages(c.model, pages, c.page_size, KV_DTYPES[str(c.kv_dtype)], self.device)
+        x_TD = self.run([Work([0] * tokens, 0, range(pages))])
+        self.logits(x_TD[: c.max_num_seqs])
+        free, total = torch.cuda.mem_get_info(self.device)
+        used = total - free - torch.cuda.memory_reserved(self.device) + torch.cuda.max_memory_allocated(self.device)
+        self.cache = []
+        torch.cuda.empty_cache()
+        return int(total * GPU_SHARE) - used
+
+    def copy(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Make the page copies that forks asked for."""
+        if copies:
+            copy_pages(self.cache, copies)
 
     @torch.inference_mode()
-    def _step(self, token_ids: Sequence[int]) -> Tensor:
-        start, stop = self.length, self.length + len(token_ids)
-        assert stop <= self.capacity, (stop, self.capacity)
-        places = torch.arange(start, stop, dtype=torch.int32, device=self.device)
-        batch = Batch(
-            tokens_T=torch.tensor(token_ids, dtype=torch.int64, device=self.device),
-            positions_T=places,
-            slots_T=places,
-            block_table_BN=self.block_table,
-            query_start=torch.tensor([0, stop - start], dtype=torch.int32, device=self.device),
-            seq_lens_B=torch.tensor([stop], dtype=torch.int32, device=self.device),
-            max_query_len=stop - start,
-        )
-        self.length = stop
-        x_TD: Tensor = self.model(batch, self.cache)
+    def run(self, work: Sequence[Work]) -> Tensor:
+        """x_TD of all the tokens, one sequence after the other. Their keys and values are in their pages after."""
+        x_TD: Tensor = self.model(self._batch(work), self.cache)
         return x_TD
+
+    @torch.inference_mode()
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """logits_TV in fp32 of rows that `run` gave."""
+        return self.model.logits(x_TD)
+
+    def _batch(self, work: Sequence[Work]) -> Batch:
+        page_size = self.config.page_size
+        counts = [len(w.token_ids) for w in work]
+        starts = np.fromiter((w.start for w in work), np.int32, len(work))
+        query_start = np.zeros(len(work) + 1, np.int32)
+        np.cumsum(counts, out=query_start[1:])
+        total = int(query_start[-1])
+        tokens = np.empty(total, np.int64)
+        table = np.zeros((len(work), max(len(w.pages) for w in work)), np.int32)
+        for i, w in enumerate(work):
+            tokens[query_start[i] : query_start[i + 1]] = w.token_ids
+            table[i, : len(w.pages)] = w.pages
+        row = np.repeat(np.arange(len(work)), counts)
+        positions = starts[row] + (np.arange(total, dtype=np.int32) - query_start[:-1][row])
+        slots = table[row, positions // page_size] * page_size + positions % page_size
+        to = self._to_device
+        return Batch(
+            tokens_T=to(tokens),
+            positions_T=to(positions),
+            slots_T=to(slots),
+            block_table_BN=to(table),
+            query_start=to(query_start),
+            seq_lens_B=to(starts + np.asarray(counts, np.int32)),
+            max_query_len=max(counts),
+        )
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)

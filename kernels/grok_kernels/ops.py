@@ -222,7 +222,9 @@ def paged_attention(
     q (T, H, C) fp32 or bf16; its rows query_start[b]..query_start[b+1] are the last tokens of request b, whose keys are
     the first seq_lens[b] places of its pages block_table[b]. Caches as in `rope_store_kv`. block_table (B, N) int32,
     entries past a request's last page unread; query_start (B+1,) and seq_lens (B,) int32. max_query_len is the host's
-    bound on the queries of one request, for the launch; it changes no result. Returns (T, H, C) of q's dtype.
+    bound on the queries of one request, for the launch; it changes no result. A NaN among the keys or values of a
+    request may reach any of its queries, also those that do not see it; never another request's. Returns (T, H, C) of
+    q's dtype.
     """
     return _paged_attention(  # type: ignore[no-any-return]
         q, k_cache, v_cache, block_table, query_start, seq_lens, max_query_len, scale, softcap, window,
@@ -371,6 +373,8 @@ def grouped_gemm(
     offsets (E+1,) int32: rows offsets[e]..offsets[e+1] belong to expert e, and the last is M; None only for E = 1, the
     dense projection. Returns (M, N) of out_dtype, fp32 or bf16: by default x's dtype, or bf16 for a quantised x.
     """
+    if not isinstance(out_dtype, torch.dtype | None):
+        raise ValueError(f"grouped_gemm: out_dtype={out_dtype!r}, expected torch.float32, torch.bfloat16 or None")
     return _grouped_gemm(x, weight, weight_scale, offsets, x_scale, out_dtype)  # type: ignore[no-any-return]
 
 

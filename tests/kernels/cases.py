@@ -209,7 +209,8 @@ def _wrong(c: Case) -> Iterator[tuple[str, str, Any, str]]:
         other = torch.int64 if x.dtype == torch.int32 else torch.float16
         for dtype in (other, torch.float64, torch.bool):
             yield f"dtype-{dtype}", name, torch.zeros(x.shape, dtype=dtype), str(dtype).removeprefix("torch.")
-        yield "device", name, x.to("meta"), "meta"
+        if len(c.dims) > 1:
+            yield "device", name, x.to("meta"), "meta"
         yield "strides", name, _strided(x), str(tuple(_strided(x).stride()))
         yield "str", name, "wrong", "str"
         yield "list", name, [1.0], "list"

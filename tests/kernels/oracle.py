@@ -57,7 +57,13 @@ def rope(x_TNC: Array, positions: Sequence[int], cos_sin: Array) -> Array:
 
 
 def attend(
-    q_NHC: Array, k_LGC: Array, v_LGC: Array, scale: float, softcap: float = 0, window: int = 0, temperature_len: int = 0
+    q_NHC: Array,
+    k_LGC: Array,
+    v_LGC: Array,
+    scale: float,
+    softcap: float = 0,
+    window: int = 0,
+    temperature_len: int = 0,
 ) -> Array:
     """One request: its last N tokens over all its L keys."""
     n, heads, _ = q_NHC.shape
@@ -161,7 +167,7 @@ def gemm(x_MK: Array, weight_ENK: Array, offsets: Sequence[int]) -> Array:
 
 def activate(x: float, name: str) -> float:
     if name == "silu":
-        return x / (1 + math.exp(-x))
+        return x / 2 * (1 + math.tanh(x / 2))  # x · sigmoid(x), and no overflow
     if name == "gelu":
         return x / 2 * (1 + math.erf(x / math.sqrt(2)))
     return x / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

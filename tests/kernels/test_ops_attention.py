@@ -68,10 +68,14 @@ def test_rope_store_kv(
         expected = np.full((5 * page, groups, c), np.nan)
         expected[[s for s in slots if s >= 0]] = exact[[i for i, s in enumerate(slots) if s >= 0]]
         rel = 2e-7 + (oracle.BF16_ROUNDING if dtype != cache_dtype else 0)
-        assert_near(cache[name].transpose(1, 2).flatten(0, 1), expected, rel=rel, size=np.abs(np.nan_to_num(expected)) + 1)
+        assert_near(
+            cache[name].transpose(1, 2).flatten(0, 1), expected, rel=rel, size=np.abs(np.nan_to_num(expected)) + 1
+        )
         if name == "v_cache":
             kept = [i for i, s in enumerate(slots) if s >= 0]
-            assert same_bits(cache[name].transpose(1, 2).flatten(0, 1)[[slots[i] for i in kept]], v[kept].to(cache_dtype))
+            assert same_bits(
+                cache[name].transpose(1, 2).flatten(0, 1)[[slots[i] for i in kept]], v[kept].to(cache_dtype)
+            )
 
 
 def test_position_zero_is_left_alone_and_dot_products_depend_on_distance() -> None:
@@ -80,7 +84,9 @@ def test_position_zero_is_left_alone_and_dot_products_depend_on_distance() -> No
     slots, v = ints(0, 1, 2, 3), randn(4, 1, 16)
 
     def rotated(x: Tensor, *positions: int) -> Tensor:
-        return grok_kernels.rope_store_kv(x, k, v, randn(1, 1, 4, 16), randn(1, 1, 4, 16), ints(*positions), slots, TABLE[16])
+        return grok_kernels.rope_store_kv(
+            x, k, v, randn(1, 1, 4, 16), randn(1, 1, 4, 16), ints(*positions), slots, TABLE[16]
+        )
 
     assert torch.equal(rotated(q, 0, 1, 2, 3)[0], q[0])
     dots = (rotated(q, 5, 17, 40, 63) * rotated(k, 2, 14, 37, 60)).sum(-1)
@@ -122,7 +128,9 @@ def test_rope_store_kv_fp8(dtype: torch.dtype) -> None:
             if s < 0:
                 continue
             scale = f64(scales[s])[:, None]
-            np.testing.assert_allclose(scale[:, 0], np.maximum(np.abs(exact[name][i]).max(-1), 2.0**-100) / 448, rtol=1e-2)
+            np.testing.assert_allclose(
+                scale[:, 0], np.maximum(np.abs(exact[name][i]).max(-1), 2.0**-100) / 448, rtol=1e-2
+            )
             error = np.abs(f64(held[s]) * scale - exact[name][i])
             rounding = 2.0**-4 + (2.0**-7 if dtype == torch.bfloat16 else 0)
             assert (error <= rounding * np.abs(exact[name][i]) + scale * 2.0**-9).all()
@@ -174,19 +182,25 @@ def test_page_sizes_and_cache_types(page: int, dtype: torch.dtype, cache_dtype: 
     assert_near(run(b, scale=0.3, window=18), b.expected(scale=0.3, window=18), rel=3e-6)
 
 
-@pytest.mark.parametrize("n", [255, 256, 257, 600])
-def test_prompts_longer_than_a_block_of_queries(n: int) -> None:
+@pytest.mark.parametrize("n", [15, 16, 17, 63, 65, 255, 256, 257, 600])
+def test_prompts_around_and_past_blocks_of_queries(n: int) -> None:
     b = batch([(1, 3), (n, n + 40), (2, 2)], heads=2, groups=1, page=16)
     flags = {"scale": 0.5, "softcap": 20.0, "window": 200, "temperature_len": 256}
     assert_near(run(b, **flags), b.expected(**flags), rel=5e-6)
 
 
+@pytest.mark.parametrize("window", [16, 64, 65])
+def test_a_window_that_begins_anywhere_in_a_block_of_keys(window: int) -> None:
+    b = batch([*((1, n) for n in range(63, 84)), (1, 128), (18, 140)], heads=2, groups=1, page=16)
+    assert_near(run(b, scale=0.3, window=window), b.expected(scale=0.3, window=window), rel=3e-6)
+
+
 @pytest.mark.parametrize("temperature_len", [2, 5, 6, 7, 8, 64])
 def test_temperature_begins_past_its_length(temperature_len: int) -> None:
     b = batch([(12, 12)], seed=4)
-    got = run(b, scale=1.0, temperature_len=temperature_len)
-    assert_near(got, b.expected(scale=1.0, temperature_len=temperature_len), rel=3e-6)
-    plain = run(b, scale=1.0)
+    got = run(b, scale=0.3, temperature_len=temperature_len)
+    assert_near(got, b.expected(scale=0.3, temperature_len=temperature_len), rel=3e-6)
+    plain = run(b, scale=0.3)
     assert torch.equal(got[: temperature_len + 1], plain[: temperature_len + 1])
     if temperature_len < 11:
         assert not torch.allclose(got[temperature_len + 1 :], plain[temperature_len + 1 :], rtol=1e-3)
@@ -254,7 +268,19 @@ def test_gradients_through_a_fresh_cache(flags: dict[str, Any]) -> None:
     )
     window, temperature_len, softcap = (flags.get(n, 0) for n in ("window", "temperature_len", "softcap"))
     got = torch.ops.grok.paged_attention(
-        q, k_cache, v_cache, ints([2, 0, 1]), ints(0, t), ints(t), t, scale, softcap, window, temperature_len, None, None
+        q,
+        k_cache,
+        v_cache,
+        ints([2, 0, 1]),
+        ints(0, t),
+        ints(t),
+        t,
+        scale,
+        softcap,
+        window,
+        temperature_len,
+        None,
+        None,
     )
 
     cos, sin = TABLE[c][:t, None].double().chunk(2, -1)
@@ -268,7 +294,10 @@ def test_gradients_through_a_fresh_cache(flags: dict[str, Any]) -> None:
     s = softcap * (s / softcap).tanh() if softcap else s
     p = torch.arange(t)
     if temperature_len:
-        s = s * torch.where(p > temperature_len, p.clamp(min=1).log2() / np.log2(temperature_len), 1.0)[:, None].double()
+        s = (
+            s
+            * torch.where(p > temperature_len, p.clamp(min=1).log2() / np.log2(temperature_len), 1.0)[:, None].double()
+        )
     hidden = p > p[:, None]
     if window:
         hidden |= p <= p[:, None] - window

@@ -61,7 +61,9 @@ def test_rms_norm_of_extreme_rows(scale: float, dtype: torch.dtype) -> None:
 def test_rms_norm_of_zeros_is_zero_and_weight_is_plain() -> None:
     assert not grok_kernels.rms_norm(torch.zeros(2, 8), torch.ones(8), EPS).any()
     ones = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
-    assert torch.equal(grok_kernels.rms_norm(ones, torch.tensor([0.0, 1.0, 2.0, -3.0]), 0.0)[0], torch.tensor([0.0, -1, 2, 3]))
+    assert torch.equal(
+        grok_kernels.rms_norm(ones, torch.tensor([0.0, 1.0, 2.0, -3.0]), 0.0)[0], torch.tensor([0.0, -1, 2, 3])
+    )
 
 
 def test_rms_norm_rounds_once() -> None:
@@ -114,7 +116,9 @@ def test_sandwich_norm_of_columns_of_wider_tensors(dtype: torch.dtype) -> None:
     wide, weight = randn(4, 100, dtype=dtype), randn(40, seed=1)
     h, delta = wide[:, 3:43], wide[:, 50:90]
     got = grok_kernels.sandwich_norm(h, delta, weight, weight, EPS)
-    for a, b in zip(got, grok_kernels.sandwich_norm(h.contiguous(), delta.contiguous(), weight, weight, EPS), strict=True):
+    for a, b in zip(
+        got, grok_kernels.sandwich_norm(h.contiguous(), delta.contiguous(), weight, weight, EPS), strict=True
+    ):
         assert torch.equal(a, b)
 
 

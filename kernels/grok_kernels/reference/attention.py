@@ -6,11 +6,14 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..registry import register
 from .quantize import quantize_fp8
 
-QUERY_BLOCK = 256  # bounds the scores held at once
+QUERIES = 16  # queries and keys meet in blocks of this shape, so that a query's bits do not depend on its batch
+KEYS = 64
+QUERY_BLOCKS = 16  # bounds the scores held at once
 
 
 def rotate(x_TNC: Tensor, cos_sin_TC: Tensor) -> Tensor:
@@ -50,11 +53,12 @@ def rope_store_kv(
 
 
 def _gather(cache: Tensor, scale: Tensor | None, pages: Tensor, length: int) -> Tensor:
-    """One request's keys or values, (G, length, C) fp32. Places past `length` are dropped unread."""
+    """One request's keys or values, (G, length, C) fp32, zeros up to a multiple of KEYS. What lies past `length` in
+    its last page is not read."""
     x = cache[pages].float()
     if scale is not None:
         x = x * scale[pages].unsqueeze(-1)
-    return x.transpose(0, 1).flatten(1, 2)[:, :length]
+    return functional.pad(x.transpose(0, 1).flatten(1, 2)[:, :length], (0, 0, 0, -length % KEYS))
 
 
 @register("paged_attention", "reference")
@@ -76,40 +80,63 @@ def paged_attention(
     starts, lengths = query_start.tolist(), seq_lens.tolist()
     parts = []
     for b, length in enumerate(lengths):
-        q = q_THC[starts[b] : starts[b + 1]]
+        q = q_THC[starts[b] : starts[b + 1]].float()
         pages = block_table[b, : -(-length // k_cache.shape[2])].long()
         k_GLC = _gather(k_cache, k_scale, pages, length)
         v_GLC = _gather(v_cache, v_scale, pages, length)
         first = length - q.shape[0]
-        for start in range(0, q.shape[0], QUERY_BLOCK):
-            block = q[start : start + QUERY_BLOCK]
-            positions = torch.arange(first + start, first + start + block.shape[0], device=q.device)
-            parts.append(_attend(block, k_GLC, v_GLC, positions, scale, softcap, window, temperature_len))
+        for at in range(0, q.shape[0], QUERIES * QUERY_BLOCKS):
+            block = q[at : at + QUERIES * QUERY_BLOCKS]
+            parts.append(_attend(block, first + at, k_GLC, v_GLC, scale, softcap, window, temperature_len))
     return torch.cat(parts).to(q_THC.dtype) if parts else torch.zeros_like(q_THC)
 
 
 def _attend(
     q_NHC: Tensor,
+    first: int,
     k_GLC: Tensor,
     v_GLC: Tensor,
-    positions_N: Tensor,
     scale: float,
     softcap: float,
     window: int,
     temperature_len: int,
 ) -> Tensor:
+    """Queries at positions first, first + 1, ...: one pass over the keys with a running maximum and sum.
+
+    A block of keys that a query does not see adds exact zeros, so it does not matter how many such blocks there are.
+    """
     n, heads, c = q_NHC.shape
-    groups, length, _ = k_GLC.shape
-    q = q_NHC.float().view(n, groups, heads // groups, c).permute(1, 2, 0, 3).flatten(1, 2)  # (G, R·N, C)
-    s = (q @ k_GLC.transpose(1, 2)).view(groups, heads // groups, n, length) * scale
-    if softcap:
-        s = softcap * torch.tanh(s / softcap)
+    groups = k_GLC.shape[0]
+    per_group = heads // groups
+    q = functional.pad(q_NHC, (0, 0, 0, 0, 0, -n % QUERIES)).unflatten(0, (-1, QUERIES))  # (B, QUERIES, H, C)
+    q = q.unflatten(2, (groups, per_group)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, G, R · QUERIES, C)
+    positions_BQ = torch.arange(first, first + q.shape[0] * QUERIES, device=q.device).view(-1, QUERIES)
+    positions = positions_BQ.repeat(1, per_group)[:, None, :, None]
+    factor = None
     if temperature_len:
-        factor = torch.log2(positions_N.clamp(min=1).float()) / math.log2(temperature_len)
-        s = s * torch.where(positions_N > temperature_len, factor, 1.0)[:, None]
-    keys_L = torch.arange(length, device=s.device)
-    seen = keys_L <= positions_N[:, None]
-    if window:
-        seen &= keys_L > positions_N[:, None] - window
-    p = torch.softmax(s.masked_fill(~seen, -math.inf), -1).flatten(1, 2)
-    return (p @ v_GLC).view(groups, heads // groups, n, c).permute(2, 0, 1, 3).reshape(n, heads, c)
+        factor = torch.log2(positions.clamp(min=1).float()) / math.log2(temperature_len)
+        factor = torch.where(positions > temperature_len, factor, 1.0)
+    top = q.new_full((*q.shape[:3], 1), -math.inf)
+    total = q.new_zeros(top.shape)
+    out = torch.zeros_like(q)
+    lowest = max(0, first - window + 1) // KEYS * KEYS if window else 0
+    for at in range(lowest, first + n, KEYS):
+        s = q @ k_GLC[:, at : at + KEYS].transpose(1, 2) * scale
+        if softcap:
+            s = softcap * torch.tanh(s / softcap)
+        if factor is not None:
+            s = s * factor
+        keys = torch.arange(at, at + KEYS, device=q.device)
+        seen = keys <= positions
+        if window:
+            seen = seen & (keys > positions - window)
+        s = s.masked_fill(~seen, -math.inf)
+        new_top = torch.maximum(top, s.detach().amax(-1, keepdim=True))
+        shift = torch.where(new_top == -math.inf, 0.0, new_top)  # nothing seen yet: exp(-inf - 0) is 0, not NaN
+        p, keep = torch.exp(s - shift), torch.exp(top - shift)
+        total = total * keep + p.sum(-1, keepdim=True)
+        out = out * keep + p @ v_GLC[:, at : at + KEYS]
+        top = new_top
+    out = out / total.clamp(min=0.5)  # at least 1 wherever something was seen; 0 in rows that are only padding
+    out_BQGRC = out.unflatten(2, (per_group, QUERIES)).permute(0, 3, 1, 2, 4)
+    return torch.flatten(out_BQGRC, 0, 1)[:n].reshape(n, heads, c)

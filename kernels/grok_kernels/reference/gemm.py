@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..registry import register
+from .invariant import matmul_t
 from .quantize import dequantize_rows, dequantize_weight
 
 
@@ -25,7 +26,7 @@ def grouped_gemm(
     x = dequantize_rows(x_MK, x_scale)
     bounds = [0, x.shape[0]] if offsets is None else offsets.tolist()
     parts = [
-        x[lo:hi] @ dequantize_weight(weight_ENK[e], None if weight_scale is None else weight_scale[e]).t()
+        matmul_t(x[lo:hi], dequantize_weight(weight_ENK[e], None if weight_scale is None else weight_scale[e]))
         for e, (lo, hi) in enumerate(pairwise(bounds))
         if hi > lo
     ]

@@ -6,18 +6,11 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, silu
 
 from ..registry import register
+from .invariant import activate, matmul_t
 from .quantize import dequantize_weight, quantized_as
 from .route import group_tokens
-
-
-def activate(x: Tensor, activation: str) -> Tensor:
-    """gelu by tanh, gelu by erf, or silu."""
-    if activation == "silu":
-        return silu(x)
-    return gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 @register("moe", "reference")
@@ -42,9 +35,9 @@ def moe(
     for e, (lo, hi) in enumerate(pairwise(bounds)):
         if lo == hi:
             continue
-        up = x[tokens[lo:hi]] @ dequantize_weight(w13[e], None if w13_scale is None else w13_scale[e]).t()
-        gate, up = up.chunk(2, dim=-1)
+        w13_e = dequantize_weight(w13[e], None if w13_scale is None else w13_scale[e])
+        gate, up = matmul_t(x[tokens[lo:hi]], w13_e).chunk(2, dim=-1)
         inner = quantized_as(activate(gate, activation) * up, act_format)
-        out = inner @ dequantize_weight(w2[e], None if w2_scale is None else w2_scale[e]).t()
+        out = matmul_t(inner, dequantize_weight(w2[e], None if w2_scale is None else w2_scale[e]))
         y_TD = y_TD.index_add(0, tokens[lo:hi], out * weights[order[lo:hi], None])
     return y_TD.to(x_TD.dtype)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..registry import register
+from .invariant import wants_grad
 
 GROUP = 128
 TINY = 2.0**-100  # the least amax: keeps 1 / scale finite
@@ -13,17 +14,18 @@ TINY = 2.0**-100  # the least amax: keeps 1 / scale finite
 
 def _groups(x_TD: Tensor, group_size: int) -> Tensor:
     """(T, groups, columns), the last group padded with zeros."""
-    width = group_size or max(x_TD.shape[1], 1)
-    padded = torch.nn.functional.pad(x_TD.float(), (0, -x_TD.shape[1] % width))
-    return padded.view(x_TD.shape[0], padded.shape[1] // width, width)
+    t, d = x_TD.shape
+    width, groups = (group_size, -(-d // group_size)) if group_size else (d, 1)
+    return torch.nn.functional.pad(x_TD.float(), (0, groups * width - d)).view(t, groups, width)
 
 
 def _scales(x_TNK: Tensor, largest: float) -> Tensor:
-    amax = x_TNK.abs().amax(-1) if x_TNK.shape[1] else x_TNK.new_zeros(x_TNK.shape[:2])
+    amax = x_TNK.abs().amax(-1) if x_TNK.shape[2] else x_TNK.new_zeros(x_TNK.shape[:2])
     return amax.clamp(min=TINY) / largest
 
 
 @register("quantize_fp8", "reference")
+@torch.no_grad()
 def quantize_fp8(x_TD: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     x = _groups(x_TD, group_size)
     scale = _scales(x, 448.0)
@@ -32,6 +34,7 @@ def quantize_fp8(x_TD: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
 
 @register("quantize_int8", "reference")
+@torch.no_grad()
 def quantize_int8(x_TD: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     x = _groups(x_TD, group_size)
     scale = _scales(x, 127.0)
@@ -60,8 +63,10 @@ def dequantize_weight(w_NK: Tensor, scale_GN: Tensor | None) -> Tensor:
 
 
 def quantized_as(x_TD: Tensor, act_format: str) -> Tensor:
-    """x in fp32 after a round trip through `act_format`, per token and group of 128."""
+    """x in fp32 after a round trip through `act_format`, per token and group of 128. Its gradient is x's own."""
+    x = x_TD.float()
     if act_format == "none":
-        return x_TD.float()
+        return x
     quantize = quantize_fp8 if act_format == "fp8" else quantize_int8
-    return dequantize_rows(*quantize(x_TD, GROUP))
+    rounded = dequantize_rows(*quantize(x_TD, GROUP))
+    return x + (rounded - x).detach() if wants_grad(x) else rounded

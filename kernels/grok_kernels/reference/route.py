@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from ..registry import register
+from .invariant import matmul_t
 
 
 @register("route_topk", "reference")
 def route_topk(x_TD: Tensor, router_ED: Tensor, k: int, softcap: float, renormalize: bool) -> tuple[Tensor, Tensor]:
-    logits_TE = x_TD.float() @ router_ED.t()
+    logits_TE = matmul_t(x_TD.float(), router_ED)
     if softcap:
         logits_TE = softcap * torch.tanh(logits_TE / softcap)
     # a stable sort, because topk leaves the order of ties open

@@ -10,11 +10,10 @@ from ..registry import register
 
 @register("sample_top_p", "reference")
 def sample_top_p(logits_BV: Tensor, temperature_B: Tensor, top_p_B: Tensor, uniform_B: Tensor) -> Tensor:
-    logits = logits_BV.double()
+    # stable, so that ties go to the lower index; of logits, since exp makes equal what is barely not
+    logits, tokens = logits_BV.double().sort(dim=-1, descending=True, stable=True)
     greedy = temperature_B == 0
-    logits = logits / torch.where(greedy, 1.0, temperature_B)[:, None]
-    # stable, so that ties go to the lower index, and so that place 0 is the greedy choice
-    probs, tokens = torch.softmax(logits, -1).sort(dim=-1, descending=True, stable=True)
+    probs = torch.softmax(logits / torch.where(greedy, 1.0, temperature_B)[:, None], -1)
     sums = probs.cumsum(-1)
     kept = (sums - probs) < top_p_B[:, None]
     kept[:, 0] = True

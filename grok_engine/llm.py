@@ -1,0 +1,169 @@
+"""LLM: a model loaded from a folder, its logits, and text from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from torch import Tensor
+
+from .config import DType, EngineConfig, WeightFormat
+from .engine import LLMEngine, Prompt
+from .output import FinishReason
+from .request import RequestOutput
+from .sampling import RequestOutputKind, SamplingParams
+from .tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class StreamChunk:
+    """One new token, the text that became final with it, and, on the last one, why generation ended."""
+
+    token_id: int
+    text: str
+    finish_reason: FinishReason | None
+
+
+class LLM:
+    """A model and an engine of its own: give it prompts, get what they continue to.
+
+    model: `tiny`, which ships with the package, or a folder that holds a release's `ckpt-0`. dtype: of the
+    computation, bfloat16 or float32. weights: None keeps what the checkpoint holds (the release's int8, bit for bit),
+    bf16 or fp32 dequantise while loading. The other options are those of `EngineConfig`. Loading and generating show a
+    progress bar on a terminal. Errors are those of `LLMEngine`.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "tiny",
+        *,
+        dtype: DType | torch.dtype = "bfloat16",
+        device: str = "cpu",
+        weights: WeightFormat | None = None,
+        **options: Any,
+    ) -> None:
+        columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with _bar(*columns) as bar:
+            task = bar.add_task("", total=None)
+            self.engine = LLMEngine(
+                model,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                dtype=dtype,
+                device=device,
+                weights=weights,
+                **options,
+            )
+        self._ids = count()
+
+    @property
+    def config(self) -> EngineConfig:
+        """How the model is run, resolved."""
+        return self.engine.config
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None where the model has none: it then takes and gives token ids."""
+        return self.engine.tokenizer
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, checked as `LLMEngine.encode` does."""
+        return self.engine.encode(prompt)
+
+    def logits(self, token_ids: Prompt, *, chunk: int | None = None) -> Tensor:
+        """logits_TV in fp32 after each token. `chunk` of them go through the model at once; no result depends on it."""
+        return self.engine.logits(token_ids, chunk=chunk)
+
+    def score(self, token_ids: Prompt) -> Tensor:
+        """(T − 1,) fp32: the log-probability of each token after the first, given those before it."""
+        ids = self.encode(token_ids)
+        logits_TV = self.logits(ids)[:-1]
+        targets = torch.tensor(ids[1:], dtype=torch.int64, device=logits_TV.device)[:, None]
+        return torch.log_softmax(logits_TV, -1).gather(1, targets).squeeze(1)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Finish every prompt, text or token ids, all of them together; the outputs are in the order of the prompts.
+
+        Nothing runs unless all of them are valid.
+        """
+        requests = _as_requests(prompts)
+        if isinstance(sampling_params, Sequence):
+            params = list(sampling_params)
+            if len(params) != len(requests):
+                raise ValueError(f"{len(params)} sampling_params for {len(requests)} prompts: expected as many, or one")
+        else:
+            params = [SamplingParams() if sampling_params is None else sampling_params] * len(requests)
+        ids: list[str] = []
+        finished: dict[str, RequestOutput] = {}
+        try:
+            for prompt, param in zip(requests, params, strict=True):
+                request_id = str(next(self._ids))
+                if isinstance(param, SamplingParams):
+                    param = replace(param, output_kind=RequestOutputKind.FINAL_ONLY)
+                self.engine.add_request(request_id, prompt, param)
+                ids.append(request_id)
+            with _bar(TextColumn("{task.completed}/{task.total} requests"), BarColumn(), TimeRemainingColumn()) as bar:
+                task = bar.add_task("", total=len(ids))
+                while len(finished) < len(ids):
+                    for output in self.engine.step():
+                        finished[output.request_id] = output
+                        bar.update(task, completed=len(finished))
+        except BaseException:
+            if not self.engine.closed:
+                self.engine.discard_request(ids)
+            raise
+        return [finished[request_id] for request_id in ids]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamChunk]:
+        """Generate token by token. The request is checked at the call; leaving the loop ends it."""
+        params = SamplingParams() if params is None else params
+        if isinstance(params, SamplingParams):
+            if params.n != 1:
+                raise ValueError(f"n={params.n}: a stream has one answer, expected 1")
+            params = replace(params, output_kind=RequestOutputKind.DELTA)
+        request_id = str(next(self._ids))
+        self.engine.add_request(request_id, prompt, params)
+        return self._stream(request_id)
+
+    def _stream(self, request_id: str) -> Iterator[StreamChunk]:
+        try:
+            while True:
+                for output in self.engine.step():
+                    if output.request_id == request_id:
+                        answer = output.outputs[0]
+                        if answer.error is not None:
+                            raise RuntimeError(answer.error)
+                        yield StreamChunk(answer.token_ids[0], answer.text, answer.finish_reason)
+                        if answer.finish_reason is not None:
+                            return
+        finally:
+            if not self.engine.closed:
+                self.engine.discard_request(request_id)
+
+    def close(self) -> None:
+        """Free weights and pages."""
+        self.engine.close()
+
+
+def _bar(*columns: Any) -> Progress:
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _as_requests(prompts: Any) -> list[Prompt]:
+    """One prompt or several, as a list; arrays and tensors count as the lists they hold."""
+    if isinstance(prompts, str):
+        return [prompts]
+    values = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    if not isinstance(values, Sequence):
+        raise ValueError(f"prompts={prompts!r}: expected text, token ids, or a list of them")
+    return [values] if values and not isinstance(values[0], (str, Sequence)) else list(values)

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grok_engine.output import Emitted, SequenceOutput, StopStrings, check_tokenizer
+from grok_engine.sampling import Patterns, SamplingParams, StructuredOutput
+from grok_engine.tokenizer import SentencePieceTokenizer, Tokenizer
+
+ALPHABET = ["a", "b", "ab", " ", "é", "猫"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["abba ab aab baba", "a b ab ba", "aaa bbb"]), model_writer=model, model_type="bpe",
+        vocab_size=285, byte_fallback=True, hard_vocab_limit=False, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    return SentencePieceTokenizer(path)
+
+
+def cut(text: str, stops: Sequence[str], *, include: bool = False) -> tuple[str, str | None]:
+    """By its definition: the earliest end of any match; of those that end there, the longest."""
+    for end in range(1, len(text) + 1):
+        found = [s for s in stops if text[:end].endswith(s)]
+        if found:
+            longest = max(found, key=len)
+            return text[: end if include else end - len(longest)], longest
+    return text, None
+
+
+def pieces() -> st.SearchStrategy[list[int]]:
+    # bytes of é and 猫 (3 + byte), alone and together, and pieces of a and b
+    byte = st.sampled_from([3 + b for b in "é猫a".encode()])
+    return st.lists(byte | st.integers(259, 275) | st.sampled_from([1, 2, 0]), max_size=25)
+
+
+stop_sets = st.lists(st.lists(st.sampled_from(ALPHABET), min_size=1, max_size=4).map("".join), max_size=4)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(
+    parts=st.lists(st.lists(st.sampled_from(ALPHABET), max_size=3).map("".join), max_size=12),
+    stops=stop_sets,
+    include=st.booleans(),
+)
+def test_a_text_in_pieces_is_cut_as_the_whole(parts: list[str], stops: list[str], include: bool) -> None:
+    stream = StopStrings(stops, include=include)
+    expected, matched = cut("".join(parts), stops, include=include)
+    out, seen = "", ""
+    for part in parts:
+        out += stream.push(part)
+        seen += part
+        if not include:
+            # nothing is held back that could be handed out: what is held begins a stop string
+            held = cut(seen, stops)[0][len(out) :]
+            assert expected.startswith(out)
+            assert not held or any(s.startswith(held) for s in stops)
+        elif stream.matched is None:
+            assert out == seen
+    assert out + stream.finish() == expected
+    assert stream.matched == matched
+
+
+@pytest.mark.parametrize(
+    ("stops", "text", "expected"),
+    [
+        (["abcd", "bc"], "xabcd", "xa"),
+        (["bc", "abc"], "xabcd", "x"),
+        (["ab"], "xaab", "xa"),
+        (["aab"], "aaab", "a"),
+        (["\n\n"], "one\ntwo\n\nthree", "one\ntwo"),
+        (["🙂🙃"], "a🙂🙂🙃b", "a🙂"),
+        (["z"], "abc", "abc"),
+    ],
+)
+def test_cut(stops: list[str], text: str, expected: str) -> None:
+    for size in range(1, len(text) + 1):
+        stream = StopStrings(stops)
+        out = "".join(stream.push(text[i : i + size]) for i in range(0, len(text), size)) + stream.finish()
+        assert out == expected
+
+
+def drain(output: SequenceOutput, ids: Sequence[int]) -> list[str]:
+    parts = []
+    for token in ids:
+        text, reason = output.push(token)
+        parts.append(text)
+        assert reason == output.finish_reason
+        assert "".join(parts) == output.text
+        if reason is not None:
+            return parts
+    return [*parts, output.finish()]
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_deltas_concatenate_to_the_cut_of_the_decoded_text(tokenizer: Tokenizer, include: bool) -> None:
+    @settings(max_examples=500, deadline=None, derandomize=True)
+    @given(ids=pieces(), stops=stop_sets | st.just(["\ufffd"]) | st.just(["a\ufffd"]))
+    def check(ids: list[int], stops: list[str]) -> None:
+        params = SamplingParams(stop=stops, max_tokens=100, ignore_eos=True, include_stop_str_in_output=include)
+        output = SequenceOutput(params, tokenizer)
+        expected, matched = cut(tokenizer.decode(ids), stops, include=include)
+        assert "".join(drain(output, ids)) == expected == output.text
+        assert output.stop_reason == matched
+        assert output.finish_reason == ("stop" if matched else "abort")
+        assert output.token_ids == ids[: len(output.token_ids)]
+        if matched is None:
+            assert output.token_ids == ids
+
+    check()
+
+
+def test_the_first_min_tokens_are_not_searched(tokenizer: Tokenizer) -> None:
+    @settings(max_examples=200, deadline=None, derandomize=True)
+    @given(ids=st.lists(st.integers(259, 275), min_size=1, max_size=15), least=st.integers(1, 15), stops=stop_sets)
+    def check(ids: list[int], least: int, stops: list[str]) -> None:
+        output = SequenceOutput(SamplingParams(stop=stops, max_tokens=50, min_tokens=least), tokenizer)
+        before = tokenizer.decode(ids[:least])
+        after = tokenizer.decode(ids)[len(before) :]
+        assert "".join(drain(output, ids)) == before + cut(after, stops)[0]
+        assert output.finish_reason == "abort" or len(output.token_ids) > least
+
+    check()
+
+
+def test_end_and_stop_tokens_and_the_length(tokenizer: Tokenizer) -> None:
+    a, b = tokenizer.encode("a")[0], tokenizer.encode("b")[0]
+    output = SequenceOutput(SamplingParams(max_tokens=5), tokenizer, eos_token_ids=(2,))
+    assert output.push(a) == Emitted("a", None)
+    assert output.push(2) == Emitted("", "stop")
+    assert (output.stop_reason, output.token_ids, output.finish()) == (None, [a, 2], "")
+    with pytest.raises(AssertionError, match="stop"):
+        output.push(a)
+    output = SequenceOutput(SamplingParams(max_tokens=3, ignore_eos=True), tokenizer, eos_token_ids=(2,))
+    assert [output.push(t).finish_reason for t in (a, 2, b)] == [None, None, "length"]
+    for include in (False, True):
+        params = SamplingParams(stop_token_ids=[b], include_stop_str_in_output=include, stop="a b", max_tokens=9)
+        output = SequenceOutput(params, tokenizer)
+        assert output.push(a) == Emitted("a" if include else "", None)  # held back: "a b" may come
+        assert output.push(b) == Emitted(" b" if include else "a", "stop")
+        assert output.stop_reason == ("a b" if include else b)
+    output = SequenceOutput(SamplingParams(max_tokens=9), tokenizer, max_tokens=1)
+    assert output.push(3 + 0xE7) == Emitted("\ufffd", "length")
+
+
+def test_an_output_that_goes_on_in_a_prompt_keeps_its_space(tokenizer: Tokenizer) -> None:
+    a = tokenizer.encode("a")[0]
+    assert SequenceOutput(SamplingParams(), tokenizer).push(a).text == "a"
+    assert SequenceOutput(SamplingParams(), tokenizer, context=[1]).push(a).text == "a"
+    assert SequenceOutput(SamplingParams(), tokenizer, context=[1, a, *[1] * 9]).push(a).text == " a"
+    whole = [3 + byte for byte in "猫".encode()]
+    assert SequenceOutput(SamplingParams(), tokenizer, context=[a, *whole[:2]]).push(whole[2]).text == "猫"
+
+
+def test_without_a_tokenizer(tokenizer: Tokenizer) -> None:
+    output = SequenceOutput(SamplingParams(max_tokens=2), None, eos_token_ids=(2,))
+    assert [output.push(t) for t in (5, 7)] == [Emitted("", None), Emitted("", "length")]
+    options: list[dict[str, Any]] = [
+        {"stop": "x"}, {"bad_words": ["x"]}, {"structured": StructuredOutput(regex="x")}
+    ]  # fmt: skip
+    for option in options:
+        params = SamplingParams(**option)
+        with pytest.raises(ValueError, match=next(iter(option))):
+            check_tokenizer(params, None)
+        with pytest.raises(ValueError, match="no tokenizer"):
+            SequenceOutput(params, None)
+        check_tokenizer(params, tokenizer)
+
+
+def test_a_token_costs_the_same_however_long_the_text_is_and_the_stop_strings_are() -> None:
+    class Counting(Patterns):
+        looked = 0
+
+        def step(self, state: int, symbol: Any) -> int:
+            self.looked += 1
+            return super().step(state, symbol)
+
+    stops = ["a" * 500 + "b", *(f"{'a' * n}c" for n in range(50))]
+    stream = StopStrings(stops)
+    patterns = stream._patterns = Counting(stops)
+    patterns.looked = 0
+    out = 0
+    for i in range(5000):
+        out += len(stream.push("aaaa" if i % 200 else "x"))
+        assert len(stream._held) <= 500
+    assert patterns.looked == 4 * 5000 - 3 * 25
+    assert out + len(stream.finish()) == patterns.looked
+
+
+def test_patterns_find_what_a_search_finds() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        patterns = [[rng.randrange(3) for _ in range(rng.randrange(0, 5))] for _ in range(rng.randrange(1, 6))]
+        automaton, state, read = Patterns(patterns), 0, []
+        for _ in range(30):
+            read.append(rng.randrange(3))
+            state = automaton.step(state, read[-1])
+            assert sorted(automaton.found[state]) == [
+                i for i, p in enumerate(patterns) if read[len(read) - len(p) :] == p
+            ]
+            begun = [k for p in patterns for k in range(len(p) + 1) if read[max(0, len(read) - k) :] == p[:k]]
+            assert automaton.depth[state] == max(begun)
