@@ -15,7 +15,8 @@ from .sampling import SamplingParams
 class AsyncLLM:
     """Many concurrent `generate` calls over one engine, which it owns. Use it from one event loop.
 
-    Requests and aborts are handed over between steps, so that the engine is only ever touched by one thread at a time.
+    Requests and aborts are handed over between steps and on the steps' thread: the engine is never touched by another,
+    and a long prompt or a grammar does not hold the event loop up either.
     Every consumer has a queue of its own: a slow one blocks nobody. A step that raises ends every waiting consumer
     with that error and leaves the engine closed.
     """
@@ -23,8 +24,8 @@ class AsyncLLM:
     def __init__(self, engine: LLMEngine) -> None:
         self.engine = engine
         self._queues: dict[str, asyncio.Queue[RequestOutput | BaseException]] = {}
-        self._aborts: list[str] = []
-        self._new: list[tuple[str, Prompt, SamplingParams, int]] = []
+        self._aborts: set[str] = set()  # and these two wait for the end of the step under way
+        self._new: dict[str, tuple[Prompt, SamplingParams, int]] = {}
         self._stepper: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grok-engine")
         self._ids = count()
@@ -46,7 +47,7 @@ class AsyncLLM:
             raise ValueError(f"request_id={request_id!r} is in use")
         queue: asyncio.Queue[RequestOutput | BaseException] = asyncio.Queue()
         self._queues[request_id] = queue
-        self._new.append((request_id, prompt, sampling_params or SamplingParams(), priority))
+        self._new[request_id] = (prompt, SamplingParams() if sampling_params is None else sampling_params, priority)
         self._wake()
         finished = False
         try:
@@ -59,8 +60,8 @@ class AsyncLLM:
                 yield output
         finally:
             del self._queues[request_id]
-            if not finished:
-                self._aborts.append(request_id)
+            if not finished and self._new.pop(request_id, None) is None:
+                self._aborts.add(request_id)
                 self._wake()
 
     def _wake(self) -> None:
@@ -70,27 +71,32 @@ class AsyncLLM:
     async def _run(self) -> None:
         """Steps until there is nothing left to do."""
         loop = asyncio.get_running_loop()
+        busy = True
         try:
-            while self._error is None and (self._hand_over() or self.engine.has_unfinished_requests()):
-                for output in await loop.run_in_executor(self._thread, self.engine.step):
-                    if output.request_id in self._queues:
-                        self._queues[output.request_id].put_nowait(output)
+            while self._error is None and (busy or self._new or self._aborts):
+                new, self._new = self._new, {}
+                aborts, self._aborts = self._aborts, set()
+                results, busy = await loop.run_in_executor(self._thread, self._step, new, aborts)
+                for request_id, result in results:  # not to one who has since come with the id of one who left
+                    if request_id in self._queues and request_id not in self._aborts:
+                        self._queues[request_id].put_nowait(result)
         except Exception as error:
             self._fail(error)
 
-    def _hand_over(self) -> bool:
-        """Give the engine what came in since the last step. Whether there was anything."""
-        new, self._new = self._new, []
-        aborts, self._aborts = self._aborts, []
-        for request_id, prompt, params, priority in new:
-            if request_id not in self._queues:
-                continue  # its consumer has left already
+    def _step(
+        self, new: dict[str, tuple[Prompt, SamplingParams, int]], aborts: set[str]
+    ) -> tuple[list[tuple[str, RequestOutput | Exception]], bool]:
+        """On the thread: give the engine what came in, and step. What each request gets, and whether there is more."""
+        results: list[tuple[str, RequestOutput | Exception]] = []
+        self.engine.discard_request(aborts)
+        for request_id, request in new.items():
+            prompt, params, priority = request
             try:
                 self.engine.add_request(request_id, prompt, params, priority)
-            except ValueError as error:
-                self._queues[request_id].put_nowait(error)
-        self.engine.discard_request(aborts)
-        return bool(new or aborts)
+            except Exception as error:  # whatever is wrong with it, the others do not notice
+                results.append((request_id, error))
+        results += [(output.request_id, output) for output in self.engine.step()]
+        return results, self.engine.has_unfinished_requests()
 
     def _fail(self, error: BaseException) -> None:
         self._error = error
@@ -104,5 +110,5 @@ class AsyncLLM:
             self._error = EngineClosedError("the engine was closed")
         if self._stepper is not None:  # the step under way ends before anything is freed
             await asyncio.gather(self._stepper, return_exceptions=True)
-        self._fail(self._error)
         self._thread.shutdown()
+        self._fail(self._error)

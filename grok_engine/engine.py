@@ -20,7 +20,7 @@ from .checkpoint.xai import XaiCheckpoint
 from .config import ConfigError, DType, EngineConfig, ModelConfig
 from .loader import Progress, load_weights
 from .models.decoder import Decoder
-from .output import FinishReason, SequenceOutput, check_tokenizer
+from .output import FinishReason, SequenceOutput, begins_text, check_tokenizer
 from .request import CompletionOutput, RequestMetrics, RequestOutput, TopLogprobs
 from .runner import Runner, Work
 from .sampler import Sampled, SequenceSampler, bad_word_tokens, prompt_logprobs, sample
@@ -203,11 +203,13 @@ class LLMEngine:
         check_tokenizer(params, tokenizer)
         words = bad_word_tokens(params.bad_words, tokenizer.encode) if tokenizer else []
         room = self.config.max_len - len(prompt_ids)
-        if params.structured is not None:  # the text goes on after the prompt's, so it does not start one
-            self._compiler.matcher(params.structured, at_start=False)
+        structured = params.structured
+        at_start = tokenizer is not None and begins_text(tokenizer, prompt_ids)
+        if structured is not None:  # now, so that a wrong one is refused now
+            self._compiler.matcher(structured, at_start=at_start)
 
         def make(index: int, tokens: Tokens) -> _Answer:
-            matcher = self._compiler.matcher(params.structured, at_start=False) if params.structured else None
+            matcher = self._compiler.matcher(structured, at_start=at_start) if structured else None
             sampler = SequenceSampler(
                 params, seed=seed, index=index, prompt=prompt_ids, eos_token_ids=eos, bad_words=words, matcher=matcher
             )
@@ -350,8 +352,8 @@ class LLMEngine:
             if into is None or request.params.prompt_logprobs is None:
                 continue
             targets = request.prompt_ids[entry.start + 1 : entry.start + entry.count + 1]  # the row t foretells t + 1
-            if not targets or into[entry.start + 1] is not None:
-                continue
+            if not targets or into[entry.start + len(targets)] is not None:
+                continue  # known already, from before a preemption
             first = last - entry.count + 1
             step = 64  # bounds the logits held at once
             for at in range(0, len(targets), step):
@@ -409,6 +411,7 @@ class LLMEngine:
 
     def stats(self) -> EngineStats:
         """Counts now and since the start."""
+        self._check_open()
         return EngineStats(
             requests=len(self._requests),
             scheduler=self.scheduler.stats(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from .config import DType, EngineConfig, WeightFormat
 from .engine import LLMEngine, Prompt
+from .models.decoder import Decoder
 from .output import FinishReason
 from .request import RequestOutput
 from .sampling import RequestOutputKind, SamplingParams
@@ -60,11 +62,17 @@ class LLM:
                 **options,
             )
         self._ids = count()
+        self._outputs: dict[str, deque[RequestOutput]] = {}  # of the calls under way: any step may serve them all
 
     @property
     def config(self) -> EngineConfig:
         """How the model is run, resolved."""
         return self.engine.config
+
+    @property
+    def model(self) -> Decoder:
+        """The decoder itself, for those who look inside."""
+        return self.engine.model
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -102,25 +110,22 @@ class LLM:
                 raise ValueError(f"{len(params)} sampling_params for {len(requests)} prompts: expected as many, or one")
         else:
             params = [SamplingParams() if sampling_params is None else sampling_params] * len(requests)
-        ids: list[str] = []
         finished: dict[str, RequestOutput] = {}
+        outputs: deque[RequestOutput] = deque()
+        ids: list[str] = []
         try:
             for prompt, param in zip(requests, params, strict=True):
-                request_id = str(next(self._ids))
                 if isinstance(param, SamplingParams):
                     param = replace(param, output_kind=RequestOutputKind.FINAL_ONLY)
-                self.engine.add_request(request_id, prompt, param)
-                ids.append(request_id)
+                ids.append(self._add(prompt, param, outputs))
             with _bar(TextColumn("{task.completed}/{task.total} requests"), BarColumn(), TimeRemainingColumn()) as bar:
                 task = bar.add_task("", total=len(ids))
                 while len(finished) < len(ids):
-                    for output in self.engine.step():
-                        finished[output.request_id] = output
-                        bar.update(task, completed=len(finished))
-        except BaseException:
-            if not self.engine.closed:
-                self.engine.discard_request(ids)
-            raise
+                    output = self._next(outputs)
+                    finished[output.request_id] = output
+                    bar.update(task, completed=len(finished))
+        finally:
+            self._end(ids)
         return [finished[request_id] for request_id in ids]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamChunk]:
@@ -130,24 +135,40 @@ class LLM:
             if params.n != 1:
                 raise ValueError(f"n={params.n}: a stream has one answer, expected 1")
             params = replace(params, output_kind=RequestOutputKind.DELTA)
-        request_id = str(next(self._ids))
-        self.engine.add_request(request_id, prompt, params)
-        return self._stream(request_id)
+        outputs: deque[RequestOutput] = deque()
+        return self._stream(self._add(prompt, params, outputs), outputs)
 
-    def _stream(self, request_id: str) -> Iterator[StreamChunk]:
+    def _stream(self, request_id: str, outputs: deque[RequestOutput]) -> Iterator[StreamChunk]:
         try:
             while True:
-                for output in self.engine.step():
-                    if output.request_id == request_id:
-                        answer = output.outputs[0]
-                        if answer.error is not None:
-                            raise RuntimeError(answer.error)
-                        yield StreamChunk(answer.token_ids[0], answer.text, answer.finish_reason)
-                        if answer.finish_reason is not None:
-                            return
+                answer = self._next(outputs).outputs[0]
+                if answer.error is not None:
+                    raise RuntimeError(answer.error)
+                yield StreamChunk(answer.token_ids[0], answer.text, answer.finish_reason)
+                if answer.finish_reason is not None:
+                    return
         finally:
-            if not self.engine.closed:
-                self.engine.discard_request(request_id)
+            self._end([request_id])
+
+    def _add(self, prompt: Prompt, params: SamplingParams, outputs: deque[RequestOutput]) -> str:
+        request_id = str(next(self._ids))
+        self.engine.add_request(request_id, prompt, params)
+        self._outputs[request_id] = outputs
+        return request_id
+
+    def _next(self, outputs: deque[RequestOutput]) -> RequestOutput:
+        """The next output of one call. The steps that it takes serve the other calls too."""
+        while not outputs:
+            for output in self.engine.step():
+                if output.request_id in self._outputs:
+                    self._outputs[output.request_id].append(output)
+        return outputs.popleft()
+
+    def _end(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self._outputs.pop(request_id, None)
+        if not self.engine.closed:
+            self.engine.discard_request(request_ids)
 
     def close(self) -> None:
         """Free weights and pages."""
@@ -166,4 +187,5 @@ def _as_requests(prompts: Any) -> list[Prompt]:
     values = prompts.tolist() if hasattr(prompts, "tolist") else prompts
     if not isinstance(values, Sequence):
         raise ValueError(f"prompts={prompts!r}: expected text, token ids, or a list of them")
-    return [values] if values and not isinstance(values[0], (str, Sequence)) else list(values)
+    several = not values or isinstance(values[0], (str, Sequence)) or getattr(values[0], "ndim", 0) > 0
+    return list(values) if several else [values]

@@ -45,7 +45,7 @@ class StopStrings:
         for place, character in enumerate(text, len(self._held) + 1):
             state = patterns.step(state, character)
             if found := patterns.found[state]:
-                self.matched = max((self.stops[i] for i in found), key=len)
+                self.matched = self.stops[found[0]]
                 self._held = ""
                 return joined[: place if self._include else place - len(self.matched)]
         self._state = state

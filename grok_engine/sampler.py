@@ -73,6 +73,9 @@ class TokenCounts:
         self._ids[place] = token
         self._counts[place] += 1
 
+    def __len__(self) -> int:
+        return len(self._place)
+
     @property
     def ids(self) -> Ints:
         return self._ids[: len(self._place)]
@@ -144,7 +147,7 @@ class SequenceSampler:
         """Tokens that must not come next: the last ones of bad words, and end tokens before min_tokens."""
         banned = self._ends if len(self.output) < self.params.min_tokens else _NOTHING
         if self._words is not None and (found := self._words.found[self._state]):
-            banned = np.append(banned, [self._last_tokens[i] for i in found])
+            banned = np.array([*banned, *(self._last_tokens[i] for i in found)], np.int64)
         return banned
 
 
@@ -203,19 +206,21 @@ def sample(rows: Sequence[SequenceSampler], logits_BV: Tensor) -> list[Sampled]:
 def token_logprobs(logits_RV: Tensor, token_ids: Sequence[int], numbers: Sequence[int]) -> list[TokenLogprobs]:
     """log_softmax(logits) at `token_ids`, one a row, with the `numbers` most probable tokens (-1: all)."""
     vocab = logits_RV.shape[1]
-    # Rows that all start aligned: where they do not, a GPU's softmax adds in an order that depends on which row it is.
-    padded = torch.nn.functional.pad(logits_RV, (0, -vocab % 16), value=float("-inf"))
-    logprobs_RV = torch.log_softmax(padded, -1)[:, :vocab]
+    if vocab % 16:  # unaligned rows: a GPU's softmax adds in an order that depends on where a row begins
+        logits_RV = torch.nn.functional.pad(logits_RV, (0, -vocab % 16), value=float("-inf"))
+    logprobs_RV = torch.log_softmax(logits_RV, -1)[:, :vocab]
     counts = [vocab if n == -1 else min(n, vocab) for n in numbers]
     chosen_R1 = logprobs_RV.gather(1, _to(np.array(token_ids, np.int64), logits_RV)[:, None])
-    ranks_R = (logprobs_RV > chosen_R1).sum(-1) + 1
+    ranks_R = (logprobs_RV > chosen_R1).sum(-1, dtype=torch.int32) + 1
     tops: list[list[tuple[int, float]]] = [[] for _ in counts]
     if most := max(counts):
         # Only the values are taken from topk, which says nothing about the order of equals.
         values_RK = logprobs_RV.topk(most).values
         last_R = _to(np.maximum(np.array(counts, np.int64) - 1, 0), logits_RV)
-        wanted_R = _to(np.array(counts, np.int64) > 0, logits_RV)
-        kept_RV = (logprobs_RV >= values_RK.gather(1, last_R[:, None])) & wanted_R[:, None]
+        least_R = torch.where(
+            _to(np.array(counts) > 0, logits_RV), values_RK.gather(1, last_R[:, None])[:, 0], torch.inf
+        )
+        kept_RV = logprobs_RV >= least_R[:, None]
         places = kept_RV.nonzero()
         at = places.cpu().numpy(), logprobs_RV[places[:, 0], places[:, 1]].cpu().numpy()
         order = np.lexsort((at[0][:, 1], -at[1], at[0][:, 0]))
@@ -252,16 +257,17 @@ def _edit(rows: Sequence[SequenceSampler], x_BV: Tensor, errors: dict[int, str])
     if at := _flat([(i, row._bias[0], (row._bias[1],)) for i, row in good if len(row._bias[0])], x_BV):
         x_BV[at.where] += at.values[0]
 
-    penalised = []
-    for i, row in good:
-        if (counts := row._counts) is not None and len(ids := counts.ids):
-            p, n = row.params, counts.counts
-            subtracted = p.frequency_penalty * n, p.presence_penalty * (n > 0)
-            penalised.append((i, ids, (np.full(len(ids), p.repetition_penalty, np.float32), *subtracted)))
-    if at := _flat(penalised, x_BV):
-        values, (repetition, frequency, presence) = x_BV[at.where], at.values
+    penalised = [(i, row) for i, row in good if row._counts is not None and len(row._counts)]
+    counted = [(i, row._counts.ids, (row._counts.counts,)) for i, row in penalised if row._counts is not None]
+    if at := _flat(counted, x_BV):
+        each = [
+            (p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in (r.params for _, r in penalised)
+        ]
+        spread = np.repeat(np.array(each, np.float32), [len(ids) for _, ids, _ in counted], axis=0)
+        repetition, frequency, presence = _to(spread, x_BV).unbind(1)
+        values, counts = x_BV[at.where], at.values[0]
         values = torch.where(values > 0, values / repetition, values * repetition)
-        x_BV[at.where] = values - frequency - presence
+        x_BV[at.where] = values - frequency * counts - presence * (counts > 0)
 
     if at := _flat([(i, row._allowed, ()) for i, row in good if row._allowed is not None], x_BV):
         values = x_BV[at.where]

@@ -8,12 +8,11 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
-LogitsProcessor = Callable[[list[int], "Tensor"], "Tensor"]
+LogitsProcessor = Callable[[list[int], Tensor], Tensor]
 _FLOAT32_MAX = 3.4028234663852886e38
 
 
@@ -29,7 +28,8 @@ class RequestOutputKind(Enum):
 class StructuredOutput:
     """The form that the text must have: exactly one of a regex, a JSON schema (text or object) and a grammar.
 
-    A regex matches the whole text and has no look-around. A grammar is GBNF (`root ::= …`) or Lark (`start: …`).
+    A regex matches the whole text and has no look-around; its `\\d` is a digit of any script, as in Python. A grammar is
+    GBNF (`root ::= …`) or Lark (`start: …`).
     """
 
     regex: str | None = None
@@ -222,7 +222,7 @@ class Patterns:
     """Aho and Corasick's automaton ("Efficient string matching", 1975): many patterns in one pass, one step a symbol.
 
     A state is the longest suffix of what was read that begins a pattern, `depth` its length; `found` are the patterns
-    that end there, as indices. State 0 is the empty suffix, and where reading begins.
+    that end there, as indices, the longest first. State 0 is the empty suffix, and where reading begins.
     """
 
     def __init__(self, patterns: Sequence[Sequence[Hashable]]) -> None:

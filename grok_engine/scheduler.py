@@ -340,7 +340,6 @@ class Scheduler:
         running.insert(place, seq)
         seq.status, seq.pages, seq.num_registered = Status.RUNNING, pages + fresh, len(pages)
         seq.num_computed = len(pages) * allocator.page_size
-        seq.table_version += 1
         if seq.preemptions == 0 and not seq.output_ids:
             seq.cached_tokens = seq.num_computed
         self.query_tokens += seq.length

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# By default a piece of text with one continuation would allow only the tokens that the tokenizer itself would write.
-_HEADER = '%llguidance {"no_forcing": true}\n'
+_OPTIONS = "%llguidance"
 _CACHED = 64
 
 
@@ -46,6 +45,10 @@ class StructuredMatcher:
 
     def accept(self, token_id: int) -> None:
         """ValueError if the token is not allowed."""
+        if self._vocabulary.ends(token_id):  # which the library takes no more once nothing else can follow
+            if not self.complete:
+                raise ValueError(f"structured output: end token {token_id} before the text is complete")
+            return
         tokens = [token_id]
         if self._first is not None:
             if not self._first.consume_token(token_id):
@@ -102,7 +105,7 @@ class StructuredCompiler:
             _check(template)
         except ValueError as error:
             raise ValueError(f"{_named(structured)}: {error}") from None
-        if not any(mask):
+        if not np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")[: self._vocabulary.size].any():
             raise ValueError(f"{_named(structured)}: no token of this model can begin a text that matches")
         self._compiled[key] = template
         if len(self._compiled) > _CACHED:
@@ -126,13 +129,13 @@ class StructuredCompiler:
         else:
             assert structured.grammar is not None
             try:
-                wrapped = json.loads(self._library.grammar_from("grammar", structured.grammar))
+                lark = self._library.grammar_from("grammar", structured.grammar)
             except ValueError as error:
                 raise ValueError(f"{_named(structured)}: {error}") from None
-            lark = wrapped["grammars"][0]["lark_grammar"]
-        if "%llguidance" not in lark:  # which a grammar may have but once
-            lark = _HEADER + lark
-        grammar: str = self._library.LLMatcher.grammar_from_lark(lark)
+        try:
+            grammar: str = self._library.LLMatcher.grammar_from_lark(_unforced(lark))
+        except ValueError as error:
+            raise ValueError(f"{_named(structured)}: {_OPTIONS}: {error}") from None
         return grammar
 
 
@@ -144,7 +147,7 @@ class _Vocabulary:
 
     def __init__(self, library: ModuleType, tokenizer: Tokenizer, vocab_size: int, eos: tuple[int, ...]) -> None:
         self._library, self._tokenizer, self._eos = library, tokenizer, eos
-        self._size = max(vocab_size, tokenizer.vocab_size)
+        self.size = max(vocab_size, tokenizer.vocab_size)
 
     @cached_property
     def _tokens_inside(self) -> list[bytes]:
@@ -166,10 +169,13 @@ class _Vocabulary:
     def start_differs(self) -> bool:
         return self._tokens_at_start != self._tokens_inside
 
+    def ends(self, token_id: int) -> bool:
+        return token_id in self._eos
+
     def spelled_at_start(self, token_id: int) -> list[int]:
         """The token, or, if it spells something else at the start than inside a text, the tokens of those bytes."""
         data = self._tokens_at_start[token_id]
-        return [token_id] if data == self._tokens_inside[token_id] else [self._size + byte for byte in data]
+        return [token_id] if data == self._tokens_inside[token_id] else [self.size + byte for byte in data]
 
     def _bytes(self, token_id: int, at_start: bool) -> bytes:
         surface = self._tokenizer.surface(token_id, at_start)
@@ -181,10 +187,10 @@ class _Vocabulary:
         return [b"" if i in self._eos else self._bytes(i, at_start) for i in range(self._tokenizer.vocab_size)]
 
     def _table(self, tokens: list[bytes]) -> LLTokenizer:
-        tokens = tokens + [b""] * (self._size - len(tokens)) + [bytes([b]) for b in range(255)] + [b""]
+        tokens = tokens + [b""] * (self.size - len(tokens)) + [bytes([b]) for b in range(255)] + [b""]
         for token_id in self._eos:
             tokens[token_id] = b"<end %d>" % token_id
-        wrapper = _Wrapper(tokens, self._eos, self._size)
+        wrapper = _Wrapper(tokens, self._eos, self.size)
         return self._library.LLTokenizer(wrapper, n_vocab=len(tokens), eos_token=list(self._eos))  # type: ignore[no-any-return]
 
 
@@ -213,10 +219,22 @@ def _llguidance() -> ModuleType:
     return llguidance
 
 
+def _unforced(lark: str) -> str:
+    """The grammar with an option set: else, where the text has one continuation, only one spelling of it is allowed."""
+    options: dict[str, Any] = {}
+    before, named, after = lark.partition(_OPTIONS)
+    if named:  # which a grammar may have but once, and a translated one does
+        start = len(after) - len(after.lstrip())
+        options, end = json.JSONDecoder().raw_decode(after, start)
+        lark = before + after[end:]
+    return f"{_OPTIONS} {json.dumps({**options, 'no_forcing': True})}\n{lark}"
+
+
 def _check(matcher: LLMatcher) -> None:
     if matcher.is_error():
         reason = matcher.get_error().split("\n<state>")[0].splitlines()  # the rest is the library's own state
-        raise ValueError(f"structured output: {reason[0] if reason else 'unknown error'}")
+        what = reason[0] if reason else "unknown error"
+        raise ValueError(f"structured output: {'no token can follow' if what.startswith('NoExtension') else what}")
 
 
 def _named(structured: StructuredOutput) -> str:

@@ -36,12 +36,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "grok_engine.models": ("batch", "config", "layers", "parallel"),
     "grok_engine.loader": ("checkpoint", "config", "layers", "models", "parallel"),
     "grok_engine.scheduler": ("config", "cache.allocator"),
+    "grok_engine.request": ("output",),
     "grok_engine.runner": ("batch", "cache", "config", "loader", "models", "parallel", "sampling", "scheduler"),
     # where a checkpoint, a model and a runner are put together
     "grok_engine.engine": (
-        "cache", "checkpoint", "config", "loader", "models", "parallel", "plan", "runner", "sampling", "scheduler",
-        "tokenizer",
+        "cache", "checkpoint", "config", "loader", "models", "output", "parallel", "request", "runner", "sampler",
+        "sampling", "scheduler", "structured", "tokenizer",
     ),
+    "grok_engine.llm": ("config", "engine", "models", "output", "request", "sampling", "tokenizer"),
+    "grok_engine.async_llm": ("engine", "request", "sampling"),
     "grok_engine.cli": ("*", "grok_kernels"),  # to say which backends served
     "grok_engine.__main__": ("cli",),
     "grok_engine": ("*",),  # __init__ alone: the names for users

@@ -24,7 +24,6 @@ from grok_engine import LLM, ModelConfig, SamplingParams
 from grok_engine.layers.attention import Attention
 from grok_engine.layers.moe import Experts, Router
 from grok_engine.layers.weight import Table, Weight
-from grok_engine.runner import Session
 
 FP32 = 2e-5  # ‖ours − theirs‖ / ‖theirs‖; both sum in fp32, in different orders
 COMMITTED = Path(__file__).parents[1] / "data" / "goldens"
@@ -50,8 +49,9 @@ def golden(folder: Path) -> dict[str, np.ndarray]:
 
 
 @cache
-def model(folder: Path, dtype: Any = "float32", weights: Any = None) -> LLM:
-    return LLM(folder, dtype=dtype, weights=weights)
+def model(folder: Path, dtype: Any = "float32", weights: Any = None, page_size: int = 16) -> LLM:
+    device = os.environ.get("GROK_TEST_DEVICE", "cpu")
+    return LLM(folder, dtype=dtype, weights=weights, page_size=page_size, device=device)
 
 
 def prompts(folder: Path) -> list[int]:
@@ -144,12 +144,9 @@ def test_through_the_cache_fp32(folder: Path, i: int, page_size: int) -> None:
     g, llm = golden(folder), model(folder)
     tokens, theirs = g[f"p{i}_tokens"].tolist(), g[f"p{i}_f32_mem_logits"]
     first = int(g[f"p{i}_f32_mem_start"]) + 1  # row 0 is the last token of the prefill
-    session = Session(llm.model, len(tokens), page_size)
-    with torch.inference_mode():
-        (x_TD,) = session.feed(tokens[:first])
-        rows = [llm.model.logits(x_TD[-1:])]
-        rows += [llm.model.logits(x_TD) for x_TD in session.feed(tokens[first:], chunk=1)]
-    ours = torch.cat(rows)
+    paged = model(folder, page_size=page_size)
+    ours = paged.logits(tokens, chunk=1)[first - 1 :]
+    assert torch.equal(ours, llm.logits(tokens)[first - 1 :])
     assert error(ours, theirs) <= FP32
     assert max(error(a, b) for a, b in zip(ours, theirs, strict=True)) <= 2 * FP32
 

@@ -265,6 +265,26 @@ def test_equal_content_computed_twice_comes_to_share_pages() -> None:
     allocator.check([a, b])
 
 
+def test_a_page_whose_other_holder_may_lack_the_one_before_is_not_indexed() -> None:
+    allocator = PageAllocator(6, 1)
+    filled(allocator, [1])
+    pages = allocator.allocate(3)
+    assert pages is not None
+    a, b = list(pages), list(pages)
+    allocator.share(b)
+    a[0] = allocator.register(a[0], None, (1,))  # now another page than b's
+    assert a[0] != b[0]
+    a[1] = allocator.register(a[1], a[0], (2,))
+    assert a[1] == b[1]
+    allocator.release(b)
+    a[2] = allocator.register(a[2], a[1], (3,))  # a's alone, but behind one that is not indexed
+    found = allocator.match([1, 2, 3, 4])
+    assert found == a[:1]
+    allocator.release(found)
+    allocator.release(a)
+    allocator.check()
+
+
 def test_colliding_hashes_are_told_apart() -> None:
     allocator = PageAllocator(4, 1)
     assert hash(-1) == hash(-2)

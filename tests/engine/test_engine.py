@@ -19,7 +19,6 @@ import sentencepiece
 import torch
 
 from grok_engine import LLM, ConfigError, SamplingParams, StreamChunk
-from grok_engine.sampling import Sampler
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 FOLDER = GOLDENS / "g8-a-emb128-k16"
@@ -173,7 +172,7 @@ BAD: list[tuple[str, Any]] = [
     *(("temperature", v) for v in (-0.5, float("nan"), float("inf"), "1", None, True)),
     *(("top_p", v) for v in (0, -0.5, 1.5, float("nan"), "0.9", None, True)),
     *(("seed", v) for v in (-1, 2**63, 1.5, "7", True)),
-    *(("stop_token_ids", v) for v in (5, "abc", (1.5,), ("a",), None, [True])),
+    *(("stop_token_ids", v) for v in (5, "abc")),
     *(("ignore_eos", v) for v in (1, "yes", None)),
 ]
 
@@ -330,15 +329,6 @@ def test_a_tiny_top_p_is_greedy(llm: LLM) -> None:
         assert tokens(llm, PROMPT, sampled(seed, top_p=1e-6)) == CONTINUATION[:12]
 
 
-def test_sampling_follows_the_probabilities() -> None:
-    logits = torch.log(torch.tensor([0.1, 0.0001, 0.6, 0.2999]))
-    sampler = Sampler(SamplingParams(seed=5))
-    counts = np.bincount([sampler(logits) for _ in range(2000)], minlength=4) / 2000
-    np.testing.assert_allclose(counts, [0.1, 0.0, 0.6, 0.3], atol=0.04)  # 3.6 standard deviations of the widest
-    sampler = Sampler(SamplingParams(seed=5, top_p=0.8))
-    assert {sampler(logits) for _ in range(200)} == {2, 3}
-
-
 # Streams
 
 
@@ -386,27 +376,21 @@ def test_streams_of_two_models_and_of_one_take_turns(llm: LLM) -> None:
 LONG: list[int] = golden()["p2_tokens"]  # 33 tokens
 
 
-def assert_close(a: torch.Tensor, b: torch.Tensor) -> None:
-    assert a.shape == b.shape
-    assert float((a - b).norm() / b.norm()) <= 5e-6
-    assert float((a - b).abs().max() / b.abs().max()) <= 1e-5
-
-
 @pytest.mark.parametrize("chunk", [1, 2, 7, 32, 33, 1000])
 def test_chunks_do_not_matter(llm: LLM, chunk: int) -> None:
-    assert_close(llm.logits(LONG, chunk=chunk), llm.logits(LONG))
+    assert torch.equal(llm.logits(LONG, chunk=chunk), llm.logits(LONG))
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 16, 64])
 def test_pages_do_not_matter(llm: LLM, page_size: int) -> None:
     other = LLM(FOLDER, dtype="float32", page_size=page_size)
     for chunk in (1000, 5):
-        assert_close(other.logits(LONG, chunk=chunk), llm.logits(LONG))
+        assert torch.equal(other.logits(LONG, chunk=chunk), llm.logits(LONG))
     assert tokens(other, PROMPT, GREEDY) == CONTINUATION
 
 
 def test_logits_are_causal(llm: LLM) -> None:
-    assert_close(llm.logits([*LONG[:20], *PROMPT])[:20], llm.logits(LONG)[:20])
+    assert torch.equal(llm.logits([*LONG[:20], *PROMPT])[:20], llm.logits(LONG)[:20])
 
 
 @pytest.mark.parametrize("chunk", [0, -1])

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from grok_engine.config import PRESETS, ModelConfig
+from grok_engine.config import PRESETS, EngineConfig, ModelConfig
 from grok_engine.layers.weight import Table, Weight
 from grok_engine.models.decoder import Decoder
-from grok_engine.runner import Session
+from grok_engine.runner import Runner, Work
 
 Weights = dict[str, np.ndarray]  # by name, (in, out), experts in front
 TOKENS = [7, 3, 3, 39, 0, 12, 25, 7, 31, 18, 2, 39, 5]
@@ -155,8 +155,11 @@ def build(c: ModelConfig) -> tuple[Decoder, Weights]:
 
 @torch.inference_mode()
 def logits(model: Decoder, page_size: int = 16, chunk: int = 1024) -> np.ndarray:
-    session = Session(model, len(TOKENS), page_size)
-    return torch.cat([model.logits(x_TD) for x_TD in session.feed(TOKENS, chunk)]).double().numpy()
+    pages = range(-(-len(TOKENS) // page_size))
+    config = EngineConfig(model=model.config, dtype="float32", page_size=page_size, num_pages=len(pages))
+    runner = Runner(model, config)
+    parts = [Work(TOKENS[at : at + chunk], at, pages) for at in range(0, len(TOKENS), chunk)]
+    return torch.cat([runner.logits(runner.run([work])) for work in parts]).double().numpy()
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> float:

@@ -210,5 +210,7 @@ def test_patterns_find_what_a_search_finds() -> None:
             assert sorted(automaton.found[state]) == [
                 i for i, p in enumerate(patterns) if read[len(read) - len(p) :] == p
             ]
+            lengths = [len(patterns[i]) for i in automaton.found[state]]
+            assert lengths == sorted(lengths, reverse=True)
             begun = [k for p in patterns for k in range(len(p) + 1) if read[max(0, len(read) - k) :] == p[:k]]
             assert automaton.depth[state] == max(begun)

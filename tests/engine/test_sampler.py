@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import grok_engine.sampler as module
 from grok_engine.sampler import SequenceSampler, bad_word_tokens, prompt_logprobs, sample, token_logprobs
 from grok_engine.sampling import SamplingParams, uniform
 
@@ -357,32 +355,3 @@ def test_calls_do_not_grow_with_the_batch(options: dict[str, Any], same: bool) -
             sample(rows, logits(size, 30))
         counts.append(calls.count)
     assert (counts[0] == counts[1]) is same
-
-
-def test_bookkeeping_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of 64 requests with a vocabulary so small that it costs nothing: what is left is the bookkeeping."""
-    cases: dict[str, dict[str, Any]] = {
-        "greedy": {"temperature": 0},
-        "top_p": {"top_p": 0.9},
-        "top_p, top_k, min_p": {"top_p": 0.9, "top_k": 4, "min_p": 0.1},
-        "penalties": {"repetition_penalty": 1.1, "frequency_penalty": 0.2},
-        "logprobs": {"logprobs": 5},
-        "everything": {
-            "top_k": 4, "repetition_penalty": 1.1, "logprobs": 5, "logit_bias": {1: 1.0}, "min_tokens": 1,
-            "bad_words": [[3, 4]], "allowed_token_ids": list(range(20)),
-        },
-    }  # fmt: skip
-    lines = []
-    for name, options in cases.items():
-        rows = [row(i, max_tokens=10**6, prompt=range(30), **options) for i in range(64)]
-        x_BV = logits(64, 32)
-        best = float("inf")
-        for _ in range(5):
-            began = time.perf_counter()
-            for _ in range(4):
-                assert all(s.error is None for s in sample(rows, x_BV))
-            best = min(best, (time.perf_counter() - began) / 4)
-        lines.append(f"{name}: {best / 64 * 1e6:.1f} µs a request")
-    with capsys.disabled():
-        print("\n" + "\n".join(lines))
-    assert module.__name__ == "grok_engine.sampler"

@@ -157,6 +157,7 @@ class Engine:
         assert max((s.rank for s in admitted), default=(-(10**9), 0)) < min(
             (s.rank for s in passed), default=(10**9, 0)
         )
+        assert all(s.status is Status.WAITING for s in schedule.preempted), "thrown out and let in again in one step"
         # what was thrown out is less urgent than all that runs
         thrown = min((s.rank for s in schedule.preempted), default=(10**9, 0))
         assert all(s.rank < thrown for s in scheduler.running)
@@ -479,6 +480,33 @@ def test_equals_do_not_take_from_each_other() -> None:
     assert engine.scheduler.preemptions == 0
 
 
+def test_a_waiting_sample_does_not_take_the_seat_of_a_later_equal_but_goes_before_the_next() -> None:
+    engine = Engine(40, seqs=2)
+    engine.prompt(1, 2, samples=2, max_new=9)
+    later = engine.prompt(3, 4, max_new=3)
+    last = engine.prompt(5, 6)
+    engine.step()
+    child = engine.requests[0].seqs[1]
+    assert child.status is Status.WAITING
+    while later.status is Status.RUNNING:
+        assert not engine.step().preempted
+    engine.step()
+    assert (child.status, last.status) == (Status.RUNNING, Status.WAITING)
+    engine.run()
+
+
+def test_admission_leaves_a_page_for_each_running_sequence() -> None:
+    engine = Engine(6, page_size=2, caching=False)
+    engine.prompt(1, 2, 3, max_new=3)
+    engine.prompt(1, 2, 3, max_new=3)
+    third = engine.prompt(1, 2, max_new=3)
+    assert len(engine.step().entries) == 2  # one more page and none for the two: 4 + 1 + 2 > 6
+    while third.status is Status.WAITING:
+        engine.step()
+    engine.run()
+    assert engine.scheduler.preemptions == 0
+
+
 # Prefixes
 
 
@@ -571,15 +599,18 @@ def test_samples_beyond_max_num_seqs_wait_and_find_the_prompt() -> None:
 
 
 def test_a_fork_in_the_middle_of_a_prompt() -> None:
-    engine = Engine(40, budget=8)
-    a = engine.prompt(*range(15), max_new=3)
+    engine = Engine(40, budget=14, seqs=2)
+    engine.prompt(*range(20, 28), max_new=1)
+    a = engine.prompt(*range(15), max_new=3)  # six of them fit beside
     engine.step()
-    (b,) = engine.scheduler.fork(a, [1])
-    engine.owner[b] = (engine.requests[0], 1)
-    engine.requests[0].seqs.append(b)
-    engine.requests[0].samples = 2
+    assert a.num_computed == 6
+    (b,) = engine.scheduler.fork(a, [2])
+    engine.owner[b] = (engine.requests[1], 1)
+    engine.requests[1].seqs.append(b)
+    engine.requests[1].samples = 2
     engine.scheduler.check()
     assert b.pages == a.pages[:2]
+    assert counts(engine.step()) == [(1, 6, 9, True), (2, 6, 5, False)]  # the half filled page was copied for one
     engine.run()
 
 

@@ -17,6 +17,6 @@ def sample_top_p(logits_BV: Tensor, temperature_B: Tensor, top_p_B: Tensor, unif
     sums = probs.cumsum(-1)
     kept = (sums - probs) < top_p_B[:, None]
     kept[:, 0] = True
-    total = (probs * kept).sum(-1, keepdim=True)
+    total = sums.gather(1, kept.sum(-1, keepdim=True) - 1)
     place = (sums <= uniform_B[:, None] * total).sum(-1).clamp(max=kept.sum(-1) - 1)
     return tokens.gather(1, torch.where(greedy, 0, place)[:, None]).squeeze(1)
