@@ -34,6 +34,7 @@ def render(report: Report, console: Console, *, every_tensor: bool = False) -> N
     console.print()
     rows = [[t] for t in report.tensors] if every_tensor else _grouped(report.tensors)
     console.print(_tensors(rows))
+    console.print(Text("scales: groups × the input rows that share one", style="dim"))
     if report.verified:
         console.print()
         console.print(_ranges(rows))
@@ -74,7 +75,7 @@ def _sizes(report: Report) -> Table:
 
 def _tensors(rows: Sequence[Sequence[TensorReport]]) -> Table:
     every = all(len(group) == 1 for group in rows)
-    table = _table("tensor", "file" if every else ">files", ">shape", "dtype", ">scales: groups × rows", ">bytes")
+    table = _table("tensor", "file" if every else ">files", ">shape", "dtype", ">scales", ">bytes")
     for group in rows:
         info = group[0].info
         scales = ""
@@ -92,7 +93,7 @@ def _tensors(rows: Sequence[Sequence[TensorReport]]) -> Table:
 
 
 def _ranges(rows: Sequence[Sequence[TensorReport]]) -> Table:
-    table = _table("tensor", ">smallest weight", ">largest", ">smallest scale", ">largest", ">NaN", ">inf")
+    table = _table("tensor", ">weight min", ">max", ">scale min", ">max", ">NaN", ">inf")
     for group in rows:
         weight = reduce(add, (t.weight for t in group if t.weight is not None), Stats())
         scales = reduce(add, (t.scales for t in group if t.scales is not None), Stats())
