@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
@@ -38,7 +38,7 @@ class AsyncLLM:
         *,
         request_id: str | None = None,
         priority: int = 0,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """The request's outputs as its tokens come. Leaving the loop, or cancellation, aborts it and frees its pages."""
         if self._error is not None:
             raise EngineClosedError("the engine is closed") from self._error

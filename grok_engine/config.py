@@ -400,6 +400,11 @@ class EngineConfig:
                 raise ConfigError(f"{name}={value!r} is not a positive integer")
         if not _is_int(self.max_model_len) or not 1 <= self.max_len <= self.model.max_position:
             raise ConfigError(f"max_model_len={self.max_model_len!r} is not in 1..{self.model.max_position}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs={self.max_num_seqs}: "
+                "expected a token a step for each sequence at least"
+            )
         if self.num_pages is not None and self.kv_memory is not None:
             raise ConfigError(f"num_pages={self.num_pages} and kv_memory={self.kv_memory}: expected one of them")
         if self.seed is not None and not (_is_int(self.seed) and 0 <= self.seed < 2**63):

@@ -127,7 +127,7 @@ class LLMEngine:
         self.scheduler = Scheduler(
             self.allocator,
             max_num_seqs=c.max_num_seqs,
-            max_num_batched_tokens=max(c.max_num_batched_tokens, c.max_num_seqs),
+            max_num_batched_tokens=c.max_num_batched_tokens,
             max_model_len=c.max_len,
         )
         self._requests: dict[str, _Request] = {}
@@ -253,11 +253,9 @@ class LLMEngine:
         self._check_open()
         ready, self._ready = self._ready, []
         began = time.perf_counter()
-        schedule = self.scheduler.schedule()
-        if not schedule.entries:
-            return ready
         try:
-            return ready + self._step(schedule, began)
+            schedule = self.scheduler.schedule()
+            return ready + self._step(schedule, began) if schedule.entries else ready
         except BaseException as error:
             self._close(error)
             raise
@@ -304,7 +302,7 @@ class LLMEngine:
         ended = time.perf_counter()
         self._steps += 1
         self._generated += len(sampled)
-        self._prompt_tokens += len(x_TD) - len(sampling)
+        self._prompt_tokens += len(x_TD) - sum([e.start >= len(e.seq.prompt_ids) for e in entries])  # who decode
         times = (began, scheduled, computed, chosen, ended)
         for part, start, stop in zip(self._seconds, times, times[1:], strict=False):
             self._seconds[part] += stop - start

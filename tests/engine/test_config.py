@@ -379,3 +379,14 @@ def test_engine_config(change: dict[str, Any], message: str) -> None:
     model = ModelConfig(**SPARSE, max_position=77)
     with pytest.raises(ConfigError, match=message):
         EngineConfig(model=model, **change)
+
+
+def test_a_step_has_a_token_for_each_sequence() -> None:
+    with pytest.raises(ConfigError, match="max_num_batched_tokens=7 is less than max_num_seqs=8"):
+        EngineConfig(model=PRESETS["grok-1"], max_num_batched_tokens=7, max_num_seqs=8)
+    EngineConfig(model=PRESETS["grok-1"], max_num_batched_tokens=8, max_num_seqs=8)
+
+
+def test_pages_are_sized_in_one_way() -> None:
+    with pytest.raises(ConfigError, match="num_pages=5 and kv_memory=9: expected one of them"):
+        EngineConfig(model=PRESETS["grok-1"], num_pages=5, kv_memory=9)

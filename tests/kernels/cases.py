@@ -218,7 +218,7 @@ def _wrong(c: Case) -> Iterator[tuple[str, str, Any, str]]:
             yield "None", name, None, "None"
     scalars = [n for n in args if n not in c.dims and not (n.endswith(("_scale", "_weight")) and args[n] is None)]
     for name in scalars:
-        yield "type", name, ["wrong"], "list"
+        yield "type", name, ["wrong"], "['wrong']"
 
 
 def refusals(*ops: str) -> list[Any]:

@@ -1,0 +1,263 @@
+"""What goes wrong for one request stays with it; what goes wrong in a step closes the engine and says why."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from grok_engine import EngineClosedError, LLMEngine, RequestOutput, RequestOutputKind, SamplingParams
+
+FOLDER = Path(__file__).parents[1] / "data" / "goldens" / "g1-b-q48-k128"
+VOCAB, LONGEST = 2048, 32
+
+
+def make(**options: Any) -> LLMEngine:
+    return LLMEngine(FOLDER, dtype="float32", max_model_len=LONGEST, **options)
+
+
+def drain(engine: LLMEngine) -> list[RequestOutput]:
+    outputs = []
+    while engine.has_unfinished_requests():
+        outputs += engine.step()
+    return outputs
+
+
+def poison(engine: LLMEngine, is_poisoned: Callable[[str, int], bool]) -> None:
+    """Make the hidden states NaN of every request for which is_poisoned(request_id, tokens generated so far)."""
+    plain_schedule, plain_run = engine.scheduler.schedule, engine.runner.run
+    entries: list[Any] = []
+
+    def schedule() -> Any:
+        made = plain_schedule()
+        entries[:] = made.entries
+        return made
+
+    def run(work: Any) -> torch.Tensor:
+        x_TD = plain_run(work).clone()
+        row = 0
+        for entry in entries:
+            request, _ = engine._by_tokens[entry.seq.seq_id]
+            if is_poisoned(request.request_id, len(entry.seq.output_ids)):
+                x_TD[row : row + entry.count] = float("nan")
+            row += entry.count
+        return x_TD
+
+    engine.scheduler.schedule, engine.runner.run = schedule, run  # type: ignore[method-assign]
+
+
+class Boom(Exception):
+    pass
+
+
+def raises_after(count: int) -> Callable[[list[int], torch.Tensor], torch.Tensor]:
+    def processor(output: list[int], logits_V: torch.Tensor) -> torch.Tensor:
+        if len(output) >= count:
+            raise Boom(f"after {count}")
+        return logits_V
+
+    return processor
+
+
+@dataclass
+class Kind:
+    """A prompt and its parameters, with the outcome of a run alone."""
+
+    prompt: list[int]
+    options: dict[str, Any]
+    clean: list[tuple[list[int], list[dict[int, float]] | None]]
+
+
+def make_kinds(rng: random.Random, count: int) -> list[Kind]:
+    engine, kinds = make(), []
+    shared = rng.choices(range(3, VOCAB), k=20)
+    for i in range(count):
+        length = LONGEST - 1 if i % 20 == 0 else rng.choice([1, 1, 2, 3, 4, 5, 8, 9])
+        prompt = rng.choices(range(3, VOCAB), k=length)
+        if i % 4 == 1:
+            prompt = shared[: rng.randint(1, 20)] + prompt[:3]
+        options: dict[str, Any] = {
+            "max_tokens": rng.randint(1, 5),
+            "temperature": rng.choice([0, 1.0, 3.0]),
+            "seed": i,
+            "n": rng.choice([1, 1, 1, 2, 3]),
+            "ignore_eos": True,
+            "logprobs": rng.choice([None, 1]),
+        }
+        engine.add_request("x", prompt, SamplingParams(**options))
+        outputs = drain(engine)
+        kinds.append(Kind(prompt, options, [(a.token_ids, a.logprobs) for a in outputs[-1].outputs]))
+    return kinds
+
+
+def test_soak() -> None:
+    """Thousands of requests, many of them wrong, unlucky or given up: the others get what they get alone."""
+    rng = random.Random(1)
+    kinds = make_kinds(rng, 60)
+    engine = make(page_size=4, num_pages=36, max_num_seqs=24, max_num_batched_tokens=40)
+    poison(engine, lambda request_id, done: request_id.startswith("nan") and done >= int(request_id[3]))
+    wrong: list[Any] = [[], "text", [VOCAB], [5, -1], [5] * LONGEST, [5] * (LONGEST + 1), [2.5], 7, None]
+    pending: dict[str, Kind] = {}
+    seen: Counter[str] = Counter()
+    total, serial = 2500, 0
+    while serial < total or pending:
+        for _ in range(rng.choice([0, 1, 4, 12]) if serial < total and len(pending) < 80 else 0):
+            serial += 1
+            kind, fate = rng.choice(kinds), rng.random()
+            options = dict(kind.options)
+            if fate < 0.05:
+                with pytest.raises(ValueError):
+                    engine.add_request(f"bad{serial}", rng.choice(wrong), SamplingParams(**options))
+                seen["refused"] += 1
+                continue
+            if fate < 0.10:
+                request_id = f"nan{rng.randint(0, 2)}-{serial}"
+            elif fate < 0.15:
+                after = rng.randint(0, 2)
+                request_id, options["logits_processors"] = f"raise{after}-{serial}", [raises_after(after)]
+            else:
+                request_id = f"good-{serial}"
+            if rng.random() < 0.3:
+                options["output_kind"] = rng.choice(list(RequestOutputKind)[::2])
+            engine.add_request(request_id, kind.prompt, SamplingParams(**options), rng.choice([0, 0, 0, -1, 1]))
+            pending[request_id] = kind
+        if pending and rng.random() < 0.3:
+            gone = rng.choice(list(pending))
+            if rng.random() < 0.5:
+                engine.discard_request(gone)
+                del pending[gone]
+                seen["discarded"] += 1
+            else:
+                engine.abort_request(gone)
+        for output in engine.step():
+            if not output.finished:
+                continue
+            kind = pending.pop(output.request_id)
+            for a, (tokens, logprobs) in zip(output.outputs, kind.clean, strict=False):
+                seen[str(a.finish_reason)] += 1
+                assert a.token_ids == tokens[: len(a.token_ids)], output.request_id
+                assert logprobs is None or a.logprobs == logprobs[: len(a.token_ids)]
+                if a.finish_reason == "error":
+                    after = int(output.request_id.split("-")[0][-1])
+                    assert len(a.token_ids) == after
+                    expected = "logits have NaN" if output.request_id.startswith("nan") else f"Boom: after {after}"
+                    assert expected in str(a.error)
+                elif a.finish_reason == "length":
+                    assert a.token_ids == tokens
+                    assert a.error is None
+                else:
+                    assert a.finish_reason == "abort"
+            if not any(a.finish_reason == "abort" for a in output.outputs):
+                assert len(output.outputs) == len(kind.clean)
+        if rng.random() < 0.05:
+            engine.scheduler.check()
+    assert not engine.has_unfinished_requests()
+    assert not engine._by_tokens
+    assert engine.allocator.available == engine.allocator.num_pages
+    engine.scheduler.check()
+    engine.allocator.check([])
+    stats = engine.stats()
+    assert (stats.requests, stats.scheduler.running, stats.scheduler.waiting) == (0, 0, 0)
+    assert min(stats.scheduler.preemptions, stats.scheduler.hit_tokens, stats.scheduler.evictions) >= 100, stats
+    assert min(seen[fate] for fate in ("refused", "discarded", "abort", "error")) >= 50, seen
+    assert seen["length"] >= 1500, seen
+    # and nothing of it stayed
+    kind = kinds[2]
+    engine.add_request("x", kind.prompt, SamplingParams(**kind.options))
+    assert [(a.token_ids, a.logprobs) for a in drain(engine)[-1].outputs] == kind.clean
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("good", [0, 1])
+def test_nan_in_rows_alike(temperature: float, good: int) -> None:
+    """All greedy, all drawn, with and without a usable row: each is another path through the sampler."""
+    engine = make()
+    poison(engine, lambda request_id, done: request_id.startswith("nan") and done >= 1)
+    params = SamplingParams(temperature=temperature, max_tokens=3, seed=1, ignore_eos=True)
+    for request_id in ["nan1", "nan2", "good"][: 2 + good]:
+        engine.add_request(request_id, [5, 6], params)
+    last = {output.request_id: output.outputs[0] for output in drain(engine)}
+    for request_id in ("nan1", "nan2"):
+        assert (last[request_id].finish_reason, last[request_id].error) == ("error", "the model's logits have NaN")
+        assert len(last[request_id].token_ids) == 1
+    if good:
+        assert (last["good"].finish_reason, len(last["good"].token_ids)) == ("length", 3)
+
+
+@pytest.mark.parametrize("where", ["run", "logits", "copy"])
+def test_a_failing_step_closes_the_engine(where: str) -> None:
+    engine = make()
+    engine.add_request("a", [5, 6, 7], SamplingParams(max_tokens=5))
+    engine.step()
+
+    def fail(*args: Any) -> Any:
+        raise Boom("the device is gone")
+
+    setattr(engine.runner, where, fail)
+    with pytest.raises(Boom, match="the device is gone"):
+        engine.step()
+    assert engine.closed
+    assert not engine.has_unfinished_requests()
+    calls: list[Callable[[], Any]] = [
+        engine.step, engine.stats, lambda: engine.add_request("b", [5]), lambda: engine.logits([5]),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(EngineClosedError, match="the engine is closed") as caught:
+            call()
+        assert isinstance(caught.value.__cause__, Boom)
+    engine.close()
+    with pytest.raises(EngineClosedError) as caught:
+        engine.step()
+    assert isinstance(caught.value.__cause__, Boom)  # the first reason stays
+
+
+def test_an_interrupt_closes_the_engine() -> None:
+    engine = make()
+
+    def interrupt(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    engine.runner.run = interrupt  # type: ignore[method-assign]
+    engine.add_request("a", [5, 6, 7])
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert engine.closed
+
+
+def test_a_refused_request_leaves_nothing() -> None:
+    engine = make(page_size=4, num_pages=4)
+    before = engine.stats()
+    for prompt, params in [
+        ([], SamplingParams()),
+        ([VOCAB], SamplingParams()),
+        ([5] * LONGEST, SamplingParams()),
+        ([5] * 10, SamplingParams(max_tokens=8)),
+        ([5], SamplingParams(logit_bias={VOCAB: 1.0})),
+        ([5], SamplingParams(stop="x")),
+    ]:
+        with pytest.raises(ValueError):
+            engine.add_request("x", prompt, params)
+        assert not engine.has_unfinished_requests()
+        assert engine.stats() == before
+    engine.add_request("x", [5] * 10, SamplingParams(max_tokens=7, ignore_eos=True))
+    assert len(drain(engine)[-1].outputs[0].token_ids) == 7
+
+
+def test_logits_leave_no_page_behind_where_they_fail() -> None:
+    engine = make(page_size=4, num_pages=4)
+
+    def fail(*args: Any) -> Any:
+        raise Boom
+
+    plain, engine.runner.run = engine.runner.run, fail  # type: ignore[method-assign]
+    with pytest.raises(Boom):
+        engine.logits([5, 6, 7])
+    assert engine.allocator.available == 4
+    engine.runner.run = plain  # type: ignore[method-assign]
+    assert engine.logits([5, 6, 7]).shape == (3, VOCAB)
