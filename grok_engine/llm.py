@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -136,7 +137,10 @@ class LLM:
                 raise ValueError(f"n={params.n}: a stream has one answer, expected 1")
             params = replace(params, output_kind=RequestOutputKind.DELTA)
         outputs: deque[RequestOutput] = deque()
-        return self._stream(self._add(prompt, params, outputs), outputs)
+        request_id = self._add(prompt, params, outputs)
+        stream = self._stream(request_id, outputs)
+        weakref.finalize(stream, self._end, [request_id]).atexit = False  # one that is dropped before its first token
+        return stream
 
     def _stream(self, request_id: str, outputs: deque[RequestOutput]) -> Iterator[StreamChunk]:
         try:

@@ -76,7 +76,10 @@ def _check(name: str, source: str) -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force every op inside the block onto one backend; what it cannot run raises NotImplementedError."""
+    """Force every op inside the block onto one backend; what it cannot run raises NotImplementedError.
+
+    It holds for this thread or asyncio task. For other threads too, as an AsyncLLM's, set `GROK_KERNELS_BACKEND`.
+    """
     token = _forced.set(_check(name, "backend"))
     try:
         yield

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "tests" / "data" / "goldens" / "g8-a-emb128-k16"
@@ -28,8 +27,8 @@ GREEDY = {"temperature": 0, "max_tokens": 24, "ignore_eos": True}
 
 
 @contextmanager
-def server(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    command = [sys.executable, str(ROOT / "examples" / "embed_asyncio.py"), "--port", "0", *arguments]
+def server(model: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    command = [sys.executable, str(ROOT / "examples" / "embed_asyncio.py"), model, "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
     try:
         assert process.stdout is not None
@@ -98,7 +97,7 @@ def test_several_clients_one_of_which_leaves() -> None:
             assert set(lines[0]) == {"error"}, request
         assert "token id 5000 is not in the vocabulary" in found[10][0]["error"]
 
-    with server("--model", str(FOLDER)) as (process, port):
+    with server(str(FOLDER)) as (process, port):
         asyncio.run(asyncio.wait_for(clients(port), LIMIT))
         time.sleep(0.2)
         out = stop(process)
@@ -120,7 +119,7 @@ def test_stopping_while_it_serves() -> None:
         else:
             assert lines[-1]["finish_reason"] == "length"
 
-    with server("--model", str(FOLDER)) as (process, port):
+    with server(str(FOLDER)) as (process, port):
         asyncio.run(asyncio.wait_for(clients(process, port), LIMIT))
         out, err = process.communicate(timeout=LIMIT)
     assert (process.returncode, err) == (0, "")
@@ -128,11 +127,13 @@ def test_stopping_while_it_serves() -> None:
 
 
 def test_text_from_the_model_that_ships() -> None:
-    if not (ROOT / "grok_engine" / "assets" / "tiny" / "config.json").exists():
-        pytest.skip("grok_engine/assets/tiny is not there")
-    with server() as (process, port):
+    with server("tiny") as (process, port):
         request = {"prompt": "My dear Watson,", "max_tokens": 8, "temperature": 0}
         lines = asyncio.run(asyncio.wait_for(ask(port, request), LIMIT))
         stop(process)
     assert len("".join(line["text"] for line in lines).strip()) > 3
     assert lines[-1]["finish_reason"] in ("length", "stop")
+
+
+def test_it_is_short() -> None:
+    assert len((ROOT / "examples" / "embed_asyncio.py").read_text().splitlines()) < 40

@@ -128,9 +128,9 @@ def test_a_name_can_be_taken_again_at_once() -> None:
             async with aclosing(llm.generate(PROMPTS[1], greedy(), request_id="x")) as outputs:
                 async for _ in outputs:
                     break
-            output = await last(llm, 2, greedy(3), request_id="x")
-            assert output.prompt_token_ids == PROMPTS[2]
-            assert output.outputs[0].token_ids == CONTINUATIONS[2][:3]
+            found = [output async for output in llm.generate(PROMPTS[2], greedy(3), request_id="x")]
+            assert [o.prompt_token_ids for o in found] == [PROMPTS[2]] * 3
+            assert [o.outputs[0].token_ids for o in found] == [CONTINUATIONS[2][: i + 1] for i in range(3)]
         await all_free(llm)
 
     run(main)

@@ -516,3 +516,11 @@ def test_importing_and_using_it_sets_no_policy() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [{}, {}]
+
+
+def test_a_stream_that_nobody_reads_leaves_nothing_behind(llm: LLM) -> None:
+    before = llm.engine.stats().requests
+    stream = llm.stream(PROMPT, GREEDY)
+    assert llm.engine.stats().requests == before + 1
+    del stream
+    assert llm.engine.stats().requests == before

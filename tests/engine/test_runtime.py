@@ -28,6 +28,7 @@ from grok_engine import (
     SamplingParams,
     StructuredOutput,
 )
+from grok_engine.sampling import uniform
 
 FOLDER = Path(__file__).parents[1] / "data" / "goldens" / "g8-a-emb128-k16"
 OTHER = FOLDER.parent / "g1-b-q48-k128"
@@ -536,3 +537,20 @@ def test_fp8_pages_are_close() -> None:
     assert 1e-4 < bf16 < 0.006, bf16
     assert 0.01 < fp8 < 0.08, fp8  # a rounding step is 16 times as large
     assert (fp8_TV.argmax(-1) == exact_TV.argmax(-1)).float().mean() > 0.85
+
+
+def test_random_numbers_follow_from_seed_sequence_and_position() -> None:
+    """On flat logits a token is its random number: that of `uniform`, the same through preemptions."""
+
+    def flat(output: list[int], logits_V: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(logits_V)
+
+    for options in ({}, {"page_size": 1, "num_pages": 50, "max_num_seqs": 8, "max_num_batched_tokens": 20}):
+        engine = make(**options)
+        for seed in (0, 7):
+            engine.add_request(str(seed), PROMPT, drawn(n=3, seed=seed, logits_processors=[flat]))
+        last = {o.request_id: o for o in drain(engine)}
+        for seed in (0, 7):
+            for a in last[str(seed)].outputs:
+                assert a.token_ids == [int(uniform(seed, a.index, i) * VOCAB) for i in range(12)]
+    assert engine.stats().scheduler.preemptions > 0
