@@ -23,8 +23,8 @@ from .checkpoint.inspect import inspect_checkpoint
 from .checkpoint.inspect import render as render_report
 from .chips import CHIPS, PlanWeights
 from .config import PRESETS, ConfigError, DType, ModelConfig, WeightFormat
-from .engine import resolve_model
 from .llm import LLM
+from .loader import resolve_model
 from .plan import PlanKV, plan
 from .plan_view import render as render_plan
 from .sampling import SamplingParams

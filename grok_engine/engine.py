@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
-from importlib.resources import files
 from itertools import count
 from numbers import Integral
 from pathlib import Path
@@ -18,10 +17,10 @@ from torch import Tensor
 from .cache.allocator import PageAllocator
 from .checkpoint.xai import XaiCheckpoint
 from .config import ConfigError, DType, EngineConfig, ModelConfig
-from .loader import Progress, load_weights
+from .loader import Progress, load_weights, resolve_model
 from .models.decoder import Decoder
 from .output import FinishReason, SequenceOutput, begins_text, check_tokenizer
-from .request import CompletionOutput, RequestMetrics, RequestOutput, TopLogprobs
+from .request import Answer, Request, RequestOutput, TopLogprobs
 from .runner import Runner, Work
 from .sampler import Sampled, SequenceSampler, bad_word_tokens, prompt_logprobs, sample
 from .sampling import RequestOutputKind, SamplingParams, fresh_seed
@@ -36,48 +35,6 @@ _DTYPES: dict[DType, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torc
 
 class EngineClosedError(RuntimeError):
     """The engine was closed, by its user or by a step that failed; the cause is chained."""
-
-
-def resolve_model(model: str | Path) -> Path:
-    """The folder of a model: a path, or the name of the one that ships with the package, `tiny`."""
-    if str(model) == "tiny":
-        return Path(str(files("grok_engine") / "assets" / "tiny"))
-    path = Path(model).expanduser()
-    if not path.is_dir():
-        raise ConfigError(f"model {str(model)!r} is not a folder: expected 'tiny' or the path of a checkpoint")
-    return path
-
-
-@dataclass(slots=True, eq=False)
-class _Answer:
-    """One of a request's n sequences."""
-
-    index: int
-    tokens: Tokens
-    sampler: SequenceSampler
-    output: SequenceOutput
-    logprobs: list[TopLogprobs] = field(default_factory=list)
-    cumulative_logprob: float = 0.0
-    error: str | None = None
-    shown: tuple[int, int] = (0, 0)  # characters and tokens that DELTA outputs have shown
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    request_id: str
-    prompt: str | None
-    prompt_ids: list[int]
-    params: SamplingParams
-    arrival: float
-    answers: list[_Answer]
-    make_answer: Callable[[int, Tokens], _Answer]
-    first_token: float | None = None
-    finished: float | None = None
-    prompt_logprobs: list[TopLogprobs | None] | None = None
-
-    @property
-    def done(self) -> bool:
-        return len(self.answers) == self.params.n and all(a.output.finish_reason for a in self.answers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,8 +87,8 @@ class LLMEngine:
             max_num_batched_tokens=c.max_num_batched_tokens,
             max_model_len=c.max_len,
         )
-        self._requests: dict[str, _Request] = {}
-        self._by_tokens: dict[int, tuple[_Request, _Answer]] = {}
+        self._requests: dict[str, Request] = {}
+        self._by_tokens: dict[int, tuple[Request, Answer]] = {}
         self._ready: list[RequestOutput] = []  # of aborts, for the next step to return
         self._serial = count()
         self._seq_ids = count()
@@ -184,7 +141,7 @@ class LLMEngine:
         tokens.use_cache = params.prompt_logprobs is None  # whose logits all have to be computed
         answer = make_answer(0, tokens)
         self.scheduler.add(tokens)
-        request = _Request(
+        request = Request(
             request_id,
             prompt if isinstance(prompt, str) else None,
             prompt_ids,
@@ -197,7 +154,7 @@ class LLMEngine:
         self._requests[request_id] = request
         self._by_tokens[tokens.seq_id] = (request, answer)
 
-    def _answers(self, params: SamplingParams, prompt_ids: list[int], seed: int) -> Callable[[int, Tokens], _Answer]:
+    def _answers(self, params: SamplingParams, prompt_ids: list[int], seed: int) -> Callable[[int, Tokens], Answer]:
         """What makes each of a request's answers. Everything that can be wrong in the parameters is found here."""
         tokenizer, eos = self.tokenizer, self.config.model.eos_token_ids
         check_tokenizer(params, tokenizer)
@@ -208,13 +165,13 @@ class LLMEngine:
         if structured is not None:  # now, so that a wrong one is refused now
             self._compiler.matcher(structured, at_start=at_start)
 
-        def make(index: int, tokens: Tokens) -> _Answer:
+        def make(index: int, tokens: Tokens) -> Answer:
             matcher = self._compiler.matcher(structured, at_start=at_start) if structured else None
             sampler = SequenceSampler(
                 params, seed=seed, index=index, prompt=prompt_ids, eos_token_ids=eos, bad_words=words, matcher=matcher
             )
-            output = SequenceOutput(params, tokenizer, eos_token_ids=eos, context=prompt_ids, max_tokens=room)
-            return _Answer(index, tokens, sampler, output)
+            text = SequenceOutput(params, tokenizer, eos_token_ids=eos, context=prompt_ids, max_tokens=room)
+            return Answer(index, tokens, sampler, text)
 
         return make
 
@@ -276,7 +233,7 @@ class LLMEngine:
         computed = time.perf_counter()
 
         self.scheduler.commit(schedule)
-        answers: list[_Answer] = []
+        answers: list[Answer] = []
         sources: list[int] = []
         for source, i in enumerate(sampling):
             forked = self._with_siblings(entries[i].seq)
@@ -291,7 +248,7 @@ class LLMEngine:
         chosen = time.perf_counter()
 
         now = time.monotonic()
-        changed: dict[str, _Request] = {}
+        changed: dict[str, Request] = {}
         for answer, result in zip(answers, sampled, strict=True):
             request = self._by_tokens[answer.tokens.seq_id][0]
             if request.first_token is None:
@@ -308,7 +265,7 @@ class LLMEngine:
             self._seconds[part] += stop - start
         return outputs
 
-    def _with_siblings(self, tokens: Tokens) -> list[_Answer]:
+    def _with_siblings(self, tokens: Tokens) -> list[Answer]:
         """The answer that these tokens are of and, once their prompt is computed, its n − 1 others."""
         request, answer = self._by_tokens[tokens.seq_id]
         if len(request.answers) == request.params.n:
@@ -320,7 +277,7 @@ class LLMEngine:
             self._by_tokens[child.seq_id] = (request, sibling)
         return list(request.answers)
 
-    def _accept(self, answer: _Answer, result: Sampled) -> None:
+    def _accept(self, answer: Answer, result: Sampled) -> None:
         """One more token, or an error, of one answer."""
         if result.error is not None:
             answer.error = result.error
@@ -331,15 +288,15 @@ class LLMEngine:
         if result.logprob is not None:
             answer.logprobs.append(_as_dict(result.token, result.logprob, result.top_logprobs or []))
             answer.cumulative_logprob += result.logprob
-        if answer.output.push(result.token).finish_reason:
+        if answer.text.push(result.token).finish_reason:
             self._drop(answer)
 
-    def _finish(self, answer: _Answer, reason: FinishReason) -> None:
-        if answer.output.finish_reason is None:
-            answer.output.finish(reason)
+    def _finish(self, answer: Answer, reason: FinishReason) -> None:
+        if answer.text.finish_reason is None:
+            answer.text.finish(reason)
             self._drop(answer)
 
-    def _drop(self, answer: _Answer) -> None:
+    def _drop(self, answer: Answer) -> None:
         self.scheduler.finish(answer.tokens)
         del self._by_tokens[answer.tokens.seq_id]
 
@@ -362,28 +319,15 @@ class LLMEngine:
 
     # Outputs
 
-    def _outputs(self, requests: Iterable[_Request], now: float, *, aborted: bool = False) -> list[RequestOutput]:
+    def _outputs(self, requests: Iterable[Request], now: float, *, aborted: bool = False) -> list[RequestOutput]:
         outputs = []
         for request in requests:
             if aborted or request.done:
                 request.finished = now
                 del self._requests[request.request_id]
             if request.finished or request.params.output_kind is not RequestOutputKind.FINAL_ONLY:
-                outputs.append(self._output(request))
+                outputs.append(request.output())
         return outputs
-
-    def _output(self, request: _Request) -> RequestOutput:
-        delta = request.params.output_kind is RequestOutputKind.DELTA
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=request.prompt_ids,
-            outputs=[_completion(answer, delta) for answer in request.answers],
-            finished=request.finished is not None,
-            metrics=RequestMetrics(request.arrival, request.first_token, request.finished),
-            cached_tokens=request.answers[0].tokens.cached_tokens,
-            prompt_logprobs=request.prompt_logprobs,
-        )
 
     # The rest
 
@@ -442,23 +386,6 @@ class LLMEngine:
     def _check_open(self) -> None:
         if self._closed is not None:
             raise EngineClosedError(str(self._closed)) from self._closed.__cause__
-
-
-def _completion(answer: _Answer, delta: bool) -> CompletionOutput:
-    text, ids = answer.output.text, answer.tokens.output_ids
-    text_from, tokens_from = answer.shown if delta else (0, 0)
-    answer.shown = (len(text), len(ids))
-    asked = answer.sampler.params.logprobs is not None
-    return CompletionOutput(
-        index=answer.index,
-        text=text[text_from:],
-        token_ids=ids[tokens_from:],
-        finish_reason=answer.output.finish_reason,
-        logprobs=answer.logprobs[tokens_from:] if asked else None,
-        cumulative_logprob=answer.cumulative_logprob if asked else None,
-        stop_reason=answer.output.stop_reason,
-        error=answer.error,
-    )
 
 
 def _as_dict(token: int, logprob: float, top: Sequence[tuple[int, float]]) -> TopLogprobs:

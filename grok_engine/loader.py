@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from importlib.resources import files
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -13,13 +15,23 @@ from torch import Tensor
 from .checkpoint.pickles import Array
 from .checkpoint.quantize import quantize_matrix
 from .checkpoint.xai import CheckpointError, MappedTensor, XaiCheckpoint
-from .config import WeightFormat
+from .config import ConfigError, WeightFormat
 from .layers.embedding import Embedding
 from .layers.weight import Part, Table, Weight
 from .models.decoder import Decoder
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 _DTYPES: dict[WeightFormat, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def resolve_model(model: str | Path) -> Path:
+    """The folder of a model: a path, or the name of the one that ships with the package, `tiny`."""
+    if str(model) == "tiny":
+        return Path(str(files("grok_engine") / "assets" / "tiny"))
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        raise ConfigError(f"model {str(model)!r} is not a folder: expected 'tiny' or the path of a checkpoint")
+    return path
 
 
 def as_torch(array: Array) -> Tensor:

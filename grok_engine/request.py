@@ -1,10 +1,14 @@
-"""What a user gets back of a request."""
+"""A request: what a user gets back of it, and what the engine keeps of it while it runs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
-from .output import FinishReason
+from .output import FinishReason, SequenceOutput
+from .sampler import SequenceSampler
+from .sampling import RequestOutputKind, SamplingParams
+from .scheduler import Sequence
 
 TopLogprobs = dict[int, float]  # token id to log probability; the sampled token and the most probable ones
 
@@ -47,3 +51,68 @@ class RequestOutput:
     metrics: RequestMetrics
     cached_tokens: int = 0
     prompt_logprobs: list[TopLogprobs | None] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Answer:
+    """One of a request's n sequences, while it runs."""
+
+    index: int
+    tokens: Sequence
+    sampler: SequenceSampler
+    text: SequenceOutput
+    logprobs: list[TopLogprobs] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    error: str | None = None
+    shown: tuple[int, int] = (0, 0)  # characters and tokens that DELTA outputs have shown
+
+    def completion(self, delta: bool) -> CompletionOutput:
+        """What there is of it; with `delta`, since the last call."""
+        text, ids = self.text.text, self.tokens.output_ids
+        text_from, tokens_from = self.shown if delta else (0, 0)
+        self.shown = (len(text), len(ids))
+        asked = self.sampler.params.logprobs is not None
+        return CompletionOutput(
+            index=self.index,
+            text=text[text_from:],
+            token_ids=ids[tokens_from:],
+            finish_reason=self.text.finish_reason,
+            logprobs=self.logprobs[tokens_from:] if asked else None,
+            cumulative_logprob=self.cumulative_logprob if asked else None,
+            stop_reason=self.text.stop_reason,
+            error=self.error,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A request while it runs. It has one answer until its prompt is computed, and then all n."""
+
+    request_id: str
+    prompt: str | None
+    prompt_ids: list[int]
+    params: SamplingParams
+    arrival: float
+    answers: list[Answer]
+    make_answer: Callable[[int, Sequence], Answer]
+    first_token: float | None = None
+    finished: float | None = None
+    prompt_logprobs: list[TopLogprobs | None] | None = None
+
+    @property
+    def done(self) -> bool:
+        return len(self.answers) == self.params.n and all(a.text.finish_reason for a in self.answers)
+
+    def output(self) -> RequestOutput:
+        """What the user gets of it now."""
+        delta = self.params.output_kind is RequestOutputKind.DELTA
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_ids,
+            outputs=[answer.completion(delta) for answer in self.answers],
+            finished=self.finished is not None,
+            metrics=RequestMetrics(self.arrival, self.first_token, self.finished),
+            cached_tokens=self.answers[0].tokens.cached_tokens,
+            prompt_logprobs=self.prompt_logprobs,
+        )

@@ -36,7 +36,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "grok_engine.models": ("batch", "config", "layers", "parallel"),
     "grok_engine.loader": ("checkpoint", "config", "layers", "models", "parallel"),
     "grok_engine.scheduler": ("config", "cache.allocator"),
-    "grok_engine.request": ("output",),
+    "grok_engine.request": ("output", "sampler", "sampling", "scheduler"),
     "grok_engine.runner": ("batch", "cache", "config", "loader", "models", "parallel", "sampling", "scheduler"),
     # where a checkpoint, a model and a runner are put together
     "grok_engine.engine": (
