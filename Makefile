@@ -29,6 +29,8 @@ test: $(BUILT) ## run the tests (PYTEST_ARGS="-k name" to choose)
 
 bench: $(BUILT) ## run the benchmarks
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only -q $(PYTEST_ARGS)
+	$(BIN)/python -m benchmarks.bench_runtime
+	$(BIN)/python -m benchmarks.bench_step_share --steps 2
 
 lint: $(BUILT) ## check format, lint and types
 	$(BIN)/ruff format --check .

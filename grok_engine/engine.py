@@ -229,7 +229,10 @@ class LLMEngine:
             rows.append(row)
         self._take_prompt_logprobs(entries, rows, x_TD)
         sampling = [i for i, entry in enumerate(entries) if entry.samples]
-        logits_BV = self.runner.logits(x_TD[[rows[i] for i in sampling]]) if sampling else None
+        logits_BV = None
+        if sampling:  # every row does where all of them decode
+            last_BD = x_TD if len(sampling) == len(x_TD) else x_TD[[rows[i] for i in sampling]]
+            logits_BV = self.runner.logits(last_BD)
         computed = time.perf_counter()
 
         self.scheduler.commit(schedule)
