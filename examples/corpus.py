@@ -36,6 +36,8 @@ def split(files: Sequence[Path]) -> tuple[list[str], list[str]]:
                 run.append(block)
         if run:
             train.append("".join(run))
+    if not held_out:
+        raise ValueError(f"no file has {HELD_OUT_EVERY * BLOCK} characters: nothing would be held out")
     return train, held_out
 
 

@@ -25,13 +25,16 @@ _DTYPES: dict[WeightFormat, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torc
 
 
 def resolve_model(model: str | Path) -> Path:
-    """The folder of a model: a path, or the name of the one that ships with the package, `tiny`."""
+    """The folder of a model: a path, or the name of the one that ships with the package, `tiny`.
+
+    A `ckpt-0` stands for the folder it lies in, where configuration and tokenizer are.
+    """
     if str(model) == "tiny":
         return Path(str(files("grok_engine") / "assets" / "tiny"))
     path = Path(model).expanduser()
     if not path.is_dir():
         raise ConfigError(f"model {str(model)!r} is not a folder: expected 'tiny' or the path of a checkpoint")
-    return path
+    return path.resolve().parent if path.resolve().name == "ckpt-0" else path
 
 
 def as_torch(array: Array) -> Tensor:

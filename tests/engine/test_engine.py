@@ -524,3 +524,9 @@ def test_a_stream_that_nobody_reads_leaves_nothing_behind(llm: LLM) -> None:
     assert llm.engine.stats().requests == before + 1
     del stream
     assert llm.engine.stats().requests == before
+
+
+def test_the_inner_folder_stands_for_the_model(llm: LLM) -> None:
+    inner = LLM(FOLDER / "ckpt-0", dtype="float32")
+    assert inner.config.model == llm.config.model
+    assert torch.equal(inner.logits(PROMPT), llm.logits(PROMPT))
