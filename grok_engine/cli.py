@@ -13,7 +13,6 @@ from typing import Any, get_args
 import click
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 import grok_kernels
@@ -27,6 +26,7 @@ from .llm import LLM
 from .loader import resolve_model
 from .plan import PlanKV, plan
 from .plan_view import render as render_plan
+from .progress import byte_bar
 from .sampling import SamplingParams
 
 
@@ -144,9 +144,7 @@ def _peak_bytes(llm: LLM) -> int:
 def inspect(path: str, verify: bool, all_tensors: bool, as_json: bool) -> None:
     """Show what a checkpoint holds; no weight is read without --verify. PATH is a folder, or `tiny`."""
     folder = resolve_model(path)
-    console = Console(stderr=True)
-    columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not (verify and console.is_terminal)) as bar:
+    with byte_bar("reading", shown=verify) as bar:
         task = bar.add_task("", total=None)
         report = inspect_checkpoint(
             folder, verify=verify, progress=lambda done, total: bar.update(task, completed=done, total=total)

@@ -98,7 +98,8 @@ class ModelConfig:
         Reads `config.json`, in the key names of xAI's reference code (a nested `model`) or in the
         field names of this class. The release carries none: a folder without one is Grok-1 itself.
         """
-        file = Path(path) / "config.json"
+        path = model_folder(path)
+        file = path / "config.json"
         if not file.is_file():
             return PRESETS["grok-1"]
         try:
@@ -108,7 +109,7 @@ class ModelConfig:
         if not isinstance(values, dict):
             raise ConfigError(f"{file} holds a {type(values).__name__}, expected an object")
         try:
-            return _from_reference(values, Path(path).name) if "model" in values else cls.from_dict(values)
+            return _from_reference(values, path.name) if "model" in values else cls.from_dict(values)
         except ConfigError as error:
             raise ConfigError(f"{file}: {error}") from None
 
@@ -136,6 +137,17 @@ class ModelConfig:
         norms = d * (4 if self.post_norms else 2)
         embeddings = self.vocab_size * d * (1 if self.tie_embeddings else 2)
         return self.num_layers * (attention + feed_forward + norms) + embeddings + d
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder with a checkpoint's configuration and tokenizer: `path`, or, for its folder of tensors, the one above.
+
+    The tensors' folder is known by its name, ckpt-0, or by a `config.json` above it where it has none itself.
+    """
+    path = Path(path)
+    inner = not (path / "config.json").is_file() and not (path / "ckpt-0").is_dir()
+    above = path.absolute().parent
+    return above if inner and (path.absolute().name == "ckpt-0" or (above / "config.json").is_file()) else path
 
 
 _REQUIRED = frozenset(("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim"))

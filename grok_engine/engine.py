@@ -155,15 +155,13 @@ class LLMEngine:
         self._by_tokens[tokens.seq_id] = (request, answer)
 
     def _answers(self, params: SamplingParams, prompt_ids: list[int], seed: int) -> Callable[[int, Tokens], Answer]:
-        """What makes each of a request's answers. Everything that can be wrong in the parameters is found here."""
+        """What makes each of a request's answers. Here, or at the first of them, all that is wrong in `params` is found."""
         tokenizer, eos = self.tokenizer, self.config.model.eos_token_ids
         check_tokenizer(params, tokenizer)
         words = bad_word_tokens(params.bad_words, tokenizer.encode) if tokenizer else []
         room = self.config.max_len - len(prompt_ids)
         structured = params.structured
         at_start = tokenizer is not None and begins_text(tokenizer, prompt_ids)
-        if structured is not None:  # now, so that a wrong one is refused now
-            self._compiler.matcher(structured, at_start=at_start)
 
         def make(index: int, tokens: Tokens) -> Answer:
             matcher = self._compiler.matcher(structured, at_start=at_start) if structured else None

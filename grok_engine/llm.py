@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
 from .config import DType, EngineConfig, WeightFormat
 from .engine import LLMEngine, Prompt
 from .models.decoder import Decoder
 from .output import FinishReason
+from .progress import byte_bar, request_bar
 from .request import RequestOutput
 from .sampling import RequestOutputKind, SamplingParams
 from .tokenizer import Tokenizer
@@ -51,8 +50,7 @@ class LLM:
         weights: WeightFormat | None = None,
         **options: Any,
     ) -> None:
-        columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        with _bar(*columns) as bar:
+        with byte_bar("loading") as bar:
             task = bar.add_task("", total=None)
             self.engine = LLMEngine(
                 model,
@@ -119,7 +117,7 @@ class LLM:
                 if isinstance(param, SamplingParams):
                     param = replace(param, output_kind=RequestOutputKind.FINAL_ONLY)
                 ids.append(self._add(prompt, param, outputs))
-            with _bar(TextColumn("{task.completed}/{task.total} requests"), BarColumn(), TimeRemainingColumn()) as bar:
+            with request_bar() as bar:
                 task = bar.add_task("", total=len(ids))
                 while len(finished) < len(ids):
                     output = self._next(outputs)
@@ -177,11 +175,6 @@ class LLM:
     def close(self) -> None:
         """Free weights and pages."""
         self.engine.close()
-
-
-def _bar(*columns: Any) -> Progress:
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _as_requests(prompts: Any) -> list[Prompt]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .checkpoint.pickles import Array
 from .checkpoint.quantize import quantize_matrix
 from .checkpoint.xai import CheckpointError, MappedTensor, XaiCheckpoint
-from .config import ConfigError, WeightFormat
+from .config import ConfigError, WeightFormat, model_folder
 from .layers.embedding import Embedding
 from .layers.weight import Part, Table, Weight
 from .models.decoder import Decoder
@@ -27,14 +27,14 @@ _DTYPES: dict[WeightFormat, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torc
 def resolve_model(model: str | Path) -> Path:
     """The folder of a model: a path, or the name of the one that ships with the package, `tiny`.
 
-    A `ckpt-0` stands for the folder it lies in, where configuration and tokenizer are.
+    The folder of the tensors stands for the one that it lies in (`model_folder`).
     """
     if str(model) == "tiny":
         return Path(str(files("grok_engine") / "assets" / "tiny"))
     path = Path(model).expanduser()
     if not path.is_dir():
         raise ConfigError(f"model {str(model)!r} is not a folder: expected 'tiny' or the path of a checkpoint")
-    return path.resolve().parent if path.resolve().name == "ckpt-0" else path
+    return model_folder(path)
 
 
 def as_torch(array: Array) -> Tensor:

@@ -43,7 +43,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "cache", "checkpoint", "config", "loader", "models", "output", "parallel", "request", "runner", "sampler",
         "sampling", "scheduler", "structured", "tokenizer",
     ),
-    "grok_engine.llm": ("config", "engine", "models", "output", "request", "sampling", "tokenizer"),
+    "grok_engine.progress": (),
+    "grok_engine.llm": ("config", "engine", "models", "output", "progress", "request", "sampling", "tokenizer"),
     "grok_engine.async_llm": ("engine", "request", "sampling"),
     "grok_engine.cli": ("*", "grok_kernels"),  # to say which backends served
     "grok_engine.__main__": ("cli",),

@@ -34,7 +34,7 @@ def inspect_checkpoint(
     CheckpointError, as it does when opened for use.
     """
     path = Path(path).absolute()
-    checkpoint = XaiCheckpoint(path, ModelConfig.from_pretrained(_config_folder(path)))
+    checkpoint = XaiCheckpoint(path, ModelConfig.from_pretrained(path))
     tensors = tuple(TensorReport(info, _scale_layout(info)) for info in checkpoint.tensors)
     problems: list[str] = []
     if verify:
@@ -52,12 +52,6 @@ def inspect_checkpoint(
         verified=verify,
         problems=tuple(problems),
     )
-
-
-def _config_folder(path: Path) -> Path:
-    # Pointed at ckpt-0 itself, the configuration lies one folder up.
-    inside = not (path / "config.json").is_file() and not (path / "ckpt-0").is_dir()
-    return path.parent if inside and (path.parent / "config.json").is_file() else path
 
 
 def _scale_layout(info: TensorInfo) -> str | None:

@@ -11,12 +11,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
-Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+from grok_engine.checkpoint.pickles import Array
 
 # CPython closes a frame at the first object that starts past 64 KiB, and writes byte strings of at least that
 # length outside any frame.

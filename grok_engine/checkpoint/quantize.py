@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
-
 import ml_dtypes
 import numpy as np
 
-Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+from grok_engine.checkpoint.pickles import Array
 
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 _SMALLEST = float(np.finfo(np.float32).tiny)  # bf16 has the exponents of fp32; below this it loses precision

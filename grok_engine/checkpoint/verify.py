@@ -6,14 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import numpy as np
 
 from grok_engine.checkpoint.pickle_machine import ArrayPlace
-from grok_engine.checkpoint.pickles import CheckpointError
-
-Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+from grok_engine.checkpoint.pickles import Array, CheckpointError
 
 CHUNK = 1 << 24
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)  # of bf16 too: it has the exponents of fp32

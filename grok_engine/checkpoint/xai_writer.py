@@ -14,10 +14,9 @@ import numpy as np
 
 from grok_engine.checkpoint.layout import layout
 from grok_engine.checkpoint.pickle_writer import write_pickle
-from grok_engine.checkpoint.pickles import CheckpointError
+from grok_engine.checkpoint.pickles import Array, CheckpointError
 from grok_engine.config import ConfigError, ModelConfig, ffn_width
 
-Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 Tensor: TypeAlias = "tuple[Array, Array | None]"
 
 

@@ -14,6 +14,7 @@ WEIGHTS = (torch.int8, torch.float8_e4m3fn, torch.bfloat16, torch.float32)
 SCALED = (torch.int8, torch.float8_e4m3fn)
 INT = (torch.int32,)
 FP32 = (torch.float32,)
+GROUP = 128  # columns that share a scale where activations are quantised in groups
 
 
 def _name(dtype: torch.dtype) -> str:

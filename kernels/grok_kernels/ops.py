@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from . import registry
-from .checks import FLOATS, FP32, INT, SCALED, Checker
+from .checks import FLOATS, FP32, GROUP, INT, SCALED, Checker
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "silu")
 ACT_FORMATS = ("none", "fp8", "int8")
-GROUP = 128  # columns that share a scale where activations are quantised in groups
 KV_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn)
 
 Result = tuple[tuple[Any, ...], torch.dtype]  # shape and dtype

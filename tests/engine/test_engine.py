@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import io
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -15,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 
 from grok_engine import LLM, ConfigError, SamplingParams, StreamChunk
+from tests.engine.spelled import spell
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 FOLDER = GOLDENS / "g8-a-emb128-k16"
@@ -45,18 +43,8 @@ def llm() -> LLM:
 @pytest.fixture(scope="module")
 def spelling(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     """The same model with a tokenizer of its own, trained here on words that mean nothing, one piece to each token."""
-    rng = random.Random(3)
-    letters = "abcdefghijklmnoprstuvwzäß"
-    words = ["".join(rng.choices(letters, k=rng.randint(2, 9))) for _ in range(4000)]
-    lines = [" ".join(words[i : i + 8]) for i in range(0, len(words), 8)]
-    trained = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=trained, model_type="bpe", vocab_size=VOCAB, byte_fallback=True,
-        normalization_rule_name="identity", minloglevel=2, num_threads=1, unk_id=0, bos_id=1, eos_id=2,
-    )  # fmt: skip
-    target = tmp_path_factory.mktemp("spelling") / "model"
-    shutil.copytree(FOLDER, target, ignore=shutil.ignore_patterns("golden.npz"))
-    (target / "tokenizer.model").write_bytes(trained.getvalue())
+    folder = tmp_path_factory.mktemp("spelling") / "model"
+    target = spell(FOLDER, folder, VOCAB, "abcdefghijklmnoprstuvwzäß")
     model = LLM(target, dtype="float32")
     assert model.tokenizer is not None
     assert model.tokenizer.vocab_size == VOCAB

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import random
 import re
-import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
@@ -15,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 
 from grok_engine import (
@@ -29,6 +26,7 @@ from grok_engine import (
     StructuredOutput,
 )
 from grok_engine.sampling import uniform
+from tests.engine.spelled import spell
 
 FOLDER = Path(__file__).parents[1] / "data" / "goldens" / "g8-a-emb128-k16"
 OTHER = FOLDER.parent / "g1-b-q48-k128"
@@ -61,18 +59,8 @@ def engine() -> LLMEngine:
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> LLMEngine:
     """The same model with a tokenizer, trained here, of a piece for each of its tokens."""
-    rng = random.Random(3)
-    letters = "abcdefghijklmnoprstuvwz"
-    words = ["".join(rng.choices(letters, k=rng.randint(2, 9))) for _ in range(4000)]
-    lines = [" ".join(words[i : i + 8]) for i in range(0, len(words), 8)] + ['{"a": [1, 2.5, -3], "b": true}']
-    trained = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=trained, model_type="bpe", vocab_size=VOCAB, byte_fallback=True,
-        normalization_rule_name="identity", minloglevel=2, num_threads=1, unk_id=0, bos_id=1, eos_id=2,
-    )  # fmt: skip
-    target = tmp_path_factory.mktemp("texts") / "model"
-    shutil.copytree(FOLDER, target, ignore=shutil.ignore_patterns("golden.npz"))
-    (target / "tokenizer.model").write_bytes(trained.getvalue())
+    folder = tmp_path_factory.mktemp("texts") / "model"
+    target = spell(FOLDER, folder, VOCAB, "abcdefghijklmnoprstuvwz", ['{"a": [1, 2.5, -3], "b": true}'])
     return LLMEngine(target, dtype="float32")
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import GROUP
 from ..registry import register
 from .invariant import wants_grad
 
-GROUP = 128
 TINY = 2.0**-100  # the least amax: keeps 1 / scale finite
 
 
