@@ -16,7 +16,7 @@ from typing import Any
 from setuptools import Extension, setup
 
 NAME = "grok_kernels._C"
-SOURCES = ["csrc/bindings.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
+SOURCES = sorted(str(path) for folder in ("bindings", "cpu") for path in Path("csrc", folder).glob("*.cpp"))
 # -ffp-contract=off: a fused multiply-add on one instruction set only would give it bits of its own
 FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
 

@@ -8,18 +8,22 @@
 namespace grok::cpu {
 namespace {
 
-constexpr Isa kAll[] = {Isa::avx512, Isa::avx2, Isa::portable};
+constexpr Isa kAll[] = {Isa::avx512_bf16, Isa::avx512, Isa::avx2, Isa::portable};
 constexpr int kDefault = -1;
 std::atomic<int> chosen{kDefault};
 
 bool runs_here(Isa isa) {
 #if GROK_X86
   // these ask the operating system too: a CPU's wide registers are of no use where it does not save them
+  if (isa == Isa::avx512_bf16) {
+    return runs_here(Isa::avx512) && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+           __builtin_cpu_supports("avx512vbmi");
+  }
   if (isa == Isa::avx512) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    return runs_here(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   }
-  if (isa == Isa::avx2) return __builtin_cpu_supports("avx2");
+  if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
   return isa == Isa::portable;
 }
@@ -50,6 +54,7 @@ Isa from_environment() {
 
 std::string name(Isa isa) {
   switch (isa) {
+    case Isa::avx512_bf16: return "avx512_bf16";
     case Isa::avx512: return "avx512";
     case Isa::avx2: return "avx2";
     case Isa::portable: return "portable";

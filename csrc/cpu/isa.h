@@ -8,18 +8,25 @@
 
 #if defined(__x86_64__)
 #define GROK_X86 1
-#define GROK_AVX2 __attribute__((target("avx2")))
+#define GROK_AVX2 __attribute__((target("avx2,fma")))
 #define GROK_AVX512_FEATURES "avx512f,avx512bw,avx512dq,avx512vl"
+#define GROK_BF16_FEATURES ",avx512bf16,avx512vnni,avx512vbmi"
 #if defined(__clang__)
 #define GROK_AVX512 __attribute__((target(GROK_AVX512_FEATURES), min_vector_width(512)))
+#define GROK_AVX512_BF16 __attribute__((target(GROK_AVX512_FEATURES GROK_BF16_FEATURES), min_vector_width(512)))
 #else
 #define GROK_AVX512 __attribute__((target(GROK_AVX512_FEATURES ",prefer-vector-width=512")))
+#define GROK_AVX512_BF16 __attribute__((target(GROK_AVX512_FEATURES GROK_BF16_FEATURES ",prefer-vector-width=512")))
 #endif
 #endif
 
 namespace grok::cpu {
 
-enum class Isa { portable, avx2, avx512 };
+// Each has all of the one before it. A kernel without an implementation of its own for one runs on the one before.
+//   avx2         AVX2 and FMA
+//   avx512       F, BW, DQ, VL
+//   avx512_bf16  those and BF16, VNNI, VBMI: products of bf16 pairs and of int8 quadruples
+enum class Isa { portable, avx2, avx512, avx512_bf16 };
 
 std::string name(Isa isa);
 

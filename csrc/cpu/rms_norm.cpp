@@ -63,6 +63,7 @@ template <class X, class W>
 RmsNormRows select(Isa isa) {
   switch (isa) {
 #if GROK_X86
+    case Isa::avx512_bf16:
     case Isa::avx512: return rms_norm_avx512<X, W>;
     case Isa::avx2: return rms_norm_avx2<X, W>;
 #endif

@@ -15,16 +15,19 @@ from .ops import (
     sample_top_p,
     sandwich_norm,
 )
+from .packing import can_pack, pack_weight, unpack_weight
 from .registry import Status, backends, chosen, use_backend
 
 __all__ = [
     "Status",
     "backends",
+    "can_pack",
     "chosen",
     "cpu",
     "group_tokens",
     "grouped_gemm",
     "moe",
+    "pack_weight",
     "paged_attention",
     "quantize_fp8",
     "quantize_int8",
@@ -35,5 +38,6 @@ __all__ = [
     "route_topk",
     "sample_top_p",
     "sandwich_norm",
+    "unpack_weight",
     "use_backend",
 ]

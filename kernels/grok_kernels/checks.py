@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import packing
+
 FLOATS = (torch.float32, torch.bfloat16)
 WEIGHTS = (torch.int8, torch.float8_e4m3fn, torch.bfloat16, torch.float32)
 SCALED = (torch.int8, torch.float8_e4m3fn)
@@ -48,6 +50,12 @@ class Checker:
         shape = tuple(value.shape)
         if len(shape) != len(names):
             self.fail(f"{name} has shape {shape}, expected {len(names)} dimensions ({', '.join(names)})")
+        self.sizes(name, shape, names)
+        self.same_device(name, value)
+        if shape and value.stride(-1) != 1 and shape[-1] > 1 and value.numel():
+            self.fail(f"{name} has strides {tuple(value.stride())}, expected its last dimension contiguous")
+
+    def sizes(self, name: str, shape: tuple[int, ...], names: list[str]) -> None:
         for size, symbol in zip(shape, names, strict=True):
             if symbol.isdigit():
                 if size != int(symbol):
@@ -57,12 +65,22 @@ class Checker:
             elif size != self.dims[symbol][0]:
                 known, where = self.dims[symbol]
                 self.fail(f"{name} has shape {shape}, expected ({', '.join(names)}) with {symbol}={known} from {where}")
+
+    def same_device(self, name: str, value: Tensor) -> None:
         if self.device is None:
             self.device = (value.device, name)
         elif value.device != self.device[0]:
             self.fail(f"{name} is on {value.device}, expected {self.device[0]} as {self.device[1]}")
-        if shape and value.stride(-1) != 1 and shape[-1] > 1 and value.numel():
-            self.fail(f"{name} has strides {tuple(value.stride())}, expected its last dimension contiguous")
+
+    def _packed(self, name: str, value: Tensor, dims: str) -> None:
+        """A weight in its packed form, bound as the matrices that it holds."""
+        if value.dtype not in packing.DTYPES:
+            self.fail(f"{name} is packed, of {_name(value.dtype)}, expected {' or '.join(map(_name, packing.DTYPES))}")
+        plain = packing.plain_shape(value)
+        if tuple(value.shape) != packing.packed_shape(*plain, value.dtype) or not value.is_contiguous():
+            self.fail(f"{name} has shape {tuple(value.shape)} and is neither ({dims}) nor what pack_weight returns")
+        self.sizes(name, plain, dims.split())
+        self.same_device(name, value)
 
     def same_dtype(self, name: str, value: Tensor, other: str, as_value: Tensor) -> None:
         if value.dtype != as_value.dtype:
@@ -90,8 +108,11 @@ class Checker:
             self.fail(f"{name}={value!r}, expected one of {', '.join(allowed)}")
 
     def weight(self, name: str, value: Tensor, dims: str, scale_name: str, scale: Tensor | None, k: str) -> None:
-        """A weight (E, N, K) with its scales (E, groups, N): required for 8-bit types, refused for others."""
-        self.tensor(name, value, dims, WEIGHTS)
+        """A weight (E, N, K), or packed, with its scales (E, groups, N): required for 8-bit types, refused for others."""
+        if isinstance(value, Tensor) and packing.is_packed(value):
+            self._packed(name, value, dims)
+        else:
+            self.tensor(name, value, dims, WEIGHTS)
         if value.dtype not in SCALED:
             if scale is not None:
                 self.fail(f"{scale_name} is given, expected None for {name} of {_name(value.dtype)}")

@@ -1,7 +1,7 @@
 """Registers the native CPU kernels of the extension `grok_kernels._C`, or says once why there are none.
 
-The kernels exist for AVX-512, for AVX2 and for any CPU; the best that the machine has runs, with the same bits from
-each. `GROK_CPU_ISA` (avx512, avx2 or portable), read at the first call, or `use_isa` forces one.
+The kernels exist for AVX-512 with BF16 and VNNI, for AVX-512, for AVX2 and for any CPU; the best that the machine has
+runs. `GROK_CPU_ISA` (avx512_bf16, avx512, avx2 or portable), read at the first call, or `use_isa` forces one.
 
 Where the extension cannot be used, importing grok_kernels logs one warning, `backends()` gives the reason, and the
 reference serves.
@@ -10,7 +10,7 @@ reference serves.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -77,10 +77,7 @@ def _supports(*args: Any) -> str | None:
     return None if where == "cpu" else f"its tensors are on {where}, the cpu backend takes those on cpu"
 
 
-def _native(op: str) -> Callable[[Any], Any]:
-    return registry.register(op, "cpu", supports=_supports)
-
-
-@_native("rms_norm")
-def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    return torch.ops.grok_cpu.rms_norm.default(x_TD, weight_D, eps)  # type: ignore[no-any-return]
+OPS = ("rms_norm",)
+if _module is not None:
+    for _op in OPS:  # the schema of `grok_cpu::<op>` is that of `grok::<op>`
+        registry.register(_op, "cpu", supports=_supports)(getattr(torch.ops.grok_cpu, _op).default)

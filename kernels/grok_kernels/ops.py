@@ -368,7 +368,8 @@ def grouped_gemm(
     """y[rows of e] = x[rows of e] @ weight[e]ᵀ, accumulated in fp32, with the scales of both applied exactly.
 
     x (M, K) fp32 or bf16, or int8 or e4m3 with x_scale (M, 1) or (M, ⌈K/128⌉) fp32. weight (E, N, K) bf16 or fp32; or
-    int8 with weight_scale (E, groups, N) fp32, groups of K/groups input rows; or e4m3 with weight_scale (E, 1, N).
+    int8 with weight_scale (E, groups, N) fp32, groups of K/groups input rows; or e4m3 with weight_scale (E, 1, N). Any but
+    fp32 may come packed (`pack_weight`): the same values, the same result, sooner on a CPU.
     offsets (E+1,) int32: rows offsets[e]..offsets[e+1] belong to expert e, and the last is M; None only for E = 1, the
     dense projection. Returns (M, N) of out_dtype, fp32 or bf16: by default x's dtype, or bf16 for a quantised x.
     """
@@ -411,7 +412,7 @@ def _grouped_gemm(
     if out_dtype is not None and out_dtype not in FLOATS:
         c.fail(f"out_dtype={out_dtype}, expected torch.float32 or torch.bfloat16")
     default = torch.bfloat16 if x.dtype in SCALED else x.dtype
-    return [((x.shape[0], weight.shape[1]), out_dtype or default)]
+    return [((x.shape[0], c.size("N")), out_dtype or default)]
 
 
 def moe(
@@ -427,12 +428,12 @@ def moe(
 ) -> Tensor:
     """y_T = Σ_a topk_weights[t, a] · w2[e] · (act(w1[e] · x_t) * (w3[e] · x_t)), e = experts[t, a]: the expert layer.
 
-    Products accumulate in fp32, scales applied exactly; activation, product and the weighted sum in fp32; y rounds once
-    to x's dtype. w13 stacks the gate w1 (rows 0..F−1) and the up projection w3 (rows F..2F−1). activation is gelu_tanh,
+    Products accumulate in fp32, scales applied exactly; activation, product and the weighted sum in fp32. act * up
+    rounds to x's dtype, as the input of the second product, and so does y. w13 stacks the gate w1 (rows 0..F−1) and the up projection w3 (rows F..2F−1). activation is gelu_tanh,
     gelu (erf) or silu. act_format "fp8" or "int8" quantises x, and act * up, per token and group of 128 first.
 
     x (T, D) fp32 or bf16; topk_weights (T, A) fp32; experts (T, A) int32; w13 (E, 2F, D) and w2 (E, D, F), int8, e4m3,
-    bf16 or fp32, with scales as in `grouped_gemm`. Returns (T, D) of x's dtype.
+    bf16 or fp32, with scales and forms as in `grouped_gemm`. Returns (T, D) of x's dtype.
     """
     return _moe(x, topk_weights, experts, w13, w13_scale, w2, w2_scale, activation, act_format)  # type: ignore[no-any-return]
 

@@ -174,13 +174,20 @@ def activate(x: float, name: str) -> float:
 
 
 def moe(
-    x_TD: Array, weights_TA: Array, experts_TA: Array, w13: Array, w2: Array, activation: str, act_format: str
+    x_TD: Array,
+    weights_TA: Array,
+    experts_TA: Array,
+    w13: Array,
+    w2: Array,
+    activation: str,
+    act_format: str,
+    bf16: bool,
 ) -> Array:
-    """The weights come dequantised."""
+    """The weights come dequantised; `bf16` is x's type, and so that of the second product's input."""
 
     def rounded(row: Array) -> Array:
         if act_format == "none":
-            return row
+            return row.astype(ml_dtypes.bfloat16).astype(np.float64) if bf16 else row
         q, scale = (quantize_fp8 if act_format == "fp8" else quantize_int8)(row[None], 128)
         return dequantize_rows(q, scale.astype(np.float64))[0]
 

@@ -209,7 +209,7 @@ def test_forced_instruction_sets() -> None:
     with cpu.use_isa("portable"):
         assert cpu.isa() == "portable"
     assert cpu.isa() == before
-    match = "isa='sse9' is not an instruction set: expected one of avx512, avx2, portable"
+    match = "isa='sse9' is not an instruction set: expected one of avx512_bf16, avx512, avx2, portable"
     with pytest.raises(ValueError, match=match), cpu.use_isa("sse9"):
         pass
 
@@ -223,7 +223,9 @@ def test_environment_forces_the_instruction_set(value: str) -> None:
     if value == "portable":
         assert out.strip() == "portable"
     else:
-        assert "GROK_CPU_ISA='sse9' is not an instruction set: expected one of avx512, avx2, portable" in out
+        assert (
+            "GROK_CPU_ISA='sse9' is not an instruction set: expected one of avx512_bf16, avx512, avx2, portable" in out
+        )
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("objdump"), reason="needs x86-64 and objdump")

@@ -260,7 +260,8 @@ def layer(
 
 def exact_layer(c: dict[str, Any], activation: str = "gelu_tanh", act_format: str = "none") -> oracle.Array:
     w13, w2 = (oracle.dequantize_weight(f64(c[n]), optional(c[f"{n}_scale"])) for n in ("w13", "w2"))
-    return oracle.moe(f64(c["x"]), f64(c["topk_weights"]), c["experts"].numpy(), w13, w2, activation, act_format)
+    bf16 = c["x"].dtype == torch.bfloat16
+    return oracle.moe(f64(c["x"]), f64(c["topk_weights"]), c["experts"].numpy(), w13, w2, activation, act_format, bf16)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -274,7 +275,8 @@ def test_moe(weight_dtype: torch.dtype, groups: int, activation: str, dtype: tor
     c = layer(7, 24, 20, 4, 2, dtype, weight_dtype, groups)
     got = grok_kernels.moe(**c, activation=activation)
     assert got.dtype == dtype
-    assert_near(got, exact_layer(c, activation), rel=3e-6)
+    # in bf16 a sum next to a rounding step of act * up may go either way
+    assert_near(got, exact_layer(c, activation), rel=2e-3 if dtype == torch.bfloat16 else 3e-6)
 
 
 @pytest.mark.parametrize(

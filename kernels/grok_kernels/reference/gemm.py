@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..packing import unpack_weight
 from ..registry import register
 from .invariant import matmul_t
 from .quantize import dequantize_rows, dequantize_weight
@@ -21,6 +22,7 @@ def grouped_gemm(
     x_scale: Tensor | None,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
+    weight_ENK = unpack_weight(weight_ENK)
     if out_dtype is None:
         out_dtype = x_MK.dtype if x_MK.dtype in (torch.float32, torch.bfloat16) else torch.bfloat16
     x = dequantize_rows(x_MK, x_scale)

@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..packing import unpack_weight
 from ..registry import register
 from .invariant import activate, matmul_t
 from .quantize import dequantize_weight, quantized_as
@@ -25,6 +26,7 @@ def moe(
     activation: str,
     act_format: str,
 ) -> Tensor:
+    w13, w2 = unpack_weight(w13), unpack_weight(w2)
     order, offsets = group_tokens(experts_TA, w13.shape[0])
     order = order.long()
     tokens = order // max(experts_TA.shape[1], 1)
@@ -37,7 +39,8 @@ def moe(
             continue
         w13_e = dequantize_weight(w13[e], None if w13_scale is None else w13_scale[e])
         gate, up = matmul_t(x[tokens[lo:hi]], w13_e).chunk(2, dim=-1)
-        inner = quantized_as(activate(gate, activation) * up, act_format)
+        inner = activate(gate, activation) * up
+        inner = inner.to(x_TD.dtype).float() if act_format == "none" else quantized_as(inner, act_format)
         out = matmul_t(inner, dequantize_weight(w2[e], None if w2_scale is None else w2_scale[e]))
         y_TD = y_TD.index_add(0, tokens[lo:hi], out * weights[order[lo:hi], None])
     return y_TD.to(x_TD.dtype)
