@@ -77,7 +77,7 @@ def _supports(*args: Any) -> str | None:
     return None if where == "cpu" else f"its tensors are on {where}, the cpu backend takes those on cpu"
 
 
-OPS = ("rms_norm",)
+OPS = ("grouped_gemm", "rms_norm")
 if _module is not None:
     for _op in OPS:  # the schema of `grok_cpu::<op>` is that of `grok::<op>`
         registry.register(_op, "cpu", supports=_supports)(getattr(torch.ops.grok_cpu, _op).default)

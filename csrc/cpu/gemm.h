@@ -1,0 +1,98 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "../common/types.h"
+#include "isa.h"
+
+// Products of rows with the matrices of a weight, y = x wᵀ, and what they are made of.
+//
+// A weight is read in panels of 64 outputs. Of a panel, a run of 256 bytes holds k inputs of each of the 64 outputs, k
+// as many as fill 4 bytes; a packed weight lies in memory that way, a plain one is brought into it a block at a time.
+// Rows of x are packed in tiles of up to 6, run by run, so that a kernel streams both.
+//
+// The sum over K of one row and one output is a single chain of additions in the order of K, whatever the number of
+// rows, the tile, the block or the thread: that makes a row's bits its own.
+
+namespace grok::cpu {
+
+constexpr int64_t kPanel = 64;      // outputs
+constexpr int64_t kRunBytes = 256;  // of a panel
+constexpr int64_t kTile = 6;        // rows, at most
+constexpr int64_t kRowBlock = 252;  // rows that meet a block of weights while it is in the cache: 42 tiles
+constexpr int64_t kScaleGroup = 128;  // columns of int8 activations that share a scale
+
+enum class Elem { f32, bf16, int8, e4m3 };
+
+inline int64_t size_of(Elem elem) { return elem == Elem::f32 ? 4 : elem == Elem::bf16 ? 2 : 1; }
+
+// How a product is computed.
+//   bf16  bf16 rows, weights exactly converted to bf16, products of pairs added in fp32 (avx512_bf16)
+//   int8  int8 rows and weights, exact sums of 128 products, those in fp32 (avx512_bf16)
+//   f32   anything, converted to fp32
+enum class Path { bf16, int8, f32 };
+
+struct Rows {
+  const void* data;
+  Elem elem;
+  int64_t stride;               // elements from row to row
+  const float* scale;           // of int8 and e4m3, (rows, groups), contiguous
+  int64_t groups;               // 1, or one each 128 columns
+  const int32_t* index;         // row i is row index[i] / index_divisor of data; null: row i
+  int64_t index_divisor;
+};
+
+struct Weights {
+  const void* data;
+  Elem elem;
+  bool packed;
+  int64_t experts, n, k;
+  int64_t expert_stride, row_stride;  // of a plain weight, in elements
+  const float* scale;                 // (experts, groups, n), contiguous; null for f32 and bf16
+  int64_t groups;
+};
+
+Path choose_path(Isa isa, Elem x, const Weights& w);
+
+// Rows in the form that the kernels read, split at the experts' boundaries.
+class PackedRows {
+ public:
+  struct Tile {
+    int64_t row, rows;  // first row and number
+    int64_t run;        // index of the first dword; one run of K is `rows` of them
+  };
+
+  // offsets: experts + 1 entries, ascending from 0; the rows of e are offsets[e] .. offsets[e+1]−1.
+  PackedRows(Path path, Isa isa, int64_t k, const std::vector<int64_t>& offsets);
+
+  int64_t rows(int64_t first_tile, int64_t last_tile) const {
+    const Tile& last = tiles[last_tile - 1];
+    return last.row + last.rows - tiles[first_tile].row;
+  }
+  // The end of the largest block of tiles that begins at first_tile, of rows that meet a weight together.
+  int64_t block_end(int64_t first_tile, int64_t end) const { return std::min(end, first_tile + kRowBlock / kTile); }
+
+  int64_t bytes() const;          // of the workspace
+  void place(void* workspace);    // 64-byte aligned, used until the last product
+  void pack(const Rows& x, int64_t first_tile, int64_t last_tile);
+
+  Path path;
+  Isa isa;
+  int64_t k, runs, groups;           // groups: of 128 columns, for int8
+  std::vector<Tile> tiles;
+  std::vector<int64_t> expert_tile;  // the first tile of each expert, and the end
+  std::vector<int64_t> offsets;
+  uint32_t* data = nullptr;
+  float* scales = nullptr;   // (rows, groups), for int8
+  int32_t* bias = nullptr;   // (rows, groups): −128 times the group's sum, since its weights are taken as w + 128
+};
+
+// c (rows, 64) = the product of the rows of some tiles of one expert, kRowBlock at most, with the 64 outputs from
+// `output` on (a multiple of 64 in a packed weight; columns past n are zeros). It lies in memory of the thread, in one
+// of two slots, until that is used again.
+float* panel_product(const PackedRows& x, const Weights& w, int64_t expert, int64_t output, int64_t first_tile,
+                     int64_t last_tile, int slot);
+
+}  // namespace grok::cpu

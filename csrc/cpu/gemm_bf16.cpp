@@ -1,0 +1,186 @@
+// bf16 rows, and weights exactly converted to bf16: vdpbf16ps adds the products of two columns to an fp32 sum.
+
+#include "gemm_kernels.h"
+
+#if GROK_X86
+#include <immintrin.h>
+
+namespace grok::cpu {
+namespace {
+
+// bf16 by its two bytes, looked up by the low seven bits of a code.
+struct Tables {
+  alignas(64) uint8_t low[128];
+  alignas(64) uint8_t high[128];
+};
+
+struct AllTables {
+  Tables int8, e4m3;
+  alignas(64) uint8_t first[64], second[64];  // where the bytes of a run's first and second pair of columns come from
+};
+
+AllTables make_tables() {
+  AllTables t{};
+  for (int code = 0; code < 128; ++code) {
+    const BF16 magnitude = from_float<BF16>(static_cast<float>(code));
+    t.int8.low[code] = static_cast<uint8_t>(magnitude.bits);
+    t.int8.high[code] = static_cast<uint8_t>(magnitude.bits >> 8);
+    const int exponent = code >> 3, mantissa = code & 7;
+    float value = static_cast<float>(exponent ? 8 + mantissa : mantissa);
+    for (int i = exponent ? exponent : 1; i < 10; ++i) value *= 0.5f;
+    for (int i = 10; i < exponent; ++i) value *= 2.0f;
+    const uint16_t bits = code == 127 ? 0x7fc0 : from_float<BF16>(value).bits;
+    t.e4m3.low[code] = static_cast<uint8_t>(bits);
+    t.e4m3.high[code] = static_cast<uint8_t>(bits >> 8);
+  }
+  for (int i = 0; i < 64; ++i) {  // output byte i: lane i / 4, in it the low and the high byte of two columns
+    const int from = i / 4 * 4 + (i % 4) / 2 + (i % 2) * 64;
+    t.first[i] = static_cast<uint8_t>(from);
+    t.second[i] = static_cast<uint8_t>(from + 2);
+  }
+  return t;
+}
+
+const AllTables kTables = make_tables();
+
+#define GROK_TARGET_INLINE GROK_AVX512_BF16 __attribute__((always_inline)) inline
+
+struct Pairs {
+  __m512i first, second;
+};
+
+template <Elem kElem>
+struct Converter {
+  __m512i low0, low1, high0, high1, first, second, sign;
+
+  GROK_TARGET_INLINE Converter() {
+    const Tables& t = kElem == Elem::int8 ? kTables.int8 : kTables.e4m3;
+    low0 = _mm512_load_si512(t.low);
+    low1 = _mm512_load_si512(t.low + 64);
+    high0 = _mm512_load_si512(t.high);
+    high1 = _mm512_load_si512(t.high + 64);
+    first = _mm512_load_si512(kTables.first);
+    second = _mm512_load_si512(kTables.second);
+    sign = _mm512_set1_epi8(static_cast<char>(0x80));
+  }
+
+  // 16 outputs × 4 columns of bytes to 16 × 2 pairs.
+  GROK_TARGET_INLINE Pairs operator()(const uint8_t* w) const {
+    const __m512i code = _mm512_loadu_si512(w);
+    const __m512i index = kElem == Elem::int8 ? _mm512_abs_epi8(code) : code;
+    const __m512i low = _mm512_permutex2var_epi8(low0, index, low1);
+    __m512i high = _mm512_permutex2var_epi8(high0, index, high1);
+    high = _mm512_ternarylogic_epi32(high, code, sign, 0xf8);  // high | (code & sign)
+    if (kElem == Elem::int8) {  // −128 has no positive counterpart among the seven bits: its bf16 is 0xc300
+      high = _mm512_mask_mov_epi8(high, _mm512_cmpeq_epi8_mask(code, sign), _mm512_set1_epi8(static_cast<char>(0xc3)));
+    }
+    return {_mm512_permutex2var_epi8(low, first, high), _mm512_permutex2var_epi8(low, second, high)};
+  }
+};
+
+GROK_TARGET_INLINE __m512bh broadcast(const uint32_t* pair) { return (__m512bh)_mm512_set1_epi32(static_cast<int>(*pair)); }
+
+template <int kRows>
+GROK_TARGET_INLINE void load_sums(__m512 (&sum)[kRows][4], const float* c, bool first) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sum[r][j] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * kPanel + j * 16);
+  }
+}
+
+template <int kRows>
+GROK_TARGET_INLINE void store_sums(const __m512 (&sum)[kRows][4], float* c) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) _mm512_storeu_ps(c + r * kPanel + j * 16, sum[r][j]);
+  }
+}
+
+// From weights as bf16, a run of 2 columns in 256 bytes.
+template <int kRows>
+GROK_AVX512_BF16 void bf16_tile_avx512(const uint32_t* x, const uint8_t* w, int64_t runs, float* c, bool first) {
+  __m512 sum[kRows][4];
+  load_sums<kRows>(sum, c, first);
+  for (int64_t run = 0; run < runs; ++run, w += kRunBytes, x += kRows) {
+    __m512bh v[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) v[j] = (__m512bh)_mm512_loadu_si512(w + 64 * j);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const __m512bh pair = broadcast(x + r);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], v[j], pair);
+    }
+  }
+  store_sums<kRows>(sum, c);
+}
+
+// From weights of one byte, a run of 4 columns in 256 bytes.
+template <int kRows, Elem kElem>
+GROK_AVX512_BF16 void bf16_direct_avx512(const uint32_t* x, const uint8_t* w, int64_t runs, float* c, bool first) {
+  __m512 sum[kRows][4];
+  load_sums<kRows>(sum, c, first);
+  const Converter<kElem> convert;
+  for (int64_t run = 0; run < runs; ++run, w += kRunBytes, x += 2 * kRows) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const Pairs v = convert(w + 64 * j);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        sum[r][j] = _mm512_dpbf16_ps(sum[r][j], (__m512bh)v.first, broadcast(x + r));
+        sum[r][j] = _mm512_dpbf16_ps(sum[r][j], (__m512bh)v.second, broadcast(x + kRows + r));
+      }
+    }
+  }
+  store_sums<kRows>(sum, c);
+}
+
+template <Elem kElem>
+GROK_AVX512_BF16 void bf16_stage_avx512(const uint8_t* w, int64_t runs, uint8_t* stage) {
+  const Converter<kElem> convert;
+  for (int64_t run = 0; run < runs; ++run, w += kRunBytes, stage += 2 * kRunBytes) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const Pairs v = convert(w + 64 * j);
+      _mm512_store_si512(stage + 64 * j, v.first);
+      _mm512_store_si512(stage + kRunBytes + 64 * j, v.second);
+    }
+  }
+}
+
+using TileKernel = void (*)(const uint32_t*, const uint8_t*, int64_t, float*, bool);
+
+constexpr TileKernel kTiles[] = {bf16_tile_avx512<1>, bf16_tile_avx512<2>, bf16_tile_avx512<3>,
+                                 bf16_tile_avx512<4>, bf16_tile_avx512<5>, bf16_tile_avx512<6>};
+template <Elem kElem>
+constexpr TileKernel kDirect[] = {bf16_direct_avx512<1, kElem>, bf16_direct_avx512<2, kElem>,
+                                  bf16_direct_avx512<3, kElem>, bf16_direct_avx512<4, kElem>};
+
+}  // namespace
+
+void bf16_block_avx512(const Block& b) {
+  const PackedRows::Tile* tiles = b.x->tiles.data();
+  const auto rows_of = [&](const PackedRows::Tile& t) { return b.x->data + t.run + b.column / 2 * t.rows; };
+  const int64_t quads = (b.columns + 3) / 4;
+  if (b.elem != Elem::bf16 && b.last_tile - b.first_tile == 1 && tiles[b.first_tile].rows <= kDirectRows) {
+    const PackedRows::Tile& t = tiles[b.first_tile];
+    const auto& kernels = b.elem == Elem::int8 ? kDirect<Elem::int8> : kDirect<Elem::e4m3>;
+    kernels[t.rows - 1](rows_of(t), b.w, quads, b.c, b.first);
+    return;
+  }
+  const uint8_t* w = b.w;
+  if (b.elem != Elem::bf16) {
+    uint8_t* stage = static_cast<uint8_t*>(b.stage);
+    (b.elem == Elem::int8 ? bf16_stage_avx512<Elem::int8> : bf16_stage_avx512<Elem::e4m3>)(w, quads, stage);
+    w = stage;
+  }
+  for (int64_t i = b.first_tile; i < b.last_tile; ++i) {
+    const PackedRows::Tile& t = tiles[i];
+    kTiles[t.rows - 1](rows_of(t), w, 2 * quads, b.c + (t.row - tiles[b.first_tile].row) * kPanel, b.first);
+  }
+}
+
+}  // namespace grok::cpu
+#endif

@@ -1,0 +1,92 @@
+// Any rows and weights, converted to fp32. The machine's vectors multiply and add, fused where it can.
+
+#include <cstring>
+
+#include "fp8.h"
+#include "gemm_kernels.h"
+
+#if GROK_X86
+#include <immintrin.h>
+#endif
+
+namespace grok::cpu {
+namespace {
+
+// Column k of 64 outputs, from the run that holds it; w points to the run of column 0.
+template <Elem kElem>
+GROK_INLINE void convert_run(const uint8_t* w, int64_t k, float* __restrict out) {
+  constexpr int64_t kSize = kElem == Elem::f32 ? 4 : kElem == Elem::bf16 ? 2 : 1;
+  constexpr int64_t kColumns = 4 / kSize;
+  const uint8_t* run = w + k / kColumns * kRunBytes;
+  const int shift = static_cast<int>(k % kColumns * kSize * 8);
+  for (int64_t n = 0; n < kPanel; ++n) {
+    uint32_t bits;
+    std::memcpy(&bits, run + 4 * n, 4);
+    bits >>= shift;
+    if constexpr (kElem == Elem::f32) {
+      std::memcpy(out + n, &bits, 4);
+    } else if constexpr (kElem == Elem::bf16) {
+      out[n] = to_float(BF16{static_cast<uint16_t>(bits)});
+    } else if constexpr (kElem == Elem::int8) {
+      out[n] = static_cast<float>(static_cast<int32_t>(bits << 24) >> 24);
+    } else {
+      out[n] = from_e4m3(static_cast<uint8_t>(bits));
+    }
+  }
+}
+
+namespace portable {
+#define GROK_F32
+typedef float Vec __attribute__((vector_size(16), aligned(4)));
+constexpr int64_t kWidth = 4, kColumns = 2;
+inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+inline Vec zero() { return Vec{}; }
+inline Vec splat(float x) { return Vec{x, x, x, x}; }
+inline Vec add_product(Vec sum, Vec a, Vec b) { return sum + a * b; }
+#include "gemm_f32.inl"
+#undef GROK_F32
+}  // namespace portable
+
+#if GROK_X86
+namespace avx2 {
+#define GROK_F32 GROK_AVX2
+using Vec = __m256;
+constexpr int64_t kWidth = 8, kColumns = 2;
+GROK_AVX2 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+GROK_AVX2 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+GROK_AVX2 inline Vec zero() { return _mm256_setzero_ps(); }
+GROK_AVX2 inline Vec splat(float x) { return _mm256_set1_ps(x); }
+GROK_AVX2 inline Vec add_product(Vec sum, Vec a, Vec b) { return _mm256_fmadd_ps(a, b, sum); }
+#include "gemm_f32.inl"
+#undef GROK_F32
+}  // namespace avx2
+
+namespace avx512 {
+#define GROK_F32 GROK_AVX512
+using Vec = __m512;
+constexpr int64_t kWidth = 16, kColumns = 4;
+GROK_AVX512 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+GROK_AVX512 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+GROK_AVX512 inline Vec zero() { return _mm512_setzero_ps(); }
+GROK_AVX512 inline Vec splat(float x) { return _mm512_set1_ps(x); }
+GROK_AVX512 inline Vec add_product(Vec sum, Vec a, Vec b) { return _mm512_fmadd_ps(a, b, sum); }
+#include "gemm_f32.inl"
+#undef GROK_F32
+}  // namespace avx512
+#endif
+
+}  // namespace
+
+BlockKernel f32_block(Isa isa) {
+  switch (isa) {
+#if GROK_X86
+    case Isa::avx512_bf16:
+    case Isa::avx512: return avx512::block;
+    case Isa::avx2: return avx2::block;
+#endif
+    default: return portable::block;
+  }
+}
+
+}  // namespace grok::cpu

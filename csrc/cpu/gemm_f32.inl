@@ -1,0 +1,59 @@
+// Included once for each instruction set, with its registers: Vec, kWidth floats wide, kColumns of them a step; load,
+// store, zero, splat, add_product; and GROK_F32, the target.
+
+GROK_F32 inline void convert(const uint8_t* w, Elem elem, int64_t column, int64_t columns, float* out) {
+  for (int64_t k = column; k < column + columns; ++k, out += kPanel) {
+    if (elem == Elem::f32) {
+      convert_run<Elem::f32>(w, k, out);
+    } else if (elem == Elem::bf16) {
+      convert_run<Elem::bf16>(w, k, out);
+    } else if (elem == Elem::int8) {
+      convert_run<Elem::int8>(w, k, out);
+    } else {
+      convert_run<Elem::e4m3>(w, k, out);
+    }
+  }
+}
+
+template <int kRows>
+GROK_F32 void tile(const float* x, const float* w, int64_t columns, float* c, bool first) {
+  for (int64_t from = 0; from < kPanel; from += kColumns * kWidth) {
+    Vec sum[kRows][kColumns];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kColumns; ++j) sum[r][j] = first ? zero() : load(c + r * kPanel + from + j * kWidth);
+    }
+    for (int64_t k = 0; k < columns; ++k) {
+      Vec v[kColumns];
+#pragma GCC unroll 4
+      for (int j = 0; j < kColumns; ++j) v[j] = load(w + k * kPanel + from + j * kWidth);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const Vec value = splat(x[k * kRows + r]);
+#pragma GCC unroll 4
+        for (int j = 0; j < kColumns; ++j) sum[r][j] = add_product(sum[r][j], v[j], value);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kColumns; ++j) store(c + r * kPanel + from + j * kWidth, sum[r][j]);
+    }
+  }
+}
+
+using TileKernel = void (*)(const float*, const float*, int64_t, float*, bool);
+constexpr TileKernel kTiles[] = {tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};
+
+GROK_F32 void block(const Block& b) {
+  float* stage = static_cast<float*>(b.stage);
+  convert(b.w, b.elem, b.column % (4 / size_of(b.elem)), b.columns, stage);
+  const PackedRows::Tile* tiles = b.x->tiles.data();
+  const float* x = reinterpret_cast<const float*>(b.x->data);
+  for (int64_t i = b.first_tile; i < b.last_tile; ++i) {
+    const PackedRows::Tile& t = tiles[i];
+    kTiles[t.rows - 1](x + t.run + b.column * t.rows, stage, b.columns,
+                       b.c + (t.row - tiles[b.first_tile].row) * kPanel, b.first);
+  }
+}

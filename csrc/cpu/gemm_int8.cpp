@@ -1,0 +1,75 @@
+// int8 rows and weights: vpdpbusd adds the products of four columns to an int32 sum, exactly. Its first factor is
+// unsigned, so the weights go in as w + 128, and each sum starts at −128 times the sum of the row.
+
+#include "gemm_kernels.h"
+
+#if GROK_X86
+#include <immintrin.h>
+
+namespace grok::cpu {
+namespace {
+
+constexpr int64_t kGroupRuns = kScaleGroup / 4;
+
+// One group of up to 128 columns: c = or += scale · sum.
+template <int kRows>
+GROK_AVX512_BF16 void int8_tile_avx512(const uint32_t* x, const uint8_t* w, int64_t runs, const float* scale,
+                                       const int32_t* bias, int64_t groups, float* c, bool first) {
+  const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+  while (runs > 0) {
+    __m512i sum[kRows][4];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) sum[r][j] = _mm512_set1_epi32(bias[r * groups]);
+    }
+    const int64_t count = runs < kGroupRuns ? runs : kGroupRuns;
+    for (int64_t run = 0; run < count; ++run, w += kRunBytes, x += kRows) {
+      __m512i v[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) v[j] = _mm512_xor_si512(_mm512_loadu_si512(w + 64 * j), sign);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const __m512i four = _mm512_set1_epi32(static_cast<int>(x[r]));
+#pragma GCC unroll 4
+        // written out: g++ 12 keeps such sums in memory where the intrinsic is used
+        for (int j = 0; j < 4; ++j) asm("vpdpbusd %2, %1, %0" : "+v"(sum[r][j]) : "v"(v[j]), "v"(four));
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const __m512 s = _mm512_set1_ps(scale[r * groups]);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        float* out = c + r * kPanel + j * 16;
+        const __m512 value = _mm512_maskz_cvtepi32_ps(0xffff, sum[r][j]);  // the plain one warns in g++ 12
+        _mm512_storeu_ps(out, first ? _mm512_mul_ps(value, s) : _mm512_fmadd_ps(value, s, _mm512_loadu_ps(out)));
+      }
+    }
+    runs -= count;
+    first = false;
+    ++scale;
+    ++bias;
+  }
+}
+
+using TileKernel = void (*)(const uint32_t*, const uint8_t*, int64_t, const float*, const int32_t*, int64_t, float*,
+                            bool);
+constexpr TileKernel kTiles[] = {int8_tile_avx512<1>, int8_tile_avx512<2>, int8_tile_avx512<3>,
+                                 int8_tile_avx512<4>, int8_tile_avx512<5>, int8_tile_avx512<6>};
+
+}  // namespace
+
+void int8_block_avx512(const Block& b) {
+  const PackedRows::Tile* tiles = b.x->tiles.data();
+  const int64_t groups = b.x->groups, group = b.column / kScaleGroup;
+  for (int64_t i = b.first_tile; i < b.last_tile; ++i) {
+    const PackedRows::Tile& t = tiles[i];
+    const int64_t at = t.row * groups + group;
+    kTiles[t.rows - 1](b.x->data + t.run + b.column / 4 * t.rows, b.w, (b.columns + 3) / 4, b.x->scales + at,
+                       b.x->bias + at, groups, b.c + (t.row - tiles[b.first_tile].row) * kPanel, b.first);
+  }
+}
+
+}  // namespace grok::cpu
+#endif
