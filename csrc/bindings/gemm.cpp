@@ -105,6 +105,19 @@ void keep(Buffer& buffer) {
   if (buffer.size() > kKept) buffer.release();
 }
 
+Rows rows_of(const char* op, const at::Tensor& x, const at::Tensor* scale) {
+  Rows rows{};
+  rows.data = x.const_data_ptr();
+  rows.elem = element(op, "x", x);
+  rows.stride = x.stride(0);
+  rows.index_divisor = 1;
+  if (scale) {
+    rows.scale = scale->const_data_ptr<float>();
+    rows.groups = scale->size(1);
+  }
+  return rows;
+}
+
 at::Tensor grouped_gemm(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& weight_scale,
                         const std::optional<at::Tensor>& offsets, const std::optional<at::Tensor>& x_scale,
                         std::optional<at::ScalarType> out_dtype) {
@@ -126,15 +139,7 @@ at::Tensor grouped_gemm(const at::Tensor& x, const at::Tensor& weight, const std
   check(starts.front() == 0 && starts.back() == m && std::is_sorted(starts.begin(), starts.end()), op, ": offsets is ",
         c10::IntArrayRef(starts), ", expected to ascend from 0 to M=", m);
 
-  Rows rows{};
-  rows.data = x.const_data_ptr();
-  rows.elem = element(op, "x", x);
-  rows.stride = x.stride(0);
-  rows.index_divisor = 1;
-  if (own_x_scale) {
-    rows.scale = own_x_scale->const_data_ptr<float>();
-    rows.groups = own_x_scale->size(1);
-  }
+  const Rows rows = rows_of(op, x, own_x_scale ? &*own_x_scale : nullptr);
   const at::ScalarType to = out_dtype.value_or(
       rows.elem == Elem::f32 || rows.elem == Elem::bf16 ? x.scalar_type() : at::kBFloat16);
   at::Tensor y = at::empty({m, w.n}, x.options().dtype(to));
@@ -160,6 +165,122 @@ at::Tensor grouped_gemm(const at::Tensor& x, const at::Tensor& weight, const std
   return y;
 }
 
+// Rows quantised per token and group of 128 columns, by the op itself.
+std::tuple<at::Tensor, at::Tensor> quantize(const std::string& format, const at::Tensor& x) {
+  static const auto find = [](const char* name) {
+    return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<std::tuple<at::Tensor, at::Tensor>(
+        const at::Tensor&, int64_t)>();
+  };
+  static const auto fp8 = find("grok_cpu::quantize_fp8"), int8 = find("grok_cpu::quantize_int8");
+  return (format == "fp8" ? fp8 : int8).call(x, cpu::kScaleGroup);
+}
+
+// The expert layer of some tokens.
+void moe_tokens(const at::Tensor& x, const at::Tensor& topk_weights, const at::Tensor& experts, const Weights& w13,
+                const Weights& w2, cpu::Activation activation, const std::string& format, const at::Tensor& y) {
+  const int64_t t = x.size(0), a = experts.size(1), d = w2.n, f = w2.k, e = w2.experts;
+  const int32_t* expert = experts.const_data_ptr<int32_t>();
+  std::vector<int64_t> starts(e + 1, 0);
+  for (int64_t i = 0; i < t * a; ++i) ++starts[expert[i] + 1];
+  for (int64_t i = 0; i < e; ++i) starts[i + 1] += starts[i];
+  std::vector<int32_t> order(t * a);
+  std::vector<int64_t> next(starts);
+  for (int64_t i = 0; i < t * a; ++i) order[next[expert[i]]++] = static_cast<int32_t>(i);
+
+  const cpu::Isa isa = cpu::current_isa();
+  const cpu::PanelOps& ops = cpu::panel_ops(isa);
+  thread_local Buffer x_workspace, inner_workspace, inner_values;
+  const bool quantized = format != "none";
+
+  // act(gate) · up of the grouped rows
+  at::Tensor x_q, x_s;
+  if (quantized) std::tie(x_q, x_s) = quantize(format, x);
+  Rows rows = rows_of("moe", quantized ? x_q : x, quantized ? &x_s : nullptr);
+  rows.index = order.data();
+  rows.index_divisor = a;
+  PackedRows packed(choose_path(isa, rows.elem, w13), isa, w13.k, starts);
+  packed.place(x_workspace.get<char>(packed.bytes()));
+  pack(packed, rows);
+  const Elem inner_elem = quantized ? Elem::f32 : rows.elem;
+  const at::Tensor inner_tensor = quantized ? at::empty({t * a, f}, x.options().dtype(at::kFloat)) : at::Tensor();
+  char* inner = quantized ? static_cast<char*>(inner_tensor.mutable_data_ptr())
+                          : inner_values.get<char>(t * a * f * cpu::size_of(inner_elem));
+  const std::vector<RowBlock> blocks = row_blocks(packed);
+  const int64_t count = static_cast<int64_t>(blocks.size());
+  share((f + cpu::kPanel - 1) / cpu::kPanel * count, [&](int64_t task) {
+    const RowBlock& b = blocks[task % count];
+    const int64_t output = task / count * cpu::kPanel, row = packed.tiles[b.first_tile].row;
+    const float* gate = panel_product(packed, w13, b.expert, output, b.first_tile, b.last_tile, 0);
+    const float* up = panel_product(packed, w13, b.expert, f + output, b.first_tile, b.last_tile, 1);
+    ops.activate(gate, up, packed.rows(b.first_tile, b.last_tile), std::min(cpu::kPanel, f - output), activation,
+                 inner_elem, inner + (row * f + output) * cpu::size_of(inner_elem), f);
+  });
+
+  // and its product with w2, summed over each token's experts in the order of the experts
+  at::Tensor inner_q, inner_s;
+  if (quantized) std::tie(inner_q, inner_s) = quantize(format, inner_tensor);
+  Rows inner_rows{};
+  if (quantized) {
+    inner_rows = rows_of("moe", inner_q, &inner_s);
+  } else {
+    inner_rows.data = inner;
+    inner_rows.elem = inner_elem;
+    inner_rows.stride = f;
+    inner_rows.index_divisor = 1;
+  }
+  PackedRows packed_inner(choose_path(isa, inner_rows.elem, w2), isa, f, starts);
+  packed_inner.place(inner_workspace.get<char>(packed_inner.bytes()));
+  pack(packed_inner, inner_rows);
+  const float* weight = topk_weights.const_data_ptr<float>();
+  const Elem y_elem = element("moe", "x", y);
+  char* out = static_cast<char*>(y.mutable_data_ptr());
+  share((d + cpu::kPanel - 1) / cpu::kPanel, [&](int64_t task) {
+    const int64_t output = task * cpu::kPanel;
+    thread_local Buffer sums;
+    float* sum = sums.get<float>(t * cpu::kPanel);
+    std::fill(sum, sum + t * cpu::kPanel, 0.0f);
+    for (const RowBlock& b : blocks) {
+      const float* c = panel_product(packed_inner, w2, b.expert, output, b.first_tile, b.last_tile, 0);
+      ops.add_weighted(c, packed_inner.rows(b.first_tile, b.last_tile),
+                       order.data() + packed_inner.tiles[b.first_tile].row, a, weight, sum);
+    }
+    ops.store(sum, t, std::min(cpu::kPanel, d - output), y_elem, out + output * cpu::size_of(y_elem), d);
+  });
+  for (Buffer* buffer : {&x_workspace, &inner_workspace, &inner_values}) keep(*buffer);
+}
+
+at::Tensor moe(const at::Tensor& x, const at::Tensor& topk_weights, const at::Tensor& experts, const at::Tensor& w13,
+               const std::optional<at::Tensor>& w13_scale, const at::Tensor& w2,
+               const std::optional<at::Tensor>& w2_scale, c10::string_view activation, c10::string_view act_format) {
+  const char* op = "moe";
+  check_tensor(op, "x", x, 2);
+  check_tensor(op, "topk_weights", topk_weights, 2);
+  check_tensor(op, "experts", experts, 2);
+  const auto own13 = contiguous(w13_scale), own2 = contiguous(w2_scale);
+  const Weights up = weights(op, "w13", w13, w13_scale, own13), down = weights(op, "w2", w2, w2_scale, own2);
+  check(up.n == 2 * down.k && up.experts == down.experts && x.size(1) == up.k && down.n == up.k &&
+            experts.sizes() == topk_weights.sizes() && experts.size(0) == x.size(0),
+        op, ": x has shape ", x.sizes(), ", experts ", experts.sizes(), ", topk_weights ", topk_weights.sizes(), ", w13 ",
+        w13.sizes(), " and w2 ", w2.sizes(), ", which do not fit together");
+  check(!up.packed || down.k % cpu::kPanel == 0, op, ": w13 is packed with F=", down.k,
+        ", expected a multiple of 64 for gate and up to begin with a panel each");
+  const at::Tensor own_experts = experts.contiguous(), own_weights = topk_weights.contiguous();
+  const int32_t* expert = own_experts.const_data_ptr<int32_t>();
+  for (int64_t i = 0; i < own_experts.numel(); ++i) {
+    check(expert[i] >= 0 && expert[i] < up.experts, op, ": experts holds ", expert[i], ", expected 0..", up.experts - 1);
+  }
+  const auto act = activation == "gelu_tanh" ? cpu::Activation::gelu_tanh
+                   : activation == "gelu"    ? cpu::Activation::gelu
+                                             : cpu::Activation::silu;
+  at::Tensor y = at::empty(x.sizes(), x.options());
+  for (int64_t from = 0; from < x.size(0); from += kTokens) {
+    const int64_t to = std::min(x.size(0), from + kTokens);
+    moe_tokens(x.slice(0, from, to), own_weights.slice(0, from, to), own_experts.slice(0, from, to), up, down, act,
+               std::string(act_format), y.slice(0, from, to));
+  }
+  return y;
+}
+
 }  // namespace
 }  // namespace grok
 
@@ -167,6 +288,12 @@ TORCH_LIBRARY_FRAGMENT(grok_cpu, library) {
   library.def(
       "grouped_gemm(Tensor x, Tensor weight, Tensor? weight_scale, Tensor? offsets, Tensor? x_scale, "
       "ScalarType? out_dtype) -> Tensor");
+  library.def(
+      "moe(Tensor x, Tensor topk_weights, Tensor experts, Tensor w13, Tensor? w13_scale, Tensor w2, Tensor? w2_scale, "
+      "str activation, str act_format) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(grok_cpu, CPU, library) { library.impl("grouped_gemm", grok::grouped_gemm); }
+TORCH_LIBRARY_IMPL(grok_cpu, CPU, library) {
+  library.impl("grouped_gemm", grok::grouped_gemm);
+  library.impl("moe", grok::moe);
+}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import registry
+from . import packing, registry
 
 BUILD = "build it with `python setup.py build_ext --inplace` in the sources, or reinstall where there is a C++ compiler"
 log = logging.getLogger("grok_kernels")
@@ -77,7 +77,17 @@ def _supports(*args: Any) -> str | None:
     return None if where == "cpu" else f"its tensors are on {where}, the cpu backend takes those on cpu"
 
 
-OPS = ("grouped_gemm", "rms_norm")
+def _supports_moe(*args: Any) -> str | None:
+    """A packed w13 holds the gate and the up projection side by side: each must begin with a panel."""
+    w13, w2 = args[3], args[5]
+    f = packing.plain_shape(w2)[2]
+    if packing.is_packed(w13) and f % packing.WIDTH:
+        return f"w13 is packed with F={f}, the cpu backend takes multiples of {packing.WIDTH}"
+    return _supports(*args)
+
+
+OPS = ("grouped_gemm", "moe", "rms_norm")
 if _module is not None:
     for _op in OPS:  # the schema of `grok_cpu::<op>` is that of `grok::<op>`
-        registry.register(_op, "cpu", supports=_supports)(getattr(torch.ops.grok_cpu, _op).default)
+        _check = _supports_moe if _op == "moe" else _supports
+        registry.register(_op, "cpu", supports=_check)(getattr(torch.ops.grok_cpu, _op).default)
