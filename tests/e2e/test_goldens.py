@@ -161,17 +161,22 @@ def test_greedy_fp32(folder: Path, i: int) -> None:
     assert result.outputs[0].finish_reason == "length"
 
 
-@over_cases
+@pytest.mark.parametrize("folder", FOLDERS)
 @pytest.mark.parametrize("weights", [None, "int8", "bf16", "fp32"])
-def test_bf16(folder: Path, i: int, weights: str | None) -> None:
+def test_bf16(folder: Path, weights: str | None) -> None:
+    """Over all prompts together: in one of them, deep down, a token's experts may turn on a rounding either way."""
     g = golden(folder)
-    trace = run(model(folder, "bfloat16", weights), g[f"p{i}_tokens"])
-    theirs = g[f"p{i}_f32_logits"]
-    assert error(trace.logits, theirs) <= 1.5 * error(g[f"p{i}_bf16e_logits"], theirs) + 0.005
-    # The prompts keep the third expert well behind the second, but the first two may be close: their order is open.
-    # Deeper than 4 layers, the reference's own choices differ between bf16 and fp32.
-    if len(trace.layer) <= 4:
-        np.testing.assert_array_equal(np.sort(trace.experts), np.sort(g[f"p{i}_f32_experts"]))
+    ours, reference = [], []
+    for i in prompts(folder):
+        trace = run(model(folder, "bfloat16", weights), g[f"p{i}_tokens"])
+        theirs = g[f"p{i}_f32_logits"]
+        ours.append(error(trace.logits, theirs))
+        reference.append(error(g[f"p{i}_bf16e_logits"], theirs))
+        # The prompts keep the third expert well behind the second, but the first two may be close: their order is open.
+        # Deeper than 4 layers, the reference's own choices differ between bf16 and fp32.
+        if len(trace.layer) <= 4:
+            np.testing.assert_array_equal(np.sort(trace.experts), np.sort(g[f"p{i}_f32_experts"]))
+    assert np.linalg.norm(ours) <= 1.2 * np.linalg.norm(reference)
 
 
 @over_cases
