@@ -99,11 +99,14 @@ GROK_TARGET_INLINE void store_sums(const __m512 (&sum)[kRows][4], float* c) {
 }
 
 // From weights as bf16, a run of 2 columns in 256 bytes.
-template <int kRows>
-GROK_AVX512_BF16 void bf16_tile_avx512(const uint32_t* x, const uint8_t* w, int64_t runs, float* c, bool first) {
+template <int kRows, int kLines>
+GROK_AVX512_BF16 void bf16_tile_avx512(const uint32_t* x, const uint8_t* w, int64_t runs, float* c, bool first,
+                                       Ahead ahead) {
   __m512 sum[kRows][4];
   load_sums<kRows>(sum, c, first);
-  for (int64_t run = 0; run < runs; ++run, w += kRunBytes, x += kRows) {
+  for (int64_t run = 0; run < runs; ++run, w += kRunBytes, x += kRows, ahead.from += ahead.step) {
+#pragma GCC unroll 4
+    for (int line = 0; line < kLines; ++line) _mm_prefetch(ahead.from + 64 * line, _MM_HINT_T0);
     __m512bh v[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) v[j] = (__m512bh)_mm512_loadu_si512(w + 64 * j);
@@ -119,13 +122,15 @@ GROK_AVX512_BF16 void bf16_tile_avx512(const uint32_t* x, const uint8_t* w, int6
 
 // From weights of one byte, a run of 4 columns in 256 bytes.
 template <int kRows, Elem kElem>
-GROK_AVX512_BF16 void bf16_direct_avx512(const uint32_t* x, const uint8_t* w, int64_t runs, float* c, bool first) {
+GROK_AVX512_BF16 void bf16_direct_avx512(const uint32_t* x, const uint8_t* w, int64_t runs, float* c, bool first,
+                                         Ahead) {
   __m512 sum[kRows][4];
   load_sums<kRows>(sum, c, first);
   const Converter<kElem> convert;
   for (int64_t run = 0; run < runs; ++run, w += kRunBytes, x += 2 * kRows) {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
+      _mm_prefetch(w + 64 * j + kAhead, _MM_HINT_T0);
       const Pairs v = convert(w + 64 * j);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
@@ -150,10 +155,11 @@ GROK_AVX512_BF16 void bf16_stage_avx512(const uint8_t* w, int64_t runs, uint8_t*
   }
 }
 
-using TileKernel = void (*)(const uint32_t*, const uint8_t*, int64_t, float*, bool);
+using TileKernel = void (*)(const uint32_t*, const uint8_t*, int64_t, float*, bool, Ahead);
 
-constexpr TileKernel kTiles[] = {bf16_tile_avx512<1>, bf16_tile_avx512<2>, bf16_tile_avx512<3>,
-                                 bf16_tile_avx512<4>, bf16_tile_avx512<5>, bf16_tile_avx512<6>};
+template <int kLines>
+constexpr TileKernel kTiles[] = {bf16_tile_avx512<1, kLines>, bf16_tile_avx512<2, kLines>, bf16_tile_avx512<3, kLines>,
+                                 bf16_tile_avx512<4, kLines>, bf16_tile_avx512<5, kLines>, bf16_tile_avx512<6, kLines>};
 template <Elem kElem>
 constexpr TileKernel kDirect[] = {bf16_direct_avx512<1, kElem>, bf16_direct_avx512<2, kElem>,
                                   bf16_direct_avx512<3, kElem>, bf16_direct_avx512<4, kElem>};
@@ -164,10 +170,10 @@ void bf16_block_avx512(const Block& b) {
   const PackedRows::Tile* tiles = b.x->tiles.data();
   const auto rows_of = [&](const PackedRows::Tile& t) { return b.x->data + t.run + b.column / 2 * t.rows; };
   const int64_t quads = (b.columns + 3) / 4;
-  if (b.elem != Elem::bf16 && b.last_tile - b.first_tile == 1 && tiles[b.first_tile].rows <= kDirectRows) {
+  if (b.elem != Elem::bf16 && alone(b) && tiles[b.first_tile].rows <= kDirectRows) {
     const PackedRows::Tile& t = tiles[b.first_tile];
     const auto& kernels = b.elem == Elem::int8 ? kDirect<Elem::int8> : kDirect<Elem::e4m3>;
-    kernels[t.rows - 1](rows_of(t), b.w, quads, b.c, b.first);
+    kernels[t.rows - 1](rows_of(t), b.w, quads, b.c, b.first, {});
     return;
   }
   const uint8_t* w = b.w;
@@ -176,9 +182,11 @@ void bf16_block_avx512(const Block& b) {
     (b.elem == Elem::int8 ? bf16_stage_avx512<Elem::int8> : bf16_stage_avx512<Elem::e4m3>)(w, quads, stage);
     w = stage;
   }
+  const auto& kernels = alone(b) && b.elem == Elem::bf16 ? kTiles<kAlone> : kTiles<kShared>;
   for (int64_t i = b.first_tile; i < b.last_tile; ++i) {
     const PackedRows::Tile& t = tiles[i];
-    kTiles[t.rows - 1](rows_of(t), w, 2 * quads, b.c + (t.row - tiles[b.first_tile].row) * kPanel, b.first);
+    kernels[t.rows - 1](rows_of(t), w, 2 * quads, b.c + (t.row - tiles[b.first_tile].row) * kPanel, b.first,
+                         ahead_of(b, i, 2 * quads));
   }
 }
 

@@ -12,9 +12,9 @@ namespace {
 constexpr int64_t kGroupRuns = kScaleGroup / 4;
 
 // One group of up to 128 columns: c = or += scale · sum.
-template <int kRows>
+template <int kRows, int kLines>
 GROK_AVX512_BF16 void int8_tile_avx512(const uint32_t* x, const uint8_t* w, int64_t runs, const float* scale,
-                                       const int32_t* bias, int64_t groups, float* c, bool first) {
+                                       const int32_t* bias, int64_t groups, float* c, bool first, Ahead ahead) {
   const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
   while (runs > 0) {
     __m512i sum[kRows][4];
@@ -24,7 +24,9 @@ GROK_AVX512_BF16 void int8_tile_avx512(const uint32_t* x, const uint8_t* w, int6
       for (int j = 0; j < 4; ++j) sum[r][j] = _mm512_set1_epi32(bias[r * groups]);
     }
     const int64_t count = runs < kGroupRuns ? runs : kGroupRuns;
-    for (int64_t run = 0; run < count; ++run, w += kRunBytes, x += kRows) {
+    for (int64_t run = 0; run < count; ++run, w += kRunBytes, x += kRows, ahead.from += ahead.step) {
+#pragma GCC unroll 4
+      for (int line = 0; line < kLines; ++line) _mm_prefetch(ahead.from + 64 * line, _MM_HINT_T0);
       __m512i v[4];
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) v[j] = _mm512_xor_si512(_mm512_loadu_si512(w + 64 * j), sign);
@@ -54,20 +56,23 @@ GROK_AVX512_BF16 void int8_tile_avx512(const uint32_t* x, const uint8_t* w, int6
 }
 
 using TileKernel = void (*)(const uint32_t*, const uint8_t*, int64_t, const float*, const int32_t*, int64_t, float*,
-                            bool);
-constexpr TileKernel kTiles[] = {int8_tile_avx512<1>, int8_tile_avx512<2>, int8_tile_avx512<3>,
-                                 int8_tile_avx512<4>, int8_tile_avx512<5>, int8_tile_avx512<6>};
+                            bool, Ahead);
+template <int kLines>
+constexpr TileKernel kTiles[] = {int8_tile_avx512<1, kLines>, int8_tile_avx512<2, kLines>, int8_tile_avx512<3, kLines>,
+                                 int8_tile_avx512<4, kLines>, int8_tile_avx512<5, kLines>, int8_tile_avx512<6, kLines>};
 
 }  // namespace
 
 void int8_block_avx512(const Block& b) {
   const PackedRows::Tile* tiles = b.x->tiles.data();
   const int64_t groups = b.x->groups, group = b.column / kScaleGroup;
+  const auto& kernels = alone(b) ? kTiles<kAlone> : kTiles<kShared>;
   for (int64_t i = b.first_tile; i < b.last_tile; ++i) {
     const PackedRows::Tile& t = tiles[i];
     const int64_t at = t.row * groups + group;
-    kTiles[t.rows - 1](b.x->data + t.run + b.column / 4 * t.rows, b.w, (b.columns + 3) / 4, b.x->scales + at,
-                       b.x->bias + at, groups, b.c + (t.row - tiles[b.first_tile].row) * kPanel, b.first);
+    kernels[t.rows - 1](b.x->data + t.run + b.column / 4 * t.rows, b.w, (b.columns + 3) / 4, b.x->scales + at,
+                       b.x->bias + at, groups, b.c + (t.row - tiles[b.first_tile].row) * kPanel, b.first,
+                       ahead_of(b, i, (b.columns + 3) / 4));
   }
 }
 

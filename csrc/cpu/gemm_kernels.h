@@ -25,6 +25,26 @@ constexpr int64_t kF32Columns = kStageBytes / (kPanel * 4);
 constexpr int64_t kInt8Columns = 1024;  // nothing is converted; a multiple of kScaleGroup that stays in the cache
 constexpr int64_t kDirectRows = 4;      // with so few, weights are converted in registers, where they are used once
 
+// Memory that will be read soon is asked for while a tile computes: the machine's own prefetching ends with each page.
+// Several tiles share out the block that follows theirs; a tile alone runs ahead of itself.
+constexpr int64_t kAhead = 8192;  // bytes
+constexpr int kShared = 2, kAlone = 4;  // cache lines asked for each run
+
+struct Ahead {
+  const uint8_t* from;
+  int64_t step;  // bytes a run; 0 once there is nothing left
+};
+
+// For a tile that reads w as it is, or converted to `runs` runs.
+inline bool alone(const Block& b) { return b.last_tile - b.first_tile == 1; }
+
+inline Ahead ahead_of(const Block& b, int64_t tile, int64_t runs) {
+  const int64_t bytes = b.columns * kPanel * size_of(b.elem), step = kShared * 64;
+  if (alone(b) && bytes > runs * step) return {b.w + kAhead, kRunBytes};
+  const int64_t skipped = (tile - b.first_tile) * runs * step;
+  return skipped < bytes ? Ahead{b.w + bytes + skipped, step} : Ahead{b.w, 0};
+}
+
 #if GROK_X86
 void bf16_block_avx512(const Block& b);
 void int8_block_avx512(const Block& b);
