@@ -19,10 +19,10 @@ struct Block {
 
 using BlockKernel = void (*)(const Block&);
 
-constexpr int64_t kStageBytes = 64 << 10;
+constexpr int64_t kStageBytes = 32 << 10;
 constexpr int64_t kBf16Columns = kStageBytes / (kPanel * 2);  // that a stage holds
 constexpr int64_t kF32Columns = kStageBytes / (kPanel * 4);
-constexpr int64_t kInt8Columns = 1024;  // nothing is converted; a multiple of kScaleGroup that stays in the cache
+constexpr int64_t kInt8Columns = 512;  // nothing is converted; a multiple of kScaleGroup that stays in the cache
 constexpr int64_t kDirectRows = 4;      // with so few, weights are converted in registers, where they are used once
 
 // Memory that will be read soon is asked for while a tile computes: the machine's own prefetching ends with each page.
