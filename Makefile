@@ -7,6 +7,8 @@ PROMPT ?= To Sherlock Holmes she is always
 PYTEST_ARGS ?=
 
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
+SANITIZED := build/sanitized
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 
@@ -14,7 +16,7 @@ BUILT := $(VENV)/.built
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint clean
+.PHONY: help setup demo test sanitize bench lint clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +28,16 @@ demo: $(BUILT) ## generate text with the small model that ships with the project
 
 test: $(BUILT) ## run the tests (PYTEST_ARGS="-k name" to choose)
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+# The module is built anew, beside a copy of its package. libstdc++ too is loaded first, or exceptions go past the checks.
+sanitize: $(BUILT) ## run the tests of the native kernels with the address and undefined-behaviour sanitizers
+	rm -rf $(SANITIZED)/grok_kernels && mkdir -p $(SANITIZED)
+	CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" $(BIN)/python -W ignore setup.py -q build_ext \
+	  --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects > $(SANITIZED)/build.log || { cat $(SANITIZED)/build.log; exit 1; }
+	cp -r $$(ls -d kernels/grok_kernels/* | grep -v "\.so$$") $(SANITIZED)/grok_kernels/
+	LD_PRELOAD="$$(for lib in asan ubsan stdc++; do c++ -print-file-name=lib$$lib.so; done | xargs)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
+	  $(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels -k "cpu and not registers" $(PYTEST_ARGS)
 
 bench: $(BUILT) ## run the benchmarks
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only -q $(PYTEST_ARGS)
