@@ -1,32 +1,74 @@
+#include "cpu/norm.h"
+
+#include <tuple>
+
 #include "bindings.h"
-#include "cpu/rms_norm.h"
 
 namespace grok {
 namespace {
 
+int64_t rows_per_task(int64_t d) { return std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, d)); }
+
+DType check_weight(const char* op, const char* name, const at::Tensor& weight, const char* of, int64_t d) {
+  check_tensor(op, name, weight, 1);
+  check(weight.size(0) == d, op, ": ", name, " has shape ", weight.sizes(), ", expected (D,) with D=", d, " from ", of);
+  return float_dtype(op, name, weight);
+}
+
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   check_tensor("rms_norm", "x", x, 2);
-  check_tensor("rms_norm", "weight", weight, 1);
-  check(weight.size(0) == x.size(1), "rms_norm: weight has shape ", weight.sizes(), ", expected (D,) with D=",
-        x.size(1), " from x");
-  const auto rows = cpu::rms_norm_rows(cpu::current_isa(), float_dtype("rms_norm", "x", x),
-                                       float_dtype("rms_norm", "weight", weight));
-  at::Tensor y = at::empty(x.sizes(), x.options());
   cpu::RmsNorm p{};
+  p.d = x.size(1);
+  const DType weight_dtype = check_weight("rms_norm", "weight", weight, "x", p.d);
+  const auto rows = cpu::rms_norm_rows(cpu::current_isa(), float_dtype("rms_norm", "x", x), weight_dtype);
+  at::Tensor y = at::empty(x.sizes(), x.options());
   p.x = x.const_data_ptr();
   p.weight = weight.const_data_ptr();
   p.y = y.mutable_data_ptr();
   p.x_stride = x.stride(0);
-  p.d = x.size(1);
   p.eps = static_cast<float>(eps);
-  const int64_t rows_per_task = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, p.d));
-  at::parallel_for(0, x.size(0), rows_per_task, [&](int64_t begin, int64_t end) { rows(p, begin, end); });
+  at::parallel_for(0, x.size(0), rows_per_task(p.d), [&](int64_t begin, int64_t end) { rows(p, begin, end); });
   return y;
+}
+
+std::tuple<at::Tensor, at::Tensor> sandwich_norm(const at::Tensor& h, const at::Tensor& delta,
+                                                 const std::optional<at::Tensor>& post_weight,
+                                                 const at::Tensor& pre_weight, double eps) {
+  const char* op = "sandwich_norm";
+  check_tensor(op, "h", h, 2);
+  check_tensor(op, "delta", delta, 2);
+  check(delta.sizes() == h.sizes(), op, ": delta has shape ", delta.sizes(), ", expected ", h.sizes(), " as h");
+  check(delta.scalar_type() == h.scalar_type(), op, ": delta has dtype ", c10::toString(delta.scalar_type()),
+        ", expected ", c10::toString(h.scalar_type()), " as h");
+  cpu::SandwichNorm p{};
+  p.d = h.size(1);
+  if (post_weight) p.post_dtype = check_weight(op, "post_weight", *post_weight, "h", p.d);
+  p.pre_dtype = check_weight(op, "pre_weight", pre_weight, "h", p.d);
+  const auto rows = cpu::sandwich_norm_rows(cpu::current_isa(), float_dtype(op, "h", h));
+  at::Tensor sum = at::empty(h.sizes(), h.options()), y = at::empty(h.sizes(), h.options());
+  p.h = h.const_data_ptr();
+  p.delta = delta.const_data_ptr();
+  p.post_weight = post_weight ? post_weight->const_data_ptr() : nullptr;
+  p.pre_weight = pre_weight.const_data_ptr();
+  p.sum = sum.mutable_data_ptr();
+  p.y = y.mutable_data_ptr();
+  p.h_stride = h.stride(0);
+  p.delta_stride = delta.stride(0);
+  p.eps = static_cast<float>(eps);
+  at::parallel_for(0, h.size(0), rows_per_task(p.d), [&](int64_t begin, int64_t end) { rows(p, begin, end); });
+  return {sum, y};
 }
 
 }  // namespace
 }  // namespace grok
 
-TORCH_LIBRARY_FRAGMENT(grok_cpu, library) { library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor"); }
+TORCH_LIBRARY_FRAGMENT(grok_cpu, library) {
+  library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  library.def(
+      "sandwich_norm(Tensor h, Tensor delta, Tensor? post_weight, Tensor pre_weight, float eps) -> (Tensor, Tensor)");
+}
 
-TORCH_LIBRARY_IMPL(grok_cpu, CPU, library) { library.impl("rms_norm", grok::rms_norm); }
+TORCH_LIBRARY_IMPL(grok_cpu, CPU, library) {
+  library.impl("rms_norm", grok::rms_norm);
+  library.impl("sandwich_norm", grok::sandwich_norm);
+}

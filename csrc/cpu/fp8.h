@@ -10,6 +10,10 @@
 
 namespace grok::cpu {
 
+struct E4M3 {
+  uint8_t bits;
+};
+
 // To nearest, ties to even; what is larger than 448, infinity too, becomes 448. A NaN keeps its sign.
 GROK_INLINE uint8_t to_e4m3(float value) {
   constexpr uint32_t kLargest = 0x43e00000u, kSmallest = 0x3c800000u;  // 448; 2^-6, below which lie the subnormals
@@ -34,5 +38,8 @@ GROK_INLINE float from_e4m3(uint8_t code) {
   bits = magnitude == 0x7fu ? 0x7ff00000u : bits;
   return bits_to_float(bits | (static_cast<uint32_t>(code & 0x80u) << 24));
 }
+
+using grok::to_float;
+GROK_INLINE float to_float(E4M3 value) { return from_e4m3(value.bits); }
 
 }  // namespace grok::cpu

@@ -86,7 +86,10 @@ def _supports_moe(*args: Any) -> str | None:
     return _supports(*args)
 
 
-OPS = ("grouped_gemm", "moe", "rms_norm")
+OPS = (
+    "group_tokens", "grouped_gemm", "moe", "quantize_fp8", "quantize_int8", "rms_norm", "route_topk", "sample_top_p",
+    "sandwich_norm",
+)  # fmt: skip
 if _module is not None:
     for _op in OPS:  # the schema of `grok_cpu::<op>` is that of `grok::<op>`
         _check = _supports_moe if _op == "moe" else _supports

@@ -4,8 +4,9 @@ Read top to bottom, this file is the contract that each backend is tested agains
 definitions in plain torch. The ops live in torch's namespace `grok::`, so that they trace and compile.
 
 Activations are flat, (T, ...): T tokens of whatever requests, fp32 or bf16. Weights are K-major, (E, N, K), one
-matrix an expert. Index tensors are int32; their values are not checked. Every wrong argument is a ValueError that
-names it, its value and what was expected. Where an input requires grad the reference runs, and is differentiable.
+matrix an expert. Index tensors are int32; their values are checked only where an op says so. Every wrong argument is a
+ValueError that names it, its value and what was expected. Where an input requires grad the reference runs, and is
+differentiable.
 """
 
 from __future__ import annotations
@@ -301,8 +302,9 @@ def _route_topk(x: Tensor, router: Tensor, k: int, softcap: float, renormalize: 
 def group_tokens(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """The order that brings rows of one expert together, stable, and where each expert's rows start.
 
-    experts (T, A) int32 in 0..num_experts−1. Returns order (T·A,) int32, whose entry i is the flat index t·A + a of the
-    i-th grouped row, and offsets (num_experts + 1,) int32. No host synchronisation.
+    experts (T, A) int32 in 0..num_experts−1; the cpu backend checks that, since it writes by them. Returns order (T·A,)
+    int32, whose entry i is the flat index t·A + a of the i-th grouped row, and offsets (num_experts + 1,) int32. No host
+    synchronisation.
     """
     return _group_tokens(experts, num_experts)  # type: ignore[no-any-return]
 
@@ -474,8 +476,9 @@ def sample_top_p(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Te
     """One token a row: softmax(logits / temperature), cut to the smallest set of probability top_p, then by inverse CDF.
 
     The most probable tokens are kept until their sum reaches top_p (the first always is); the token is the first, in
-    order of falling probability, whose running sum exceeds uniform · the kept sum. Ties go to the lower index. A
-    temperature of 0 is the largest logit. A row's token depends on that row alone.
+    order of falling probability, whose running sum exceeds uniform · the kept sum. Ties go to the lower index. Sums are
+    in fp64. A temperature of 0 is the largest logit, and so is a row without a distribution: one with a NaN, which counts
+    as the largest, or whose largest logit is infinite. A row's token depends on that row alone.
 
     logits (B, V) fp32 or bf16; temperature, top_p, uniform (B,) fp32, in [0, ∞), (0, 1] and [0, 1). Returns (B,) int64.
     """

@@ -198,9 +198,11 @@ def test_moe(d: int, f: int, weight_dtype: torch.dtype, groups: int, act_format:
     for activation in ("gelu_tanh", "gelu", "silu"):
         expected = moe(args, activation, act_format, backend="reference")
         got = moe(args, activation, act_format)
-        # in bf16, or quantised, a sum next to a rounding step of act * up may go either way
-        exact = dtype == FP32 and act_format == "none"
-        assert_near(got, expected, 3e-6 if exact else 1e-2)
+        if dtype == FP32 and act_format == "none":
+            assert_near(got, expected, 3e-6)
+        else:
+            # a sum next to a rounding step of act * up may go either way: seldom, where fp8's own error is 0.026
+            assert (got.double() - expected.double()).norm() <= 8e-3 * expected.double().norm()
         if grok_kernels.can_pack(d, f, weight_dtype) and f % 64 == 0:
             assert torch.equal(moe(packed(args), activation, act_format), got)
 

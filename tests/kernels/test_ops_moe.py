@@ -1,4 +1,4 @@
-"""Routing, grouping, quantisation, products and the expert layer: the definitions against float64, and refusals."""
+"""Routing, grouping, quantisation, products and the expert layer: every backend against float64, and refusals."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 import grok_kernels
 from tests.kernels import oracle
+from tests.kernels.backends import BACKENDS, serving
 from tests.kernels.cases import FP8, Case, assert_refused, ints, of, randint8, randn, refusals
 from tests.kernels.oracle import assert_near, f64
 
@@ -21,9 +22,9 @@ NAN, INF = float("nan"), float("inf")
 OPS = ("route_topk", "group_tokens", "quantize_fp8", "quantize_int8", "grouped_gemm", "moe")
 
 
-@pytest.fixture(autouse=True)
-def _reference() -> Iterator[None]:
-    with grok_kernels.use_backend("reference"):
+@pytest.fixture(autouse=True, params=BACKENDS)
+def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    with serving(request.param, *OPS):
         yield
 
 

@@ -1,4 +1,4 @@
-"""rms_norm and sandwich_norm: the definitions against float64, their gradients, and what they refuse."""
+"""rms_norm and sandwich_norm: every backend against float64, their gradients, and what they refuse."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 import grok_kernels
 from tests.kernels import oracle
+from tests.kernels.backends import BACKENDS, serving
 from tests.kernels.cases import Case, assert_refused, of, randn, refusals
 from tests.kernels.oracle import assert_near, f64
 
@@ -19,9 +20,9 @@ DTYPES = (torch.float32, torch.bfloat16)
 EPS = 1e-5
 
 
-@pytest.fixture(autouse=True)
-def _reference() -> Iterator[None]:
-    with grok_kernels.use_backend("reference"):
+@pytest.fixture(autouse=True, params=BACKENDS)
+def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    with serving(request.param, "rms_norm", "sandwich_norm"):
         yield
 
 

@@ -1,4 +1,4 @@
-"""sample_top_p: the definition against float64, its distribution, and what it refuses."""
+"""sample_top_p: every backend against float64, its distribution, and what it refuses."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 import grok_kernels
 from tests.kernels import oracle
+from tests.kernels.backends import BACKENDS, serving
 from tests.kernels.cases import Case, assert_refused, of, randn, refusals
 from tests.kernels.oracle import f64
 
@@ -20,9 +21,9 @@ LAST = 1 - 2.0**-24  # the largest that uniform takes
 INF = float("inf")
 
 
-@pytest.fixture(autouse=True)
-def _reference() -> Iterator[None]:
-    with grok_kernels.use_backend("reference"):
+@pytest.fixture(autouse=True, params=BACKENDS)
+def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    with serving(request.param, "sample_top_p"):
         yield
 
 

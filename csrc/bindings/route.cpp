@@ -1,0 +1,75 @@
+#include "cpu/route.h"
+
+#include <limits>
+#include <tuple>
+
+#include "bindings.h"
+
+namespace grok {
+namespace {
+
+std::tuple<at::Tensor, at::Tensor> route_topk(const at::Tensor& x, const at::Tensor& router, int64_t k, double softcap,
+                                              bool renormalize) {
+  const char* op = "route_topk";
+  check_tensor(op, "x", x, 2);
+  check_tensor(op, "router", router, 2);
+  check(router.size(1) == x.size(1), op, ": router has shape ", router.sizes(), ", expected (E, D) with D=", x.size(1),
+        " from x");
+  check(router.scalar_type() == at::kFloat, op, ": router has dtype ", c10::toString(router.scalar_type()),
+        ", expected Float");
+  check(k >= 1 && k <= router.size(0), op, ": k=", k, ", expected 1..E=", router.size(0));
+  const auto rows = cpu::route_topk_rows(cpu::current_isa(), float_dtype(op, "x", x));
+  at::Tensor weights = at::empty({x.size(0), k}, x.options().dtype(at::kFloat));
+  at::Tensor experts = at::empty({x.size(0), k}, x.options().dtype(at::kInt));
+  cpu::RouteTopk p{};
+  p.x = x.const_data_ptr();
+  p.router = router.const_data_ptr<float>();
+  p.weights = weights.mutable_data_ptr<float>();
+  p.experts = experts.mutable_data_ptr<int32_t>();
+  p.x_stride = x.stride(0);
+  p.router_stride = router.stride(0);
+  p.d = x.size(1);
+  p.e = router.size(0);
+  p.k = k;
+  p.softcap = static_cast<float>(softcap);
+  p.renormalize = renormalize;
+  const int64_t rows_per_task = std::max<int64_t>(1, 8 * kElementsPerTask / std::max<int64_t>(1, router.numel()));
+  at::parallel_for(0, x.size(0), rows_per_task, [&](int64_t begin, int64_t end) { rows(p, begin, end); });
+  return {weights, experts};
+}
+
+std::tuple<at::Tensor, at::Tensor> group_tokens(const at::Tensor& experts, int64_t num_experts) {
+  const char* op = "group_tokens";
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  check_tensor(op, "experts", experts, 2);
+  check(experts.scalar_type() == at::kInt, op, ": experts has dtype ", c10::toString(experts.scalar_type()),
+        ", expected Int");
+  check(experts.numel() <= kMost, op, ": experts has shape ", experts.sizes(), ", expected ", kMost,
+        " entries at most");
+  check(num_experts >= 1 && num_experts <= kMost, op, ": num_experts=", num_experts, ", expected 1..", kMost);
+  at::Tensor order = at::empty({experts.numel()}, experts.options());
+  at::Tensor offsets = at::empty({num_experts + 1}, experts.options());
+  cpu::GroupTokens p{};
+  p.experts = experts.const_data_ptr<int32_t>();
+  p.order = order.mutable_data_ptr<int32_t>();
+  p.offsets = offsets.mutable_data_ptr<int32_t>();
+  p.stride = experts.stride(0);
+  p.rows = experts.size(0);
+  p.a = experts.size(1);
+  p.num_experts = num_experts;
+  cpu::group_tokens(p);
+  return {order, offsets};
+}
+
+}  // namespace
+}  // namespace grok
+
+TORCH_LIBRARY_FRAGMENT(grok_cpu, library) {
+  library.def("route_topk(Tensor x, Tensor router, int k, float softcap, bool renormalize) -> (Tensor, Tensor)");
+  library.def("group_tokens(Tensor experts, int num_experts) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(grok_cpu, CPU, library) {
+  library.impl("route_topk", grok::route_topk);
+  library.impl("group_tokens", grok::group_tokens);
+}

@@ -1,0 +1,218 @@
+#include "sample.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "math.h"
+
+namespace grok::cpu {
+namespace {
+
+// Not sorted, since a token takes its place in the order from the probability before it alone. Logits become integers of
+// the same order, and the probabilities are summed by their leading digit: one pass finds the digit at which a running
+// sum gets to its target, the few logits that share it go on to their second digit, and so to the third. What is left
+// is equal, and in the order of the indices.
+//
+// That fixes the additions: the sum of a digit is of its tokens in the order of their indices; a running sum is of whole
+// digits from the largest, then of the digits after the one at which it stops, then of equal tokens, one by one. All in
+// double, not divided by their total.
+constexpr int kDigits = 3;
+constexpr int kBits[kDigits] = {13, 10, 9};  // the first: a sign, an exponent, and 4 bits to part what is near
+constexpr int kShift[kDigits] = {19, 9, 0};
+constexpr int64_t kTile = 256, kGlance = 64;  // steps: of vector work on the stack, and of a look whether a digit occurs
+constexpr uint32_t kNan = 0xffffffffu;  // the largest key: as in torch's order, NaN comes first
+
+GROK_INLINE uint32_t key_of(float logit) {
+  const uint32_t bits = float_to_bits(logit + 0.0f);  // -0 is 0
+  const uint32_t key = bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
+  return logit == logit ? key : kNan;
+}
+
+GROK_INLINE float logit_of(uint32_t key) {
+  return bits_to_float(key ^ (~static_cast<uint32_t>(static_cast<int32_t>(key) >> 31) | 0x80000000u));
+}
+
+GROK_INLINE uint32_t digit(uint32_t key, int level) { return (key >> kShift[level]) & ((1u << kBits[level]) - 1u); }
+
+struct Workspace {
+  std::vector<uint32_t> keys;        // of every token
+  std::vector<uint32_t> left, from;  // the keys that a search has left, and whose they are
+  double sums[1 << kBits[0]];        // by the first digit
+  double more[1 << kBits[1]];        // by a later one
+};
+
+// Probabilities are exp((logit − largest) / temperature), and their total is not 1.
+struct Softmax {
+  double largest;
+  double inverse;  // 1 / temperature
+};
+
+GROK_INLINE double weight_of(uint32_t key, const Softmax& s) {
+  return exp_d((static_cast<double>(logit_of(key)) - s.largest) * s.inverse);
+}
+
+template <class X>
+GROK_INLINE uint32_t read_keys(const X* __restrict logits, int64_t v, uint32_t* __restrict keys) {
+  uint32_t largest = 0;
+  for (int64_t start = 0; start < v; start += kTile) {
+    const int64_t end = std::min(v, start + kTile);
+    for (int64_t i = start; i < end; ++i) keys[i] = key_of(to_float(logits[i]));
+    for (int64_t i = start; i < end; ++i) largest = keys[i] > largest ? keys[i] : largest;
+  }
+  return largest;
+}
+
+GROK_INLINE void sum_by_digit(const uint32_t* keys, int64_t n, int level, const Softmax& s, double* sums) {
+  std::fill(sums, sums + (1 << kBits[level]), 0.0);
+  double weights[kTile];
+  for (int64_t start = 0; start < n; start += kTile) {
+    const int64_t count = std::min(kTile, n - start);
+    for (int64_t i = 0; i < count; ++i) weights[i] = weight_of(keys[start + i], s);
+    for (int64_t i = 0; i < count; ++i) sums[digit(keys[start + i], level)] += weights[i];
+  }
+}
+
+// The tokens whose first digit is this one. Most stretches have none, which is soon seen.
+GROK_INLINE int64_t pick_first(const uint32_t* keys, int64_t n, uint32_t wanted, uint32_t* left, uint32_t* from) {
+  int64_t found = 0;
+  for (int64_t start = 0; start < n; start += kGlance) {
+    const int64_t end = std::min(n, start + kGlance);
+    uint32_t any = 0;
+    for (int64_t i = start; i < end; ++i) any |= digit(keys[i], 0) == wanted;
+    if (!any) continue;
+    for (int64_t i = start; i < end; ++i) {
+      left[found] = keys[i];
+      from[found] = static_cast<uint32_t>(i);
+      found += digit(keys[i], 0) == wanted;
+    }
+  }
+  return found;
+}
+
+// As above, of what a search has left, in place.
+GROK_INLINE int64_t pick_next(uint32_t* left, uint32_t* from, int64_t n, int level, uint32_t wanted) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t key = left[i];
+    left[found] = key;
+    from[found] = from[i];
+    found += digit(key, level) == wanted;
+  }
+  return found;
+}
+
+struct Place {
+  double sum;  // of the probabilities up to here, this one too
+  uint32_t token;
+};
+
+// The first place, in falling order, whose running sum exceeds the target or, with `equal`, reaches it; else the last
+// that has a probability.
+GROK_INLINE Place find(Workspace& w, int64_t v, const Softmax& s, double target, bool equal) {
+  const auto passed = [&](double sum) { return equal ? !(sum < target) : !(sum <= target); };  // of a NaN at once
+  uint32_t* left = w.left.data();
+  double before = 0.0;  // the sum of what is above all that is left
+  int64_t n = v;
+  for (int level = 0; level < kDigits; ++level) {
+    double* sums = level ? w.more : w.sums;
+    if (level) sum_by_digit(left, n, level, s, sums);
+    uint32_t wanted = 0;
+    double reached = before;
+    for (int64_t d = (1 << kBits[level]) - 1; d >= 0; --d) {
+      if (!(sums[d] > 0.0)) continue;
+      wanted = static_cast<uint32_t>(d);
+      before = reached;
+      reached += sums[d];
+      if (passed(reached)) break;
+    }
+    n = level ? pick_next(left, w.from.data(), n, level, wanted)
+              : pick_first(w.keys.data(), v, wanted, left, w.from.data());
+    int64_t same = 1;
+    while (same < n && left[same] == left[0]) ++same;
+    if (same == n) break;
+  }
+  const double weight = weight_of(left[0], s);
+  double sum = before + weight;
+  int64_t i = 0;
+  for (; i + 1 < n && !passed(sum); ++i) sum += weight;
+  return {sum, w.from[i]};
+}
+
+GROK_INLINE int64_t first(const uint32_t* keys, uint32_t wanted) {
+  int64_t i = 0;
+  while (keys[i] != wanted) ++i;
+  return i;
+}
+
+GROK_INLINE bool is_finite(double value) { return value - value == 0.0; }
+
+template <class X>
+GROK_INLINE int64_t sample(const X* logits, int64_t v, float temperature, float top_p, float uniform, Workspace& w) {
+  const uint32_t largest = read_keys(logits, v, w.keys.data());
+  // nothing to draw; or no distribution, for a NaN or an infinity
+  if (!(temperature > 0.0f) || !is_finite(logit_of(largest))) return first(w.keys.data(), largest);
+  const Softmax s{logit_of(largest), 1.0 / static_cast<double>(temperature)};
+  sum_by_digit(w.keys.data(), v, 0, s, w.sums);
+  double kept = 0.0;
+  for (int64_t d = (1 << kBits[0]) - 1; d >= 0; --d) kept += w.sums[d];
+  if (!is_finite(kept)) return first(w.keys.data(), largest);
+  if (!(top_p >= 1.0f)) kept = find(w, v, s, static_cast<double>(top_p) * kept, true).sum;
+  constexpr float kLast = 0.99999994f;  // below 1, so that a target is below what is kept
+  return find(w, v, s, static_cast<double>(uniform >= 1.0f ? kLast : uniform) * kept, false).token;
+}
+
+// Out of line, and before the wide functions have touched a register: after a call in their midst to a function of this
+// file that GCC can see through, it (12) leaves out vzeroupper, and all that follows in the baseline's registers crawls.
+__attribute__((noinline)) Workspace& workspace(int64_t v) {
+  thread_local Workspace w;
+  if (static_cast<int64_t>(w.keys.size()) < v) {
+    for (auto* list : {&w.keys, &w.left, &w.from}) list->resize(v);
+  }
+  return w;
+}
+
+template <class X>
+GROK_INLINE void rows(const SampleTopP& p, int64_t begin, int64_t end) {
+  Workspace& w = workspace(p.v);
+  for (int64_t row = begin; row < end; ++row) {
+    const X* logits = static_cast<const X*>(p.logits) + row * p.logits_stride;
+    p.tokens[row] = sample(logits, p.v, p.temperature[row], p.top_p[row], p.uniform[row], w);
+  }
+}
+
+template <class X>
+void sample_top_p_portable(const SampleTopP& p, int64_t begin, int64_t end) {
+  rows<X>(p, begin, end);
+}
+
+#if GROK_X86
+template <class X>
+GROK_AVX2 void sample_top_p_avx2(const SampleTopP& p, int64_t begin, int64_t end) {
+  rows<X>(p, begin, end);
+}
+
+template <class X>
+GROK_AVX512 void sample_top_p_avx512(const SampleTopP& p, int64_t begin, int64_t end) {
+  rows<X>(p, begin, end);
+}
+#endif
+
+template <class X>
+SampleTopPRows select(Isa isa) {
+  switch (isa) {
+#if GROK_X86
+    case Isa::avx512_bf16:
+    case Isa::avx512: return sample_top_p_avx512<X>;
+    case Isa::avx2: return sample_top_p_avx2<X>;
+#endif
+    default: return sample_top_p_portable<X>;
+  }
+}
+
+}  // namespace
+
+SampleTopPRows sample_top_p_rows(Isa isa, DType logits) {
+  return logits == DType::f32 ? select<float>(isa) : select<BF16>(isa);
+}
+
+}  // namespace grok::cpu
