@@ -200,9 +200,10 @@ def test_moe(d: int, f: int, weight_dtype: torch.dtype, groups: int, act_format:
         got = moe(args, activation, act_format)
         if dtype == FP32 and act_format == "none":
             assert_near(got, expected, 3e-6)
-        else:
-            # a sum next to a rounding step of act * up may go either way: seldom, where fp8's own error is 0.026
-            assert (got.double() - expected.double()).norm() <= 8e-3 * expected.double().norm()
+        else:  # a sum next to a rounding step of act * up may go either way, in a row now and then
+            error = (got.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1)
+            assert error.median() <= (3e-6 if dtype == FP32 else 5e-4)
+            assert error.max() <= (0.03 if act_format == "fp8" else 0.01)
         if grok_kernels.can_pack(d, f, weight_dtype) and f % 64 == 0:
             assert torch.equal(moe(packed(args), activation, act_format), got)
 
