@@ -87,8 +87,8 @@ def _supports_moe(*args: Any) -> str | None:
 
 
 OPS = (
-    "group_tokens", "grouped_gemm", "moe", "quantize_fp8", "quantize_int8", "rms_norm", "route_topk", "sample_top_p",
-    "sandwich_norm",
+    "group_tokens", "grouped_gemm", "moe", "paged_attention", "quantize_fp8", "quantize_int8", "rms_norm",
+    "rope_store_kv", "route_topk", "sample_top_p", "sandwich_norm",
 )  # fmt: skip
 if _module is not None:
     for _op in OPS:  # the schema of `grok_cpu::<op>` is that of `grok::<op>`

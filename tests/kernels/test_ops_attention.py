@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import grok_kernels
+from grok_kernels import cpu
 from tests.kernels import oracle
 from tests.kernels.cases import FP8, Case, assert_refused, batch, ints, of, randn, refusals
 from tests.kernels.oracle import assert_near, f64
@@ -20,10 +21,18 @@ NAN = float("nan")
 TABLE = {c: grok_kernels.rope_table(64, c, 1e4) for c in (2, 16, 64, 128)}
 
 
-@pytest.fixture(autouse=True)
-def _reference() -> Iterator[None]:
-    with grok_kernels.use_backend("reference"):
-        yield
+NATIVE = all(grok_kernels.backends()[op]["cpu"].available for op in ("rope_store_kv", "paged_attention"))
+
+
+@pytest.fixture(autouse=True, params=["reference", *(cpu.isas() if NATIVE else ())])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test runs on the reference and on the native kernels of each instruction set."""
+    if request.param == "reference":
+        with grok_kernels.use_backend("reference"):
+            yield "reference"
+    else:
+        with grok_kernels.use_backend("cpu"), cpu.use_isa(request.param):
+            yield request.param
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -1,0 +1,210 @@
+#include "cpu/attention.h"
+
+#include <atomic>
+#include <optional>
+
+#include "bindings.h"
+#include "cpu/rope.h"
+
+namespace grok {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+void check_size(const char* op, const char* name, const at::Tensor& tensor, int64_t dim, const char* symbol,
+                int64_t expected) {
+  check(tensor.size(dim) == expected, op, ": ", name, " has shape ", tensor.sizes(), ", expected ", symbol, "=",
+        expected, " in dimension ", dim);
+}
+
+void check_dtype(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType expected) {
+  check(tensor.scalar_type() == expected, op, ": ", name, " has dtype ", c10::toString(tensor.scalar_type()),
+        ", expected ", c10::toString(expected));
+}
+
+// A vector of int32 without gaps.
+at::Tensor indices(const char* op, const char* name, const at::Tensor& tensor, const char* symbol, int64_t size) {
+  check_tensor(op, name, tensor, 1);
+  check_dtype(op, name, tensor, at::kInt);
+  check_size(op, name, tensor, 0, symbol, size);
+  return tensor.contiguous();
+}
+
+cpu::KvType kv_type(const char* op, const at::Tensor& cache) {
+  if (cache.scalar_type() == at::kFloat) return cpu::KvType::f32;
+  if (cache.scalar_type() == at::kBFloat16) return cpu::KvType::bf16;
+  check(cache.scalar_type() == at::kFloat8_e4m3fn, op, ": k_cache has dtype ", c10::toString(cache.scalar_type()),
+        ", expected Float, BFloat16 or Float8_e4m3fn");
+  return cpu::KvType::e4m3;
+}
+
+// The cache's pages; `like` is the other cache, whose shape and type this one must have.
+cpu::KvPages kv_pages(const char* op, const char* name, const at::Tensor& cache, const at::Tensor& like,
+                      const char* scale_name, const OptionalTensor& scale) {
+  check_tensor(op, name, cache, 4);
+  check_dtype(op, name, cache, like.scalar_type());
+  check(cache.sizes() == like.sizes(), op, ": ", name, " has shape ", cache.sizes(), ", expected ", like.sizes());
+  cpu::KvPages pages{};
+  pages.data = const_cast<void*>(cache.const_data_ptr());
+  pages.page_stride = cache.stride(0);
+  pages.group_stride = cache.stride(1);
+  pages.slot_stride = cache.stride(2);
+  const bool scaled = cache.scalar_type() == at::kFloat8_e4m3fn;
+  check(scaled == scale.has_value(), op, ": ", scale_name, scaled ? " is None" : " is given", " for a cache of ",
+        c10::toString(cache.scalar_type()));
+  if (!scaled) return pages;
+  check_tensor(op, scale_name, *scale, 3);
+  check_dtype(op, scale_name, *scale, at::kFloat);
+  check(scale->sizes() == cache.sizes().slice(0, 3), op, ": ", scale_name, " has shape ", scale->sizes(),
+        ", expected ", cache.sizes().slice(0, 3));
+  pages.scale = const_cast<float*>(scale->const_data_ptr<float>());
+  pages.scale_page_stride = scale->stride(0);
+  pages.scale_group_stride = scale->stride(1);
+  return pages;
+}
+
+cpu::Heads heads(const char* op, const char* name, const at::Tensor& x, const at::Tensor& q) {
+  check_tensor(op, name, x, 3);
+  check_dtype(op, name, x, q.scalar_type());
+  check_size(op, name, x, 0, "T", q.size(0));
+  check_size(op, name, x, 2, "C", q.size(2));
+  return {x.const_data_ptr(), x.size(1), x.stride(0), x.stride(1)};
+}
+
+at::Tensor rope_store_kv(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor k_cache,
+                         at::Tensor v_cache, const at::Tensor& positions, const at::Tensor& slots,
+                         const at::Tensor& cos_sin, const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
+  const char* op = "rope_store_kv";
+  check_tensor(op, "q", q, 3);
+  const auto tokens = cpu::rope_store_kv_tokens(cpu::current_isa(), float_dtype(op, "q", q), kv_type(op, k_cache));
+  cpu::RopeStoreKv p{};
+  p.q = heads(op, "q", q, q);
+  p.k = heads(op, "k", k, q);
+  p.v = heads(op, "v", v, q);
+  p.k_pages = kv_pages(op, "k_cache", k_cache, k_cache, "k_scale", k_scale);
+  p.v_pages = kv_pages(op, "v_cache", v_cache, k_cache, "v_scale", v_scale);
+  p.head_size = q.size(2);
+  p.page_size = k_cache.size(2);
+  check(p.head_size % 2 == 0, op, ": q has shape ", q.sizes(), ", expected an even head size");
+  check_size(op, "v", v, 1, "G", p.k.count);
+  check_size(op, "k_cache", k_cache, 1, "G", p.k.count);
+  check_size(op, "k_cache", k_cache, 3, "C", p.head_size);
+  check_tensor(op, "cos_sin", cos_sin, 2);
+  check_dtype(op, "cos_sin", cos_sin, at::kFloat);
+  check_size(op, "cos_sin", cos_sin, 1, "C", p.head_size);
+  p.cos_sin = cos_sin.const_data_ptr<float>();
+  p.cos_sin_stride = cos_sin.stride(0);
+  const int64_t count = q.size(0), length = cos_sin.size(0), places = k_cache.size(0) * p.page_size;
+  const at::Tensor positions_T = indices(op, "positions", positions, "T", count);
+  const at::Tensor slots_T = indices(op, "slots", slots, "T", count);
+  p.positions = positions_T.const_data_ptr<int32_t>();
+  p.slots = slots_T.const_data_ptr<int32_t>();
+  for (int64_t t = 0; t < count; ++t) {
+    check(p.positions[t] >= 0 && p.positions[t] < length, op, ": positions[", t, "] is ", p.positions[t],
+          ", expected 0 or more and less than L=", length, " of cos_sin");
+    check(p.slots[t] >= -1 && p.slots[t] < places, op, ": slots[", t, "] is ", p.slots[t],
+          ", expected -1 or more and less than P*S=", places, " of k_cache");
+  }
+  at::Tensor out = at::empty(q.sizes(), q.options());
+  p.out = out.mutable_data_ptr();
+  const int64_t per_token = std::max<int64_t>(1, (p.q.count + 2 * p.k.count) * p.head_size);
+  at::parallel_for(0, count, std::max<int64_t>(1, kElementsPerTask / per_token),
+                   [&](int64_t begin, int64_t end) { tokens(p, begin, end); });
+  return out;
+}
+
+// That every query and every page that will be read exists.
+void check_requests(const char* op, const cpu::PagedAttention& p, int64_t tokens, int64_t pages, int64_t columns) {
+  check(p.query_start[0] >= 0, op, ": query_start[0] is ", p.query_start[0], ", expected 0 or more");
+  for (int64_t b = 0; b < p.requests; ++b) {
+    const int64_t begin = p.query_start[b], end = p.query_start[b + 1], length = p.seq_lens[b];
+    check(begin <= end && end <= tokens, op, ": query_start[", b + 1, "] is ", end, ", expected at least ", begin,
+          " and at most T=", tokens);
+    check(length >= end - begin && length <= columns * p.page_size, op, ": seq_lens[", b, "] is ", length,
+          ", expected at least its ", end - begin, " queries and at most N*S=", columns * p.page_size);
+    if (begin == end) continue;
+    const int32_t* table = p.block_table + b * p.table_stride;
+    const int64_t first = cpu::first_key_read(p, length - (end - begin)) / p.page_size;
+    for (int64_t i = first; i <= (length - 1) / p.page_size; ++i) {
+      check(table[i] >= 0 && table[i] < pages, op, ": block_table[", b, ", ", i, "] is ", table[i],
+            ", expected 0 or more and less than P=", pages);
+    }
+  }
+  check(p.query_start[0] == 0 && p.query_start[p.requests] == tokens, op, ": query_start goes from ",
+        p.query_start[0], " to ", p.query_start[p.requests], ", expected 0 to T=", tokens);
+}
+
+// Runs the pieces, the last first: the longest, where they are one long prompt's.
+template <class Run>
+void run(const std::vector<cpu::Piece>& pieces, int64_t threads, const Run& run_one) {
+  const int64_t count = static_cast<int64_t>(pieces.size());
+  std::atomic<int64_t> left{count};
+  at::parallel_for(0, std::min(count, threads), 1, [&](int64_t, int64_t) {
+    for (int64_t i = --left; i >= 0; i = --left) run_one(pieces[i]);
+  });
+}
+
+at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
+                           const at::Tensor& block_table, const at::Tensor& query_start, const at::Tensor& seq_lens,
+                           int64_t, double scale, double softcap, int64_t window, int64_t temperature_len,
+                           const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
+  const char* op = "paged_attention";
+  check_tensor(op, "q", q, 3);
+  check_tensor(op, "block_table", block_table, 2);
+  check_dtype(op, "block_table", block_table, at::kInt);
+  cpu::PagedAttention p{};
+  p.q_type = float_dtype(op, "q", q);
+  p.kv_type = kv_type(op, k_cache);
+  p.keys = kv_pages(op, "k_cache", k_cache, k_cache, "k_scale", k_scale);
+  p.values = kv_pages(op, "v_cache", v_cache, k_cache, "v_scale", v_scale);
+  p.requests = block_table.size(0);
+  p.heads = q.size(1);
+  p.head_size = q.size(2);
+  p.groups = k_cache.size(1);
+  p.page_size = k_cache.size(2);
+  check_size(op, "k_cache", k_cache, 3, "C", p.head_size);
+  check(p.groups > 0 && p.heads % p.groups == 0, op, ": q has H=", p.heads,
+        " heads, expected a multiple of the cache's G=", p.groups);
+  check(window >= 0 && temperature_len >= 0, op, ": window=", window, " and temperature_len=", temperature_len,
+        ", expected 0 or more");
+  const at::Tensor starts = indices(op, "query_start", query_start, "B + 1", p.requests + 1);
+  const at::Tensor lengths = indices(op, "seq_lens", seq_lens, "B", p.requests);
+  p.q = q.const_data_ptr();
+  p.q_token_stride = q.stride(0);
+  p.q_head_stride = q.stride(1);
+  p.block_table = block_table.const_data_ptr<int32_t>();
+  p.table_stride = block_table.stride(0);
+  p.query_start = starts.const_data_ptr<int32_t>();
+  p.seq_lens = lengths.const_data_ptr<int32_t>();
+  p.scale = static_cast<float>(scale);
+  p.softcap = static_cast<float>(softcap);
+  p.window = window;
+  p.temperature_len = temperature_len;
+  check_requests(op, p, q.size(0), k_cache.size(0), block_table.size(1));
+  at::Tensor out = at::empty(q.sizes(), q.options());
+  p.out = out.mutable_data_ptr();
+  thread_local cpu::Plan plan;
+  const cpu::AttentionKernel kernel = cpu::attention_kernel(cpu::current_isa(), p.q_type, p.kv_type);
+  cpu::make_plan(p, at::in_parallel_region() ? 1 : at::get_num_threads(), plan);
+  run(plan.pieces, plan.threads, [&](const cpu::Piece& piece) { kernel.attend(p, piece); });
+  run(plan.merges, plan.threads, [&](const cpu::Piece& tile) { kernel.merge(p, tile); });
+  return out;
+}
+
+}  // namespace
+}  // namespace grok
+
+TORCH_LIBRARY_FRAGMENT(grok_cpu, library) {
+  library.def(
+      "rope_store_kv(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, "
+      "Tensor slots, Tensor cos_sin, Tensor(c!)? k_scale, Tensor(d!)? v_scale) -> Tensor");
+  library.def(
+      "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor query_start, "
+      "Tensor seq_lens, SymInt max_query_len, float scale, float softcap, int window, int temperature_len, "
+      "Tensor? k_scale, Tensor? v_scale) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(grok_cpu, CPU, library) {
+  library.impl("rope_store_kv", grok::rope_store_kv);
+  library.impl("paged_attention", grok::paged_attention);
+}

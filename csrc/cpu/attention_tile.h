@@ -1,0 +1,274 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "attention.h"
+#include "fused_math.h"
+
+// One tile of rows over blocks of keys, written once for all instruction sets. A Path holds what differs:
+//   load_query   one row of q, in the form `scores` takes
+//   load_block   the keys, transposed, and the values of a block, in the forms `scores` and `accumulate` take
+//   scores       q · k of a few rows and all keys of a block
+//   accumulate   out = out · keep + p · v of a few rows and a range of the block's keys
+//   store        one row of the result
+// Every number of a row comes from the same operations in the same order, whatever rows it shares the tile with: keys
+// that it does not see have probability 0, and add exact zeros.
+
+namespace grok::cpu {
+
+constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+constexpr int64_t kRows = 6;  // rows that share a load of keys: with 4 registers of 16 keys they fill 24 of 32
+
+inline int64_t padded(int64_t head_size) { return (head_size + 31) / 32 * 32; }
+
+inline int64_t partial_size(const PagedAttention& p, int64_t rows) { return rows * (2 + padded(p.head_size)); }
+
+// The running state of the softmax: for each row the largest score, the sum of exp(score − largest), and the values
+// weighted so.
+struct Sums {
+  float *top, *total, *out;
+
+  Sums(float* memory, int64_t rows) : top(memory), total(memory + rows), out(memory + 2 * rows) {}
+
+  void clear(int64_t rows, int64_t width) const {
+    for (int64_t r = 0; r < rows; ++r) top[r] = kMinusInf;
+    std::memset(total, 0, rows * sizeof(float));
+    std::memset(out, 0, rows * width * sizeof(float));
+  }
+};
+
+// Some keys of one request and key head. Past `count` the last one is repeated, and masked later.
+struct Block {
+  int64_t first, count;
+  const void* k[kBlock];
+  const void* v[kBlock];
+  float k_scale[kBlock], v_scale[kBlock];  // 1 where the pages have none
+};
+
+// What a thread works in; grows, and is kept.
+struct Workspace {
+  float* queries;  // kTileRows rows of `width` numbers
+  float* keys;     // kBlock rows of `width`, transposed
+  float* values;   // kBlock rows of `width`
+  float* staged;   // the same, for keys on their way to `keys`
+  float* sums;     // of a span, and of all
+  float* totals;
+  alignas(64) float scores[kRows * kBlock];
+  float keep[kRows];
+  float factor[kTileRows];                    // the temperature's
+  int32_t first[kTileRows], last[kTileRows];  // the keys that a row sees
+  int64_t element;    // bytes of a number in the pages
+  Block block, next;  // in work, and the one after it
+};
+
+Workspace& workspace(int64_t head_size);
+
+inline void find_block(const PagedAttention& p, const Piece& piece, int64_t first, int64_t count, Block& b) {
+  const int32_t* page = p.block_table + piece.request * p.table_stride + first / p.page_size;
+  const int64_t element = size_of(p.kv_type);
+  int64_t slot = first % p.page_size;
+  for (int64_t j = 0; j < count; slot = 0, ++page) {
+    const int64_t end = std::min(count, j + p.page_size - slot);
+    const char* k = p.keys.row(p.kv_type, *page, piece.group, slot);
+    const char* v = p.values.row(p.kv_type, *page, piece.group, slot);
+    const float* k_scale = p.keys.row_scale(*page, piece.group, slot);
+    const float* v_scale = p.values.row_scale(*page, piece.group, slot);
+    for (int64_t i = 0; j < end; ++i, ++j) {
+      b.k[j] = k + i * p.keys.slot_stride * element;
+      b.v[j] = v + i * p.values.slot_stride * element;
+      if (!k_scale) continue;
+      b.k_scale[j] = k_scale[i];
+      b.v_scale[j] = v_scale[i];
+    }
+  }
+  std::fill(b.k + count, b.k + kBlock, b.k[count - 1]);
+  std::fill(b.v + count, b.v + kBlock, b.v[count - 1]);
+  b.first = first;
+  b.count = count;
+}
+
+// One lane of the widest registers each, so that the order of the additions is the same on all.
+constexpr int kLanes = 16;
+
+template <int n>
+GROK_INLINE float fold_max(float* m) {
+  if constexpr (n > 1) {
+    for (int j = 0; j < n / 2; ++j) m[j] = m[j + n / 2] > m[j] ? m[j + n / 2] : m[j];
+    return fold_max<n / 2>(m);
+  }
+  return m[0];
+}
+
+template <int n>
+GROK_INLINE float fold_sum(float* m) {
+  if constexpr (n > 1) {
+    for (int j = 0; j < n / 2; ++j) m[j] += m[j + n / 2];
+    return fold_sum<n / 2>(m);
+  }
+  return m[0];
+}
+
+// What the scores of a call have in common: score = outer · factor · tanh(inner · q·k), or without the tanh.
+struct Scaling {
+  float inner, outer;
+  bool capped;
+
+  explicit Scaling(const PagedAttention& p) : inner(p.scale), outer(1.0f), capped(p.softcap > 0.0f) {
+    if (!capped) return;
+    inner = std::min(p.scale / p.softcap, std::numeric_limits<float>::max());  // tanh is long 1
+    outer = p.softcap;
+  }
+};
+
+// The scores of keys that a row sees, −inf for the others; and the largest.
+template <bool fused, bool capped>
+GROK_INLINE float mask(float* __restrict s, const Block& b, float inner, float outer, int32_t from, int32_t to) {
+  float m[kLanes];
+  for (int j = 0; j < kLanes; ++j) m[j] = kMinusInf;
+  for (int32_t i = 0; i < kBlock; i += kLanes) {
+    for (int32_t j = 0; j < kLanes; ++j) {
+      const float x = inner * (s[i + j] * b.k_scale[i + j]);
+      const float y = outer * (capped ? tanh_fused<fused>(x) : x);
+      s[i + j] = i + j >= from && i + j <= to ? y : kMinusInf;
+      m[j] = s[i + j] > m[j] ? s[i + j] : m[j];
+    }
+  }
+  return fold_max<kLanes>(m);
+}
+
+// Scores to probabilities times v's scales, of rows r..r+n-1; `keep` is what their earlier sums are worth now. Step by
+// step for all rows, so that the steps of one overlap with those of another.
+template <bool fused>
+GROK_INLINE void softmax(Workspace& w, const Scaling& scaling, int64_t r, int64_t n, float* __restrict top,
+                         float* __restrict total) {
+  float shift[kRows] = {}, keep[kRows] = {};
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t from = w.first[r + i] - static_cast<int32_t>(w.block.first);
+    const int32_t to = w.last[r + i] - static_cast<int32_t>(w.block.first);
+    const float outer = scaling.outer * w.factor[r + i];
+    float* s = w.scores + i * kBlock;
+    const float here = scaling.capped ? mask<fused, true>(s, w.block, scaling.inner, outer, from, to)
+                                      : mask<fused, false>(s, w.block, scaling.inner, outer, from, to);
+    const float new_top = here > top[i] ? here : top[i];
+    shift[i] = new_top == kMinusInf ? 0.0f : new_top;  // nothing seen yet: exp(-inf − 0) is 0, not NaN
+    keep[i] = top[i] - shift[i];
+    top[i] = new_top;
+  }
+  for (int i = 0; i < kRows; ++i) w.keep[i] = exp_below<fused>(keep[i]);
+  for (int64_t i = 0; i < n; ++i) {
+    float* __restrict s = w.scores + i * kBlock;
+    float sums[kLanes] = {};
+    for (int at = 0; at < kBlock; at += kLanes) {
+      for (int j = 0; j < kLanes; ++j) {
+        const float probability = exp_below<fused>(s[at + j] - shift[i]);
+        sums[j] += probability;
+        s[at + j] = probability * w.block.v_scale[at + j];
+      }
+    }
+    total[i] = total[i] * w.keep[i] + fold_sum<kLanes>(sums);
+  }
+}
+
+// Adds a span's sums to those of the spans before it.
+GROK_INLINE void merge(const Sums& into, const Sums& from, int64_t rows, int64_t width) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const float top = from.top[r] > into.top[r] ? from.top[r] : into.top[r];
+    const float shift = top == kMinusInf ? 0.0f : top;
+    const float old = exp_f(into.top[r] - shift), fresh = exp_f(from.top[r] - shift);
+    into.top[r] = top;
+    into.total[r] = into.total[r] * old + from.total[r] * fresh;
+    float* __restrict a = into.out + r * width;
+    const float* __restrict b = from.out + r * width;
+    for (int64_t i = 0; i < width; ++i) a[i] = a[i] * old + b[i] * fresh;
+  }
+}
+
+template <class X>
+GROK_INLINE void divide(const float* __restrict x, float total, int64_t c, X* __restrict y) {
+  // + 0: whether a zero comes out as −0 depends on the exact zeros that were added
+  for (int64_t i = 0; i < c; ++i) y[i] = from_float<X>(x[i] / total + 0.0f);
+}
+
+struct Row {
+  int64_t token, head, position;
+};
+
+inline Row find_row(const PagedAttention& p, const Piece& piece, int64_t r) {
+  const int64_t shared = p.heads / p.groups, begin = p.query_start[piece.request];
+  const int64_t query = (piece.row + r) / shared, count = p.query_start[piece.request + 1] - begin;
+  return {begin + query, piece.group * shared + (piece.row + r) % shared, p.seq_lens[piece.request] - count + query};
+}
+
+template <class Path>
+GROK_INLINE void store_rows(const PagedAttention& p, const Piece& piece, const Sums& sums, int64_t width) {
+  const int64_t element = p.q_type == DType::f32 ? 4 : 2;
+  for (int64_t r = 0; r < piece.rows; ++r) {
+    const Row row = find_row(p, piece, r);
+    char* y = static_cast<char*>(p.out) + (row.token * p.heads + row.head) * p.head_size * element;
+    Path::store(p, sums.out + r * width, sums.total[r], y);
+  }
+}
+
+template <class Path>
+GROK_INLINE void attend(const PagedAttention& p, const Piece& piece) {
+  const int64_t width = padded(p.head_size), rows = piece.rows;
+  Workspace& w = workspace(p.head_size);
+  const int64_t element = p.q_type == DType::f32 ? 4 : 2;
+  for (int64_t r = 0; r < rows; ++r) {
+    const Row row = find_row(p, piece, r);
+    const char* q = static_cast<const char*>(p.q);
+    Path::load_query(p, q + (row.token * p.q_token_stride + row.head * p.q_head_stride) * element, w.queries, r);
+    w.first[r] = static_cast<int32_t>(first_key(p, row.position));
+    w.last[r] = static_cast<int32_t>(row.position);
+    const bool hot = p.temperature_len && row.position > p.temperature_len;
+    w.factor[r] = hot ? static_cast<float>(std::log2(row.position) / std::log2(p.temperature_len)) : 1.0f;
+  }
+  const Scaling scaling(p);
+  for (float* scales : {w.block.k_scale, w.block.v_scale, w.next.k_scale, w.next.v_scale}) {
+    std::fill_n(scales, kBlock, 1.0f);
+  }
+  w.element = size_of(p.kv_type);
+  const Sums sums(piece.partial ? piece.partial : w.sums, rows), totals(w.totals, rows);
+  sums.clear(rows, width);
+  totals.clear(rows, width);
+  const int64_t start = std::max<int64_t>(piece.span * kSpan, w.first[0] / kBlock * kBlock);
+  const int64_t stop = std::min<int64_t>((piece.span + piece.spans) * kSpan, w.last[rows - 1] + 1);
+  find_block(p, piece, start, std::min(kBlock, stop - start), w.next);
+  for (int64_t at = start, after = at + kBlock; at < stop; at = after, after += kBlock) {
+    w.block = w.next;
+    if (after < stop) find_block(p, piece, after, std::min(kBlock, stop - after), w.next);
+    Path::load_block(p, w);
+    for (int64_t r = 0; r < rows; r += kRows) {
+      const int64_t n = std::min(kRows, rows - r);
+      if (w.last[r + n - 1] < at || w.first[r] >= after) continue;
+      Path::scores(w, r, n, width);
+      softmax<Path::kFused>(w, scaling, r, n, sums.top + r, sums.total + r);
+      const int64_t from = std::max<int64_t>(0, w.first[r] - at);
+      const int64_t to = std::min(w.block.count, w.last[r + n - 1] - at + 1);
+      Path::accumulate(w, n, from, to, sums.out + r * width, width);
+    }
+    if (piece.partial || (after % kSpan && after < stop)) continue;
+    merge(totals, sums, rows, width);
+    sums.clear(rows, width);
+  }
+  if (!piece.partial) store_rows<Path>(p, piece, totals, width);
+}
+
+template <class Path>
+GROK_INLINE void merge_spans(const PagedAttention& p, const Piece& tile) {
+  const int64_t width = padded(p.head_size);
+  const Sums totals(workspace(p.head_size).totals, tile.rows);
+  totals.clear(tile.rows, width);
+  for (int64_t span = 0; span < tile.spans; ++span) {
+    merge(totals, Sums(tile.partial + span * partial_size(p, tile.rows), tile.rows), tile.rows, width);
+  }
+  store_rows<Path>(p, tile, totals, width);
+}
+
+// The path of bf16 queries and bf16 or e4m3 pages, for Isa::avx512_bf16.
+AttentionKernel attention_bf16_kernel();
+
+}  // namespace grok::cpu
