@@ -141,7 +141,8 @@ def rope_store_kv(
     q (T, H, C), k and v (T, G, C), one dtype, fp32 or bf16. k_cache, v_cache (P, G, S, C): fp32 or bf16, or e4m3 with
     k_scale, v_scale (P, G, S) fp32, one scale a token and head (amax / 448, nothing saturates). positions, slots (T,)
     int32. cos_sin (L, C) fp32: cos of the C/2 angles, then sin, for positions 0..L−1 (see `rope_table`).
-    The caches and scales are written in place. Source: Su et al., RoFormer, 2021 (half-rotation layout).
+    The caches and scales are written in place; the cpu backend refuses positions and slots outside them, and writes
+    nothing then. Source: Su et al., RoFormer, 2021 (half-rotation layout).
     """
     return _rope_store_kv(q, k, v, k_cache, v_cache, positions, slots, cos_sin, k_scale, v_scale)  # type: ignore[no-any-return]
 
@@ -223,8 +224,9 @@ def paged_attention(
     the first seq_lens[b] places of its pages block_table[b]. Caches as in `rope_store_kv`. block_table (B, N) int32,
     entries past a request's last page unread; query_start (B+1,) and seq_lens (B,) int32. max_query_len is the host's
     bound on the queries of one request, for the launch; it changes no result. A NaN among the keys or values of a
-    request may reach any of its queries, also those that do not see it; never another request's. Returns (T, H, C) of
-    q's dtype.
+    request may reach any of its queries, also those that do not see it; never another request's. The cpu backend refuses
+    a query_start that does not ascend from 0 to T, and lengths and pages outside the table and the cache. Returns
+    (T, H, C) of q's dtype.
     """
     return _paged_attention(  # type: ignore[no-any-return]
         q, k_cache, v_cache, block_table, query_start, seq_lens, max_query_len, scale, softcap, window,
@@ -373,7 +375,7 @@ def grouped_gemm(
     int8 with weight_scale (E, groups, N) fp32, groups of K/groups input rows; or e4m3 with weight_scale (E, 1, N). Any but
     fp32 may come packed (`pack_weight`): the same values, the same result, sooner on a CPU.
     offsets (E+1,) int32: rows offsets[e]..offsets[e+1] belong to expert e, and the last is M; None only for E = 1, the
-    dense projection. Returns (M, N) of out_dtype, fp32 or bf16: by default x's dtype, or bf16 for a quantised x.
+    dense projection; the cpu backend refuses others. Returns (M, N) of out_dtype, fp32 or bf16: by default x's dtype, or bf16 for a quantised x.
     """
     if not isinstance(out_dtype, torch.dtype | None):
         raise ValueError(f"grouped_gemm: out_dtype={out_dtype!r}, expected torch.float32, torch.bfloat16 or None")
@@ -435,7 +437,7 @@ def moe(
     gelu (erf) or silu. act_format "fp8" or "int8" quantises x, and act * up, per token and group of 128 first.
 
     x (T, D) fp32 or bf16; topk_weights (T, A) fp32; experts (T, A) int32; w13 (E, 2F, D) and w2 (E, D, F), int8, e4m3,
-    bf16 or fp32, with scales and forms as in `grouped_gemm`. Returns (T, D) of x's dtype.
+    bf16 or fp32, with scales and forms as in `grouped_gemm`; the cpu backend refuses experts outside 0..E−1. Returns (T, D) of x's dtype.
     """
     return _moe(x, topk_weights, experts, w13, w13_scale, w2, w2_scale, activation, act_format)  # type: ignore[no-any-return]
 
