@@ -6,6 +6,7 @@
 #include "cpu/buffer.h"
 #include "cpu/gemm.h"
 #include "cpu/panel_ops.h"
+#include "cpu/quantize.h"
 
 namespace grok {
 namespace {
@@ -84,23 +85,6 @@ void pack(PackedRows& packed, const Rows& rows) {
                    [&](int64_t begin, int64_t end) { packed.pack(rows, begin, end); });
 }
 
-// A block of rows of one expert that meet a panel together.
-struct RowBlock {
-  int64_t expert, first_tile, last_tile;
-};
-
-std::vector<RowBlock> row_blocks(const PackedRows& rows) {
-  std::vector<RowBlock> blocks;
-  for (size_t e = 0; e + 1 < rows.expert_tile.size(); ++e) {
-    for (int64_t i = rows.expert_tile[e]; i < rows.expert_tile[e + 1];) {
-      const int64_t end = rows.block_end(i, rows.expert_tile[e + 1]);
-      blocks.push_back({static_cast<int64_t>(e), i, end});
-      i = end;
-    }
-  }
-  return blocks;
-}
-
 void keep(Buffer& buffer) {
   if (buffer.size() > kKept) buffer.release();
 }
@@ -150,34 +134,52 @@ at::Tensor grouped_gemm(const at::Tensor& x, const at::Tensor& weight, const std
   thread_local Buffer workspace;
   packed.place(workspace.get<char>(packed.bytes()));
   pack(packed, rows);
-  const std::vector<RowBlock> blocks = row_blocks(packed);
-  const int64_t panels = (w.n + cpu::kPanel - 1) / cpu::kPanel, count = static_cast<int64_t>(blocks.size());
+  const int64_t panels = (w.n + cpu::kPanel - 1) / cpu::kPanel, count = static_cast<int64_t>(packed.blocks.size());
   const cpu::PanelOps& ops = cpu::panel_ops(isa);
   char* out = static_cast<char*>(y.mutable_data_ptr());
   share(panels * count, [&](int64_t task) {
-    const RowBlock& b = blocks[task % count];
-    const int64_t output = task / count * cpu::kPanel, row = packed.tiles[b.first_tile].row;
-    const float* c = panel_product(packed, w, b.expert, output, b.first_tile, b.last_tile, 0);
-    ops.store(c, packed.rows(b.first_tile, b.last_tile), std::min(cpu::kPanel, w.n - output), y_elem,
-              out + (row * w.n + output) * cpu::size_of(y_elem), w.n);
+    const PackedRows::RowBlock& b = packed.blocks[task % count];
+    const int64_t output = task / count * cpu::kPanel;
+    const float* c = panel_product(packed, w, b, output, 0);
+    ops.store(c, b.rows, std::min(cpu::kPanel, w.n - output), y_elem,
+              out + (b.row * w.n + output) * cpu::size_of(y_elem), w.n);
   });
   keep(workspace);
   return y;
 }
 
-// Rows quantised per token and group of 128 columns, by the op itself.
-std::tuple<at::Tensor, at::Tensor> quantize(const std::string& format, const at::Tensor& x) {
-  static const auto find = [](const char* name) {
-    return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<std::tuple<at::Tensor, at::Tensor>(
-        const at::Tensor&, int64_t)>();
-  };
-  static const auto fp8 = find("grok_cpu::quantize_fp8"), int8 = find("grok_cpu::quantize_int8");
-  return (format == "fp8" ? fp8 : int8).call(x, cpu::kScaleGroup);
+// Rows quantised per token and group of 128 columns, as the ops do it, into a workspace.
+Rows quantize(cpu::Isa isa, Elem to, const Rows& x, int64_t count, int64_t d, Buffer& values, Buffer& scales) {
+  cpu::Quantize p{};
+  p.d = d;
+  p.group = cpu::kScaleGroup;
+  p.groups = (d + p.group - 1) / p.group;
+  p.x = x.data;
+  p.x_stride = x.stride;
+  p.q = values.get<char>(count * d);
+  p.scale = scales.get<float>(count * p.groups);
+  const auto rows = cpu::quantize_rows(isa, to == Elem::e4m3 ? cpu::Format8::fp8 : cpu::Format8::int8,
+                                       x.elem == Elem::f32 ? DType::f32 : DType::bf16);
+  at::parallel_for(0, count, std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, d)),
+                   [&](int64_t begin, int64_t end) { rows(p, begin, end); });
+  Rows quantized = x;
+  quantized.data = p.q;
+  quantized.elem = to;
+  quantized.stride = d;
+  quantized.scale = p.scale;
+  quantized.groups = p.groups;
+  return quantized;
 }
 
-// The expert layer of some tokens.
+struct MoeWorkspace {
+  Buffer x, inner;                                         // packed
+  Buffer values;                                           // act(gate) · up
+  Buffer x_bytes, x_scales, inner_bytes, inner_scales;     // quantised
+};
+
+// The expert layer of some tokens. `format` f32: no quantising.
 void moe_tokens(const at::Tensor& x, const at::Tensor& topk_weights, const at::Tensor& experts, const Weights& w13,
-                const Weights& w2, cpu::Activation activation, const std::string& format, const at::Tensor& y) {
+                const Weights& w2, cpu::Activation activation, Elem format, const at::Tensor& y) {
   const int64_t t = x.size(0), a = experts.size(1), d = w2.n, f = w2.k, e = w2.experts;
   const int32_t* expert = experts.const_data_ptr<int32_t>();
   std::vector<int64_t> starts(e + 1, 0);
@@ -189,47 +191,37 @@ void moe_tokens(const at::Tensor& x, const at::Tensor& topk_weights, const at::T
 
   const cpu::Isa isa = cpu::current_isa();
   const cpu::PanelOps& ops = cpu::panel_ops(isa);
-  thread_local Buffer x_workspace, inner_workspace, inner_values;
-  const bool quantized = format != "none";
+  thread_local MoeWorkspace w;
 
   // act(gate) · up of the grouped rows
-  at::Tensor x_q, x_s;
-  if (quantized) std::tie(x_q, x_s) = quantize(format, x);
-  Rows rows = rows_of("moe", quantized ? x_q : x, quantized ? &x_s : nullptr);
+  Rows rows = rows_of("moe", x, nullptr);
+  const Elem inner_elem = format == Elem::f32 ? rows.elem : Elem::f32;
+  if (format != Elem::f32) rows = quantize(isa, format, rows, t, d, w.x_bytes, w.x_scales);
   rows.index = order.data();
   rows.index_divisor = a;
   PackedRows packed(choose_path(isa, rows.elem, w13), isa, w13.k, starts);
-  packed.place(x_workspace.get<char>(packed.bytes()));
+  packed.place(w.x.get<char>(packed.bytes()));
   pack(packed, rows);
-  const Elem inner_elem = quantized ? Elem::f32 : rows.elem;
-  const at::Tensor inner_tensor = quantized ? at::empty({t * a, f}, x.options().dtype(at::kFloat)) : at::Tensor();
-  char* inner = quantized ? static_cast<char*>(inner_tensor.mutable_data_ptr())
-                          : inner_values.get<char>(t * a * f * cpu::size_of(inner_elem));
-  const std::vector<RowBlock> blocks = row_blocks(packed);
-  const int64_t count = static_cast<int64_t>(blocks.size());
+  char* inner = w.values.get<char>(t * a * f * cpu::size_of(inner_elem));
+  const int64_t count = static_cast<int64_t>(packed.blocks.size());
   share((f + cpu::kPanel - 1) / cpu::kPanel * count, [&](int64_t task) {
-    const RowBlock& b = blocks[task % count];
-    const int64_t output = task / count * cpu::kPanel, row = packed.tiles[b.first_tile].row;
-    const float* gate = panel_product(packed, w13, b.expert, output, b.first_tile, b.last_tile, 0);
-    const float* up = panel_product(packed, w13, b.expert, f + output, b.first_tile, b.last_tile, 1);
-    ops.activate(gate, up, packed.rows(b.first_tile, b.last_tile), std::min(cpu::kPanel, f - output), activation,
-                 inner_elem, inner + (row * f + output) * cpu::size_of(inner_elem), f);
+    const PackedRows::RowBlock& b = packed.blocks[task % count];
+    const int64_t output = task / count * cpu::kPanel;
+    const float* gate = panel_product(packed, w13, b, output, 0);
+    const float* up = panel_product(packed, w13, b, f + output, 1);
+    ops.activate(gate, up, b.rows, std::min(cpu::kPanel, f - output), activation, inner_elem,
+                 inner + (b.row * f + output) * cpu::size_of(inner_elem), f);
   });
 
   // and its product with w2, summed over each token's experts in the order of the experts
-  at::Tensor inner_q, inner_s;
-  if (quantized) std::tie(inner_q, inner_s) = quantize(format, inner_tensor);
   Rows inner_rows{};
-  if (quantized) {
-    inner_rows = rows_of("moe", inner_q, &inner_s);
-  } else {
-    inner_rows.data = inner;
-    inner_rows.elem = inner_elem;
-    inner_rows.stride = f;
-    inner_rows.index_divisor = 1;
-  }
+  inner_rows.data = inner;
+  inner_rows.elem = inner_elem;
+  inner_rows.stride = f;
+  inner_rows.index_divisor = 1;
+  if (format != Elem::f32) inner_rows = quantize(isa, format, inner_rows, t * a, f, w.inner_bytes, w.inner_scales);
   PackedRows packed_inner(choose_path(isa, inner_rows.elem, w2), isa, f, starts);
-  packed_inner.place(inner_workspace.get<char>(packed_inner.bytes()));
+  packed_inner.place(w.inner.get<char>(packed_inner.bytes()));
   pack(packed_inner, inner_rows);
   const float* weight = topk_weights.const_data_ptr<float>();
   const Elem y_elem = element("moe", "x", y);
@@ -239,14 +231,13 @@ void moe_tokens(const at::Tensor& x, const at::Tensor& topk_weights, const at::T
     thread_local Buffer sums;
     float* sum = sums.get<float>(t * cpu::kPanel);
     std::fill(sum, sum + t * cpu::kPanel, 0.0f);
-    for (const RowBlock& b : blocks) {
-      const float* c = panel_product(packed_inner, w2, b.expert, output, b.first_tile, b.last_tile, 0);
-      ops.add_weighted(c, packed_inner.rows(b.first_tile, b.last_tile),
-                       order.data() + packed_inner.tiles[b.first_tile].row, a, weight, sum);
+    for (const PackedRows::RowBlock& b : packed_inner.blocks) {
+      const float* c = panel_product(packed_inner, w2, b, output, 0);
+      ops.add_weighted(c, b.rows, order.data() + b.row, a, weight, sum);
     }
     ops.store(sum, t, std::min(cpu::kPanel, d - output), y_elem, out + output * cpu::size_of(y_elem), d);
   });
-  for (Buffer* buffer : {&x_workspace, &inner_workspace, &inner_values}) keep(*buffer);
+  for (Buffer* buffer : {&w.x, &w.inner, &w.values, &w.inner_bytes}) keep(*buffer);
 }
 
 at::Tensor moe(const at::Tensor& x, const at::Tensor& topk_weights, const at::Tensor& experts, const at::Tensor& w13,
@@ -272,11 +263,12 @@ at::Tensor moe(const at::Tensor& x, const at::Tensor& topk_weights, const at::Te
   const auto act = activation == "gelu_tanh" ? cpu::Activation::gelu_tanh
                    : activation == "gelu"    ? cpu::Activation::gelu
                                              : cpu::Activation::silu;
+  const Elem format = act_format == "fp8" ? Elem::e4m3 : act_format == "int8" ? Elem::int8 : Elem::f32;
   at::Tensor y = at::empty(x.sizes(), x.options());
   for (int64_t from = 0; from < x.size(0); from += kTokens) {
     const int64_t to = std::min(x.size(0), from + kTokens);
     moe_tokens(x.slice(0, from, to), own_weights.slice(0, from, to), own_experts.slice(0, from, to), up, down, act,
-               std::string(act_format), y.slice(0, from, to));
+               format, y.slice(0, from, to));
   }
   return y;
 }

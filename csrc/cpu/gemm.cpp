@@ -78,32 +78,29 @@ Path choose_path(Isa isa, Elem x, const Weights& w) {
   return Path::f32;
 }
 
-PackedRows::PackedRows(Path path_, Isa isa_, int64_t k_, const std::vector<int64_t>& offsets_)
+PackedRows::PackedRows(Path path_, Isa isa_, int64_t k_, const std::vector<int64_t>& offsets)
     : path(path_), isa(isa_), k(k_), runs(round_up(k_, 4) / columns_of(path_)),
-      groups(path_ == Path::int8 ? (k_ + kScaleGroup - 1) / kScaleGroup : 0), offsets(offsets_) {
+      groups(path_ == Path::int8 ? (k_ + kScaleGroup - 1) / kScaleGroup : 0), total(offsets.back()) {
   for (size_t e = 0; e + 1 < offsets.size(); ++e) {
-    expert_tile.push_back(static_cast<int64_t>(tiles.size()));
-    const int64_t rows = offsets[e + 1] - offsets[e];
-    const int64_t count = (rows + kTile - 1) / kTile;
-    for (int64_t i = 0; i < count; ++i) {  // of equal height, or one less
+    const int64_t rows = offsets[e + 1] - offsets[e], count = (rows + kTile - 1) / kTile;
+    for (int64_t i = 0; i < count; ++i) {  // tiles of equal height, or one less
       const int64_t begin = offsets[e] + rows * i / count, end = offsets[e] + rows * (i + 1) / count;
-      tiles.push_back({begin, end - begin, begin * runs});
+      const int64_t tile = static_cast<int64_t>(tiles.size());
+      if (i % (kRowBlock / kTile) == 0) blocks.push_back({static_cast<int64_t>(e), tile, tile, begin, 0});
+      tiles.push_back({begin, end - begin, static_cast<int64_t>(blocks.size()) - 1});
+      blocks.back().last_tile = tile + 1;
+      blocks.back().rows = end - blocks.back().row;
     }
   }
-  expert_tile.push_back(static_cast<int64_t>(tiles.size()));
 }
 
-int64_t PackedRows::bytes() const {
-  const int64_t rows = offsets.back();
-  return round_up(rows * runs * 4, 64) + round_up(rows * groups * 4, 64) * 2;
-}
+int64_t PackedRows::bytes() const { return round_up(total * runs * 4, 64) + round_up(total * groups * 4, 64) * 2; }
 
 void PackedRows::place(void* workspace) {
-  const int64_t rows = offsets.back();
   char* at = static_cast<char*>(workspace);
   data = reinterpret_cast<uint32_t*>(at);
-  scales = reinterpret_cast<float*>(at + round_up(rows * runs * 4, 64));
-  bias = reinterpret_cast<int32_t*>(at + round_up(rows * runs * 4, 64) + round_up(rows * groups * 4, 64));
+  scales = reinterpret_cast<float*>(at += round_up(total * runs * 4, 64));
+  bias = reinterpret_cast<int32_t*>(at + round_up(total * groups * 4, 64));
 }
 
 void PackedRows::pack(const Rows& x, int64_t first_tile, int64_t last_tile) {
@@ -117,12 +114,10 @@ void PackedRows::pack(const Rows& x, int64_t first_tile, int64_t last_tile) {
       rows[r] = static_cast<const char*>(x.data) + from * x.stride * size;
       if (x.scale) scale[r] = x.scale + from * x.groups;
     }
-    // in pieces, so that all the rows of one are in the nearest cache
-    constexpr int64_t kPiece = 128;
-    for (int64_t run = 0; run < runs; run += kPiece) {
-      const int64_t count = std::min(kPiece, runs - run);
+    for (int64_t run = 0; run < runs; run += kRunBlock) {
+      const int64_t count = std::min(kRunBlock, runs - run);
       for (int64_t r = 0; r < t.rows; ++r) {
-        uint32_t* out = data + t.run + run * t.rows + r;
+        uint32_t* out = this->at(t, run) + r;
         if (path == Path::f32) {
           spread_f32(rows[r], x.elem, scale[r], x.groups, run, count, k, t.rows, out);
         } else {
@@ -143,24 +138,23 @@ void PackedRows::pack(const Rows& x, int64_t first_tile, int64_t last_tile) {
   }
 }
 
-float* panel_product(const PackedRows& x, const Weights& w, int64_t expert, int64_t output, int64_t first_tile,
-                     int64_t last_tile, int slot) {
+float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::RowBlock& block, int64_t output,
+                     int slot) {
   Scratch& s = scratch;
-  const int64_t rows = x.rows(first_tile, last_tile);
+  const int64_t rows = block.rows, expert = block.expert;
   const int64_t groups = w.scale ? w.groups : 1, group = w.k / groups;
   float* result = s.result[slot].get<float>(rows * kPanel);
   float* sums = groups > 1 ? s.partial.get<float>(rows * kPanel) : result;
   if (group == 0) std::memset(sums, 0, rows * kPanel * 4);
 
   BlockKernel kernel = f32_block(x.isa);
-  int64_t most = kF32Columns;
+  int64_t most = kRunBlock * columns_of(x.path);  // columns at a time
 #if GROK_X86
   if (x.path == Path::bf16) {
     kernel = bf16_block_avx512;
-    most = w.packed && w.elem != Elem::bf16 && rows <= kDirectRows ? w.k : kBf16Columns;
+    if (w.packed && w.elem != Elem::bf16 && rows <= kDirectRows) most = w.k;  // in one stream, as the rows lie
   } else if (x.path == Path::int8) {
     kernel = int8_block_avx512;
-    most = kInt8Columns;
   }
 #endif
   const PanelOps& ops = panel_ops(x.isa);
@@ -169,14 +163,13 @@ float* panel_product(const PackedRows& x, const Weights& w, int64_t expert, int6
   Block b{};
   b.elem = w.elem;
   b.x = &x;
-  b.first_tile = first_tile;
-  b.last_tile = last_tile;
+  b.rows = &block;
   b.c = sums;
   b.stage = s.stage.get<uint8_t>(kStageBytes);
   for (int64_t g = 0; g < groups; ++g) {
-    for (int64_t from = g * group, end = from + group; from < end; from += most) {
+    for (int64_t from = g * group, end = from + group; from < end; from += b.columns) {
       b.column = from;
-      b.columns = std::min(most, end - from);
+      b.columns = std::min((from / most + 1) * most, end) - from;
       b.first = from == g * group;
       const int64_t run = from / run_columns;
       if (w.packed) {

@@ -22,6 +22,7 @@ constexpr int64_t kPanel = 64;      // outputs
 constexpr int64_t kRunBytes = 256;  // of a panel
 constexpr int64_t kTile = 6;        // rows, at most
 constexpr int64_t kRowBlock = 252;  // rows that meet a block of weights while it is in the cache: 42 tiles
+constexpr int64_t kRunBlock = 128;  // runs of rows in a block of columns
 constexpr int64_t kScaleGroup = 128;  // columns of int8 activations that share a scale
 
 enum class Elem { f32, bf16, int8, e4m3 };
@@ -56,43 +57,47 @@ struct Weights {
 
 Path choose_path(Isa isa, Elem x, const Weights& w);
 
-// Rows in the form that the kernels read, split at the experts' boundaries.
+// Rows in the form that the kernels read, in the order in which they do: row block by row block, in that one block of
+// columns after the other, tile by tile, run by run. A tile alone in its block lies in one piece.
 class PackedRows {
  public:
   struct Tile {
-    int64_t row, rows;  // first row and number
-    int64_t run;        // index of the first dword; one run of K is `rows` of them
+    int64_t row, rows;  // the first, and their number
+    int64_t block;      // the row block that it is in
+  };
+  // Rows of one expert that meet a panel together.
+  struct RowBlock {
+    int64_t expert, first_tile, last_tile;
+    int64_t row, rows;
   };
 
   // offsets: experts + 1 entries, ascending from 0; the rows of e are offsets[e] .. offsets[e+1]−1.
   PackedRows(Path path, Isa isa, int64_t k, const std::vector<int64_t>& offsets);
 
-  int64_t rows(int64_t first_tile, int64_t last_tile) const {
-    const Tile& last = tiles[last_tile - 1];
-    return last.row + last.rows - tiles[first_tile].row;
-  }
-  // The end of the largest block of tiles that begins at first_tile, of rows that meet a weight together.
-  int64_t block_end(int64_t first_tile, int64_t end) const { return std::min(end, first_tile + kRowBlock / kTile); }
-
-  int64_t bytes() const;          // of the workspace
-  void place(void* workspace);    // 64-byte aligned, used until the last product
+  int64_t bytes() const;        // of the workspace
+  void place(void* workspace);  // 64-byte aligned, used until the last product
   void pack(const Rows& x, int64_t first_tile, int64_t last_tile);
+
+  // A tile's rows from a run on, up to the end of its block of columns: `rows` dwords are a run.
+  uint32_t* at(const Tile& t, int64_t run) const {
+    const RowBlock& b = blocks[t.block];
+    const int64_t first = run / kRunBlock * kRunBlock, count = std::min(kRunBlock, runs - first);
+    return data + b.row * runs + b.rows * first + (t.row - b.row) * count + (run - first) * t.rows;
+  }
 
   Path path;
   Isa isa;
-  int64_t k, runs, groups;           // groups: of 128 columns, for int8
+  int64_t k, runs, groups;  // groups: of 128 columns, for int8
+  int64_t total;            // rows
   std::vector<Tile> tiles;
-  std::vector<int64_t> expert_tile;  // the first tile of each expert, and the end
-  std::vector<int64_t> offsets;
+  std::vector<RowBlock> blocks;
   uint32_t* data = nullptr;
-  float* scales = nullptr;   // (rows, groups), for int8
-  int32_t* bias = nullptr;   // (rows, groups): −128 times the group's sum, since its weights are taken as w + 128
+  float* scales = nullptr;  // (rows, groups), for int8
+  int32_t* bias = nullptr;  // (rows, groups): −128 times the group's sum, since its weights are taken as w + 128
 };
 
-// c (rows, 64) = the product of the rows of some tiles of one expert, kRowBlock at most, with the 64 outputs from
-// `output` on (a multiple of 64 in a packed weight; columns past n are zeros). It lies in memory of the thread, in one
-// of two slots, until that is used again.
-float* panel_product(const PackedRows& x, const Weights& w, int64_t expert, int64_t output, int64_t first_tile,
-                     int64_t last_tile, int slot);
+// c (rows, 64) = the product of a row block with the 64 outputs from `output` on (a multiple of 64 in a packed weight;
+// columns past n are zeros). It lies in memory of the thread, in one of two slots, until that is used again.
+float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::RowBlock& block, int64_t output, int slot);
 
 }  // namespace grok::cpu

@@ -107,6 +107,7 @@ GROK_AVX512_BF16 void bf16_tile_avx512(const uint32_t* x, const uint8_t* w, int6
   for (int64_t run = 0; run < runs; ++run, w += kRunBytes, x += kRows, ahead.from += ahead.step) {
 #pragma GCC unroll 4
     for (int line = 0; line < kLines; ++line) _mm_prefetch(ahead.from + 64 * line, _MM_HINT_T0);
+    _mm_prefetch(x + kRowsAhead * kRows, _MM_HINT_T0);
     __m512bh v[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) v[j] = (__m512bh)_mm512_loadu_si512(w + 64 * j);
@@ -168,12 +169,10 @@ constexpr TileKernel kDirect[] = {bf16_direct_avx512<1, kElem>, bf16_direct_avx5
 
 void bf16_block_avx512(const Block& b) {
   const PackedRows::Tile* tiles = b.x->tiles.data();
-  const auto rows_of = [&](const PackedRows::Tile& t) { return b.x->data + t.run + b.column / 2 * t.rows; };
-  const int64_t quads = (b.columns + 3) / 4;
-  if (b.elem != Elem::bf16 && alone(b) && tiles[b.first_tile].rows <= kDirectRows) {
-    const PackedRows::Tile& t = tiles[b.first_tile];
+  const int64_t quads = (b.columns + 3) / 4, first = b.rows->first_tile;
+  if (b.elem != Elem::bf16 && alone(b) && b.rows->rows <= kDirectRows) {
     const auto& kernels = b.elem == Elem::int8 ? kDirect<Elem::int8> : kDirect<Elem::e4m3>;
-    kernels[t.rows - 1](rows_of(t), b.w, quads, b.c, b.first, {});
+    kernels[b.rows->rows - 1](b.x->at(tiles[first], b.column / 2), b.w, quads, b.c, b.first, {});
     return;
   }
   const uint8_t* w = b.w;
@@ -183,10 +182,9 @@ void bf16_block_avx512(const Block& b) {
     w = stage;
   }
   const auto& kernels = alone(b) && b.elem == Elem::bf16 ? kTiles<kAlone> : kTiles<kShared>;
-  for (int64_t i = b.first_tile; i < b.last_tile; ++i) {
-    const PackedRows::Tile& t = tiles[i];
-    kernels[t.rows - 1](rows_of(t), w, 2 * quads, b.c + (t.row - tiles[b.first_tile].row) * kPanel, b.first,
-                         ahead_of(b, i, 2 * quads));
+  for (int64_t i = first; i < b.rows->last_tile; ++i) {
+    kernels[tiles[i].rows - 1](b.x->at(tiles[i], b.column / 2), w, 2 * quads, b.c + (tiles[i].row - b.rows->row) * kPanel,
+                               b.first, ahead_of(b, i, 2 * quads));
   }
 }
 

@@ -49,11 +49,9 @@ constexpr TileKernel kTiles[] = {tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, ti
 GROK_F32 void block(const Block& b) {
   float* stage = static_cast<float*>(b.stage);
   convert(b.w, b.elem, b.column % (4 / size_of(b.elem)), b.columns, stage);
-  const PackedRows::Tile* tiles = b.x->tiles.data();
-  const float* x = reinterpret_cast<const float*>(b.x->data);
-  for (int64_t i = b.first_tile; i < b.last_tile; ++i) {
-    const PackedRows::Tile& t = tiles[i];
-    kTiles[t.rows - 1](x + t.run + b.column * t.rows, stage, b.columns,
-                       b.c + (t.row - tiles[b.first_tile].row) * kPanel, b.first);
+  for (int64_t i = b.rows->first_tile; i < b.rows->last_tile; ++i) {
+    const PackedRows::Tile& t = b.x->tiles[i];
+    kTiles[t.rows - 1](reinterpret_cast<const float*>(b.x->at(t, b.column)), stage, b.columns,
+                       b.c + (t.row - b.rows->row) * kPanel, b.first);
   }
 }

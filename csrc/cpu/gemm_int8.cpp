@@ -27,6 +27,7 @@ GROK_AVX512_BF16 void int8_tile_avx512(const uint32_t* x, const uint8_t* w, int6
     for (int64_t run = 0; run < count; ++run, w += kRunBytes, x += kRows, ahead.from += ahead.step) {
 #pragma GCC unroll 4
       for (int line = 0; line < kLines; ++line) _mm_prefetch(ahead.from + 64 * line, _MM_HINT_T0);
+      _mm_prefetch(x + kRowsAhead * kRows, _MM_HINT_T0);
       __m512i v[4];
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) v[j] = _mm512_xor_si512(_mm512_loadu_si512(w + 64 * j), sign);
@@ -64,15 +65,13 @@ constexpr TileKernel kTiles[] = {int8_tile_avx512<1, kLines>, int8_tile_avx512<2
 }  // namespace
 
 void int8_block_avx512(const Block& b) {
-  const PackedRows::Tile* tiles = b.x->tiles.data();
-  const int64_t groups = b.x->groups, group = b.column / kScaleGroup;
+  const int64_t groups = b.x->groups, group = b.column / kScaleGroup, runs = (b.columns + 3) / 4;
   const auto& kernels = alone(b) ? kTiles<kAlone> : kTiles<kShared>;
-  for (int64_t i = b.first_tile; i < b.last_tile; ++i) {
-    const PackedRows::Tile& t = tiles[i];
+  for (int64_t i = b.rows->first_tile; i < b.rows->last_tile; ++i) {
+    const PackedRows::Tile& t = b.x->tiles[i];
     const int64_t at = t.row * groups + group;
-    kernels[t.rows - 1](b.x->data + t.run + b.column / 4 * t.rows, b.w, (b.columns + 3) / 4, b.x->scales + at,
-                       b.x->bias + at, groups, b.c + (t.row - tiles[b.first_tile].row) * kPanel, b.first,
-                       ahead_of(b, i, (b.columns + 3) / 4));
+    kernels[t.rows - 1](b.x->at(t, b.column / 4), b.w, runs, b.x->scales + at, b.x->bias + at, groups,
+                        b.c + (t.row - b.rows->row) * kPanel, b.first, ahead_of(b, i, runs));
   }
 }
 

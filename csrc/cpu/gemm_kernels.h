@@ -11,18 +11,15 @@ struct Block {
   Elem elem;          // of w
   int64_t column, columns;
   const PackedRows* x;
-  int64_t first_tile, last_tile;
-  float* c;           // (rows, 64), from the first tile's first row on
+  const PackedRows::RowBlock* rows;
+  float* c;           // (rows, 64)
   bool first;         // c is written, else added to
   void* stage;        // kStageBytes, for converted weights
 };
 
 using BlockKernel = void (*)(const Block&);
 
-constexpr int64_t kStageBytes = 32 << 10;
-constexpr int64_t kBf16Columns = kStageBytes / (kPanel * 2);  // that a stage holds
-constexpr int64_t kF32Columns = kStageBytes / (kPanel * 4);
-constexpr int64_t kInt8Columns = 512;  // nothing is converted; a multiple of kScaleGroup that stays in the cache
+constexpr int64_t kStageBytes = 32 << 10;  // a block of columns of a panel as fp32 or as bf16, in the nearest cache
 constexpr int64_t kDirectRows = 4;      // with so few, weights are converted in registers, where they are used once
 
 // Memory that will be read soon is asked for while a tile computes: the machine's own prefetching ends with each page.
@@ -30,18 +27,20 @@ constexpr int64_t kDirectRows = 4;      // with so few, weights are converted in
 constexpr int64_t kAhead = 8192;  // bytes
 constexpr int kShared = 2, kAlone = 4;  // cache lines asked for each run
 
+constexpr int64_t kRowsAhead = 64;  // runs of the rows
+
 struct Ahead {
   const uint8_t* from;
   int64_t step;  // bytes a run; 0 once there is nothing left
 };
 
 // For a tile that reads w as it is, or converted to `runs` runs.
-inline bool alone(const Block& b) { return b.last_tile - b.first_tile == 1; }
+inline bool alone(const Block& b) { return b.rows->last_tile - b.rows->first_tile == 1; }
 
 inline Ahead ahead_of(const Block& b, int64_t tile, int64_t runs) {
   const int64_t bytes = b.columns * kPanel * size_of(b.elem), step = kShared * 64;
   if (alone(b) && bytes > runs * step) return {b.w + kAhead, kRunBytes};
-  const int64_t skipped = (tile - b.first_tile) * runs * step;
+  const int64_t skipped = (tile - b.rows->first_tile) * runs * step;
   return skipped < bytes ? Ahead{b.w + bytes + skipped, step} : Ahead{b.w, 0};
 }
 
