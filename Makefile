@@ -42,7 +42,7 @@ sanitize: $(BUILT) ## run the tests of the native kernels with the address and u
 bench: $(BUILT) ## run the benchmarks
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only -q $(PYTEST_ARGS)
 	$(BIN)/python -m benchmarks.bench_runtime
-	$(BIN)/python -m benchmarks.bench_step_share --steps 2
+	$(BIN)/python -m benchmarks.bench_step_share
 
 lint: $(BUILT) ## check format, lint and types
 	$(BIN)/ruff format --check .

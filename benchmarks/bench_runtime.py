@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 import grok_kernels
-from grok_engine import LLMEngine, RequestOutputKind, SamplingParams
+from grok_engine import LLMEngine, RequestOutputKind, SamplingParams, sampler
 from grok_engine.runner import Runner, Work
 
 RUNNING = (1, 8, 64, 256)
@@ -109,6 +109,7 @@ def timing(spent: list[float]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grok_kernels, "sample_top_p", timed(grok_kernels.sample_top_p))
         patch.setattr(torch, "log_softmax", timed(torch.log_softmax))
+        patch.setattr(sampler, "_largest", timed(sampler._largest))
         for name in ("amax", "argmax", "topk", "gather", "sum", "nonzero", "__gt__", "__ge__", "__and__"):
             patch.setattr(Tensor, name, timed(getattr(Tensor, name)))
         yield

@@ -1,4 +1,4 @@
-"""The runtime's share of a decode step at 1.35 B parameters of Grok's architecture, random int8 weights.
+"""What of a decode step is not kernels, at 1.35 B parameters of Grok's architecture, random int8 weights.
 
 python -m benchmarks.bench_step_share [--requests 8] [--layers 8]
 """
@@ -8,18 +8,24 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from grok_engine import LLMEngine, ModelConfig, SamplingParams
+import grok_kernels
+from grok_engine import LLMEngine, ModelConfig, RequestOutputKind, SamplingParams
 from grok_engine.checkpoint.layout import layout
 from grok_engine.checkpoint.xai import write_xai
+from grok_kernels import registry
 
 
 def configuration(layers: int) -> ModelConfig:
@@ -51,39 +57,96 @@ def random_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[Any, Any]]]
             yield spec.name, (values.astype(np.float32), None)
 
 
-def measure(layers: int, requests: int, steps: int) -> dict[str, float]:
-    """Milliseconds of a decode step by part, mean over `steps`, with every request decoding."""
-    config = configuration(layers)
-    with tempfile.TemporaryDirectory() as folder:
-        write_xai(Path(folder), config, random_tensors(config))
-        engine = LLMEngine(folder, max_num_seqs=requests, num_pages=64 * requests)
-    params = SamplingParams(max_tokens=steps + 4, temperature=0, ignore_eos=True)
+@contextmanager
+def timed_kernels() -> Iterator[dict[str, float]]:
+    """Seconds inside the kernels of grok_kernels, by op, summed while it lasts: around each call, by its own clock.
+
+    All else is not kernels: the dispatch of the ops, what torch computes beside them, and Python.
+    """
+    seconds: dict[str, float] = {}
+    kept = dict(registry._kernels)
+
+    def timed(kernel: registry.Kernel) -> registry.Kernel:
+        def fn(*args: Any) -> Any:
+            began = perf_counter()
+            result = kernel.fn(*args)
+            seconds[kernel.op] = seconds.get(kernel.op, 0.0) + perf_counter() - began
+            return result
+
+        return replace(kernel, fn=fn)
+
+    registry._kernels.update({key: timed(kernel) for key, kernel in kept.items()})
+    registry._known.clear()
+    try:
+        yield seconds
+    finally:
+        registry._kernels.update(kept)
+        registry._known.clear()
+
+
+@dataclass
+class Steps:
+    """Milliseconds of a decode step: the whole, the part in kernels, and that by op; medians."""
+
+    whole: float
+    kernels: float
+    by_op: dict[str, float]
+
+    @property
+    def rest(self) -> float:
+        return self.whole - self.kernels
+
+
+def measure(folder: Path, requests: int, steps: int) -> Steps:
+    """Of steps in which every request decodes."""
+    engine = LLMEngine(folder, max_num_seqs=requests, num_pages=64 * requests)
+    params = SamplingParams(max_tokens=steps + 8, temperature=0, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
     for i in range(requests):
         engine.add_request(str(i), list(range(5 + i, 37 + i)), params)
-    for _ in range(2):
-        engine.step()
-    before = engine.stats()
-    for _ in range(steps):
-        engine.step()
-    after = engine.stats()
-    done = after.steps - before.steps
-    return {part: (after.seconds[part] - before.seconds[part]) / done * 1e3 for part in after.seconds}
+    taken: list[tuple[float, dict[str, float]]] = []
+    with timed_kernels() as seconds:
+        for _ in range(3):  # the prompts, and a first look at every kind of call
+            engine.step()
+        for _ in range(steps):
+            seconds.clear()
+            began = perf_counter()
+            outputs = engine.step()
+            taken.append((perf_counter() - began, dict(seconds)))
+            assert len(outputs) == requests
+    engine.close()
+    by_op = {op: median(ops[op] for _, ops in taken) * 1e3 for op in taken[0][1]}
+    rest = median(whole - sum(ops.values()) for whole, ops in taken) * 1e3
+    whole = median(whole for whole, _ in taken) * 1e3
+    return Steps(whole, whole - rest, by_op)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=40)
     a = parser.parse_args()
-    table = Table(title=f"{configuration(a.layers).param_count() / 1e9:.2f} B parameters, ms a decode step")
-    for column in ("requests", "schedule", "forward", "sample", "output", "runtime's share"):
+    config = configuration(a.layers)
+    title = f"{config.param_count() / 1e9:.2f} B parameters, a decode step, {torch.get_num_threads()} thread(s)"
+    table = Table(title=title)
+    for column in ("requests", "step ms", "kernels ms", "the rest ms", "a layer µs", "the rest's share"):
         table.add_column(column, justify="right")
-    for requests in a.requests:
-        ms = measure(a.layers, requests, a.steps)
-        share = (ms["schedule"] + ms["output"]) / sum(ms.values())
-        table.add_row(str(requests), *(f"{ms[part]:.3f}" for part in ms), f"{100 * share:.3f}%")
-    Console().print(table)
+    ops = Table(title="ms in the kernels of a step")
+    ops.add_column("op")
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_xai(Path(folder), config, random_tensors(config))
+        for requests in a.requests:
+            s = found[requests] = measure(Path(folder), requests, a.steps)
+            table.add_row(
+                str(requests), f"{s.whole:.2f}", f"{s.kernels:.2f}", f"{s.rest:.2f}", f"{s.rest / a.layers * 1e3:.0f}",
+                f"{s.rest / s.whole:.1%}",
+            )  # fmt: skip
+            ops.add_column(f"{requests} request{'s' * (requests > 1)}", justify="right")
+    served = grok_kernels.chosen()
+    for op in next(iter(found.values())).by_op:
+        ops.add_row(f"{op} ({', '.join(served[op])})", *(f"{s.by_op[op]:.3f}" for s in found.values()))
+    Console().print(table, ops)
 
 
 if __name__ == "__main__":

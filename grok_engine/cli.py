@@ -1,4 +1,4 @@
-"""grok-engine: generate text, look into a checkpoint, plan a deployment."""
+"""grok-engine: generate text, look into a checkpoint, convert it, plan a deployment."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from .chips import CHIPS, PlanWeights
 from .config import PRESETS, ConfigError, DType, ModelConfig, WeightFormat
 from .llm import LLM
 from .loader import resolve_model
+from .packed import convert
 from .plan import PlanKV, plan
 from .plan_view import render as render_plan
 from .progress import byte_bar
@@ -53,7 +54,8 @@ def _one_of(literal: Any) -> click.Choice[str]:
 @click.option("--top-p", default=0.95, show_default=True, help="Sample among the likeliest tokens of this probability.")
 @click.option("--seed", type=int, help="Repeats a text.")
 @click.option("--dtype", type=_one_of(DType), default="bfloat16", show_default=True, help="Of the computation.")
-@click.option("--weights", type=_one_of(WeightFormat), help="Dequantise while loading; by default as they are stored.")
+@click.option("--weights", type=_one_of(WeightFormat), help="Convert while loading; by default as they are stored.")
+@click.option("--mmap", is_flag=True, help="Map the file of a converted model, in place of reading it.")
 @click.option("--device", default="cpu", show_default=True, help="As torch names them.")
 @click.option("--stats", is_flag=True, help="Print rates, memory and backends afterwards.")
 @_debug
@@ -67,6 +69,7 @@ def generate(
     seed: int | None,
     dtype: DType,
     weights: WeightFormat | None,
+    mmap: bool,
     device: str,
     stats: bool,
 ) -> None:
@@ -75,7 +78,7 @@ def generate(
     resolve_model(model)  # a wrong name is said before standard input is waited for
     request = _prompt(prompt, token_ids)
     began = time.monotonic()
-    llm = LLM(model, dtype=dtype, device=device, weights=weights)
+    llm = LLM(model, dtype=dtype, device=device, weights=weights, mmap=mmap)
     load_s = time.monotonic() - began
     chunks = llm.stream(request, params)
     if isinstance(request, str) and sys.stdout.isatty():
@@ -133,6 +136,30 @@ def _peak_bytes(llm: LLM) -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@app.command(name="convert")
+@click.argument("model")
+@click.argument("out")
+@click.option("--weights", type=_one_of(WeightFormat), help="Convert the values too; by default as they are stored.")
+@click.option("--dtype", type=_one_of(DType), default="bfloat16", show_default=True, help="Of the later computation.")
+@_debug
+def convert_command(model: str, out: str, weights: WeightFormat | None, dtype: DType) -> None:
+    """Write a checkpoint as the CPU's kernels want it in memory, to be loaded as fast as it can be read.
+
+    MODEL is a folder, or `tiny`; OUT is a new folder, which is then a model for --model.
+    """
+    with byte_bar("converting") as bar:
+        task = bar.add_task("", total=None)
+        folder = convert(
+            model,
+            out,
+            weights=weights,
+            dtype=dtype,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"{folder}: {size:,} bytes")
 
 
 @app.command()

@@ -369,7 +369,7 @@ def _presets() -> dict[str, ModelConfig]:
 PRESETS: dict[str, ModelConfig] = _presets()
 
 DType = Literal["bfloat16", "float32"]
-WeightFormat = Literal["int8", "bf16", "fp32"]
+WeightFormat = Literal["int8", "fp8", "bf16", "fp32"]
 KVDType = Literal["bfloat16", "float32", "fp8_e4m3"]
 
 
@@ -377,7 +377,8 @@ KVDType = Literal["bfloat16", "float32", "fp8_e4m3"]
 class EngineConfig:
     """How a model is run.
 
-    weights: None keeps what the checkpoint holds. kv_dtype: of the pages; None is `dtype`. max_num_seqs: sequences that
+    weights: None keeps what the checkpoint holds. mmap: run on the mapped file of a converted model, in place of a copy
+    in memory: it starts at once and shares its pages with other processes, and is slower at first. kv_dtype: of the pages; None is `dtype`. max_num_seqs: sequences that
     run at once; max_num_batched_tokens: tokens of one step. num_pages or kv_memory (bytes) size the keys and values;
     with neither, what the device has left on a GPU, and on a CPU 2 GiB, or one request of max_model_len if that is
     more. seed: of requests that bring none, so that a run can be repeated; None draws fresh ones.
@@ -387,6 +388,7 @@ class EngineConfig:
     dtype: DType = "bfloat16"
     device: str = "cpu"
     weights: WeightFormat | None = None
+    mmap: bool = False
     kv_dtype: KVDType | None = None
     max_model_len: int | None = None  # None resolves to the model's own context
     max_num_seqs: int = 64
@@ -406,6 +408,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value not in get_args(allowed) and not (name == "weights" and value is None):
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(get_args(allowed))}")
+        if not isinstance(self.mmap, bool):
+            raise ConfigError(f"mmap={self.mmap!r} is not True or False")
         for name in ("max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages", "kv_memory"):
             value = getattr(self, name)
             if not (_is_int(value) and value >= 1) and not (name in ("num_pages", "kv_memory") and value is None):

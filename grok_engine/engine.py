@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from .cache.allocator import PageAllocator
+from .checkpoint.packed import PackedCheckpoint, is_packed_folder
 from .checkpoint.xai import XaiCheckpoint
 from .config import ConfigError, DType, EngineConfig, ModelConfig
 from .loader import Progress, load_weights, resolve_model
 from .models.decoder import Decoder
 from .output import FinishReason, SequenceOutput, begins_text, check_tokenizer
+from .packed import load_packed
 from .request import Answer, Request, RequestOutput, TopLogprobs
 from .runner import Runner, Work
 from .sampler import Sampled, SequenceSampler, bad_word_tokens, prompt_logprobs, sample
@@ -51,7 +53,8 @@ class EngineStats:
 
 
 class LLMEngine:
-    """A decoder loaded from `model`: `tiny`, or a folder that holds a release's `ckpt-0`; and the requests it serves.
+    """A decoder loaded from `model`, and the requests it serves. `model` is `tiny`, or a folder: one that holds a
+    release's `ckpt-0`, or one that `grok-engine convert` wrote.
 
     `options` are the fields of `EngineConfig`. Nothing runs but inside `step`; nothing is shared between two engines.
     A request's tokens are the same, bit for bit, whatever else runs. `progress` is called while loading, with the bytes
@@ -75,11 +78,19 @@ class LLMEngine:
                 f"more than the model's vocab_size={self.config.model.vocab_size}"
             )
         device = _device(self.config.device)
-        checkpoint = XaiCheckpoint(path, self.config.model)
-        self.model = Decoder(self.config.model, _DTYPES[self.config.dtype], device, self.config.max_len)
-        load_weights(self.model, checkpoint, weights=self.config.weights, progress=progress)
-        self.runner = Runner(self.model, self.config)
         c = self.config
+        checkpoint = PackedCheckpoint(path) if is_packed_folder(path) else XaiCheckpoint(path, c.model)
+        if c.mmap and not (isinstance(checkpoint, PackedCheckpoint) and device.type == "cpu"):
+            raise ConfigError(
+                f"mmap=True with model {str(model)!r} on {device}: expected a folder that `grok-engine convert` wrote, "
+                "on the CPU"
+            )
+        self.model = Decoder(c.model, _DTYPES[c.dtype], device, c.max_len)
+        if isinstance(checkpoint, PackedCheckpoint):
+            load_packed(self.model, checkpoint, weights=c.weights, mapped=c.mmap, progress=progress)
+        else:
+            load_weights(self.model, checkpoint, weights=c.weights, progress=progress)
+        self.runner = Runner(self.model, self.config)
         self.allocator = PageAllocator(self.runner.num_pages, c.page_size, c.enable_prefix_caching)
         self.scheduler = Scheduler(
             self.allocator,

@@ -35,9 +35,10 @@ class StreamChunk:
 class LLM:
     """A model and an engine of its own: give it prompts, get what they continue to.
 
-    model: `tiny`, which ships with the package, or a folder that holds a release's `ckpt-0`. dtype: of the
-    computation, bfloat16 or float32. weights: None keeps what the checkpoint holds (the release's int8, bit for bit),
-    bf16 or fp32 dequantise while loading. The other options are those of `EngineConfig`. Loading and generating show a
+    model: `tiny`, which ships with the package, a folder that holds a release's `ckpt-0`, or one that `grok-engine
+    convert` wrote. dtype: of the computation, bfloat16 or float32. weights: None keeps what the checkpoint holds (the
+    release's int8, bit for bit), bf16 or fp32 dequantise while loading, fp8 rounds to e4m3 with a scale an output
+    channel. The other options are those of `EngineConfig`. Loading and generating show a
     progress bar on a terminal. Errors are those of `LLMEngine`.
     """
 

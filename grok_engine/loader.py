@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,14 +15,21 @@ from torch import Tensor
 
 from .checkpoint.pickles import Array
 from .checkpoint.quantize import quantize_matrix
-from .checkpoint.xai import CheckpointError, MappedTensor, XaiCheckpoint
+from .checkpoint.xai import CheckpointError, MappedTensor, TensorInfo, XaiCheckpoint
 from .config import ConfigError, WeightFormat, model_folder
 from .layers.embedding import Embedding
 from .layers.weight import Part, Table, Weight
 from .models.decoder import Decoder
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
-_DTYPES: dict[WeightFormat, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_DTYPES: dict[WeightFormat, torch.dtype] = {
+    "fp8": torch.float8_e4m3fn,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+}
+CHUNK = 4 << 20  # bytes in fp32 that are converted at once
+FP8_MAX = 448.0
+TINY = 2.0**-100  # the least amax, so that no scale is 0
 
 
 def resolve_model(model: str | Path) -> Path:
@@ -44,6 +52,50 @@ def as_torch(array: Array) -> Tensor:
     return torch.from_numpy(array)
 
 
+@dataclass(frozen=True, slots=True)
+class Filling:
+    """What one module of a model takes from a checkpoint, and as what: `groups` 0 is no scales."""
+
+    path: str  # of the module in the model
+    module: Table | Weight
+    names: tuple[str, ...]
+    dtype: torch.dtype
+    groups: int = 0
+
+    def fill(self, checkpoint: XaiCheckpoint, device: torch.device | str, packed: bool | None = None) -> None:
+        """Allocate the module's weight and read it, a named tensor at a time. packed: as for `Weight.allocate`."""
+        module = self.module
+        if isinstance(module, Weight):
+            module.allocate(self.dtype, self.groups, device, packed)
+            for part in module.parts:
+                _fill(module, part, checkpoint.read(part.name))
+            return
+        module.allocate(self.dtype, device, packed)
+        module.fill(as_torch(checkpoint.read(module.name).weight))
+
+
+def fillings(model: Decoder, checkpoint: XaiCheckpoint, weights: WeightFormat | None = None) -> list[Filling]:
+    """How `model` is filled from `checkpoint`, in the order of its modules. Raises as `load_weights` does."""
+    infos = {info.name: info for info in checkpoint.tensors}
+    modules = [(path, m) for path, m in model.named_modules() if isinstance(m, (Table, Weight))]
+    wanted = {name for _, m in modules for name in _names(m)}
+    if wanted != infos.keys():
+        missing, unused = sorted(wanted - infos.keys()), sorted(infos.keys() - wanted)
+        raise CheckpointError(f"{checkpoint.folder}: missing tensors {missing}, tensors without a place {unused}")
+    found = []
+    for path, module in modules:
+        names = _names(module)
+        if isinstance(module, Table):
+            dtype = model.dtype if isinstance(module, Embedding) else torch.float32
+            found.append(Filling(path, module, names, dtype))
+            continue
+        formats = {infos[name].dtype for name in names}
+        if len(formats) > 1:
+            raise CheckpointError(f"{checkpoint.folder}: {', '.join(names)} are fused, but have types {formats}")
+        found.append(Filling(path, module, names, *_form([infos[name] for name in names], weights)))
+    return found
+
+
 def load_weights(
     model: Decoder,
     checkpoint: XaiCheckpoint,
@@ -51,54 +103,39 @@ def load_weights(
     weights: WeightFormat | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Fill `model` from `checkpoint`, on the device of `model`.
+    """Fill `model` from `checkpoint`, on the device of `model`, in the form that the device's kernels want.
 
-    `weights` None keeps each matrix as the checkpoint has it, int8 bit for bit; bf16 and fp32 dequantise. Norms and
-    router are kept in fp32, the embedding in the model's dtype. Beside the weights never more than one tensor is in
-    memory. Raises CheckpointError naming every tensor that is missing, or that the model has no place for.
+    `weights` None keeps each matrix as the checkpoint has it, int8 bit for bit; bf16 and fp32 dequantise; fp8 rounds
+    what that gives to e4m3, saturating, with a scale amax / 448 for each output channel. Norms and router are kept in
+    fp32, the embedding in the model's dtype. Beside the weights never more than one tensor is in memory. Raises
+    CheckpointError naming every tensor that is missing, or that the model has no place for.
     """
-    infos = {info.name: info for info in checkpoint.tensors}
-    modules = [m for m in model.modules() if isinstance(m, (Table, Weight))]
-    wanted = {name for m in modules for name in ([m.name] if isinstance(m, Table) else [p.name for p in m.parts])}
-    if wanted != infos.keys():
-        missing, unused = sorted(wanted - infos.keys()), sorted(infos.keys() - wanted)
-        raise CheckpointError(f"{checkpoint.folder}: missing tensors {missing}, tensors without a place {unused}")
-    device = model.cos_sin.device
+    sizes = {info.name: info.nbytes for info in checkpoint.tensors}
     done = 0
-    for module in modules:
-        if isinstance(module, Table):
-            module.allocate(model.dtype if isinstance(module, Embedding) else torch.float32, device)
-            source = as_torch(checkpoint.read(module.name).weight)
-            module.weight.copy_(source.t() if module.transposed else source)
-            names = [module.name]
-        else:
-            names = [part.name for part in module.parts]
-            formats = {infos[name].dtype for name in names}
-            if len(formats) > 1:
-                raise CheckpointError(f"{checkpoint.folder}: {', '.join(names)} are fused, but have types {formats}")
-            _allocate(module, checkpoint, names, weights, device)
-            for part in module.parts:
-                _fill(module, part, checkpoint.read(part.name))
-        for name in names:
-            done += infos[name].nbytes
+    for filling in fillings(model, checkpoint, weights):
+        filling.fill(checkpoint, model.cos_sin.device)
+        for name in filling.names:
+            done += sizes[name]
             if progress:
                 progress(done, checkpoint.total_bytes)
 
 
-def _allocate(
-    module: Weight, checkpoint: XaiCheckpoint, names: list[str], weights: WeightFormat | None, device: torch.device
-) -> None:
-    infos = [info for info in checkpoint.tensors if info.name in names]
+def _names(module: Table | Weight) -> tuple[str, ...]:
+    return (module.name,) if isinstance(module, Table) else tuple(part.name for part in module.parts)
+
+
+def _form(infos: Sequence[TensorInfo], weights: WeightFormat | None) -> tuple[torch.dtype, int]:
+    """Type and groups of scales of a weight made of these."""
     quantized = infos[0].scales_shape is not None
     if weights == "int8" and not quantized:
-        raise CheckpointError(f"{names[0]} is {infos[0].dtype}, expected int8: weights='int8' keeps released values")
+        raise CheckpointError(
+            f"{infos[0].name} is {infos[0].dtype}, expected int8: weights='int8' keeps released values"
+        )
     if weights in _DTYPES:
-        module.allocate(_DTYPES[weights], 0, device)
-    elif quantized:
-        groups = math.lcm(*(info.scales_shape[-2] for info in infos if info.scales_shape))
-        module.allocate(torch.int8, groups, device)
-    else:
-        module.allocate(torch.bfloat16 if infos[0].dtype == "bfloat16" else torch.float32, 0, device)
+        return _DTYPES[weights], int(weights == "fp8")
+    if quantized:
+        return torch.int8, math.lcm(*(info.groups for info in infos))
+    return (torch.bfloat16 if infos[0].dtype == "bfloat16" else torch.float32), 0
 
 
 def _fill(module: Weight, part: Part, source: MappedTensor) -> None:
@@ -107,16 +144,33 @@ def _fill(module: Weight, part: Part, source: MappedTensor) -> None:
     scales_EGN = (
         None if source.scales is None else as_torch(source.scales).view(module.experts, -1, weight_EKN.shape[2])
     )
-    rows = slice(part.start, part.stop)
     for e in range(module.experts):
-        matrix = weight_EKN[e]
-        if scales_EGN is not None and module.scale is not None:
-            scales = scales_EGN[e].float()
-            module.scale[e, :, rows] = scales.repeat_interleave(module.scale.shape[1] // scales.shape[0], dim=0)
-        elif scales_EGN is not None:
-            scales = scales_EGN[e].float()
-            matrix = (matrix.float().view(scales.shape[0], -1, matrix.shape[1]) * scales[:, None]).view_as(matrix)
-        module.weight[e, rows].copy_(matrix.t())
+        scales_GN = None if scales_EGN is None else scales_EGN[e].float()
+        if module.weight.dtype == torch.int8:
+            assert scales_GN is not None
+            assert module.scale is not None
+            repeats = module.scale.shape[1] // scales_GN.shape[0]
+            module.scale[e, :, part.start : part.stop] = scales_GN.repeat_interleave(repeats, dim=0)
+        if module.weight.dtype == torch.int8 or (scales_GN is None and module.scale is None):
+            module.write(e, part.start, weight_EKN[e].t())
+        else:
+            _convert(module, e, part.start, weight_EKN[e], scales_GN)
+
+
+def _convert(module: Weight, expert: int, start: int, matrix_KN: Tensor, scales_GN: Tensor | None) -> None:
+    """One stored matrix by way of fp32, as many outputs at once as make `CHUNK`."""
+    k, n = matrix_KN.shape
+    outputs = max(CHUNK // (4 * k) // 64, 1) * 64  # packed rows come by 64
+    for at in range(0, n, outputs):
+        x_KN = matrix_KN[:, at : at + outputs].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        if scales_GN is not None:
+            x_KN.view(scales_GN.shape[0], -1, x_KN.shape[1]).mul_(scales_GN[:, None, at : at + outputs])
+        first = start + at
+        if module.scale is not None:
+            scale_N = x_KN.abs().amax(0).clamp_(min=TINY) / FP8_MAX
+            module.scale[expert, 0, first : first + x_KN.shape[1]] = scale_N
+            x_KN.div_(scale_N).clamp_(-FP8_MAX, FP8_MAX)
+        module.write(expert, first, x_KN.to(module.weight.dtype).t())
 
 
 def export_weights(
@@ -129,15 +183,14 @@ def export_weights(
     """
     for module in model.modules():
         if isinstance(module, Table):
-            table = module.weight.detach().float()
+            table = module.values().detach().float()
             yield module.name, ((table.t() if module.transposed else table).contiguous().numpy(), None)
         elif isinstance(module, Weight):
             if module.scale is not None:
                 raise ValueError(f"{module.parts[0].name} is {module.weight.dtype} with scales, expected a float model")
+            held_ENK = module.matrices().detach()
             for part in module.parts:
-                matrices = (
-                    module.weight.detach()[:, part.start : part.stop].transpose(1, 2).float().contiguous().numpy()
-                )
+                matrices = held_ENK[:, part.start : part.stop].transpose(1, 2).float().contiguous().numpy()
                 matrix = matrices[0] if module.experts == 1 else matrices
                 if quantized:
                     grouped = part.name.endswith((".o", ".down"))

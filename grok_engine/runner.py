@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from itertools import chain
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,30 +87,34 @@ class Runner:
         return self.model.logits(x_TD)
 
     def _batch(self, work: Sequence[Work]) -> Batch:
-        page_size = self.config.page_size
-        counts = [len(w.token_ids) for w in work]
-        starts = np.fromiter((w.start for w in work), np.int32, len(work))
-        query_start = np.zeros(len(work) + 1, np.int32)
-        np.cumsum(counts, out=query_start[1:])
-        total = int(query_start[-1])
-        tokens = np.empty(total, np.int64)
-        table = np.zeros((len(work), max(len(w.pages) for w in work)), np.int32)
-        for i, w in enumerate(work):
-            tokens[query_start[i] : query_start[i + 1]] = w.token_ids
-            table[i, : len(w.pages)] = w.pages
-        row = np.repeat(np.arange(len(work)), counts)
-        positions = starts[row] + (np.arange(total, dtype=np.int32) - query_start[:-1][row])
-        slots = table[row, positions // page_size] * page_size + positions % page_size
-        to = self._to_device
-        return Batch(
-            tokens_T=to(tokens),
-            positions_T=to(positions),
-            slots_T=to(slots),
-            block_table_BN=to(table),
-            query_start=to(query_start),
-            seq_lens_B=to(starts + np.asarray(counts, np.int32)),
-            max_query_len=max(counts),
+        size, widest = self.config.page_size, max([len(w.pages) for w in work])
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        seq_lens: list[int] = []
+        table: list[int] = []
+        query_start = [0]
+        for w in work:
+            pages, start, stop = w.pages, w.start, w.start + len(w.token_ids)
+            tokens += w.token_ids
+            positions += range(start, stop)
+            slots += [pages[p // size] * size + p % size for p in range(start, stop)]
+            query_start.append(len(tokens))
+            seq_lens.append(stop)
+            table += pages
+            table += [0] * (widest - len(pages))
+        # one array, one tensor, one transfer: in a decode step each more costs as much as a small kernel
+        parts = (tokens, positions, slots, query_start, seq_lens, table)
+        numbers = torch.frombuffer(array("i", chain.from_iterable(parts)), dtype=torch.int32).to(self.device)
+        tokens_T, positions_T, slots_T, query_start_, seq_lens_B, table_ = numbers.split_with_sizes(
+            [len(part) for part in parts]
         )
-
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+        return Batch(
+            tokens_T=tokens_T,
+            positions_T=positions_T,
+            slots_T=slots_T,
+            block_table_BN=table_.view(len(work), widest),
+            query_start=query_start_,
+            seq_lens_B=seq_lens_B,
+            max_query_len=max([len(w.token_ids) for w in work]),
+        )

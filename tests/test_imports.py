@@ -32,15 +32,17 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "grok_engine.checkpoint": ("config",),
     "grok_engine.cache": ("batch", "config"),
     "grok_engine.cache.allocator": ("config",),
-    "grok_engine.layers": ("batch", "config", "parallel", "grok_kernels"),
+    "grok_engine.memory": (),
+    "grok_engine.layers": ("batch", "config", "memory", "parallel", "grok_kernels"),
     "grok_engine.models": ("batch", "config", "layers", "parallel"),
     "grok_engine.loader": ("checkpoint", "config", "layers", "models", "parallel"),
+    "grok_engine.packed": ("checkpoint", "config", "layers", "loader", "memory", "models", "grok_kernels"),
     "grok_engine.scheduler": ("config", "cache.allocator"),
     "grok_engine.request": ("output", "sampler", "sampling", "scheduler"),
     "grok_engine.runner": ("batch", "cache", "config", "loader", "models", "parallel", "sampling", "scheduler"),
     # where a checkpoint, a model and a runner are put together
     "grok_engine.engine": (
-        "cache", "checkpoint", "config", "loader", "models", "output", "parallel", "request", "runner", "sampler",
+        "cache", "checkpoint", "config", "loader", "models", "output", "packed", "parallel", "request", "runner", "sampler",
         "sampling", "scheduler", "structured", "tokenizer",
     ),
     "grok_engine.progress": (),
@@ -51,7 +53,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "grok_engine": ("*",),  # __init__ alone: the names for users
     # the kernels
     "grok_kernels.registry": (),
-    "grok_kernels.packing": (),
+    "grok_kernels.packing": ("registry",),
     "grok_kernels.checks": ("packing",),
     "grok_kernels.tuning": (),
     "grok_kernels.ops": ("registry", "checks"),

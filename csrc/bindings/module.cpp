@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "signature.h"
 
 namespace grok {
 namespace {
@@ -37,4 +38,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("use_isa", &grok::cpu::use_isa, pybind11::arg("name"), "Force one for the process; '' undoes it.");
   module.def("parallel_threads", &grok::parallel_threads, pybind11::arg("tasks"),
              "How many threads share a parallel loop of so many steps.");
+  module.def("signature", &grok::signature, pybind11::arg("args"),
+             "What the checks of a plain call on the CPU depend on, as bytes; None for any other call.");
 }

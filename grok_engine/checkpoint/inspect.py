@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from grok_engine.checkpoint.layout import Kind
+from grok_engine.checkpoint.packed import is_packed_folder
 from grok_engine.checkpoint.render import render
 from grok_engine.checkpoint.report import Report, TensorReport
 from grok_engine.checkpoint.verify import scan
-from grok_engine.checkpoint.xai import TensorInfo, XaiCheckpoint
+from grok_engine.checkpoint.xai import CheckpointError, TensorInfo, XaiCheckpoint
 from grok_engine.config import ModelConfig
 
 __all__ = ["Report", "TensorReport", "inspect_checkpoint", "render"]
@@ -34,6 +35,8 @@ def inspect_checkpoint(
     CheckpointError, as it does when opened for use.
     """
     path = Path(path).absolute()
+    if is_packed_folder(path):
+        raise CheckpointError(f"{path} holds converted weights: expected the checkpoint that they were made from")
     checkpoint = XaiCheckpoint(path, ModelConfig.from_pretrained(path))
     tensors = tuple(TensorReport(info, _scale_layout(info)) for info in checkpoint.tensors)
     problems: list[str] = []

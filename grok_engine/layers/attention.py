@@ -21,11 +21,13 @@ class Attention(nn.Module):
         parts = {f"{prefix}.q": query, f"{prefix}.k": kv, f"{prefix}.v": kv}
         self.qkv = Linear(config.d_model, parts)
         self.o = Linear(query, {f"{prefix}.o": config.d_model})
+        self._steps = (self.qkv, self.o)  # found sooner than by name
 
     def forward(self, x_TD: Tensor, batch: Batch, pages: KVPages, cos_sin: Tensor) -> Tensor:
         c = self.config
-        heads_TNC = self.qkv(x_TD).unflatten(-1, (-1, c.head_dim))
-        q_THC, k_TGC, v_TGC = heads_TNC.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
+        tokens, (qkv, o) = x_TD.shape[0], self._steps
+        heads_TNC = qkv(x_TD).view(tokens, -1, c.head_dim)
+        q_THC, k_TGC, v_TGC = heads_TNC.split_with_sizes((c.num_heads, c.num_kv_heads, c.num_kv_heads), 1)
         q_THC = grok_kernels.rope_store_kv(
             q_THC, k_TGC, v_TGC, pages.k, pages.v, batch.positions_T, batch.slots_T, cos_sin,
             pages.k_scale, pages.v_scale,
@@ -35,5 +37,5 @@ class Attention(nn.Module):
             scale=c.attn_scale, softcap=c.attn_softcap, window=c.sliding_window, temperature_len=c.attn_temperature_len,
             k_scale=pages.k_scale, v_scale=pages.v_scale,
         )  # fmt: skip
-        out: Tensor = self.o(o_THC.flatten(1))
+        out: Tensor = o(o_THC.view(tokens, -1))
         return out

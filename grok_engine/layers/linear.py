@@ -17,4 +17,5 @@ class Linear(Weight):
         super().__init__(1, k, parts)
 
     def forward(self, x_TK: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-        return grok_kernels.grouped_gemm(x_TK, self.weight, self.scale, out_dtype=out_dtype)
+        weight, scale = self.held()
+        return grok_kernels.grouped_gemm(x_TK, weight, scale, out_dtype=out_dtype)

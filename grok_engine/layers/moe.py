@@ -23,7 +23,7 @@ class Router(Table):
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Expert weights (T, A) fp32 and experts (T, A) int32."""
         c = self.config
-        return grok_kernels.route_topk(x_TD, self.weight, c.num_experts_per_tok, c.router_softcap, c.renormalize)
+        return grok_kernels.route_topk(x_TD, self.held(), c.num_experts_per_tok, c.router_softcap, c.renormalize)
 
 
 def _gated(prefix: str, experts: int, d: int, f: int) -> tuple[Weight, Weight]:
@@ -39,13 +39,12 @@ class Experts(nn.Module):
         self.activation = config.activation
         self.router = Router(f"{prefix}.router", config)
         self.w13, self.w2 = _gated(prefix, config.num_experts, config.d_model, config.d_ff)
+        self._steps = (self.router, self.w13, self.w2)  # found sooner than by name
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        weights_TA, experts_TA = self.router(x_TD)
-        w13, w2 = self.w13, self.w2
-        return grok_kernels.moe(
-            x_TD, weights_TA, experts_TA, w13.weight, w13.scale, w2.weight, w2.scale, self.activation
-        )
+        router, w13, w2 = self._steps
+        weights_TA, experts_TA = router(x_TD)
+        return grok_kernels.moe(x_TD, weights_TA, experts_TA, *w13.held(), *w2.held(), activation=self.activation)
 
 
 class Dense(nn.Module):
@@ -59,8 +58,7 @@ class Dense(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         ones_T1 = torch.ones((x_TD.shape[0], 1), device=x_TD.device)
         zeros_T1 = torch.zeros((x_TD.shape[0], 1), dtype=torch.int32, device=x_TD.device)
-        w13, w2 = self.w13, self.w2
-        return grok_kernels.moe(x_TD, ones_T1, zeros_T1, w13.weight, w13.scale, w2.weight, w2.scale, self.activation)
+        return grok_kernels.moe(x_TD, ones_T1, zeros_T1, *self.w13.held(), *self.w2.held(), activation=self.activation)
 
 
 class DenseAndExperts(nn.Module):

@@ -17,9 +17,9 @@ class RMSNorm(Table):
         self.eps = eps
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return grok_kernels.rms_norm(x_TD, self.weight, self.eps)
+        return grok_kernels.rms_norm(x_TD, self.held(), self.eps)
 
 
 def add_and_norm(h_TD: Tensor, delta_TD: Tensor, post: RMSNorm | None, pre: RMSNorm) -> tuple[Tensor, Tensor]:
     """h + post(delta), and pre of that: the norm after a block and the one before the next."""
-    return grok_kernels.sandwich_norm(h_TD, delta_TD, post.weight if post else None, pre.weight, pre.eps)
+    return grok_kernels.sandwich_norm(h_TD, delta_TD, None if post is None else post.held(), pre.held(), pre.eps)

@@ -1,4 +1,8 @@
-"""Weights as modules: empty when a model is built, filled by name from a checkpoint."""
+"""Weights as modules: empty when a model is built, filled by name from a checkpoint.
+
+Large matrices are held in the form that the device's kernels want (`grok_kernels.wants_packed`); `write` takes rows and
+`matrices`, `values` give them back in whichever.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+import grok_kernels
+from grok_engine.memory import empty
+
+
+def parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
+    """Room for one, uninitialised."""
+    return nn.Parameter(empty(shape, dtype, device), requires_grad=False)
+
+
+def holds_packed(n: int, k: int, dtype: torch.dtype, device: torch.device | str, packed: bool | None) -> bool:
+    """Whether to hold matrices (n, k) packed, where `packed` asks for it, or None leaves it to the device's kernels."""
+    if packed is None:
+        return grok_kernels.wants_packed(n, k, dtype, device)
+    return packed and grok_kernels.can_pack(n, k, dtype)
 
 
 class Table(nn.Module):
@@ -21,9 +40,27 @@ class Table(nn.Module):
         self.name, self.shape, self.transposed = name, shape, transposed
         self.register_parameter("weight", None)
 
-    def allocate(self, dtype: torch.dtype, device: torch.device | str) -> None:
-        """Make room, uninitialised."""
-        self.weight = nn.Parameter(torch.empty(self.shape, dtype=dtype, device=device), requires_grad=False)
+    def form(self, dtype: torch.dtype, device: torch.device | str, packed: bool | None = None) -> tuple[int, ...]:
+        """The shape of `weight`: `shape`, or, for a table that can be packed, as for `Weight.form`."""
+        return self.shape
+
+    def allocate(self, dtype: torch.dtype, device: torch.device | str, packed: bool | None = None) -> None:
+        """Make room, uninitialised. packed: as for `form`."""
+        self.weight = parameter(self.form(dtype, device, packed), dtype, device)
+
+    def held(self) -> Tensor:
+        """`weight`, sooner: nn.Module looks for it in three places, at each of the many times in a step."""
+        weight = self._parameters["weight"]
+        assert weight is not None, f"{self.name} was not loaded"
+        return weight
+
+    def fill(self, source: Tensor) -> None:
+        """Take the checkpoint's tensor."""
+        self.weight.copy_(source.t() if self.transposed else source)
+
+    def values(self) -> Tensor:
+        """The tensor in its `shape`."""
+        return self.weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +90,35 @@ class Weight(nn.Module):
         self.register_parameter("weight", None)
         self.register_parameter("scale", None)
 
-    def allocate(self, dtype: torch.dtype, groups: int, device: torch.device | str) -> None:
-        """Make room, uninitialised, for `dtype` values; `groups` 0 is no scales."""
+    def form(self, dtype: torch.dtype, device: torch.device | str, packed: bool | None = None) -> tuple[int, ...]:
+        """The shape of `weight`: packed where there is such a form, or, for None, where the device's kernels want it.
+
+        Either way only if each part can be packed by itself.
+        """
         shape = (self.experts, self.n, self.k)
-        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+        if all(holds_packed(part.stop - part.start, self.k, dtype, device, packed) for part in self.parts):
+            return grok_kernels.packed_shape(*shape, dtype)
+        return shape
+
+    def allocate(self, dtype: torch.dtype, groups: int, device: torch.device | str, packed: bool | None = None) -> None:
+        """Make room, uninitialised, for `dtype` values; `groups` 0 is no scales. packed: as for `form`."""
+        self.weight = parameter(self.form(dtype, device, packed), dtype, device)
         if groups:
-            scale = torch.empty((self.experts, groups, self.n), dtype=torch.float32, device=device)
-            self.scale = nn.Parameter(scale, requires_grad=False)
+            self.scale = parameter((self.experts, groups, self.n), torch.float32, device)
+
+    def write(self, expert: int, start: int, rows_NK: Tensor) -> None:
+        """Rows of one expert's matrix, from `start` on."""
+        if grok_kernels.is_packed(self.weight):
+            grok_kernels.pack_into(rows_NK[None].to(self.weight.dtype), self.weight[expert : expert + 1], start)
+        else:
+            self.weight[expert, start : start + rows_NK.shape[0]].copy_(rows_NK)
+
+    def held(self) -> tuple[Tensor, Tensor | None]:
+        """`weight` and `scale`; as for a table."""
+        weight = self._parameters["weight"]
+        assert weight is not None, f"{self.parts[0].name} was not loaded"
+        return weight, self._parameters["scale"]
+
+    def matrices(self) -> Tensor:
+        """(E, N, K)."""
+        return grok_kernels.unpack_weight(self.weight)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +32,16 @@ class DecoderLayer(nn.Module):
         self.post_moe = norm("post_moe") if config.post_norms else None
         self.attn = Attention(config, f"{prefix}.attn")
         self.feed_forward = feed_forward(config, prefix)
+        # once more in a tuple: nn.Module finds a submodule by name only after it has looked everywhere else
+        self._steps = (self.attn, self.post_attn, self.pre_moe, self.feed_forward, self.post_moe)
 
     def forward(
         self, h_TD: Tensor, x_TD: Tensor, batch: Batch, pages: KVPages, cos_sin: Tensor, next_norm: RMSNorm
     ) -> tuple[Tensor, Tensor]:
         """From the residual h and x = pre_attn(h) to the next residual and next_norm of it."""
-        h_TD, x_TD = add_and_norm(h_TD, self.attn(x_TD, batch, pages, cos_sin), self.post_attn, self.pre_moe)
-        return add_and_norm(h_TD, self.feed_forward(x_TD), self.post_moe, next_norm)
+        attn, post_attn, pre_moe, feed_forward, post_moe = self._steps
+        h_TD, x_TD = add_and_norm(h_TD, attn(x_TD, batch, pages, cos_sin), post_attn, pre_moe)
+        return add_and_norm(h_TD, feed_forward(x_TD), post_moe, next_norm)
 
 
 class Decoder(nn.Module):
@@ -52,29 +54,31 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.dtype = config, dtype
-        self.embed = Embedding("embed", config.vocab_size, config.d_model)
+        self.embed = Embedding("embed", config.vocab_size, config.d_model, tied=config.tie_embeddings)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.final_norm = RMSNorm("final_norm", config.d_model, config.norm_eps)
         tied = config.tie_embeddings
         self.lm_head = None if tied else Linear(config.d_model, {"lm_head": config.vocab_size})
         table = rotary_table(config, max_positions or config.max_position, device)
         self.register_buffer("cos_sin", table, persistent=False)
+        self._order = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+        self._norms = [layer.pre_attn for layer in self._order] + [self.final_norm]
 
     def forward(self, batch: Batch, cache: Sequence[KVPages]) -> Tensor:
         """The final norm's output for every token of the batch, x_TD; its keys and values are in the cache after."""
         h_TD = self.embed(batch.tokens_T, self.config.embedding_multiplier, self.dtype)
-        layers = cast("list[DecoderLayer]", list(self.layers))
-        norms = [layer.pre_attn for layer in layers] + [self.final_norm]
+        norms, cos_sin = self._norms, self.cos_sin
         x_TD: Tensor = norms[0](h_TD)
-        for layer, pages, next_norm in zip(layers, cache, norms[1:], strict=True):
-            h_TD, x_TD = layer(h_TD, x_TD, batch, pages, self.cos_sin, next_norm)
+        for layer, pages, next_norm in zip(self._order, cache, norms[1:], strict=True):
+            h_TD, x_TD = layer(h_TD, x_TD, batch, pages, cos_sin, next_norm)
         return x_TD
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """logits_TV in fp32 of the rows of `forward`'s result."""
         head = self.lm_head
         logits_TV = self.embed.attend(x_TD) if head is None else head(x_TD, torch.float32)
-        logits_TV = logits_TV * self.config.output_multiplier
+        if self.config.output_multiplier != 1:
+            logits_TV = logits_TV.mul_(self.config.output_multiplier)  # nobody else holds them
         if cap := self.config.final_softcap:
             logits_TV = cap * torch.tanh(logits_TV / cap)
         return logits_TV

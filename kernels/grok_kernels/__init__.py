@@ -15,7 +15,16 @@ from .ops import (
     sample_top_p,
     sandwich_norm,
 )
-from .packing import can_pack, pack_weight, unpack_weight
+from .packing import (
+    can_pack,
+    is_packed,
+    pack_into,
+    pack_weight,
+    packed_rows,
+    packed_shape,
+    unpack_weight,
+    wants_packed,
+)
 from .registry import Status, backends, chosen, use_backend
 
 __all__ = [
@@ -26,8 +35,12 @@ __all__ = [
     "cpu",
     "group_tokens",
     "grouped_gemm",
+    "is_packed",
     "moe",
+    "pack_into",
     "pack_weight",
+    "packed_rows",
+    "packed_shape",
     "paged_attention",
     "quantize_fp8",
     "quantize_int8",
@@ -40,4 +53,5 @@ __all__ = [
     "sandwich_norm",
     "unpack_weight",
     "use_backend",
+    "wants_packed",
 ]

@@ -20,6 +20,10 @@ from torch import Tensor
 from . import packing, registry
 
 BUILD = "build it with `python setup.py build_ext --inplace` in the sources, or reinstall where there is a C++ compiler"
+OPS = (
+    "group_tokens", "grouped_gemm", "moe", "paged_attention", "quantize_fp8", "quantize_int8", "rms_norm",
+    "rope_store_kv", "route_topk", "sample_top_p", "sandwich_norm",
+)  # fmt: skip
 log = logging.getLogger("grok_kernels")
 
 
@@ -35,6 +39,8 @@ def _load() -> tuple[Any, str]:
     built, running = (".".join(v.split(".")[:2]) for v in (module.torch_version, torch.__version__))
     if built != running:  # the ABI holds within a minor version only: it may load, and then fail anywhere
         return None, f"the extension {name} was built against torch {built}, this is torch {running}; {BUILD}"
+    if stale := [op for op in OPS if not hasattr(torch.ops.grok_cpu, op)]:
+        return None, f"the extension {name} is older than these sources and has no {', '.join(stale)}; {BUILD}"
     return module, ""
 
 
@@ -86,11 +92,9 @@ def _supports_moe(*args: Any) -> str | None:
     return _supports(*args)
 
 
-OPS = (
-    "group_tokens", "grouped_gemm", "moe", "paged_attention", "quantize_fp8", "quantize_int8", "rms_norm",
-    "rope_store_kv", "route_topk", "sample_top_p", "sandwich_norm",
-)  # fmt: skip
 if _module is not None:
+    registry.take_signatures(_module.signature)
+    packing.take_native(torch.ops.grok_cpu)
     for _op in OPS:  # the schema of `grok_cpu::<op>` is that of `grok::<op>`
         _check = _supports_moe if _op == "moe" else _supports
         registry.register(_op, "cpu", supports=_check)(getattr(torch.ops.grok_cpu, _op).default)

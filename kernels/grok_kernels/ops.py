@@ -58,12 +58,20 @@ def _op(schema: str) -> Callable[[Callable[..., list[Result]]], Callable[..., An
         _lib.impl(name, autograd, "Autograd")
 
         def call(*args: Any) -> Any:
+            key = None
+            if not torch.compiler.is_dynamo_compiling():
+                kernel, key = registry.shortcut(name, args)
+                if kernel is not None:
+                    return kernel.fn(*args)
             try:
-                return overload(*args)
+                result = overload(*args)
             except RuntimeError as error:  # the dispatcher's own refusal of a type that the schema does not have
                 if "Expected a value of type" not in str(error):
                     raise
                 raise ValueError(" ".join(str(error).split("Declaration:")[0].split())) from None
+            if key is not None:
+                registry.remember(key, args)
+            return result
 
         return call
 

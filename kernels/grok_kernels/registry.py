@@ -48,9 +48,54 @@ _missing: dict[str, str] = {}  # backend -> why none of its kernels can run here
 _chosen: dict[str, set[str]] = {}
 _forced: ContextVar[str | None] = ContextVar("grok_kernels_backend", default=None)
 
+Key = tuple[str, bytes, "str | None"]  # op, signature, backend that `use_backend` forces
+
+# A decode step is hundreds of calls of a few microseconds each, all like those of the step before: dispatch, checks
+# and selection in Python would take longer than many a kernel. So a plain call that passed is known by its signature,
+# and goes straight to its kernel when one like it comes. What has no signature (a mode, a tracer, gradients, another
+# device, no extension to take one) always goes the whole way.
+KNOWN = 4096  # calls kept; then all are forgotten, since working sets are far smaller and a repeated check is cheap
+_known: dict[Key, Kernel] = {}
+
+
+def _no_signature(args: tuple[Any, ...]) -> bytes | None:
+    return None
+
+
+_signature: Callable[[tuple[Any, ...]], bytes | None] = _no_signature
+
+
+def take_signatures(signature: Callable[[tuple[Any, ...]], bytes | None]) -> None:
+    """Use this function: bytes that hold all that checks and selection depend on, or None where the call is not plain."""
+    global _signature
+    _signature = signature
+
+
+def shortcut(op: str, args: tuple[Any, ...]) -> tuple[Kernel | None, Key | None]:
+    """The kernel of a plain call that is known, and its key; (None, key) for one to `remember` once it has passed."""
+    signature = _signature(args)
+    if signature is None:
+        return None, None
+    key = (op, signature, _forced.get())
+    kernel = _known.get(key)
+    if kernel is not None and kernel.backend not in _chosen.get(op, ()):
+        _choose(kernel, args)
+    return kernel, key
+
+
+def remember(key: Key, args: tuple[Any, ...]) -> None:
+    """Know this call, which passed all checks, from now on."""
+    if len(_known) >= KNOWN:
+        _known.clear()
+    _known[key] = select(key[0], args)
+
 
 def register(op: str, backend: str, supports: Supports = lambda *args: None) -> Callable[[Any], Any]:
-    """Decorator: the function is `backend`'s kernel for `op`. A second one for the same pair raises."""
+    """Decorator: the function is `backend`'s kernel for `op`. A second one for the same pair raises.
+
+    `supports` may look at types, shapes, strides, devices and numbers, never at the values in tensors: its answer is
+    kept for the calls that are alike.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
     if (op, backend) in _kernels:
@@ -58,6 +103,7 @@ def register(op: str, backend: str, supports: Supports = lambda *args: None) -> 
 
     def add(fn: Callable[..., Any]) -> Callable[..., Any]:
         _kernels[op, backend] = Kernel(op, backend, fn, supports)
+        _known.clear()
         return fn
 
     return add
@@ -66,6 +112,7 @@ def register(op: str, backend: str, supports: Supports = lambda *args: None) -> 
 def mark_missing(backend: str, reason: str) -> None:
     """Say why no kernel of `backend` can run on this machine, for `backends()` and for errors."""
     _missing[backend] = reason
+    _known.clear()
 
 
 def _check(name: str, source: str) -> str:
@@ -106,25 +153,40 @@ def _why_not(op: str, backend: str, args: tuple[Any, ...]) -> str | None:
     return kernel.supports(*args)
 
 
-def _signature(args: tuple[Any, ...]) -> tuple[str, str]:
+def _place(args: tuple[Any, ...]) -> tuple[str, str]:
     tensor = next(a for a in args if isinstance(a, torch.Tensor))
     return tensor.device.type, str(tensor.dtype).removeprefix("torch.")
 
 
 def select(op: str, args: tuple[Any, ...]) -> Kernel:
     """The kernel that serves this call of `op`. Raises NotImplementedError where none, or not the forced one, can."""
-    device, dtype = _signature(args)
+    device, dtype = _place(args)
     forced = forced_backend()
     reasons = []
     for backend in (forced,) if forced else ORDER.get(device, ("reference",)):
         reason = _why_not(op, backend, args)
         if reason is None:
-            if backend not in _chosen.setdefault(op, set()):
-                _chosen[op].add(backend)
-                log.info("grok::%s on %s (%s) is served by %s", op, device, dtype, backend)
-            return _kernels[op, backend]
+            kernel = _kernels[op, backend]
+            _choose(kernel, args)
+            return kernel
         reasons.append(f"{backend}: {reason}")
     raise NotImplementedError(f"grok::{op} on {device} with {dtype} cannot run: {'; '.join(reasons)}")
+
+
+def _choose(kernel: Kernel, args: tuple[Any, ...]) -> None:
+    chosen = _chosen.setdefault(kernel.op, set())
+    if kernel.backend not in chosen:
+        chosen.add(kernel.backend)
+        log.info("grok::%s on %s (%s) is served by %s", kernel.op, *_place(args), kernel.backend)
+
+
+def preferred(op: str, device: str) -> str | None:
+    """The backend asked first for `op` on a device of this type: the forced one, or the first that has a kernel."""
+    forced = forced_backend()
+    for backend in (forced,) if forced else ORDER.get(device, ("reference",)):
+        if backend not in _missing and (op, backend) in _kernels:
+            return backend
+    return None
 
 
 def call(op: str, *args: Any) -> Any:

@@ -144,7 +144,7 @@ def test_a_closed_pipe_is_no_traceback() -> None:
 def test_help_and_version(capsys: Captured) -> None:
     assert main(["--version"]) == 0
     assert re.fullmatch(r"grok-engine \d+\.\d+\.\d+\n", capsys.readouterr().out)
-    for command in ("generate", "inspect", "plan"):
+    for command in ("generate", "inspect", "convert", "plan"):
         assert main([command, "--help"]) == 0
         assert "--debug" in capsys.readouterr().out
     assert main([]) == 2

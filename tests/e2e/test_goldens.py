@@ -247,7 +247,7 @@ def test_int8_is_kept_bit_for_bit(folder: Path, weights: str | None) -> None:
         if isinstance(module, Table):
             value, scales = left.pop(module.name)
             assert scales is None
-            np.testing.assert_array_equal(module.weight.numpy(), value.T if module.transposed else value)
+            np.testing.assert_array_equal(module.values().numpy(), value.T if module.transposed else value)
         elif isinstance(module, Weight):
             assert module.weight.dtype == torch.int8
             assert module.scale is not None
@@ -257,7 +257,7 @@ def test_int8_is_kept_bit_for_bit(folder: Path, weights: str | None) -> None:
                 assert scales is not None
                 value, scales = (a.reshape(module.experts, -1, a.shape[-1]) for a in (value, scales))
                 rows = slice(part.start, part.stop)
-                np.testing.assert_array_equal(module.weight[:, rows].numpy(), value.swapaxes(1, 2), part.name)
+                np.testing.assert_array_equal(module.matrices()[:, rows].numpy(), value.swapaxes(1, 2), part.name)
                 np.testing.assert_array_equal(module.scale[:, :, rows].numpy(), scales.astype(np.float32), part.name)
     assert not left, f"the model holds none of {sorted(left)}"
 
@@ -376,9 +376,11 @@ def test_swapped_weights_are_noticed(swap: str) -> None:
         else:
             fused = layer.feed_forward.w13 if swap == "gate_up" else layer.attn.qkv
             a, b = (fused.parts[j] for j in {"gate_up": (0, 1), "q_k": (0, 1), "k_v": (1, 2)}[swap])
+            matrices = fused.matrices().clone()
+            fused.weight = torch.nn.Parameter(matrices, requires_grad=False)  # the plain form, to change parts of it
             pairs = [
                 (t.data[..., a.start : a.stop, :], t.data[..., b.start : b.stop, :])
-                for t in (fused.weight, fused.scale.transpose(1, 2))
+                for t in (matrices, fused.scale.transpose(1, 2))
             ]
         for x, y in pairs:
             kept = x.clone()

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 
+import grok_engine.loader
+import grok_kernels
 from grok_engine import LLM, ModelConfig
 from grok_engine.checkpoint.layout import TensorSpec, layout
 from grok_engine.checkpoint.quantize import quantize_matrix
@@ -31,6 +33,10 @@ TINY = replace(
     ModelConfig.preset("grok-1"), name="tiny", vocab_size=32, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2,
     head_dim=8, num_experts=4, d_ff=24, attn_scale=8**-0.5, max_position=32,
 )  # fmt: skip
+
+WIDE = replace(
+    TINY, name="wide", vocab_size=64, d_model=64, num_heads=2, num_kv_heads=1, head_dim=64, d_ff=128, num_layers=1
+)
 
 Stored = tuple[np.ndarray, "np.ndarray | None"]
 Store = Callable[[TensorSpec, np.ndarray], Stored]
@@ -71,12 +77,12 @@ def held(model: Decoder) -> dict[str, np.ndarray]:
     values = {}
     for module in model.modules():
         if isinstance(module, Table):
-            table = module.weight.float().numpy()
+            table = module.values().float().numpy()
             values[module.name] = table.T if module.transposed else table
         elif isinstance(module, Weight):
             for part in module.parts:
                 rows = slice(part.start, part.stop)
-                weight = module.weight[:, rows].float().numpy().swapaxes(1, 2)
+                weight = module.matrices()[:, rows].float().numpy().swapaxes(1, 2)
                 scales = None if module.scale is None else module.scale[:, :, rows].numpy()
                 value = dequantised(weight, scales)
                 values[part.name] = value if ".moe." in part.name else value[0]
@@ -109,6 +115,8 @@ def test_values(store: Store, weights: Any, tmp_path: Path) -> None:
         (as_int8, "int8", torch.int8),
         (as_int8, "bf16", torch.bfloat16),
         (as_int8, "fp32", torch.float32),
+        (as_int8, "fp8", torch.float8_e4m3fn),
+        (as_bf16, "fp8", torch.float8_e4m3fn),
         (as_fp32, "bf16", torch.bfloat16),
     ],
 )
@@ -121,7 +129,7 @@ def test_dtypes(store: Store, weights: Any, dtype: torch.dtype, compute: Any, tm
     assert {m.weight.dtype for m in model.modules() if type(m).__name__ in ("Table", "Router")} == {torch.float32}
     for module in model.modules():
         if isinstance(module, Weight):
-            assert (module.scale is None) == (dtype != torch.int8)
+            assert (module.scale is None) == (dtype.itemsize > 1)
 
 
 def test_bf16_rounds_once(tmp_path: Path) -> None:
@@ -132,6 +140,73 @@ def test_bf16_rounds_once(tmp_path: Path) -> None:
         if spec.quantizable or spec.name == "embed":
             value = value.astype(ml_dtypes.bfloat16).astype(np.float32)
         np.testing.assert_array_equal(found[spec.name], value, spec.name)
+
+
+@pytest.mark.parametrize("store", [as_fp32, as_bf16, as_int8])
+@pytest.mark.parametrize("form", ["plain", "packed"])
+@pytest.mark.parametrize("chunk", [1, 4 << 20])
+def test_fp8_is_the_nearest_to_what_the_checkpoint_means(
+    store: Store, form: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Per output channel the scale is amax / 448, so that each value is off by half a step of e4m3 at most."""
+    monkeypatch.setattr(grok_engine.loader, "CHUNK", chunk)
+    hold(form, monkeypatch)
+    wanted = write_random(tmp_path, store, WIDE)
+    model = LLM(tmp_path, dtype="float32", weights="fp8").model
+    found = held(model)
+    for spec in layout(WIDE):
+        if not spec.quantizable:
+            np.testing.assert_array_equal(found[spec.name], wanted[spec.name], spec.name)
+            continue
+        w = torch.from_numpy(np.ascontiguousarray(wanted[spec.name]))
+        scale = w.abs().amax(-2, keepdim=True) / 448
+        expected = (w / scale).to(torch.float8_e4m3fn).float() * scale
+        np.testing.assert_array_equal(found[spec.name], expected.numpy(), spec.name)
+        assert ((expected - w).abs() <= torch.maximum(w.abs() / 15, scale * 2**-9)).all()
+
+
+def test_fp8_of_zeros(tmp_path: Path) -> None:
+    write_random(tmp_path, lambda spec, x: (x * 0 if spec.quantizable else x, None))
+    model = LLM(tmp_path, weights="fp8").model
+    for module in model.modules():
+        if isinstance(module, Weight):
+            assert not module.matrices().float().any()
+            assert (module.scale > 0).all()
+
+
+def hold(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wants = {"plain": lambda *args: False, "packed": lambda n, k, dtype, device: grok_kernels.can_pack(n, k, dtype)}
+    monkeypatch.setattr(grok_kernels, "wants_packed", wants[form])
+
+
+@pytest.mark.parametrize("store", [as_fp32, as_bf16, as_int8])
+@pytest.mark.parametrize("weights", [None, "fp8", "bf16"])
+def test_either_form_holds_and_computes_the_same(
+    store: Store, weights: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In WIDE all matrices can be packed and begin with a panel; in TINY the attention's parts do not."""
+    for config, packable in ((WIDE, True), (TINY, False)):
+        folder = tmp_path / config.name
+        write_random(folder, store, config)
+        models = {}
+        for form in ("plain", "packed"):
+            hold(form, monkeypatch)
+            models[form] = LLM(folder, weights=weights)
+        dims = {m.weight.dim() for m in models["packed"].model.modules() if isinstance(m, Weight)}
+        can = models["packed"].model.layers[0].attn.qkv.weight.dtype != torch.float32
+        assert dims == ({6} if packable and can else {3})
+        assert models["packed"].model.embed.weight.dim() == (6 if packable else 2)
+        a, b = (held(models[form].model) for form in ("plain", "packed"))
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name], name)
+        ids = [1, 5, 2, 7, 7]
+        assert torch.equal(models["plain"].logits(ids), models["packed"].logits(ids))
+        exported = [None, None]
+        for i, form in enumerate(("plain", "packed")):
+            if models[form].model.layers[0].attn.qkv.scale is None:
+                exported[i] = {n: w for n, (w, _) in export_weights(models[form].model, quantized=False)}
+        for name in exported[0] or ():
+            np.testing.assert_array_equal(exported[0][name], exported[1][name], name)
 
 
 def test_fused_parts_with_different_groups(tmp_path: Path) -> None:

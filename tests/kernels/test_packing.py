@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import grok_kernels
+from grok_kernels import packing, registry
 from grok_kernels.packing import plain_shape
 from tests.kernels.cases import randint8, randn
 
 FP8 = torch.float8_e4m3fn
 DTYPES = (torch.int8, FP8, torch.bfloat16)
+STATUS = grok_kernels.backends()["rms_norm"]["cpu"]
 
 
 def weight(e: int, n: int, k: int, dtype: torch.dtype) -> Tensor:
@@ -43,6 +46,120 @@ def test_packs_a_transposed_view(dtype: torch.dtype) -> None:
     stored = weight(2, 8, 64, dtype)  # (E, K, N)
     expected = grok_kernels.pack_weight(stored.transpose(1, 2).contiguous())
     assert torch.equal(raw(grok_kernels.pack_weight(stored.transpose(1, 2))), raw(expected))
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["rows", "columns", "neither", "unaligned"])
+def test_packs_ranges_of_rows(layout: str, dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Part by part, of any strides and alignment, by the extension and without it."""
+    if not native:
+        monkeypatch.setattr(packing, "_native", None)
+    e, n, k = 2, 192, 4 * 67
+    whole = weight(e, n, k, dtype)
+    packed = grok_kernels.pack_weight(torch.zeros_like(whole))
+    raw(packed).fill_(77)
+    for first, last in ((64, 192), (0, 64)):
+        part = whole[:, first:last]
+        if layout == "columns":
+            part = part.transpose(1, 2).contiguous().transpose(1, 2)
+        elif layout == "neither":
+            wide = torch.zeros(e, last - first, 2 * k, dtype=torch.uint8 if dtype == FP8 else dtype)
+            wide[..., ::2] = part.view(wide.dtype)
+            part = wide.view(dtype)[..., ::2]
+        elif layout == "unaligned":
+            memory = torch.zeros(raw(part).numel() + 1, dtype=torch.uint8)
+            array = memory[1:].numpy()
+            array[:] = raw(part.contiguous()).flatten().numpy()
+            if dtype.itemsize == 1:
+                part = memory[1:].view(dtype).view(part.shape)
+            else:
+                part = torch.from_numpy(array.view(np.int16)).view(dtype).view(part.shape)
+            assert part.data_ptr() % 2
+        grok_kernels.pack_into(part, packed, first)
+    assert torch.equal(raw(grok_kernels.unpack_weight(packed)), raw(whole))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_packs_in_parallel(transposed: bool, threads: int) -> None:
+    stored = weight(2, 2112, 516, torch.int8)
+    plain = stored if not transposed else stored.transpose(1, 2).contiguous().transpose(1, 2)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert torch.equal(grok_kernels.unpack_weight(grok_kernels.pack_weight(plain)), stored)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "row", "error"),
+    [
+        ((1, 64, 8), torch.bfloat16, 0, "of int8"),
+        ((1, 64, 12), torch.int8, 0, r"expected \(1, N, 8\)"),
+        ((2, 64, 8), torch.int8, 0, r"expected \(1, N, 8\)"),
+        ((1, 60, 8), torch.int8, 0, "multiple of 64"),
+        ((1, 64, 8), torch.int8, 32, "row=32, expected a multiple of 64 in 0..64"),
+        ((1, 64, 8), torch.int8, 128, "row=128"),
+        ((1, 64, 8), torch.int8, -64, "row=-64"),
+    ],
+)
+def test_refuses_what_does_not_fit(shape: tuple[int, ...], dtype: torch.dtype, row: int, error: str) -> None:
+    packed = grok_kernels.pack_weight(randint8(1, 128, 8))
+    with pytest.raises(ValueError, match=error):
+        grok_kernels.pack_into(torch.zeros(shape, dtype=dtype), packed, row)
+
+
+@pytest.mark.skipif(not STATUS.available, reason=STATUS.reason)
+def test_the_native_functions_check_what_memory_safety_needs() -> None:
+    native = torch.ops.grok_cpu
+    packed = grok_kernels.pack_weight(randint8(1, 128, 8))
+    for args in (
+        (randint8(1, 64, 12), packed, 0),
+        (randint8(1, 64, 8), packed, 128),
+        (randint8(1, 64, 8), packed, -64),
+        (randint8(1, 64, 8), packed, 32),
+        (randint8(1, 60, 8), packed, 0),
+        (randint8(2, 64, 8), packed, 0),
+        (randint8(1, 64, 8), packed.transpose(1, 2), 0),
+        (randint8(1, 64, 8), packed[0], 0),
+        (randn(1, 64, 8), packed, 0),
+    ):
+        with pytest.raises(ValueError, match="pack_into"):
+            native.pack_into(*args)
+    for rows in (torch.tensor([128]), torch.tensor([-1]), torch.tensor([0.0]), torch.tensor([[0]])):
+        index = rows if rows.is_floating_point() else rows.int()
+        with pytest.raises(ValueError, match="packed_rows"):
+            native.packed_rows(packed, index)
+    with pytest.raises(ValueError, match="packed_rows"):
+        native.packed_rows(grok_kernels.pack_weight(randint8(2, 64, 8)), torch.zeros(1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_come_back(dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr(packing, "_native", None)
+    plain = weight(1, 192, 20, dtype)
+    rows = torch.tensor([0, 191, 64, 63, 17, 17], dtype=torch.int32)
+    found = grok_kernels.packed_rows(grok_kernels.pack_weight(plain), rows)
+    assert torch.equal(raw(found), raw(plain[0])[rows])
+    assert grok_kernels.packed_rows(grok_kernels.pack_weight(plain), rows[:0]).shape == (0, 20)
+
+
+def test_what_wants_the_packed_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(registry.ENV, raising=False)
+    native = all(grok_kernels.backends()[op]["cpu"].available for op in ("grouped_gemm", "moe"))
+    for dtype in DTYPES:
+        assert grok_kernels.wants_packed(64, 8, dtype, "cpu") == native
+        assert not grok_kernels.wants_packed(64, 8, dtype, "meta")
+        assert not grok_kernels.wants_packed(63, 8, dtype, "cpu")
+        with grok_kernels.use_backend("reference"):
+            assert not grok_kernels.wants_packed(64, 8, dtype, "cpu")
+    assert not grok_kernels.wants_packed(64, 8, torch.float32, "cpu")
+    monkeypatch.setattr(registry, "_missing", {"cpu": "not built"})
+    assert not grok_kernels.wants_packed(64, 8, torch.int8, "cpu")
 
 
 def test_a_plain_weight_unpacks_to_itself() -> None:

@@ -1,0 +1,95 @@
+#include "signature.h"
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/grad_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+namespace grok {
+namespace {
+
+using c10::DispatchKey;
+using c10::DispatchKeySet;
+
+// Keys of an ordinary tensor on the CPU. Those of gradients count only where one is wanted; our ops have no autocast.
+const DispatchKeySet kPlain = DispatchKeySet(DispatchKey::CPU) | c10::autocast_dispatch_keyset |
+                              c10::autograd_dispatch_keyset_with_ADInplaceOrView;
+
+template <class T>
+void put(std::string& key, char tag, T value) {
+  char raw[1 + sizeof value];
+  raw[0] = tag;
+  std::memcpy(raw + 1, &value, sizeof value);
+  key.append(raw, sizeof raw);
+}
+
+void put_text(std::string& key, const char* text, size_t size) {
+  put(key, 's', size);
+  key.append(text, size);
+}
+
+bool put_tensor(std::string& key, const at::Tensor& tensor) {
+  if (!tensor.defined() || !kPlain.has_all(tensor.key_set())) return false;
+  if (tensor.requires_grad() && at::GradMode::is_enabled()) return false;
+  if (tensor.dim() == 0) return false;  // torch takes one for a number, and then its value counts
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  put(key, 't', static_cast<int16_t>(tensor.scalar_type()));
+  put(key, 'd', static_cast<int32_t>(sizes.size()));
+  key.append(reinterpret_cast<const char*>(sizes.data()), sizes.size() * sizeof(int64_t));
+  key.append(reinterpret_cast<const char*>(strides.data()), strides.size() * sizeof(int64_t));
+  return true;
+}
+
+// Types are matched exactly: a subclass may mean something else, and True is not 1.
+bool put_argument(std::string& key, PyObject* arg) {
+  if (THPVariable_CheckExact(arg)) return put_tensor(key, THPVariable_Unpack(arg));
+  if (arg == Py_None) {
+    key += 'n';
+  } else if (PyBool_Check(arg)) {
+    put(key, 'b', arg == Py_True);
+  } else if (PyLong_CheckExact(arg)) {
+    int overflow = 0;
+    put(key, 'i', PyLong_AsLongLongAndOverflow(arg, &overflow));
+    return !overflow;
+  } else if (PyFloat_CheckExact(arg)) {
+    put(key, 'f', PyFloat_AS_DOUBLE(arg));
+  } else if (PyUnicode_CheckExact(arg)) {
+    Py_ssize_t size = 0;
+    const char* text = PyUnicode_AsUTF8AndSize(arg, &size);
+    if (!text) {  // a lone surrogate
+      PyErr_Clear();
+      return false;
+    }
+    put_text(key, text, size);
+  } else if (THPDtype_Check(arg)) {
+    put(key, 'y', static_cast<int16_t>(reinterpret_cast<THPDtype*>(arg)->scalar_type));
+  } else {
+    return false;
+  }
+  return true;
+}
+
+bool plain_thread() {
+  const auto included = c10::impl::tls_local_dispatch_key_set().included_;
+  return c10::default_included_set.has_all(included) && !at::impl::torch_function_mode_enabled();
+}
+
+}  // namespace
+
+pybind11::object signature(const pybind11::tuple& args) {
+  if (!plain_thread()) return pybind11::none();
+  static thread_local std::string key;
+  key.clear();
+  for (const auto& arg : args) {
+    if (!put_argument(key, arg.ptr())) return pybind11::none();
+  }
+  if (const char* forced = std::getenv("GROK_KERNELS_BACKEND")) put_text(key, forced, std::strlen(forced));
+  return pybind11::bytes(key);
+}
+
+}  // namespace grok
