@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 PROMPT ?= To Sherlock Holmes she is always
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 SANITIZED := build/sanitized
@@ -16,10 +17,10 @@ BUILT := $(VENV)/.built
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test sanitize bench lint clean
+.PHONY: help setup demo test sanitize bench bench-cpu lint clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 setup: $(BUILT) ## create .venv, install the project there for development, build the native kernels
 
@@ -43,6 +44,9 @@ bench: $(BUILT) ## run the benchmarks
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only -q $(PYTEST_ARGS)
 	$(BIN)/python -m benchmarks.bench_runtime
 	$(BIN)/python -m benchmarks.bench_step_share
+
+bench-cpu: $(BUILT) ## measure the CPU's kernels beside its ceilings and peers (BENCH_ARGS="'decode*' --json FILE")
+	$(BIN)/python -m benchmarks.cpu $(BENCH_ARGS)
 
 lint: $(BUILT) ## check format, lint and types
 	$(BIN)/ruff format --check .

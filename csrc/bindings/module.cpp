@@ -8,6 +8,7 @@
 
 #include "bindings.h"
 #include "signature.h"
+#include "probe.h"
 
 namespace grok {
 namespace {
@@ -40,4 +41,5 @@ PYBIND11_MODULE(_C, module) {
              "How many threads share a parallel loop of so many steps.");
   module.def("signature", &grok::signature, pybind11::arg("args"),
              "What the checks of a plain call on the CPU depend on, as bytes; None for any other call.");
+  grok::define_probes(module);
 }

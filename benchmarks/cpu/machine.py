@@ -1,0 +1,158 @@
+"""This machine: what it is, and its ceilings, measured by native probes on the threads that the kernels run on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import grok_kernels
+
+ARITHMETIC = ("fp32", "bf16", "int8")
+SETTLE = 1.5  # seconds to see each ceiling once without whatever else runs
+PROBE_BYTES, PROBE_STEPS = 128 << 20, 1_000_000  # each some milliseconds
+
+
+def _native() -> Any:
+    status = grok_kernels.backends()["rms_norm"]["cpu"]
+    if not status.available:
+        raise NotImplementedError(f"the probes are native code: {status.reason}")
+    from grok_kernels import _C
+
+    return _C
+
+
+class Ceiling:
+    """`rate()` measures: bytes a second for `read`, operations a second for a kind of arithmetic."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.best = 0.0
+
+    def rate(self) -> float:
+        start = time.perf_counter()
+        work = self._probe()
+        rate = work / (time.perf_counter() - start)
+        self.best = max(self.best, rate)
+        return rate
+
+    def _probe(self) -> int:
+        """Does some work, and says how much."""
+        raise NotImplementedError
+
+
+class Read(Ceiling):
+    """Reads from memory: each time another part of a buffer that no cache holds."""
+
+    def __init__(self, cache_bytes: int, probe_bytes: int) -> None:
+        super().__init__("read")
+        self._parts = max(2, -(-4 * cache_bytes // probe_bytes))
+        self._size = probe_bytes
+        self._buffer = torch.randint(-128, 128, (self._parts * probe_bytes,), dtype=torch.int8)
+        self._next = 0
+        self._read = _native().probe_read
+
+    def _probe(self) -> int:
+        part = self._buffer[self._next * self._size : (self._next + 1) * self._size]
+        self._next = (self._next + 1) % self._parts
+        self._read(part)
+        return self._size
+
+
+class Arithmetic(Ceiling):
+    def __init__(self, kind: str, steps: int) -> None:
+        super().__init__(kind)
+        self._steps = steps
+        self._peak = _native().probe_peak
+
+    def _probe(self) -> int:
+        return int(self._peak(self.name, self._steps))
+
+
+@dataclass
+class Machine:
+    """The ceilings of this process's threads. `small` is for tests: probes of no size, whose rates mean nothing."""
+
+    small: bool = False
+    cache_bytes: int = field(init=False)
+    ceilings: dict[str, Ceiling] = field(init=False)
+    rates: dict[str, float] = field(init=False)  # at the start
+
+    def __post_init__(self) -> None:
+        self.cache_bytes = 1 << 16 if self.small else last_cache_bytes()
+        size, steps = (1 << 16, 100) if self.small else (PROBE_BYTES, PROBE_STEPS)
+        self.ceilings = {"read": Read(self.cache_bytes, size)}
+        self.ceilings |= {kind: Arithmetic(kind, steps) for kind in ARITHMETIC}
+        self.rates = {name: _best(ceiling, 0.0 if self.small else SETTLE) for name, ceiling in self.ceilings.items()}
+
+    def binding(self, operations: float, size: float, arithmetic: str) -> tuple[Ceiling, float]:
+        """The ceiling that takes longer for so many operations and bytes, and the work in its unit."""
+        read, peak = self.ceilings["read"], self.ceilings[arithmetic]
+        return (read, size) if size / read.best > operations / peak.best else (peak, operations)
+
+
+def _best(ceiling: Ceiling, seconds: float) -> float:
+    end = time.perf_counter() + seconds
+    rates = [ceiling.rate()]
+    while time.perf_counter() < end:
+        rates.append(ceiling.rate())
+    return max(rates)
+
+
+def last_cache_bytes() -> int:
+    """Of the largest cache that a core sees; 32 MiB where the system does not tell."""
+    sizes = [
+        int(text[:-1]) << {"K": 10, "M": 20}[text[-1]]
+        for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+        if (text := path.read_text().strip())[-1:] in ("K", "M")
+    ]
+    return max(sizes, default=32 << 20)
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
+    values = {key.strip(): value.strip() for key, value in fields.items()}
+    found = [values[key] for key in ("model name",) if key in values]
+    found += [f"{key} {values[key]}" for key in ("cpu family", "model") if key in values]
+    return ", ".join(found) or platform.machine()
+
+
+def _git(*args: str) -> str:
+    done = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _commit() -> str:
+    try:
+        commit = _git("rev-parse", "--short=12", "HEAD")
+        return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except OSError:
+        return ""
+
+
+def environment() -> dict[str, Any]:
+    """What a number depends on."""
+    native = _native()
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "last_cache_bytes": last_cache_bytes(),
+        "isa": grok_kernels.cpu.isa(),
+        "instructions": {kind: native.probe_instruction(kind) for kind in ARITHMETIC},
+        "torch": torch.__version__,
+        "compiler": native.compiler,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "commit": _commit() or "unknown",
+    }

@@ -1,0 +1,156 @@
+"""python -m benchmarks.cpu_model [--llama DIR] [--dir DIR] [--rounds N] [--threads N] [--json FILE] [--smoke]
+
+One random model of Grok's architecture, 1.3 B parameters, as a checkpoint in the release's format and as GGUF with the
+same values, so that both engines do the same work; in turns, with probes of the machine between them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.bench_step_share import configuration, random_tensors
+from benchmarks.cpu.harness import BUSY, NOISE
+from benchmarks.cpu.machine import Machine, environment
+from benchmarks.cpu.report import header
+from grok_engine import ModelConfig
+from grok_engine.checkpoint.xai import write_xai
+
+from .engines import Llama, Load, Ours, find_llama, quantize
+from .gguf_grok import write_gguf
+
+KINDS = ("Q8_0", "BF16", "Q4_K_S")
+GET = (
+    "llama.cpp's llama-batched-bench and llama-quantize on PATH or in --llama DIR, and pip install 'grok-engine[bench]'"
+)
+CEILINGS = ("read", "bf16")  # probed before and after each turn
+MEASURES = ("prompt tok/s", "decode of 1 tok/s", "decode of 16 tok/s", "s to first token")
+
+
+def small_configuration() -> ModelConfig:
+    return replace(configuration(2), vocab_size=512, d_model=256, num_heads=2, num_kv_heads=1, d_ff=512)
+
+
+def write_models(folder: Path, config: ModelConfig, tools: Path | None, kinds: Sequence[str]) -> dict[str, Path]:
+    """Writes what is not there yet: `xai`, and a GGUF file of each kind. Returns the files by kind."""
+    marker = folder / "written.json"
+    same = json.dumps(config.to_dict())
+    if marker.is_file() and marker.read_text() != same:
+        raise ValueError(f"--dir {folder} holds another model: give an empty folder")
+    if not marker.is_file():
+        write_xai(folder / "xai", config, random_tensors(config), overwrite=True)
+        marker.write_text(same)
+    files = {kind: folder / f"{kind}.gguf" for kind in kinds}
+    if tools is None or not kinds:
+        return {}
+    source = folder / "BF16.gguf"
+    if not source.is_file():
+        write_gguf(source.with_suffix(".part"), config, random_tensors(config))
+        source.with_suffix(".part").rename(source)
+    for kind, file in files.items():
+        if not file.is_file():
+            quantize(tools, source, file.with_suffix(".part"), kind)
+            file.with_suffix(".part").rename(file)
+    return files
+
+
+def measure(engine: Ours | Llama, loads: Sequence[Load]) -> dict[str, float]:
+    one, many = (engine.speed(load) for load in loads)
+    return dict(zip(MEASURES, (one.prompt, one.decode, many.decode, engine.first_token()), strict=True))
+
+
+def rounds(
+    engines: Sequence[Ours | Llama], loads: Sequence[Load], machine: Machine, count: int, console: Console, pick: bool
+) -> dict[str, list[dict[str, float]]]:
+    """What each engine measured, turn by turn; `quiet` is 0 where something else had the machine's cores."""
+    found: dict[str, list[dict[str, float]]] = {engine.name: [] for engine in engines}
+    for i in range(count):
+        for j in range(len(engines)):
+            engine = engines[(i + j) % len(engines)]
+            before = {name: machine.ceilings[name].rate() for name in CEILINGS}
+            numbers = measure(engine, loads)
+            after = {name: machine.ceilings[name].rate() for name in CEILINGS}
+            pairs = {name: sorted((before[name], after[name])) for name in CEILINGS}
+            quiet = all(
+                high <= NOISE * low and low >= BUSY * machine.ceilings[name].best for name, (low, high) in pairs.items()
+            )
+            numbers |= {name: sum(pair) / 2 for name, pair in pairs.items()}
+            line = ", ".join(f"{numbers[name]:.1f} {name}" for name in MEASURES)
+            numbers["quiet"] = float(quiet or not pick)
+            found[engine.name].append(numbers)
+            console.print(f"{engine.name}: {line}{'' if numbers['quiet'] else ' (not quiet)'}", highlight=False)
+    return found
+
+
+def table(found: dict[str, list[dict[str, float]]], title: str) -> Table:
+    result = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    result.add_column("")
+    for name in (*MEASURES, "quiet turns"):
+        result.add_column(name, justify="right")
+    for engine, turns in found.items():
+        quiet = [turn for turn in turns if turn["quiet"]]
+        cells = []
+        for name in MEASURES:
+            middle = f"{median(turn[name] for turn in quiet):.1f}" if quiet else "-"
+            best = (min if name == MEASURES[-1] else max)(turn[name] for turn in turns)
+            cells.append(f"{middle} ({best:.1f})")
+        result.add_row(engine, *cells, f"{len(quiet)} of {len(turns)}")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_model", description="A whole model on this CPU.")
+    parser.add_argument("--llama", type=Path, help="the folder of llama.cpp's tools; those on PATH without")
+    parser.add_argument("--dir", type=Path, help="write the models there and keep them; a temporary folder without")
+    parser.add_argument("--kinds", nargs="*", default=KINDS, help="of GGUF files, by llama-quantize's names")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--new", type=int, default=32, help="tokens decoded by each request")
+    parser.add_argument("--threads", type=int, help="of both; torch's own choice without")
+    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, one round: whether it runs, not how fast")
+    a = parser.parse_args(arguments)
+    try:
+        tools = find_llama(a.llama)
+    except ValueError as error:
+        parser.error(str(error))
+    if a.threads:
+        torch.set_num_threads(a.threads)
+    console = Console(width=None if Console().is_terminal else 120)
+    config = small_configuration() if a.smoke else configuration(8)
+    loads = (Load(1, 16, 2), Load(2, 4, 2)) if a.smoke else (Load(1, 512, a.new), Load(16, 32, a.new))
+    machine, about = Machine(small=a.smoke), environment()
+    console.print(header(about, machine), highlight=False)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = a.dir or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = write_models(folder, config, tools, a.kinds)
+        engines: list[Ours | Llama] = [Ours(folder / "xai", loads)]
+        engines += [Llama(tools, file, kind) for kind, file in files.items() if tools]
+        found = rounds(engines, loads, machine, 1 if a.smoke else a.rounds, console, not a.smoke)
+    title = f"{config.param_count() / 1e9:.2f} B parameters, {config.active_param_count() / 1e6:.0f} M active"
+    console.print()
+    console.print(table(found, f"{title}; medians of quiet turns (best of all)"), highlight=False)
+    if not files:
+        console.print(f"missing (llama.cpp): {GET}", highlight=False, markup=False)
+    if a.json:
+        result: dict[str, Any] = {
+            "environment": about,
+            "model": config.to_dict(),
+            "turns": found,
+        }
+        a.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

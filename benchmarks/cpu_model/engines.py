@@ -1,0 +1,142 @@
+"""The two sides: ours, in this process, and llama.cpp's tools, a process a turn. Both give tokens a second."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from grok_engine import LLMEngine, SamplingParams
+
+TOOLS = ("llama-batched-bench", "llama-quantize")
+FIRST_TOKEN = """
+import sys, torch
+from grok_engine import LLMEngine, SamplingParams
+torch.set_num_threads(int(sys.argv[2]))
+engine = LLMEngine(sys.argv[1], max_num_seqs=1, num_pages=64)
+engine.add_request("a", [5], SamplingParams(max_tokens=1, temperature=0, ignore_eos=True))
+assert engine.step()[0].outputs[0].token_ids
+"""
+
+
+@dataclass(frozen=True)
+class Load:
+    """So many requests at once: prompts of `prompt` random tokens, then `new` tokens each."""
+
+    requests: int
+    prompt: int
+    new: int
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second of all requests together."""
+
+    prompt: float
+    decode: float
+
+
+class Ours:
+    """The engine on a checkpoint in the release's format, its int8 weights as they are."""
+
+    name = "grok-engine, int8"
+
+    def __init__(self, folder: Path, loads: Sequence[Load]) -> None:
+        self.folder = folder
+        self._engine = LLMEngine(
+            folder,
+            max_num_seqs=max(load.requests for load in loads),
+            max_num_batched_tokens=max(load.requests * load.prompt for load in loads),
+            num_pages=max(load.requests * ((load.prompt + load.new) // 16 + 2) for load in loads),
+            enable_prefix_caching=False,
+        )
+        self._serial = 0
+
+    def speed(self, load: Load) -> Speed:
+        vocabulary = self._engine.config.model.vocab_size
+        params = SamplingParams(max_tokens=load.new + 1, temperature=0, ignore_eos=True)
+        self._serial += 1
+        rng = random.Random(self._serial)
+        for i in range(load.requests):
+            self._engine.add_request(f"{self._serial}.{i}", rng.choices(range(vocabulary), k=load.prompt), params)
+        before = self._engine.stats().generated_tokens
+        start = time.perf_counter()
+        while self._engine.stats().generated_tokens < before + load.requests:
+            self._engine.step()
+        first = time.perf_counter()
+        steps = 0
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
+            steps += 1
+        end = time.perf_counter()
+        if steps != load.new:
+            raise RuntimeError(f"{steps} steps decoded, expected {load.new}: the requests did not run together")
+        return Speed(load.requests * load.prompt / (first - start), load.requests * load.new / (end - first))
+
+    def first_token(self) -> float:
+        """Seconds from the start of a process to the first token of a prompt of one."""
+        return _seconds([sys.executable, "-c", FIRST_TOKEN, str(self.folder), str(torch.get_num_threads())])
+
+
+class Llama:
+    """llama.cpp on one GGUF file."""
+
+    def __init__(self, tools: Path, file: Path, name: str) -> None:
+        self.name = f"llama.cpp, {name}"
+        threads = str(torch.get_num_threads())
+        self._command = [str(tools / TOOLS[0]), "-m", str(file), "-t", threads, "-tb", threads]
+
+    def _run(self, load: Load) -> str:
+        size = max(512, load.requests * (load.prompt + load.new))  # its warming up alone wants some
+        sizes = {"-c": size, "-npp": load.prompt, "-ntg": load.new, "-npl": load.requests}
+        options = [text for pair in sizes.items() for text in map(str, pair)]
+        return _output([*self._command, *options, "--output-format", "jsonl"])
+
+    def speed(self, load: Load) -> Speed:
+        text = self._run(load)
+        rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+        if len(rows) != 1:
+            raise RuntimeError(f"{self._command[0]} printed {len(rows)} results, expected 1: {text[-500:]!r}")
+        return Speed(rows[0]["speed_pp"], rows[0]["speed_tg"])
+
+    def first_token(self) -> float:
+        """As of ours; its tool warms up with a batch of 16 tokens, too."""
+        start = time.perf_counter()
+        self._run(Load(1, 1, 1))
+        return time.perf_counter() - start
+
+
+def find_llama(folder: Path | None) -> Path | None:
+    """The folder of llama.cpp's tools: as given, or that of those on the path."""
+    if folder is not None:
+        lacking = [tool for tool in TOOLS if not (folder / tool).is_file()]
+        if lacking:
+            raise ValueError(f"--llama {folder}: expected llama.cpp's tools there, found no {', '.join(lacking)}")
+        return folder
+    found = [shutil.which(tool) for tool in TOOLS]
+    return Path(found[0]).parent if found[0] and all(found) else None
+
+
+def quantize(tools: Path, source: Path, target: Path, kind: str) -> None:
+    _output([str(tools / TOOLS[1]), str(source), str(target), kind])
+
+
+def _output(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} ended with {done.returncode}: {(done.stderr or done.stdout)[-1500:]}")
+    return done.stdout
+
+
+def _seconds(command: list[str]) -> float:
+    start = time.perf_counter()
+    _output(command)
+    return time.perf_counter() - start

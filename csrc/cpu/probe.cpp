@@ -1,0 +1,156 @@
+#include "probe.h"
+
+#include <cstring>
+
+#include "../common/types.h"
+
+#if GROK_X86
+#include <immintrin.h>
+#endif
+
+namespace grok::cpu {
+namespace {
+
+// Hides from the compiler what a value is, at no cost: nothing that depends on it can be folded, taken out of a loop, or
+// shared with another chain that would do the same.
+#define GROK_OPAQUE(register_class, value) asm volatile("" : "+" register_class(value))
+
+uint64_t words_sum(const char* data, size_t bytes) {
+  uint64_t sum = 0, word;
+  for (; bytes >= sizeof word; data += sizeof word, bytes -= sizeof word) {
+    std::memcpy(&word, data, sizeof word);
+    sum += word;
+  }
+  word = 0;
+  std::memcpy(&word, data, bytes);
+  return sum + word;
+}
+
+uint64_t read_portable(const void* data, size_t bytes) { return words_sum(static_cast<const char*>(data), bytes); }
+
+// Whole, so that each chain has a register.
+#define GROK_UNROLL _Pragma("GCC unroll 24")
+
+constexpr int kChains = 24;       // of 32 registers: enough to hide the latency, with room for the operands
+constexpr int kNarrowChains = 12;  // of 16
+
+#if GROK_X86
+#define GROK_NARROW "x"
+#elif defined(__aarch64__)
+#define GROK_NARROW "w"
+#else
+#define GROK_NARROW "m"
+#endif
+
+typedef float Four __attribute__((vector_size(16)));  // the baseline of x86-64, and of 64-bit ARM
+
+void peak_portable(int64_t steps) {
+  Four a = {0.7f, 0.7f, 0.7f, 0.7f}, sums[kNarrowChains] = {};
+  GROK_UNROLL for (Four& sum : sums) GROK_OPAQUE(GROK_NARROW, sum);
+  for (int64_t step = 0; step < steps; ++step) {
+    GROK_OPAQUE(GROK_NARROW, a);
+    GROK_UNROLL for (Four& sum : sums) sum = a * (a + sum);
+  }
+  GROK_UNROLL for (Four& sum : sums) GROK_OPAQUE(GROK_NARROW, sum);
+}
+
+#if GROK_X86
+
+// Far enough ahead to cover the latency of memory, near enough to stay in the first cache.
+constexpr size_t kAhead = 2048;
+
+GROK_AVX2 uint64_t read_avx2(const void* data, size_t bytes) {
+  const char* at = static_cast<const char*>(data);
+  __m256i sums[4] = {};
+  for (; bytes >= 128; at += 128, bytes -= 128) {
+    _mm_prefetch(at + kAhead, _MM_HINT_T0);
+    _mm_prefetch(at + kAhead + 64, _MM_HINT_T0);
+    for (int i = 0; i < 4; ++i) {
+      sums[i] = _mm256_add_epi64(sums[i], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at) + i));
+    }
+  }
+  uint64_t lanes[16], sum = words_sum(at, bytes);
+  std::memcpy(lanes, sums, sizeof lanes);
+  for (uint64_t lane : lanes) sum += lane;
+  return sum;
+}
+
+GROK_AVX512 uint64_t read_avx512(const void* data, size_t bytes) {
+  const char* at = static_cast<const char*>(data);
+  __m512i sums[4] = {};
+  for (; bytes >= 256; at += 256, bytes -= 256) {
+    for (int i = 0; i < 4; ++i) {
+      _mm_prefetch(at + kAhead + 64 * i, _MM_HINT_T0);
+      sums[i] = _mm512_add_epi64(sums[i], _mm512_loadu_si512(at + 64 * i));
+    }
+  }
+  uint64_t lanes[32], sum = words_sum(at, bytes);
+  std::memcpy(lanes, sums, sizeof lanes);
+  for (uint64_t lane : lanes) sum += lane;
+  return sum;
+}
+
+GROK_AVX2 void peak_avx2(int64_t steps) {
+  __m256 a = _mm256_set1_ps(0.7f), b = _mm256_set1_ps(1.3f), sums[kNarrowChains] = {};
+  GROK_UNROLL for (__m256& sum : sums) GROK_OPAQUE("x", sum);
+  for (int64_t step = 0; step < steps; ++step) {
+    GROK_OPAQUE("x", a);
+    GROK_UNROLL for (__m256& sum : sums) sum = _mm256_fmadd_ps(a, b, sum);
+  }
+  GROK_UNROLL for (__m256& sum : sums) GROK_OPAQUE("x", sum);
+}
+
+GROK_AVX512 void peak_avx512(int64_t steps) {
+  __m512 a = _mm512_set1_ps(0.7f), b = _mm512_set1_ps(1.3f), sums[kChains] = {};
+  GROK_UNROLL for (__m512& sum : sums) GROK_OPAQUE("v", sum);
+  for (int64_t step = 0; step < steps; ++step) {
+    GROK_OPAQUE("v", a);
+    GROK_UNROLL for (__m512& sum : sums) sum = _mm512_fmadd_ps(a, b, sum);
+  }
+  GROK_UNROLL for (__m512& sum : sums) GROK_OPAQUE("v", sum);
+}
+
+GROK_AVX512_BF16 void peak_bf16_avx512(int64_t steps) {
+  __m512i a = _mm512_set1_epi32(0x3f333fa6), b = _mm512_set1_epi32(0x3fa63f33);  // pairs of 0.7 and 1.3
+  __m512 sums[kChains] = {};
+  GROK_UNROLL for (__m512& sum : sums) GROK_OPAQUE("v", sum);
+  for (int64_t step = 0; step < steps; ++step) {
+    GROK_OPAQUE("v", a);
+    GROK_UNROLL for (__m512& sum : sums) sum = _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+  GROK_UNROLL for (__m512& sum : sums) GROK_OPAQUE("v", sum);
+}
+
+GROK_AVX512_BF16 void peak_int8_avx512(int64_t steps) {
+  __m512i a = _mm512_set1_epi32(0x5a3c9617), b = _mm512_set1_epi32(0x1d62c3f5), sums[kChains] = {};
+  GROK_UNROLL for (__m512i& sum : sums) GROK_OPAQUE("v", sum);
+  for (int64_t step = 0; step < steps; ++step) {
+    GROK_OPAQUE("v", a);
+    GROK_UNROLL for (__m512i& sum : sums) sum = _mm512_dpbusd_epi32(sum, a, b);
+  }
+  GROK_UNROLL for (__m512i& sum : sums) GROK_OPAQUE("v", sum);
+}
+
+#endif
+
+}  // namespace
+
+ProbeRead probe_read(Isa isa) {
+#if GROK_X86
+  if (isa >= Isa::avx512) return read_avx512;
+  if (isa == Isa::avx2) return read_avx2;
+#endif
+  return read_portable;
+}
+
+ProbePeak probe_peak(Isa isa, Arithmetic kind) {
+#if GROK_X86
+  if (isa == Isa::avx512_bf16 && kind == Arithmetic::bf16) return {"vdpbf16ps", kChains * 16 * 4, peak_bf16_avx512};
+  if (isa == Isa::avx512_bf16 && kind == Arithmetic::int8) return {"vpdpbusd", kChains * 16 * 8, peak_int8_avx512};
+  if (isa >= Isa::avx512) return {"vfmadd231ps, 512 bits", kChains * 16 * 2, peak_avx512};
+  if (isa == Isa::avx2) return {"vfmadd231ps, 256 bits", kNarrowChains * 8 * 2, peak_avx2};
+#endif
+  return {"multiply, add, 128 bits", kNarrowChains * 4 * 2, peak_portable};
+}
+
+}  // namespace grok::cpu
