@@ -1,4 +1,4 @@
-"""grok-engine: generate text, look into a checkpoint, convert it, plan a deployment."""
+"""grok-engine: generate text, look into a checkpoint, convert it, plan a deployment, measure."""
 
 from __future__ import annotations
 
@@ -213,6 +213,25 @@ def plan_command(
         render_plan(result, Console(highlight=False))
 
 
+class Bench(click.Group):
+    """The commands of `grok_bench`, which is imported when one of them is asked for, and by nothing else here."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        from grok_bench.cli import bench
+
+        return bench.list_commands(ctx)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        from grok_bench.cli import bench
+
+        return bench.get_command(ctx, cmd_name)
+
+
+@app.group(cls=Bench)
+def bench() -> None:
+    """Measure the engine: latency, throughput, serving."""
+
+
 def _folder(model: str) -> Path:
     try:
         return resolve_model(model)
@@ -224,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line. Bad input is one line on standard error and status 2; --debug shows the traceback."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        status = app.main(argv, prog_name="grok-engine", standalone_mode=False)
+        status = app.main(argv, prog_name="grok-engine", standalone_mode=False, obj=argv)
         return status if isinstance(status, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message())

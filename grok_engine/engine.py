@@ -18,6 +18,7 @@ from .cache.allocator import PageAllocator
 from .checkpoint.packed import PackedCheckpoint, is_packed_folder
 from .checkpoint.xai import XaiCheckpoint
 from .config import ConfigError, DType, EngineConfig, ModelConfig
+from .dummy import dummy_weights
 from .loader import Progress, load_weights, resolve_model
 from .models.decoder import Decoder
 from .output import FinishReason, SequenceOutput, begins_text, check_tokenizer
@@ -54,7 +55,8 @@ class EngineStats:
 
 class LLMEngine:
     """A decoder loaded from `model`, and the requests it serves. `model` is `tiny`, or a folder: one that holds a
-    release's `ckpt-0`, or one that `grok-engine convert` wrote.
+    release's `ckpt-0`, or one that `grok-engine convert` wrote. A `ModelConfig` in its place gets random weights
+    (`dummy`) and no tokenizer: to measure speed with.
 
     `options` are the fields of `EngineConfig`. Nothing runs but inside `step`; nothing is shared between two engines.
     A request's tokens are the same, bit for bit, whatever else runs. `progress` is called while loading, with the bytes
@@ -62,16 +64,23 @@ class LLMEngine:
     CheckpointError with everything that is wrong in it.
     """
 
-    def __init__(self, model: str | Path = "tiny", *, progress: Progress | None = None, **options: Any) -> None:
-        path = resolve_model(model)
+    def __init__(
+        self, model: str | Path | ModelConfig = "tiny", *, progress: Progress | None = None, **options: Any
+    ) -> None:
         known = [f.name for f in fields(EngineConfig) if f.name != "model"]
-        for name in options:
-            if name not in known:
-                raise ConfigError(f"unknown option {name!r}: expected one of {', '.join(known)}")
+        for option in options:
+            if option not in known:
+                raise ConfigError(f"unknown option {option!r}: expected one of {', '.join(known)}")
         if isinstance(options.get("dtype"), torch.dtype):
             options["dtype"] = str(options["dtype"]).removeprefix("torch.")
-        self.config = EngineConfig(model=ModelConfig.from_pretrained(path), **options)
-        self.tokenizer: Tokenizer | None = load_tokenizer(path)
+        path = None
+        if isinstance(model, ModelConfig):
+            name, architecture = model.name, model
+        else:
+            path = resolve_model(model)
+            name, architecture = str(model), ModelConfig.from_pretrained(path)
+        self.config = EngineConfig(model=architecture, **options)
+        self.tokenizer: Tokenizer | None = load_tokenizer(path) if path else None
         if self.tokenizer and self.tokenizer.vocab_size > self.config.model.vocab_size:
             raise ConfigError(
                 f"{path}: the tokenizer has {self.tokenizer.vocab_size} tokens, "
@@ -79,17 +88,21 @@ class LLMEngine:
             )
         device = _device(self.config.device)
         c = self.config
-        checkpoint = PackedCheckpoint(path) if is_packed_folder(path) else XaiCheckpoint(path, c.model)
+        checkpoint: PackedCheckpoint | XaiCheckpoint | None = None
+        if path:
+            checkpoint = PackedCheckpoint(path) if is_packed_folder(path) else XaiCheckpoint(path, c.model)
         if c.mmap and not (isinstance(checkpoint, PackedCheckpoint) and device.type == "cpu"):
             raise ConfigError(
-                f"mmap=True with model {str(model)!r} on {device}: expected a folder that `grok-engine convert` wrote, "
+                f"mmap=True with model {name!r} on {device}: expected a folder that `grok-engine convert` wrote, "
                 "on the CPU"
             )
         self.model = Decoder(c.model, _DTYPES[c.dtype], device, c.max_len)
         if isinstance(checkpoint, PackedCheckpoint):
             load_packed(self.model, checkpoint, weights=c.weights, mapped=c.mmap, progress=progress)
-        else:
+        elif checkpoint:
             load_weights(self.model, checkpoint, weights=c.weights, progress=progress)
+        else:
+            dummy_weights(self.model, c.weights, progress=progress)
         self.runner = Runner(self.model, self.config)
         self.allocator = PageAllocator(self.runner.num_pages, c.page_size, c.enable_prefix_caching)
         self.scheduler = Scheduler(

@@ -6,13 +6,17 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = {"grok_engine": "grok_engine", "grok_kernels": "kernels/grok_kernels"}
+PACKAGES = {
+    "grok_engine": "grok_engine",
+    "grok_kernels": "kernels/grok_kernels",
+    "grok_bench": "benchmarks/grok_bench",
+}
 
 # A module may import itself, what lies in the same package of this table, and what stands at its right. The longest
 # name that fits decides; a module that no line fits is an error. "*" is the whole of that package.
@@ -35,6 +39,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "grok_engine.memory": (),
     "grok_engine.layers": ("batch", "config", "memory", "parallel", "grok_kernels"),
     "grok_engine.models": ("batch", "config", "layers", "parallel"),
+    "grok_engine.dummy": ("config", "layers", "models"),
     "grok_engine.loader": ("checkpoint", "config", "layers", "models", "parallel"),
     "grok_engine.packed": ("checkpoint", "config", "layers", "loader", "memory", "models", "grok_kernels"),
     "grok_engine.scheduler": ("config", "cache.allocator"),
@@ -42,13 +47,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "grok_engine.runner": ("batch", "cache", "config", "loader", "models", "parallel", "sampling", "scheduler"),
     # where a checkpoint, a model and a runner are put together
     "grok_engine.engine": (
-        "cache", "checkpoint", "config", "loader", "models", "output", "packed", "parallel", "request", "runner", "sampler",
-        "sampling", "scheduler", "structured", "tokenizer",
+        "cache", "checkpoint", "config", "dummy", "loader", "models", "output", "packed", "parallel", "request",
+        "runner", "sampler", "sampling", "scheduler", "structured", "tokenizer",
     ),
     "grok_engine.progress": (),
     "grok_engine.llm": ("config", "engine", "models", "output", "progress", "request", "sampling", "tokenizer"),
     "grok_engine.async_llm": ("engine", "request", "sampling"),
-    "grok_engine.cli": ("*", "grok_kernels"),  # to say which backends served
+    # grok_kernels to say which backends served; grok_bench for `bench`, inside a function: nothing else imports it
+    "grok_engine.cli": ("*", "grok_kernels", "grok_bench"),
     "grok_engine.__main__": ("cli",),
     "grok_engine": ("*",),  # __init__ alone: the names for users
     # the kernels
@@ -62,6 +68,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "grok_kernels.cpu": ("registry", "checks", "packing", "tuning", "_C"),
     "grok_kernels.cuda": ("registry", "checks", "packing", "tuning", "_C"),
     "grok_kernels": ("*",),
+    # the benchmarks
+    "grok_bench.schema": (),
+    "grok_bench.environment": ("schema", "grok_kernels"),
+    "grok_bench.engine": ("schema", "environment", "grok_engine"),
+    "grok_bench.cli": ("*",),
+    "grok_bench": (),
 }  # fmt: skip
 
 # What a module must not import from outside; ours above.
@@ -75,6 +87,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
 }
 ONLY_TORCH = ("grok_kernels.reference",)  # and the standard library
 ONLY_IN = {"triton": "grok_kernels.triton"}
+LAZY = {"grok_engine": "grok_bench"}  # imported inside functions alone
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # cpu and cuda are devices too, so a layer may say those
@@ -195,6 +208,16 @@ def body_errors(source: Source) -> Iterator[Found]:
                 yield module, line, f"names a backend ({word})"
 
 
+def lazy_errors(source: Source, modules: set[str]) -> Iterator[Found]:
+    package = source.module.split(".")[0]
+    inside = {id(n) for f in ast.walk(source.tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    statements = [n for n in ast.walk(source.tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    at_top: list[ast.stmt] = [n for n in statements if id(n) not in inside]
+    for line, name in imports(replace(source, tree=ast.Module(at_top, [])), modules):
+        if package in LAZY and within(name, LAZY[package]):
+            yield source.module, line, f"imports {name} outside of a function"
+
+
 def include_errors(root: Path) -> Iterator[Found]:
     csrc = root / "csrc"
     for path in sorted(csrc.rglob("*")):
@@ -224,6 +247,7 @@ def violations(root: Path) -> list[str]:
     for source in read:
         found += arrow_errors(source, modules)
         found += body_errors(source)
+        found += lazy_errors(source, modules)
     found += include_errors(root)
     return [f"{module}:{line} {what}" for module, line, what in sorted(set(found))]
 
@@ -262,6 +286,12 @@ PLANTED = [
     ("grok_engine/checkpoint/xai.py", "import importlib\nimportlib.import_module(f())", "imports a computed name"),
     ("grok_engine/unheard_of.py", "", "has no line in the table"),
     ("grok_engine/cli.py", "from tests import helpers", "imports tests.helpers"),
+    ("grok_engine/cli.py", "from grok_bench.cli import bench", "imports grok_bench.cli outside of a function"),
+    ("grok_engine/cli.py", "if True:\n    import grok_bench", "imports grok_bench outside of a function"),
+    ("grok_engine/engine.py", "def f():\n    from grok_bench import schema", "imports grok_bench.schema"),
+    ("kernels/grok_kernels/ops.py", "def f():\n    import grok_bench.schema", "imports grok_bench.schema"),
+    ("benchmarks/grok_bench/schema.py", "from . import environment", "imports grok_bench.environment"),
+    ("benchmarks/grok_bench/environment.py", "import grok_engine", "imports grok_engine"),
     ("kernels/grok_kernels/ops.py", "def f():\n    import grok_engine.config", "imports grok_engine.config"),
     ("kernels/grok_kernels/cpu.py", "from .reference import norm", "imports grok_kernels.reference.norm"),
     ("kernels/grok_kernels/cpu.py", "import triton", "imports triton"),
@@ -281,6 +311,11 @@ def test_a_planted_violation_is_found(tmp_path: Path, path: str, text: str, erro
         "grok_engine/engine.py": "from grok_engine import runner\nfrom .config import X",
         "grok_engine/runner.py": "import torch\nfrom .models.decoder import D",
         "grok_engine/scheduler.py": "from .cache.allocator import A",
+        "grok_engine/cli.py": "class C:\n    def f(self):\n        from grok_bench.cli import bench",
+        "benchmarks/grok_bench/__init__.py": "",
+        "benchmarks/grok_bench/cli.py": "from .environment import environment",
+        "benchmarks/grok_bench/environment.py": "import grok_kernels\nfrom .schema import Environment",
+        "benchmarks/grok_bench/schema.py": "import json",
         "grok_engine/cache/__init__.py": "",
         "grok_engine/cache/allocator.py": "from ..config import X",
         "grok_engine/cache/paged.py": "import torch",

@@ -30,7 +30,7 @@ print(g.backends()["rms_norm"]["cpu"])
 def tree(tmp_path: Path) -> Path:
     """The sources as a fresh clone has them, without what was built."""
     tree = tmp_path / "sources"
-    for folder in ("grok_engine", "kernels", "csrc"):
+    for folder in ("grok_engine", "kernels", "csrc", "benchmarks"):
         shutil.copytree(ROOT / folder, tree / folder, ignore=SKIPPED)
     for pattern in ("setup.py", "pyproject.toml", "MANIFEST.in", "*.md", "LICENSE"):
         for path in ROOT.glob(pattern):
@@ -57,7 +57,7 @@ def assert_reference_serves(folder: Path, reason: str) -> None:
     assert used.stderr.count("no native CPU kernels") == 1
 
 
-def test_wheel_holds_both_packages_and_their_data(tree: Path) -> None:
+def test_wheel_holds_every_package_and_their_data(tree: Path) -> None:
     assets = tree / "grok_engine/assets/tiny"
     assets.mkdir(parents=True, exist_ok=True)
     (assets / "planted.json").write_text("{}")
@@ -71,14 +71,19 @@ def test_wheel_holds_both_packages_and_their_data(tree: Path) -> None:
         text = archive.read(metadata).decode()
     assert "License-Expression: Apache-2.0" in text
     assert "Requires-Dist: torch<2.14,>=2.11" in text
-    for package, folder in (("grok_engine", "grok_engine"), ("grok_kernels", "kernels/grok_kernels")):
+    packages = {
+        "grok_engine": "grok_engine",
+        "grok_kernels": "kernels/grok_kernels",
+        "grok_bench": "benchmarks/grok_bench",
+    }
+    for package, folder in packages.items():
         modules = {f"{package}/{p.relative_to(tree / folder).as_posix()}" for p in (tree / folder).rglob("*.py")}
         assert modules <= names, modules - names
         assert f"{package}/py.typed" in names
     assert "grok_engine/assets/tiny/planted.json" in names
     assert "grok_kernels/_C.pyi" in names
     tops = {name.split("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"grok_engine", "grok_kernels"}
+    assert {top for top in tops if not top.endswith(".dist-info")} == set(packages)
 
 
 def test_without_a_compiler_it_says_so_once_and_the_reference_serves(tree: Path) -> None:

@@ -1,0 +1,102 @@
+"""From the times of tokens to the numbers that serving is measured by, with vLLM's names and definitions.
+
+TTFT is the time from a request's arrival to its first token, E2E to its last; ITL are the gaps between neighbouring
+tokens of a request, over all requests; TPOT is one number a request, (E2E − TTFT) / (tokens − 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+
+from grok_bench.schema import Percentiles, RequestTimes
+
+SLOS = ("ttft", "tpot", "e2el")
+
+
+@dataclass(slots=True)
+class Record:
+    """What was seen of one request: seconds after the start of the run."""
+
+    arrival: float
+    input_tokens: int
+    times: list[float] = field(default_factory=list)  # of its tokens
+    finished: bool = False
+    error: str | None = None
+
+    @property
+    def ttft(self) -> float | None:
+        return self.times[0] - self.arrival if self.times else None
+
+    @property
+    def e2e(self) -> float | None:
+        return self.times[-1] - self.arrival if self.finished and self.times else None
+
+    @property
+    def itl(self) -> list[float]:
+        return [b - a for a, b in pairwise(self.times)]
+
+    @property
+    def tpot(self) -> float | None:
+        """None where there is no token after the first."""
+        if not self.finished or len(self.times) < 2:
+            return None
+        return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+
+    def shown(self) -> RequestTimes:
+        return RequestTimes(arrival=self.arrival, ttft=self.ttft, e2e=self.e2e, output_tokens=len(self.times))
+
+
+def percentiles(values: Iterable[float | None]) -> Percentiles | None:
+    """Of the values that are there, between two of them linearly; None where there is none."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return None
+    p50, p90, p99 = (float(p) for p in np.percentile(found, (50, 90, 99)))
+    return Percentiles(mean=math.fsum(found) / len(found), p50=p50, p90=p90, p99=p99)
+
+
+def latencies(records: Sequence[Record]) -> dict[str, Percentiles | None]:
+    """The four, of requests that were finished."""
+    done = [record for record in records if record.finished]
+    return {
+        "ttft": percentiles(r.ttft for r in done),
+        "itl": percentiles(gap for r in done for gap in r.itl),
+        "tpot": percentiles(r.tpot for r in done),
+        "e2e": percentiles(r.e2e for r in done),
+    }
+
+
+def parse_slo(texts: Iterable[str]) -> dict[str, float]:
+    """From NAME:MILLISECONDS, several apart by spaces or commas, to {"ttft_ms": 500.0}."""
+    slo: dict[str, float] = {}
+    for text in " ".join(texts).replace(",", " ").split():
+        name, _, limit = text.partition(":")
+        try:
+            milliseconds = float(limit)
+        except ValueError:
+            milliseconds = math.nan
+        if name not in SLOS or not (math.isfinite(milliseconds) and milliseconds > 0):
+            raise ValueError(
+                f"--goodput {text!r}: expected NAME:MILLISECONDS, as in ttft:500, with one of {', '.join(SLOS)}"
+            )
+        if f"{name}_ms" in slo:
+            raise ValueError(f"--goodput {text!r}: {name} is given twice")
+        slo[f"{name}_ms"] = milliseconds
+    return slo
+
+
+def good(records: Iterable[Record], slo: Mapping[str, float]) -> int:
+    """How many finished requests kept every limit. One of a single token has no TPOT, and keeps any."""
+    count = 0
+    for record in records:
+        found = {"ttft_ms": record.ttft, "tpot_ms": record.tpot or 0.0, "e2el_ms": record.e2e}
+        values = [found[name] for name in slo]
+        count += record.finished and all(
+            value is not None and value * 1e3 <= limit for value, limit in zip(values, slo.values(), strict=True)
+        )
+    return count

@@ -1,0 +1,101 @@
+"""One measurement from the options that all of them share to its tables and its file."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from grok_bench.environment import environment, peak_bytes
+from grok_bench.schema import ResultFile, Scalar
+from grok_engine import LLMEngine, ModelConfig
+
+from .drive import Run, drive
+from .setup import find_model
+from .summary import Protocol, summarize
+from .view import render
+from .workload import Job
+
+INTERRUPTED = 130
+
+
+class Session:
+    """What is wrong with the options is said by the constructor, or by `start` before anything is loaded."""
+
+    def __init__(self, *, model: str, seed: int, file: Path | None, **options: Any) -> None:
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ValueError(f"--json {file}: there is no folder {file.absolute().parent}")
+        self.seed, self.file = seed, file
+        self.setup = find_model(model, **options)
+        self.load_seconds = 0.0
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.setup.model
+
+    def start(self, jobs: Sequence[Job], warmup: Sequence[Job], *, at_once: int = 1) -> LLMEngine:
+        """An engine for `jobs` that has done `warmup` already, `at_once` of them at a time."""
+        engine, self.load_seconds = self.setup.load([*jobs, *warmup])
+        for i in range(0, len(warmup), at_once):
+            if drive(engine, warmup[i : i + at_once]).interrupted:
+                raise KeyboardInterrupt
+        return engine
+
+    def finish(
+        self,
+        protocol: Protocol,
+        parameters: Mapping[str, Scalar],
+        run: Run,
+        *,
+        batch_seconds: Sequence[float] | None = None,
+        slo: dict[str, float] | None = None,
+    ) -> None:
+        """Print the result and write it; after Ctrl-C as well, of what was measured until then."""
+        c = self.setup.config
+        result = summarize(
+            protocol,
+            c.model.name,
+            {**self._parameters(), **parameters},
+            run,
+            load_seconds=self.load_seconds,
+            peak_memory_bytes=peak_bytes(c.device),
+            batch_seconds=batch_seconds,
+            slo=slo,
+        )
+        where = environment(c.device)
+        Console(highlight=False).print(render(result, where, interrupted=run.interrupted))
+        if self.file is not None:
+            file = ResultFile(
+                kind="engine", command=_command(), environment=where, results=[result], interrupted=run.interrupted
+            )
+            file.save(self.file)
+        if run.interrupted:
+            raise click.exceptions.Exit(INTERRUPTED)
+
+    def _parameters(self) -> dict[str, Scalar]:
+        c, dummy = self.setup.config, self.setup.folder is None
+        return {
+            "layers": c.model.num_layers,
+            "d_model": c.model.d_model,
+            "dummy": dummy,
+            "weights": c.weights or ("int8" if dummy else None),
+            "dtype": c.dtype,
+            "kv_dtype": c.kv_dtype,
+            "device": c.device,
+            "max_model_len": c.max_model_len,
+            "max_num_seqs": c.max_num_seqs,
+            "max_num_batched_tokens": c.max_num_batched_tokens,
+            "page_size": c.page_size,
+            "prefix_caching": c.enable_prefix_caching,
+            "seed": self.seed,
+        }
+
+
+def _command() -> str:
+    context = click.get_current_context()
+    given = context.find_root().obj
+    return f"grok-engine {shlex.join(given)}" if given else context.command_path

@@ -1,0 +1,126 @@
+"""Which model is measured and how it is run: found, checked and loaded before the clock starts."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grok_bench.environment import available_bytes
+from grok_engine import ConfigError, EngineConfig, LLMEngine, ModelConfig
+from grok_engine.cache.paged import page_bytes
+from grok_engine.config import PRESETS
+from grok_engine.dummy import weight_bytes
+from grok_engine.loader import resolve_model
+from grok_engine.progress import byte_bar
+from grok_engine.runner import CPU_KV_BYTES, KV_DTYPES
+
+from .workload import Job, check_jobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """A model, found: `folder` None is random weights. `options` are those of the engine."""
+
+    config: EngineConfig
+    folder: Path | None
+    options: dict[str, Any]
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.config.model
+
+    def load(self, jobs: Sequence[Job]) -> tuple[LLMEngine, float]:
+        """An engine that takes each of `jobs`, and the seconds that loading took. ValueError where one does not fit, or
+        the model does not fit into memory, before anything is loaded."""
+        check_jobs(jobs, vocab_size=self.model.vocab_size, max_model_len=self.config.max_len)
+        check_memory(self.config, self.folder)
+        began = time.perf_counter()
+        with byte_bar("loading") as bar:
+            task = bar.add_task("", total=None)
+            engine = LLMEngine(
+                self.model if self.folder is None else self.folder,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                **self.options,
+            )
+        seconds = time.perf_counter() - began
+        for i, job in enumerate(jobs):
+            need, pages = engine.allocator.pages_for(len(job.prompt) + job.output_len - 1), engine.runner.num_pages
+            if need > pages:
+                raise ConfigError(
+                    f"request {i} needs {need} pages of keys and values, there are {pages}: "
+                    "expected a larger --num-pages or --kv-memory"
+                )
+        return engine, seconds
+
+
+def find_model(
+    name: str, *, dummy: bool, layers: int | None = None, overrides: Sequence[str] = (), **options: Any
+) -> Setup:
+    """`tiny`, a folder, or with `dummy` also a preset; `layers` and the NAME=VALUE of `overrides` change what is built
+    with random weights. ConfigError says what is wrong."""
+    if not dummy:
+        if layers is not None or overrides:
+            given = f"--layers {layers}" if layers is not None else f"--set {overrides[0]}"
+            raise ConfigError(f"{given} needs --dummy: the model {name!r} has the shape that it has")
+        if name in PRESETS and not Path(name).is_dir():
+            raise ConfigError(f"model {name!r} has no weights here: give --dummy for random ones, or a folder")
+    folder = None if name in PRESETS and dummy else _folder(name)
+    model = PRESETS[name] if folder is None else ModelConfig.from_pretrained(folder)
+    if dummy:
+        changes = dict(map(_override, overrides))
+        if layers is not None:
+            changes["num_layers"] = layers
+        if "head_dim" in changes:
+            changes.setdefault("attn_scale", 0)
+        model = ModelConfig.from_dict({**model.to_dict(), **changes})
+    options = {key: value for key, value in options.items() if value is not None}
+    return Setup(config=EngineConfig(model=model, **options), folder=None if dummy else folder, options=options)
+
+
+def check_memory(config: EngineConfig, folder: Path | None) -> None:
+    """ConfigError where weights, keys and values need more memory than there is."""
+    free = available_bytes(config.device)
+    if folder is not None and config.weights is None:
+        weights = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    else:
+        weights = weight_bytes(config.model, config.dtype, config.weights)
+    kv = kv_bytes(config)
+    if free is not None and weights + kv > free:
+        raise ConfigError(
+            f"{config.model.name} with {config.model.num_layers} layers needs {weights + kv:,} bytes on "
+            f"{config.device} ({weights:,} of weights, {kv:,} of keys and values), {free:,} are available"
+        )
+
+
+def kv_bytes(config: EngineConfig) -> int:
+    """Bytes of keys and values that the engine will allocate; on a GPU without --num-pages, --kv-memory: the least."""
+    page = page_bytes(config.model, config.page_size, KV_DTYPES[str(config.kv_dtype)])
+    longest = -(-config.max_len // config.page_size)
+    if config.num_pages is not None:
+        return config.num_pages * page
+    if config.kv_memory is not None:
+        budget = config.kv_memory
+    else:
+        budget = page if config.device.startswith("cuda") else max(CPU_KV_BYTES, longest * page)
+    return min(budget // page, config.max_num_seqs * (longest + 1)) * page
+
+
+def _folder(name: str) -> Path:
+    try:
+        return resolve_model(name)
+    except ConfigError:
+        raise ConfigError(f"model {name!r} is neither a folder nor one of tiny, {', '.join(PRESETS)}") from None
+
+
+def _override(text: str) -> tuple[str, Any]:
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise ConfigError(f"--set {text!r}: expected NAME=VALUE, as in d_model=512")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value

@@ -1,0 +1,250 @@
+"""The result file that every benchmark of the suite writes and every report reads: "grok-bench/1", JSON.
+
+Times are seconds, sizes bytes, rates per second. A value that does not exist is null, never NaN or infinite.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+
+SCHEMA = "grok-bench/1"
+Scalar: TypeAlias = str | int | float | bool | None
+Status = Literal["ok", "wrong", "failed", "missing", "timeout"]
+
+
+class SchemaError(ValueError):
+    """A file that is not a result file, or not one of this schema."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """What a number depends on."""
+
+    chip: str
+    device: Literal["cpu", "cuda"]
+    cores: int
+    threads: int
+    isa: str | None  # of the native CPU kernels; None where there are none
+    clock_mhz: float | None
+    driver: str | None
+    python: str
+    torch: str
+    triton: str | None
+    compiler: str | None
+    os: str
+    commit: str | None
+    dirty: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ceiling:
+    """The best rate that this machine was seen to reach: bytes read or copied, or operations of one arithmetic."""
+
+    unit: Literal["B/s", "FLOP/s"]
+    rate: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """One contestant on one problem. `seconds` is the median, `low` and `high` its 95 % interval; None unless "ok"."""
+
+    contestant: str
+    ours: bool
+    status: Status
+    message: str = ""
+    error: float | None = None
+    tolerance: float | None = None
+    seconds: float | None = None
+    low: float | None = None
+    high: float | None = None
+    samples: list[float] = field(default_factory=list)
+    bytes_per_second: float | None = None
+    operations_per_second: float | None = None
+    share_of_roofline: float | None = None
+    times_best_peer: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelResult:
+    """One problem. `floor_seconds` is the roofline's: bytes over the read ceiling or operations over the arithmetic's."""
+
+    problem: str
+    op: str
+    family: str
+    parameters: dict[str, Scalar]
+    operations: float
+    bytes: float
+    arithmetic: str
+    floor_seconds: float | None
+    rounds: int
+    thrown_away: int
+    best_peer: str | None
+    scores: list[Score]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Percentiles:
+    """Of one latency over all requests (of `itl`, over all pairs of neighbouring tokens)."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """The engine's own counts, `t` seconds after the start. `prefix_hit_tokens` and `tokens` are since the start."""
+
+    t: float
+    running: int
+    waiting: int
+    kv_pages_used: int
+    kv_pages: int
+    prefix_hit_tokens: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestTimes:
+    """One request: when it came, and the seconds from then to its first and to its last token; None if never."""
+
+    arrival: float
+    ttft: float | None
+    e2e: float | None
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineResult:
+    """One run of the engine. `metrics` has ttft, itl, tpot and e2e; None where no request had such a time."""
+
+    protocol: Literal["latency", "throughput", "serve"]
+    model: str
+    parameters: dict[str, Scalar]
+    duration_seconds: float
+    completed: int
+    failed: int
+    input_tokens: int
+    output_tokens: int
+    requests_per_second: float
+    output_tokens_per_second: float
+    total_tokens_per_second: float
+    goodput_per_second: float | None
+    slo: dict[str, float] | None
+    metrics: dict[str, Percentiles | None]
+    load_seconds: float
+    peak_memory_bytes: int
+    timeline: list[Moment]
+    requests: list[RequestTimes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResultFile:
+    """A file: where, how and when, and the results of one kind."""
+
+    kind: Literal["kernels", "engine"]
+    command: str
+    environment: Environment
+    results: list[KernelResult] | list[EngineResult]
+    ceilings: dict[str, Ceiling] = field(default_factory=dict)
+    interrupted: bool = False
+    created: str = field(default_factory=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"))
+
+    def save(self, path: str | Path) -> None:
+        """Write it whole or not at all."""
+        path = Path(path)
+        text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, allow_nan=False)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            partial.write_text(text + "\n", encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def load(path: str | Path) -> ResultFile:
+    """Read a result file. SchemaError names the file, the place in it, and what was expected there."""
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+    except (UnicodeDecodeError, ValueError) as error:
+        raise SchemaError(f"{path} is not valid JSON: {error}") from None
+    except OSError as error:
+        raise SchemaError(f"{path} cannot be read: {error.strerror or error}") from None
+    found = values.get("schema") if isinstance(values, dict) else None
+    if found != SCHEMA:
+        raise SchemaError(f"{path} has schema {found!r}, expected {SCHEMA!r}")
+    values = {key: value for key, value in values.items() if key != "schema"}
+    kinds: dict[Any, type] = {"kernels": KernelResult, "engine": EngineResult}
+    kind = values.get("kind")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise SchemaError(f"{path}: kind is {kind!r}, expected one of {', '.join(kinds)}")
+    try:
+        hints = {**get_type_hints(ResultFile), "results": list[kinds[kind]]}  # type: ignore[valid-type]
+        return ResultFile(**_members(ResultFile, values, hints, ""))
+    except SchemaError as error:
+        raise SchemaError(f"{path}: {error}") from None
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number in JSON")
+
+
+def _members(cls: type, values: Any, hints: Mapping[str, Any], at: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise SchemaError(f"{at or 'the file'} is {_shown(values)}, expected an object")
+    names = [f.name for f in fields(cls)]
+    missing = [name for name in names if name not in values]
+    unknown = [name for name in values if name not in names]
+    if missing or unknown:
+        what = [f"lacks {', '.join(missing)}"] if missing else []
+        what += [f"has unknown {', '.join(unknown)}"] if unknown else []
+        raise SchemaError(f"{at or 'the file'} {' and '.join(what)}")
+    return {name: _parse(hints[name], values[name], f"{at}.{name}" if at else name) for name in names}
+
+
+def _parse(kind: Any, value: Any, at: str) -> Any:
+    """`value`, as JSON has it, as the annotation says."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        options = [option for option in args if option is not NoneType]
+        if value is None and NoneType in args:
+            return None
+        if len(options) == 1:
+            return _parse(options[0], value, at)
+        if type(value) in options:  # of scalars alone
+            return value
+        raise SchemaError(f"{at} is {_shown(value)}, expected {' or '.join(o.__name__ for o in options)}")
+    if origin is Literal:
+        if not isinstance(value, str) or value not in args:
+            raise SchemaError(f"{at} is {_shown(value)}, expected one of {', '.join(args)}")
+        return value
+    if origin is list:
+        if not isinstance(value, list):
+            raise SchemaError(f"{at} is {_shown(value)}, expected a list")
+        return [_parse(args[0], item, f"{at}[{i}]") for i, item in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise SchemaError(f"{at} is {_shown(value)}, expected an object")
+        return {key: _parse(args[1], item, f"{at}.{key}") for key, item in value.items()}
+    if is_dataclass(kind):
+        assert isinstance(kind, type)
+        return kind(**_members(kind, value, get_type_hints(kind), at))
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise SchemaError(f"{at} is {_shown(value)}, expected {kind.__name__}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
