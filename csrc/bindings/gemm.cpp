@@ -66,15 +66,22 @@ std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& tensor) {
   return tensor ? std::optional(tensor->contiguous()) : std::nullopt;
 }
 
-// Runs task(0) .. task(tasks−1) on the threads, each taking the next when it is done with one: tasks differ in size, and
-// no result depends on who computes it.
+// Runs task(0, …) .. task(tasks−1, …) on the threads, each taking the next when it is done with one: tasks differ in size,
+// and no result depends on who computes it. A task is told which one its thread does after it, or -1.
 template <class Task>
 void share(int64_t tasks, Task task) {
   std::atomic<int64_t> next{0};
+  const auto take = [&] {
+    const int64_t i = next.fetch_add(1, std::memory_order_relaxed);
+    return i < tasks ? i : -1;
+  };
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), tasks);
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(i);
+      for (int64_t i = take(), then; i >= 0; i = then) {
+        then = take();
+        task(i, then);
+      }
     }
   });
 }
@@ -137,10 +144,13 @@ at::Tensor grouped_gemm(const at::Tensor& x, const at::Tensor& weight, const std
   const int64_t panels = (w.n + cpu::kPanel - 1) / cpu::kPanel, count = static_cast<int64_t>(packed.blocks.size());
   const cpu::PanelOps& ops = cpu::panel_ops(isa);
   char* out = static_cast<char*>(y.mutable_data_ptr());
-  share(panels * count, [&](int64_t task) {
+  const auto panel = [&](int64_t task) {
+    return task < 0 ? nullptr : w.panel(packed.blocks[task % count].expert, task / count * cpu::kPanel);
+  };
+  share(panels * count, [&](int64_t task, int64_t then) {
     const PackedRows::RowBlock& b = packed.blocks[task % count];
     const int64_t output = task / count * cpu::kPanel;
-    const float* c = panel_product(packed, w, b, output, 0);
+    const float* c = panel_product(packed, w, b, output, 0, panel(then));
     ops.store(c, b.rows, std::min(cpu::kPanel, w.n - output), y_elem,
               out + (b.row * w.n + output) * cpu::size_of(y_elem), w.n);
   });
@@ -204,11 +214,14 @@ void moe_tokens(const at::Tensor& x, const at::Tensor& topk_weights, const at::T
   pack(packed, rows);
   char* inner = w.values.get<char>(t * a * f * cpu::size_of(inner_elem));
   const int64_t count = static_cast<int64_t>(packed.blocks.size());
-  share((f + cpu::kPanel - 1) / cpu::kPanel * count, [&](int64_t task) {
+  const auto panel = [&](int64_t task) {
+    return task < 0 ? nullptr : w13.panel(packed.blocks[task % count].expert, task / count * cpu::kPanel);
+  };
+  share((f + cpu::kPanel - 1) / cpu::kPanel * count, [&](int64_t task, int64_t then) {
     const PackedRows::RowBlock& b = packed.blocks[task % count];
     const int64_t output = task / count * cpu::kPanel;
-    const float* gate = panel_product(packed, w13, b, output, 0);
-    const float* up = panel_product(packed, w13, b, f + output, 1);
+    const float* gate = panel_product(packed, w13, b, output, 0, w13.panel(b.expert, f + output));
+    const float* up = panel_product(packed, w13, b, f + output, 1, panel(then));
     ops.activate(gate, up, b.rows, std::min(cpu::kPanel, f - output), activation, inner_elem,
                  inner + (b.row * f + output) * cpu::size_of(inner_elem), f);
   });
@@ -226,13 +239,18 @@ void moe_tokens(const at::Tensor& x, const at::Tensor& topk_weights, const at::T
   const float* weight = topk_weights.const_data_ptr<float>();
   const Elem y_elem = element("moe", "x", y);
   char* out = static_cast<char*>(y.mutable_data_ptr());
-  share((d + cpu::kPanel - 1) / cpu::kPanel, [&](int64_t task) {
+  const auto& inner_blocks = packed_inner.blocks;
+  share((d + cpu::kPanel - 1) / cpu::kPanel, [&](int64_t task, int64_t then) {
     const int64_t output = task * cpu::kPanel;
     thread_local Buffer sums;
     float* sum = sums.get<float>(t * cpu::kPanel);
     std::fill(sum, sum + t * cpu::kPanel, 0.0f);
-    for (const PackedRows::RowBlock& b : packed_inner.blocks) {
-      const float* c = panel_product(packed_inner, w2, b, output, 0);
+    for (size_t i = 0; i < inner_blocks.size(); ++i) {
+      const PackedRows::RowBlock& b = inner_blocks[i];
+      const uint8_t* next = i + 1 < inner_blocks.size() ? w2.panel(inner_blocks[i + 1].expert, output)
+                            : then < 0                  ? nullptr
+                                                        : w2.panel(inner_blocks[0].expert, then * cpu::kPanel);
+      const float* c = panel_product(packed_inner, w2, b, output, 0, next);
       ops.add_weighted(c, b.rows, order.data() + b.row, a, weight, sum);
     }
     ops.store(sum, t, std::min(cpu::kPanel, d - output), y_elem, out + output * cpu::size_of(y_elem), d);

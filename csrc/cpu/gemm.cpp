@@ -139,7 +139,7 @@ void PackedRows::pack(const Rows& x, int64_t first_tile, int64_t last_tile) {
 }
 
 float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::RowBlock& block, int64_t output,
-                     int slot) {
+                     int slot, const uint8_t* then) {
   Scratch& s = scratch;
   const int64_t rows = block.rows, expert = block.expert;
   const int64_t groups = w.scale ? w.groups : 1, group = w.k / groups;
@@ -159,7 +159,7 @@ float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::Ro
 #endif
   const PanelOps& ops = panel_ops(x.isa);
   const int64_t run_columns = 4 / size_of(w.elem);
-  const uint8_t* panel = static_cast<const uint8_t*>(w.data) + (expert * w.n + output) * w.k * size_of(w.elem);
+  const uint8_t* panel = w.panel(expert, output);
   Block b{};
   b.elem = w.elem;
   b.x = &x;
@@ -171,6 +171,7 @@ float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::Ro
       b.column = from;
       b.columns = std::min((from / most + 1) * most, end) - from;
       b.first = from == g * group;
+      b.then = from + b.columns == w.k ? then : nullptr;
       const int64_t run = from / run_columns;
       if (w.packed) {
         b.w = panel + run * kRunBytes;

@@ -53,6 +53,11 @@ struct Weights {
   int64_t expert_stride, row_stride;  // of a plain weight, in elements
   const float* scale;                 // (experts, groups, n), contiguous; null for f32 and bf16
   int64_t groups;
+
+  // Where the panel of these outputs begins in a packed weight; null for a plain one.
+  const uint8_t* panel(int64_t expert, int64_t output) const {
+    return packed ? static_cast<const uint8_t*>(data) + (expert * n + output) * k * size_of(elem) : nullptr;
+  }
 };
 
 Path choose_path(Isa isa, Elem x, const Weights& w);
@@ -97,7 +102,9 @@ class PackedRows {
 };
 
 // c (rows, 64) = the product of a row block with the 64 outputs from `output` on (a multiple of 64 in a packed weight;
-// columns past n are zeros). It lies in memory of the thread, in one of two slots, until that is used again.
-float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::RowBlock& block, int64_t output, int slot);
+// columns past n are zeros). It lies in memory of the thread, in one of two slots, until that is used again. `then` is
+// the panel that the thread will read after this one, if known.
+float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::RowBlock& block, int64_t output, int slot,
+                     const uint8_t* then);
 
 }  // namespace grok::cpu

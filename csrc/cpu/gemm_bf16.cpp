@@ -124,14 +124,14 @@ GROK_AVX512_BF16 void bf16_tile_avx512(const uint32_t* x, const uint8_t* w, int6
 // From weights of one byte, a run of 4 columns in 256 bytes.
 template <int kRows, Elem kElem>
 GROK_AVX512_BF16 void bf16_direct_avx512(const uint32_t* x, const uint8_t* w, int64_t runs, float* c, bool first,
-                                         Ahead) {
+                                         Ahead ahead) {
   __m512 sum[kRows][4];
   load_sums<kRows>(sum, c, first);
   const Converter<kElem> convert;
-  for (int64_t run = 0; run < runs; ++run, w += kRunBytes, x += 2 * kRows) {
+  for (int64_t run = 0; run < runs; ++run, w += kRunBytes, x += 2 * kRows, ahead.from += ahead.step) {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      _mm_prefetch(w + 64 * j + kAhead, _MM_HINT_T0);
+      _mm_prefetch(ahead.from + 64 * j, _MM_HINT_T0);
       const Pairs v = convert(w + 64 * j);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
@@ -168,11 +168,20 @@ constexpr TileKernel kDirect[] = {bf16_direct_avx512<1, kElem>, bf16_direct_avx5
 }  // namespace
 
 void bf16_block_avx512(const Block& b) {
-  const PackedRows::Tile* tiles = b.x->tiles.data();
-  const int64_t quads = (b.columns + 3) / 4, first = b.rows->first_tile;
-  if (b.elem != Elem::bf16 && alone(b) && b.rows->rows <= kDirectRows) {
-    const auto& kernels = b.elem == Elem::int8 ? kDirect<Elem::int8> : kDirect<Elem::e4m3>;
-    kernels[b.rows->rows - 1](b.x->at(tiles[first], b.column / 2), b.w, quads, b.c, b.first, {});
+  const PackedRows::Tile* tiles = b.x->tiles.data() + b.rows->first_tile;
+  const int64_t quads = (b.columns + 3) / 4, rows = b.rows->rows;
+  const uint32_t* x = b.x->at(*tiles, b.column / 2);
+  if (b.elem != Elem::bf16 && alone(b) && rows <= kDirectRows) {
+    const TileKernel kernel = (b.elem == Elem::int8 ? kDirect<Elem::int8> : kDirect<Elem::e4m3>)[rows - 1];
+    stream(b, quads, [&](int64_t run, int64_t count, bool first, Ahead ahead) {
+      kernel(x + 2 * run * rows, b.w + run * kRunBytes, count, b.c, first, ahead);
+    });
+    return;
+  }
+  if (b.elem == Elem::bf16 && alone(b)) {
+    stream(b, 2 * quads, [&](int64_t run, int64_t count, bool first, Ahead ahead) {
+      kTiles<kAlone>[rows - 1](x + run * rows, b.w + run * kRunBytes, count, b.c, first, ahead);
+    });
     return;
   }
   const uint8_t* w = b.w;
@@ -181,10 +190,9 @@ void bf16_block_avx512(const Block& b) {
     (b.elem == Elem::int8 ? bf16_stage_avx512<Elem::int8> : bf16_stage_avx512<Elem::e4m3>)(w, quads, stage);
     w = stage;
   }
-  const auto& kernels = alone(b) && b.elem == Elem::bf16 ? kTiles<kAlone> : kTiles<kShared>;
-  for (int64_t i = first; i < b.rows->last_tile; ++i) {
-    kernels[tiles[i].rows - 1](b.x->at(tiles[i], b.column / 2), w, 2 * quads, b.c + (tiles[i].row - b.rows->row) * kPanel,
-                               b.first, ahead_of(b, i, 2 * quads));
+  for (int64_t i = b.rows->first_tile; i < b.rows->last_tile; ++i, ++tiles) {
+    kTiles<kShared>[tiles->rows - 1](b.x->at(*tiles, b.column / 2), w, 2 * quads,
+                                     b.c + (tiles->row - b.rows->row) * kPanel, b.first, share_of(b, i, 2 * quads));
   }
 }
 

@@ -10,6 +10,7 @@ namespace grok::cpu {
 namespace {
 
 constexpr int64_t kGroupRuns = kScaleGroup / 4;
+static_assert(kRunsAhead % kGroupRuns == 0, "a group of columns has one scale");
 
 // One group of up to 128 columns: c = or += scale · sum.
 template <int kRows, int kLines>
@@ -65,13 +66,22 @@ constexpr TileKernel kTiles[] = {int8_tile_avx512<1, kLines>, int8_tile_avx512<2
 }  // namespace
 
 void int8_block_avx512(const Block& b) {
-  const int64_t groups = b.x->groups, group = b.column / kScaleGroup, runs = (b.columns + 3) / 4;
-  const auto& kernels = alone(b) ? kTiles<kAlone> : kTiles<kShared>;
+  const int64_t groups = b.x->groups, runs = (b.columns + 3) / 4;
   for (int64_t i = b.rows->first_tile; i < b.rows->last_tile; ++i) {
     const PackedRows::Tile& t = b.x->tiles[i];
-    const int64_t at = t.row * groups + group;
-    kernels[t.rows - 1](b.x->at(t, b.column / 4), b.w, runs, b.x->scales + at, b.x->bias + at, groups,
-                        b.c + (t.row - b.rows->row) * kPanel, b.first, ahead_of(b, i, runs));
+    const uint32_t* x = b.x->at(t, b.column / 4);
+    const int64_t at = t.row * groups + b.column / kScaleGroup;
+    float* c = b.c + (t.row - b.rows->row) * kPanel;
+    if (!alone(b)) {
+      kTiles<kShared>[t.rows - 1](x, b.w, runs, b.x->scales + at, b.x->bias + at, groups, c, b.first,
+                                  share_of(b, i, runs));
+      continue;
+    }
+    stream(b, runs, [&](int64_t run, int64_t count, bool first, Ahead ahead) {
+      const int64_t from = at + run / kGroupRuns;
+      kTiles<kAlone>[t.rows - 1](x + run * t.rows, b.w + run * kRunBytes, count, b.x->scales + from, b.x->bias + from,
+                                 groups, c, first, ahead);
+    });
   }
 }
 

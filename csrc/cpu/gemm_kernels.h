@@ -15,6 +15,7 @@ struct Block {
   float* c;           // (rows, 64)
   bool first;         // c is written, else added to
   void* stage;        // kStageBytes, for converted weights
+  const uint8_t* then;  // what the thread reads after this block, if it is elsewhere and known
 };
 
 using BlockKernel = void (*)(const Block&);
@@ -24,24 +25,30 @@ constexpr int64_t kDirectRows = 4;      // with so few, weights are converted in
 
 // Memory that will be read soon is asked for while a tile computes: the machine's own prefetching ends with each page.
 // Several tiles share out the block that follows theirs; a tile alone runs ahead of itself.
-constexpr int64_t kAhead = 8192;  // bytes
 constexpr int kShared = 2, kAlone = 4;  // cache lines asked for each run
-
-constexpr int64_t kRowsAhead = 64;  // runs of the rows
+constexpr int64_t kRowsAhead = 64;      // runs of the rows
+constexpr int64_t kRunsAhead = 32;      // of the weights of a tile alone; what it ends with asks for what comes then
 
 struct Ahead {
   const uint8_t* from;
   int64_t step;  // bytes a run; 0 once there is nothing left
 };
 
-// For a tile that reads w as it is, or converted to `runs` runs.
 inline bool alone(const Block& b) { return b.rows->last_tile - b.rows->first_tile == 1; }
 
-inline Ahead ahead_of(const Block& b, int64_t tile, int64_t runs) {
+// Of one of several tiles, or of one that reads `runs` runs of converted weights.
+inline Ahead share_of(const Block& b, int64_t tile, int64_t runs) {
   const int64_t bytes = b.columns * kPanel * size_of(b.elem), step = kShared * 64;
-  if (alone(b) && bytes > runs * step) return {b.w + kAhead, kRunBytes};
   const int64_t skipped = (tile - b.rows->first_tile) * runs * step;
   return skipped < bytes ? Ahead{b.w + bytes + skipped, step} : Ahead{b.w, 0};
+}
+
+// A tile alone over `runs` runs of weights as they are: compute(first run, their number, whether c is written, ahead).
+template <class Compute>
+void stream(const Block& b, int64_t runs, Compute compute) {
+  const int64_t body = b.then ? std::max<int64_t>(0, (runs - 1) / kRunsAhead * kRunsAhead) : runs;
+  if (body) compute(0, body, b.first, Ahead{b.w + kRunsAhead * kRunBytes, kRunBytes});
+  if (body < runs) compute(body, runs - body, b.first && !body, Ahead{b.then, kRunBytes});
 }
 
 #if GROK_X86
