@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import grok_kernels
+from grok_bench.schema import KernelResult, load
 from grok_engine import ModelConfig
 from grok_engine.checkpoint.layout import layout
 
@@ -40,17 +41,46 @@ def threads() -> Iterator[None]:
 def test_every_problem_runs_and_every_result_is_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "found.json"
     assert kernels.main(["--smoke", "--threads", "1", "--json", str(file)]) == 0, capsys.readouterr().out
-    found = json.loads(file.read_text())
-    assert {p["problem"] for p in found["problems"]} == {p.small().name for p in PROBLEMS.values()}
-    assert found["environment"]["threads"] == 1
-    for problem in found["problems"]:
-        scores = problem["scores"]
-        assert any(s["ours"] for s in scores)
-        for s in scores:
-            assert bool(s["missing"]) is not bool(s["seconds"]), (problem["problem"], s)
-            assert not s["wrong"], (problem["problem"], s)
-        timed = [s for s in scores if s["seconds"]]
-        assert all(s["share"] > 0 and s["times_best_peer"] > 0 and s["error"] < 0.15 for s in timed)
+    found = load(file)
+    assert {r.problem for r in found.results} == {p.small().name for p in PROBLEMS.values()}
+    assert found.environment.threads == 1
+    assert not found.interrupted
+    assert {"read", "bf16", "int8", "fp32"} == found.ceilings.keys()
+    for result in found.results:
+        assert isinstance(result, KernelResult)
+        assert any(s.ours for s in result.scores)
+        for s in result.scores:
+            assert s.status in ("ok", "missing"), (result.problem, s)
+            if s.status == "missing":
+                assert s.message
+                continue
+            assert s.seconds and s.low and s.high and s.error is not None and s.share_of_roofline  # noqa: PT018
+            assert s.low <= s.seconds <= s.high
+            assert s.error < 0.15
+            assert len(s.samples) == result.rounds == 2
+
+
+def test_the_interval_of_a_median() -> None:
+    assert harness.interval([3.0]) == (3.0, 3.0)
+    assert harness.interval(list(range(100))) == (40, 60)
+    assert harness.interval([5, 1, 3, 2, 4]) == (1, 5)
+
+
+def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def run(problem: harness.Problem, *args: Any, **options: Any) -> harness.Result:
+        if done:
+            raise KeyboardInterrupt
+        done.append(problem.name)
+        return harness.run(problem, *args, **options)
+
+    monkeypatch.setattr(kernels, "run", run)
+    file = tmp_path / "found.json"
+    assert kernels.main(["--smoke", "--threads", "1", "--json", str(file), "decode*"]) == 130
+    found = load(file)
+    assert found.interrupted
+    assert [r.problem for r in found.results if isinstance(r, KernelResult)] == done
 
 
 def test_names_select_problems(capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,12 +99,12 @@ class Scripted(Ceiling):
 
     def __init__(self, *rates: float) -> None:
         super().__init__("read")
-        self._rates, self._at = rates, -1
+        self._script, self._at = rates, -1
 
     def rate(self) -> float:
         self._at += 1
-        self.best = max(self._rates)
-        return self._rates[self._at % len(self._rates)]
+        self.usual = max(self._script)
+        return self._script[self._at % len(self._script)]
 
 
 @dataclass(frozen=True)
@@ -83,6 +113,7 @@ class Given:
 
     contestants: tuple[harness.Contestant, ...]
     name: str = "given"
+    op: str = "moe"
 
     def small(self) -> Given:
         return self
@@ -146,7 +177,7 @@ def test_rounds_on_a_busy_machine_are_thrown_away(rates: tuple[float, ...], kept
 def test_the_ceiling_that_takes_longer_binds() -> None:
     machine = Machine(small=True)
     for name, best in {"read": 10.0, "fp32": 100.0, "bf16": 200.0, "int8": 400.0}.items():
-        machine.ceilings[name].best = best
+        machine.ceilings[name].usual = best
     assert machine.binding(1000.0, 90.0, "fp32")[0].name == "fp32"
     assert machine.binding(1000.0, 90.0, "bf16") == (machine.ceilings["read"], 90.0)
     assert machine.binding(1000.0, 10.0, "int8") == (machine.ceilings["int8"], 1000.0)

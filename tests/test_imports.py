@@ -72,6 +72,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "grok_bench.schema": (),
     "grok_bench.environment": ("schema", "grok_kernels"),
     "grok_bench.engine": ("schema", "environment", "grok_engine"),
+    "grok_bench.report": ("schema",),
     "grok_bench.cli": ("*",),
     "grok_bench": (),
 }  # fmt: skip

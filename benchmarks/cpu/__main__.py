@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from grok_bench.environment import environment
+
 from . import run, select
-from .machine import Machine, environment
-from .report import as_json, header, missing, show
+from .harness import Result
+from .machine import Machine
+from .report import header, missing, result_file, show
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,15 +42,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     machine, about = Machine(small=a.smoke), environment()
     console.print(header(about, machine), highlight=False)
-    results = []
+    results: list[Result] = []
+    command = shlex.join(["python", "-m", "benchmarks.cpu", *(sys.argv[1:] if arguments is None else arguments)])
+
+    def save(interrupted: bool) -> None:
+        if a.json:
+            result_file(command, about, machine, results, interrupted).save(a.json)
+
     if a.smoke:
         problems = list({problem.small().name: problem.small() for problem in problems}.values())
-    for problem in problems:
-        result = run(problem, machine, a.seconds, most=2 if a.smoke else 200, pick=not a.smoke)
-        show(console, result)
-        results.append(result)
-        if a.json:  # after each: a run that is interrupted keeps what it has
-            a.json.write_text(json.dumps(as_json(about, machine, results), indent=1) + "\n", encoding="utf-8")
+    try:
+        for problem in problems:
+            result = run(problem, machine, a.seconds, most=2 if a.smoke else 200, pick=not a.smoke)
+            show(console, result)
+            results.append(result)
+            save(interrupted=True)  # after each: whatever ends the run, the file holds what it has
+    except KeyboardInterrupt:
+        console.print("\ninterrupted: what was measured so far is kept", highlight=False)
+        return 130
+    save(interrupted=False)
     console.print("\n" + missing(results), highlight=False, markup=False)
     return int(any(score.wrong or score.failed for result in results for score in result.scores if score.ours))
 

@@ -53,6 +53,10 @@ class Attention:
     cache_bytes: int | None = None
 
     @property
+    def op(self) -> str:
+        return "paged_attention"
+
+    @property
     def name(self) -> str:
         kind = "decode" if self.queries == 1 else f"prefill{self.queries}"
         return f"attention-{kind}-h{self.heads}-g{self.groups}-l{self.keys}"

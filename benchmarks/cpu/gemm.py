@@ -32,6 +32,10 @@ class Gemm:
     cache_bytes: int | None = None  # that the copies have to exceed; None: this machine's
 
     @property
+    def op(self) -> str:
+        return "grouped_gemm"
+
+    @property
     def name(self) -> str:
         if self.tokens:
             return f"decode-{self.fmt}-k{self.k}-n{self.n}-t{self.tokens}"

@@ -1,7 +1,7 @@
 """Contestants at one problem, in turns with a probe of the machine, and what comes of the times.
 
 A round is one call of every contestant, in an order that moves on, between two probes. A round whose probes differ by
-more than NOISE is thrown away, and so is one whose probes are under BUSY of the best seen: something else had the cores.
+more than NOISE is thrown away, and so is one whose probes are under BUSY of the usual: something else had the cores.
 Of the others the medians of ratios within a round are given, since what else the machine does changes from second to
 second. A contestant's result is compared with a product in fp32 before it is timed.
 """
@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from math import ceil, floor
 from statistics import median
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch import Tensor
 from .machine import Machine
 
 NOISE, BUSY = 1.15, 0.6
+NO_PARAMETERS = ("name", "op", "cache_bytes", "contestants")  # of a problem's fields
 FEWEST, PATIENCE = 5, 5  # quiet rounds that a result takes, and so many times the seconds to wait for them
 
 
@@ -84,6 +86,11 @@ class Problem(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def op(self) -> str:
+        """Of `grok_kernels`."""
+        ...
+
     def small(self) -> Problem:
         """The same at a size that takes no time, for tests of the benchmark itself."""
         ...
@@ -115,12 +122,15 @@ class Score:
 
     name: str
     ours: bool
+    tolerance: float = 0.0
     error: float | None = None
     wrong: bool = False
     failed: str = ""  # what it raised
     missing: str = ""
     best_seconds: float | None = None  # of all rounds, quiet or not
+    samples: list[float] = field(default_factory=list)  # the quiet rounds' seconds
     seconds: float | None = None  # this and what follows: medians of the quiet rounds, where they were enough
+    interval: tuple[float, float] | None = None  # of 95%
     gb_per_s: float | None = None
     gflop_per_s: float | None = None
     share: float | None = None  # of the problem's floor
@@ -130,15 +140,25 @@ class Score:
 @dataclass
 class Result:
     problem: str
+    op: str
+    parameters: dict[str, Any]
     operations: float
     bytes: float
+    arithmetic: str
     ceiling: str
     ceiling_rate: float | None = None  # bytes or operations a second, median of the quiet rounds if they were enough
-    ceiling_best: float = 0.0  # of all probes in this process: far above, and something else used the machine
+    ceiling_usual: float = 0.0  # of all probes in this process: far above, and something else used the machine
     rounds: int = 0
     thrown_away: int = 0
     best_peer: str = ""
     scores: list[Score] = field(default_factory=list)
+
+
+def interval(samples: Sequence[float]) -> tuple[float, float]:
+    """Of the median, 95%: the order statistics that a binomial count of samples below it falls between."""
+    ordered, n = sorted(samples), len(samples)
+    reach = 0.98 * n**0.5  # 1.96 standard deviations, each √n / 2
+    return ordered[max(0, floor(n / 2 - reach))], ordered[min(n - 1, ceil(n / 2 + reach))]
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
@@ -149,7 +169,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 
 def check(contestant: Contestant) -> Score:
-    score = Score(contestant.name, contestant.ours, missing=contestant.missing)
+    score = Score(contestant.name, contestant.ours, contestant.tolerance, missing=contestant.missing)
     if contestant.call is None or contestant.expected is None:
         return score
     try:
@@ -181,7 +201,8 @@ def run(problem: Problem, machine: Machine, seconds: float = 4.0, most: int = 20
     """
     setup = problem.build()
     ceiling, work = machine.binding(setup.operations, setup.bytes, setup.arithmetic)
-    result = Result(problem.name, setup.operations, setup.bytes, ceiling.name)
+    parameters = {name: value for name, value in vars(problem).items() if name not in NO_PARAMETERS}
+    result = Result(problem.name, problem.op, parameters, setup.operations, setup.bytes, setup.arithmetic, ceiling.name)
     result.scores = [check(c) for c in setup.contestants]
     timed = [
         (c, s) for c, s in zip(setup.contestants, result.scores, strict=True) if c.call and not (s.wrong or s.failed)
@@ -199,13 +220,13 @@ def run(problem: Problem, machine: Machine, seconds: float = 4.0, most: int = 20
             score.best_seconds = t if score.best_seconds is None else min(t, score.best_seconds)
         after = ceiling.rate()
         low, high = sorted((before, after))
-        if pick and (high > NOISE * low or low < BUSY * ceiling.best):
+        if pick and (high > NOISE * low or low < BUSY * ceiling.usual):
             result.thrown_away += 1
         else:
             times.append(taken)
             rates.append((before + after) / 2)
         before = after
-    result.rounds, result.ceiling_best = len(times), ceiling.best
+    result.rounds, result.ceiling_usual = len(times), ceiling.usual
     if len(times) < (FEWEST if pick else 1):
         return result
     result.ceiling_rate = median(rates)
@@ -214,7 +235,9 @@ def run(problem: Problem, machine: Machine, seconds: float = 4.0, most: int = 20
     best = min(peers, key=lambda j: peers[j]) if peers else None
     result.best_peer = "" if best is None else timed[best][0].name
     for j, (contestant, score) in enumerate(timed):
+        score.samples = columns[j]
         score.seconds = median(columns[j])
+        score.interval = interval(columns[j])
         score.gb_per_s = contestant.bytes / score.seconds / 1e9
         score.gflop_per_s = setup.operations / score.seconds / 1e9
         score.share = median(work / rate / t for rate, t in zip(rates, columns[j], strict=True))

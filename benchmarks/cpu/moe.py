@@ -52,6 +52,10 @@ class Moe:
     cache_bytes: int | None = None
 
     @property
+    def op(self) -> str:
+        return "moe"
+
+    @property
     def name(self) -> str:
         family = "moe_int8" if self.act_format == "int8" else "moe"
         return f"{family}-{self.fmt}-d{self.d}-f{self.f}-t{self.tokens}"

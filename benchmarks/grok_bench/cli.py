@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from .engine.commands import latency, serve, throughput
+from .report.commands import compare_command, report_command
 
 
 @click.group()
@@ -12,5 +13,5 @@ def bench() -> None:
     """Measure."""
 
 
-for command in (latency, throughput, serve):
+for command in (latency, throughput, serve, compare_command, report_command):
     bench.add_command(command)
