@@ -23,7 +23,6 @@ from .config import ConfigError, DType, ModelConfig, WeightFormat
 from .layers.embedding import Embedding
 from .layers.weight import Table, Weight
 from .loader import Filling, Progress, fillings, resolve_model
-from .memory import anonymous
 from .models.decoder import Decoder
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
@@ -131,7 +130,7 @@ def load_packed(
     device = model.cos_sin.device
     as_it_is = device.type == "cpu" and (mapped or all(_wanted(m, infos[f"{p}.weight"]) for p, m in modules.items()))
     if as_it_is and not mapped:
-        data = anonymous(checkpoint.total_bytes)
+        data = grok_kernels.huge_pages(checkpoint.total_bytes)
         checkpoint.read_into(data.numpy().data, progress)
     else:
         data = torch.frombuffer(checkpoint.map(), dtype=torch.uint8)

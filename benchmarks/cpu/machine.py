@@ -54,7 +54,7 @@ class Read(Ceiling):
         super().__init__("read")
         self._parts = max(2, -(-4 * cache_bytes // probe_bytes))
         self._size = probe_bytes
-        self._buffer = torch.randint(-128, 128, (self._parts * probe_bytes,), dtype=torch.int8)
+        self._buffer = grok_kernels.weight_memory((self._parts * probe_bytes,), torch.int8, "cpu").random_(-128, 128)
         self._next = 0
         self._read = _native().probe_read
 

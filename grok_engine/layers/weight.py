@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import grok_kernels
-from grok_engine.memory import empty
 
 
 def parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
     """Room for one, uninitialised."""
-    return nn.Parameter(empty(shape, dtype, device), requires_grad=False)
+    return nn.Parameter(grok_kernels.weight_memory(shape, dtype, device), requires_grad=False)
 
 
 def holds_packed(n: int, k: int, dtype: torch.dtype, device: torch.device | str, packed: bool | None) -> bool:

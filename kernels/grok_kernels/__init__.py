@@ -1,6 +1,7 @@
 """Kernels for models of the Grok-1 kind, usable without the engine. `ops` is the contract."""
 
 from . import cpu, reference
+from .memory import huge_pages, weight_memory
 from .ops import (
     group_tokens,
     grouped_gemm,
@@ -35,6 +36,7 @@ __all__ = [
     "cpu",
     "group_tokens",
     "grouped_gemm",
+    "huge_pages",
     "is_packed",
     "moe",
     "pack_into",
@@ -54,4 +56,5 @@ __all__ = [
     "unpack_weight",
     "use_backend",
     "wants_packed",
+    "weight_memory",
 ]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import registry
+from .memory import weight_memory
 
 WIDTH = 64  # outputs of a panel: rows are packed so many at a time
 _BLOCKS, _LANES = 4, 16
@@ -91,16 +92,18 @@ def pack_into(weight_ENK: Tensor, packed: Tensor, row: int = 0) -> None:
 
 
 def pack_weight(weight_ENK: Tensor) -> Tensor:
-    """The packed form of weight (E, N, K), a copy; of any strides. ValueError for one that has none (`can_pack`)."""
+    """The packed form of weight (E, N, K), a copy; of any strides. ValueError for one that has none (`can_pack`).
+
+    On a CPU it lies in huge pages, where the system has such (`weight_memory`).
+    """
     if weight_ENK.dim() != 3 or not can_pack(weight_ENK.shape[1], weight_ENK.shape[2], weight_ENK.dtype):
         raise ValueError(
             f"pack_weight: weight has shape {tuple(weight_ENK.shape)} and dtype {_name(weight_ENK.dtype)}, expected "
             f"(E, N, K) with N a multiple of {WIDTH}, K of 4, of int8, float8_e4m3fn or bfloat16"
         )
     experts, n, k = weight_ENK.shape
-    packed = torch.empty(
-        packed_shape(experts, n, k, weight_ENK.dtype), dtype=weight_ENK.dtype, device=weight_ENK.device
-    )
+    shape = packed_shape(experts, n, k, weight_ENK.dtype)
+    packed = weight_memory(shape, weight_ENK.dtype, weight_ENK.device)
     pack_into(weight_ENK, packed)
     return packed
 

@@ -1,4 +1,4 @@
-"""Room for weights."""
+"""Memory for weights on a CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 HUGE = 2 << 20
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+def weight_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """`torch.empty`; large ones on a CPU under Linux in huge pages, where the system gives such on request.
 
     Weights are read from end to end in every step: with pages of 4 kB the address translation shows in the time.
@@ -21,10 +21,10 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) 
     size = math.prod(shape) * dtype.itemsize
     if torch.device(device).type != "cpu" or size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
-    return anonymous(size).view(dtype).view(*shape)
+    return huge_pages(size).view(dtype).view(*shape)
 
 
-def anonymous(size: int) -> Tensor:
+def huge_pages(size: int) -> Tensor:
     """`size` bytes of zeros, uint8, that go with the last view of them; on Linux in huge pages where there are such."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(size, dtype=torch.uint8)
