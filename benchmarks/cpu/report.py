@@ -94,7 +94,7 @@ def _score(s: harness.Score) -> Score:
         seconds=s.seconds,
         low=low,
         high=high,
-        samples=s.samples,
+        samples=[float(f"{x:.4g}") for x in s.samples],  # what a clock tells apart
         bytes_per_second=None if s.gb_per_s is None else s.gb_per_s * 1e9,
         operations_per_second=None if s.gflop_per_s is None else s.gflop_per_s * 1e9,
         share_of_roofline=s.share,

@@ -30,12 +30,12 @@ at::Tensor indices(const char* op, const char* name, const at::Tensor& tensor, c
   return tensor.contiguous();
 }
 
-cpu::KvType kv_type(const char* op, const at::Tensor& cache) {
-  if (cache.scalar_type() == at::kFloat) return cpu::KvType::f32;
-  if (cache.scalar_type() == at::kBFloat16) return cpu::KvType::bf16;
+DType kv_type(const char* op, const at::Tensor& cache) {
+  if (cache.scalar_type() == at::kFloat) return DType::f32;
+  if (cache.scalar_type() == at::kBFloat16) return DType::bf16;
   check(cache.scalar_type() == at::kFloat8_e4m3fn, op, ": k_cache has dtype ", c10::toString(cache.scalar_type()),
         ", expected Float, BFloat16 or Float8_e4m3fn");
-  return cpu::KvType::e4m3;
+  return DType::e4m3;
 }
 
 // The cache's pages; `like` is the other cache, whose shape and type this one must have.

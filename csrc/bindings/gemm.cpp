@@ -12,7 +12,6 @@ namespace grok {
 namespace {
 
 using cpu::Buffer;
-using cpu::Elem;
 using cpu::PackedRows;
 using cpu::Path;
 using cpu::Rows;
@@ -22,26 +21,25 @@ constexpr size_t kKept = size_t{256} << 20;  // bytes of workspace that stay for
 constexpr int64_t kTokens = 1024;            // of an expert layer at a time: bounds its workspace
 constexpr int64_t kPackedPerTask = 1 << 16;  // values
 
-Elem element(const char* op, const char* name, const at::Tensor& tensor) {
+DType element(const char* op, const char* name, const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case at::kFloat: return Elem::f32;
-    case at::kBFloat16: return Elem::bf16;
-    case at::kChar: return Elem::int8;
-    case at::kFloat8_e4m3fn: return Elem::e4m3;
+    case at::kFloat: return DType::f32;
+    case at::kBFloat16: return DType::bf16;
+    case at::kChar: return DType::int8;
+    case at::kFloat8_e4m3fn: return DType::e4m3;
     default: check(false, op, ": ", name, " has dtype ", c10::toString(tensor.scalar_type()), ", which is none of its");
   }
-  return Elem::f32;
+  return DType::f32;
 }
 
-Weights weights(const char* op, const char* name, const at::Tensor& tensor, const std::optional<at::Tensor>& scale,
-                const std::optional<at::Tensor>& own) {
+Weights weights(const char* op, const char* name, const at::Tensor& tensor, const std::optional<at::Tensor>& scale) {
   Weights w{};
   w.elem = element(op, name, tensor);
   w.data = tensor.const_data_ptr();
   w.packed = tensor.dim() == 6;
   w.experts = tensor.size(0);
   if (w.packed) {
-    const int64_t run = 4 / cpu::size_of(w.elem);
+    const int64_t run = 4 / size_of(w.elem);
     check(tensor.is_contiguous() && tensor.size(3) == 4 && tensor.size(4) == 16 && tensor.size(5) == run, op, ": ", name,
           " has shape ", tensor.sizes(), ", which pack_weight does not return");
     w.n = tensor.size(1) * cpu::kPanel;
@@ -53,12 +51,12 @@ Weights weights(const char* op, const char* name, const at::Tensor& tensor, cons
     w.expert_stride = tensor.stride(0);
     w.row_stride = tensor.stride(1);
   }
-  if (w.elem == Elem::f32 || w.elem == Elem::bf16) return w;
-  check(scale.has_value() && own->dim() == 3 && own->size(0) == w.experts && own->size(2) == w.n && own->size(1) > 0 &&
-            w.k % own->size(1) == 0,
+  if (w.elem == DType::f32 || w.elem == DType::bf16) return w;
+  check(scale && scale->dim() == 3 && scale->size(0) == w.experts && scale->size(2) == w.n && scale->size(1) > 0 &&
+            w.k % scale->size(1) == 0,
         op, ": the scale of ", name, " does not fit its shape ", tensor.sizes());
-  w.scale = own->const_data_ptr<float>();
-  w.groups = own->size(1);
+  w.scale = scale->const_data_ptr<float>();
+  w.groups = scale->size(1);
   return w;
 }
 
@@ -115,7 +113,7 @@ at::Tensor grouped_gemm(const at::Tensor& x, const at::Tensor& weight, const std
   const char* op = "grouped_gemm";
   check_tensor(op, "x", x, 2);
   const auto own_scale = contiguous(weight_scale), own_x_scale = contiguous(x_scale);
-  const Weights w = weights(op, "weight", weight, weight_scale, own_scale);
+  const Weights w = weights(op, "weight", weight, own_scale);
   const int64_t m = x.size(0);
   check(x.size(1) == w.k, op, ": x has shape ", x.sizes(), ", expected (M, K) with K=", w.k, " from weight");
   std::vector<int64_t> starts{0, m};
@@ -132,9 +130,9 @@ at::Tensor grouped_gemm(const at::Tensor& x, const at::Tensor& weight, const std
 
   const Rows rows = rows_of(op, x, own_x_scale ? &*own_x_scale : nullptr);
   const at::ScalarType to = out_dtype.value_or(
-      rows.elem == Elem::f32 || rows.elem == Elem::bf16 ? x.scalar_type() : at::kBFloat16);
+      rows.elem == DType::f32 || rows.elem == DType::bf16 ? x.scalar_type() : at::kBFloat16);
   at::Tensor y = at::empty({m, w.n}, x.options().dtype(to));
-  const Elem y_elem = element(op, "out_dtype", y);
+  const DType y_elem = element(op, "out_dtype", y);
 
   const cpu::Isa isa = cpu::current_isa();
   PackedRows packed(choose_path(isa, rows.elem, w), isa, w.k, starts);
@@ -152,14 +150,14 @@ at::Tensor grouped_gemm(const at::Tensor& x, const at::Tensor& weight, const std
     const int64_t output = task / count * cpu::kPanel;
     const float* c = panel_product(packed, w, b, output, 0, panel(then));
     ops.store(c, b.rows, std::min(cpu::kPanel, w.n - output), y_elem,
-              out + (b.row * w.n + output) * cpu::size_of(y_elem), w.n);
+              out + (b.row * w.n + output) * size_of(y_elem), w.n);
   });
   keep(workspace);
   return y;
 }
 
 // Rows quantised per token and group of 128 columns, as the ops do it, into a workspace.
-Rows quantize(cpu::Isa isa, Elem to, const Rows& x, int64_t count, int64_t d, Buffer& values, Buffer& scales) {
+Rows quantize(cpu::Isa isa, DType to, const Rows& x, int64_t count, int64_t d, Buffer& values, Buffer& scales) {
   cpu::Quantize p{};
   p.d = d;
   p.group = cpu::kScaleGroup;
@@ -168,8 +166,7 @@ Rows quantize(cpu::Isa isa, Elem to, const Rows& x, int64_t count, int64_t d, Bu
   p.x_stride = x.stride;
   p.q = values.get<char>(count * d);
   p.scale = scales.get<float>(count * p.groups);
-  const auto rows = cpu::quantize_rows(isa, to == Elem::e4m3 ? cpu::Format8::fp8 : cpu::Format8::int8,
-                                       x.elem == Elem::f32 ? DType::f32 : DType::bf16);
+  const auto rows = cpu::quantize_rows(isa, to, x.elem);
   at::parallel_for(0, count, std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, d)),
                    [&](int64_t begin, int64_t end) { rows(p, begin, end); });
   Rows quantized = x;
@@ -189,7 +186,7 @@ struct MoeWorkspace {
 
 // The expert layer of some tokens. `format` f32: no quantising.
 void moe_tokens(const at::Tensor& x, const at::Tensor& topk_weights, const at::Tensor& experts, const Weights& w13,
-                const Weights& w2, cpu::Activation activation, Elem format, const at::Tensor& y) {
+                const Weights& w2, cpu::Activation activation, DType format, const at::Tensor& y) {
   const int64_t t = x.size(0), a = experts.size(1), d = w2.n, f = w2.k, e = w2.experts;
   const int32_t* expert = experts.const_data_ptr<int32_t>();
   std::vector<int64_t> starts(e + 1, 0);
@@ -205,14 +202,14 @@ void moe_tokens(const at::Tensor& x, const at::Tensor& topk_weights, const at::T
 
   // act(gate) · up of the grouped rows
   Rows rows = rows_of("moe", x, nullptr);
-  const Elem inner_elem = format == Elem::f32 ? rows.elem : Elem::f32;
-  if (format != Elem::f32) rows = quantize(isa, format, rows, t, d, w.x_bytes, w.x_scales);
+  const DType inner_elem = format == DType::f32 ? rows.elem : DType::f32;
+  if (format != DType::f32) rows = quantize(isa, format, rows, t, d, w.x_bytes, w.x_scales);
   rows.index = order.data();
   rows.index_divisor = a;
   PackedRows packed(choose_path(isa, rows.elem, w13), isa, w13.k, starts);
   packed.place(w.x.get<char>(packed.bytes()));
   pack(packed, rows);
-  char* inner = w.values.get<char>(t * a * f * cpu::size_of(inner_elem));
+  char* inner = w.values.get<char>(t * a * f * size_of(inner_elem));
   const int64_t count = static_cast<int64_t>(packed.blocks.size());
   const auto panel = [&](int64_t task) {
     return task < 0 ? nullptr : w13.panel(packed.blocks[task % count].expert, task / count * cpu::kPanel);
@@ -223,7 +220,7 @@ void moe_tokens(const at::Tensor& x, const at::Tensor& topk_weights, const at::T
     const float* gate = panel_product(packed, w13, b, output, 0, w13.panel(b.expert, f + output));
     const float* up = panel_product(packed, w13, b, f + output, 1, panel(then));
     ops.activate(gate, up, b.rows, std::min(cpu::kPanel, f - output), activation, inner_elem,
-                 inner + (b.row * f + output) * cpu::size_of(inner_elem), f);
+                 inner + (b.row * f + output) * size_of(inner_elem), f);
   });
 
   // and its product with w2, summed over each token's experts in the order of the experts
@@ -232,12 +229,12 @@ void moe_tokens(const at::Tensor& x, const at::Tensor& topk_weights, const at::T
   inner_rows.elem = inner_elem;
   inner_rows.stride = f;
   inner_rows.index_divisor = 1;
-  if (format != Elem::f32) inner_rows = quantize(isa, format, inner_rows, t * a, f, w.inner_bytes, w.inner_scales);
+  if (format != DType::f32) inner_rows = quantize(isa, format, inner_rows, t * a, f, w.inner_bytes, w.inner_scales);
   PackedRows packed_inner(choose_path(isa, inner_rows.elem, w2), isa, f, starts);
   packed_inner.place(w.inner.get<char>(packed_inner.bytes()));
   pack(packed_inner, inner_rows);
   const float* weight = topk_weights.const_data_ptr<float>();
-  const Elem y_elem = element("moe", "x", y);
+  const DType y_elem = element("moe", "x", y);
   char* out = static_cast<char*>(y.mutable_data_ptr());
   const auto& inner_blocks = packed_inner.blocks;
   share((d + cpu::kPanel - 1) / cpu::kPanel, [&](int64_t task, int64_t then) {
@@ -253,7 +250,7 @@ void moe_tokens(const at::Tensor& x, const at::Tensor& topk_weights, const at::T
       const float* c = panel_product(packed_inner, w2, b, output, 0, next);
       ops.add_weighted(c, b.rows, order.data() + b.row, a, weight, sum);
     }
-    ops.store(sum, t, std::min(cpu::kPanel, d - output), y_elem, out + output * cpu::size_of(y_elem), d);
+    ops.store(sum, t, std::min(cpu::kPanel, d - output), y_elem, out + output * size_of(y_elem), d);
   });
   for (Buffer* buffer : {&w.x, &w.inner, &w.values, &w.inner_bytes}) keep(*buffer);
 }
@@ -266,7 +263,7 @@ at::Tensor moe(const at::Tensor& x, const at::Tensor& topk_weights, const at::Te
   check_tensor(op, "topk_weights", topk_weights, 2);
   check_tensor(op, "experts", experts, 2);
   const auto own13 = contiguous(w13_scale), own2 = contiguous(w2_scale);
-  const Weights up = weights(op, "w13", w13, w13_scale, own13), down = weights(op, "w2", w2, w2_scale, own2);
+  const Weights up = weights(op, "w13", w13, own13), down = weights(op, "w2", w2, own2);
   check(up.n == 2 * down.k && up.experts == down.experts && x.size(1) == up.k && down.n == up.k &&
             experts.sizes() == topk_weights.sizes() && experts.size(0) == x.size(0),
         op, ": x has shape ", x.sizes(), ", experts ", experts.sizes(), ", topk_weights ", topk_weights.sizes(), ", w13 ",
@@ -281,7 +278,7 @@ at::Tensor moe(const at::Tensor& x, const at::Tensor& topk_weights, const at::Te
   const auto act = activation == "gelu_tanh" ? cpu::Activation::gelu_tanh
                    : activation == "gelu"    ? cpu::Activation::gelu
                                              : cpu::Activation::silu;
-  const Elem format = act_format == "fp8" ? Elem::e4m3 : act_format == "int8" ? Elem::int8 : Elem::f32;
+  const DType format = act_format == "fp8" ? DType::e4m3 : act_format == "int8" ? DType::int8 : DType::f32;
   at::Tensor y = at::empty(x.sizes(), x.options());
   for (int64_t from = 0; from < x.size(0); from += kTokens) {
     const int64_t to = std::min(x.size(0), from + kTokens);

@@ -8,7 +8,7 @@ namespace grok {
 namespace {
 
 std::tuple<at::Tensor, at::Tensor> quantize(const char* op, const at::Tensor& x, int64_t group_size,
-                                            cpu::Format8 format) {
+                                            DType format) {
   check_tensor(op, "x", x, 2);
   check(group_size >= 0, op, ": group_size=", group_size, ", expected 0 or more");
   const auto rows = cpu::quantize_rows(cpu::current_isa(), format, float_dtype(op, "x", x));
@@ -16,7 +16,7 @@ std::tuple<at::Tensor, at::Tensor> quantize(const char* op, const at::Tensor& x,
   p.d = x.size(1);
   p.group = group_size ? group_size : std::max<int64_t>(1, p.d);
   p.groups = group_size ? (p.d + group_size - 1) / group_size : 1;
-  at::Tensor q = at::empty(x.sizes(), x.options().dtype(format == cpu::Format8::fp8 ? at::kFloat8_e4m3fn : at::kChar));
+  at::Tensor q = at::empty(x.sizes(), x.options().dtype(format == DType::e4m3 ? at::kFloat8_e4m3fn : at::kChar));
   at::Tensor scale = at::empty({x.size(0), p.groups}, x.options().dtype(at::kFloat));
   p.x = x.const_data_ptr();
   p.q = q.mutable_data_ptr();
@@ -28,11 +28,11 @@ std::tuple<at::Tensor, at::Tensor> quantize(const char* op, const at::Tensor& x,
 }
 
 std::tuple<at::Tensor, at::Tensor> quantize_fp8(const at::Tensor& x, int64_t group_size) {
-  return quantize("quantize_fp8", x, group_size, cpu::Format8::fp8);
+  return quantize("quantize_fp8", x, group_size, DType::e4m3);
 }
 
 std::tuple<at::Tensor, at::Tensor> quantize_int8(const at::Tensor& x, int64_t group_size) {
-  return quantize("quantize_int8", x, group_size, cpu::Format8::int8);
+  return quantize("quantize_int8", x, group_size, DType::int8);
 }
 
 }  // namespace

@@ -8,7 +8,9 @@
 
 namespace grok {
 
-enum class DType { f32, bf16 };
+enum class DType { f32, bf16, int8, e4m3 };
+
+constexpr int64_t size_of(DType type) { return type == DType::f32 ? 4 : type == DType::bf16 ? 2 : 1; }
 
 struct BF16 {
   uint16_t bits;

@@ -16,11 +16,11 @@ GROK_INLINE void widen(const void* row, int64_t c, int64_t width, float* __restr
   for (int64_t i = c; i < width; ++i) y[i] = 0.0f;
 }
 
-GROK_INLINE void widen(KvType type, const void* row, int64_t c, int64_t width, float* y) {
+GROK_INLINE void widen(DType type, const void* row, int64_t c, int64_t width, float* y) {
   switch (type) {
-    case KvType::f32: return widen<float>(row, c, width, y);
-    case KvType::bf16: return widen<BF16>(row, c, width, y);
-    case KvType::e4m3: return widen<E4M3>(row, c, width, y);
+    case DType::f32: return widen<float>(row, c, width, y);
+    case DType::bf16: return widen<BF16>(row, c, width, y);
+    case DType::e4m3: return widen<E4M3>(row, c, width, y);
   }
 }
 
@@ -32,7 +32,7 @@ struct Fp32Path {
 
   GROK_INLINE static void load_query(const PagedAttention& p, const void* q, float* queries, int64_t r) {
     const int64_t width = padded(p.head_size);
-    widen(p.q_type == DType::f32 ? KvType::f32 : KvType::bf16, q, p.head_size, width, queries + r * width);
+    widen(p.q_type, q, p.head_size, width, queries + r * width);
   }
 
   GROK_INLINE static void load_block(const PagedAttention& p, Workspace& w) {
@@ -190,11 +190,11 @@ void make_plan(const PagedAttention& p, int64_t threads, Plan& plan) {
   }
 }
 
-AttentionKernel attention_kernel(Isa isa, DType q, KvType kv) {
+AttentionKernel attention_kernel(Isa isa, DType q, DType kv) {
   switch (isa) {
 #if GROK_X86
     case Isa::avx512_bf16:
-      if (q == DType::bf16 && kv != KvType::f32) return attention_bf16_kernel();
+      if (q == DType::bf16 && kv != DType::f32) return attention_bf16_kernel();
       return {attend_avx512, merge_avx512};
     case Isa::avx512: return {attend_avx512, merge_avx512};
     case Isa::avx2: return {attend_avx2, merge_avx2};

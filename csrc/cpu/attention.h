@@ -16,7 +16,7 @@ struct PagedAttention {
   int64_t q_token_stride, q_head_stride;
   DType q_type;
   KvPages keys, values;
-  KvType kv_type;
+  DType kv_type;
   const int32_t* block_table;  // (B, N), rows table_stride apart
   int64_t table_stride;
   const int32_t* query_start;  // (B+1,)
@@ -72,6 +72,6 @@ struct AttentionKernel {
   void (*merge)(const PagedAttention&, const Piece&);
 };
 
-AttentionKernel attention_kernel(Isa isa, DType q, KvType kv);
+AttentionKernel attention_kernel(Isa isa, DType q, DType kv);
 
 }  // namespace grok::cpu

@@ -60,8 +60,8 @@ GROK_AVX512_BF16 void pad_row_avx512(const uint16_t* row, int64_t c, int64_t wid
   }
 }
 
-GROK_AVX512_BF16 void stage_row_avx512(KvType type, const void* row, int64_t c, int64_t width, uint16_t* y) {
-  if (type == KvType::bf16) return pad_row_avx512(static_cast<const uint16_t*>(row), c, width, y);
+GROK_AVX512_BF16 void stage_row_avx512(DType type, const void* row, int64_t c, int64_t width, uint16_t* y) {
+  if (type == DType::bf16) return pad_row_avx512(static_cast<const uint16_t*>(row), c, width, y);
   widen_row_avx512(static_cast<const uint8_t*>(row), c, width, y);
 }
 
@@ -184,7 +184,7 @@ struct Bf16Path {
 
   GROK_INLINE static void load_block(const PagedAttention& p, Workspace& w) {
     const int64_t width = padded(p.head_size);
-    if (p.kv_type == KvType::e4m3 || width != p.head_size) {
+    if (p.kv_type == DType::e4m3 || width != p.head_size) {
       uint16_t* k = reinterpret_cast<uint16_t*>(w.staged);
       uint16_t* v = reinterpret_cast<uint16_t*>(w.values);
       for (int64_t j = 0; j < kBlock; ++j, k += width, v += width) {

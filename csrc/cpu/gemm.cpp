@@ -28,17 +28,17 @@ void spread(const void* row, int64_t bytes, int64_t runs, int64_t tile, uint32_t
   }
 }
 
-float element(const void* row, Elem elem, int64_t i) {
+float element(const void* row, DType elem, int64_t i) {
   switch (elem) {
-    case Elem::f32: return static_cast<const float*>(row)[i];
-    case Elem::bf16: return to_float(static_cast<const BF16*>(row)[i]);
-    case Elem::int8: return static_cast<const int8_t*>(row)[i];
+    case DType::f32: return static_cast<const float*>(row)[i];
+    case DType::bf16: return to_float(static_cast<const BF16*>(row)[i]);
+    case DType::int8: return static_cast<const int8_t*>(row)[i];
     default: return from_e4m3(static_cast<const uint8_t*>(row)[i]);
   }
 }
 
 // Columns from..from+count of a row of k, as fp32.
-void spread_f32(const void* row, Elem elem, const float* scale, int64_t groups, int64_t from, int64_t count, int64_t k,
+void spread_f32(const void* row, DType elem, const float* scale, int64_t groups, int64_t from, int64_t count, int64_t k,
                 int64_t tile, uint32_t* out) {
   for (int64_t i = from; i < from + count; ++i, out += tile) {
     float value = 0.0f;
@@ -70,11 +70,11 @@ thread_local Scratch scratch;
 
 }  // namespace
 
-Path choose_path(Isa isa, Elem x, const Weights& w) {
+Path choose_path(Isa isa, DType x, const Weights& w) {
   const int64_t group = w.groups ? w.k / w.groups : w.k;
-  if (isa != Isa::avx512_bf16 || w.elem == Elem::f32) return Path::f32;
-  if (x == Elem::bf16 && (w.groups <= 1 || group % 4 == 0)) return Path::bf16;
-  if (x == Elem::int8 && w.elem == Elem::int8 && (w.groups <= 1 || group % kScaleGroup == 0)) return Path::int8;
+  if (isa != Isa::avx512_bf16 || w.elem == DType::f32) return Path::f32;
+  if (x == DType::bf16 && (w.groups <= 1 || group % 4 == 0)) return Path::bf16;
+  if (x == DType::int8 && w.elem == DType::int8 && (w.groups <= 1 || group % kScaleGroup == 0)) return Path::int8;
   return Path::f32;
 }
 
@@ -152,7 +152,7 @@ float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::Ro
 #if GROK_X86
   if (x.path == Path::bf16) {
     kernel = bf16_block_avx512;
-    if (w.packed && w.elem != Elem::bf16 && rows <= kDirectRows) most = w.k;  // in one stream, as the rows lie
+    if (w.packed && w.elem != DType::bf16 && rows <= kDirectRows) most = w.k;  // in one stream, as the rows lie
   } else if (x.path == Path::int8) {
     kernel = int8_block_avx512;
   }

@@ -25,10 +25,6 @@ constexpr int64_t kRowBlock = 252;  // rows that meet a block of weights while i
 constexpr int64_t kRunBlock = 128;  // runs of rows in a block of columns
 constexpr int64_t kScaleGroup = 128;  // columns of int8 activations that share a scale
 
-enum class Elem { f32, bf16, int8, e4m3 };
-
-inline int64_t size_of(Elem elem) { return elem == Elem::f32 ? 4 : elem == Elem::bf16 ? 2 : 1; }
-
 // How a product is computed.
 //   bf16  bf16 rows, weights exactly converted to bf16, products of pairs added in fp32 (avx512_bf16)
 //   int8  int8 rows and weights, exact sums of 128 products, those in fp32 (avx512_bf16)
@@ -37,7 +33,7 @@ enum class Path { bf16, int8, f32 };
 
 struct Rows {
   const void* data;
-  Elem elem;
+  DType elem;
   int64_t stride;               // elements from row to row
   const float* scale;           // of int8 and e4m3, (rows, groups), contiguous
   int64_t groups;               // 1, or one each 128 columns
@@ -47,7 +43,7 @@ struct Rows {
 
 struct Weights {
   const void* data;
-  Elem elem;
+  DType elem;
   bool packed;
   int64_t experts, n, k;
   int64_t expert_stride, row_stride;  // of a plain weight, in elements
@@ -60,7 +56,7 @@ struct Weights {
   }
 };
 
-Path choose_path(Isa isa, Elem x, const Weights& w);
+Path choose_path(Isa isa, DType x, const Weights& w);
 
 // Rows in the form that the kernels read, in the order in which they do: row block by row block, in that one block of
 // columns after the other, tile by tile, run by run. A tile alone in its block lies in one piece.

@@ -49,12 +49,12 @@ struct Pairs {
   __m512i first, second;
 };
 
-template <Elem kElem>
+template <DType kElem>
 struct Converter {
   __m512i low0, low1, high0, high1, first, second, sign;
 
   GROK_TARGET_INLINE Converter() {
-    const Tables& t = kElem == Elem::int8 ? kTables.int8 : kTables.e4m3;
+    const Tables& t = kElem == DType::int8 ? kTables.int8 : kTables.e4m3;
     low0 = _mm512_load_si512(t.low);
     low1 = _mm512_load_si512(t.low + 64);
     high0 = _mm512_load_si512(t.high);
@@ -67,11 +67,11 @@ struct Converter {
   // 16 outputs × 4 columns of bytes to 16 × 2 pairs.
   GROK_TARGET_INLINE Pairs operator()(const uint8_t* w) const {
     const __m512i code = _mm512_loadu_si512(w);
-    const __m512i index = kElem == Elem::int8 ? _mm512_abs_epi8(code) : code;
+    const __m512i index = kElem == DType::int8 ? _mm512_abs_epi8(code) : code;
     const __m512i low = _mm512_permutex2var_epi8(low0, index, low1);
     __m512i high = _mm512_permutex2var_epi8(high0, index, high1);
     high = _mm512_ternarylogic_epi32(high, code, sign, 0xf8);  // high | (code & sign)
-    if (kElem == Elem::int8) {  // −128 has no positive counterpart among the seven bits: its bf16 is 0xc300
+    if (kElem == DType::int8) {  // −128 has no positive counterpart among the seven bits: its bf16 is 0xc300
       high = _mm512_mask_mov_epi8(high, _mm512_cmpeq_epi8_mask(code, sign), _mm512_set1_epi8(static_cast<char>(0xc3)));
     }
     return {_mm512_permutex2var_epi8(low, first, high), _mm512_permutex2var_epi8(low, second, high)};
@@ -122,7 +122,7 @@ GROK_AVX512_BF16 void bf16_tile_avx512(const uint32_t* x, const uint8_t* w, int6
 }
 
 // From weights of one byte, a run of 4 columns in 256 bytes.
-template <int kRows, Elem kElem>
+template <int kRows, DType kElem>
 GROK_AVX512_BF16 void bf16_direct_avx512(const uint32_t* x, const uint8_t* w, int64_t runs, float* c, bool first,
                                          Ahead ahead) {
   __m512 sum[kRows][4];
@@ -143,7 +143,7 @@ GROK_AVX512_BF16 void bf16_direct_avx512(const uint32_t* x, const uint8_t* w, in
   store_sums<kRows>(sum, c);
 }
 
-template <Elem kElem>
+template <DType kElem>
 GROK_AVX512_BF16 void bf16_stage_avx512(const uint8_t* w, int64_t runs, uint8_t* stage) {
   const Converter<kElem> convert;
   for (int64_t run = 0; run < runs; ++run, w += kRunBytes, stage += 2 * kRunBytes) {
@@ -161,7 +161,7 @@ using TileKernel = void (*)(const uint32_t*, const uint8_t*, int64_t, float*, bo
 template <int kLines>
 constexpr TileKernel kTiles[] = {bf16_tile_avx512<1, kLines>, bf16_tile_avx512<2, kLines>, bf16_tile_avx512<3, kLines>,
                                  bf16_tile_avx512<4, kLines>, bf16_tile_avx512<5, kLines>, bf16_tile_avx512<6, kLines>};
-template <Elem kElem>
+template <DType kElem>
 constexpr TileKernel kDirect[] = {bf16_direct_avx512<1, kElem>, bf16_direct_avx512<2, kElem>,
                                   bf16_direct_avx512<3, kElem>, bf16_direct_avx512<4, kElem>};
 
@@ -171,23 +171,23 @@ void bf16_block_avx512(const Block& b) {
   const PackedRows::Tile* tiles = b.x->tiles.data() + b.rows->first_tile;
   const int64_t quads = (b.columns + 3) / 4, rows = b.rows->rows;
   const uint32_t* x = b.x->at(*tiles, b.column / 2);
-  if (b.elem != Elem::bf16 && alone(b) && rows <= kDirectRows) {
-    const TileKernel kernel = (b.elem == Elem::int8 ? kDirect<Elem::int8> : kDirect<Elem::e4m3>)[rows - 1];
+  if (b.elem != DType::bf16 && alone(b) && rows <= kDirectRows) {
+    const TileKernel kernel = (b.elem == DType::int8 ? kDirect<DType::int8> : kDirect<DType::e4m3>)[rows - 1];
     stream(b, quads, [&](int64_t run, int64_t count, bool first, Ahead ahead) {
       kernel(x + 2 * run * rows, b.w + run * kRunBytes, count, b.c, first, ahead);
     });
     return;
   }
-  if (b.elem == Elem::bf16 && alone(b)) {
+  if (b.elem == DType::bf16 && alone(b)) {
     stream(b, 2 * quads, [&](int64_t run, int64_t count, bool first, Ahead ahead) {
       kTiles<kAlone>[rows - 1](x + run * rows, b.w + run * kRunBytes, count, b.c, first, ahead);
     });
     return;
   }
   const uint8_t* w = b.w;
-  if (b.elem != Elem::bf16) {
+  if (b.elem != DType::bf16) {
     uint8_t* stage = static_cast<uint8_t*>(b.stage);
-    (b.elem == Elem::int8 ? bf16_stage_avx512<Elem::int8> : bf16_stage_avx512<Elem::e4m3>)(w, quads, stage);
+    (b.elem == DType::int8 ? bf16_stage_avx512<DType::int8> : bf16_stage_avx512<DType::e4m3>)(w, quads, stage);
     w = stage;
   }
   for (int64_t i = b.rows->first_tile; i < b.rows->last_tile; ++i, ++tiles) {

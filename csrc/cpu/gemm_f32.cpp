@@ -13,9 +13,9 @@ namespace grok::cpu {
 namespace {
 
 // Column k of 64 outputs, from the run that holds it; w points to the run of column 0.
-template <Elem kElem>
+template <DType kElem>
 GROK_INLINE void convert_run(const uint8_t* w, int64_t k, float* __restrict out) {
-  constexpr int64_t kSize = kElem == Elem::f32 ? 4 : kElem == Elem::bf16 ? 2 : 1;
+  constexpr int64_t kSize = kElem == DType::f32 ? 4 : kElem == DType::bf16 ? 2 : 1;
   constexpr int64_t kColumns = 4 / kSize;
   const uint8_t* run = w + k / kColumns * kRunBytes;
   const int shift = static_cast<int>(k % kColumns * kSize * 8);
@@ -23,11 +23,11 @@ GROK_INLINE void convert_run(const uint8_t* w, int64_t k, float* __restrict out)
     uint32_t bits;
     std::memcpy(&bits, run + 4 * n, 4);
     bits >>= shift;
-    if constexpr (kElem == Elem::f32) {
+    if constexpr (kElem == DType::f32) {
       std::memcpy(out + n, &bits, 4);
-    } else if constexpr (kElem == Elem::bf16) {
+    } else if constexpr (kElem == DType::bf16) {
       out[n] = to_float(BF16{static_cast<uint16_t>(bits)});
-    } else if constexpr (kElem == Elem::int8) {
+    } else if constexpr (kElem == DType::int8) {
       out[n] = static_cast<float>(static_cast<int32_t>(bits << 24) >> 24);
     } else {
       out[n] = from_e4m3(static_cast<uint8_t>(bits));

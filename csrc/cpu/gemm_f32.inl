@@ -1,16 +1,16 @@
 // Included once for each instruction set, with its registers: Vec, kWidth floats wide, kColumns of them a step; load,
 // store, zero, splat, add_product; and GROK_F32, the target.
 
-GROK_F32 inline void convert(const uint8_t* w, Elem elem, int64_t column, int64_t columns, float* out) {
+GROK_F32 inline void convert(const uint8_t* w, DType elem, int64_t column, int64_t columns, float* out) {
   for (int64_t k = column; k < column + columns; ++k, out += kPanel) {
-    if (elem == Elem::f32) {
-      convert_run<Elem::f32>(w, k, out);
-    } else if (elem == Elem::bf16) {
-      convert_run<Elem::bf16>(w, k, out);
-    } else if (elem == Elem::int8) {
-      convert_run<Elem::int8>(w, k, out);
+    if (elem == DType::f32) {
+      convert_run<DType::f32>(w, k, out);
+    } else if (elem == DType::bf16) {
+      convert_run<DType::bf16>(w, k, out);
+    } else if (elem == DType::int8) {
+      convert_run<DType::int8>(w, k, out);
     } else {
-      convert_run<Elem::e4m3>(w, k, out);
+      convert_run<DType::e4m3>(w, k, out);
     }
   }
 }

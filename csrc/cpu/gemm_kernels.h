@@ -8,7 +8,7 @@ namespace grok::cpu {
 
 struct Block {
   const uint8_t* w;   // the run that holds column `column`, or starts there
-  Elem elem;          // of w
+  DType elem;          // of w
   int64_t column, columns;
   const PackedRows* x;
   const PackedRows::RowBlock* rows;

@@ -2,11 +2,9 @@
 
 #include <cstdint>
 
+#include "../common/types.h"
+
 namespace grok::cpu {
-
-enum class KvType { f32, bf16, e4m3 };
-
-inline int64_t size_of(KvType type) { return type == KvType::f32 ? 4 : type == KvType::bf16 ? 2 : 1; }
 
 // The keys or the values of all requests: pages (P, G, S, C), C contiguous, and for e4m3 their scales (P, G, S), S
 // contiguous. Strides are in elements.
@@ -16,7 +14,7 @@ struct KvPages {
   int64_t page_stride, group_stride, slot_stride;
   int64_t scale_page_stride, scale_group_stride;
 
-  char* row(KvType type, int64_t page, int64_t group, int64_t slot) const {
+  char* row(DType type, int64_t page, int64_t group, int64_t slot) const {
     const int64_t element = page * page_stride + group * group_stride + slot * slot_stride;
     return static_cast<char*>(data) + element * size_of(type);
   }

@@ -21,8 +21,8 @@ GROK_INLINE void store_rows(const float* c, int64_t rows, int64_t outputs, T* y,
   }
 }
 
-GROK_INLINE void store_body(const float* c, int64_t rows, int64_t outputs, Elem elem, void* y, int64_t stride) {
-  if (elem == Elem::f32) {
+GROK_INLINE void store_body(const float* c, int64_t rows, int64_t outputs, DType elem, void* y, int64_t stride) {
+  if (elem == DType::f32) {
     store_rows(c, rows, outputs, static_cast<float*>(y), stride);
   } else {
     store_rows(c, rows, outputs, static_cast<BF16*>(y), stride);
@@ -36,7 +36,7 @@ GROK_INLINE float gelu(float x) { return 0.5f * x * (1.0f + erf_f(x * 0.70710678
 GROK_INLINE float silu(float x) { return x / (1.0f + exp_f(-x)); }
 
 GROK_INLINE void activate_body(const float* gate, const float* up, int64_t rows, int64_t outputs, Activation activation,
-                               Elem elem, void* y, int64_t stride) {
+                               DType elem, void* y, int64_t stride) {
   float row[kPanel];
   for (int64_t r = 0; r < rows; ++r, gate += kPanel, up += kPanel) {
     if (activation == Activation::gelu_tanh) {
@@ -63,11 +63,11 @@ GROK_INLINE void add_weighted_body(const float* c, int64_t rows, const int32_t* 
   TARGET void scale_##NAME(const float* c, const float* scale, int64_t rows, bool add, float* result) {               \
     scale_body(c, scale, rows, add, result);                                                                          \
   }                                                                                                                   \
-  TARGET void store_##NAME(const float* c, int64_t rows, int64_t outputs, Elem elem, void* y, int64_t stride) {       \
+  TARGET void store_##NAME(const float* c, int64_t rows, int64_t outputs, DType elem, void* y, int64_t stride) {       \
     store_body(c, rows, outputs, elem, y, stride);                                                                    \
   }                                                                                                                   \
   TARGET void activate_##NAME(const float* gate, const float* up, int64_t rows, int64_t outputs, Activation activation, \
-                              Elem elem, void* y, int64_t stride) {                                                   \
+                              DType elem, void* y, int64_t stride) {                                                   \
     activate_body(gate, up, rows, outputs, activation, elem, y, stride);                                              \
   }                                                                                                                   \
   TARGET void add_weighted_##NAME(const float* c, int64_t rows, const int32_t* order, int64_t a, const float* weight, \

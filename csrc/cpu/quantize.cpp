@@ -82,8 +82,8 @@ QuantizeRows select(Isa isa) {
 
 }  // namespace
 
-QuantizeRows quantize_rows(Isa isa, Format8 format, DType x) {
-  if (format == Format8::fp8) return x == DType::f32 ? select<float, Fp8>(isa) : select<BF16, Fp8>(isa);
+QuantizeRows quantize_rows(Isa isa, DType format, DType x) {
+  if (format == DType::e4m3) return x == DType::f32 ? select<float, Fp8>(isa) : select<BF16, Fp8>(isa);
   return x == DType::f32 ? select<float, Int8>(isa) : select<BF16, Int8>(isa);
 }
 

@@ -7,8 +7,6 @@
 
 namespace grok::cpu {
 
-enum class Format8 { fp8, int8 };
-
 // scale = amax / 448 (fp8) or / 127 (int8) of each group of a row's columns; q = x / scale, rounded to the format.
 struct Quantize {
   const void* x;     // (rows, d), rows x_stride elements apart
@@ -23,6 +21,6 @@ struct Quantize {
 // Computes rows begin..end-1. A row's bits depend neither on the other rows nor on the instruction set.
 using QuantizeRows = void (*)(const Quantize&, int64_t begin, int64_t end);
 
-QuantizeRows quantize_rows(Isa isa, Format8 format, DType x);
+QuantizeRows quantize_rows(Isa isa, DType format, DType x);
 
 }  // namespace grok::cpu

@@ -14,9 +14,9 @@ X* scratch(int64_t size) {
   return held.data();
 }
 
-KvType type_of(const float*) { return KvType::f32; }
-KvType type_of(const BF16*) { return KvType::bf16; }
-KvType type_of(const E4M3*) { return KvType::e4m3; }
+DType type_of(const float*) { return DType::f32; }
+DType type_of(const BF16*) { return DType::bf16; }
+DType type_of(const E4M3*) { return DType::e4m3; }
 
 template <class X>
 GROK_INLINE const X* head(const Heads& x, int64_t token, int64_t index) {
@@ -56,7 +56,7 @@ GROK_INLINE void store(const X* __restrict x, int64_t c, E4M3* __restrict row, f
 template <class X, class Kv>
 GROK_INLINE void tokens(const RopeStoreKv& p, int64_t begin, int64_t end) {
   const int64_t c = p.head_size;
-  const KvType kv = type_of(static_cast<const Kv*>(nullptr));
+  const DType kv = type_of(static_cast<const Kv*>(nullptr));
   X* turned = scratch<X>(c);
   for (int64_t t = begin; t < end; ++t) {
     const float* cos = p.cos_sin + p.positions[t] * p.cos_sin_stride;
@@ -103,14 +103,14 @@ RopeStoreKvTokens select(Isa isa) {
 }
 
 template <class X>
-RopeStoreKvTokens select(Isa isa, KvType kv) {
-  if (kv == KvType::f32) return select<X, float>(isa);
-  return kv == KvType::bf16 ? select<X, BF16>(isa) : select<X, E4M3>(isa);
+RopeStoreKvTokens select(Isa isa, DType kv) {
+  if (kv == DType::f32) return select<X, float>(isa);
+  return kv == DType::bf16 ? select<X, BF16>(isa) : select<X, E4M3>(isa);
 }
 
 }  // namespace
 
-RopeStoreKvTokens rope_store_kv_tokens(Isa isa, DType x, KvType kv) {
+RopeStoreKvTokens rope_store_kv_tokens(Isa isa, DType x, DType kv) {
   return x == DType::f32 ? select<float>(isa, kv) : select<BF16>(isa, kv);
 }
 

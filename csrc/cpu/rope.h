@@ -31,6 +31,6 @@ struct RopeStoreKv {
 // Does tokens begin..end-1. A token's bits depend neither on the others nor on the instruction set.
 using RopeStoreKvTokens = void (*)(const RopeStoreKv&, int64_t begin, int64_t end);
 
-RopeStoreKvTokens rope_store_kv_tokens(Isa isa, DType x, KvType kv);
+RopeStoreKvTokens rope_store_kv_tokens(Isa isa, DType x, DType kv);
 
 }  // namespace grok::cpu
