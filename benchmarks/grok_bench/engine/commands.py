@@ -13,8 +13,8 @@ from grok_bench.schema import Scalar
 from grok_engine.config import DType, KVDType, WeightFormat
 
 from .drive import Run, drive, joined
+from .measurement import Measurement
 from .metrics import parse_slo
-from .session import Session
 from .view import request_progress
 from .workload import Job, arrivals, at, random_jobs, read_trace, trace_jobs, warmup_jobs
 
@@ -114,16 +114,16 @@ def latency(
 
     E2E is the time of a whole batch; TTFT, TPOT and ITL are of its requests. Every iteration has prompts of its own.
     """
-    session = Session(**options)
-    largest = session.setup.config.max_num_seqs
+    measurement = Measurement(**options)
+    largest = measurement.setup.config.max_num_seqs
     if batch_size > largest:
         raise ValueError(
             f"--batch-size {batch_size} is more than --max-num-seqs {largest}, the requests that run at once"
         )
     lengths = _lengths(input_len, output_len, prefix_len)
     count, warmup = batch_size * (num_iters_warmup + num_iters), batch_size * num_iters_warmup
-    jobs = random_jobs(count, vocab_size=session.model.vocab_size, seed=session.seed, **lengths)
-    engine = session.start(jobs[warmup:], jobs[:warmup], at_once=batch_size)
+    jobs = random_jobs(count, vocab_size=measurement.model.vocab_size, seed=measurement.seed, **lengths)
+    engine = measurement.start(jobs[warmup:], jobs[:warmup], at_once=batch_size)
     runs: list[Run] = []
     with request_progress(num_iters, "iterations") as show:
         for at_job in range(warmup, count, batch_size):
@@ -133,7 +133,7 @@ def latency(
             show(len(runs))
     parameters = {**lengths, "batch_size": batch_size, "num_iters": num_iters, "num_iters_warmup": num_iters_warmup}
     whole = [run.seconds for run in runs if not run.interrupted]
-    session.finish("latency", parameters, joined(runs), batch_seconds=whole)
+    measurement.finish("latency", parameters, joined(runs), batch_seconds=whole)
 
 
 @click.command()
@@ -141,13 +141,13 @@ def latency(
 @MODEL
 def throughput(num_warmups: int, sample_interval: float, **options: Any) -> None:
     """The rate at which many requests, there from the start, are worked off. A trace's arrivals do not count."""
-    session, jobs, parameters = _traffic(**options)
+    measurement, jobs, parameters = _traffic(**options)
     jobs = at(jobs, [0.0] * len(jobs))
-    warmup = warmup_jobs(jobs, num_warmups, vocab_size=session.model.vocab_size, seed=session.seed)
-    engine = session.start(jobs, warmup)
+    warmup = warmup_jobs(jobs, num_warmups, vocab_size=measurement.model.vocab_size, seed=measurement.seed)
+    engine = measurement.start(jobs, warmup)
     with request_progress(len(jobs)) as show:
         run = drive(engine, jobs, interval=sample_interval, progress=show)
-    session.finish("throughput", {**parameters, "num_warmups": num_warmups}, run)
+    measurement.finish("throughput", {**parameters, "num_warmups": num_warmups}, run)
 
 
 @click.command()
@@ -175,7 +175,7 @@ def serve(
     if more_goodput and not goodput:
         raise ValueError(f"unexpected argument {more_goodput[0]!r}")
     slo = parse_slo([*goodput, *more_goodput]) or None
-    session, jobs, parameters = _traffic(**options)
+    measurement, jobs, parameters = _traffic(**options)
     if parameters.get("trace_arrivals"):
         for name, value in (("request-rate", request_rate), ("burstiness", burstiness)):
             if value is not None:
@@ -184,14 +184,14 @@ def serve(
         rate, shape = request_rate or math.inf, burstiness or 1.0
         if math.isinf(rate) and burstiness is not None:
             raise ValueError(f"--burstiness {burstiness:g} without --request-rate: all requests come at once")
-        jobs = at(jobs, arrivals(len(jobs), rate, shape, session.seed))
+        jobs = at(jobs, arrivals(len(jobs), rate, shape, measurement.seed))
         parameters |= {"request_rate": "inf" if math.isinf(rate) else rate, "burstiness": shape}
-    warmup = warmup_jobs(jobs, num_warmups, vocab_size=session.model.vocab_size, seed=session.seed)
-    engine = session.start(jobs, warmup)
+    warmup = warmup_jobs(jobs, num_warmups, vocab_size=measurement.model.vocab_size, seed=measurement.seed)
+    engine = measurement.start(jobs, warmup)
     with request_progress(len(jobs)) as show:
         run = drive(engine, jobs, max_concurrency=max_concurrency, interval=sample_interval, progress=show)
     parameters |= {"max_concurrency": max_concurrency, "num_warmups": num_warmups}
-    session.finish("serve", parameters, run, slo=slo)
+    measurement.finish("serve", parameters, run, slo=slo)
 
 
 def _lengths(input_len: int | None, output_len: int | None, prefix_len: int | None) -> dict[str, int]:
@@ -211,15 +211,15 @@ def _traffic(
     random_range_ratio: float | None,
     trace: Path | None,
     **options: Any,
-) -> tuple[Session, list[Job], dict[str, Scalar]]:
+) -> tuple[Measurement, list[Job], dict[str, Scalar]]:
     """The requests that the options of `throughput` and `serve` describe, and how they are described in the result."""
-    session = Session(**options)
-    vocab_size, seed = session.model.vocab_size, session.seed
+    measurement = Measurement(**options)
+    vocab_size, seed = measurement.model.vocab_size, measurement.seed
     if trace is None:
         lengths = _lengths(input_len, output_len, prefix_len)
         count, ratio = num_prompts or NUM_PROMPTS, random_range_ratio or 0.0
         jobs = random_jobs(count, vocab_size=vocab_size, range_ratio=ratio, seed=seed, **lengths)
-        return session, jobs, {**lengths, "random_range_ratio": ratio, "num_requests": count}
+        return measurement, jobs, {**lengths, "random_range_ratio": ratio, "num_requests": count}
     given = {"input-len": input_len, "prefix-len": prefix_len, "random-range-ratio": random_range_ratio}
     for name, value in given.items():
         if value is not None:
@@ -227,4 +227,4 @@ def _traffic(
     lines = read_trace(trace)[:num_prompts]
     jobs = trace_jobs(lines, output_len=output_len or OUTPUT_LEN, vocab_size=vocab_size, seed=seed)
     timed = lines[0].arrival is not None
-    return session, jobs, {"trace": trace.name, "trace_arrivals": timed, "num_requests": len(jobs)}
+    return measurement, jobs, {"trace": trace.name, "trace_arrivals": timed, "num_requests": len(jobs)}

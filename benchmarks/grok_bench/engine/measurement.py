@@ -23,7 +23,7 @@ from .workload import Job
 INTERRUPTED = 130
 
 
-class Session:
+class Measurement:
     """What is wrong with the options is said by the constructor, or by `start` before anything is loaded."""
 
     def __init__(self, *, model: str, seed: int, file: Path | None, **options: Any) -> None:
