@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import grok_kernels
 from grok_engine.cli import main
 from tests.checkpoint.sparse import RELEASE_BYTES, write_sparse_release
 
@@ -60,9 +61,11 @@ def test_generate_streams() -> None:
 def test_generate_stats_go_to_standard_error(capsys: Captured) -> None:
     assert main(["generate", "--prompt", "The", "--max-tokens", "5", "--temperature", "0", "--stats"]) == 0
     captured = capsys.readouterr()
-    for word in ("prompt", "tokens/s", "time to first token", "peak memory", "reference backend", "moe"):
+    for word in ("prompt", "tokens/s", "time to first token", "peak memory", " backend", "moe"):
         assert word in captured.err
         assert word not in captured.out
+    native = grok_kernels.backends()["moe"]["cpu"].available
+    assert f"{'cpu' if native else 'reference'} backend" in re.sub(r"cpu\+reference", "cpu", captured.err)
     memory = re.search(r"peak memory\s+([\d,]+) MB", captured.err)
     assert memory
     assert 50 < int(memory[1].replace(",", "")) < 20_000
