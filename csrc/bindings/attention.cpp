@@ -107,9 +107,8 @@ at::Tensor rope_store_kv(const at::Tensor& q, const at::Tensor& k, const at::Ten
   }
   at::Tensor out = at::empty(q.sizes(), q.options());
   p.out = out.mutable_data_ptr();
-  const int64_t per_token = std::max<int64_t>(1, (p.q.count + 2 * p.k.count) * p.head_size);
-  at::parallel_for(0, count, std::max<int64_t>(1, kElementsPerTask / per_token),
-                   [&](int64_t begin, int64_t end) { tokens(p, begin, end); });
+  const int64_t per_token = (p.q.count + 2 * p.k.count) * p.head_size;
+  at::parallel_for(0, count, rows_per_task(per_token), [&](int64_t begin, int64_t end) { tokens(p, begin, end); });
   return out;
 }
 

@@ -19,6 +19,9 @@ namespace grok {
 // Enough elements for a thread that waking it pays.
 constexpr int64_t kElementsPerTask = 32768;
 
+// Rows of d elements that are enough.
+inline int64_t rows_per_task(int64_t d) { return std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, d)); }
+
 inline void check_tensor(const char* op, const char* name, const at::Tensor& tensor, int64_t dims) {
   check(tensor.device().is_cpu(), op, ": ", name, " is on ", tensor.device(), ", expected cpu");
   check(tensor.dim() == dims, op, ": ", name, " has shape ", tensor.sizes(), ", expected ", dims, " dimensions");

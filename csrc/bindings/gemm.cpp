@@ -167,8 +167,7 @@ Rows quantize(cpu::Isa isa, DType to, const Rows& x, int64_t count, int64_t d, B
   p.q = values.get<char>(count * d);
   p.scale = scales.get<float>(count * p.groups);
   const auto rows = cpu::quantize_rows(isa, to, x.elem);
-  at::parallel_for(0, count, std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, d)),
-                   [&](int64_t begin, int64_t end) { rows(p, begin, end); });
+  at::parallel_for(0, count, rows_per_task(d), [&](int64_t begin, int64_t end) { rows(p, begin, end); });
   Rows quantized = x;
   quantized.data = p.q;
   quantized.elem = to;

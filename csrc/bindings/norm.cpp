@@ -7,8 +7,6 @@
 namespace grok {
 namespace {
 
-int64_t rows_per_task(int64_t d) { return std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, d)); }
-
 DType check_weight(const char* op, const char* name, const at::Tensor& weight, const char* of, int64_t d) {
   check_tensor(op, name, weight, 1);
   check(weight.size(0) == d, op, ": ", name, " has shape ", weight.sizes(), ", expected (D,) with D=", d, " from ", of);

@@ -22,8 +22,7 @@ std::tuple<at::Tensor, at::Tensor> quantize(const char* op, const at::Tensor& x,
   p.q = q.mutable_data_ptr();
   p.scale = scale.mutable_data_ptr<float>();
   p.x_stride = x.stride(0);
-  const int64_t rows_per_task = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, p.d));
-  at::parallel_for(0, x.size(0), rows_per_task, [&](int64_t begin, int64_t end) { rows(p, begin, end); });
+  at::parallel_for(0, x.size(0), rows_per_task(p.d), [&](int64_t begin, int64_t end) { rows(p, begin, end); });
   return {q, scale};
 }
 
