@@ -1,6 +1,6 @@
 """Kernels for models of the Grok-1 kind, usable without the engine. `ops` is the contract."""
 
-from . import cpu, reference
+from . import cpu, reference, triton
 from .memory import huge_pages, weight_memory
 from .ops import (
     group_tokens,
@@ -53,6 +53,7 @@ __all__ = [
     "route_topk",
     "sample_top_p",
     "sandwich_norm",
+    "triton",
     "unpack_weight",
     "use_backend",
     "wants_packed",

@@ -1,4 +1,5 @@
-"""Every backend of the ops on this machine, for tests that hold each to the same: the cpu's with every instruction set."""
+"""Every backend of the ops on this machine, for tests that hold each to the same: the cpu's with every instruction set,
+and Triton's under its interpreter."""
 
 from __future__ import annotations
 
@@ -9,20 +10,24 @@ import grok_kernels
 from grok_kernels import cpu
 
 
-def _has_cpu(op: str) -> bool:
-    return grok_kernels.backends()[op]["cpu"].available
+def _has(backend: str, op: str) -> bool:
+    return grok_kernels.backends()[op][backend].available
 
 
-BACKENDS = ("reference", *(f"cpu-{isa}" for isa in (cpu.isas() if _has_cpu("rms_norm") else ())))
+BACKENDS = (
+    "reference",
+    *(f"cpu-{isa}" for isa in (cpu.isas() if _has("cpu", "rms_norm") else ())),
+    *(["triton"] if _has("triton", "rms_norm") else []),
+)
 
 
 @contextmanager
 def serving(backend: str, *ops: str) -> Iterator[None]:
-    """One of `BACKENDS` serves inside the block. An op of `ops` that the cpu does not have runs on the reference."""
+    """One of `BACKENDS` serves inside the block. Where it lacks an op of `ops`, the reference serves."""
     name, _, isa = backend.partition("-")
     with ExitStack() as stack:
         if isa:
             stack.enter_context(cpu.use_isa(isa))
-        if not isa or all(map(_has_cpu, ops)):
-            stack.enter_context(grok_kernels.use_backend(name))
+        served = all(_has(name, op) for op in ops)
+        stack.enter_context(grok_kernels.use_backend(name if served else "reference"))
         yield

@@ -1,0 +1,71 @@
+"""Launches of every Triton kernel at the real sizes of Grok-1, for the checks of what the compiler makes of them.
+
+`python -m tests.kernels.triton_specimens [--chip NAME] [PATTERN ...]` compiles them without a GPU and prints one JSON
+object a kernel; it runs in a process of its own, since under TRITON_INTERPRET=1 nothing is compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grok_kernels.triton import compiled, launch, table
+from grok_kernels.tuning import CHIPS
+
+D = 6144  # of Grok-1
+
+SPECIMENS: dict[str, Callable[[], Any]] = {}
+
+
+def specimen(function: Callable[[], Any]) -> Callable[[], Any]:
+    """One call of an op, with tensors on `meta`: named by its function, every launch in it is compiled."""
+    SPECIMENS[function.__name__] = function
+    return function
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@specimen
+def rms_norm() -> Any:
+    return table.rms_norm(empty(64, D), empty(D), 1e-5)
+
+
+@triton.jit
+def _spills(x_ptr, y_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    x = tl.load(x_ptr + at)
+    tl.store(y_ptr + at, x / tl.sum(x))
+
+
+@specimen
+def spills() -> None:
+    """Not ours to run: a thread holds 512 values until their sum is known, so that the check is seen to fail."""
+    x = empty(16384, dtype=torch.float32)
+    launch.launch(_spills, (1,), x, x, N=16384, num_warps=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("patterns", nargs="*", default=["*"])
+    parser.add_argument("--chip", choices=CHIPS, default="h100")
+    a = parser.parse_args()
+    chip = CHIPS[a.chip]
+    for name, call in SPECIMENS.items():
+        if any(fnmatch(name, pattern) for pattern in a.patterns):
+            for found in compiled.launches(call, chip):
+                print(json.dumps({"specimen": name, **asdict(compiled.compile_launch(found, chip))}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
