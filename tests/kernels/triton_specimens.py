@@ -41,6 +41,12 @@ def rms_norm() -> Any:
     return table.rms_norm(empty(64, D), empty(D), 1e-5)
 
 
+@specimen
+def sample_top_p() -> Any:
+    row = empty(64, dtype=torch.float32)
+    return table.sample_top_p(empty(64, 131072, dtype=torch.float32), row, row, row)
+
+
 @triton.jit
 def _spills(x_ptr, y_ptr, N: tl.constexpr):
     at = tl.arange(0, N)

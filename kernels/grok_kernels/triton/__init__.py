@@ -16,7 +16,7 @@ import torch
 
 from .. import registry
 
-OPS = ("rms_norm",)  # the functions of `table`
+OPS = ("rms_norm", "sample_top_p")  # the functions of `table`
 OLDEST = (8, 0)  # compute capability: bf16 on the tensor cores
 
 
