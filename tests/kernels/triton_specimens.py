@@ -23,6 +23,7 @@ from grok_kernels.tuning import CHIPS
 
 D = 6144  # of Grok-1
 
+E4M3 = ("quantize_fp8", "rope_store_kv_fp8")  # write a type that Triton has from compute capability 8.9 on
 SPECIMENS: dict[str, Callable[[], Any]] = {}
 
 
@@ -39,6 +40,49 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 @specimen
 def rms_norm() -> Any:
     return table.rms_norm(empty(64, D), empty(D), 1e-5)
+
+
+@specimen
+def sandwich_norm() -> Any:
+    return table.sandwich_norm(empty(64, D), empty(64, D), empty(D), empty(D), 1e-5)
+
+
+@specimen
+def quantize_fp8() -> Any:
+    return table.quantize_fp8(empty(64, D), 128)
+
+
+@specimen
+def quantize_int8() -> Any:
+    return table.quantize_int8(empty(64, D), 0)
+
+
+@specimen
+def route_topk() -> Any:
+    return table.route_topk(empty(8192, D), empty(8, D, dtype=torch.float32), 2, 0.0, False)
+
+
+@specimen
+def group_tokens() -> Any:
+    return table.group_tokens(empty(8192, 2, dtype=torch.int32), 8)
+
+
+def _rope(cache: torch.dtype) -> Any:
+    pages, scale = empty(4096, 8, 16, 128, dtype=cache), None
+    if cache.itemsize == 1:
+        scale = empty(4096, 8, 16, dtype=torch.float32)
+    q, kv, index = empty(64, 48, 128), empty(64, 8, 128), empty(64, dtype=torch.int32)
+    table.rope_store_kv(q, kv, kv, pages, pages, index, index, empty(8192, 128, dtype=torch.float32), scale, scale)
+
+
+@specimen
+def rope_store_kv() -> Any:
+    return _rope(torch.bfloat16)
+
+
+@specimen
+def rope_store_kv_fp8() -> Any:
+    return _rope(torch.float8_e4m3fn)
 
 
 @specimen
@@ -68,6 +112,8 @@ def main() -> None:
     a = parser.parse_args()
     chip = CHIPS[a.chip]
     for name, call in SPECIMENS.items():
+        if name in E4M3 and 0 < chip.capability < 89:
+            continue
         if any(fnmatch(name, pattern) for pattern in a.patterns):
             for found in compiled.launches(call, chip):
                 print(json.dumps({"specimen": name, **asdict(compiled.compile_launch(found, chip))}), flush=True)

@@ -1,6 +1,18 @@
 """The function of every op that this backend serves, by the op's name. Imports Triton."""
 
-from .norm import rms_norm
+from .norm import rms_norm, sandwich_norm
+from .quantize import quantize_fp8, quantize_int8
+from .rope import rope_store_kv
+from .route import group_tokens, route_topk
 from .sample import sample_top_p
 
-__all__ = ["rms_norm", "sample_top_p"]
+__all__ = [
+    "group_tokens",
+    "quantize_fp8",
+    "quantize_int8",
+    "rms_norm",
+    "rope_store_kv",
+    "route_topk",
+    "sample_top_p",
+    "sandwich_norm",
+]

@@ -1,0 +1,128 @@
+"""The experts of each token, and the order that brings rows of one expert together."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arithmetic import tanh
+from .launch import launch
+
+TOKENS = 2  # a program of the router; one number for all batches, since a sum's order depends on the tile
+COLUMNS = 1024
+ONE_HOT = 8192  # entries of a block's table of rows by experts, bounded by the registers
+
+
+@triton.jit
+def _route(
+    x_ptr, router_ptr, weights_ptr, experts_ptr, t, d, e, k, x_stride, router_stride, softcap,
+    SOFTCAP: tl.constexpr, RENORMALIZE: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr,
+    EXPERTS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    expert = tl.arange(0, EXPERTS)
+    products = tl.zeros((TOKENS, EXPERTS, COLUMNS), tl.float32)
+    for start in range(0, d, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        x_mask = (token < t)[:, None] & (column < d)[None, :]
+        w_mask = (expert < e)[:, None] & (column < d)[None, :]
+        x = tl.load(x_ptr + token[:, None] * x_stride + column[None, :], mask=x_mask, other=0.0).to(tl.float32)
+        w = tl.load(router_ptr + expert[:, None] * router_stride + column[None, :], mask=w_mask, other=0.0)
+        products += x[:, None, :] * w[None, :, :]
+    logits = tl.sum(products, 2)
+    if SOFTCAP:
+        logits = softcap * tanh(logits / softcap)
+    logits = tl.where((expert < e)[None, :], logits, -float("inf"))
+    raised = tl.exp(logits - tl.max(logits, 1)[:, None])
+    probs = raised / tl.sum(raised, 1)[:, None]
+    free = tl.broadcast_to((expert < e)[None, :], (TOKENS, EXPERTS))
+    place = tl.arange(0, K)
+    weights = tl.zeros((TOKENS, K), tl.float32)
+    experts = tl.zeros((TOKENS, K), tl.int32)
+    for i in tl.static_range(K):
+        left = tl.where(free, probs, -1.0)
+        best = tl.max(left, 1)
+        chosen = tl.min(tl.where(left == best[:, None], expert[None, :], EXPERTS), 1)
+        first = tl.min(tl.where(free, expert[None, :], EXPERTS), 1)  # for rows of NaN, where nothing is equal
+        chosen = tl.where(chosen < EXPERTS, chosen, first)
+        hit = expert[None, :] == chosen[:, None]
+        weight = tl.sum(tl.where(hit, probs, 0.0), 1)
+        weights = tl.where((place == i)[None, :], weight[:, None], weights)
+        experts = tl.where((place == i)[None, :], chosen[:, None], experts)
+        free = free & ~hit
+    used = (token < t)[:, None] & (place < k)[None, :]
+    if RENORMALIZE:
+        weights = weights / tl.sum(tl.where((place < k)[None, :], weights, 0.0), 1)[:, None]
+    at = token[:, None] * k + place[None, :]
+    tl.store(weights_ptr + at, weights, mask=used)
+    tl.store(experts_ptr + at, experts, mask=used)
+
+
+def route_topk(x_TD: Tensor, router_ED: Tensor, k: int, softcap: float, renormalize: bool) -> tuple[Tensor, Tensor]:
+    (t, d), e = x_TD.shape, router_ED.shape[0]
+    weights_TA = torch.empty((t, k), dtype=torch.float32, device=x_TD.device)
+    experts_TA = torch.empty((t, k), dtype=torch.int32, device=x_TD.device)
+    padded = triton.next_power_of_2(e)
+    launch(
+        _route, (triton.cdiv(t, TOKENS),), x_TD, router_ED, weights_TA, experts_TA, t, d, e, k, x_TD.stride(0),
+        router_ED.stride(0), softcap, SOFTCAP=softcap > 0, RENORMALIZE=renormalize, K=triton.next_power_of_2(k),
+        TOKENS=TOKENS, EXPERTS=padded, COLUMNS=max(COLUMNS * 8 // max(padded, 8), 32), num_warps=8,
+    )  # fmt: skip
+    return weights_TA, experts_TA
+
+
+@triton.jit
+def _count(experts_ptr, counts_ptr, n, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    block = tl.program_id(0)
+    row, expert = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, EXPERTS)
+    own = tl.load(experts_ptr + row, mask=row < n, other=-1)
+    tl.store(counts_ptr + block * EXPERTS + expert, tl.sum((own[:, None] == expert[None, :]).to(tl.int32), 0))
+
+
+@triton.jit
+def _place(
+    experts_ptr, counts_ptr, order_ptr, offsets_ptr, n, e, blocks,
+    ALONE: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Where each row goes: after those of lower experts, of its expert's rows in earlier blocks, and earlier in its own."""
+    block = tl.program_id(0)
+    row, expert = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, EXPERTS)
+    own = tl.load(experts_ptr + row, mask=row < n, other=-1)
+    one_hot = (own[:, None] == expert[None, :]).to(tl.int32)
+    before = tl.zeros((EXPERTS,), tl.int32)
+    if ALONE:
+        total = tl.sum(one_hot, 0)
+    else:
+        total = tl.zeros((EXPERTS,), tl.int32)
+        for other in range(0, blocks):
+            count = tl.load(counts_ptr + other * EXPERTS + expert)
+            before += tl.where(other < block, count, 0)
+            total += count
+    start = tl.cumsum(total, 0) - total
+    if block == 0:
+        tl.store(offsets_ptr + expert, start, mask=expert < e)
+        tl.store(offsets_ptr + e, tl.sum(total, 0))
+    place = (start + before)[None, :] + tl.cumsum(one_hot, 0) - 1
+    place = tl.sum(tl.where(one_hot == 1, place, 0), 1)
+    tl.store(order_ptr + place, row, mask=(own >= 0) & (own < e))
+
+
+def group_tokens(experts_TA: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """One launch where a block holds all rows, two where several do."""
+    flat = experts_TA.reshape(-1)
+    n, device = flat.numel(), experts_TA.device
+    order = torch.empty(n, dtype=torch.int32, device=device)
+    offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
+    padded = triton.next_power_of_2(num_experts)
+    block = max(min(ONE_HOT // padded, 1024, triton.next_power_of_2(max(n, 1))), 1)
+    blocks = max(triton.cdiv(n, block), 1)
+    counts = torch.empty((blocks, padded), dtype=torch.int32, device=device)
+    if blocks > 1:
+        launch(_count, (blocks,), flat, counts, n, EXPERTS=padded, BLOCK=block, num_warps=4)
+    launch(
+        _place, (blocks,), flat, counts, order, offsets, n, num_experts, blocks,
+        ALONE=blocks == 1, EXPERTS=padded, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return order, offsets
