@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,3 +70,69 @@ def _read(index: int) -> Chip:
     arch = p.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{p.major}{p.minor}"
     known = next((name for name in CHIPS if name in p.name.lower()), p.name.lower().replace(" ", "-"))
     return Chip(known, arch, p.multi_processor_count, p.shared_memory_per_block_optin)
+
+
+# Products
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """How a product is cut: tiles of rows, of outputs and of K; and who computes one."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int  # blocks of K in flight
+    swap: bool  # weights on the tensor core's wide side, of 64 rows; x's rows on the other, of 8 at least
+    group_m: int = 8  # tiles of rows that visit a panel of weights in turn
+
+
+FEW_ROWS = 64
+_BYTES = {"e4m3": 1, "int8": 1, "bf16": 2, "fp32": 4}
+
+
+def gemm(n: int, k: int, dot: str, weight: torch.dtype, chip: Chip, rows: int, *, pair: bool = False) -> Gemm:
+    """The tiles of a product (rows, k) x (n, k) in type `dot`; of gate and up at once where `pair`, n columns each.
+
+    What was measured is in tuned/<chip>.json: {"gemm": {KEY: {"many": GEMM, "few": GEMM, "same_bits": BOOL}}} with KEY
+    "n,k,dot,weight dtype,pair" (as `gemm_key`) and GEMM the fields of `Gemm`. "few" serves up to 64 rows, but only with
+    "same_bits", measured on the chip: else "many" serves all, so that no result depends on the batch.
+    """
+    measured = _tuned(chip.name).get("gemm", {}).get(gemm_key(n, k, dot, weight, pair))
+    if measured is None:
+        return default_gemm(dot, weight, chip, pair=pair)
+    return Gemm(**measured["few" if rows <= FEW_ROWS and measured["same_bits"] else "many"])
+
+
+def gemm_key(n: int, k: int, dot: str, weight: torch.dtype, pair: bool) -> str:
+    return f"{n},{k},{dot},{str(weight).removeprefix('torch.')},{'pair' if pair else 'single'}"
+
+
+def default_gemm(dot: str, weight: torch.dtype, chip: Chip, *, few: bool = False, pair: bool = False) -> Gemm:
+    """The tiles where nothing was measured; `few` the variant for few rows. Not measured itself: counted.
+
+    A block of K is 128 bytes of the wider operand: a whole line of the shared memory's swizzle, and never more than
+    the 128 columns that share a scale. A tile 128 x 128 loads 1 byte of shared memory for 64 operations, at 8 warps 64
+    accumulators a thread, and as many again for the partial sums that are promoted; gate and up at once double the
+    accumulators, and leave room for half the rows; so do the scales of int8 weights inside the loop. Weights that are converted (int8 to bf16) go to the wide side,
+    which takes its operand from registers: the converted values never pass through shared memory again.
+    Few rows: the bytes of the weights bound it, so 16 rows suffice to a tile, and more blocks of K are in flight.
+    """
+    if dot == "fp32":
+        return Gemm(32, 32 if pair else 64, 32, 4, 2, swap=False)
+    block_k = 128 // _BYTES[dot]
+    swap = few or (dot == "bf16" and weight.itemsize == 1)
+    block_m = 16 if few else 64 if pair or weight == torch.int8 else 128
+    if not chip.has_tma and weight.itemsize == 1:  # pointers of the weights take registers too
+        block_m = min(block_m, 32 if pair else 64)
+    block_n = 128
+    stage = (block_m * _BYTES[dot] + (2 if pair else 1) * block_n * weight.itemsize) * block_k
+    stages = max(1, min(6 if few else 4, (chip.shared_bytes - 16384) // stage))
+    return Gemm(block_m, block_n, block_k, 8 if block_m * block_n >= 8192 else 4, stages, swap)
+
+
+@lru_cache
+def _tuned(chip: str) -> dict[str, Any]:
+    path = Path(__file__).parent / "tuned" / f"{chip}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}

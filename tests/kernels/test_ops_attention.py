@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import grok_kernels
-from grok_kernels import cpu
 from tests.kernels import oracle
+from tests.kernels.backends import BACKENDS, serving
 from tests.kernels.cases import FP8, Case, assert_refused, batch, ints, of, randn, refusals
 from tests.kernels.oracle import assert_near, f64
 
@@ -21,18 +21,12 @@ NAN = float("nan")
 TABLE = {c: grok_kernels.rope_table(64, c, 1e4) for c in (2, 16, 64, 128)}
 
 
-NATIVE = all(grok_kernels.backends()[op]["cpu"].available for op in ("rope_store_kv", "paged_attention"))
-
-
-@pytest.fixture(autouse=True, params=["reference", *(cpu.isas() if NATIVE else ())])
+@pytest.fixture(autouse=True, params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every test runs on the reference and on the native kernels of each instruction set."""
-    if request.param == "reference":
-        with grok_kernels.use_backend("reference"):
-            yield "reference"
-    else:
-        with grok_kernels.use_backend("cpu"), cpu.use_isa(request.param):
-            yield request.param
+    """Every test runs on each backend, those of the rotary embedding alone also where there is no attention."""
+    alone = "rope" in request.node.name or "projection_are" in request.node.name
+    with serving(request.param, "rope_store_kv", *(() if alone else ("paged_attention",))):
+        yield request.param
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

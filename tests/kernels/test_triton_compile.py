@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -47,3 +48,40 @@ def test_no_kernel_spills_or_is_too_large(chip: str) -> None:
 @pytest.mark.parametrize("chip", ["h100", "a100"])
 def test_the_check_sees_a_kernel_that_spills(chip: str) -> None:
     assert of(chip, "spills")[0]["spills"] > 0
+
+
+def gemms(chip: str, specimen: str, kernel: str = "_grouped_gemm") -> dict[str, int]:
+    """Instructions of the specimen's product."""
+    found: dict[str, int] = next(k for k in of(chip, specimen) if k["name"] == kernel)["instructions"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("specimen", "kernel", "opcode"),
+    [
+        ("grouped_gemm_fp8", "_grouped_gemm", "QGMMA"),
+        ("grouped_gemm_fp8_few", "_grouped_gemm", "QGMMA"),
+        ("moe_fp8", "_gate_up", "QGMMA"),
+        ("grouped_gemm_int8", "_grouped_gemm", "IGMMA"),
+        ("grouped_gemm_int8_weights", "_grouped_gemm", "HGMMA"),
+        ("grouped_gemm_int8_weights_few", "_grouped_gemm", "HGMMA"),
+        ("moe_int8_weights", "_gate_up", "HGMMA"),
+        ("grouped_gemm_bf16", "_grouped_gemm", "HGMMA"),
+    ],
+)
+def test_products_use_wgmma_and_tma(specimen: str, kernel: str, opcode: str) -> None:
+    instructions = gemms("h100", specimen, kernel)
+    used = {name for name in instructions if name in ("QGMMA", "HGMMA", "IGMMA")}
+    assert used == {opcode}
+    assert instructions.get("UTMALDG")
+
+
+@pytest.mark.parametrize("specimen", ["grouped_gemm_fp8", "grouped_gemm_fp8_few", "moe_fp8"])
+def test_every_128_of_k_leave_the_fp8_accumulator(specimen: str) -> None:
+    """The four wgmma of a block of K (32 each) start from zero, and an fp32 FMA an accumulator adds what they summed."""
+    kernel = next(k for k in of("h100", specimen) if "QGMMA" in k["instructions"])
+    starts = re.findall(r"wgmma\.mma_async[^;]*, (0|%p\d+), 1, 1;", kernel["ptx"])
+    assert len(starts) == kernel["instructions"]["QGMMA"]
+    assert starts.count("0") * 4 == len(starts)
+    accumulators = sum(int(n) // 2 for n in re.findall(r"wgmma\.mma_async\S*m64n(\d+)k32", kernel["ptx"])) // 4
+    assert kernel["instructions"]["FFMA"] >= accumulators

@@ -12,18 +12,18 @@ from collections.abc import Callable
 from dataclasses import asdict
 from fnmatch import fnmatch
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from grok_kernels.triton import compiled, launch, table
-from grok_kernels.tuning import CHIPS
+from grok_kernels.triton import compiled, gemm, launch, table
+from grok_kernels.tuning import CHIPS, Chip, Gemm, default_gemm
 
 D = 6144  # of Grok-1
 
-E4M3 = ("quantize_fp8", "rope_store_kv_fp8")  # write a type that Triton has from compute capability 8.9 on
 SPECIMENS: dict[str, Callable[[], Any]] = {}
 
 
@@ -82,13 +82,83 @@ def rope_store_kv() -> Any:
 
 @specimen
 def rope_store_kv_fp8() -> Any:
-    return _rope(torch.float8_e4m3fn)
+    return _rope(FP8)
 
 
 @specimen
 def sample_top_p() -> Any:
     row = empty(64, dtype=torch.float32)
     return table.sample_top_p(empty(64, 131072, dtype=torch.float32), row, row, row)
+
+
+E, F, T = 8, 32768, 64  # Grok-1's experts and their width; tokens
+FP8 = torch.float8_e4m3fn
+
+
+def _weight(e: int, n: int, k: int, dtype: torch.dtype, groups: int = 1) -> tuple[Tensor, Tensor | None]:
+    scale = empty(e, groups, n, dtype=torch.float32) if dtype.itemsize == 1 else None
+    return empty(e, n, k, dtype=dtype), scale
+
+
+def few_rows(n: int, k: int, dot: str, weight: torch.dtype, chip: Chip, rows: int, *, pair: bool) -> Gemm:
+    """The variant for few rows, which serves only where a chip has shown the same bits."""
+    return default_gemm(dot, weight, chip, few=True, pair=pair)
+
+
+def _down(x: torch.dtype, w: torch.dtype, groups: int = 1) -> Any:
+    x_scale = empty(T, F // 128, dtype=torch.float32) if x.itemsize == 1 else None
+    weight, scale = _weight(E, D, F, w, groups)
+    offsets = empty(E + 1, dtype=torch.int32)
+    return table.grouped_gemm(empty(T, F, dtype=x), weight, scale, offsets, x_scale, None)
+
+
+@specimen
+def grouped_gemm_fp8() -> Any:
+    return _down(FP8, FP8)
+
+
+@specimen
+def grouped_gemm_fp8_few() -> Any:
+    with patch.object(gemm, "gemm", few_rows):
+        return _down(FP8, FP8)
+
+
+@specimen
+def grouped_gemm_int8_weights_few() -> Any:
+    with patch.object(gemm, "gemm", few_rows):
+        return _down(torch.bfloat16, torch.int8, 8)
+
+
+@specimen
+def grouped_gemm_int8_weights() -> Any:
+    return _down(torch.bfloat16, torch.int8, 8)
+
+
+@specimen
+def grouped_gemm_bf16() -> Any:
+    return _down(torch.bfloat16, torch.bfloat16)
+
+
+@specimen
+def grouped_gemm_int8() -> Any:
+    return _down(torch.int8, torch.int8, 8)
+
+
+def _moe(dtype: torch.dtype, groups: int, act_format: str) -> Any:
+    w13, w13_scale = _weight(E, 2 * F, D, dtype, groups)
+    w2, w2_scale = _weight(E, D, F, dtype, groups)
+    topk, experts = empty(T, 2, dtype=torch.float32), empty(T, 2, dtype=torch.int32)
+    return table.moe(empty(T, D), topk, experts, w13, w13_scale, w2, w2_scale, "gelu_tanh", act_format)
+
+
+@specimen
+def moe_fp8() -> Any:
+    return _moe(FP8, 1, "fp8")
+
+
+@specimen
+def moe_int8_weights() -> Any:
+    return _moe(torch.int8, 8, "none")
 
 
 @triton.jit
@@ -112,8 +182,6 @@ def main() -> None:
     a = parser.parse_args()
     chip = CHIPS[a.chip]
     for name, call in SPECIMENS.items():
-        if name in E4M3 and 0 < chip.capability < 89:
-            continue
         if any(fnmatch(name, pattern) for pattern in a.patterns):
             for found in compiled.launches(call, chip):
                 print(json.dumps({"specimen": name, **asdict(compiled.compile_launch(found, chip))}), flush=True)

@@ -17,8 +17,8 @@ import torch
 from .. import registry
 
 OPS = (  # the functions of `table`
-    "group_tokens", "quantize_fp8", "quantize_int8", "rms_norm", "rope_store_kv", "route_topk", "sample_top_p",
-    "sandwich_norm",
+    "group_tokens", "grouped_gemm", "moe", "quantize_fp8", "quantize_int8", "rms_norm", "rope_store_kv", "route_topk",
+    "sample_top_p", "sandwich_norm",
 )  # fmt: skip
 OLDEST = (8, 0)  # compute capability: bf16 on the tensor cores
 
@@ -37,21 +37,6 @@ def _supports(*args: Any) -> str | None:
     if torch.version.hip is None and capability < OLDEST:
         return f"{device} has compute capability {'.'.join(map(str, capability))}, the triton backend needs 8.0"
     return None
-
-
-def _supports_e4m3(*args: Any) -> str | None:
-    """For ops that write e4m3: Triton has the type from compute capability 8.9 on."""
-    reason = _supports(*args)
-    device = next(a.device for a in args if isinstance(a, torch.Tensor))
-    if reason is None and device.type == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 9):
-            return f"{device} has compute capability {'.'.join(map(str, capability))}, e4m3 needs 8.9"
-    return reason
-
-
-def _supports_rope(*args: Any) -> str | None:
-    return (_supports_e4m3 if args[3].dtype == torch.float8_e4m3fn else _supports)(*args)
 
 
 def _kernel(op: str) -> Callable[..., Any]:
@@ -79,6 +64,5 @@ def _missing() -> str:
 
 if _reason := _missing():
     registry.mark_missing("triton", _reason)
-_checks = {"quantize_fp8": _supports_e4m3, "rope_store_kv": _supports_rope}
 for _op in OPS:
-    registry.register(_op, "triton", supports=_checks.get(_op, _supports))(_kernel(_op))
+    registry.register(_op, "triton", supports=_supports)(_kernel(_op))

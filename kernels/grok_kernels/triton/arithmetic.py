@@ -1,4 +1,4 @@
-"""Functions that several kernels share."""
+"""Arithmetic that several kernels share."""
 
 from __future__ import annotations
 
@@ -17,18 +17,3 @@ def tanh(x):
     e = tl.exp(-2.0 * a)
     large = (1.0 - e) / (1.0 + e)
     return tl.where(a < 0.4, small, tl.where(x < 0.0, -large, large))
-
-
-@triton.jit
-def quantize(x, DTYPE: tl.constexpr):
-    """x (rows, columns) fp32 in e4m3 or int8, one scale a row: `quantize_fp8` and `quantize_int8` of `ops`."""
-    largest = 127.0 if DTYPE == tl.int8 else 448.0
-    amax = tl.max(tl.abs(x), 1)
-    nans = tl.max((x != x).to(tl.int32), 1)  # which a maximum drops
-    amax = tl.where(nans > 0, float("nan"), tl.maximum(amax, 7.888609052210118e-31))  # 2**-100
-    scale = tl.div_rn(amax, tl.full(amax.shape, largest, tl.float32))
-    q = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
-    q = tl.where(q != q, q, tl.minimum(tl.maximum(q, -largest), largest))
-    if DTYPE == tl.int8:
-        q = (q + 12582912.0) - 12582912.0  # 1.5 · 2^23: to nearest, halves to even
-    return q.to(DTYPE), scale

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arithmetic import quantize
 from .launch import launch
+from .quantize import as_known, quantized
 
 HEADS = 8  # a program
 
@@ -28,12 +28,9 @@ def _store(cache_ptr, scale_ptr, x1, x2, at, scale_at, half, inside, heads_insid
     dtype = cache_ptr.dtype.element_ty
     if QUANTIZED:
         both = tl.reshape(tl.join(x1, x2), (x1.shape[0], 2 * x1.shape[1]))
-        _, scale = quantize(both, dtype)
+        q, scale = quantized(both, 448.0, dtype)
         tl.store(scale_ptr + scale_at, scale, mask=heads_inside)
-        over = tl.broadcast_to(scale[:, None], x1.shape)
-        x1, x2 = tl.div_rn(x1, over), tl.div_rn(x2, over)
-        x1 = tl.where(x1 != x1, x1, tl.minimum(tl.maximum(x1, -448.0), 448.0))
-        x2 = tl.where(x2 != x2, x2, tl.minimum(tl.maximum(x2, -448.0), 448.0))
+        x1, x2 = tl.split(tl.reshape(q, (x1.shape[0], x1.shape[1], 2)))
     tl.store(cache_ptr + at, x1.to(dtype), mask=inside)
     tl.store(cache_ptr + at + half, x2.to(dtype), mask=inside)
 
@@ -96,7 +93,7 @@ def rope_store_kv(
     ks, vs = (k_cache, v_cache) if k_scale is None or v_scale is None else (k_scale, v_scale)
     launch(
         _rope_store_kv, (t, triton.cdiv(heads, HEADS) + triton.cdiv(groups, HEADS)),
-        q_THC, k_TGC, v_TGC, out_THC, k_cache, v_cache, ks, vs, positions_T, slots_T, cos_sin, heads, groups, c,
+        q_THC, k_TGC, v_TGC, out_THC, as_known(k_cache), as_known(v_cache), ks, vs, positions_T, slots_T, cos_sin, heads, groups, c,
         k_cache.shape[2], *q_THC.stride()[:2], *k_TGC.stride()[:2], *v_TGC.stride()[:2], *k_cache.stride()[:3],
         *v_cache.stride()[:3], *ks.stride()[:3], *vs.stride()[:3], cos_sin.stride(0),
         QUANTIZED=k_scale is not None, HEADS=HEADS, HALF=triton.next_power_of_2(max(c // 2, 1)), num_warps=4,

@@ -1,5 +1,7 @@
 """The function of every op that this backend serves, by the op's name. Imports Triton."""
 
+from .gemm import grouped_gemm
+from .moe import moe
 from .norm import rms_norm, sandwich_norm
 from .quantize import quantize_fp8, quantize_int8
 from .rope import rope_store_kv
@@ -8,6 +10,8 @@ from .sample import sample_top_p
 
 __all__ = [
     "group_tokens",
+    "grouped_gemm",
+    "moe",
     "quantize_fp8",
     "quantize_int8",
     "rms_norm",

@@ -1,0 +1,111 @@
+"""The expert layer in three products' worth of launches: gate and up with the activation and its quantisation, down
+with each row's routing weight, and the sum over a token's experts in a fixed order."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..checks import GROUP
+from ..packing import unpack_weight
+from .arithmetic import tanh
+from .gemm import find_tile, operands, product_into, tile_product
+from .launch import launch
+from .quantize import LARGEST, as_known, quantize_fp8, quantize_int8, quantized
+from .route import group_tokens
+
+_QUANTIZED = {"fp8": (quantize_fp8, torch.float8_e4m3fn), "int8": (quantize_int8, torch.int8)}
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        y = x / (1.0 + tl.exp(-x))
+    elif ACTIVATION == "gelu":
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        y = 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * (x * x * x))))
+    return y
+
+
+@triton.jit
+def _gate_up(
+    y_ptr, y_stride, ys_ptr, ys_stride, offsets_ptr, order_ptr, m, active, largest,
+    x_ptr, x_stride, xs_ptr, xs_stride, w, w_stride, ws_ptr, ws_stride_e, ws_stride_g, n, k, span,
+    ACTIVATION: tl.constexpr, E: tl.constexpr, EXPERTS: tl.constexpr,
+    DOT: tl.constexpr, XS_GROUPS: tl.constexpr, WS_GROUPS: tl.constexpr, TMA: tl.constexpr, SWAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """y[i] = act(gate) * up of token order[i] // active, by its expert; where ys_ptr, quantised per BLOCK_N columns."""
+    tiles_n = tl.cdiv(n, BLOCK_N)
+    expert, row, panel, hi, total = find_tile(0, offsets_ptr, m, E, tiles_n, BLOCK_M, GROUP_M, EXPERTS)
+    for tile in range(tl.program_id(0), total, tl.num_programs(0)):
+        expert, row, panel, hi, total = find_tile(tile, offsets_ptr, m, E, tiles_n, BLOCK_M, GROUP_M, EXPERTS)
+        rows = row.to(tl.int64) + tl.arange(0, BLOCK_M)
+        inside = rows < hi
+        tokens = tl.load(order_ptr + rows, mask=inside, other=0).to(tl.int64) // active
+        gate, up = tile_product(
+            x_ptr, x_stride, xs_ptr, xs_stride, tokens, inside,
+            w, w_stride, ws_ptr, ws_stride_e, ws_stride_g, expert, panel * BLOCK_N, n, k, span,
+            DOT, XS_GROUPS, WS_GROUPS, True, TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        y = _activate(gate, ACTIVATION) * up
+        at_n = panel * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_y = inside[:, None] & (at_n[None, :] < n)
+        if ys_ptr is not None:
+            y, scale = quantized(tl.where(in_y, y, 0.0), largest, y_ptr.dtype.element_ty)
+            tl.store(ys_ptr + rows * ys_stride + panel, scale, mask=inside)
+        else:
+            y = y.to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + rows[:, None] * y_stride + at_n[None, :], y, mask=in_y)
+
+
+@triton.jit
+def _combine(parts_ptr, y_ptr, d, ACTIVE: tl.constexpr, BLOCK: tl.constexpr):
+    """y_TD = the sum over a of parts_TAD, first to last."""
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for a in range(ACTIVE):
+        total += tl.load(parts_ptr + (token * ACTIVE + a) * d + at, mask=at < d, other=0.0)
+    tl.store(y_ptr + token * d + at, total.to(y_ptr.dtype.element_ty), mask=at < d)
+
+
+def moe(
+    x_TD: Tensor,
+    topk_weights_TA: Tensor,
+    experts_TA: Tensor,
+    w13: Tensor,
+    w13_scale: Tensor | None,
+    w2: Tensor,
+    w2_scale: Tensor | None,
+    activation: str,
+    act_format: str,
+) -> Tensor:
+    w13, w2 = unpack_weight(w13), unpack_weight(w2)
+    (t, d), active = x_TD.shape, experts_TA.shape[1]
+    experts, _, f = w2.shape
+    y_TD = x_TD.new_empty((t, d))
+    if not y_TD.numel():
+        return y_TD
+    if not active:
+        return y_TD.zero_()
+    order, offsets = group_tokens(experts_TA, experts)
+    x, x_scale, inner, inner_scale = x_TD, None, x_TD.new_empty((t * active, f)), None
+    if act_format != "none":
+        quantize, dtype = _QUANTIZED[act_format]
+        x, x_scale = quantize(x_TD, GROUP)
+        inner = inner.new_empty(inner.shape, dtype=dtype)
+        inner_scale = inner.new_empty((t * active, triton.cdiv(f, GROUP)), dtype=torch.float32)
+    o = operands(x, x_scale, w13, w13_scale, t * active, pair=True)
+    launch(
+        _gate_up, o.grid(t * active, experts, f), as_known(inner), f, inner_scale, triton.cdiv(f, GROUP), offsets, order,
+        t * active, active, LARGEST.get(inner.dtype, 0.0), *o.args, ACTIVATION=activation,
+        **{**o.meta, **({} if act_format == "none" else {"BLOCK_N": GROUP})},
+    )  # fmt: skip
+    parts = x_TD.new_empty((t * active, d), dtype=torch.float32)
+    product_into(parts, inner, inner_scale, w2, w2_scale, offsets, order, topk_weights_TA.contiguous())
+    launch(_combine, (t, triton.cdiv(d, 1024)), parts, y_TD, d, ACTIVE=active, BLOCK=1024, num_warps=4)
+    return y_TD
