@@ -56,7 +56,7 @@ lint: $(BUILT) ## check format, lint and types
 clean: ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
-	rm -f kernels/grok_kernels/_C.*.so $(BUILT)
+	rm -f kernels/grok_kernels/_C.*.so kernels/grok_kernels/_CUDA.*.so $(BUILT)
 
 # --clear: what an interrupted creation left behind is not repaired, but made anew. A whole environment is kept.
 $(BIN)/python:

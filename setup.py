@@ -1,7 +1,8 @@
-"""Builds the optional extension `grok_kernels._C`. What is declared, not built, is in pyproject.toml.
+"""Builds the optional extensions: `grok_kernels._C` and, where torch has CUDA, `grok_kernels._CUDA` for Hopper.
 
 Without a compiler, or without torch at build time, the package installs all the same and runs on its kernels in plain
-torch; what was missing is said once. GROK_BUILD_NATIVE=0 leaves the extension out on purpose.
+torch; what was missing is said once. GROK_BUILD_NATIVE=0 leaves the extensions out on purpose. The sources of the CUDA
+kernels are packaged too: `grok_kernels/cuda.py` can compile them later. What is declared, not built, is in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -14,17 +15,40 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 
-NAME = "grok_kernels._C"
+NAME, CUDA_NAME = "grok_kernels._C", "grok_kernels._CUDA"
 SOURCES = sorted(str(path) for folder in ("bindings", "cpu") for path in Path("csrc", folder).glob("*.cpp"))
 # -ffp-contract=off: a fused multiply-add on one instruction set only would give it bits of its own
 FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+CUDA_SOURCES = [
+    str(path)
+    for pattern in ("bindings/cuda/*.cpp", "cuda/*/instantiations/*.cu")
+    for path in sorted(Path("csrc").glob(pattern))
+]
+CUDA_FLAGS = ["-O3", "-gencode=arch=compute_90a,code=sm_90a"]
 
 
-def say(reason: str) -> None:
+class WithCudaSources(build_py):
+    """Puts what the just-in-time build needs beside the modules that start it."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        for folder in ("common", "cuda", "bindings/cuda"):
+            target = Path(self.build_lib, "grok_kernels/csrc", folder)
+            unused = shutil.ignore_patterns("host_emulation", "example")
+            shutil.copytree(Path("csrc", folder), target, ignore=unused, dirs_exist_ok=True)
+
+
+def say(name: str, reason: str) -> None:
+    instead = (
+        "the kernels in plain torch serve instead (slower)" if name == NAME else "Triton's serve on Hopper instead"
+    )
     print(
-        f"grok-engine: going without native kernels, {NAME} was not built: {reason}\n"
-        "grok-engine: the kernels in plain torch serve instead (slower). To build them later, "
+        f"grok-engine: going without native kernels, {name} was not built: {reason}\n"
+        f"grok-engine: {instead}. To build them later, "
         "run `python setup.py build_ext --inplace` in the sources, or install again.",
         file=sys.stderr,
         flush=True,
@@ -38,18 +62,35 @@ def missing_compiler() -> str:
     return f"no C++ compiler, {compiler!r} is not there (CXX names another)"
 
 
+def cuda_extension() -> tuple[Extension, str]:
+    """The extension for Hopper, and why it cannot be built."""
+    from torch.utils import cpp_extension
+
+    if cpp_extension.CUDA_HOME is None:
+        return Extension(CUDA_NAME, CUDA_SOURCES), "no nvcc is found (CUDA_HOME names its place)"
+    extension = cpp_extension.CUDAExtension(
+        CUDA_NAME,
+        CUDA_SOURCES,
+        include_dirs=[str(Path("csrc").resolve())],
+        depends=[str(path) for pattern in ("*.h", "*.cuh") for path in Path("csrc").rglob(pattern)],
+        extra_compile_args={"cxx": ["-O3", "-g0"], "nvcc": CUDA_FLAGS},
+    )
+    return extension, missing_compiler()
+
+
 def native() -> dict[str, Any]:
     """setup()'s arguments for the extension. Its command says what is missing, since this file is read many times."""
     try:
+        import torch
         from torch.utils import cpp_extension
     except Exception as error:  # a broken torch raises more than ImportError
         from setuptools.command.build_ext import build_ext as base
 
-        impossible = f"torch cannot be imported at build time ({type(error).__name__}: {error})"
-        extension = Extension(NAME, SOURCES)
+        extensions = [Extension(NAME, SOURCES)]
+        impossible = {NAME: f"torch cannot be imported at build time ({type(error).__name__}: {error})"}
     else:
         base = cpp_extension.BuildExtension
-        impossible = missing_compiler()
+        impossible = {NAME: missing_compiler()}
         extension = cpp_extension.CppExtension(
             NAME,
             SOURCES,
@@ -58,6 +99,10 @@ def native() -> dict[str, Any]:
             # No -fopenmp at the link: the runtime must be the one torch has loaded, another has threads of its own.
             extra_compile_args=[*FLAGS, *(["-fopenmp"] if sys.platform == "linux" else [])],
         )
+        extensions = [extension]
+        if torch.version.cuda is not None:
+            extension, impossible[CUDA_NAME] = cuda_extension()
+            extensions.append(extension)
 
     class BuildOptional(base):  # type: ignore[misc,valid-type]
         def run(self) -> None:
@@ -65,22 +110,25 @@ def native() -> dict[str, Any]:
             super().run()
 
         def build_extensions(self) -> None:
-            built = [Path(self.get_ext_fullpath(extension.name)) for extension in self.extensions]
-            reason = impossible
+            self.extensions = [extension for extension in self.extensions if self.build_or_say(extension)]
+
+        def build_or_say(self, extension: Extension) -> bool:
+            reason = impossible[extension.name]
             if not reason:
                 try:
+                    self.extensions = [extension]
                     super().build_extensions()
+                    return True
                 except Exception as error:
                     reason = f"{type(error).__name__}: {error}"
-            if reason:
-                say(reason)
-                self.extensions = []
-                for path in built:  # a module left from an earlier build must not pass for this one
-                    path.unlink(missing_ok=True)
-                    if self.in_sources:
-                        Path("kernels/grok_kernels", path.name).unlink(missing_ok=True)
+            say(extension.name, reason)
+            path = Path(self.get_ext_fullpath(extension.name))
+            path.unlink(missing_ok=True)  # a module left from an earlier build must not pass for this one
+            if self.in_sources:
+                Path("kernels/grok_kernels", path.name).unlink(missing_ok=True)
+            return False
 
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildOptional}}
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildOptional, "build_py": WithCudaSources}}
 
 
-setup(**({} if os.environ.get("GROK_BUILD_NATIVE") == "0" else native()))
+setup(**({"cmdclass": {"build_py": WithCudaSources}} if os.environ.get("GROK_BUILD_NATIVE") == "0" else native()))

@@ -66,7 +66,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "grok_kernels.reference": ("registry", "checks", "packing"),
     "grok_kernels.triton": ("registry", "checks", "packing", "tuning"),
     "grok_kernels.cpu": ("registry", "checks", "packing", "tuning", "_C"),
-    "grok_kernels.cuda": ("registry", "checks", "packing", "tuning", "_C"),
+    "grok_kernels.cuda": ("registry", "checks", "packing", "tuning", "_CUDA"),
     "grok_kernels": ("*",),
     # the benchmarks
     "grok_bench.schema": (),

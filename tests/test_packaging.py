@@ -82,6 +82,9 @@ def test_wheel_holds_every_package_and_their_data(tree: Path) -> None:
         assert f"{package}/py.typed" in names
     assert "grok_engine/assets/tiny/planted.json" in names
     assert "grok_kernels/_C.pyi" in names
+    # what compiles the CUDA kernels at their first use
+    needed = ("bindings/cuda/route.cpp", "common/check.h", "cuda/launch.cuh", "cuda/route/instantiations/route.cu")
+    assert {f"grok_kernels/csrc/{path}" for path in needed} <= names
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == set(packages)
 

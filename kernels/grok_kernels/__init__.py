@@ -1,6 +1,6 @@
 """Kernels for models of the Grok-1 kind, usable without the engine. `ops` is the contract."""
 
-from . import cpu, reference, triton
+from . import cpu, cuda, reference, triton
 from .memory import huge_pages, weight_memory
 from .ops import (
     group_tokens,
@@ -34,6 +34,7 @@ __all__ = [
     "can_pack",
     "chosen",
     "cpu",
+    "cuda",
     "group_tokens",
     "grouped_gemm",
     "huge_pages",

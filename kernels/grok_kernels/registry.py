@@ -45,6 +45,7 @@ class Status:
 
 _kernels: dict[tuple[str, str], Kernel] = {}
 _missing: dict[str, str] = {}  # backend -> why none of its kernels can run here
+_ask: dict[str, Callable[[], str]] = {}  # backend -> finds out why not, where that starts a device
 _chosen: dict[str, set[str]] = {}
 _forced: ContextVar[str | None] = ContextVar("grok_kernels_backend", default=None)
 
@@ -113,6 +114,11 @@ def mark_missing(backend: str, reason: str) -> None:
     """Say why no kernel of `backend` can run on this machine, for `backends()` and for errors."""
     _missing[backend] = reason
     _known.clear()
+
+
+def ask_when_shown(backend: str, why_not: Callable[[], str]) -> None:
+    """`backends()` alone calls `why_not`, which may start a device; "" for nothing. A call asks its kernel's `supports`."""
+    _ask[backend] = why_not
 
 
 def _check(name: str, source: str) -> str:
@@ -209,4 +215,6 @@ def _status(op: str, backend: str) -> Status:
     reason = _missing.get(backend)
     if reason is None and (op, backend) not in _kernels:
         reason = f"the {backend} backend has no kernel for it"
+    if reason is None and backend in _ask:
+        reason = _ask[backend]() or None
     return Status(reason is None, reason or "")

@@ -1,0 +1,169 @@
+"""Registers the kernels by hand for Hopper (compute capability 9.0), or says why there are none.
+
+They are in the extension `grok_kernels._CUDA` where the installation built it. Else the first call on such a chip
+compiles them with torch's just-in-time compiler, which needs nvcc and a C++ compiler, and keeps them in its cache
+(`TORCH_EXTENSIONS_DIR`). Calls that no kernel here takes are Triton's.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import registry
+
+NAME = "grok_kernels._CUDA"
+CHIP = (9, 0)
+ARCH = "-gencode=arch=compute_90a,code=sm_90a"
+EXPERTS, CHOSEN = 64, 8  # kMostExperts and kMostChosen of grok/route.h
+ROWS = 2**31 - 4097
+log = logging.getLogger("grok_kernels")
+
+
+def _csrc() -> Path:
+    """The C++ sources: beside the modules in an installed package, else in the checkout."""
+    here = Path(__file__).resolve().parent
+    packaged = here / "csrc"
+    return packaged if packaged.is_dir() else here.parents[1] / "csrc"
+
+
+def _build_arguments() -> dict[str, Any]:
+    """What `torch.utils.cpp_extension.load` compiles, and how."""
+    csrc = _csrc()
+    patterns = ("bindings/cuda/*.cpp", "cuda/*/instantiations/*.cu")
+    return {
+        "name": "grok_kernels_cuda",
+        "sources": [str(path) for pattern in patterns for path in sorted(csrc.glob(pattern))],
+        "extra_include_paths": [str(csrc)],
+        "extra_cflags": ["-O3"],
+        "extra_cuda_cflags": ["-O3", ARCH],
+        "with_cuda": True,
+    }
+
+
+def _nvcc() -> str:
+    from torch.utils import cpp_extension  # slow to import
+
+    return str(Path(cpp_extension.CUDA_HOME) / "bin/nvcc") if cpp_extension.CUDA_HOME else ""
+
+
+def _missing() -> str:
+    """Why no kernel can run here, if so. Looks at the machine without starting CUDA, after which no process may fork."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if torch.cuda.device_count() == 0:
+        return "there is no GPU"
+    if find_spec(NAME) is None and not _nvcc():
+        return f"the extension {NAME} was not built, and there is no nvcc to compile it now (CUDA_HOME names its place)"
+    return ""
+
+
+def _wrong_chip(device: torch.device | int) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability == CHIP:
+        return None
+    where = f"cuda:{device}" if isinstance(device, int) else str(device)
+    return f"{where} has compute capability {'.'.join(map(str, capability))}, the cuda backend needs 9.0"
+
+
+def _no_chip() -> str:
+    """Why none of the machine's GPUs can serve, if so. Starts CUDA."""
+    reasons = [_wrong_chip(device) for device in range(torch.cuda.device_count())]
+    return "" if None in reasons else "; ".join(map(str, reasons))
+
+
+@cache
+def _unusable() -> str:
+    """Loads the kernels, compiling them if need be. What failed, if so, said once."""
+    try:
+        if find_spec(NAME) is None:
+            from torch.utils import cpp_extension
+
+            log.warning("compiling the CUDA kernels, once: minutes")
+            module = cpp_extension.load(**_build_arguments())
+        else:
+            import grok_kernels._CUDA as module
+    except Exception as error:  # compilers, linkers and loaders each raise their own
+        reason = f"the extension {NAME} does not compile or load ({type(error).__name__}: {error})"
+    else:
+        built, running = (".".join(v.split(".")[:2]) for v in (module.torch_version, torch.__version__))
+        if built == running:  # the ABI holds within a minor version only
+            return ""
+        reason = f"the extension {NAME} was built against torch {built}, this is torch {running}; install it again"
+    log.warning("no CUDA kernels by hand, Triton's serve: %s", reason)
+    return reason
+
+
+def _unusable_on(*tensors: Tensor) -> str | None:
+    for tensor in tensors:
+        if tensor.device.type != "cuda":
+            return f"its tensors are on {tensor.device}, the cuda backend takes those on cuda"
+    return _wrong_chip(tensors[0].device) or _unusable() or None
+
+
+def _supports_route(x: Tensor, router: Tensor, k: int, softcap: float, renormalize: bool) -> str | None:
+    if x.shape[1] % 4:
+        return f"D={x.shape[1]}, the cuda backend takes multiples of 4"
+    if router.shape[0] > EXPERTS:
+        return f"E={router.shape[0]}, the cuda backend takes {EXPERTS} at most"
+    if k > CHOSEN:
+        return f"k={k}, the cuda backend takes {CHOSEN} at most"
+    return _unusable_on(x, router)
+
+
+def _supports_group(experts: Tensor, num_experts: int) -> str | None:
+    if num_experts > EXPERTS:
+        return f"num_experts={num_experts}, the cuda backend takes {EXPERTS} at most"
+    if experts.numel() > ROWS:
+        return f"experts has {experts.numel()} entries, the cuda backend takes {ROWS} at most"
+    return _unusable_on(experts)
+
+
+def route_topk(x: Tensor, router: Tensor, k: int, softcap: float, renormalize: bool) -> Any:
+    return torch.ops.grok_cuda.route_topk(x, router, k, softcap, renormalize)
+
+
+def group_tokens(experts: Tensor, num_experts: int) -> Any:
+    return torch.ops.grok_cuda.group_tokens(experts, num_experts)
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _counter(device: torch.device) -> Tensor:
+    """A zero that launches of one stream share, since they leave it as it was. A graph, which runs anywhere, has its own."""
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _counters:
+        _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _counters[key]
+
+
+def route_and_group(
+    x: Tensor, router: Tensor, k: int, softcap: float = 0.0, renormalize: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`route_topk`, then `group_tokens` of its experts, in one launch for up to 512 tokens and in two for more.
+
+    Arguments as those of `route_topk`. Returns weights and experts (T, k), order (T·k,) and offsets (E + 1,).
+    NotImplementedError where `route_topk` has no kernel here for the call.
+    """
+    reason = _missing() or _supports_route(x, router, k, softcap, renormalize)
+    if reason:
+        raise NotImplementedError(f"route_and_group cannot run: {reason}")
+    counter = _counter(x.device)
+    return torch.ops.grok_cuda.route_and_group(x, router, k, softcap, renormalize, counter)  # type: ignore[no-any-return]
+
+
+if _reason := _missing():
+    registry.mark_missing("cuda", _reason)
+else:
+    registry.ask_when_shown("cuda", _no_chip)
+registry.register("route_topk", "cuda", supports=_supports_route)(route_topk)
+registry.register("group_tokens", "cuda", supports=_supports_group)(group_tokens)

@@ -1,0 +1,153 @@
+"""The cuda backend where there is no GPU: which calls it takes, what it says, and how it would be compiled."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+
+from grok_kernels import cuda, registry
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def on_gpu(*shape: int, dtype: torch.dtype = torch.float32) -> Any:
+    """What `supports` may look at, of a tensor that no machine here could hold."""
+    numel = 1
+    for size in shape:
+        numel *= size
+    return SimpleNamespace(device=torch.device("cuda", 0), shape=shape, dtype=dtype, numel=lambda: numel)
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    cuda._unusable.cache_clear()
+    yield
+    cuda._unusable.cache_clear()
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A compiler that takes note of its arguments, and succeeds."""
+    calls: list[dict[str, Any]] = []
+
+    def load(**arguments: Any) -> Any:
+        calls.append(arguments)
+        return SimpleNamespace(torch_version=torch.__version__)
+
+    monkeypatch.setattr(cpp_extension, "load", load)
+    monkeypatch.setattr(cuda, "find_spec", lambda name: None)
+    return calls
+
+
+def route(d: int = 6144, e: int = 8, k: int = 2) -> str | None:
+    return cuda._supports_route(on_gpu(5, d), on_gpu(e, d), k, 30.0, False)
+
+
+def test_a_hopper_is_served_after_one_compilation(compiled: list[dict[str, Any]]) -> None:
+    assert route() is None
+    assert cuda._supports_group(on_gpu(5, 2, dtype=torch.int32), 8) is None
+    (arguments,) = compiled
+    sources = [Path(source).relative_to(ROOT).as_posix() for source in arguments["sources"]]
+    assert {"csrc/bindings/cuda/route.cpp", "csrc/cuda/route/instantiations/route.cu"} <= set(sources)
+    assert "-gencode=arch=compute_90a,code=sm_90a" in arguments["extra_cuda_cflags"]
+    assert (Path(arguments["extra_include_paths"][0]) / "cuda/include/grok/route.h").is_file()
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda: route(d=6146), "D=6146, the cuda backend takes multiples of 4"),
+        (lambda: route(e=65), "E=65, the cuda backend takes 64 at most"),
+        (lambda: route(e=16, k=9), "k=9, the cuda backend takes 8 at most"),
+        (lambda: cuda._supports_group(on_gpu(5, 2), 65), "num_experts=65, the cuda backend takes 64 at most"),
+        (lambda: cuda._supports_group(on_gpu(2**30, 2), 8), "experts has 2147483648 entries"),
+        (lambda: cuda._supports_group(torch.zeros(5, 2), 8), "its tensors are on cpu, the cuda backend takes"),
+    ],
+)
+def test_a_call_that_no_kernel_takes_compiles_nothing(compiled: list[dict[str, Any]], call: Any, reason: str) -> None:
+    assert (call() or "").startswith(reason)
+    assert compiled == []
+
+
+def test_another_chip_is_named(compiled: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert route() == "cuda:0 has compute capability 8.0, the cuda backend needs 9.0"
+    assert cuda._no_chip() == route()
+    assert compiled == []
+    monkeypatch.setattr(registry, "_missing", {})
+    monkeypatch.setattr(registry, "_ask", {"cuda": cuda._no_chip})
+    status = registry.backends()["route_topk"]["cuda"]
+    assert (status.available, status.reason) == (False, route())
+
+
+def test_one_hopper_among_other_chips_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8 + device, 0))
+    assert cuda._no_chip() == ""
+
+
+def test_a_failed_compilation_is_the_reason_and_is_said_once(
+    compiled: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(**arguments: Any) -> Any:
+        compiled.append(arguments)
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(cpp_extension, "load", fail)
+    assert route() == route()
+    assert "does not compile or load (RuntimeError: planted)" in (route() or "")
+    assert len(compiled) == 1
+    assert caplog.text.count("planted") == 1
+
+
+def test_an_extension_of_another_torch_is_refused(
+    compiled: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpp_extension, "load", lambda **arguments: SimpleNamespace(torch_version="1.13.1"))
+    assert "was built against torch 1.13, this is torch" in (route() or "")
+
+
+def test_what_is_missing_is_named(compiled: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/usr/local/cuda")
+    assert cuda._missing() == ""
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    assert "was not built, and there is no nvcc to compile it now" in cuda._missing()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert cuda._missing() == "there is no GPU"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert cuda._missing().endswith("is built without CUDA")
+
+
+def cuda_headers() -> Path | None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    dry = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True, check=False).stderr
+    tops = [line.split("TOP=", 1)[1] for line in dry.splitlines() if "TOP=" in line]
+    return Path(tops[0]) / "include" if tops else None
+
+
+@pytest.mark.skipif(cuda_headers() is None, reason="there is no nvcc, with which CUDA's headers come")
+def test_the_bindings_are_valid_against_the_headers_of_torch(tmp_path: Path) -> None:
+    made = tmp_path / "c10/cuda/impl/cuda_cmake_macros.h"  # torch's build for CUDA writes it, that for the CPU does not
+    made.parent.mkdir(parents=True)
+    made.touch()
+    headers = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"], str(cuda_headers())]
+    command = ["g++", "-std=c++20", "-fsyntax-only", "-Wall", "-Werror", "-DTORCH_EXTENSION_NAME=_CUDA"]
+    places = [f"-I{ROOT / 'csrc'}", f"-I{tmp_path}", *(part for path in headers for part in ("-isystem", path))]
+    sources = sorted((ROOT / "csrc/bindings/cuda").glob("*.cpp"))
+    assert sources
+    done = subprocess.run([*command, *places, *sources], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
