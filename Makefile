@@ -45,8 +45,8 @@ bench: $(BUILT) ## run the benchmarks
 	$(BIN)/python -m benchmarks.bench_runtime
 	$(BIN)/python -m benchmarks.bench_step_share
 
-bench-cpu: $(BUILT) ## measure the CPU's kernels beside its ceilings and peers (BENCH_ARGS="'decode*' --json FILE")
-	$(BIN)/python -m benchmarks.cpu $(BENCH_ARGS)
+bench-cpu: $(BUILT) ## measure the CPU's kernels beside its ceilings and peers (BENCH_ARGS="'moe/*' --json FILE")
+	$(BIN)/grok-engine bench kernels --device cpu $(BENCH_ARGS)
 
 lint: $(BUILT) ## check format, lint and types
 	$(BIN)/ruff format --check .

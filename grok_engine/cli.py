@@ -226,10 +226,14 @@ class Bench(click.Group):
 
         return bench.get_command(ctx, cmd_name)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """`--list` is a way to say `list`."""
+        return super().parse_args(ctx, ["list", *args[1:]] if args[:1] == ["--list"] else args)
+
 
 @app.group(cls=Bench)
 def bench() -> None:
-    """Measure the engine: latency, throughput, serving."""
+    """Measure: the engine's latency, throughput and serving, and the kernels (--list [PATTERN...] names what there is)."""
 
 
 def _folder(model: str) -> Path:

@@ -20,20 +20,21 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.bench_step_share import configuration, random_tensors
-from benchmarks.cpu.harness import BUSY, NOISE
-from benchmarks.cpu.machine import Machine
-from benchmarks.cpu.report import header
 from grok_bench.environment import environment
+from grok_bench.kernels.device import Device
+from grok_bench.kernels.harness import BUSY, NOISE
+from grok_bench.report.units import amount
 from grok_engine import ModelConfig
 from grok_engine.checkpoint.xai import write_xai
 from grok_engine.packed import convert
 
-from .engines import Llama, Load, Ours, find_llama, quantize
+from .engines import Llama, Load, Ours, Tools, find_llama
 from .gguf_grok import write_gguf
 
 KINDS = ("Q8_0", "BF16", "Q4_K_S")
 GET = (
-    "llama.cpp's llama-batched-bench and llama-quantize on PATH or in --llama DIR, and pip install 'grok-engine[bench]'"
+    "llama.cpp's llama-batched-bench and llama-quantize on PATH or in --llama DIR, or pip install llama-cpp-python; "
+    "and pip install 'grok-engine[bench]'"
 )
 CEILINGS = ("read", "bf16")  # probed before and after each turn
 MEASURES = ("prompt tok/s", "decode of 1 tok/s", "decode of 16 tok/s", "s to first token", "imports aside")
@@ -44,7 +45,7 @@ def small_configuration() -> ModelConfig:
     return replace(configuration(2), vocab_size=512, d_model=256, num_heads=2, num_kv_heads=1, d_ff=512)
 
 
-def write_models(folder: Path, config: ModelConfig, tools: Path | None, kinds: Sequence[str]) -> dict[str, Path]:
+def write_models(folder: Path, config: ModelConfig, tools: Tools | None, kinds: Sequence[str]) -> dict[str, Path]:
     """Writes what is not there yet: `xai`, the same converted, and a GGUF file of each kind. Returns the files by kind."""
     marker = folder / "written.json"
     same = json.dumps(config.to_dict())
@@ -64,7 +65,7 @@ def write_models(folder: Path, config: ModelConfig, tools: Path | None, kinds: S
         source.with_suffix(".part").rename(source)
     for kind, file in files.items():
         if not file.is_file():
-            quantize(tools, source, file.with_suffix(".part"), kind)
+            tools.quantize(source, file.with_suffix(".part"), kind)
             file.with_suffix(".part").rename(file)
     return files
 
@@ -75,7 +76,7 @@ def measure(engine: Ours | Llama, loads: Sequence[Load]) -> dict[str, float]:
 
 
 def rounds(
-    engines: Sequence[Ours | Llama], loads: Sequence[Load], machine: Machine, count: int, console: Console, pick: bool
+    engines: Sequence[Ours | Llama], loads: Sequence[Load], machine: Device, count: int, console: Console, pick: bool
 ) -> dict[str, list[dict[str, float]]]:
     """What each engine measured, turn by turn; `quiet` is 0 where something else had the machine's cores."""
     found: dict[str, list[dict[str, float]]] = {engine.name: [] for engine in engines}
@@ -129,7 +130,9 @@ def print_share(console: Console, config: ModelConfig, turns: list[dict[str, flo
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_model", description="A whole model on this CPU.")
-    parser.add_argument("--llama", type=Path, help="the folder of llama.cpp's tools; those on PATH without")
+    parser.add_argument(
+        "--llama", type=Path, help="the folder of llama.cpp's tools; those on PATH, or llama-cpp-python, without"
+    )
     parser.add_argument("--dir", type=Path, help="write the models there and keep them; a temporary folder without")
     parser.add_argument("--kinds", nargs="*", default=KINDS, help="of GGUF files, by llama-quantize's names")
     parser.add_argument("--rounds", type=int, default=5)
@@ -147,8 +150,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if Console().is_terminal else 120)
     config = small_configuration() if a.smoke else configuration(8)
     loads = (Load(1, 16, 2), Load(2, 4, 2)) if a.smoke else (Load(1, 512, a.new), Load(16, 32, a.new))
-    machine, about = Machine(small=a.smoke), environment()
-    console.print(header(about, machine), highlight=False)
+    machine, about = Device(small=a.smoke), environment()
+    if "read" not in machine.ceilings:
+        parser.error("the native kernels were not built, and the probes between the turns are among them")
+    ceilings = ", ".join(f"{name} {amount(c.rate, c.unit)}" for name, c in machine.kept().items())
+    console.print(f"{about.chip}, {about.threads} thread(s), isa {about.isa}; {ceilings}", highlight=False)
     with tempfile.TemporaryDirectory() as temporary:
         folder = a.dir or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
-"""The two sides: ours, in this process, and llama.cpp's tools, a process a turn. Both give tokens a second."""
+"""The two sides: ours, in this process, and llama.cpp, a process a turn. Both give tokens a second."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 import shutil
@@ -17,6 +18,7 @@ import torch
 from grok_engine import LLMEngine, SamplingParams
 
 TOOLS = ("llama-batched-bench", "llama-quantize")
+PYTHON = (sys.executable, "-m", "benchmarks.cpu_model.llama_python")
 FIRST_TOKEN = """
 import sys, time, torch
 from grok_engine import LLMEngine, SamplingParams
@@ -92,48 +94,62 @@ class Ours:
         return time.perf_counter() - start, imported
 
 
-class Llama:
-    """llama.cpp on one GGUF file."""
+@dataclass(frozen=True)
+class Tools:
+    """llama.cpp's own programs in a folder, or, without one, its library through llama-cpp-python."""
 
-    def __init__(self, tools: Path, file: Path, name: str) -> None:
-        self.name = f"llama.cpp, {name}"
+    folder: Path | None
+
+    def bench(self, file: Path, load: Load) -> list[str]:
+        """The command that prints the speeds of a load as JSON."""
         threads = str(torch.get_num_threads())
-        self._command = [str(tools / TOOLS[0]), "-m", str(file), "-t", threads, "-tb", threads]
-
-    def _run(self, load: Load) -> str:
+        if self.folder is None:
+            return [*PYTHON, "bench", str(file), threads, str(load.requests), str(load.prompt), str(load.new)]
         size = max(512, load.requests * (load.prompt + load.new))  # its warming up alone wants some
         sizes = {"-c": size, "-npp": load.prompt, "-ntg": load.new, "-npl": load.requests}
         options = [text for pair in sizes.items() for text in map(str, pair)]
-        return _output([*self._command, *options, "--output-format", "jsonl"])
+        program = str(self.folder / TOOLS[0])
+        return [program, "-m", str(file), "-t", threads, "-tb", threads, *options, "--output-format", "jsonl"]
+
+    def quantize(self, source: Path, target: Path, kind: str) -> None:
+        start = [*PYTHON, "quantize"] if self.folder is None else [str(self.folder / TOOLS[1])]
+        _output([*start, str(source), str(target), kind])
+
+
+class Llama:
+    """llama.cpp on one GGUF file."""
+
+    def __init__(self, tools: Tools, file: Path, name: str) -> None:
+        self.name = f"llama.cpp, {name}"
+        self._tools, self._file = tools, file
 
     def speed(self, load: Load) -> Speed:
-        text = self._run(load)
+        command = self._tools.bench(self._file, load)
+        text = _output(command)
         rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
         if len(rows) != 1:
-            raise RuntimeError(f"{self._command[0]} printed {len(rows)} results, expected 1: {text[-500:]!r}")
+            raise RuntimeError(f"{command[0]} printed {len(rows)} results, expected 1: {text[-500:]!r}")
         return Speed(rows[0]["speed_pp"], rows[0]["speed_tg"])
 
     def first_token(self) -> tuple[float, float]:
-        """As of ours, with nothing to import; its tool warms up with a batch of 16 tokens, too."""
+        """As of ours, with nothing to import but where the bindings run it; it warms up with 16 tokens, too."""
         start = time.perf_counter()
-        self._run(Load(1, 1, 1))
+        _output(self._tools.bench(self._file, Load(1, 1, 1)))
         seconds = time.perf_counter() - start
         return seconds, seconds
 
 
-def find_llama(folder: Path | None) -> Path | None:
-    """The folder of llama.cpp's tools: as given, or that of those on the path."""
+def find_llama(folder: Path | None) -> Tools | None:
+    """llama.cpp's tools: as given, or those on the path, or the llama-cpp-python package."""
     if folder is not None:
         lacking = [tool for tool in TOOLS if not (folder / tool).is_file()]
         if lacking:
             raise ValueError(f"--llama {folder}: expected llama.cpp's tools there, found no {', '.join(lacking)}")
-        return folder
+        return Tools(folder)
     found = [shutil.which(tool) for tool in TOOLS]
-    return Path(found[0]).parent if found[0] and all(found) else None
-
-
-def quantize(tools: Path, source: Path, target: Path, kind: str) -> None:
-    _output([str(tools / TOOLS[1]), str(source), str(target), kind])
+    if found[0] and all(found):
+        return Tools(Path(found[0]).parent)
+    return Tools(None) if importlib.util.find_spec("llama_cpp") else None
 
 
 def _output(command: list[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from .engine.commands import latency, serve, throughput
+from .kernels.commands import kernels_command, list_command
 from .report.commands import compare_command, report_command
 
 
@@ -13,5 +14,5 @@ def bench() -> None:
     """Measure."""
 
 
-for command in (latency, throughput, serve, compare_command, report_command):
+for command in (latency, throughput, serve, kernels_command, list_command, compare_command, report_command):
     bench.add_command(command)

@@ -30,8 +30,8 @@ def environment(device: str = "cpu") -> Environment:
         cores=_cores(),
         threads=torch.get_num_threads(),
         isa=_isa(),
-        clock_mhz=_clock(),
-        driver=_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
+        clock_mhz=_clock(_smi("clocks.current.sm") if on_gpu else _cpu_info("cpu MHz")),
+        driver=_smi("driver_version") if on_gpu else None,
         python=platform.python_version(),
         torch=torch.__version__,
         triton=_version("triton"),
@@ -89,9 +89,17 @@ def _chip() -> str:
     return f"{name}{numbers} ({_cores()} cores)"
 
 
-def _clock() -> float | None:
-    text = _cpu_info("cpu MHz")
-    return None if text is None else float(text)
+def _clock(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:  # a driver that does not tell
+        return None
+
+
+def _smi(what: str) -> str | None:
+    """Of the first GPU, as the driver's own tool reads it."""
+    text = _output("nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits")
+    return text.splitlines()[0] if text else None
 
 
 def _isa() -> str | None:

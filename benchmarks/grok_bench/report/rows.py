@@ -55,6 +55,11 @@ def flop_unit(file: ResultFile) -> tuple[float, str]:
     return (1e12, "TFLOP/s") if peak >= 1e13 else (1e9, "GFLOP/s")
 
 
+def memory_ceiling(file: ResultFile) -> str | None:
+    """The name of the ceiling in bytes: reading, where that was measured, or copying."""
+    return next((name for name in ("read", "copy") if name in file.ceilings), None)
+
+
 def parameters(values: Mapping[str, Any], skip: Sequence[str] = ()) -> str:
     """`tokens 16, routing even, dummy`: flags by name, what is None or off left out."""
     shown = [(k.replace("_", " "), v) for k, v in values.items() if k not in skip and v is not None and v is not False]

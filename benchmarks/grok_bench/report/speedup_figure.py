@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from math import log10
 
 import numpy as np
@@ -14,15 +13,16 @@ from .rows import best_of_ours, best_peer, caption, kernel_results
 from .style import WIDTH, Theme, canvas, log_axis, place, short
 from .units import digits
 
-ROW, LEFT, RIGHT, NUMBER = 0.2, 2.3, 2.05, 0.5  # inches: of a bar, of the names at both sides, of a bar's number
+ROW, LEFT, RIGHT, NUMBER = 0.2, 2.45, 2.05, 0.5  # inches: of a bar, of the names at both sides, of a bar's number
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.8, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 def speedup(file: ResultFile, theme: Theme) -> Figure:
     """A row a problem, in the order of the file, with the best of ours where there are several."""
     rows = [(r, best_of_ours(r)) for r in kernel_results(file)]
-    gaps = sum(a.op != b.op for (a, _), (b, _) in pairwise(rows))
-    high = ROW * (len(rows) + 0.5 * gaps)
+    starts = [i == 0 or rows[i - 1][0].op != r.op for i, (r, _) in enumerate(rows)]
+    headed = [start and r.problem.startswith(f"{r.op}/") for start, (r, _) in zip(starts, rows, strict=True)]
+    high = ROW * (len(rows) + 0.5 * (sum(starts) - 1) + sum(headed))
     figure = canvas(
         theme,
         WIDTH,
@@ -33,14 +33,19 @@ def speedup(file: ResultFile, theme: Theme) -> Figure:
     )
     axes = place(figure, LEFT, 0.7, WIDTH - LEFT - RIGHT, high)
     axes.set(xscale="log", xlabel="× the best peer (log scale)", ylim=(high / ROW - 0.25, -0.75), yticks=[])
-    _limits(axes, [s.times_best_peer for _, s in rows if s and s.times_best_peer])
+    raced = [ratio_with_interval(r, s) for r, s in rows if s and s.times_best_peer]
+    _limits(axes, [value for values in raced for value in values if value])
     axes.spines["left"].set_visible(False)
     axes.axvline(1, color=theme.ink, linewidth=0.9)
     y, sides = 0.0, axes.get_yaxis_transform()
     for i, (result, ours) in enumerate(rows):
-        if i and result.op != rows[i - 1][0].op:
+        if i and starts[i]:
             y += 0.5
-        axes.text(-0.02, y, short(result.problem, 36), ha="right", va="center", size=7, transform=sides)
+        if headed[i]:  # the op stands once above its problems, whose names begin with it
+            axes.text(-0.02, y, result.op, ha="right", va="center", size=7, weight="bold", transform=sides)
+            y += 1
+        name = result.problem.removeprefix(f"{result.op}/")
+        axes.text(-0.02, y, short(name, 40), ha="right", va="center", size=7, transform=sides)
         if ours and ours.times_best_peer:
             _bar(axes, y, result, ours, theme)
             told, colour = f"vs {short(result.best_peer or '', 34)}", theme.quiet

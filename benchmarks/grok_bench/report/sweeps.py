@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -57,12 +58,10 @@ def _over(results: Sequence[KernelResult]) -> str:
 
 
 def common_name(names: Sequence[str]) -> str:
-    """Of moe-fp8-t1 and moe-fp8-t16: moe-fp8. What differs amid the name is a star."""
-    parts = [name.split("-") for name in names]
-    if len({len(p) for p in parts}) > 1:
-        shortest = min(len(p) for p in parts)
-        parts = [p[:shortest] for p in parts]
-    kept = [column[0] if len(set(column)) == 1 else "*" for column in zip(*parts, strict=True)]
-    while len(kept) > 1 and kept[-1] == "*":
+    """Of moe/grok-1/decode/fp8-t1 and moe/grok-1/decode/fp8-t16: moe/grok-1/decode/fp8. What differs amid is a star."""
+    parts = [re.split("([-/])", name) for name in names]
+    shortest = min(len(p) for p in parts)
+    kept = [column[0] if len(set(column)) == 1 else "*" for column in zip(*(p[:shortest] for p in parts), strict=True)]
+    while len(kept) > 1 and kept[-1] in ("*", "-", "/"):
         kept.pop()
-    return "-".join(kept)
+    return "".join(kept)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..schema import ResultFile
+from ..schema import KernelResult, ResultFile
 from .rows import Block, blocks, environment, headline, interrupted, missing
 
 NAME = 18  # columns that a name has at least
@@ -19,30 +19,45 @@ STYLES = {"wrong": "bold red", "failed": "bold red", "timeout": "red", "missing"
 
 def render(file: ResultFile, console: Console) -> None:
     """Print all of it; nothing in it is read as markup."""
-    about = Table.grid(padding=(0, 2))
-    about.add_column(style="cyan", no_wrap=True)
-    about.add_column()
-    for name, text in environment(file):
-        about.add_row(name, Text(text))
-    console.print(about)
+    about(file, console)
     if interrupted(file):
         console.print(Text(interrupted(file), style="yellow"))
     for block in blocks(file):
-        console.print()
-        console.print(Text(block.title, style="bold").append(f"  {block.sizes}", style="not bold dim"))
-        fits = next((b for b in (block, _without(block, "error")) if _width(b) <= console.width), None)
-        if fits is None:  # rather lines than a table that cuts numbers off
-            for line in _lines(block):
-                console.print(line)
-        elif any(row.cells for row in fits.rows):
-            console.print(_table(fits))
-        for note in _notes(block):
-            console.print(note)
+        _block(block, console)
     console.print()
     for name, value in headline(file):
         console.print(Text(f"{name}: ").append(value, style="bold"))
     for names, why in missing(file):
         console.print(Text(f"missing ({names}): {why}", style="dim"))
+
+
+def about(file: ResultFile, console: Console) -> None:
+    """Print where and how it was measured."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="cyan", no_wrap=True)
+    grid.add_column()
+    for name, text in environment(file):
+        grid.add_row(name, Text(text))
+    console.print(grid)
+
+
+def one(file: ResultFile, result: KernelResult, console: Console) -> None:
+    """Print one of its results."""
+    for block in blocks(replace(file, results=[result])):
+        _block(block, console)
+
+
+def _block(block: Block, console: Console) -> None:
+    console.print()
+    console.print(Text(block.title, style="bold").append(f"  {block.sizes}", style="not bold dim"))
+    fits = next((b for b in (block, _without(block, "error")) if _width(b) <= console.width), None)
+    if fits is None:  # rather lines than a table that cuts numbers off
+        for line in _lines(block):
+            console.print(line)
+    elif any(row.cells for row in fits.rows):
+        console.print(_table(fits))
+    for note in _notes(block):
+        console.print(note)
 
 
 def _heads(block: Block) -> list[list[str]]:

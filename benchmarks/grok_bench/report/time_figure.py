@@ -9,33 +9,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..schema import ResultFile
+from . import style
 from .rows import caption
-from .style import (
-    DASHES,
-    MARKERS,
-    WIDTH,
-    Theme,
-    canvas,
-    covered,
-    end_labels,
-    log_axis,
-    near_labels,
-    place,
-    short,
-)
 from .sweeps import Sweep
 
-LEFT, RIGHT, BELOW = 0.62, 1.65, 0.75  # inches around each panel: its ticks, its names, its axis and the next title
+LEFT, RIGHT, BELOW = 0.62, 1.75, 0.75  # inches around each panel: its ticks, its names, its axis and the next title
 NAME = 27  # characters of a contestant's
 Line = list[tuple[float, float]]
 
 
-def against(file: ResultFile, sweeps: list[Sweep], theme: Theme) -> Figure:
+def against(file: ResultFile, sweeps: list[Sweep], theme: style.Theme) -> Figure:
     """A panel a sweep, a line a contestant; the floor is dashed. A contestant looks the same in every panel."""
     across = 1 if len(sweeps) == 1 else 2
     down = ceil(len(sweeps) / across)
-    width, tall = (WIDTH, 2.9) if across == 1 else (8.6, 1.95)
-    figure = canvas(
+    width, tall = (style.WIDTH, 2.9) if across == 1 else (8.6, 1.95)
+    figure = style.canvas(
         theme,
         width,
         BELOW + down * (tall + BELOW) + 0.1,
@@ -46,14 +34,14 @@ def against(file: ResultFile, sweeps: list[Sweep], theme: Theme) -> Figure:
     looks = _looks(sweeps, theme)
     for i, sweep in enumerate(sweeps):
         left, bottom = (i % across) * width / across + LEFT, BELOW + (down - 1 - i // across) * (tall + BELOW)
-        axes = place(figure, left, bottom, width / across - LEFT - RIGHT, tall)
-        axes.set_title(short(sweep.name, 40))
+        axes = style.place(figure, left, bottom, width / across - LEFT - RIGHT, tall)
+        axes.set_title(style.short(sweep.name.removeprefix(f"{sweep.op}/"), 40))
         axes.set(xscale="log", yscale="log", xlabel=sweep.over)
         _panel(axes, sweep, looks, theme)
     return figure
 
 
-def _looks(sweeps: list[Sweep], theme: Theme) -> dict[str, dict[str, Any]]:
+def _looks(sweeps: list[Sweep], theme: style.Theme) -> dict[str, dict[str, Any]]:
     scores = [s for sweep in sweeps for r in sweep.results for s in r.scores if s.seconds]
     ours = {s.contestant for s in scores if s.ours}
     found: dict[str, dict[str, Any]] = {}
@@ -61,15 +49,19 @@ def _looks(sweeps: list[Sweep], theme: Theme) -> dict[str, dict[str, Any]]:
         if name in ours:
             k = sum(n in ours for n in found)
             found[name] = {"color": theme.ours, "linewidth": 2.2, "zorder": 4, "marker": ("o", "h", "*")[k % 3]}
-            found[name] |= {"linestyle": "-" if k == 0 else DASHES[(k - 1) % 6]}
+            found[name] |= {"linestyle": "-" if k == 0 else style.DASHES[(k - 1) % 6]}
         else:
             k = sum(n not in ours for n in found)
-            found[name] = {"color": theme.peers[k % 6], "marker": MARKERS[k % 6], "linestyle": DASHES[(k + k // 6) % 6]}
+            found[name] = {
+                "color": theme.peers[k % 6],
+                "marker": style.MARKERS[k % 6],
+                "linestyle": style.DASHES[(k + k // 6) % 6],
+            }
             found[name] |= {"mfc": theme.paper, "linewidth": 1.1, "zorder": 3}
     return found
 
 
-def _panel(axes: Axes, sweep: Sweep, looks: dict[str, dict[str, Any]], theme: Theme) -> None:
+def _panel(axes: Axes, sweep: Sweep, looks: dict[str, dict[str, Any]], theme: style.Theme) -> None:
     lines: dict[str, Line] = {}
     for x, result in zip(sweep.xs, sweep.results, strict=True):
         if result.floor_seconds:
@@ -80,14 +72,18 @@ def _panel(axes: Axes, sweep: Sweep, looks: dict[str, dict[str, Any]], theme: Th
     floor = {"color": theme.ink, "linewidth": 1.0, "linestyle": (0, (4, 2))}
     for name, line in lines.items():
         axes.plot(*zip(*line, strict=True), **looks.get(name, floor))
-    log_axis(axes.xaxis, "", sorted(set(sweep.xs)), room=0.3)
-    log_axis(axes.yaxis, "time")
+    style.log_axis(axes.xaxis, "", sorted(set(sweep.xs)), room=0.3)
+    style.log_axis(axes.yaxis, "time")
     colours = {name: looks.get(name, floor)["color"] for name in lines}
     whole = {name: line[-1] for name, line in lines.items() if line[-1][0] == sweep.xs[-1]}
-    ours = {short(name, NAME) for name in lines if name in looks and looks[name]["color"] == theme.ours}
-    end_labels(axes, [(*end, short(name, NAME), colours[name]) for name, end in whole.items()], theme, 6.5, bold=ours)
-    taken = [box for line in lines.values() for box in covered(axes, [x for x, _ in line], [t for _, t in line], 3)]
+    ours = {style.short(name, NAME) for name in lines if name in looks and looks[name]["color"] == theme.ours}
+    style.end_labels(
+        axes, [(*end, style.short(name, NAME), colours[name]) for name, end in whole.items()], theme, 6.5, bold=ours
+    )
+    taken = [
+        box for line in lines.values() for box in style.covered(axes, [x for x, _ in line], [t for _, t in line], 3)
+    ]
     # what ends before the others has its name within: a line to the margin would look like times
-    near_labels(
-        axes, [(line, short(name, NAME)) for name, line in lines.items() if name not in whole], taken, theme, 6.5
+    style.near_labels(
+        axes, [(line, style.short(name, NAME)) for name, line in lines.items() if name not in whole], taken, theme, 6.5
     )

@@ -1,0 +1,162 @@
+"""paged_attention: one query each of many requests, or the last queries of one, over scattered pages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .case import TURNS, Case, copies
+from .data import Last, T
+from .problems import Problem
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values (P, G, S, C) in scattered pages, table (B, N), and the same in one piece for who needs that."""
+
+    k_pages: Tensor
+    v_pages: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    table: Tensor
+    length: int
+    _made: dict[str, Any]
+
+    @classmethod
+    def random(cls, batch: int, groups: int, length: int, c: int, page: int, fp8: bool, device: str) -> Cache:
+        each = -(-length // page)
+        table = torch.randperm(batch * each, device=device).view(batch, each).int()
+        shape = (batch * each, groups, page, c)
+
+        def pages() -> tuple[Tensor, Tensor | None]:
+            x = torch.randn(shape, device=device, dtype=torch.bfloat16)
+            if not fp8:
+                return x, None
+            scale = x.abs().amax(-1).float() / 448
+            return (x / scale.unsqueeze(-1)).to(torch.float8_e4m3fn), scale
+
+        (k, k_scale), (v, v_scale) = pages(), pages()
+        return cls(k, v, k_scale, v_scale, table, length, {})
+
+    def request(self, which: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values of one request, (G, L, C)."""
+        pages = self.table[which].long()
+        found = []
+        for cache, scale in ((self.k_pages, self.k_scale), (self.v_pages, self.v_scale)):
+            x = (
+                cache[pages].to(dtype)
+                if scale is None
+                else (cache[pages].float() * scale[pages].unsqueeze(-1)).to(dtype)
+            )
+            found.append(x.transpose(0, 1).flatten(1, 2)[:, : self.length])
+        return found[0], found[1]
+
+    def contiguous(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all requests, (B, G, L, C) bf16."""
+        return self.once("contiguous", lambda cache: cache._contiguous())
+
+    def _contiguous(self) -> tuple[Tensor, Tensor]:
+        every = [self.request(b, torch.bfloat16) for b in range(self.table.shape[0])]
+        return torch.stack([k for k, _ in every]), torch.stack([v for _, v in every])
+
+    def once(self, name: str, pack: Callable[[Cache], T]) -> T:
+        """`pack` of these, made once for all calls and problems that want it under that name."""
+        if name not in self._made:
+            self._made[name] = pack(self)
+        found: T = self._made[name]
+        return found
+
+
+@dataclass(frozen=True)
+class Attend:
+    """One call. Every request has `queries` of its last tokens."""
+
+    q_THC: Tensor
+    cache: Cache
+    queries: int
+    scale: float
+    softcap: float
+    window: int
+    temperature_len: int
+    starts: Tensor
+    lengths: Tensor
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        c = self.cache
+        return (
+            self.q_THC, c.k_pages, c.v_pages, c.table, self.starts, self.lengths, self.queries, self.scale,
+            self.softcap, self.window, self.temperature_len, c.k_scale, c.v_scale,
+        )  # fmt: skip
+
+
+_last: Last[list[Cache]] = Last()
+
+
+def build(p: Problem, device: str, cold: int) -> Case:
+    m, length, page, fp8 = p.shape, p.number("context"), p.number("page"), p["kv"] == "fp8"
+    batch, queries = (p.number("batch"), 1) if p.family.phase == "decode" else (1, p.number("queries"))
+    h, g, c = m.num_heads, m.num_kv_heads, m.head_dim
+    key = (batch, g, length, c, page, fp8, device)
+    stored = 2 * batch * g * length * (c + 4 if fp8 else 2 * c)
+    caches = _last.get((key, cold), lambda: [Cache.random(*key) for _ in range(copies(stored, cold))])
+    inputs = [
+        Attend(
+            torch.randn(batch * queries, h, c, device=device).bfloat16(), cache, queries, m.attn_scale, m.attn_softcap,
+            m.sliding_window, m.attn_temperature_len,
+            torch.arange(0, batch * queries + 1, queries, dtype=torch.int32, device=device),
+            torch.full((batch,), length, dtype=torch.int32, device=device),
+        )
+        for cache in caches
+        for _ in range(max(1, TURNS // len(caches)))
+    ]  # fmt: skip
+    seen = batch * sum(range(length - queries + 1, length + 1))
+    return Case(
+        inputs=inputs,
+        expected=exact,
+        operations=4 * h * c * seen,
+        bytes=stored + 4 * batch * queries * h * c,
+        arithmetic="bf16",
+        weights=2 * batch * g * length * c,
+        weight_bytes=1 if fp8 else 2,
+        stored=2 * batch * g * length * c,
+    )
+
+
+def footprint(p: Problem) -> float:
+    m = p.shape
+    values = 2 * p.number("context") * m.num_kv_heads * m.head_dim * dict(p.values).get("batch", 1)
+    return int(values) * (2 if p["kv"] == "bf16" else 3)  # fp8 is made of bf16
+
+
+def plain(inputs: Attend) -> Attend:
+    """The same without what torch's own attention has not: no softcap, no temperature."""
+    return replace(inputs, softcap=0.0, temperature_len=0)
+
+
+def exact(a: Attend) -> Tensor:
+    """In fp32, head by head."""
+    tokens, heads, c = a.q_THC.shape
+    length, t = a.cache.length, a.queries
+    out = torch.empty(tokens, heads, c, device=a.q_THC.device)
+    hidden = torch.ones(t, length, dtype=torch.bool, device=a.q_THC.device).triu(length - t + 1)
+    positions = torch.arange(length - t, length, device=a.q_THC.device).clamp(min=1)
+    stretch = torch.ones(t, 1, device=a.q_THC.device)
+    if a.temperature_len:
+        longer = positions.log2() / math.log2(a.temperature_len)
+        stretch = torch.where(positions > a.temperature_len, longer, 1.0).unsqueeze(1)
+    for b in range(tokens // t):
+        q_THC = a.q_THC[b * t : (b + 1) * t].float()
+        k_GLC, v_GLC = a.cache.request(b, torch.float32)
+        for h in range(heads):
+            g = h // (heads // k_GLC.shape[0])
+            s = q_THC[:, h] @ k_GLC[g].t() * a.scale
+            if a.softcap:
+                s = a.softcap * torch.tanh(s / a.softcap)
+            out[b * t : (b + 1) * t, h] = torch.softmax((s * stretch).masked_fill(hidden, -math.inf), -1) @ v_GLC[g]
+    return out

@@ -1,0 +1,58 @@
+"""From a problem's name to its data: which module builds what, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from . import attention, gemm, moe, rowwise
+from .case import Case, seed
+from .problems import Problem
+
+Build = Callable[[Problem, str, int], Case]
+BUILD: dict[str, Build] = {
+    "rms_norm": rowwise.rms_norm,
+    "sandwich_norm": rowwise.sandwich_norm,
+    "rope_store_kv": rowwise.rope_store_kv,
+    "paged_attention": attention.build,
+    "route_topk": rowwise.route_topk,
+    "group_tokens": rowwise.group_tokens,
+    "quantize_fp8": rowwise.quantize,
+    "quantize_int8": rowwise.quantize,
+    "grouped_gemm": gemm.build,
+    "moe": moe.build,
+    "sample_top_p": rowwise.sample_top_p,
+}
+FOOTPRINT: dict[str, Callable[[Problem], float]] = {
+    "paged_attention": attention.footprint,
+    "grouped_gemm": gemm.footprint,
+    "moe": moe.footprint,
+}
+
+
+class TooLarge(ValueError):
+    """A problem that the device's memory cannot hold."""
+
+
+def build(p: Problem, device: str, cold: int = 0, free: float | None = None) -> Case:
+    """The data of a problem. TooLarge where `free` bytes do not hold it.
+
+    Successive calls take other data, until they have been through `cold` bytes.
+    """
+    forget(but=BUILD[p.op])
+    need = cold + (FOOTPRINT[p.op](p) if p.op in FOOTPRINT else 0.0)
+    if free is not None and need > free:
+        raise TooLarge(f"{p.name} needs {need / 1e9:.1f} GB on {device}, {free / 1e9:.1f} GB are available")
+    seed(p.name)
+    try:
+        return BUILD[p.op](p, device, cold)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise TooLarge(f"{p.name} does not fit on {device}: {str(error).splitlines()[0]}") from None
+
+
+def forget(but: Build | None = None) -> None:
+    """Drop the weights and keys that are kept for the next problem, but those of the ones that `but` builds."""
+    for module in (attention, gemm, moe):
+        if module.build is not but:
+            module._last.clear()

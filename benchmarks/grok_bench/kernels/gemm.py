@@ -1,0 +1,104 @@
+"""grouped_gemm: the experts' products and the dense ones, of weights and rows in the formats of `problems`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import grok_kernels
+
+from .case import BF16_ERROR, EIGHT_BIT_ERROR, TURNS, Case, copies
+from .data import BYTES, Last, Rows, Weights, routing
+from .problems import Problem
+
+
+def parts(fmt: str) -> tuple[str, str]:
+    """Of a format's name: that of the weights, and that of the rows in the products. int8dyn is (int8, int8)."""
+    if fmt.endswith("dyn"):
+        return fmt.removesuffix("dyn"), fmt.removesuffix("dyn")
+    weight, _, rows = fmt.partition("x")
+    return weight, rows or "bf16"
+
+
+@dataclass(frozen=True)
+class Product:
+    """One call: rows x (M, K) bf16 in the order of their experts, and what the format wants them quantised to."""
+
+    x_MK: Tensor
+    weights: Weights
+    rows: Rows
+    fmt: str
+    quantized: tuple[Tensor, Tensor] | None  # with scales for each row and group of 128, where they are given so
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        x, x_scale = self.quantized or (self.x_MK, None)
+        return x, self.weights.values, self.weights.scale, self.rows.offsets, x_scale, torch.bfloat16
+
+
+_last: Last[list[Weights]] = Last()
+
+
+def size(p: Problem) -> tuple[int, int, int]:
+    """(E, N, K) of the weights."""
+    m = p.shape
+    return {
+        "w13": (m.num_experts, 2 * m.d_ff, m.d_model),
+        "w2": (m.num_experts, m.d_model, m.d_ff),
+        "qkv": (1, m.qkv_dim, m.d_model),
+        "o": (1, m.d_model, m.num_heads * m.head_dim),
+        "head": (1, m.vocab_size, m.d_model),
+    }[str(p["matrix"])]
+
+
+def build(p: Problem, device: str, cold: int) -> Case:
+    m, fmt, (e, n, k) = p.shape, str(p["format"]), size(p)
+    weight_format, row_format = parts(fmt)
+    key, weight_bytes = (e, n, k, weight_format, device), BYTES[weight_format]
+    several = copies(e * n * k * weight_bytes, cold)
+    weights = _last.get((key, cold), lambda: [Weights.random(*key) for _ in range(several)])
+    inputs = []
+    for turn in range(TURNS * len(weights)):
+        if e == 1:
+            rows = Rows([0, p.number("tokens")], device)
+        else:
+            rows = Rows.of(routing(str(p["routing"]), p.number("tokens"), e, m.num_experts_per_tok, turn, device), e)
+        x_MK = torch.randn(rows.total, k, device=device).bfloat16()
+        inputs.append(
+            Product(x_MK, weights[turn // TURNS], rows, fmt, quantize(x_MK, row_format) if "x" in fmt else None)
+        )
+    rows = inputs[0].rows
+    hit = len(rows.hit) * n * k
+    return Case(
+        inputs=inputs,
+        expected=exact,
+        operations=2 * rows.total * n * k,
+        bytes=hit * weight_bytes + rows.total * (k * (BYTES[row_format] if "x" in fmt else 2) + 2 * n),
+        arithmetic=row_format,
+        tolerance=BF16_ERROR if row_format == "bf16" else EIGHT_BIT_ERROR,
+        weights=hit,
+        weight_bytes=weight_bytes,
+        stored=e * n * k,
+    )
+
+
+def footprint(p: Problem) -> float:
+    e, n, k = size(p)
+    rows = p.number("tokens") * (p.shape.num_experts_per_tok if e > 1 else 1)
+    weight = BYTES[parts(str(p["format"]))[0]]
+    # with what our packed copy takes, and one matrix in fp32, twice
+    return 2 * e * n * k * weight + 8 * n * k + TURNS * 3 * rows * k + 6 * rows * n
+
+
+def quantize(x_MK: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
+    """Rows in int8 or e4m3, with scales (M, groups of 128)."""
+    return grok_kernels.quantize_int8(x_MK) if fmt == "int8" else grok_kernels.quantize_fp8(x_MK)
+
+
+def exact(inputs: Product) -> Tensor:
+    """In fp32, of the rows as they were before any quantising."""
+    w = inputs.weights
+    return torch.cat([inputs.x_MK[inputs.rows.part(e)].float() @ w.float(e).t() for e in inputs.rows.hit])

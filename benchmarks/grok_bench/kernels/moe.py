@@ -1,0 +1,127 @@
+"""The whole expert layer: gate and up products, activation, down product, weighted sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .case import BF16_ERROR, EIGHT_BIT_ERROR, TURNS, Case, copies
+from .data import BYTES, Last, Rows, Weights, routing
+from .gemm import parts
+from .problems import Problem
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One call. Rows, their tokens and weights in the order of the experts are made outside of the times, to the good
+    of those that cannot group."""
+
+    x_TD: Tensor
+    topk_weights: Tensor
+    experts: Tensor
+    w13: Weights
+    w2: Weights
+    activation: str
+    fmt: str
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        act_format = parts(self.fmt)[1] if self.fmt.endswith("dyn") else "none"
+        w13, w2 = self.w13, self.w2
+        return (
+            self.x_TD, self.topk_weights, self.experts, w13.values, w13.scale, w2.values, w2.scale, self.activation,
+            act_format,
+        )  # fmt: skip
+
+    @cached_property
+    def order(self) -> Tensor:
+        return self.experts.flatten().argsort(stable=True)
+
+    @cached_property
+    def rows(self) -> Rows:
+        return Rows.of(self.experts, self.w13.count)
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """Of each grouped row."""
+        return self.order // self.experts.shape[1]
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """Of each grouped row."""
+        return self.topk_weights.flatten()[self.order]
+
+
+_last: Last[list[tuple[Weights, Weights]]] = Last()
+
+
+def build(p: Problem, device: str, cold: int) -> Case:
+    m, t, fmt = p.shape, p.number("tokens"), str(p["format"])
+    e, a, d, f = m.num_experts, m.num_experts_per_tok, m.d_model, m.d_ff
+    weight_format, row_format = parts(fmt)
+    weight_bytes, stored = BYTES[weight_format], e * 3 * d * f
+
+    def pair() -> tuple[Weights, Weights]:
+        sizes = ((2 * f, d), (d, f))
+        w13, w2 = (Weights.random(e, n, k, weight_format, device) for n, k in sizes)
+        return w13, w2
+
+    pairs = _last.get(
+        (e, d, f, weight_format, device, cold), lambda: [pair() for _ in range(copies(stored * weight_bytes, cold))]
+    )
+    inputs = [
+        Layer(
+            torch.randn(t, d, device=device).bfloat16(), torch.rand(t, a, device=device) + 0.1,
+            routing(str(p["routing"]), t, e, a, turn, device), *pairs[turn // TURNS], m.activation, fmt,
+        )
+        for turn in range(TURNS * len(pairs))
+    ]  # fmt: skip
+    hit = len(inputs[0].rows.hit) * 3 * d * f
+    return Case(
+        inputs=inputs,
+        expected=exact,
+        operations=2 * t * a * 3 * d * f,
+        bytes=hit * weight_bytes + 4 * t * d,
+        arithmetic=row_format,
+        tolerance=BF16_ERROR if row_format == "bf16" else EIGHT_BIT_ERROR,
+        weights=hit,
+        weight_bytes=weight_bytes,
+        stored=stored,
+    )
+
+
+def footprint(p: Problem) -> float:
+    m = p.shape
+    rows = p.number("tokens") * m.num_experts_per_tok
+    weight = BYTES[parts(str(p["format"]))[0]]
+    stored = 3 * m.num_experts * m.d_model * m.d_ff
+    # with what our packed copy takes, and one matrix in fp32, twice
+    return 2 * stored * weight + 16 * m.d_model * m.d_ff + TURNS * 2 * rows * m.d_model + 12 * rows * m.d_ff
+
+
+def with_silu(inputs: Layer) -> Layer:
+    return replace(inputs, activation="silu")
+
+
+def exact(layer: Layer) -> Tensor:
+    """In fp32."""
+    y_TD = torch.zeros(layer.x_TD.shape, device=layer.x_TD.device)
+    for e in layer.rows.hit:
+        part = layer.rows.part(e)
+        tokens = layer.tokens[part]
+        gate, up = (layer.x_TD[tokens].float() @ layer.w13.float(e).t()).chunk(2, dim=-1)
+        out = (ACTIVATIONS[layer.activation](gate) * up) @ layer.w2.float(e).t()
+        y_TD.index_add_(0, tokens, out * layer.weights[part, None])
+    return y_TD

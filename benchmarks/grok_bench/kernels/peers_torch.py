@@ -1,0 +1,287 @@
+"""What torch has for each op, on either device: eager, compiled, its grouped products, its attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .attention import Attend, Cache, plain
+from .contestant import Call, Contestant, register
+from .data import Rows, Weights
+from .gemm import Product
+from .moe import ACTIVATIONS, Layer
+from .ours import capped
+from .problems import Problem
+
+Pack = Callable[[Weights], Any]
+Run = Callable[[Tensor, Any, Rows], Tensor]  # x (M, K) bf16, packed weights, rows
+
+
+def add() -> None:
+    for op, function in EAGER.items():
+        eager = Contestant(name="torch eager", op=op, bind=partial(_call, function))
+        compiled = replace(eager, name="torch.compile", bind=partial(_compiled, function), compiles=True)
+        register(eager, *(() if op in ("group_tokens", "rope_store_kv") else (compiled,)))
+    products("torch F.linear, bf16, a loop", Weights.bf16, loop(functional.linear), 2)
+    products("torch _grouped_mm, bf16", Weights.bf16, _grouped_mm, 2)
+    for name, bind in (("_scaled_grouped_mm", _scaled_grouped_mm), ("_scaled_mm, a loop", _scaled_mm)):
+        register(
+            Contestant(
+                name=f"torch {name}, a scale a row", op="grouped_gemm", bind=bind, devices=("cuda",),
+                enters=lambda p: p["format"] == "fp8xfp8",
+            )
+        )  # fmt: skip
+    _attention("torch sdpa, no pages", _sdpa)
+    _attention("torch sdpa, the heads of a group as queries", _sdpa_heads_as_queries, decode=True)
+    register(
+        Contestant(
+            name="torch FlexAttention, no pages",
+            op="paged_attention",
+            bind=_flex,
+            devices=("cuda",),
+            compiles=True,
+            weight_bytes=2,
+        )
+    )
+
+
+def products(
+    name: str, pack: Pack, run: Run, weight_bytes: float, *, formats: tuple[str, ...] = (),
+    devices: tuple[str, ...] = ("cpu", "cuda"), tolerance: float | None = None, missing: Callable[[], str] = lambda: "",
+) -> None:  # fmt: skip
+    """A contestant of one grouped product, and the expert layer composed of two of them. No formats: all."""
+
+    def enters(p: Problem) -> bool:
+        return not formats or p["format"] in formats
+
+    def product(inputs: Product) -> Call:
+        return partial(run, inputs.x_MK, inputs.weights.once(name, pack), inputs.rows)
+
+    def layer(inputs: Layer) -> Call:
+        return partial(_layer, run, inputs, inputs.w13.once(name, pack), inputs.w2.once(name, pack))
+
+    one = Contestant(
+        name=name, op="grouped_gemm", bind=product, devices=devices, enters=enters, missing=missing,
+        tolerance=tolerance, weight_bytes=weight_bytes,
+    )  # fmt: skip
+    register(one, replace(one, op="moe", bind=layer))
+
+
+def loop(linear: Callable[[Tensor, Any], Tensor]) -> Run:
+    """One product after another, of the experts that have rows."""
+
+    def run(x_MK: Tensor, packed: Any, rows: Rows) -> Tensor:
+        return torch.cat([linear(x_MK[rows.part(e)], packed[e]) for e in rows.hit])
+
+    return run
+
+
+def _layer(run: Run, layer: Layer, packed13: Any, packed2: Any) -> Tensor:
+    gate, up = run(layer.x_TD[layer.tokens], packed13, layer.rows).chunk(2, dim=-1)
+    out = run(ACTIVATIONS[layer.activation](gate) * up, packed2, layer.rows)
+    weighted = out.float() * layer.weights[:, None]
+    y_TD = torch.zeros(layer.x_TD.shape, device=layer.x_TD.device)
+    return y_TD.index_add_(0, layer.tokens, weighted).to(layer.x_TD.dtype)
+
+
+def _grouped_mm(x_MK: Tensor, weight_ENK: Tensor, rows: Rows) -> Tensor:
+    return torch._grouped_mm(x_MK, weight_ENK.transpose(1, 2), offs=rows.offsets[1:])
+
+
+def by_row(x_MK: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 with one scale a row, (M,)."""
+    scale = x_MK.float().abs().amax(1).clamp(min=1e-12) / 448
+    return (x_MK.float() / scale[:, None]).to(torch.float8_e4m3fn), scale
+
+
+def _scaled_grouped_mm(inputs: Product) -> Call:
+    (q, scale), w = by_row(inputs.x_MK), inputs.weights
+    assert w.scale is not None
+    return partial(
+        torch._scaled_grouped_mm, q, w.values.transpose(1, 2), scale, w.scale[:, 0].contiguous(),
+        offs=inputs.rows.offsets[1:], out_dtype=torch.bfloat16, use_fast_accum=True,
+    )  # fmt: skip
+
+
+def _scaled_mm(inputs: Product) -> Call:
+    (q, scale), w, rows = by_row(inputs.x_MK), inputs.weights, inputs.rows
+    assert w.scale is not None
+    scales = w.scale
+
+    def run() -> Tensor:
+        out = [
+            torch._scaled_mm(
+                q[rows.part(e)], w.values[e].t(), scale[rows.part(e), None], scales[e], out_dtype=torch.bfloat16,
+                use_fast_accum=True,
+            )
+            for e in rows.hit
+        ]  # fmt: skip
+        return torch.cat(out)
+
+    return run
+
+
+# Attention
+
+
+def _attention(name: str, bind: Callable[[Attend], Call], decode: bool = False) -> None:
+    """A contestant without softcap and temperature: where a model has them it does without, and is called so."""
+
+    def fits(p: Problem) -> bool:
+        return p["kv"] == "bf16" and (not decode or p.family.phase == "decode")
+
+    one = Contestant(
+        name=name, op="paged_attention", bind=bind, weight_bytes=2, enters=lambda p: fits(p) and not capped(p)
+    )
+    without = replace(one, name=f"{name}, no softcap", instead=plain, enters=lambda p: fits(p) and capped(p))
+    register(one, without)
+
+
+def _sdpa(a: Attend) -> Call:
+    k, v = a.cache.contiguous()
+    q = a.q_THC.unflatten(0, (-1, a.queries)).transpose(1, 2)
+    mask = None
+    if 1 < a.queries < a.cache.length:
+        mask = torch.ones(a.queries, a.cache.length, dtype=torch.bool, device=q.device).tril(a.cache.length - a.queries)
+    attend = partial(
+        functional.scaled_dot_product_attention, q, k, v, attn_mask=mask,
+        is_causal=mask is None and a.queries > 1, scale=a.scale, enable_gqa=True,
+    )  # fmt: skip
+    return lambda: attend().transpose(1, 2).flatten(0, 1)
+
+
+def _sdpa_heads_as_queries(a: Attend) -> Call:
+    """Of one token: the heads that share keys are as good as so many queries of one head."""
+    k, v = a.cache.contiguous()
+    q_BGRC = a.q_THC.unflatten(1, (k.shape[1], -1))
+    attend = partial(functional.scaled_dot_product_attention, q_BGRC, k, v, scale=a.scale)
+    return lambda: attend().reshape(a.q_THC.shape)
+
+
+@cache
+def _flex_compiled() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _flex(a: Attend) -> Call:
+    """With softcap and temperature in its score_mod."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    length, t = a.cache.length, a.queries
+    first = length - t
+
+    def score(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        if a.softcap:
+            s = a.softcap * torch.tanh(s / a.softcap)
+        if a.temperature_len:
+            position = (q + first).clamp(min=1).float()
+            longer = torch.log2(position) / torch.log2(torch.full_like(position, a.temperature_len))
+            s = s * torch.where(position > a.temperature_len, longer, 1.0)
+        return s
+
+    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return k <= q + first
+
+    k, v = a.cache.contiguous()
+    q = a.q_THC.unflatten(0, (-1, t)).transpose(1, 2)
+    mask = a.cache.once(f"mask {t}", lambda cache: _mask(create_block_mask, seen, t, cache))
+    attend = partial(_flex_compiled(), q, k, v, score_mod=score, block_mask=mask, scale=a.scale, enable_gqa=True)
+    return lambda: attend().transpose(1, 2).flatten(0, 1)
+
+
+def _mask(make: Callable[..., Any], seen: Callable[..., Tensor], queries: int, cache: Cache) -> Any:
+    return make(seen, None, None, queries, cache.length, device=str(cache.table.device))
+
+
+# Ops of one token at a time, as one writes them in torch
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return functional.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype)
+
+
+def _sandwich_norm(h: Tensor, delta: Tensor, post: Tensor | None, pre: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    h = h + (delta if post is None else _rms_norm(delta, post, eps))
+    return h, _rms_norm(h, pre, eps)
+
+
+def _rope_store_kv(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, slots: Tensor,
+    cos_sin: Tensor, k_scale: Tensor | None, v_scale: Tensor | None,
+) -> Tensor:  # fmt: skip
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+
+    def rotate(x: Tensor) -> Tensor:
+        x1, x2 = x.float().chunk(2, dim=-1)
+        return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+    page, place = slots // k_cache.shape[2], slots % k_cache.shape[2]
+    for x, cached, scale in ((rotate(k), k_cache, k_scale), (v, v_cache, v_scale)):
+        if scale is None:
+            cached[page, :, place] = x
+            continue
+        s = x.float().abs().amax(-1) / 448
+        stored = (x.float() / s.unsqueeze(-1)).to(torch.float8_e4m3fn)
+        cached.view(torch.uint8)[page, :, place] = stored.view(torch.uint8)  # e4m3 has no indexed store
+        scale[page, :, place] = s
+    return rotate(q)
+
+
+def _route_topk(x: Tensor, router: Tensor, k: int, softcap: float, renormalize: bool) -> tuple[Tensor, Tensor]:
+    logits = x.float() @ router.t()
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    weights, experts = torch.softmax(logits, -1).topk(k, dim=-1)
+    return weights / weights.sum(-1, keepdim=True) if renormalize else weights, experts.int()
+
+
+def _group_tokens(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    grouped, order = experts.flatten().sort(stable=True)
+    bounds = torch.arange(num_experts + 1, dtype=torch.int32, device=experts.device)
+    return order.int(), torch.searchsorted(grouped, bounds).int()
+
+
+def _quantize(x: Tensor, group: int, most: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    groups = x.float().unflatten(1, (-1, group))
+    scale = groups.abs().amax(-1).clamp(min=2.0**-100) / most
+    q = groups / scale.unsqueeze(-1)
+    return (q.round() if dtype == torch.int8 else q).clamp(-most, most).to(dtype).flatten(1), scale
+
+
+def _sample_top_p(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
+    p, order = torch.softmax(logits.float() / temperature[:, None], -1).sort(dim=-1, descending=True, stable=True)
+    sums = p.double().cumsum(-1)
+    kept = (sums - p < top_p[:, None]).sum(-1, keepdim=True)
+    at = torch.searchsorted(sums, uniform.double()[:, None] * sums.gather(1, kept - 1), right=True)
+    return order.gather(1, torch.minimum(at, kept - 1))[:, 0]
+
+
+EAGER: dict[str, Callable[..., Any]] = {
+    "rms_norm": _rms_norm,
+    "sandwich_norm": _sandwich_norm,
+    "rope_store_kv": _rope_store_kv,
+    "route_topk": _route_topk,
+    "group_tokens": _group_tokens,
+    "quantize_fp8": partial(_quantize, most=448.0, dtype=torch.float8_e4m3fn),
+    "quantize_int8": partial(_quantize, most=127.0, dtype=torch.int8),
+    "sample_top_p": _sample_top_p,
+}
+
+
+def _call(function: Callable[..., Any], inputs: Any) -> Call:
+    return partial(function, *inputs.args)
+
+
+_compiled_once = cache(lambda function: torch.compile(function, dynamic=False))
+
+
+def _compiled(function: Callable[..., Any], inputs: Any) -> Call:
+    return partial(_compiled_once(function), *inputs.args)

@@ -1,0 +1,45 @@
+"""The shapes that are measured: of the published models, of one GPU in eight, and of a quarter of the model for a CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+from grok_engine.config import PRESETS, ModelConfig
+
+MODELS = ("grok-1", "grok-2", "mixtral-8x7b", "mixtral-8x22b")
+SHARD, QUARTER, SMOKE = "-tp8", "-quarter", "-smoke"
+NAMES = tuple(model + scale for model in MODELS for scale in ("", SHARD, QUARTER))
+
+
+@cache
+def shape(name: str) -> ModelConfig:
+    """One of NAMES, or MODEL-smoke: a size that takes no time.
+
+    -tp8 is what one of eight GPUs holds, so heads, expert width and vocabulary are an eighth and D stays; -quarter
+    divides all of them, and D, by four: the same ratios, a sixteenth of the weights.
+    """
+    for scale in (SHARD, QUARTER, SMOKE):
+        if name.endswith(scale):
+            whole = PRESETS[name.removesuffix(scale)]
+            if scale == SMOKE:
+                return replace(whole, name=name, d_model=128, num_heads=4, num_kv_heads=2, d_ff=128, vocab_size=512)
+            by = 8 if scale == SHARD else 4
+            return replace(
+                whole,
+                name=name,
+                d_model=whole.d_model // (1 if scale == SHARD else by),
+                num_heads=whole.num_heads // by,
+                num_kv_heads=whole.num_kv_heads // by,
+                d_ff=whole.d_ff // by,
+                dense_d_ff=whole.dense_d_ff // by,
+                vocab_size=whole.vocab_size // by,
+            )
+    return PRESETS[name]
+
+
+def smoke(name: str) -> str:
+    """The name of the model's smallest form."""
+    for scale in (SHARD, QUARTER, SMOKE):
+        name = name.removesuffix(scale)
+    return name + SMOKE

@@ -1,0 +1,164 @@
+"""The two devices: a CPU's probes, and the GPU's path with a stand-in for the driver. No time is looked at."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from grok_bench.kernels import cases, contestant, device, harness
+from grok_bench.kernels.device import Cuda, Device
+from grok_bench.kernels.entrant import Local
+from grok_bench.kernels.problems import select
+
+
+def test_the_ceiling_that_takes_longer_binds() -> None:
+    cpu = Device(small=True)
+    for name, best in {"read": 10.0, "fp32": 100.0, "bf16": 200.0, "int8": 400.0}.items():
+        if name in cpu.ceilings:
+            cpu.ceilings[name].usual = best
+    if "read" not in cpu.ceilings:
+        cpu.ceilings["copy"].usual = 10.0
+    memory = cpu.ceilings.get("read") or cpu.ceilings["copy"]
+    assert cpu.binding(1000.0, 90.0, "fp32")[0].name == "fp32"
+    assert cpu.binding(1000.0, 90.0, "bf16") == (memory, 90.0)
+    assert cpu.binding(1000.0, 10.0, "int8") == (cpu.ceilings["int8"], 1000.0)
+    assert cpu.binding(1000.0, 10.0, "fp8") == (cpu.ceilings["bf16"], 1000.0)  # a CPU multiplies it as that
+    assert {kept.unit for kept in cpu.kept().values()} == {"B/s", "FLOP/s"}
+
+
+def test_without_native_kernels_torch_itself_is_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_native", lambda: None)
+    cpu = Device(small=True)
+    assert {"copy", "bf16", "fp32"} <= cpu.ceilings.keys()
+    assert all(ceiling.rate() > 0 for ceiling in cpu.ceilings.values())
+
+
+def test_no_ceilings_where_none_are_wanted() -> None:
+    assert Device(small=True, probed=False).ceilings == {}
+    with pytest.raises(ValueError, match="there is no device 'cuda:9' here: expected one of cpu"):
+        device.device("cuda:9")
+
+
+class Driver:
+    """Stands in for torch.cuda on a CPU, and writes down what is asked of it."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.refuses = False
+        driver = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                driver.log.append("event")
+                self.at = time.perf_counter()
+
+            def synchronize(self) -> None:
+                driver.log.append("wait")
+
+            def elapsed_time(self, end: Any) -> float:
+                return float(end.at - self.at) * 1e3
+
+        class Stream:
+            def wait_stream(self, other: Any) -> None: ...
+
+        class CUDAGraph:
+            def replay(self) -> None:
+                driver.log.append("replay")
+
+        self.Event, self.Stream, self.CUDAGraph = Event, Stream, CUDAGraph
+
+    @contextmanager
+    def graph(self, graph: Any) -> Iterator[None]:
+        self.log.append("capture")
+        yield
+        if self.refuses:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        yield
+
+    def current_stream(self) -> Any:
+        return self.Stream()
+
+    def synchronize(self) -> None:
+        self.log.append("synchronize")
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    made = Driver()
+    for name in ("Event", "Stream", "CUDAGraph", "graph", "stream", "current_stream", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, getattr(made, name))
+    properties = type("Properties", (), {"L2_cache_size": 1 << 10})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda name: properties)
+    return made
+
+
+def test_a_gpu_is_flushed_timed_by_events_and_replays_graphs(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Cuda("cpu", small=True)
+    assert gpu.cold == 0
+    assert {"copy", "bf16", "fp32"} <= gpu.ceilings.keys()
+    flush = Cuda.flush
+
+    def flushed(self: Cuda) -> None:
+        driver.log.append("flush")
+        flush(self)
+
+    monkeypatch.setattr(Cuda, "flush", flushed)
+    contestant.load()
+    (problem,) = (p.small() for p in select(["rms_norm/grok-1/decode/t4"]))
+    case = cases.build(problem, "cpu")
+    (eager,) = contestant.entrants(problem, "cuda", ["torch eager"])
+    for graph, called in ((True, ["replay"]), (False, [])):
+        entrant = Local(harness.replace(eager, graph=graph), case, gpu, limit=5)
+        driver.log.clear()
+        assert entrant.check() < 0.01
+        assert driver.log.count("capture") == (len(case.inputs) if graph else 0)
+        driver.log.clear()
+        assert entrant.time(1) > 0
+        assert driver.log == ["flush", "event", *called, "event", "wait"]
+
+
+def test_what_cannot_be_captured_is_called(driver: Driver) -> None:
+    gpu = Cuda("cpu", small=True, probed=False)
+    driver.refuses = True
+    done: list[int] = []
+    ready = gpu.ready(lambda: done.append(1))
+    done.clear()
+    ready()
+    assert done == [1]
+    assert "synchronize" in driver.log
+
+
+def test_a_gpu_that_is_lost_says_so(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Cuda("cpu", small=True, probed=False)
+
+    def lost() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(NotImplementedError, match=r"is lost to this process .*--subprocess"):
+        gpu.recover()
+
+
+def test_a_whole_race_on_the_stand_in(driver: Driver) -> None:
+    gpu = Cuda("cpu", small=True)
+    contestant.load()
+    (problem,) = (p.small() for p in select(["moe/grok-1/decode/int8-even-t4"]))
+    case = cases.build(problem, "cpu")
+    everyone = contestant.entrants(problem, "cuda", ["grok_kernels reference", "torch *bf16*"], compiles=False)
+    limits = harness.Limits(seconds=60, rounds=2, call=5, pick=False)
+    result = harness.run(problem, case, everyone, gpu, lambda c: Local(c, case, gpu, 5), limits)
+    assert [s.status for s in result.scores] == ["ok", "ok", "ok"]
+    assert result.floor_seconds
+    missing = contestant.entrants(problem, "cuda", ["grok_kernels *", "vLLM *"], compiles=False)
+    assert {c.name for c in missing} >= {"grok_kernels triton", "grok_kernels cuda", "vLLM fused_experts, int8"}
