@@ -161,6 +161,31 @@ def moe_int8_weights() -> Any:
     return _moe(torch.int8, 8, "none")
 
 
+def _attention(requests: int, queries: int, keys: int, cache: torch.dtype) -> Any:
+    pages, scale = empty(4096, 8, 16, 128, dtype=cache), None
+    if cache.itemsize == 1:
+        scale = empty(4096, 8, 16, dtype=torch.float32)
+    table_BN = empty(requests, keys // 16, dtype=torch.int32)
+    starts, lengths = empty(requests + 1, dtype=torch.int32), empty(requests, dtype=torch.int32)
+    q = empty(requests * queries, 48, 128)
+    table.paged_attention(q, pages, pages, table_BN, starts, lengths, queries, 0.09, 30.0, 0, 0, scale, scale)
+
+
+@specimen
+def attention_decode() -> Any:
+    return _attention(64, 1, 131072, torch.bfloat16)
+
+
+@specimen
+def attention_decode_fp8() -> Any:
+    return _attention(64, 1, 131072, FP8)
+
+
+@specimen
+def attention_prefill() -> Any:
+    return _attention(1, 8192, 8192, torch.bfloat16)
+
+
 @triton.jit
 def _spills(x_ptr, y_ptr, N: tl.constexpr):
     at = tl.arange(0, N)

@@ -17,7 +17,7 @@ import torch
 from .. import registry
 
 OPS = (  # the functions of `table`
-    "group_tokens", "grouped_gemm", "moe", "quantize_fp8", "quantize_int8", "rms_norm", "rope_store_kv", "route_topk",
+    "group_tokens", "grouped_gemm", "moe", "paged_attention", "quantize_fp8", "quantize_int8", "rms_norm", "rope_store_kv", "route_topk",
     "sample_top_p", "sandwich_norm",
 )  # fmt: skip
 OLDEST = (8, 0)  # compute capability: bf16 on the tensor cores

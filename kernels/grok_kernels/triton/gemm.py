@@ -28,7 +28,7 @@ _DOTS = {"e4m3": tl.float8e4nv, "int8": tl.int8, "bf16": tl.bfloat16, "fp32": tl
 
 
 @triton.jit
-def _as(v, DOT: tl.constexpr):
+def as_type(v, DOT: tl.constexpr):
     """v in the type of the product. Bytes are e4m3, on chips that do not know it; a NaN stays one."""
     if v.dtype == tl.uint8:
         bits = v.to(tl.uint32)
@@ -94,7 +94,7 @@ def _scaled(partial, x_scale, w_scale, SWAP: tl.constexpr):
 @triton.jit
 def _multiply(acc, x, w, DOT: tl.constexpr, SWAP: tl.constexpr, FRESH: tl.constexpr):
     """acc + x wᵀ, or x wᵀ alone where FRESH; transposed where SWAP, which puts the weights on the wide side."""
-    w = _as(w, DOT)
+    w = as_type(w, DOT)
     if SWAP:
         a, b = w, tl.trans(x)
     else:
@@ -136,7 +136,7 @@ def tile_product(
         x = tl.load(
             x_ptr + rows[:, None] * x_stride + at[None, :], mask=inside[:, None] & (at[None, :] < end), other=0.0
         )
-        x = _as(x, DOT)
+        x = as_type(x, DOT)
         part = _multiply(
             acc, x, _weights(w, matrix, start, end, n - column, w_stride, BLOCK_N, BLOCK_K, TMA), DOT, SWAP, FRESH
         )

@@ -1,5 +1,6 @@
 """The function of every op that this backend serves, by the op's name. Imports Triton."""
 
+from .attention import paged_attention
 from .gemm import grouped_gemm
 from .moe import moe
 from .norm import rms_norm, sandwich_norm
@@ -12,6 +13,7 @@ __all__ = [
     "group_tokens",
     "grouped_gemm",
     "moe",
+    "paged_attention",
     "quantize_fp8",
     "quantize_int8",
     "rms_norm",
