@@ -381,7 +381,8 @@ class EngineConfig:
     in memory: it starts at once and shares its pages with other processes, and is slower at first. kv_dtype: of the pages; None is `dtype`. max_num_seqs: sequences that
     run at once; max_num_batched_tokens: tokens of one step. num_pages or kv_memory (bytes) size the keys and values;
     with neither, what the device has left on a GPU, and on a CPU 2 GiB, or one request of max_model_len if that is
-    more. seed: of requests that bring none, so that a run can be repeated; None draws fresh ones.
+    more. enforce_eager: on a GPU, start the kernels of a decode step one by one, in place of replaying a CUDA graph of
+    them. seed: of requests that bring none, so that a run can be repeated; None draws fresh ones.
     """
 
     model: ModelConfig
@@ -397,6 +398,7 @@ class EngineConfig:
     num_pages: int | None = None
     kv_memory: int | None = None
     enable_prefix_caching: bool = True
+    enforce_eager: bool = False
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -408,8 +410,9 @@ class EngineConfig:
             value = getattr(self, name)
             if value not in get_args(allowed) and not (name == "weights" and value is None):
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(get_args(allowed))}")
-        if not isinstance(self.mmap, bool):
-            raise ConfigError(f"mmap={self.mmap!r} is not True or False")
+        for name in ("mmap", "enforce_eager"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not True or False")
         for name in ("max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages", "kv_memory"):
             value = getattr(self, name)
             if not (_is_int(value) and value >= 1) and not (name in ("num_pages", "kv_memory") and value is None):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batch import Work
 from .cache.allocator import PageAllocator
 from .checkpoint.packed import PackedCheckpoint, is_packed_folder
 from .checkpoint.xai import XaiCheckpoint
@@ -24,7 +25,7 @@ from .models.decoder import Decoder
 from .output import FinishReason, SequenceOutput, begins_text, check_tokenizer
 from .packed import load_packed
 from .request import Answer, Request, RequestOutput, TopLogprobs
-from .runner import Runner, Work
+from .runner import Runner
 from .sampler import Sampled, SequenceSampler, bad_word_tokens, prompt_logprobs, sample
 from .sampling import RequestOutputKind, SamplingParams, fresh_seed
 from .scheduler import Entry, Schedule, Scheduler, SchedulerStats

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor
 
-from .batch import Batch
+from .batch import Batch, Work, flatten
 from .cache.paged import allocate_pages, copy_pages, page_bytes
 from .config import ConfigError, EngineConfig
+from .graphs import CudaCapture, DecodeGraphs
 from .models.decoder import Decoder
 
 KV_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "fp8_e4m3": torch.float8_e4m3fn}
 CPU_KV_BYTES = 2 << 30
 GPU_SHARE = 0.9  # of the device, for everything; the rest is the driver's, the allocator's slack and others'
-
-
-class Work:
-    """The tokens of one sequence that a step computes: positions start.. of it, in its pages."""
-
-    __slots__ = ("pages", "start", "token_ids")
-
-    def __init__(self, token_ids: Sequence[int], start: int, pages: Sequence[int]) -> None:
-        self.token_ids, self.start, self.pages = token_ids, start, pages
 
 
 class Runner:
@@ -36,8 +26,16 @@ class Runner:
         self.device = model.cos_sin.device
         dtype = KV_DTYPES[str(config.kv_dtype)]
         self.page_bytes = page_bytes(config.model, config.page_size, dtype)
+        self.graphs: DecodeGraphs | None = None
         self.num_pages = self._num_pages(dtype)
         self.cache = allocate_pages(config.model, self.num_pages, config.page_size, dtype, self.device)
+        self.graphs = self._new_graphs()
+
+    def _new_graphs(self) -> DecodeGraphs | None:
+        """For decode steps over `cache`, where they run on a GPU."""
+        if self.device.type != "cuda" or self.config.enforce_eager:
+            return None
+        return DecodeGraphs(self.model, self.cache, self.config, CudaCapture(self.device))
 
     def _num_pages(self, dtype: torch.dtype) -> int:
         c = self.config
@@ -56,7 +54,8 @@ class Runner:
         return min(pages, c.max_num_seqs * (longest + 1))
 
     def _left_on_device(self) -> int:
-        """Bytes left once the largest step has run: weights, activations and logits at their peak."""
+        """Bytes left once the largest step has run, and all graphs are there: weights, activations and logits at their
+        peak, and what graphs keep."""
         c = self.config
         torch.cuda.reset_peak_memory_stats(self.device)
         tokens = min(c.max_num_batched_tokens, c.max_len)
@@ -66,9 +65,17 @@ class Runner:
         self.logits(x_TD[: c.max_num_seqs])
         free, total = torch.cuda.mem_get_info(self.device)
         used = total - free - torch.cuda.memory_reserved(self.device) + torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.empty_cache()
+        if graphs := self._new_graphs():
+            used += self._bytes_of(graphs)
+            del graphs
         self.cache = []
         torch.cuda.empty_cache()
         return int(total * GPU_SHARE) - used
+
+    @torch.inference_mode()
+    def _bytes_of(self, graphs: DecodeGraphs) -> int:
+        return graphs.bytes_needed(lambda: torch.cuda.mem_get_info(self.device)[0])
 
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:
         """Make the page copies that forks asked for."""
@@ -77,7 +84,10 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, work: Sequence[Work]) -> Tensor:
-        """x_TD of all the tokens, one sequence after the other. Their keys and values are in their pages after."""
+        """x_TD of all the tokens, one sequence after the other; the next run may overwrite it. Their keys and values
+        are in their pages after."""
+        if self.graphs is not None and (replayed_TD := self.graphs.run(work)) is not None:
+            return replayed_TD
         x_TD: Tensor = self.model(self._batch(work), self.cache)
         return x_TD
 
@@ -87,34 +97,7 @@ class Runner:
         return self.model.logits(x_TD)
 
     def _batch(self, work: Sequence[Work]) -> Batch:
-        size, widest = self.config.page_size, max([len(w.pages) for w in work])
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        seq_lens: list[int] = []
-        table: list[int] = []
-        query_start = [0]
-        for w in work:
-            pages, start, stop = w.pages, w.start, w.start + len(w.token_ids)
-            tokens += w.token_ids
-            positions += range(start, stop)
-            slots += [pages[p // size] * size + p % size for p in range(start, stop)]
-            query_start.append(len(tokens))
-            seq_lens.append(stop)
-            table += pages
-            table += [0] * (widest - len(pages))
-        # one array, one tensor, one transfer: in a decode step each more costs as much as a small kernel
-        parts = (tokens, positions, slots, query_start, seq_lens, table)
-        numbers = torch.frombuffer(array("i", chain.from_iterable(parts)), dtype=torch.int32).to(self.device)
-        tokens_T, positions_T, slots_T, query_start_, seq_lens_B, table_ = numbers.split_with_sizes(
-            [len(part) for part in parts]
-        )
-        return Batch(
-            tokens_T=tokens_T,
-            positions_T=positions_T,
-            slots_T=slots_T,
-            block_table_BN=table_.view(len(work), widest),
-            query_start=query_start_,
-            seq_lens_B=seq_lens_B,
-            max_query_len=max([len(w.token_ids) for w in work]),
-        )
+        numbers, sizes = flatten(work, self.config.page_size)
+        # not waited for: from memory that is not pinned, the bytes are read before the call returns
+        numbers = numbers.to(self.device, non_blocking=True)
+        return Batch.of(numbers, sizes, max([len(w.token_ids) for w in work]))

@@ -43,10 +43,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "grok_engine.packed": ("checkpoint", "config", "layers", "loader", "models", "grok_kernels"),
     "grok_engine.scheduler": ("config", "cache.allocator"),
     "grok_engine.request": ("output", "sampler", "sampling", "scheduler"),
-    "grok_engine.runner": ("batch", "cache", "config", "loader", "models", "parallel", "sampling", "scheduler"),
+    "grok_engine.graphs": ("batch", "config", "models", "grok_kernels"),
+    "grok_engine.runner": ("batch", "cache", "config", "graphs", "loader", "models", "parallel", "sampling", "scheduler"),
     # where a checkpoint, a model and a runner are put together
     "grok_engine.engine": (
-        "cache", "checkpoint", "config", "dummy", "loader", "models", "output", "packed", "parallel", "request",
+        "batch", "cache", "checkpoint", "config", "dummy", "loader", "models", "output", "packed", "parallel", "request",
         "runner", "sampler", "sampling", "scheduler", "structured", "tokenizer",
     ),
     "grok_engine.progress": (),

@@ -26,12 +26,13 @@ from .packing import (
     unpack_weight,
     wants_packed,
 )
-from .registry import Status, backends, chosen, use_backend
+from .registry import Status, backends, capturable, chosen, use_backend
 
 __all__ = [
     "Status",
     "backends",
     "can_pack",
+    "capturable",
     "chosen",
     "cpu",
     "cuda",

@@ -195,6 +195,15 @@ def preferred(op: str, device: str) -> str | None:
     return None
 
 
+def capturable(device: str) -> tuple[str | None, ...] | None:
+    """The preferred backend of every op on a device of this type: what a CUDA graph captured now will hold.
+
+    None where one of them is the reference, which waits for values on the device, as no graph can.
+    """
+    found = tuple(preferred(op, device) for op in sorted({op for op, _ in _kernels}))
+    return None if "reference" in found else found
+
+
 def call(op: str, *args: Any) -> Any:
     """Run `op` on the backend that `select` finds."""
     return select(op, args).fn(*args)

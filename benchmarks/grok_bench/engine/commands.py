@@ -69,6 +69,7 @@ MODEL = _options(
     click.option("--num-pages", type=COUNT, help="Pages of keys and values."),
     click.option("--kv-memory", type=COUNT, help="Bytes for keys and values, in place of --num-pages."),
     click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=True, show_default=True),
+    click.option("--enforce-eager", is_flag=True, help="Decode without CUDA graphs."),
     click.option("--seed", type=AMOUNT, default=0, show_default=True, help="Of prompts, lengths and arrivals."),
     click.option(
         "--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write the result there, too."

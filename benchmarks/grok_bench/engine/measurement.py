@@ -91,6 +91,7 @@ class Measurement:
             "max_num_batched_tokens": c.max_num_batched_tokens,
             "page_size": c.page_size,
             "prefix_caching": c.enable_prefix_caching,
+            "enforce_eager": c.enforce_eager,
             "seed": self.seed,
         }
 

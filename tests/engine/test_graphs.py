@@ -1,0 +1,228 @@
+"""Decode steps by way of a capture: here a stand-in, which runs the step again on the same tensors as a graph would."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import grok_kernels
+from grok_engine import LLMEngine
+from grok_engine.batch import ALIGNED, Batch, Work, flatten
+from grok_engine.cache.paged import allocate_pages
+from grok_engine.config import PRESETS, EngineConfig, ModelConfig
+from grok_engine.dummy import dummy_weights
+from grok_engine.graphs import DecodeGraphs, Run, rungs, widths
+from grok_engine.layers.weight import Table, Weight
+from grok_engine.models.decoder import Decoder
+from tests.engine.test_invariance import SHAPES, SMALL, assert_as_alone, make_engine, make_traffic
+
+
+class StandIn:
+    """As a CUDA graph: its own result tensor, overwritten by each replay, and nothing kept but tensors."""
+
+    def __init__(self) -> None:
+        self.captured = self.replayed = 0
+        self.now: Hashable | None = "here"
+
+    def key(self) -> Hashable | None:
+        return self.now
+
+    def __call__(self, run: Run) -> Run:
+        run()
+        result = torch.full_like(run(), float("nan"))
+        self.captured += 1
+
+        def replay() -> Tensor:
+            self.replayed += 1
+            return result.copy_(run())
+
+        return replay
+
+
+def with_graphs(engine: LLMEngine) -> StandIn:
+    runner, capture = engine.runner, StandIn()
+    assert runner.graphs is None  # on a CPU
+    runner.graphs = DecodeGraphs(runner.model, runner.cache, runner.config, capture)
+    return capture
+
+
+def test_rungs() -> None:
+    assert rungs(1) == (1,)
+    assert rungs(3) == (1, 2, 3)
+    assert rungs(8) == (1, 2, 4, 8)
+    assert rungs(12) == (1, 2, 4, 8, 12)
+    assert rungs(64) == (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)
+    for most in range(1, 100):
+        found = rungs(most)
+        assert list(found) == sorted(set(found))
+        assert found[-1] == most
+
+
+def test_widths() -> None:
+    assert widths(8192, 16) == (64, 128, 256, 512)
+    assert widths(8192, 64) == (16, 32, 64, 128)
+    assert widths(1000, 16) == (63,)
+    assert widths(1025, 1) == (1024, 1025)
+    assert widths(5000, 2048) == (1, 2, 3)
+    for longest in range(1, 4000, 7):
+        for page in (1, 3, 16, 4096):
+            found = widths(longest, page)
+            assert found[-1] * page >= longest > (found[-1] - 1) * page
+            assert all(0 < a < b <= 2 * a for a, b in pairwise(found))
+
+
+def test_flatten_pads_with_the_first_row_written_nowhere() -> None:
+    work = [Work([7], 5, [3, 9]), Work([8], 0, [4])]
+    numbers, sizes = flatten(work, 4, rows=5, width=3)
+    batch = Batch.of(numbers, sizes, 1)
+    assert batch.tokens_T.tolist() == [7, 8, 7, 7, 7]
+    assert batch.positions_T.tolist() == [5, 0, 5, 5, 5]
+    assert batch.slots_T.tolist() == [37, 16, -1, -1, -1]
+    assert batch.seq_lens_B.tolist() == [6, 1, 6, 6, 6]
+    assert batch.query_start.tolist() == [0, 1, 2, 3, 4, 5]
+    assert batch.block_table_BN.tolist() == [[3, 9, 0], [4, 0, 0], *[[3, 9, 0]] * 3]
+    for part in (batch.positions_T, batch.slots_T, batch.query_start, batch.seq_lens_B, batch.block_table_BN):
+        assert part.storage_offset() % ALIGNED == 0
+    plain = Batch.of(*flatten([Work([7, 1, 2], 5, [3, 9]), Work([8], 0, [4])], 4), 3)
+    assert plain.tokens_T.tolist() == [7, 1, 2, 8]
+    assert plain.slots_T.tolist() == [37, 38, 39, 16]
+    assert plain.query_start.tolist() == [0, 3, 4]
+    assert plain.block_table_BN.tolist() == [[3, 9], [4, 0]]
+
+
+@pytest.mark.parametrize(("dtype", "kv_dtype"), [("float32", "float32"), ("bfloat16", "fp8_e4m3")])
+@pytest.mark.parametrize("shape", ["few pages", "page of 1", "one at a time"])
+def test_the_same_bits_as_without(shape: str, dtype: str, kv_dtype: str) -> None:
+    engine = make_engine(SMALL, dtype, kv_dtype, **SHAPES[shape])
+    capture = with_graphs(engine)
+    assert_as_alone(engine, make_traffic(11, 1024, requests=12))
+    assert 0 < capture.captured <= len(rungs(engine.config.max_num_seqs)) * len(widths(engine.config.max_len, 1))
+    assert capture.replayed > 2 * capture.captured
+
+
+def test_padding_reads_and_writes_no_page() -> None:
+    """All else in the pages is NaN before and after, and what comes out is what a step without padding gives."""
+    engine = make_engine(SMALL, "float32", "float32", max_num_seqs=16, page_size=4, num_pages=12)
+    runner, nan = engine.runner, float("nan")
+    for pages in runner.cache:
+        pages.k.fill_(nan)
+        pages.v.fill_(nan)
+    prompts = [Work([5, 6, 7, 8, 9], 0, [7, 2]), Work([3, 4], 0, [5]), Work([9] * 6, 0, [1, 8])]
+    steps = [Work([11], 5, [7, 2]), Work([12], 2, [5]), Work([13], 6, [1, 8])]
+    runner.run(prompts)
+    before = [(p.k.clone(), p.v.clone()) for p in runner.cache]
+    expected = runner.run(steps).clone()
+    after = [(p.k.clone(), p.v.clone()) for p in runner.cache]
+    for pages, (k, v) in zip(runner.cache, before, strict=True):
+        pages.k.copy_(k)
+        pages.v.copy_(v)
+    capture = with_graphs(engine)
+    for _ in range(2):
+        found = runner.run(steps)
+        assert found.shape == (3, engine.config.model.d_model)
+        assert torch.isfinite(found).all()
+        assert torch.equal(found, expected)
+    assert (capture.captured, capture.replayed) == (1, 2)
+    for pages, (k, v) in zip(runner.cache, after, strict=True):
+        torch.testing.assert_close(pages.k, k, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(pages.v, v, rtol=0, atol=0, equal_nan=True)
+
+
+def test_which_steps_have_graphs() -> None:
+    engine = make_engine(SMALL, "float32", "float32", max_num_seqs=4, max_model_len=64, page_size=4, num_pages=40)
+    capture, graphs = with_graphs(engine), engine.runner.graphs
+    assert graphs is not None
+    one = Work([5], 0, [0])
+    with torch.inference_mode():
+        assert graphs.run([Work([5, 6], 0, [0])]) is None
+        assert graphs.run([one, Work([5, 6], 0, [1])]) is None
+        assert graphs.run([one] * 5) is None
+        assert graphs.run([Work([5], 0, range(17))]) is None
+        assert capture.captured == 0
+        for n, captured in ((1, 1), (1, 1), (2, 2), (3, 3), (4, 3), (3, 3)):
+            found = graphs.run([Work([5 + i], 0, [i]) for i in range(n)])
+            assert found is not None
+            assert len(found) == n
+            assert capture.captured == captured
+        capture.now = "elsewhere"
+        assert graphs.run([one]) is not None
+        assert capture.captured == 4
+        capture.now = None
+        assert graphs.run([one]) is None
+
+
+def test_the_backends_that_a_graph_holds() -> None:
+    with grok_kernels.use_backend("reference"):
+        assert grok_kernels.capturable("cuda") is None
+    assert grok_kernels.capturable("meta") is None  # only the reference is there
+    with grok_kernels.use_backend("triton"):
+        interpreted = grok_kernels.capturable("cuda")
+    assert interpreted is not None
+    assert "triton" in interpreted
+
+
+def test_memory_of_all_graphs() -> None:
+    """The largest takes what all share, the second what one more takes; there are 5 rungs and 2 widths."""
+    engine = make_engine(SMALL, "float32", "float32", max_num_seqs=16, page_size=1, num_pages=40, max_model_len=128)
+    runner, capture = engine.runner, StandIn()
+    config = replace(engine.config, model=replace(engine.config.model, max_position=2048), max_model_len=2048)
+    with torch.inference_mode():
+        free = iter([1000, 700, 690])
+        graphs = DecodeGraphs(runner.model, runner.cache, config, capture)
+        assert graphs.bytes_needed(lambda: next(free)) == 300 + 10 * 9
+        assert capture.captured == 2
+        free = iter([1000, 1100, 1090])
+        assert DecodeGraphs(runner.model, runner.cache, config, capture).bytes_needed(lambda: next(free)) == 10 * 9
+        free = iter([1000, 900])
+        config = replace(config, max_num_seqs=1, max_model_len=128)
+        assert DecodeGraphs(runner.model, runner.cache, config, capture).bytes_needed(lambda: next(free)) == 100
+        capture.now = None
+        assert DecodeGraphs(runner.model, runner.cache, config, capture).bytes_needed(lambda: 0) == 0
+
+
+@pytest.mark.parametrize("name", ["grok-1", "grok-2", "mixtral-8x7b", "mistral-7b"])
+def test_no_step_asks_for_a_value(name: str) -> None:
+    """On `meta` there are none: who asked would be refused. So nothing in a step waits for the device."""
+    config = small(PRESETS[name])
+    model = Decoder(config, torch.bfloat16, "meta", 64)
+    for module in model.modules():
+        if isinstance(module, Weight):
+            module.allocate(torch.int8, 1, "meta")
+        elif isinstance(module, Table):
+            module.allocate(torch.float32, "meta")
+    numbers, sizes = flatten([Work([5], 3, [1]), Work([6], 9, [0])], 16, rows=4, width=4)
+    with torch.inference_mode():
+        x_TD = model(Batch.of(numbers.to("meta"), sizes, 1), allocate_pages(config, 4, 16, torch.bfloat16, "meta"))
+        assert model.logits(x_TD).shape == (4, config.vocab_size)
+
+
+def small(config: ModelConfig) -> ModelConfig:
+    return replace(
+        config, vocab_size=64, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, attn_scale=0.3,
+        d_ff=config.d_ff and 16, dense_d_ff=config.dense_d_ff and 24, max_position=256,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["grok-2", "mistral-7b"])
+def test_families_with_dense_layers(name: str) -> None:
+    """Whose blocks make tensors of their own in every step."""
+    model = Decoder(small(PRESETS[name]), torch.float32)
+    dummy_weights(model, "fp32")
+    config = EngineConfig(model=model.config, dtype="float32", num_pages=4, max_num_seqs=4)
+    cache = allocate_pages(model.config, 4, 16, torch.float32, "cpu")
+    for pages in cache:
+        pages.k.zero_()
+        pages.v.zero_()
+    graphs = DecodeGraphs(model, cache, config, StandIn())
+    work: Any = [Work([5], 3, [1]), Work([6], 9, [0]), Work([7], 0, [2])]
+    with torch.inference_mode():
+        expected = model(Batch.of(*flatten(work, 16), 1), cache)
+        found = graphs.run(work)
+    assert found is not None
+    assert torch.equal(found, expected)
