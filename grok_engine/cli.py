@@ -21,7 +21,7 @@ from . import __version__
 from .checkpoint.inspect import inspect_checkpoint
 from .checkpoint.inspect import render as render_report
 from .chips import CHIPS, PlanWeights
-from .config import PRESETS, ConfigError, DType, ModelConfig, WeightFormat
+from .config import PRESETS, ActFormat, ConfigError, DType, ModelConfig, WeightFormat
 from .llm import LLM
 from .loader import resolve_model
 from .packed import convert
@@ -55,6 +55,9 @@ def _one_of(literal: Any) -> click.Choice[str]:
 @click.option("--seed", type=int, help="Repeats a text.")
 @click.option("--dtype", type=_one_of(DType), default="bfloat16", show_default=True, help="Of the computation.")
 @click.option("--weights", type=_one_of(WeightFormat), help="Convert while loading; by default as they are stored.")
+@click.option(
+    "--activations", type=_one_of(ActFormat), help="Round the rows too; by default as weights and device are."
+)
 @click.option("--mmap", is_flag=True, help="Map the file of a converted model, in place of reading it.")
 @click.option("--device", default="cpu", show_default=True, help="As torch names them.")
 @click.option("--stats", is_flag=True, help="Print rates, memory and backends afterwards.")
@@ -69,6 +72,7 @@ def generate(
     seed: int | None,
     dtype: DType,
     weights: WeightFormat | None,
+    activations: ActFormat | None,
     mmap: bool,
     device: str,
     stats: bool,
@@ -78,7 +82,7 @@ def generate(
     resolve_model(model)  # a wrong name is said before standard input is waited for
     request = _prompt(prompt, token_ids)
     began = time.monotonic()
-    llm = LLM(model, dtype=dtype, device=device, weights=weights, mmap=mmap)
+    llm = LLM(model, dtype=dtype, device=device, weights=weights, activations=activations, mmap=mmap)
     load_s = time.monotonic() - began
     chunks = llm.stream(request, params)
     if isinstance(request, str) and sys.stdout.isatty():

@@ -370,6 +370,7 @@ PRESETS: dict[str, ModelConfig] = _presets()
 
 DType = Literal["bfloat16", "float32"]
 WeightFormat = Literal["int8", "fp8", "bf16", "fp32"]
+ActFormat = Literal["none", "fp8", "int8"]
 KVDType = Literal["bfloat16", "float32", "fp8_e4m3"]
 
 
@@ -377,7 +378,9 @@ KVDType = Literal["bfloat16", "float32", "fp8_e4m3"]
 class EngineConfig:
     """How a model is run.
 
-    weights: None keeps what the checkpoint holds. mmap: run on the mapped file of a converted model, in place of a copy
+    weights: None keeps what the checkpoint holds. activations: what the rows that meet the layers' large matrices are rounded
+    to, with a scale a token and group of 128; None is "fp8" where e4m3 weights meet a GPU that multiplies e4m3, whose
+    rounding they have already, and else "none": released int8 values stay exact. mmap: run on the mapped file of a converted model, in place of a copy
     in memory: it starts at once and shares its pages with other processes, and is slower at first. kv_dtype: of the pages; None is `dtype`. max_num_seqs: sequences that
     run at once; max_num_batched_tokens: tokens of one step. num_pages or kv_memory (bytes) size the keys and values;
     with neither, what the device has left on a GPU, and on a CPU 2 GiB, or one request of max_model_len if that is
@@ -389,6 +392,7 @@ class EngineConfig:
     dtype: DType = "bfloat16"
     device: str = "cpu"
     weights: WeightFormat | None = None
+    activations: ActFormat | None = None
     mmap: bool = False
     kv_dtype: KVDType | None = None
     max_model_len: int | None = None  # None resolves to the model's own context
@@ -406,9 +410,10 @@ class EngineConfig:
             object.__setattr__(self, "max_model_len", self.model.max_position)
         if self.kv_dtype is None:
             object.__setattr__(self, "kv_dtype", self.dtype)
-        for name, allowed in (("dtype", DType), ("weights", WeightFormat), ("kv_dtype", KVDType)):
+        literals = {"dtype": DType, "weights": WeightFormat, "activations": ActFormat, "kv_dtype": KVDType}
+        for name, allowed in literals.items():
             value = getattr(self, name)
-            if value not in get_args(allowed) and not (name == "weights" and value is None):
+            if value not in get_args(allowed) and not (name in ("weights", "activations") and value is None):
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(get_args(allowed))}")
         for name in ("mmap", "enforce_eager"):
             if not isinstance(getattr(self, name), bool):

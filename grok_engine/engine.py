@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import count
 from numbers import Integral
@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import grok_kernels
+
 from .batch import Work
 from .cache.allocator import PageAllocator
 from .checkpoint.packed import PackedCheckpoint, is_packed_folder
 from .checkpoint.xai import XaiCheckpoint
-from .config import ConfigError, DType, EngineConfig, ModelConfig
+from .config import ActFormat, ConfigError, DType, EngineConfig, ModelConfig
 from .dummy import dummy_weights
 from .loader import Progress, load_weights, resolve_model
 from .models.decoder import Decoder
@@ -97,7 +99,9 @@ class LLMEngine:
                 f"mmap=True with model {name!r} on {device}: expected a folder that `grok-engine convert` wrote, "
                 "on the CPU"
             )
-        self.model = Decoder(c.model, _DTYPES[c.dtype], device, c.max_len)
+        activations = _activations(c, checkpoint, device)
+        c = self.config = replace(c, activations=activations)
+        self.model = Decoder(c.model, _DTYPES[c.dtype], device, c.max_len, activations)
         if isinstance(checkpoint, PackedCheckpoint):
             load_packed(self.model, checkpoint, weights=c.weights, mapped=c.mmap, progress=progress)
         elif checkpoint:
@@ -424,6 +428,18 @@ def _as_list(prompt: Any) -> Sequence[Any]:
     if not isinstance(values, Sequence):
         raise ValueError(f"prompt {prompt!r} is neither text nor a list of token ids")
     return values
+
+
+def _activations(
+    config: EngineConfig, checkpoint: PackedCheckpoint | XaiCheckpoint | None, device: torch.device
+) -> ActFormat:
+    """`config.activations`, resolved by what the weights will be held as."""
+    if config.activations is not None:
+        return config.activations
+    rounded = config.weights == "fp8"
+    if isinstance(checkpoint, PackedCheckpoint):  # the release's own format has no e4m3
+        rounded = any(info.dtype == "F8_E4M3" for info in checkpoint.tensors)
+    return "fp8" if rounded and grok_kernels.multiplies_fp8(device) else "none"
 
 
 def _device(name: str) -> torch.device:

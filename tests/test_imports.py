@@ -48,7 +48,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # where a checkpoint, a model and a runner are put together
     "grok_engine.engine": (
         "batch", "cache", "checkpoint", "config", "dummy", "loader", "models", "output", "packed", "parallel", "request",
-        "runner", "sampler", "sampling", "scheduler", "structured", "tokenizer",
+        "runner", "sampler", "sampling", "scheduler", "structured", "tokenizer", "grok_kernels",
     ),
     "grok_engine.progress": (),
     "grok_engine.llm": ("config", "engine", "models", "output", "progress", "request", "sampling", "tokenizer"),

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import grok_kernels
 from grok_engine.batch import Batch, KVPages
-from grok_engine.config import ModelConfig
+from grok_engine.config import ActFormat, ModelConfig
 
 from .linear import Linear
 
@@ -14,13 +14,13 @@ from .linear import Linear
 class Attention(nn.Module):
     """Projections, rotary embedding, attention, output projection."""
 
-    def __init__(self, config: ModelConfig, prefix: str) -> None:
+    def __init__(self, config: ModelConfig, prefix: str, activations: ActFormat = "none") -> None:
         super().__init__()
         self.config = config
         query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         parts = {f"{prefix}.q": query, f"{prefix}.k": kv, f"{prefix}.v": kv}
-        self.qkv = Linear(config.d_model, parts)
-        self.o = Linear(query, {f"{prefix}.o": config.d_model})
+        self.qkv = Linear(config.d_model, parts, activations)
+        self.o = Linear(query, {f"{prefix}.o": config.d_model}, activations)
         self._steps = (self.qkv, self.o)  # found sooner than by name
 
     def forward(self, x_TD: Tensor, batch: Batch, pages: KVPages, cos_sin: Tensor) -> Tensor:

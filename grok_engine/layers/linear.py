@@ -6,16 +6,24 @@ import torch
 from torch import Tensor
 
 import grok_kernels
+from grok_engine.config import ActFormat
 
 from .weight import Weight
 
+GROUP = 128  # columns of a row that share a scale
+
 
 class Linear(Weight):
-    """y_TN = x_TK · weightᵀ; no bias."""
+    """y_TN = x_TK · weightᵀ; no bias. activations: what x is rounded to first."""
 
-    def __init__(self, k: int, parts: dict[str, int]) -> None:
+    def __init__(self, k: int, parts: dict[str, int], activations: ActFormat = "none") -> None:
         super().__init__(1, k, parts)
+        self.activations = activations
 
     def forward(self, x_TK: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         weight, scale = self.held()
-        return grok_kernels.grouped_gemm(x_TK, weight, scale, out_dtype=out_dtype)
+        if self.activations == "none":
+            return grok_kernels.grouped_gemm(x_TK, weight, scale, out_dtype=out_dtype)
+        quantize = grok_kernels.quantize_fp8 if self.activations == "fp8" else grok_kernels.quantize_int8
+        q_TK, x_scale = quantize(x_TK, GROUP)
+        return grok_kernels.grouped_gemm(q_TK, weight, scale, x_scale=x_scale, out_dtype=out_dtype or x_TK.dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import grok_kernels
-from grok_engine.config import ModelConfig
+from grok_engine.config import ActFormat, ModelConfig
 
 from .weight import Table, Weight
 
@@ -32,11 +32,11 @@ def _gated(prefix: str, experts: int, d: int, f: int) -> tuple[Weight, Weight]:
 
 
 class Experts(nn.Module):
-    """Σ over a token's experts of weight · down(act(gate x) * up x)."""
+    """Σ over a token's experts of weight · down(act(gate x) * up x); both products' rows rounded to `activations`."""
 
-    def __init__(self, config: ModelConfig, prefix: str) -> None:
+    def __init__(self, config: ModelConfig, prefix: str, activations: ActFormat) -> None:
         super().__init__()
-        self.activation = config.activation
+        self.activation, self.activations = config.activation, activations
         self.router = Router(f"{prefix}.router", config)
         self.w13, self.w2 = _gated(prefix, config.num_experts, config.d_model, config.d_ff)
         self._steps = (self.router, self.w13, self.w2)  # found sooner than by name
@@ -44,39 +44,43 @@ class Experts(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         router, w13, w2 = self._steps
         weights_TA, experts_TA = router(x_TD)
-        return grok_kernels.moe(x_TD, weights_TA, experts_TA, *w13.held(), *w2.held(), activation=self.activation)
+        return grok_kernels.moe(
+            x_TD, weights_TA, experts_TA, *w13.held(), *w2.held(), self.activation, self.activations
+        )
 
 
 class Dense(nn.Module):
     """down(act(gate x) * up x): one expert that every token takes whole."""
 
-    def __init__(self, config: ModelConfig, prefix: str) -> None:
+    def __init__(self, config: ModelConfig, prefix: str, activations: ActFormat) -> None:
         super().__init__()
-        self.activation = config.activation
+        self.activation, self.activations = config.activation, activations
         self.w13, self.w2 = _gated(prefix, 1, config.d_model, config.dense_d_ff)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         ones_T1 = torch.ones((x_TD.shape[0], 1), device=x_TD.device)
         zeros_T1 = torch.zeros((x_TD.shape[0], 1), dtype=torch.int32, device=x_TD.device)
-        return grok_kernels.moe(x_TD, ones_T1, zeros_T1, *self.w13.held(), *self.w2.held(), activation=self.activation)
+        return grok_kernels.moe(
+            x_TD, ones_T1, zeros_T1, *self.w13.held(), *self.w2.held(), self.activation, self.activations
+        )
 
 
 class DenseAndExperts(nn.Module):
     """(dense(x) + experts(x)) / √2."""
 
-    def __init__(self, config: ModelConfig, dense: str, experts: str) -> None:
+    def __init__(self, config: ModelConfig, dense: str, experts: str, activations: ActFormat) -> None:
         super().__init__()
-        self.dense, self.experts = Dense(config, dense), Experts(config, experts)
+        self.dense, self.experts = Dense(config, dense, activations), Experts(config, experts, activations)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         y_TD: Tensor = ((self.dense(x_TD).float() + self.experts(x_TD).float()) / math.sqrt(2)).to(x_TD.dtype)
         return y_TD
 
 
-def feed_forward(config: ModelConfig, prefix: str) -> nn.Module:
+def feed_forward(config: ModelConfig, prefix: str, activations: ActFormat = "none") -> nn.Module:
     """The block that `config` describes, its weights named under `prefix`.moe and `prefix`.mlp."""
     if not config.num_experts:
-        return Dense(config, f"{prefix}.mlp")
+        return Dense(config, f"{prefix}.mlp", activations)
     if not config.dense_d_ff:
-        return Experts(config, f"{prefix}.moe")
-    return DenseAndExperts(config, f"{prefix}.mlp", f"{prefix}.moe")
+        return Experts(config, f"{prefix}.moe", activations)
+    return DenseAndExperts(config, f"{prefix}.mlp", f"{prefix}.moe", activations)

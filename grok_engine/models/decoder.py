@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from grok_engine.batch import Batch, KVPages
-from grok_engine.config import ModelConfig
+from grok_engine.config import ActFormat, ModelConfig
 from grok_engine.layers.attention import Attention
 from grok_engine.layers.embedding import Embedding
 from grok_engine.layers.linear import Linear
@@ -20,7 +20,7 @@ from grok_engine.layers.rotary import rotary_table
 class DecoderLayer(nn.Module):
     """h += post(attention(pre h)); h += post(feed_forward(pre h)), each norm run with the addition before it."""
 
-    def __init__(self, config: ModelConfig, index: int) -> None:
+    def __init__(self, config: ModelConfig, index: int, activations: ActFormat) -> None:
         super().__init__()
         prefix = f"layers.{index}"
 
@@ -30,8 +30,8 @@ class DecoderLayer(nn.Module):
         self.pre_attn, self.pre_moe = norm("pre_attn"), norm("pre_moe")
         self.post_attn = norm("post_attn") if config.post_norms else None
         self.post_moe = norm("post_moe") if config.post_norms else None
-        self.attn = Attention(config, f"{prefix}.attn")
-        self.feed_forward = feed_forward(config, prefix)
+        self.attn = Attention(config, f"{prefix}.attn", activations)
+        self.feed_forward = feed_forward(config, prefix, activations)
         # once more in a tuple: nn.Module finds a submodule by name only after it has looked everywhere else
         self._steps = (self.attn, self.post_attn, self.pre_moe, self.feed_forward, self.post_moe)
 
@@ -45,17 +45,23 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens and pages to logits. Built without weights: `grok_engine.loader` fills it."""
+    """Tokens and pages to logits. Built without weights: `grok_engine.loader` fills it. activations: as in `EngineConfig`,
+    for the layers; the output head takes rows as they are."""
 
     cos_sin: Tensor
 
     def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu", max_positions: int = 0
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        max_positions: int = 0,
+        activations: ActFormat = "none",
     ) -> None:
         super().__init__()
         self.config, self.dtype = config, dtype
         self.embed = Embedding("embed", config.vocab_size, config.d_model, tied=config.tie_embeddings)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, i, activations) for i in range(config.num_layers))
         self.final_norm = RMSNorm("final_norm", config.d_model, config.norm_eps)
         tied = config.tie_embeddings
         self.lm_head = None if tied else Linear(config.d_model, {"lm_head": config.vocab_size})

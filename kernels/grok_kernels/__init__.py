@@ -27,6 +27,7 @@ from .packing import (
     wants_packed,
 )
 from .registry import Status, backends, capturable, chosen, use_backend
+from .tuning import multiplies_fp8
 
 __all__ = [
     "Status",
@@ -41,6 +42,7 @@ __all__ = [
     "huge_pages",
     "is_packed",
     "moe",
+    "multiplies_fp8",
     "pack_into",
     "pack_weight",
     "packed_rows",

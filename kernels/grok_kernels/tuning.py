@@ -64,6 +64,11 @@ def chip_of(device: torch.device) -> Chip:
     return _read(device.index or 0) if device.type == "cuda" else _assumed.get()
 
 
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether this device is a GPU whose tensor cores multiply e4m3."""
+    return device.type == "cuda" and chip_of(device).has_fp8
+
+
 @lru_cache
 def _read(index: int) -> Chip:
     p: Any = torch.cuda.get_device_properties(index)

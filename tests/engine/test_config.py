@@ -363,6 +363,7 @@ def test_reference_model_is_not_an_object(value: Any, tmp_path: Path) -> None:
         ({"dtype": "float16"}, "dtype='float16' is not one of bfloat16, float32"),
         ({"dtype": None}, "dtype=None"),
         ({"weights": "int4"}, "weights='int4' is not one of int8, fp8, bf16, fp32"),
+        ({"activations": "bf16"}, "activations='bf16' is not one of none, fp8, int8"),
         ({"enforce_eager": 1}, "enforce_eager=1 is not True or False"),
         ({"page_size": 0}, "page_size=0"),
         ({"page_size": -1}, "page_size=-1"),

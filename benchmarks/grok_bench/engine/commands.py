@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args
 import click
 
 from grok_bench.schema import Scalar
-from grok_engine.config import DType, KVDType, WeightFormat
+from grok_engine.config import ActFormat, DType, KVDType, WeightFormat
 
 from .drive import Run, drive, joined
 from .measurement import Measurement
@@ -59,6 +59,11 @@ MODEL = _options(
     click.option("--dtype", type=click.Choice(get_args(DType)), default="bfloat16", show_default=True),
     click.option(
         "--weights", type=click.Choice(get_args(WeightFormat)), help="By default as stored; random ones int8."
+    ),
+    click.option(
+        "--activations",
+        type=click.Choice(get_args(ActFormat)),
+        help="Of the rows; by default as weights and device are.",
     ),
     click.option("--device", default="cpu", show_default=True, help="As torch names them."),
     click.option("--kv-dtype", type=click.Choice(get_args(KVDType)), help="Of keys and values; by default as --dtype."),

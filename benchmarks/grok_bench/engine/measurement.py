@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Measurement:
     def start(self, jobs: Sequence[Job], warmup: Sequence[Job], *, at_once: int = 1) -> LLMEngine:
         """An engine for `jobs` that has done `warmup` already, `at_once` of them at a time."""
         engine, self.load_seconds = self.setup.load([*jobs, *warmup])
+        self.setup = replace(self.setup, config=engine.config)  # resolved
         for i in range(0, len(warmup), at_once):
             if drive(engine, warmup[i : i + at_once]).interrupted:
                 raise KeyboardInterrupt
@@ -83,6 +85,7 @@ class Measurement:
             "d_model": c.model.d_model,
             "dummy": dummy,
             "weights": c.weights or ("int8" if dummy else None),
+            "activations": c.activations,
             "dtype": c.dtype,
             "kv_dtype": c.kv_dtype,
             "device": c.device,
