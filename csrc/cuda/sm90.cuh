@@ -187,6 +187,12 @@ __device__ __forceinline__ void wait_stores_read() {
 // fence.proxy.async: what this thread wrote to shared memory is seen by copies of tiles and by wgmma.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// An ordinary store into a tile. Nothing more than `*to = value`, but the emulation misses a fence_async after it.
+template <class T>
+__device__ __forceinline__ void write_tile(T* to, T value) {
+  *to = value;
+}
+
 // Copies of 4 bytes into shared memory (cp.async); a zero where not `valid`, and then `from` is not read.
 __device__ __forceinline__ void copy_4_bytes(float* to, const float* from, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),

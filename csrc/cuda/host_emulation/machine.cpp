@@ -175,7 +175,7 @@ void run_cluster(const Dim3& first) {
       mprotect(block.shared, mapped, PROT_READ | PROT_WRITE);
       std::memset(block.shared, 0xff, mapped);  // NaN in every type: what is read before it is written shows
     }
-    block.unfenced.assign(bytes / 16 + 1, 0);
+    block.unfenced.assign(bytes / 2 + 1, 0);
     block.threads.resize(count);
     for (uint32_t i = 0; i < count; ++i) {
       block.threads[i].block = &block;

@@ -16,7 +16,7 @@ namespace grok::emulation {
 
 constexpr uint32_t kWarp = 32;
 constexpr uint32_t kSharedBase = 1024;  // where dynamic shared memory starts on the chip
-constexpr size_t kSharedLimit = 232448 - kSharedBase;  // what a block may ask for on sm_90, less the reserved kilobyte
+constexpr size_t kSharedLimit = 232448;  // what a block may ask for on sm_90, beside the reserved kilobyte
 
 struct Dim3 {
   uint32_t x = 1, y = 1, z = 1;
@@ -63,6 +63,15 @@ struct Product {
   std::function<void(float*)> run;
 };
 
+// A product as the threads of a warpgroup issue it: all must say the same.
+struct Issued {
+  uint64_t a, b;
+  uint32_t n;
+  bool accumulate;
+  std::vector<double> sums[4];  // of the warps that have computed theirs
+  uint32_t done;                // threads that have waited for it
+};
+
 struct Thread {
   Block* block = nullptr;
   uint32_t index = 0;  // in its block
@@ -73,11 +82,13 @@ struct Thread {
 
   std::vector<Product> open_products;                 // issued, not yet committed
   std::vector<std::vector<Product>> product_groups;   // committed, oldest first
-  uint64_t products_issued = 0;
+  uint64_t products_issued = 0, products_done = 0;
   bool products_fenced = false;                       // a wgmma fence since the registers were last touched
   std::vector<Deferred> open_stores;
   std::vector<std::vector<Deferred>> store_groups;
+  std::vector<Deferred> open_copies;                  // cp.async, no arrival after them yet
   std::shared_ptr<uint32_t> copies = std::make_shared<uint32_t>(0);  // cp.async of this thread in flight
+  std::vector<uint32_t> unfenced;                     // where `Block::unfenced` has this thread
 
   uint32_t warp() const { return index / kWarp; }
   uint32_t lane() const { return index % kWarp; }
@@ -92,8 +103,10 @@ struct Block {
   Meeting named[16];
   std::map<std::pair<uint32_t, uint32_t>, Meeting> warps;  // by warp and mask
   std::map<uint32_t, std::string> barrier_names;           // by shared address
-  std::map<std::pair<uint32_t, uint64_t>, std::pair<uint64_t, uint64_t>> products;  // operands by warpgroup and number
-  std::vector<uint32_t> unfenced;  // by 16 bytes: thread + 1 whose write no fence has shown to the async proxy; 0 none
+  Meeting warpgroups[8];
+  std::vector<int> registers;                              // a thread, by warpgroup; empty before the first setmaxnreg
+  std::map<std::pair<uint32_t, uint64_t>, Issued> products;  // in flight, by warpgroup and number
+  std::vector<uint32_t> unfenced;  // by 2 bytes: thread + 1 whose write no fence has shown to the async proxy; 0 none
 
   // The bytes at a shared address of this block; fails where [address, address + bytes) leaves it.
   std::byte* at(uint32_t address, size_t bytes, const char* operation);

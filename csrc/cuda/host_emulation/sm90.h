@@ -7,6 +7,12 @@
 
 // The second implementation of sm90.cuh: the same names, for the host. See README.md for what it does not model.
 
+namespace grok::emulation {
+
+void note_tile_write(const void* to, uint32_t bytes);  // an ordinary store, which a fence must show to copies and products
+
+}  // namespace grok::emulation
+
 namespace grok::sm90 {
 
 namespace emu = grok::emulation;
@@ -80,6 +86,11 @@ void wait_stores_read() {
   wait_store_groups(kGroups);
 }
 void fence_async();
+template <class T>
+void write_tile(T* to, T value) {
+  emu::note_tile_write(to, sizeof value);
+  *to = value;
+}
 void copy_4_bytes(float* to, const float* from, bool valid);
 void arrive_after_copies(Barrier& barrier);
 

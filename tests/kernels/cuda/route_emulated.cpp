@@ -1,26 +1,8 @@
 // The launchers of csrc/cuda/route under the host emulation, for ctypes.
 
-#include <algorithm>
-#include <cstring>
-#include <exception>
-
 #include "cuda/include/grok/route.h"
 #include "cuda/launch.cuh"
-
-namespace {
-
-template <class Call>
-int guarded(char* error, int size, const Call& call) {
-  try {
-    call();
-    return 0;
-  } catch (const std::exception& e) {
-    std::strncpy(error, e.what(), static_cast<size_t>(size) - 1);
-    return 1;
-  }
-}
-
-}  // namespace
+#include "guarded.h"
 
 extern "C" {
 

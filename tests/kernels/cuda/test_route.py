@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +15,9 @@ from torch import Tensor
 import grok_kernels
 from tests.kernels import oracle
 from tests.kernels.cases import ints, randn
+from tests.kernels.cuda.emulation import CSRC, HERE, call, compiled
 
-CSRC = Path(__file__).resolve().parents[3] / "csrc"
-SOURCES = (CSRC / "cuda/route/instantiations/route.cu", Path(__file__).with_name("route_emulated.cpp"))
+SOURCES = (CSRC / "cuda/route/instantiations/route.cu", HERE / "route_emulated.cpp")
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 NAN, INF = float("nan"), float("inf")
 P, I64 = ctypes.c_void_p, ctypes.c_int64
@@ -42,17 +40,15 @@ class RouteAndGroup(ctypes.Structure):
 
 
 class Emulated:
-    def __init__(self, path: Path) -> None:
-        self.library = ctypes.CDLL(str(path))
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
         self.library.set_seed.argtypes = (ctypes.c_uint64,)
 
     def seed(self, seed: int) -> None:
         self.library.set_seed(seed)
 
     def _call(self, name: str, params: ctypes.Structure) -> None:
-        error = ctypes.create_string_buffer(4096)
-        if getattr(self.library, name)(ctypes.byref(params), error, len(error)):
-            raise RuntimeError(error.value.decode())
+        call(getattr(self.library, name), ctypes.byref(params))
 
     def _route(
         self, x: Tensor, router: Tensor, k: int, softcap: float, renormalize: bool
@@ -91,15 +87,7 @@ class Emulated:
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    library = tmp_path_factory.mktemp("route") / "route.so"
-    machine = CSRC / "cuda/host_emulation/machine.cpp"
-    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-DGROK_HOST_EMULATION", f"-I{CSRC}"]
-    done = subprocess.run(
-        [*command, "-Wl,-z,defs", "-o", library, "-x", "c++", *SOURCES, machine],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return Emulated(library)
+    return Emulated(compiled(tmp_path_factory.mktemp("route") / "route.so", *SOURCES, optimise="-O1"))
 
 
 def reference(x: Tensor, router: Tensor, k: int, softcap: float, renormalize: bool) -> tuple[Tensor, Tensor]:

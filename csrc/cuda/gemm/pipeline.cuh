@@ -1,0 +1,47 @@
+#pragma once
+
+#include "../sm90.cuh"
+
+// Stages between those who load tiles and those who multiply them. A loader waits until the stage is empty, a
+// multiplier until it is full; both walk around the ring with their own Position.
+
+namespace grok::cuda::gemm {
+
+template <int kStages>
+struct Ring {
+  sm90::Barrier full[kStages], empty[kStages];
+
+  // One thread calls, then fence_barrier_init, and the cluster meets.
+  __device__ __forceinline__ void init(uint32_t loaders, uint32_t multipliers) {
+    for (int i = 0; i < kStages; ++i) {
+      sm90::init(full[i], loaders, "full");
+      sm90::init(empty[i], multipliers, "empty");
+    }
+  }
+};
+
+template <int kStages>
+struct Position {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+template <int kStages>
+__device__ __forceinline__ void wait_full(Ring<kStages>& ring, const Position<kStages>& at) {
+  sm90::wait(ring.full[at.stage], at.parity);
+}
+
+// The first round finds every stage empty: the phase before the first counts as complete.
+template <int kStages>
+__device__ __forceinline__ void wait_empty(Ring<kStages>& ring, const Position<kStages>& at) {
+  sm90::wait(ring.empty[at.stage], at.parity ^ 1);
+}
+
+}  // namespace grok::cuda::gemm
