@@ -64,25 +64,80 @@ std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& tensor) {
   return tensor ? std::optional(tensor->contiguous()) : std::nullopt;
 }
 
-// Runs task(0, …) .. task(tasks−1, …) on the threads, each taking the next when it is done with one: tasks differ in size,
-// and no result depends on who computes it. A task is told which one its thread does after it, or -1.
+// Runs task(0, …) .. task(tasks−1, …) on the threads. Each goes through a part of its own from its beginning, so that what
+// it reads lies in one row, and then takes what others have left, from their ends: tasks differ in size, and no result
+// depends on who computes it. A task is told which one its thread does after it, or -1.
 template <class Task>
 void share(int64_t tasks, Task task) {
-  std::atomic<int64_t> next{0};
-  const auto take = [&] {
-    const int64_t i = next.fetch_add(1, std::memory_order_relaxed);
-    return i < tasks ? i : -1;
+  struct alignas(64) Part {
+    std::atomic<uint64_t> left;  // its first task, and in the upper half one past its last
   };
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), tasks);
+  std::vector<Part> parts(threads);
+  for (int64_t i = 0; i < threads; ++i) {
+    parts[i].left = static_cast<uint64_t>(tasks * i / threads) | static_cast<uint64_t>(tasks * (i + 1) / threads) << 32;
+  }
+  const auto take = [&](int64_t worker) {
+    for (int64_t i = 0; i < threads; ++i) {
+      std::atomic<uint64_t>& left = parts[(worker + i) % threads].left;
+      uint64_t now = left.load(std::memory_order_relaxed);
+      while (static_cast<uint32_t>(now) < now >> 32) {
+        const uint64_t then = i == 0 ? now + 1 : now - (uint64_t{1} << 32);
+        if (!left.compare_exchange_weak(now, then, std::memory_order_relaxed)) continue;
+        return static_cast<int64_t>(i == 0 ? static_cast<uint32_t>(now) : then >> 32);
+      }
+    }
+    return int64_t{-1};
+  };
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t i = take(), then; i >= 0; i = then) {
-        then = take();
+      for (int64_t i = take(worker), then; i >= 0; i = then) {
+        then = take(worker);
         task(i, then);
       }
     }
   });
 }
+
+// A panel's product with a block of rows, for each of them: expert by expert, panel by panel.
+class Products {
+ public:
+  struct One {
+    const PackedRows::RowBlock& block;
+    int64_t output;
+  };
+
+  Products(const PackedRows& packed, int64_t outputs) : blocks_(packed.blocks) {
+    const int64_t panels = (outputs + cpu::kPanel - 1) / cpu::kPanel, count = static_cast<int64_t>(blocks_.size());
+    for (int64_t first = 0, last; first < count; first = last) {
+      for (last = first; last < count && blocks_[last].expert == blocks_[first].expert;) ++last;
+      experts_.push_back({total_, first, last - first});
+      total_ += panels * (last - first);
+    }
+  }
+
+  int64_t count() const { return total_; }
+
+  // Of the weight that this one reads; null without one.
+  const uint8_t* panel(const Weights& w, int64_t task) const {
+    return task < 0 ? nullptr : w.panel((*this)[task].block.expert, (*this)[task].output);
+  }
+
+  One operator[](int64_t task) const {
+    size_t e = experts_.size() - 1;
+    while (task < experts_[e].task) --e;
+    const int64_t i = task - experts_[e].task;
+    return {blocks_[experts_[e].block + i % experts_[e].blocks], i / experts_[e].blocks * cpu::kPanel};
+  }
+
+ private:
+  struct Expert {
+    int64_t task, block, blocks;  // its first of either, and the number of its blocks
+  };
+  const std::vector<PackedRows::RowBlock>& blocks_;
+  std::vector<Expert> experts_;
+  int64_t total_ = 0;
+};
 
 void pack(PackedRows& packed, const Rows& rows) {
   const int64_t values = std::max<int64_t>(1, cpu::kTile * packed.k);
@@ -139,16 +194,12 @@ at::Tensor grouped_gemm(const at::Tensor& x, const at::Tensor& weight, const std
   thread_local Buffer workspace;
   packed.place(workspace.get<char>(packed.bytes()));
   pack(packed, rows);
-  const int64_t panels = (w.n + cpu::kPanel - 1) / cpu::kPanel, count = static_cast<int64_t>(packed.blocks.size());
+  const Products products(packed, w.n);
   const cpu::PanelOps& ops = cpu::panel_ops(isa);
   char* out = static_cast<char*>(y.mutable_data_ptr());
-  const auto panel = [&](int64_t task) {
-    return task < 0 ? nullptr : w.panel(packed.blocks[task % count].expert, task / count * cpu::kPanel);
-  };
-  share(panels * count, [&](int64_t task, int64_t then) {
-    const PackedRows::RowBlock& b = packed.blocks[task % count];
-    const int64_t output = task / count * cpu::kPanel;
-    const float* c = panel_product(packed, w, b, output, 0, panel(then));
+  share(products.count(), [&](int64_t task, int64_t then) {
+    const auto [b, output] = products[task];
+    const float* c = panel_product(packed, w, b, output, 0, products.panel(w, then));
     ops.store(c, b.rows, std::min(cpu::kPanel, w.n - output), y_elem,
               out + (b.row * w.n + output) * size_of(y_elem), w.n);
   });
@@ -209,15 +260,11 @@ void moe_tokens(const at::Tensor& x, const at::Tensor& topk_weights, const at::T
   packed.place(w.x.get<char>(packed.bytes()));
   pack(packed, rows);
   char* inner = w.values.get<char>(t * a * f * size_of(inner_elem));
-  const int64_t count = static_cast<int64_t>(packed.blocks.size());
-  const auto panel = [&](int64_t task) {
-    return task < 0 ? nullptr : w13.panel(packed.blocks[task % count].expert, task / count * cpu::kPanel);
-  };
-  share((f + cpu::kPanel - 1) / cpu::kPanel * count, [&](int64_t task, int64_t then) {
-    const PackedRows::RowBlock& b = packed.blocks[task % count];
-    const int64_t output = task / count * cpu::kPanel;
+  const Products products(packed, f);
+  share(products.count(), [&](int64_t task, int64_t then) {
+    const auto [b, output] = products[task];
     const float* gate = panel_product(packed, w13, b, output, 0, w13.panel(b.expert, f + output));
-    const float* up = panel_product(packed, w13, b, f + output, 1, panel(then));
+    const float* up = panel_product(packed, w13, b, f + output, 1, products.panel(w13, then));
     ops.activate(gate, up, b.rows, std::min(cpu::kPanel, f - output), activation, inner_elem,
                  inner + (b.row * f + output) * size_of(inner_elem), f);
   });

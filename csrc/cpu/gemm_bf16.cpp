@@ -80,21 +80,21 @@ struct Converter {
 
 GROK_TARGET_INLINE __m512bh broadcast(const uint32_t* pair) { return (__m512bh)_mm512_set1_epi32(static_cast<int>(*pair)); }
 
-template <int kRows>
-GROK_TARGET_INLINE void load_sums(__m512 (&sum)[kRows][4], const float* c, bool first) {
+template <int kRows, int kWide>
+GROK_TARGET_INLINE void load_sums(__m512 (&sum)[kRows][kWide], const float* c, bool first) {
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) sum[r][j] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * kPanel + j * 16);
+    for (int j = 0; j < kWide; ++j) sum[r][j] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * kPanel + j * 16);
   }
 }
 
-template <int kRows>
-GROK_TARGET_INLINE void store_sums(const __m512 (&sum)[kRows][4], float* c) {
+template <int kRows, int kWide>
+GROK_TARGET_INLINE void store_sums(const __m512 (&sum)[kRows][kWide], float* c) {
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) _mm512_storeu_ps(c + r * kPanel + j * 16, sum[r][j]);
+    for (int j = 0; j < kWide; ++j) _mm512_storeu_ps(c + r * kPanel + j * 16, sum[r][j]);
   }
 }
 
@@ -103,7 +103,7 @@ template <int kRows, int kLines>
 GROK_AVX512_BF16 void bf16_tile_avx512(const uint32_t* x, const uint8_t* w, int64_t runs, float* c, bool first,
                                        Ahead ahead) {
   __m512 sum[kRows][4];
-  load_sums<kRows>(sum, c, first);
+  load_sums(sum, c, first);
   for (int64_t run = 0; run < runs; ++run, w += kRunBytes, x += kRows, ahead.from += ahead.step) {
 #pragma GCC unroll 4
     for (int line = 0; line < kLines; ++line) _mm_prefetch(ahead.from + 64 * line, _MM_HINT_T0);
@@ -118,35 +118,37 @@ GROK_AVX512_BF16 void bf16_tile_avx512(const uint32_t* x, const uint8_t* w, int6
       for (int j = 0; j < 4; ++j) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], v[j], pair);
     }
   }
-  store_sums<kRows>(sum, c);
+  store_sums(sum, c);
 }
 
-// From weights of one byte, a run of 4 columns in 256 bytes.
-template <int kRows, DType kElem>
+// From weights of one byte, a run of 4 columns in 256 bytes; of these 16 · kWide outputs.
+template <int kRows, DType kElem, int kWide>
 GROK_AVX512_BF16 void bf16_direct_avx512(const uint32_t* x, const uint8_t* w, int64_t runs, float* c, bool first,
                                          Ahead ahead) {
-  __m512 sum[kRows][4];
-  load_sums<kRows>(sum, c, first);
+  __m512 sum[kRows][kWide];
+  load_sums(sum, c, first);
   const Converter<kElem> convert;
   for (int64_t run = 0; run < runs; ++run, w += kRunBytes, x += 2 * kRows, ahead.from += ahead.step) {
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      _mm_prefetch(ahead.from + 64 * j, _MM_HINT_T0);
+    for (int j = 0; j < kWide; ++j) {
+      _mm_prefetch(ahead.from + 64 * j, _MM_HINT_NTA);
       const Pairs v = convert(w + 64 * j);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         sum[r][j] = _mm512_dpbf16_ps(sum[r][j], (__m512bh)v.first, broadcast(x + r));
         sum[r][j] = _mm512_dpbf16_ps(sum[r][j], (__m512bh)v.second, broadcast(x + kRows + r));
       }
     }
   }
-  store_sums<kRows>(sum, c);
+  store_sums(sum, c);
 }
 
 template <DType kElem>
-GROK_AVX512_BF16 void bf16_stage_avx512(const uint8_t* w, int64_t runs, uint8_t* stage) {
+GROK_AVX512_BF16 void bf16_stage_avx512(const uint8_t* w, int64_t runs, uint8_t* stage, Ahead ahead) {
   const Converter<kElem> convert;
-  for (int64_t run = 0; run < runs; ++run, w += kRunBytes, stage += 2 * kRunBytes) {
+  for (int64_t run = 0; run < runs; ++run, w += kRunBytes, stage += 2 * kRunBytes, ahead.from += ahead.step) {
+#pragma GCC unroll 4
+    for (int line = 0; line < kShared; ++line) _mm_prefetch(ahead.from + 64 * line, _MM_HINT_T0);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       const Pairs v = convert(w + 64 * j);
@@ -162,8 +164,9 @@ template <int kLines>
 constexpr TileKernel kTiles[] = {bf16_tile_avx512<1, kLines>, bf16_tile_avx512<2, kLines>, bf16_tile_avx512<3, kLines>,
                                  bf16_tile_avx512<4, kLines>, bf16_tile_avx512<5, kLines>, bf16_tile_avx512<6, kLines>};
 template <DType kElem>
-constexpr TileKernel kDirect[] = {bf16_direct_avx512<1, kElem>, bf16_direct_avx512<2, kElem>,
-                                  bf16_direct_avx512<3, kElem>, bf16_direct_avx512<4, kElem>};
+constexpr TileKernel kDirect[] = {bf16_direct_avx512<1, kElem, 4>, bf16_direct_avx512<2, kElem, 4>,
+                                  bf16_direct_avx512<3, kElem, 4>, bf16_direct_avx512<4, kElem, 4>,
+                                  bf16_direct_avx512<5, kElem, 2>, bf16_direct_avx512<6, kElem, 2>};
 
 }  // namespace
 
@@ -171,11 +174,18 @@ void bf16_block_avx512(const Block& b) {
   const PackedRows::Tile* tiles = b.x->tiles.data() + b.rows->first_tile;
   const int64_t quads = (b.columns + 3) / 4, rows = b.rows->rows;
   const uint32_t* x = b.x->at(*tiles, b.column / 2);
-  if (b.elem != DType::bf16 && alone(b) && rows <= kDirectRows) {
+  if (b.elem != DType::bf16 && alone(b)) {
     const TileKernel kernel = (b.elem == DType::int8 ? kDirect<DType::int8> : kDirect<DType::e4m3>)[rows - 1];
-    stream(b, quads, [&](int64_t run, int64_t count, bool first, Ahead ahead) {
-      kernel(x + 2 * run * rows, b.w + run * kRunBytes, count, b.c, first, ahead);
-    });
+    if (rows <= kDirectRows) {
+      stream(b, quads, [&](int64_t run, int64_t count, bool first, Ahead ahead) {
+        kernel(x + 2 * run * rows, b.w + run * kRunBytes, count, b.c, first, ahead);
+      });
+      return;
+    }
+    for (int half = 0; half < 2; ++half) {
+      kernel(x, b.w + half * kRunBytes / 2, quads, b.c + half * kPanel / 2, b.first,
+             share_of(b, half * quads, 2 * quads));
+    }
     return;
   }
   if (b.elem == DType::bf16 && alone(b)) {
@@ -184,15 +194,19 @@ void bf16_block_avx512(const Block& b) {
     });
     return;
   }
+  const int64_t count = b.rows->last_tile - b.rows->first_tile, runs = 2 * quads;
+  const bool converts = b.elem != DType::bf16;
+  const int64_t before = converts ? quads : 0, all = before + count * runs;
   const uint8_t* w = b.w;
-  if (b.elem != DType::bf16) {
+  if (converts) {
     uint8_t* stage = static_cast<uint8_t*>(b.stage);
-    (b.elem == DType::int8 ? bf16_stage_avx512<DType::int8> : bf16_stage_avx512<DType::e4m3>)(w, quads, stage);
+    const auto convert = b.elem == DType::int8 ? bf16_stage_avx512<DType::int8> : bf16_stage_avx512<DType::e4m3>;
+    convert(w, quads, stage, share_of(b, 0, all));
     w = stage;
   }
-  for (int64_t i = b.rows->first_tile; i < b.rows->last_tile; ++i, ++tiles) {
-    kTiles<kShared>[tiles->rows - 1](b.x->at(*tiles, b.column / 2), w, 2 * quads,
-                                     b.c + (tiles->row - b.rows->row) * kPanel, b.first, share_of(b, i, 2 * quads));
+  for (int64_t i = 0; i < count; ++i, ++tiles) {
+    kTiles<kShared>[tiles->rows - 1](b.x->at(*tiles, b.column / 2), w, runs, b.c + (tiles->row - b.rows->row) * kPanel,
+                                     b.first, share_of(b, before + i * runs, all));
   }
 }
 

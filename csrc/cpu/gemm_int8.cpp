@@ -12,76 +12,94 @@ namespace {
 constexpr int64_t kGroupRuns = kScaleGroup / 4;
 static_assert(kRunsAhead % kGroupRuns == 0, "a group of columns has one scale");
 
-// One group of up to 128 columns: c = or += scale · sum.
-template <int kRows, int kLines>
+// With 16 · kWide outputs: c = or += Σ scale · sum, over groups of up to 128 columns. The sums of a group and those of all
+// are in registers together, which hold both for 6 rows and 32 outputs, or 3 and 64.
+template <int kRows, int kWide, int kLines>
 GROK_AVX512_BF16 void int8_tile_avx512(const uint32_t* x, const uint8_t* w, int64_t runs, const float* scale,
                                        const int32_t* bias, int64_t groups, float* c, bool first, Ahead ahead) {
   const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+  __m512 total[kRows][kWide];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kWide; ++j) total[r][j] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * kPanel + j * 16);
+  }
   while (runs > 0) {
-    __m512i sum[kRows][4];
+    __m512i sum[kRows][kWide];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) sum[r][j] = _mm512_set1_epi32(bias[r * groups]);
+      for (int j = 0; j < kWide; ++j) sum[r][j] = _mm512_set1_epi32(bias[r * groups]);
     }
     const int64_t count = runs < kGroupRuns ? runs : kGroupRuns;
     for (int64_t run = 0; run < count; ++run, w += kRunBytes, x += kRows, ahead.from += ahead.step) {
 #pragma GCC unroll 4
       for (int line = 0; line < kLines; ++line) _mm_prefetch(ahead.from + 64 * line, _MM_HINT_T0);
       _mm_prefetch(x + kRowsAhead * kRows, _MM_HINT_T0);
-      __m512i v[4];
+      __m512i v[kWide];
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) v[j] = _mm512_xor_si512(_mm512_loadu_si512(w + 64 * j), sign);
+      for (int j = 0; j < kWide; ++j) v[j] = _mm512_xor_si512(_mm512_loadu_si512(w + 64 * j), sign);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const __m512i four = _mm512_set1_epi32(static_cast<int>(x[r]));
 #pragma GCC unroll 4
         // written out: g++ 12 keeps such sums in memory where the intrinsic is used
-        for (int j = 0; j < 4; ++j) asm("vpdpbusd %2, %1, %0" : "+v"(sum[r][j]) : "v"(v[j]), "v"(four));
+        for (int j = 0; j < kWide; ++j) asm("vpdpbusd %2, %1, %0" : "+v"(sum[r][j]) : "v"(v[j]), "v"(four));
       }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const __m512 s = _mm512_set1_ps(scale[r * groups]);
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        float* out = c + r * kPanel + j * 16;
+      for (int j = 0; j < kWide; ++j) {
         const __m512 value = _mm512_maskz_cvtepi32_ps(0xffff, sum[r][j]);  // the plain one warns in g++ 12
-        _mm512_storeu_ps(out, first ? _mm512_mul_ps(value, s) : _mm512_fmadd_ps(value, s, _mm512_loadu_ps(out)));
+        total[r][j] = _mm512_fmadd_ps(value, s, total[r][j]);
       }
     }
     runs -= count;
-    first = false;
     ++scale;
     ++bias;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kWide; ++j) _mm512_storeu_ps(c + r * kPanel + j * 16, total[r][j]);
   }
 }
 
 using TileKernel = void (*)(const uint32_t*, const uint8_t*, int64_t, const float*, const int32_t*, int64_t, float*,
                             bool, Ahead);
-template <int kLines>
-constexpr TileKernel kTiles[] = {int8_tile_avx512<1, kLines>, int8_tile_avx512<2, kLines>, int8_tile_avx512<3, kLines>,
-                                 int8_tile_avx512<4, kLines>, int8_tile_avx512<5, kLines>, int8_tile_avx512<6, kLines>};
+constexpr TileKernel kWhole[] = {int8_tile_avx512<1, 4, kAlone>, int8_tile_avx512<2, 4, kAlone>,
+                                 int8_tile_avx512<3, 4, kAlone>};
+static_assert(sizeof kWhole / sizeof *kWhole == kWideRows);
+constexpr TileKernel kHalf[] = {int8_tile_avx512<1, 2, kShared>, int8_tile_avx512<2, 2, kShared>,
+                                int8_tile_avx512<3, 2, kShared>, int8_tile_avx512<4, 2, kShared>,
+                                int8_tile_avx512<5, 2, kShared>, int8_tile_avx512<6, 2, kShared>};
 
 }  // namespace
 
 void int8_block_avx512(const Block& b) {
   const int64_t groups = b.x->groups, runs = (b.columns + 3) / 4;
-  for (int64_t i = b.rows->first_tile; i < b.rows->last_tile; ++i) {
-    const PackedRows::Tile& t = b.x->tiles[i];
+  const int64_t tiles = b.rows->last_tile - b.rows->first_tile;
+  if (alone(b) && b.rows->rows <= kWideRows) {
+    const PackedRows::Tile& t = b.x->tiles[b.rows->first_tile];
     const uint32_t* x = b.x->at(t, b.column / 4);
     const int64_t at = t.row * groups + b.column / kScaleGroup;
-    float* c = b.c + (t.row - b.rows->row) * kPanel;
-    if (!alone(b)) {
-      kTiles<kShared>[t.rows - 1](x, b.w, runs, b.x->scales + at, b.x->bias + at, groups, c, b.first,
-                                  share_of(b, i, runs));
-      continue;
-    }
     stream(b, runs, [&](int64_t run, int64_t count, bool first, Ahead ahead) {
       const int64_t from = at + run / kGroupRuns;
-      kTiles<kAlone>[t.rows - 1](x + run * t.rows, b.w + run * kRunBytes, count, b.x->scales + from, b.x->bias + from,
-                                 groups, c, first, ahead);
+      kWhole[t.rows - 1](x + run * t.rows, b.w + run * kRunBytes, count, b.x->scales + from, b.x->bias + from, groups,
+                         b.c, first, ahead);
     });
+    return;
+  }
+  for (int64_t half = 0; half < 2; ++half) {
+    for (int64_t i = 0; i < tiles; ++i) {
+      const PackedRows::Tile& t = b.x->tiles[b.rows->first_tile + i];
+      const int64_t at = t.row * groups + b.column / kScaleGroup;
+      kHalf[t.rows - 1](b.x->at(t, b.column / 4), b.w + half * kRunBytes / 2, runs, b.x->scales + at,
+                        b.x->bias + at, groups, b.c + (t.row - b.rows->row) * kPanel + half * kPanel / 2, b.first,
+                        share_of(b, (half * tiles + i) * runs, 2 * tiles * runs));
+    }
   }
 }
 

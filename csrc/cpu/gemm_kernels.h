@@ -21,11 +21,13 @@ struct Block {
 using BlockKernel = void (*)(const Block&);
 
 constexpr int64_t kStageBytes = 32 << 10;  // a block of columns of a panel as fp32 or as bf16, in the nearest cache
-constexpr int64_t kDirectRows = 4;      // with so few, weights are converted in registers, where they are used once
+constexpr int64_t kDirectRows = 4;      // bf16: with so few, whole runs of weights are converted in registers
+constexpr int64_t kWideRows = 3;        // int8: with so few, a tile meets whole runs
 
 // Memory that will be read soon is asked for while a tile computes: the machine's own prefetching ends with each page.
 // Several tiles share out the block that follows theirs; a tile alone runs ahead of itself.
-constexpr int kShared = 2, kAlone = 4;  // cache lines asked for each run
+constexpr int kShared = 2, kAlone = 4;  // cache lines asked for each run, at most
+constexpr int64_t kLeast = 32;          // bytes
 constexpr int64_t kRowsAhead = 64;      // runs of the rows
 constexpr int64_t kRunsAhead = 32;      // of the weights of a tile alone; what it ends with asks for what comes then
 
@@ -36,11 +38,12 @@ struct Ahead {
 
 inline bool alone(const Block& b) { return b.rows->last_tile - b.rows->first_tile == 1; }
 
-// Of one of several tiles, or of one that reads `runs` runs of converted weights.
-inline Ahead share_of(const Block& b, int64_t tile, int64_t runs) {
-  const int64_t bytes = b.columns * kPanel * size_of(b.elem), step = kShared * 64;
-  const int64_t skipped = (tile - b.rows->first_tile) * runs * step;
-  return skipped < bytes ? Ahead{b.w + bytes + skipped, step} : Ahead{b.w, 0};
+// Where a block is converted, or read by several tiles or in parts: of a pass that comes after `done` runs, of `all`. The
+// passes share out evenly what comes then: asked for faster than memory gives it, it would hold up the loads.
+inline Ahead share_of(const Block& b, int64_t done, int64_t all) {
+  const int64_t bytes = b.columns * kPanel * size_of(b.elem);
+  const int64_t step = std::clamp<int64_t>((bytes + all - 1) / std::max<int64_t>(1, all), kLeast, kShared * 64);
+  return done * step < bytes ? Ahead{(b.then ? b.then : b.w + bytes) + done * step, step} : Ahead{b.w, 0};
 }
 
 // A tile alone over `runs` runs of weights as they are: compute(first run, their number, whether c is written, ahead).
