@@ -205,7 +205,8 @@ __device__ __forceinline__ void arrive_after_copies(Barrier& barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
 
-// Products of a warpgroup (wgmma), in wgmma.cuh: multiply<N>(d, a, b, accumulate) for tiles of e4m3.
+// Products of a warpgroup (wgmma), in wgmma.cuh: multiply<N>(d, a, b, accumulate) for tiles of e4m3, and for a in registers
+// and a tile of bf16.
 
 // wgmma.fence: the registers and shared memory that the next products take are written.
 __device__ __forceinline__ void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -232,6 +233,25 @@ __device__ __forceinline__ void store_matrices(void* row, uint32_t m0, uint32_t 
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(m0),
                "r"(m1), "r"(m2), "r"(m3)
                : "memory");
+}
+
+// The same, but the lane holds column lane / 4 of each matrix, of rows 2 · (lane % 4) and the next.
+__device__ __forceinline__ void store_transposed(void* row, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+               "r"(m0), "r"(m1), "r"(m2), "r"(m3)
+               : "memory");
+}
+
+// prmt: byte i of the result is byte (selector >> 4i) % 8 of the eight of `low` and `high`.
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  return __byte_perm(low, high, selector);
+}
+
+// add.bf16x2: two sums, to nearest and ties to even.
+__device__ __forceinline__ uint32_t add_bf16(uint32_t x, uint32_t y) {
+  uint32_t sums;
+  asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(sums) : "r"(x), "r"(y));
+  return sums;
 }
 
 // Conversions, to nearest and ties to even; `low` lies in the lower half.

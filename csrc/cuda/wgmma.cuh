@@ -56,4 +56,24 @@ __device__ __forceinline__ void multiply(float (&d)[kN / 2], uint64_t a, uint64_
 GROK_WGMMA_SHAPES(GROK_MULTIPLY_E4M3)
 #undef GROK_MULTIPLY_E4M3
 
+// The same of 16 bf16 each, a in registers, two columns in each: of warp w and lane l, a[2i + h] is row 16w + 8h + l / 4,
+// columns 8i + 2 (l % 4) and the next. They must stay as they are until the product is done.
+template <int kN>
+__device__ __forceinline__ void multiply(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate);
+
+#define GROK_MULTIPLY_BF16(n, names, operands, a0_at, a1_at, a2_at, a3_at, b_at, accumulate_at)                     \
+  template <>                                                                                                       \
+  __device__ __forceinline__ void multiply<n>(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b,                \
+                                              bool accumulate) {                                                    \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #accumulate_at ", 0;\n"                                       \
+                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" names "}, {%" #a0_at ", %" #a1_at     \
+                 ", %" #a2_at ", %" #a3_at "}, %" #b_at ", p, 1, 1, 0;\n}"                                          \
+                 : GROK_UNWRAP operands                                                                             \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int32_t>(accumulate)));      \
+  }
+GROK_MULTIPLY_BF16(16, GROK_NAMES_8(), (GROK_D8(0)), 8, 9, 10, 11, 12, 13)
+GROK_MULTIPLY_BF16(64, GROK_TENS_3 ", " GROK_NAMES_2(3), (GROK_D32(0)), 32, 33, 34, 35, 36, 37)
+GROK_MULTIPLY_BF16(128, GROK_TENS_6 ", " GROK_NAMES_4(6), (GROK_D64(0)), 64, 65, 66, 67, 68, 69)
+#undef GROK_MULTIPLY_BF16
+
 }  // namespace grok::sm90

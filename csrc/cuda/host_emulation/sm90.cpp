@@ -1,5 +1,6 @@
 #include "sm90.h"
 
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -219,15 +220,31 @@ class Rows {
   uint32_t first_, rows_, start_, groups_;
 };
 
+// The numbers of an operand's first rows, row by row.
+std::vector<double> e4m3_rows(const Rows& rows, uint32_t count) {
+  std::vector<double> values;
+  for (uint32_t row = 0; row < count; ++row)
+    for (uint32_t k = 0; k < kDepth; ++k) values.push_back(e4m3_values()[rows(row, k)]);
+  return values;
+}
+
+std::vector<double> bf16_rows(const Rows& rows, uint32_t count) {
+  std::vector<double> values;
+  for (uint32_t row = 0; row < count; ++row)
+    for (uint32_t k = 0; k < kDepth; k += 2)
+      values.push_back(sm90::from_bf16(static_cast<uint16_t>(rows(row, k) | rows(row, k + 1) << 8)));
+  return values;
+}
+
 // The warp's 16 rows of a times the n rows of b, exactly.
-std::vector<double> multiplied(const Rows& a, const Rows& b, uint32_t n) {
-  const double* value = e4m3_values();
-  std::vector<double> columns(size_t{kDepth} * n), sums(size_t{16} * n);
+std::vector<double> multiplied(const std::vector<double>& a, const std::vector<double>& b, uint32_t n) {
+  const size_t depth = b.size() / n;
+  std::vector<double> columns(b.size()), sums(size_t{16} * n);
   for (uint32_t c = 0; c < n; ++c)
-    for (uint32_t k = 0; k < kDepth; ++k) columns[k * n + c] = value[b(c, k)];
+    for (size_t k = 0; k < depth; ++k) columns[k * n + c] = b[c * depth + k];
   for (uint32_t r = 0; r < 16; ++r)
-    for (uint32_t k = 0; k < kDepth; ++k) {
-      const double x = value[a(r, k)];
+    for (size_t k = 0; k < depth; ++k) {
+      const double x = a[r * depth + k];
       const double* w = &columns[k * n];
       double* sum = &sums[r * n];
       for (uint32_t c = 0; c < n; ++c) sum[c] += x * w[c];
@@ -469,28 +486,57 @@ void fence_products() {
   self().products_fenced = true;
 }
 
-void multiply_e4m3(float* d, int columns, uint64_t a, uint64_t b, bool accumulate) {
+namespace {
+
+// A product of the warpgroup: all its threads must say the same. `rows_a` gives the warp's rows of a, as numbers.
+template <class RowsA>
+void multiply(float* d, uint32_t n, uint64_t a, uint64_t b, bool accumulate, RowsA rows_a,
+              std::vector<double> (*values)(const Rows&, uint32_t)) {
   Thread& thread = self();
   Block& block = *thread.block;
-  const uint32_t n = static_cast<uint32_t>(columns), group = warpgroup(), warp = thread.warp() % 4;
+  const uint32_t group = warpgroup(), warp = thread.warp() % 4;
   meet_warp("wgmma");
   if (!thread.products_fenced) fail("wgmma: no fence_products since the accumulators were last the thread's own");
   const Issued mine = {a, b, n, accumulate, {}, 0};
   Issued& issued = block.products.try_emplace({group, thread.products_issued}, mine).first->second;
   if (issued.a != a || issued.b != b || issued.n != n || issued.accumulate != accumulate)
     fail("wgmma: its operands differ from those of other threads of warpgroup " + text(group));
-  const Rows rows_a(block, a, 16 * warp, 16), rows_b(block, b, 0, n);
-  if (thread.lane() == 0) {
-    rows_a.check();
-    rows_b.check();
-  }
-  const auto sums = [&issued, rows_a, rows_b, n, warp]() -> const std::vector<double>& {
-    if (issued.sums[warp].empty()) issued.sums[warp] = multiplied(rows_a, rows_b, n);
+  const Rows rows_b(block, b, 0, n);
+  if (thread.lane() == 0) rows_b.check();
+  const auto sums = [&issued, rows_a, rows_b, n, warp, values]() -> const std::vector<double>& {
+    if (issued.sums[warp].empty()) issued.sums[warp] = multiplied(rows_a(), values(rows_b, n), n);
     return issued.sums[warp];
   };
   if (!machine().lazy()) sums();
   issue(d, n, accumulate, sums);
   ++thread.products_issued;
+}
+
+}  // namespace
+
+void multiply_e4m3(float* d, int n, uint64_t a, uint64_t b, bool accumulate) {
+  const Rows rows(*self().block, a, 16 * (self().warp() % 4), 16);
+  if (self().lane() == 0) rows.check();
+  multiply(d, static_cast<uint32_t>(n), a, b, accumulate, [rows] { return e4m3_rows(rows, 16); }, e4m3_rows);
+}
+
+void multiply_bf16(float* d, int n, const uint32_t* a, uint64_t b, bool accumulate) {
+  std::array<uint64_t, 2 * kWarp> lanes;  // of all lanes, the registers of columns 0 to 7, then of 8 to 15
+  for (uint32_t i = 0; i < 2; ++i)
+    exchange(0xffffffffu, a[2 * i] | uint64_t{a[2 * i + 1]} << 32, "wgmma", [&](const uint64_t* slot) {
+      std::memcpy(&lanes[i * kWarp], slot, kWarp * sizeof *slot);
+      return uint64_t{0};
+    });
+  const auto rows = [lanes] {
+    std::vector<double> values;
+    for (uint32_t row = 0; row < 16; ++row)
+      for (uint32_t k = 0; k < 16; ++k) {
+        const uint64_t held = lanes[k / 8 * kWarp + row % 8 * 4 + k % 8 / 2];
+        values.push_back(from_bf16(static_cast<uint16_t>(held >> (row / 8 * 32 + k % 2 * 16))));
+      }
+    return values;
+  };
+  multiply(d, static_cast<uint32_t>(n), 0, b, accumulate, rows, bf16_rows);
 }
 
 void commit_products() {
@@ -518,23 +564,62 @@ void wait_product_groups(size_t groups) {
   }
 }
 
-void store_matrices(void* row, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
+namespace {
+
+template <class Write>
+void store_fragments(void* row, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3, const Write& write) {
   if (shared_address(row, 16, "stmatrix") % 16) fail("stmatrix: a row that is not aligned to 16 bytes");
-  uint64_t rows[4];
-  const uint32_t lane = self().lane();
+  uint64_t rows[32];
   exchange(0xffffffffu, reinterpret_cast<uint64_t>(row), "stmatrix", [&](const uint64_t* slot) {
-    for (uint32_t i = 0; i < 4; ++i) rows[i] = slot[8 * i + lane / 4];
+    std::memcpy(rows, slot, sizeof rows);
     return uint64_t{0};
   });
   const uint32_t pairs[4] = {m0, m1, m2, m3};
-  for (uint32_t i = 0; i < 4; ++i) {
-    std::byte* to = reinterpret_cast<std::byte*>(rows[i]) + lane % 4 * 4;
-    std::memcpy(to, &pairs[i], 4);
-    note_tile_write(to, 4);
-  }
+  for (uint32_t i = 0; i < 4; ++i) write(rows + 8 * i, pairs[i]);
+}
+
+void write_elements(uint64_t row, uint32_t column, const void* from, uint32_t bytes) {
+  std::byte* to = reinterpret_cast<std::byte*>(row) + column * 2;
+  std::memcpy(to, from, bytes);
+  note_tile_write(to, bytes);
+}
+
+}  // namespace
+
+void store_matrices(void* row, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
+  const uint32_t lane = self().lane();
+  store_fragments(row, m0, m1, m2, m3, [lane](const uint64_t* rows, uint32_t pair) {
+    write_elements(rows[lane / 4], lane % 4 * 2, &pair, 4);
+  });
+}
+
+void store_transposed(void* row, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
+  const uint32_t lane = self().lane();
+  store_fragments(row, m0, m1, m2, m3, [lane](const uint64_t* rows, uint32_t pair) {
+    for (uint32_t i = 0; i < 2; ++i) {
+      const auto element = static_cast<uint16_t>(pair >> 16 * i);
+      write_elements(rows[lane % 4 * 2 + i], lane / 4, &element, 2);
+    }
+  });
 }
 
 // Conversions
+
+uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t bytes = 0;
+  for (uint32_t i = 0; i < 4; ++i) {
+    const uint32_t from = selector >> 4 * i & 7;
+    bytes |= ((from < 4 ? low : high) >> from % 4 * 8 & 0xff) << 8 * i;
+  }
+  return bytes;
+}
+
+uint32_t add_bf16(uint32_t x, uint32_t y) {
+  const auto sum = [=](uint32_t half) {
+    return from_bf16(static_cast<uint16_t>(x >> half)) + from_bf16(static_cast<uint16_t>(y >> half));
+  };
+  return pack_bf16(sum(0), sum(16));
+}
 
 uint32_t pack_bf16(float low, float high) {
   const auto half = [](float x) {

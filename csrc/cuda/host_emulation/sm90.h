@@ -105,6 +105,12 @@ void multiply(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
   static_assert(kN % 8 == 0 && kN >= 8 && kN <= 256, "wgmma has widths of 8 to 256");
   multiply_e4m3(d, kN, a, b, accumulate);
 }
+void multiply_bf16(float* d, int n, const uint32_t* a, uint64_t b, bool accumulate);
+template <int kN>
+void multiply(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  static_assert(kN % 8 == 0 && kN >= 8 && kN <= 256, "wgmma has widths of 8 to 256");
+  multiply_bf16(d, kN, a, b, accumulate);
+}
 void commit_products();
 void wait_product_groups(size_t groups);
 template <int kGroups>
@@ -112,8 +118,12 @@ void wait_products() {
   wait_product_groups(kGroups);
 }
 void store_matrices(void* row, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3);
+void store_transposed(void* row, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3);
 
 // Conversions
+
+uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector);
+uint32_t add_bf16(uint32_t x, uint32_t y);
 
 uint32_t pack_bf16(float low, float high);
 uint16_t pack_e4m3(float low, float high);

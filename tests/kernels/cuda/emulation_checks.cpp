@@ -93,6 +93,43 @@ void multiply_kernel(const Multiply p, bool cluster) {
   cluster_sync();
 }
 
+// y (16, 64) bf16 = b aᵀ: a (64, 64) bf16 from registers, b (16, 64) a tile of bf16, the product's 16 x 64 columns stored
+// across.
+struct MultiplyRegisters {
+  TensorMap b;
+  const uint16_t* a;
+  uint16_t* y;
+};
+
+void multiply_registers_kernel(const MultiplyRegisters p) {
+  Memory& m = shared_memory<Memory>();
+  if (threadIdx.x == 0) {
+    init(m.full[0], 1, "full");
+    arrive_expecting(m.full[0], 16 * 128);
+    load_tile(m.b[0], p.b, m.full[0], 0, 0);
+  }
+  __syncthreads();
+  wait(m.full[0], 0);
+  const int warp = warp_index(), lane = lane_index();
+  uint32_t a[4][4];
+  for (int step = 0; step < 4; ++step)
+    for (int i = 0; i < 4; ++i) {
+      const int row = 16 * warp + i % 2 * 8 + lane / 4, column = 16 * step + i / 2 * 8 + lane % 4 * 2;
+      a[step][i] = p.a[row * 64 + column] | static_cast<uint32_t>(p.a[row * 64 + column + 1]) << 16;
+    }
+  float d[8];
+  fence_products();
+  for (int step = 0; step < 4; ++step) multiply<16>(d, a[step], advance(operand(m.b[0]), 32 * step), step > 0);
+  commit_products();
+  wait_products<0>();
+  uint8_t* tile = m.y + warp * 512;  // matrices (rows of a, of b): (0, 0), (8, 0), (0, 8), (8, 8)
+  store_transposed(tile + lane * 16, pack_bf16(d[0], d[1]), pack_bf16(d[2], d[3]), pack_bf16(d[4], d[5]),
+                   pack_bf16(d[6], d[7]));
+  __syncwarp();
+  const auto* rows = reinterpret_cast<const uint16_t*>(tile) + lane * 8;
+  for (int i = 0; i < 8; ++i) p.y[(lane / 16 * 8 + lane % 8) * 64 + 16 * warp + lane / 8 % 2 * 8 + i] = rows[i];
+}
+
 // Kernels of one warpgroup that break a rule
 
 void begin(Memory& m, uint32_t arrivals = 1) {
@@ -256,6 +293,15 @@ int multiply_once(const uint8_t* a, const uint8_t* b, const float* scale, float*
   });
 }
 
+int multiply_registers(const uint16_t* a, const uint16_t* b, uint16_t* y, uint64_t seed, char* error, int size) {
+  return guarded(error, size, [&] {
+    grok::emulation::options().seed = seed;
+    const MultiplyRegisters p = {
+        grok::cuda::tensor_map("check", "any", Tiles{b, Element::bf16, 2, {64, 16}, {0, 128}, {64, 16}}), a, y};
+    grok::cuda::launch_kernel(launch(128, 1), multiply_registers_kernel, p);
+  });
+}
+
 int break_rule(const char* name, uint64_t seed, char* error, int size) {
   return guarded(error, size, [&] {
     grok::emulation::options().seed = seed;
@@ -263,6 +309,9 @@ int break_rule(const char* name, uint64_t seed, char* error, int size) {
     grok::cuda::launch_kernel(launch(rule.threads, 1), rule_kernel, rule.kernel);
   });
 }
+
+uint32_t sum_bf16(uint32_t x, uint32_t y) { return add_bf16(x, y); }
+uint32_t permuted(uint32_t low, uint32_t high, uint32_t selector) { return permute_bytes(low, high, selector); }
 
 // The conversions, one value at a time: bf16 in the upper half, e4m3 in the lower.
 uint32_t converted(float x) { return pack_bf16(0.0f, x) | pack_e4m3(x, 0.0f); }

@@ -43,6 +43,14 @@ def test_a_product_through_tiles(machine: ctypes.CDLL, k: int, cluster: bool, se
     assert (y[:, 56:] == 7.0).all()
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_product_with_one_operand_in_registers(machine: ctypes.CDLL, seed: int) -> None:
+    a, b = randn(64, 64, dtype=torch.bfloat16), randn(16, 64, seed=1, dtype=torch.bfloat16)
+    y = torch.zeros(16, 64, dtype=torch.bfloat16)
+    call(machine.multiply_registers, *(ctypes.c_void_p(x.data_ptr()) for x in (a, b, y)), ctypes.c_uint64(seed))
+    assert torch.equal(y, torch.from_numpy(f64(b) @ f64(a).T).float().bfloat16())
+
+
 RULES = {
     "waits_in_vain": "deadlock:\n  block 0 thread 0 (warp 0) and 127 more wait for barrier full, parity 0 (0 of 1",
     "waits_for_bytes": "barrier full, parity 0 (1 of 1 arrivals came, 64 bytes are missing)",
@@ -85,3 +93,13 @@ def test_conversions_round_as_ml_dtypes_do(machine: ctypes.CDLL) -> None:
         (got & 0xFF).astype(np.uint8), np.clip(x, -448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
     )
     assert machine.converted(float("nan")) & 0x7FFF007F == 0x7FFF007F
+
+
+def test_sums_of_bf16_and_permuted_bytes(machine: ctypes.CDLL) -> None:
+    machine.sum_bf16.restype = machine.permuted.restype = ctypes.c_uint32
+    x, y = randn(500, dtype=torch.bfloat16), randn(500, seed=1, dtype=torch.bfloat16)
+    bits = [t.view(torch.int32).tolist() for t in (x, y, x + y)]
+    assert all(
+        machine.sum_bf16(a & 0xFFFFFFFF, b & 0xFFFFFFFF) == c & 0xFFFFFFFF for a, b, c in zip(*bits, strict=True)
+    )
+    assert machine.permuted(0x33221100, 0x77665544, 0x4726) == 0x44772266
