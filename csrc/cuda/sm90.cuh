@@ -42,6 +42,12 @@ __device__ __forceinline__ int lane_index() { return threadIdx.x % 32; }
 // The same for all lanes of a warp, and the compiler knows it.
 __device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
 
+// The same value, which the compiler takes for another: what depends on it is computed here, and not kept in registers.
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // elect.sync: true in one lane of the warp.
 __device__ __forceinline__ bool elect_one() {
   uint32_t elected;
@@ -98,11 +104,13 @@ __device__ __forceinline__ void arrive(Barrier& barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
 
-// mapa, mbarrier.arrive: at the same barrier of another block of the cluster.
+// mapa, mbarrier.arrive: at the same barrier of another block of the cluster. It tells that this thread has read; ordinary
+// writes are not shown to the other block, for which a release at the cluster's scope would be needed, and a fence of all
+// memory with it.
 __device__ __forceinline__ void arrive_at(Barrier& barrier, uint32_t rank) {
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(&barrier)),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(&barrier)),
       "r"(rank)
       : "memory");
 }
@@ -113,12 +121,12 @@ __device__ __forceinline__ void arrive_expecting(Barrier& barrier, uint32_t byte
                : "memory");
 }
 
-// mbarrier.try_wait.parity, until the phase of this parity is complete. Acquires at the cluster's scope, since blocks of
-// a cluster arrive at each other's barriers.
+// mbarrier.try_wait.parity, until the phase of this parity is complete. What copies of tiles brought is then seen, and what
+// threads of this block wrote before they arrived.
 __device__ __forceinline__ void wait(Barrier& barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\nagain:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n}" ::"r"(shared_address(&barrier)),
       "r"(parity)
       : "memory");

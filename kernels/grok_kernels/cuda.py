@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 
 from . import registry
+from .packing import is_packed
 
 NAME = "grok_kernels._CUDA"
 CHIP = (9, 0)
 ARCH = "-gencode=arch=compute_90a,code=sm_90a"
 EXPERTS, CHOSEN = 64, 8  # kMostExperts and kMostChosen of grok/route.h
 ROWS = 2**31 - 4097
+PRODUCT_ROWS = 2**30 - 1
+ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "silu": 2}  # Activation of grok/gemm.h
 log = logging.getLogger("grok_kernels")
 
 
@@ -125,12 +128,105 @@ def _supports_group(experts: Tensor, num_experts: int) -> str | None:
     return _unusable_on(experts)
 
 
+def _supports_product(name: str, weight: Tensor) -> str | None:
+    """Why a weight (E, N, K) has no product here, if so."""
+    if weight.dtype != torch.float8_e4m3fn:
+        return f"{name} has dtype {_name(weight)}, the cuda backend takes float8_e4m3fn"
+    if is_packed(weight):
+        return f"{name} is packed, the cuda backend takes plain weights"
+    e, n, k = weight.shape
+    if not weight.is_contiguous():
+        return f"{name} has strides {tuple(weight.stride())}, the cuda backend takes contiguous weights"
+    if e > EXPERTS:
+        return f"{name} has {e} experts, the cuda backend takes {EXPERTS} at most"
+    if k < 16 or k % 16:
+        return f"K={k} of {name}, the cuda backend takes multiples of 16"
+    if n < 8 or n % 8:
+        return f"N={n} of {name}, the cuda backend takes multiples of 8"
+    return None
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _supports_gemm(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    offsets: Tensor | None,
+    x_scale: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> str | None:
+    if x.dtype != torch.float8_e4m3fn:
+        return f"x has dtype {_name(x)}, the cuda backend takes float8_e4m3fn"
+    if x.shape[0] > PRODUCT_ROWS:
+        return f"M={x.shape[0]}, the cuda backend takes {PRODUCT_ROWS} at most"
+    return _supports_product("weight", weight) or _unusable_on(x)
+
+
+def _supports_moe(
+    x: Tensor,
+    topk_weights: Tensor,
+    experts: Tensor,
+    w13: Tensor,
+    w13_scale: Tensor | None,
+    w2: Tensor,
+    w2_scale: Tensor | None,
+    activation: str,
+    act_format: str,
+) -> str | None:
+    if act_format != "fp8":
+        return f"act_format={act_format!r}, the cuda backend takes 'fp8'"
+    if x.dtype != torch.bfloat16:
+        return f"x has dtype {_name(x)}, the cuda backend takes bfloat16"
+    if experts.numel() > PRODUCT_ROWS:
+        return f"experts has {experts.numel()} entries, the cuda backend takes {PRODUCT_ROWS} at most"
+    for name, weight in (("w13", w13), ("w2", w2)):
+        reason = _supports_product(name, weight)
+        if reason:
+            return reason
+    if w2.shape[1] % 16:
+        return f"D={w2.shape[1]}, the cuda backend takes multiples of 16"
+    return _unusable_on(x)
+
+
 def route_topk(x: Tensor, router: Tensor, k: int, softcap: float, renormalize: bool) -> Any:
     return torch.ops.grok_cuda.route_topk(x, router, k, softcap, renormalize)
 
 
 def group_tokens(experts: Tensor, num_experts: int) -> Any:
     return torch.ops.grok_cuda.group_tokens(experts, num_experts)
+
+
+def grouped_gemm(
+    x_MK: Tensor,
+    weight_ENK: Tensor,
+    weight_scale: Tensor,
+    offsets: Tensor | None,
+    x_scale: Tensor,
+    out_dtype: torch.dtype | None,
+) -> Any:
+    out_dtype = out_dtype or torch.bfloat16
+    # an address that is no multiple of 16 is not known to `supports`; the launcher refuses it, where x alone is copied
+    return torch.ops.grok_cuda.grouped_gemm_fp8(x_MK, weight_ENK, weight_scale, offsets, x_scale, out_dtype)
+
+
+def moe(
+    x_TD: Tensor,
+    topk_weights_TA: Tensor,
+    experts_TA: Tensor,
+    w13: Tensor,
+    w13_scale: Tensor,
+    w2: Tensor,
+    w2_scale: Tensor,
+    activation: str,
+    act_format: str,
+) -> Any:
+    if not experts_TA.numel():
+        return torch.zeros_like(x_TD)
+    kind = ACTIVATIONS[activation]
+    return torch.ops.grok_cuda.moe_fp8(x_TD, topk_weights_TA, experts_TA, w13, w13_scale, w2, w2_scale, kind)
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
@@ -167,3 +263,5 @@ else:
     registry.ask_when_shown("cuda", _no_chip)
 registry.register("route_topk", "cuda", supports=_supports_route)(route_topk)
 registry.register("group_tokens", "cuda", supports=_supports_group)(group_tokens)
+registry.register("grouped_gemm", "cuda", supports=_supports_gemm)(grouped_gemm)
+registry.register("moe", "cuda", supports=_supports_moe)(moe)

@@ -3,8 +3,6 @@
 
 #include "cuda/include/grok/route.h"
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/csrc/utils/pybind.h>
@@ -13,27 +11,12 @@
 
 #include <tuple>
 
-#include "common/check.h"
+#include "tensors.h"
 
 namespace grok {
 namespace {
 
-void check_tensor(const char* op, const char* name, const at::Tensor& tensor, int64_t dims, at::ScalarType type) {
-  check(tensor.is_cuda(), op, ": ", name, " is on ", tensor.device(), ", expected cuda");
-  check(tensor.dim() == dims, op, ": ", name, " has shape ", tensor.sizes(), ", expected ", dims, " dimensions");
-  check(tensor.scalar_type() == type, op, ": ", name, " has dtype ", c10::toString(tensor.scalar_type()), ", expected ",
-        c10::toString(type));
-}
-
-// The tensor, or a copy of it that vector loads can read: rows side by side, aligned to 16 bytes.
-at::Tensor readable(const at::Tensor& tensor) {
-  const bool aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
-  return aligned ? tensor.contiguous() : tensor.clone(at::MemoryFormat::Contiguous);
-}
-
-at::Tensor ints(const at::Tensor& like, at::IntArrayRef shape) {
-  return at::empty(shape, like.options().dtype(at::kInt));
-}
+at::Tensor ints(const at::Tensor& like, at::IntArrayRef shape) { return scratch(like, shape, at::kInt); }
 
 // The tensors of a routing, kept alive until its launch; what torch frees then, the stream reuses only after it.
 struct Routing {
@@ -46,10 +29,10 @@ Routing routing(const char* op, const at::Tensor& x, const at::Tensor& router, i
   const bool is_float = x.scalar_type() == at::kFloat;
   check_tensor(op, "x", x, 2, is_float ? at::kFloat : at::kBFloat16);
   check_tensor(op, "router", router, 2, at::kFloat);
-  check(router.device() == x.device(), op, ": router is on ", router.device(), ", expected ", x.device(), " as x");
+  check_device(op, "router", router, x);
   check(router.size(1) == x.size(1), op, ": router has shape ", router.sizes(), ", expected (E, D) with D=", x.size(1),
         " from x");
-  Routing r{readable(x), readable(router), at::empty({x.size(0), k}, x.options().dtype(at::kFloat)),
+  Routing r{readable(x), readable(router), scratch(x, {x.size(0), k}, at::kFloat),
             ints(x, {x.size(0), k})};
   r.params = {r.x.const_data_ptr(), is_float, r.router.const_data_ptr<float>(), r.weights.mutable_data_ptr<float>(),
               r.chosen.mutable_data_ptr<int32_t>(), x.size(0), x.size(1), router.size(0), k, x.size(1),

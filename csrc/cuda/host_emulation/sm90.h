@@ -42,6 +42,7 @@ T& shared_memory() {
 
 inline int lane_index() { return static_cast<int>(emu::self().lane()); }
 inline int warp_index() { return static_cast<int>(emu::self().warp()); }
+inline int opaque(int value) { return value; }
 inline bool elect_one() {
   __syncwarp();  // elect.sync meets the whole warp
   return lane_index() == 0;

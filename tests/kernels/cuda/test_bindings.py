@@ -19,12 +19,18 @@ from grok_kernels import cuda, registry
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def on_gpu(*shape: int, dtype: torch.dtype = torch.float32) -> Any:
+FP8 = torch.float8_e4m3fn
+
+
+def on_gpu(*shape: int, dtype: torch.dtype = torch.float32, contiguous: bool = True) -> Any:
     """What `supports` may look at, of a tensor that no machine here could hold."""
     numel = 1
     for size in shape:
         numel *= size
-    return SimpleNamespace(device=torch.device("cuda", 0), shape=shape, dtype=dtype, numel=lambda: numel)
+    return SimpleNamespace(
+        device=torch.device("cuda", 0), shape=shape, dtype=dtype, numel=lambda: numel, dim=lambda: len(shape),
+        is_contiguous=lambda: contiguous, stride=lambda: (7,) * len(shape),
+    )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -55,12 +61,31 @@ def route(d: int = 6144, e: int = 8, k: int = 2) -> str | None:
     return cuda._supports_route(on_gpu(5, d), on_gpu(e, d), k, 30.0, False)
 
 
+def gemm(
+    *weight: int, x: torch.dtype = FP8, w: torch.dtype = FP8, m: int = 5, k: int = 6144, contiguous: bool = True
+) -> str | None:
+    weight = weight or (8, 6144, k)
+    return cuda._supports_gemm(
+        on_gpu(m, k, dtype=x), on_gpu(*weight, dtype=w, contiguous=contiguous), on_gpu(1), None, on_gpu(1), None
+    )
+
+
+def moe(
+    x: torch.dtype = torch.bfloat16, d: int = 6144, f: int = 32768, w: torch.dtype = FP8, form: str = "fp8", t: int = 5
+) -> str | None:
+    w13, w2 = on_gpu(8, 2 * f, d, dtype=w), on_gpu(8, d, f, dtype=w)
+    rows, scale = on_gpu(t, 2), on_gpu(1)
+    return cuda._supports_moe(on_gpu(t, d, dtype=x), rows, rows, w13, scale, w2, scale, "gelu_tanh", form)
+
+
 def test_a_hopper_is_served_after_one_compilation(compiled: list[dict[str, Any]]) -> None:
     assert route() is None
     assert cuda._supports_group(on_gpu(5, 2, dtype=torch.int32), 8) is None
+    assert gemm() is None
+    assert moe() is None
     (arguments,) = compiled
     sources = [Path(source).relative_to(ROOT).as_posix() for source in arguments["sources"]]
-    assert {"csrc/bindings/cuda/route.cpp", "csrc/cuda/route/instantiations/route.cu"} <= set(sources)
+    assert {"csrc/bindings/cuda/gemm.cpp", "csrc/cuda/gemm/instantiations/fp8.cu"} <= set(sources)
     assert "-gencode=arch=compute_90a,code=sm_90a" in arguments["extra_cuda_cflags"]
     assert (Path(arguments["extra_include_paths"][0]) / "cuda/include/grok/route.h").is_file()
 
@@ -73,6 +98,19 @@ def test_a_hopper_is_served_after_one_compilation(compiled: list[dict[str, Any]]
         (lambda: route(e=16, k=9), "k=9, the cuda backend takes 8 at most"),
         (lambda: cuda._supports_group(on_gpu(5, 2), 65), "num_experts=65, the cuda backend takes 64 at most"),
         (lambda: cuda._supports_group(on_gpu(2**30, 2), 8), "experts has 2147483648 entries"),
+        (lambda: gemm(x=torch.bfloat16), "x has dtype bfloat16, the cuda backend takes float8_e4m3fn"),
+        (lambda: gemm(w=torch.int8), "weight has dtype int8, the cuda backend takes float8_e4m3fn"),
+        (lambda: gemm(1, 2, 3, 4, 16, 4), "weight is packed, the cuda backend takes plain weights"),
+        (lambda: gemm(contiguous=False), "weight has strides (7, 7, 7), the cuda backend takes contiguous weights"),
+        (lambda: gemm(65, 8, 16), "weight has 65 experts, the cuda backend takes 64 at most"),
+        (lambda: gemm(8, 8, 24), "K=24 of weight, the cuda backend takes multiples of 16"),
+        (lambda: gemm(8, 12, 32), "N=12 of weight, the cuda backend takes multiples of 8"),
+        (lambda: gemm(m=2**30), "M=1073741824, the cuda backend takes 1073741823 at most"),
+        (lambda: moe(form="int8"), "act_format='int8', the cuda backend takes 'fp8'"),
+        (lambda: moe(x=torch.float32), "x has dtype float32, the cuda backend takes bfloat16"),
+        (lambda: moe(w=torch.bfloat16), "w13 has dtype bfloat16, the cuda backend takes float8_e4m3fn"),
+        (lambda: moe(f=40), "K=40 of w2, the cuda backend takes multiples of 16"),
+        (lambda: moe(t=2**29), "experts has 1073741824 entries"),
         (lambda: cuda._supports_group(torch.zeros(5, 2), 8), "its tensors are on cpu, the cuda backend takes"),
     ],
 )

@@ -6,6 +6,8 @@ import pytest
 
 from benchmarks import cuda_table
 
+TILES = [(2, 128), (2, 96), (1, 128)]  # halves of a tile, and the columns of one
+OUTPUTS = {"ToBf16": 2, "ToFp32": 0, "ToGated": 0.5}  # bytes that the copy engine stores for a column of sums
 pytestmark = pytest.mark.skipif(bool(cuda_table.missing()), reason=cuda_table.missing() or "all tools are there")
 
 
@@ -21,3 +23,11 @@ def test_the_readme_has_the_table_and_no_kernel_spills() -> None:
     for name, _registers, spilled, *counts in rows:
         assert spilled == "0", name
         assert counts[-2:] == ["0", "0"], f"{name} uses local memory"
+    counted = {name.strip("`"): tuple(map(int, counts)) for name, _registers, _spilled, *counts in rows}
+    for output, stores in OUTPUTS.items():
+        for halves, columns in TILES if output != "ToGated" else TILES[:1]:
+            name = f"gemm::fp8_kernel<gemm::{output}, {halves}, {columns}>"
+            # of each half four products of 32; a load of x and one of each half's weights; what is stored, 128 bytes a row
+            stored = int(halves * columns * stores / 128)
+            assert counted.pop(name) == (4 * halves, 1 + halves, stored, 0, 0), name
+    assert not any("fp8_kernel" in name for name in counted)

@@ -42,7 +42,7 @@ void grouped_gemm(const GroupedGemm& p, Stream stream);
 struct GateUp {
   Product product;
   Activation activation;
-  uint8_t* y;
+  void* y;
   float* y_scale;
   int64_t y_scale_row, y_scale_group;
 };

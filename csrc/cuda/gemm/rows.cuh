@@ -1,0 +1,46 @@
+#pragma once
+
+#include <cstdint>
+
+#include "../include/grok/gemm.h"
+#include "quantize.cuh"
+
+// What goes before and after the products of the expert layer, row by row. Both are bound by the bytes they move.
+
+namespace grok::cuda::gemm {
+
+constexpr int kRowThreads = 256, kRowWarps = kRowThreads / 32;
+
+// A warp takes 128 columns of a row, four a lane.
+__global__ void __launch_bounds__(kRowThreads) gather_quantize_kernel(const GatherQuantize p) {
+  const int64_t row = blockIdx.x, group = int64_t{blockIdx.y} * kRowWarps + sm90::warp_index();
+  const int64_t column = group * kGroup + 4 * sm90::lane_index();
+  if (row >= p.offsets[p.experts] || group * kGroup >= p.dim) return;
+  const uint16_t* x = p.x + p.order[row] / p.active * p.x_stride + column;
+  const uint2 bits = column < p.dim ? *reinterpret_cast<const uint2*>(x) : make_uint2(0, 0);
+  const float values[4] = {sm90::from_bf16(bits.x & 0xffff), sm90::from_bf16(bits.x >> 16),
+                           sm90::from_bf16(bits.y & 0xffff), sm90::from_bf16(bits.y >> 16)};
+  uint32_t amax = 0;
+  for (const float value : values) amax = max(amax, magnitude(value));
+  for (int bit = 16; bit; bit /= 2) amax = max(amax, __shfl_xor_sync(0xffffffffu, amax, bit));
+  const Divisor scale = scale_of(amax);
+  if (sm90::lane_index() == 0) p.scale[row * p.scale_row + group * p.scale_group] = scale.value;
+  if (column < p.dim)
+    *reinterpret_cast<uint32_t*>(p.q + row * p.dim + column) =
+        quantize(values[0], values[1], scale) | static_cast<uint32_t>(quantize(values[2], values[3], scale)) << 16;
+}
+
+__global__ void __launch_bounds__(kRowThreads) combine_kernel(const Combine p) {
+  const int64_t token = blockIdx.x, column = 4 * (int64_t{blockIdx.y} * kRowThreads + threadIdx.x);
+  if (column >= p.dim) return;
+  const float* parts = p.parts + token * p.active * p.dim + column;
+  float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  for (int64_t a = 0; a < p.active; ++a) {
+    const float4 part = *reinterpret_cast<const float4*>(parts + a * p.dim);
+    sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
+  }
+  *reinterpret_cast<uint2*>(p.y + token * p.dim + column) =
+      make_uint2(sm90::pack_bf16(sum.x, sum.y), sm90::pack_bf16(sum.z, sum.w));
+}
+
+}  // namespace grok::cuda::gemm
