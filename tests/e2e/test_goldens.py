@@ -64,6 +64,7 @@ over_cases = pytest.mark.parametrize(("folder", "i"), CASES)
 
 
 def error(ours: torch.Tensor | np.ndarray, theirs: np.ndarray) -> float:
+    ours = ours.cpu() if isinstance(ours, torch.Tensor) else ours
     a, b = np.asarray(ours, dtype=np.float64), theirs.astype(np.float64)
     assert a.shape == b.shape
     assert np.isfinite(a).all()
@@ -85,7 +86,7 @@ def run(llm: LLM, tokens: np.ndarray) -> Trace:
     seen: dict[str, list[np.ndarray]] = {name: [] for name in ("experts", "gates", "attn", "moe", "layer")}
 
     def keep(name: str, pick: Callable[[Any], torch.Tensor] = lambda out: out) -> Callable[..., None]:
-        return lambda module, args, out: seen[name].append(pick(out).float().numpy())
+        return lambda module, args, out: seen[name].append(pick(out).float().cpu().numpy())
 
     handles = []
     for layer in llm.model.layers:
@@ -98,7 +99,7 @@ def run(llm: LLM, tokens: np.ndarray) -> Trace:
             layer.register_forward_hook(keep("layer", lambda out: out[0])),
         ]
     try:
-        logits = llm.logits(tokens.tolist()).numpy()
+        logits = llm.logits(tokens.tolist()).cpu().numpy()
     finally:
         for handle in handles:
             handle.remove()

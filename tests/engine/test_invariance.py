@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,6 +23,7 @@ SMALL, GROUPED, DEEP = "g8-a-emb128-k16", "g1-b-q48-k128", "g8-e-12layers"
 MODELS = (SMALL, GROUPED, DEEP)
 DTYPES = (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "fp8_e4m3"), ("float32", "fp8_e4m3"))
 BACKENDS = (None, "reference")  # None selects by device, as a user has it
+DEVICE = os.environ.get("GROK_TEST_DEVICE", "cpu")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def on(backend: str | None) -> Iterator[None]:
 
 
 def make_engine(model: str, dtype: str, kv_dtype: str, **options: Any) -> LLMEngine:
-    return LLMEngine(GOLDENS / model, dtype=dtype, kv_dtype=kv_dtype, **options)
+    return LLMEngine(GOLDENS / model, dtype=dtype, kv_dtype=kv_dtype, **{"device": DEVICE, **options})
 
 
 @cache
