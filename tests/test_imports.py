@@ -63,6 +63,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "grok_kernels.packing": ("memory", "registry"),
     "grok_kernels.checks": ("packing",),
     "grok_kernels.tuning": (),
+    "grok_kernels.tune": ("*",),  # a command over all of it
     "grok_kernels.ops": ("registry", "checks"),
     "grok_kernels.reference": ("registry", "checks", "packing"),
     "grok_kernels.triton": ("registry", "checks", "packing", "tuning"),

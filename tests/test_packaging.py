@@ -60,7 +60,10 @@ def assert_reference_serves(folder: Path, reason: str) -> None:
 def test_wheel_holds_every_package_and_their_data(tree: Path) -> None:
     assets = tree / "grok_engine/assets/tiny"
     assets.mkdir(parents=True, exist_ok=True)
-    (assets / "planted.json").write_text("{}")
+    tuned = tree / "kernels/grok_kernels/tuned"
+    tuned.mkdir(exist_ok=True)
+    for folder in (assets, tuned):
+        (folder / "planted.json").write_text("{}")
     run(tree, "setup.py", "-q", "bdist_wheel", "-d", "dist", GROK_BUILD_NATIVE="0")
     (wheel,) = (tree / "dist").iterdir()
     with zipfile.ZipFile(wheel) as archive:
@@ -81,7 +84,7 @@ def test_wheel_holds_every_package_and_their_data(tree: Path) -> None:
         assert modules <= names, modules - names
         assert f"{package}/py.typed" in names
     assert "grok_engine/assets/tiny/planted.json" in names
-    assert "grok_kernels/_C.pyi" in names
+    assert {"grok_kernels/_C.pyi", "grok_kernels/tuned/planted.json"} <= names
     # what compiles the CUDA kernels at their first use
     needed = ("bindings/cuda/route.cpp", "common/check.h", "cuda/launch.cuh", "cuda/route/instantiations/route.cu")
     assert {f"grok_kernels/csrc/{path}" for path in needed} <= names

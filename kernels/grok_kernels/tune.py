@@ -1,0 +1,360 @@
+"""Measures how this GPU's products are best cut, and writes tuned/<chip>.json, which `tuning.gemm` reads.
+
+python -m grok_kernels.tune [--model grok-1 ...] [--format fp8 ...] [--out FILE] [--again] [--list]
+
+For every product of a model, candidates for many rows and for few are checked against the reference and timed in turns,
+each call after a write to more than the L2 cache. "many" is the best over all numbers of rows, since it may have to serve
+alone; "few" the best one with the same bits, found by running both, or, if none has them, the best, which then does not serve.
+The file is written after every product, so that what was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import moe, quantize_fp8, quantize_int8, registry
+from .ops import group_tokens, grouped_gemm
+from .tuning import FEW_ROWS, Chip, Gemm, chip_of, default_gemm, gemm_key
+
+FORMATS = {  # of the rows and the weights, by the name of the weights' format in the engine, and what they multiply in
+    "fp8": (torch.float8_e4m3fn, torch.float8_e4m3fn, "e4m3"),
+    "int8": (torch.bfloat16, torch.int8, "bf16"),
+    "bf16": (torch.bfloat16, torch.bfloat16, "bf16"),
+    "fp8-weights": (torch.bfloat16, torch.float8_e4m3fn, "bf16"),
+    "int8-rows": (torch.int8, torch.int8, "int8"),
+}
+MODELS = {  # d_model, columns of all heads, of q, k and v, widths of an expert and of a dense block, vocabulary
+    "grok-1": (6144, 6144, 8192, 32768, 0, 131072),
+    "grok-2": (8192, 8192, 10240, 16384, 32768, 131072),
+    "mixtral-8x7b": (4096, 4096, 6144, 14336, 0, 32000),
+    "mixtral-8x22b": (6144, 6144, 8192, 16384, 0, 32000),
+}
+EXPERTS, ACTIVE, GROUPS = 8, 2, 8
+FEW, MANY = (1, 8, 64), (512, 4096)  # rows that are timed
+BIT_ROWS = (1, 2, 7, 8, 16, 33, 64)  # that few and many are compared on
+BOUND = 5e-3  # ‖got − reference‖ / ‖reference‖
+ROUNDS = 15
+FLUSH = 256 << 20  # bytes, more than any L2 cache
+REGISTERS = 160  # of a thread's 255, for sums
+RESERVED = 16384  # bytes of shared memory for the rest
+
+
+@dataclass(frozen=True)
+class Product:
+    """(rows, k) x (n, k) for each of `experts`; of gate and up where `pair`, n columns each."""
+
+    n: int
+    k: int
+    fmt: str
+    pair: bool
+    experts: int
+    groups: int = 1  # of int8 weights' scales along K
+
+    @property
+    def key(self) -> str:
+        _, weight, dot = FORMATS[self.fmt]
+        return gemm_key(self.n, self.k, dot, weight, self.pair)
+
+
+def products(model: str, formats: Iterable[str]) -> list[Product]:
+    """All of a model's, each once."""
+    d, heads, qkv, f, dense, vocab = MODELS[model]
+    found = [Product(vocab, d, "bf16", False, 1)]
+    for fmt in formats:
+        groups = GROUPS if fmt.startswith("int8") else 1
+        found += [Product(qkv, d, fmt, False, 1), Product(d, heads, fmt, False, 1, groups)]
+        for width, experts in ((f, EXPERTS), (dense, 1)):
+            if width:
+                found += [Product(width, d, fmt, True, experts), Product(d, width, fmt, False, experts, groups)]
+    return list({p.key: p for p in found}.values())
+
+
+def candidates(p: Product, chip: Chip, few: bool) -> list[Gemm]:
+    """What is worth a measurement: what fits into shared memory and registers, the default first."""
+    x, w, dot = FORMATS[p.fmt]
+    first = default_gemm(dot, w, chip, few=few, pair=p.pair)
+    size = {"e4m3": 1, "int8": 1, "bf16": 2}[dot]
+    pairs, block_k = 2 if p.pair else 1, 128 // size
+    # each partial sum is promoted, beside the sum that it goes to
+    promoted = 2 if dot in ("e4m3", "int8") or p.groups > 1 else 1
+    # gate and up with 8-bit rows are quantised again by 128 columns, which a tile therefore has
+    widths = (128,) if p.pair and dot != "bf16" else (64, 128, 256)
+    found = [first]
+    for block_m in (16, 32, 64) if few else (64, 128, 256):
+        for block_n in widths:
+            for swap in (True,) if few else (False, True):
+                for warps in (4, 8):
+                    wide, narrow = (block_n, block_m) if swap else (block_m, block_n)
+                    sums = block_m * block_n * pairs * promoted / (32 * warps)
+                    if wide < 64 or narrow > 256 or sums > REGISTERS or sums < 8:
+                        continue
+                    stage = (block_m * x.itemsize + pairs * block_n * w.itemsize) * block_k
+                    most = min(8 if few else 5, (chip.shared_bytes - RESERVED) // stage)
+                    in_flight = [n for n in dict.fromkeys((most, most // 2 + 1)) if n >= min(2, most) > 0]
+                    found += [Gemm(block_m, block_n, block_k, warps, stages, swap) for stages in in_flight]
+    if not few:
+        found += [replace(first, group_m=group_m) for group_m in (4, 16)]
+    return list(dict.fromkeys(found))
+
+
+class Bench:
+    """A product's weights and rows on the device, and its runs with any tiles."""
+
+    def __init__(self, p: Product, device: torch.device, most: int = max(MANY)) -> None:
+        self.p, self.device = p, device
+        torch.manual_seed(0)
+        x_dtype, w_dtype, _ = FORMATS[p.fmt]
+        self.weights = [self._matrices(2 * p.n if p.pair else p.n, p.k, w_dtype, 1 if p.pair else p.groups)]
+        if p.pair:
+            self.weights.append(self._matrices(p.k, p.n, w_dtype, 1))
+        self.act_format = {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}.get(x_dtype, "none")
+        self.x = torch.randn(most, p.k, device=device).bfloat16()
+
+    def _matrices(self, n: int, k: int, dtype: torch.dtype, groups: int) -> tuple[Tensor, Tensor | None]:
+        shape = (self.p.experts, n, k)
+        weight = torch.empty(shape, dtype=dtype, device=self.device)
+        for matrix in weight:  # one at a time: those of all experts do not fit in fp32
+            if dtype == torch.int8:
+                matrix.random_(-127, 128)
+            else:
+                size = 64.0 if dtype.itemsize == 1 else k**-0.5
+                matrix.copy_((torch.randn(n, k, device=self.device) * size).clamp_(-448, 448))
+        if dtype.itemsize == 2:
+            return weight, None
+        scale = (torch.rand(self.p.experts, groups, n, device=self.device) + 0.5) / (70 * k**0.5)
+        return weight, scale
+
+    def call(self, rows: int) -> Callable[[], Tensor]:
+        """Of so many rows, as even as can be over the experts. A row of gate and up goes on through the second product,
+        whose time is the same for all candidates."""
+        p, (weight, scale) = self.p, self.weights[0]
+        if p.pair:
+            active = min(ACTIVE, p.experts, rows)
+            tokens = rows // active
+            chosen = torch.arange(tokens * active, device=self.device).view(tokens, active) % p.experts
+            topk = torch.full((tokens, active), 0.5, device=self.device)
+            args = (self.x[:tokens], topk, chosen.int(), weight, scale, *self.weights[1])
+            return lambda: moe(*args, act_format=self.act_format)
+        x, x_scale = self.x[:rows], None
+        if self.act_format != "none":
+            x, x_scale = (quantize_fp8 if self.act_format == "fp8" else quantize_int8)(x, 128)
+        offsets = None
+        if p.experts > 1:
+            chosen = torch.arange(rows, device=self.device, dtype=torch.int32).view(rows, 1) % p.experts
+            _, offsets = group_tokens(chosen, p.experts)
+        return lambda: grouped_gemm(x, weight, scale, offsets, x_scale, torch.bfloat16)
+
+    def with_tiles(self, tile: Gemm, rows: int) -> Callable[[], Tensor]:
+        call = self.call(rows)
+
+        def run() -> Tensor:
+            with registry.use_backend("triton"), forced(self.p, tile):
+                return call()
+
+        return run
+
+    def truth(self, rows: int) -> Tensor:
+        with registry.use_backend("reference"):
+            return self.call(rows)()
+
+
+@contextmanager
+def forced(p: Product, tile: Gemm) -> Iterator[None]:
+    """Inside the block this product is cut so; others as ever."""
+    from .triton import gemm as module
+
+    select: Any = module.gemm
+
+    def chosen(n: int, k: int, dot: str, weight: torch.dtype, *rest: Any, pair: bool = False) -> Gemm:
+        mine = gemm_key(n, k, dot, weight, pair) == p.key
+        return tile if mine else select(n, k, dot, weight, *rest, pair=pair)
+
+    module.gemm = chosen  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        module.gemm = select
+
+
+Timer = Callable[[Sequence[Callable[[], Any]]], list[float]]  # the seconds of each, from turns
+
+
+class CudaTimer:
+    """Medians of `ROUNDS` turns. The cache is flushed before each call, and meanwhile the host gets ahead."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._flush = torch.empty(FLUSH, dtype=torch.int8, device=device)
+
+    def __call__(self, calls: Sequence[Callable[[], Any]]) -> list[float]:
+        taken: list[list[float]] = [[] for _ in calls]
+        for round_ in range(ROUNDS):
+            for j in range(len(calls)):
+                i = (round_ + j) % len(calls)
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                self._flush.zero_()
+                start.record()
+                calls[i]()
+                end.record()
+                end.synchronize()
+                taken[i].append(start.elapsed_time(end) * 1e-3)
+        return [median(times) for times in taken]
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    a, b = got.float(), expected.float()
+    found = float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b))
+    return found if math.isfinite(found) else math.inf
+
+
+def right(bench: Any, tiles: Iterable[Gemm], rows: int, bound: float, say: Callable[[str], None]) -> list[Gemm]:
+    """Those that run, and give what the reference gives."""
+    expected, found = bench.truth(rows), []
+    for tile in tiles:
+        try:
+            off = error(bench.with_tiles(tile, rows)(), expected)
+        except Exception as failure:  # what the compiler, the driver or the chip refuses
+            say(f"    {_shown(tile)}: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:90]}")
+            continue
+        if off <= bound:
+            found.append(tile)
+        else:
+            say(f"    {_shown(tile)}: wrong by {off:.1e}, more than {bound:.1e}")
+    return found
+
+
+def tune_product(p: Product, chip: Chip, bench: Any, timer: Timer, say: Callable[[str], None]) -> dict[str, Any]:
+    """The entry of one product. ValueError where no candidate is right."""
+    # rows that are quantised again inside may take the next step of e4m3
+    bound = 4 * BOUND if p.pair and FORMATS[p.fmt][2] == "e4m3" else BOUND
+    found = {}
+    for name, few in (("many", False), ("few", True)):
+        found[name] = right(bench, candidates(p, chip, few), FEW_ROWS, bound, say)
+        if not found[name]:
+            raise ValueError(f"{p.key}: no candidate for {name} rows runs and is right on {chip.name}")
+    times = {
+        name: {rows: timer([bench.with_tiles(tile, rows) for tile in tiles]) for rows in (FEW if name == "few" else FEW + MANY)}
+        for name, tiles in found.items()
+    }  # fmt: skip
+    order = {name: _ranked(tiles, times[name]) for name, tiles in found.items()}
+    many = order["many"][0]
+    few = next((tile for tile in order["few"] if same_bits(bench, tile, many)), None)
+    same = few is not None and faster(few, many, found, times)
+    few = order["few"][0] if few is None else few
+    for name, tile in (("many", many), ("few", few)):
+        at = found[name].index(tile)
+        shown = ", ".join(f"{rows} rows {seconds[at] * 1e6:.1f} µs" for rows, seconds in times[name].items())
+        say(f"  {name}: {_shown(tile)}: {shown}")
+    say("  few rows and many have the same bits" if same else "  many serves all rows")
+    return {"many": asdict(many), "few": asdict(few), "same_bits": same}
+
+
+def _ranked(tiles: Sequence[Gemm], times: dict[int, list[float]]) -> list[Gemm]:
+    """The best first, by the product of the times: a tenth counts the same at any number of rows."""
+    score = [math.prod(seconds[i] / min(seconds) for seconds in times.values()) for i in range(len(tiles))]
+    return [tiles[i] for i in sorted(range(len(tiles)), key=lambda i: score[i])]
+
+
+def faster(few: Gemm, many: Gemm, found: dict[str, list[Gemm]], times: dict[str, dict[int, list[float]]]) -> bool:
+    """Whether the one for few rows gains anything where it would serve."""
+    a, b = found["few"].index(few), found["many"].index(many)
+    return math.prod(times["few"][rows][a] / times["many"][rows][b] for rows in FEW) < 1
+
+
+def same_bits(bench: Any, few: Gemm, many: Gemm) -> bool:
+    return all(
+        torch.equal(bench.with_tiles(few, rows)().view(torch.uint8), bench.with_tiles(many, rows)().view(torch.uint8))
+        for rows in BIT_ROWS
+    )
+
+
+def tune(
+    wanted: Sequence[Product],
+    chip: Chip,
+    device: torch.device,
+    timer: Timer,
+    file: Path,
+    *,
+    again: bool = False,
+    say: Callable[[str], None] = print,
+    bench: Callable[[Product, torch.device], Any] = Bench,
+) -> int:
+    """Measure what the file lacks, or all of it; how many products could not be."""
+    kept = json.loads(file.read_text()) if file.is_file() else {}
+    entries, failed = kept.setdefault("gemm", {}), 0
+    kept["with"] = _versions(chip)
+    for i, p in enumerate(wanted):
+        say(f"[{i + 1}/{len(wanted)}] {p.key}")
+        if p.key in entries and not again:
+            say("  known")
+            continue
+        try:
+            entries[p.key] = tune_product(p, chip, bench(p, device), timer, say)
+        except (ValueError, torch.OutOfMemoryError) as failure:
+            say(f"  left out: {(str(failure).splitlines() or [''])[0]}")
+            failed += 1
+            continue
+        _write(file, kept)
+    return failed
+
+
+def _versions(chip: Chip) -> dict[str, Any]:
+    return {"torch": torch.__version__, "triton": version("triton"), "arch": chip.arch}
+
+
+def _write(file: Path, kept: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    partial.replace(file)
+
+
+def _shown(tile: Gemm) -> str:
+    return f"{tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.warps} warps, {tile.stages} stages{', swapped' if tile.swap else ''}, {tile.group_m} in turn"  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m grok_kernels.tune", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", action="append", choices=MODELS, help="whose products; grok-1 if not given")
+    parser.add_argument("--format", action="append", choices=FORMATS, help="of weights and rows; all if not given")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, help="in place of the package's tuned/<chip>.json")
+    parser.add_argument("--again", action="store_true", help="measure what the file has, too")
+    parser.add_argument("--list", action="store_true", help="print the products and how many candidates each has")
+    a = parser.parse_args(argv)
+    wanted = [p for model in a.model or ["grok-1"] for p in products(model, a.format or list(FORMATS))]
+    wanted = list({p.key: p for p in wanted}.values())
+    device = torch.device(a.device)
+    on_gpu = device.type == "cuda" and torch.cuda.is_available()
+    if a.list:
+        chip = chip_of(device if on_gpu else torch.device("cpu"))
+        for p in wanted:
+            print(p.key, len(candidates(p, chip, False)), len(candidates(p, chip, True)))
+        return 0
+    if not on_gpu:
+        print(f"tune: {a.device} is not a GPU that is here", file=sys.stderr)
+        return 2
+    chip = chip_of(device)
+    file = a.out or Path(__file__).parent / "tuned" / f"{chip.name}.json"
+    with torch.inference_mode():
+        failed = tune(wanted, chip, device, CudaTimer(device), file, again=a.again)
+    print(f"{file}: {len(wanted) - failed} of {len(wanted)} products")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
