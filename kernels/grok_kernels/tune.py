@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -175,15 +176,14 @@ class Bench:
 @contextmanager
 def forced(p: Product, tile: Gemm) -> Iterator[None]:
     """Inside the block this product is cut so; others as ever."""
-    from .triton import gemm as module
-
-    select: Any = module.gemm
+    module: Any = import_module("grok_kernels.triton.gemm")
+    select = module.gemm
 
     def chosen(n: int, k: int, dot: str, weight: torch.dtype, *rest: Any, pair: bool = False) -> Gemm:
         mine = gemm_key(n, k, dot, weight, pair) == p.key
         return tile if mine else select(n, k, dot, weight, *rest, pair=pair)
 
-    module.gemm = chosen  # type: ignore[assignment]
+    module.gemm = chosen
     try:
         yield
     finally:
@@ -251,15 +251,15 @@ def tune_product(p: Product, chip: Chip, bench: Any, timer: Timer, say: Callable
     }  # fmt: skip
     order = {name: _ranked(tiles, times[name]) for name, tiles in found.items()}
     many = order["many"][0]
-    few = next((tile for tile in order["few"] if same_bits(bench, tile, many)), None)
-    same = few is not None and faster(few, many, found, times)
-    few = order["few"][0] if few is None else few
-    for name, tile in (("many", many), ("few", few)):
+    alike = next((tile for tile in order["few"] if same_bits(bench, tile, many)), None)
+    same = alike is not None and faster(alike, many, found, times)
+    best = {"many": many, "few": alike or order["few"][0]}
+    for name, tile in best.items():
         at = found[name].index(tile)
         shown = ", ".join(f"{rows} rows {seconds[at] * 1e6:.1f} µs" for rows, seconds in times[name].items())
         say(f"  {name}: {_shown(tile)}: {shown}")
     say("  few rows and many have the same bits" if same else "  many serves all rows")
-    return {"many": asdict(many), "few": asdict(few), "same_bits": same}
+    return {**{name: asdict(tile) for name, tile in best.items()}, "same_bits": same}
 
 
 def _ranked(tiles: Sequence[Gemm], times: dict[int, list[float]]) -> list[Gemm]:
