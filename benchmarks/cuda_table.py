@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "kernels/README.md"
 BEGIN, END = "<!-- cuda table -->\n", "<!-- end of cuda table -->\n"
-COUNTED = ("QGMMA", "UTMALDG", "UTMASTG", "LDL", "STL")
+COUNTED = ("QGMMA", "HGMMA", "UTMALDG", "UTMASTG", "LDL", "STL")
 PTXAS = re.compile(
     r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
     re.DOTALL,
@@ -49,6 +49,12 @@ def release() -> str:
     return match[1]
 
 
+def short(name: str) -> str:
+    """A kernel's name without its parameters and namespace; of an enumerator, the type and the number."""
+    name = name.replace("(anonymous namespace)::", "").removeprefix("void ").replace("grok::cuda::", "")
+    return re.sub(r"\((?:\w+::)*(\w+)\)(\d)", r"\1 \2", name[: name.rindex("(")])
+
+
 def kernels(source: Path) -> list[tuple[str, ...]]:
     """A row for every kernel of a source: name, registers, bytes spilled, and how often each instruction of COUNTED."""
     with tempfile.TemporaryDirectory() as folder:
@@ -62,9 +68,9 @@ def kernels(source: Path) -> list[tuple[str, ...]]:
     text = dict(zip(bodies[1::2], bodies[2::2], strict=True))
     rows = []
     for symbol, stores, loads, registers in PTXAS.findall(said):
-        name = run("c++filt", symbol).strip().replace("(anonymous namespace)::", "").removeprefix("void ")
+        name = short(run("c++filt", symbol).strip())
         counts = [str(len(re.findall(rf"\b{word}\b", text[symbol]))) for word in COUNTED]
-        rows.append((name.split("(")[0].replace("grok::cuda::", ""), registers, str(int(stores) + int(loads)), *counts))
+        rows.append((name, registers, str(int(stores) + int(loads)), *counts))
     return sorted(rows)
 
 

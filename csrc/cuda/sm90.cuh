@@ -235,6 +235,15 @@ __device__ __forceinline__ uint64_t operand(const void* tile) {
 }
 __device__ __forceinline__ uint64_t advance(uint64_t operand, uint32_t bytes) { return operand + bytes / 16; }
 
+// ldmatrix.x4: four 8×8 matrices of 2-byte elements. Lane i gives the address of row i % 8 of matrix i / 8; of each matrix
+// the lane gets elements 2 · (lane % 4) and the next, of row lane / 4.
+__device__ __forceinline__ void load_matrices(uint32_t (&m)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
 // stmatrix.x4: four 8×8 matrices of 2-byte elements. Lane i gives the address of row i % 8 of matrix i / 8; of each matrix
 // the lane holds elements 2 · (lane % 4) and the next, of row lane / 4.
 __device__ __forceinline__ void store_matrices(void* row, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {

@@ -76,4 +76,24 @@ GROK_MULTIPLY_BF16(64, GROK_TENS_3 ", " GROK_NAMES_2(3), (GROK_D32(0)), 32, 33, 
 GROK_MULTIPLY_BF16(128, GROK_TENS_6 ", " GROK_NAMES_4(6), (GROK_D64(0)), 64, 65, 66, 67, 68, 69)
 #undef GROK_MULTIPLY_BF16
 
+// The same of 32 e4m3 each, four columns in each register: a[2i + h] is row 16w + 8h + l / 4, columns 16i + 4 (l % 4) and
+// the next three.
+template <int kN>
+__device__ __forceinline__ void multiply_e4m3(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate);
+
+#define GROK_MULTIPLY_FROM_REGISTERS(n, names, operands, a0_at, a1_at, a2_at, a3_at, b_at, accumulate_at)           \
+  template <>                                                                                                       \
+  __device__ __forceinline__ void multiply_e4m3<n>(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b,           \
+                                                   bool accumulate) {                                               \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #accumulate_at ", 0;\n"                                       \
+                 "wgmma.mma_async.sync.aligned.m64n" #n "k32.f32.e4m3.e4m3 {" names "}, {%" #a0_at ", %" #a1_at     \
+                 ", %" #a2_at ", %" #a3_at "}, %" #b_at ", p, 1, 1;\n}"                                             \
+                 : GROK_UNWRAP operands                                                                             \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int32_t>(accumulate)));      \
+  }
+GROK_MULTIPLY_FROM_REGISTERS(128, GROK_TENS_6 ", " GROK_NAMES_4(6), (GROK_D64(0)), 64, 65, 66, 67, 68, 69)
+GROK_MULTIPLY_FROM_REGISTERS(192, GROK_TENS_9 ", " GROK_NAMES_6(9), (GROK_D64(0), GROK_D32(64)), 96, 97, 98, 99, 100,
+                             101)
+#undef GROK_MULTIPLY_FROM_REGISTERS
+
 }  // namespace grok::sm90

@@ -1,6 +1,5 @@
 #include "sm90.h"
 
-#include <array>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -221,6 +220,7 @@ class Rows {
 };
 
 // The numbers of an operand's first rows, row by row.
+template <class Rows>
 std::vector<double> e4m3_rows(const Rows& rows, uint32_t count) {
   std::vector<double> values;
   for (uint32_t row = 0; row < count; ++row)
@@ -228,6 +228,7 @@ std::vector<double> e4m3_rows(const Rows& rows, uint32_t count) {
   return values;
 }
 
+template <class Rows>
 std::vector<double> bf16_rows(const Rows& rows, uint32_t count) {
   std::vector<double> values;
   for (uint32_t row = 0; row < count; ++row)
@@ -517,26 +518,42 @@ void multiply(float* d, uint32_t n, uint64_t a, uint64_t b, bool accumulate, Row
 void multiply_e4m3(float* d, int n, uint64_t a, uint64_t b, bool accumulate) {
   const Rows rows(*self().block, a, 16 * (self().warp() % 4), 16);
   if (self().lane() == 0) rows.check();
-  multiply(d, static_cast<uint32_t>(n), a, b, accumulate, [rows] { return e4m3_rows(rows, 16); }, e4m3_rows);
+  multiply(
+      d, static_cast<uint32_t>(n), a, b, accumulate, [rows] { return e4m3_rows(rows, 16); }, e4m3_rows<Rows>);
+}
+
+namespace {
+
+// A warp's 16 rows of 32 bytes, of which every lane holds four pieces of 4: of row lane / 4, the piece lane % 4 of the
+// first half, then that of row lane / 4 + 8, then those of the second half.
+struct WarpRows {
+  uint32_t pieces[4][kWarp];
+
+  explicit WarpRows(const uint32_t* mine) {
+    for (uint32_t i = 0; i < 4; ++i)
+      exchange(0xffffffffu, mine[i], "wgmma", [&](const uint64_t* slot) {
+        for (uint32_t lane = 0; lane < kWarp; ++lane) pieces[i][lane] = static_cast<uint32_t>(slot[lane]);
+        return uint64_t{0};
+      });
+  }
+
+  uint8_t operator()(uint32_t row, uint32_t byte) const {
+    return static_cast<uint8_t>(pieces[byte / 16 * 2 + row / 8][row % 8 * 4 + byte % 16 / 4] >> byte % 4 * 8);
+  }
+};
+
+}  // namespace
+
+void multiply_e4m3_from_registers(float* d, int n, const uint32_t* a, uint64_t b, bool accumulate) {
+  const WarpRows rows(a);
+  multiply(
+      d, static_cast<uint32_t>(n), 0, b, accumulate, [rows] { return e4m3_rows(rows, 16); }, e4m3_rows<Rows>);
 }
 
 void multiply_bf16(float* d, int n, const uint32_t* a, uint64_t b, bool accumulate) {
-  std::array<uint64_t, 2 * kWarp> lanes;  // of all lanes, the registers of columns 0 to 7, then of 8 to 15
-  for (uint32_t i = 0; i < 2; ++i)
-    exchange(0xffffffffu, a[2 * i] | uint64_t{a[2 * i + 1]} << 32, "wgmma", [&](const uint64_t* slot) {
-      std::memcpy(&lanes[i * kWarp], slot, kWarp * sizeof *slot);
-      return uint64_t{0};
-    });
-  const auto rows = [lanes] {
-    std::vector<double> values;
-    for (uint32_t row = 0; row < 16; ++row)
-      for (uint32_t k = 0; k < 16; ++k) {
-        const uint64_t held = lanes[k / 8 * kWarp + row % 8 * 4 + k % 8 / 2];
-        values.push_back(from_bf16(static_cast<uint16_t>(held >> (row / 8 * 32 + k % 2 * 16))));
-      }
-    return values;
-  };
-  multiply(d, static_cast<uint32_t>(n), 0, b, accumulate, rows, bf16_rows);
+  const WarpRows rows(a);
+  multiply(
+      d, static_cast<uint32_t>(n), 0, b, accumulate, [rows] { return bf16_rows(rows, 16); }, bf16_rows<Rows>);
 }
 
 void commit_products() {
@@ -585,6 +602,16 @@ void write_elements(uint64_t row, uint32_t column, const void* from, uint32_t by
 }
 
 }  // namespace
+
+void load_matrices(uint32_t (&m)[4], const void* row) {
+  if (shared_address(row, 16, "ldmatrix") % 16) fail("ldmatrix: a row that is not aligned to 16 bytes");
+  const uint32_t lane = self().lane();
+  exchange(0xffffffffu, reinterpret_cast<uint64_t>(row), "ldmatrix", [&](const uint64_t* slot) {
+    for (uint32_t i = 0; i < 4; ++i)
+      std::memcpy(&m[i], reinterpret_cast<const std::byte*>(slot[8 * i + lane / 4]) + lane % 4 * 4, 4);
+    return uint64_t{0};
+  });
+}
 
 void store_matrices(void* row, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
   const uint32_t lane = self().lane();

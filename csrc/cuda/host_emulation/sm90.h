@@ -112,12 +112,18 @@ void multiply(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool accum
   static_assert(kN % 8 == 0 && kN >= 8 && kN <= 256, "wgmma has widths of 8 to 256");
   multiply_bf16(d, kN, a, b, accumulate);
 }
+void multiply_e4m3_from_registers(float* d, int n, const uint32_t* a, uint64_t b, bool accumulate);
+template <int kN>
+void multiply_e4m3(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  multiply_e4m3_from_registers(d, kN, a, b, accumulate);
+}
 void commit_products();
 void wait_product_groups(size_t groups);
 template <int kGroups>
 void wait_products() {
   wait_product_groups(kGroups);
 }
+void load_matrices(uint32_t (&m)[4], const void* row);
 void store_matrices(void* row, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3);
 void store_transposed(void* row, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3);
 

@@ -57,9 +57,9 @@ void launch(const char* op, const std::string& shape, const Product& p, Fp8 k, S
 template <class Output>
 void launch(const char* op, const std::string& shape, const Product& p, Fp8 k, Stream stream) {
   const int columns = tile_columns(p.rows, p.n, p.experts, std::max(1, multiprocessors() / kCluster));
-  k.half = columns / 2;
+  k.half = 128;
   if (columns == 256) return launch<Output, 2, 128>(op, shape, p, k, stream);
-  if (columns == 192) return launch<Output, 2, 96>(op, shape, p, k, stream);
+  if (columns == 192) return launch<Output, 1, 192>(op, shape, p, k, stream);
   launch<Output, 1, 128>(op, shape, p, k, stream);
 }
 
