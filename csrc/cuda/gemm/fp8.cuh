@@ -134,7 +134,6 @@ __global__ void __launch_bounds__(kThreads, 1) fp8_kernel(const __grid_constant_
     shared.ring.init(1 + 32, kCluster * 8);  // the thread and the warp that load; the warps that multiply
     sm90::fence_barrier_init();
   }
-  __syncthreads();
   sm90::cluster_sync();
   if (threadIdx.x < 128) {
     sm90::release_registers<40>();

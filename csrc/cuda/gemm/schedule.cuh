@@ -31,21 +31,19 @@ __host__ __device__ constexpr int32_t tiles(int64_t count, int64_t each) {
   return static_cast<int32_t>((count + each - 1) / each);
 }
 
-// Every thread of the block calls, and the block meets before any looks.
+// Every thread of the block calls, and the block meets before any looks. The offsets are read at once, since every read
+// takes as long as the way to memory.
 template <int kRows>
 __device__ __forceinline__ void fill(Schedule& s, const int32_t* offsets, int32_t rows, int32_t experts,
                                      int32_t columns) {
   const int e = static_cast<int>(threadIdx.x);
-  if (e > experts) return;
-  int32_t count = 0, begin = 0;
-  for (int i = 0; i < e; ++i) {
-    const int32_t end = offsets ? offsets[i + 1] : rows;
-    count += tiles(end - begin, kRows) * columns;
-    begin = end;
-  }
-  s.offsets[e] = begin;
-  s.before[e] = count;
+  if (e <= experts) s.offsets[e] = offsets ? offsets[e] : e * rows;
   if (e == 0) s.columns = columns;
+  __syncthreads();
+  if (e > experts) return;
+  int32_t count = 0;
+  for (int i = 0; i < e; ++i) count += tiles(s.offsets[i + 1] - s.offsets[i], kRows) * columns;
+  s.before[e] = count;
 }
 
 // The list of tiles from `first` on, in steps.
