@@ -17,7 +17,7 @@ BUILT := $(VENV)/.built
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test sanitize bench bench-cpu lint clean
+.PHONY: help setup demo test sanitize bench bench-cpu bench-gpu lint clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,10 @@ bench: $(BUILT) ## run the benchmarks
 
 bench-cpu: $(BUILT) ## measure the CPU's kernels beside its ceilings and peers (BENCH_ARGS="'moe/*' --json FILE")
 	$(BIN)/grok-engine bench kernels --device cpu $(BENCH_ARGS)
+
+# With the machine's own Python, which has torch for the GPU: nothing is installed, what is not built is built in place.
+bench-gpu: ## on a machine with a GPU, and no network: its tests, then its benchmarks (BENCH_ARGS="--list")
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/benchmarks $(PYTHON) -m benchmarks.gpu $(BENCH_ARGS)
 
 lint: $(BUILT) ## check format, lint and types
 	$(BIN)/ruff format --check .

@@ -14,6 +14,14 @@ if os.environ.get("GROK_TEST_DEVICE", "cpu") == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_configure() -> None:
+    if os.environ.get("GROK_TEST_DEVICE", "cpu").startswith("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.exit(f"GROK_TEST_DEVICE={os.environ['GROK_TEST_DEVICE']}, and there is no GPU", returncode=2)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """GROK_TEST_SHARD=i/n leaves the i-th of n parts, from 0 on: on a GPU most of the time goes into compiling kernels, which
     several processes do sooner."""

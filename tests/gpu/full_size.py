@@ -18,7 +18,7 @@ from grok_kernels.tuning import multiplies_fp8
 DEVICE = torch.device(os.environ.get("GROK_TEST_DEVICE", "cpu"))
 ON_GPU = DEVICE.type == "cuda"
 BY = 1 if ON_GPU else 48  # the sizes are divided by that where the tests themselves are tested
-D, F, V, X = 6144 // BY, 32768 // BY // 8 * 8, 131072 // BY, 8192 // BY
+D, F, V, X = (size // BY // 128 * 128 for size in (6144, 32768, 131072, 8192))
 E, A, H, G, C, PAGE = 8, 2, 48, 8, 128, 16
 TOKENS = (1, 8, 64, 1024) if ON_GPU else (1, 3, 9)
 KEYS = 4100 if ON_GPU else 70
