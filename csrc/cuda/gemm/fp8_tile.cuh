@@ -5,6 +5,7 @@
 
 #include "../include/grok/gemm.h"
 #include "../sm90.cuh"
+#include "outputs.h"
 #include "pipeline.cuh"
 #include "schedule.cuh"
 
@@ -15,12 +16,6 @@ namespace grok::cuda::gemm {
 constexpr int kRows = 128, kDepth = 128;  // of a tile; kDepth bytes of K a stage
 constexpr int kThreads = 384, kCluster = 2;
 constexpr int kTileBytes = 64 * 128;  // 64 rows of a result's tile
-
-// What becomes of the sums: rows of bf16; rows of fp32, in their place or weighted and scattered; act(gate) · up in
-// e4m3.
-struct ToBf16 {};
-struct ToFp32 {};
-struct ToGated {};
 
 struct Fp8 {
   sm90::TensorMap x, weight, y;

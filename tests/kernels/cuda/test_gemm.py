@@ -16,7 +16,7 @@ from torch import Tensor
 import grok_kernels
 from tests.kernels import oracle
 from tests.kernels.cases import FP8, ints, randn
-from tests.kernels.cuda.emulation import CSRC, HERE, call, compiled
+from tests.kernels.cuda.emulation import call
 from tests.kernels.oracle import assert_near, f64
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
@@ -139,9 +139,8 @@ class Emulated:
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    sources = sorted((CSRC / "cuda/gemm/instantiations").glob("*.cu"))
-    return Emulated(compiled(tmp_path_factory.mktemp("gemm") / "gemm.so", *sources, HERE / "gemm_emulated.cpp"))
+def machine(products: ctypes.CDLL) -> Emulated:
+    return Emulated(products)
 
 
 @pytest.fixture
