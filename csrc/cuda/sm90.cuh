@@ -271,6 +271,18 @@ __device__ __forceinline__ uint32_t add_bf16(uint32_t x, uint32_t y) {
   return sums;
 }
 
+// ex2.approx, rcp.approx: 2ˣ and 1 / x within two units in the last place; what is below 2⁻¹²⁶ counts as 0.
+__device__ __forceinline__ float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Conversions, to nearest and ties to even; `low` lies in the lower half.
 
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {

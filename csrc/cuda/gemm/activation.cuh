@@ -7,15 +7,17 @@
 
 namespace grok::cuda::gemm {
 
-// x / (1 + exp(-z)). Where the exponential overflows the quotient is 0, and NaN for an infinite x, as it should be.
-__device__ __forceinline__ float logistic(float x, float z) { return __fdividef(x, 1.0f + __expf(-z)); }
+// x / (1 + 2⁻ᶻ). Where the power overflows the quotient is 0, and NaN for an infinite x, as it should be.
+__device__ __forceinline__ float logistic(float x, float z) {
+  return x * sm90::reciprocal(1.0f + sm90::power_of_two(-z));
+}
 
-// silu is x · sigmoid(x), and gelu by tanh, ½x(1 + tanh u), the same as x · sigmoid(2u).
+// silu is x · sigmoid(x), and gelu by tanh, ½x(1 + tanh u), the same as x · sigmoid(2u): seven instructions.
 template <Activation kActivation>
 __device__ __forceinline__ float activate(float x) {
-  constexpr float kRoot = 1.5957691216057308f;  // 2 √(2 / π)
-  if constexpr (kActivation == Activation::silu) return logistic(x, x);
-  if constexpr (kActivation == Activation::gelu_tanh) return logistic(x, kRoot * fmaf(0.044715f * x * x, x, x));
+  constexpr float kLog2e = 1.4426950408889634f, kRoot = 1.5957691216057308f * kLog2e;  // 2 √(2 / π) and log₂ e
+  if constexpr (kActivation == Activation::silu) return logistic(x, kLog2e * x);
+  if constexpr (kActivation == Activation::gelu_tanh) return logistic(x, x * fmaf(0.044715f * kRoot, x * x, kRoot));
   return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
 }
 

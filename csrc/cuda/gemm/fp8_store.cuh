@@ -99,11 +99,13 @@ __device__ __forceinline__ void store_gate_up(const Fp8& p, const Place& me, con
   if (column >= p.width) return;  // the second block of the last pair may have no columns
   apply_gate<64>(p.activation, sums, sums + 64);
   uint32_t amax[2] = {};
+  if (column + 128 > p.width) {
 #pragma unroll
-  for (int i = 0; i < 64; ++i) {
-    if (column + i / 4 * 8 + me.pair >= p.width) sums[i] = 0.0f;
-    amax[i / 2 % 2] = max(amax[i / 2 % 2], magnitude(sums[i]));
+    for (int i = 0; i < 64; ++i)
+      if (column + i / 4 * 8 + me.pair >= p.width) sums[i] = 0.0f;
   }
+#pragma unroll
+  for (int i = 0; i < 64; ++i) amax[i / 2 % 2] = max(amax[i / 2 % 2], magnitude(sums[i]));
 #pragma unroll
   for (uint32_t& largest : amax) {  // the row's other columns are in the lanes beside
     largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 1));

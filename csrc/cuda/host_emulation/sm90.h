@@ -127,6 +127,9 @@ void load_matrices(uint32_t (&m)[4], const void* row);
 void store_matrices(void* row, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3);
 void store_transposed(void* row, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3);
 
+inline float power_of_two(float x) { return std::exp2(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
+
 // Conversions
 
 uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector);
