@@ -14,7 +14,7 @@ ALIGNED = 4  # numbers: 16 bytes, by which Triton compiles a kernel anew where a
 
 
 class Work:
-    """The tokens of one sequence that a step computes: positions start.. of it, in its pages."""
+    """The tokens of one sequence that a step computes: positions start.. of it, in its pages, best as an array."""
 
     __slots__ = ("pages", "start", "token_ids")
 
@@ -64,8 +64,8 @@ def flatten(work: Sequence[Work], page_size: int, rows: int = 0, width: int = 0)
     positions: list[int] = []
     slots: list[int] = []
     seq_lens: list[int] = []
-    table: list[int] = []
     query_start = [0]
+    table = array("i")
     for w in work:
         pages, start, stop = w.pages, w.start, w.start + len(w.token_ids)
         tokens += w.token_ids
@@ -73,8 +73,8 @@ def flatten(work: Sequence[Work], page_size: int, rows: int = 0, width: int = 0)
         slots += [pages[p // page_size] * page_size + p % page_size for p in range(start, stop)]
         query_start.append(len(tokens))
         seq_lens.append(stop)
-        table += pages
-        table += [0] * (width - len(pages))
+        table.extend(pages)
+        table.frombytes(bytes((width - len(pages)) * table.itemsize))
     if (more := rows - len(work)) > 0:
         tokens += tokens[:1] * more
         positions += positions[:1] * more
@@ -82,12 +82,19 @@ def flatten(work: Sequence[Work], page_size: int, rows: int = 0, width: int = 0)
         query_start += range(len(work) + 1, rows + 1)
         seq_lens += seq_lens[:1] * more
         table += table[:width] * more
-    parts = (tokens, positions, slots, query_start, seq_lens, table)
-    sizes = [len(part) for part in parts]
-    for part in parts:
+    lists = (tokens, positions, slots, query_start, seq_lens)
+    sizes = [*map(len, lists), len(table)]
+    for part in lists:
         part += [0] * (-len(part) % ALIGNED)
     # one array, one tensor: in a decode step each more costs as much as a small kernel
-    return torch.frombuffer(array("i", chain.from_iterable(parts)), dtype=torch.int32), sizes
+    numbers = array("i", list(chain.from_iterable(lists)))
+    numbers += table
+    return torch.frombuffer(numbers, dtype=torch.int32), sizes
+
+
+def take_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
+    """x[rows], as a copy. A list as an index would wait for the device."""
+    return x.index_select(0, torch.tensor(rows).to(x.device, non_blocking=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import grok_kernels
 
-from .batch import Work
+from .batch import Work, take_rows
 from .cache.allocator import PageAllocator
 from .checkpoint.packed import PackedCheckpoint, is_packed_folder
 from .checkpoint.xai import XaiCheckpoint
@@ -247,7 +247,7 @@ class LLMEngine:
     def _step(self, schedule: Schedule, began: float) -> list[RequestOutput]:
         entries = schedule.entries
         self.runner.copy(schedule.copies)
-        work = [Work(e.seq.tokens(e.start, e.start + e.count), e.start, e.seq.pages) for e in entries]
+        work = [Work(e.seq.tokens(e.start, e.start + e.count), e.start, e.seq.table) for e in entries]
         scheduled = time.perf_counter()
         x_TD = self.runner.run(work)
         rows, row = [], -1
@@ -258,7 +258,7 @@ class LLMEngine:
         sampling = [i for i, entry in enumerate(entries) if entry.samples]
         logits_BV = None
         if sampling:  # every row does where all of them decode
-            last_BD = x_TD if len(sampling) == len(x_TD) else x_TD[[rows[i] for i in sampling]]
+            last_BD = x_TD if len(sampling) == len(x_TD) else take_rows(x_TD, [rows[i] for i in sampling])
             logits_BV = self.runner.logits(last_BD)
         computed = time.perf_counter()
 
@@ -272,7 +272,7 @@ class LLMEngine:
         sampled: list[Sampled] = []
         if logits_BV is not None:
             if len(sources) > len(sampling):
-                logits_BV = logits_BV[sources]
+                logits_BV = take_rows(logits_BV, sources)
             with torch.inference_mode():
                 sampled = sample([a.sampler for a in answers], logits_BV)
         chosen = time.perf_counter()

@@ -12,6 +12,7 @@ whatever others hold can be taken from them or comes free, and `add` refuses wha
 
 from __future__ import annotations
 
+from array import array
 from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -52,6 +53,17 @@ class Sequence:
     cached_tokens: int = 0  # of the prompt, found in the prefix index when it was first admitted
     preemptions: int = 0
     table_version: int = 0
+    _table: array[int] = field(default_factory=lambda: array("i"), repr=False)
+    _table_seen: int = 0  # the version that `_table` is of
+
+    @property
+    def table(self) -> array[int]:
+        """`pages`, kept as an array that grows with them: a step turns none but the new ones into numbers."""
+        if self._table_seen != self.table_version:
+            self._table, self._table_seen = array("i"), self.table_version
+        if (known := len(self._table)) < len(self.pages):
+            self._table.fromlist(self.pages[known:])
+        return self._table
 
     @property
     def length(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -37,12 +37,14 @@ def allocate_pages(
     ]
 
 
-def copy_pages(cache: Iterable[KVPages], copies: Sequence[tuple[int, int]]) -> None:
+def copy_pages(cache: Sequence[KVPages], copies: Sequence[tuple[int, int]]) -> None:
     """Each (source, destination) of `copies`, in all layers. No page is both."""
-    source, destination = zip(*copies, strict=True)
+    device = cache[0].k.device
+    # not waited for, as a list would be at each use
+    source, destination = (torch.tensor(ids).to(device, non_blocking=True) for ids in zip(*copies, strict=True))
     for pages in cache:
         for tensor in (pages.k, pages.v, pages.k_scale, pages.v_scale):
             if tensor is not None:
                 # e4m3 has no indexed store: the same bytes go as uint8
                 raw = tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
-                raw[list(destination)] = raw[list(source)]
+                raw[destination] = raw[source]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -13,13 +14,14 @@ from torch import Tensor
 
 import grok_kernels
 from grok_engine import LLMEngine
-from grok_engine.batch import ALIGNED, Batch, Work, flatten
+from grok_engine.batch import ALIGNED, Batch, Work, flatten, take_rows
 from grok_engine.cache.paged import allocate_pages
 from grok_engine.config import PRESETS, EngineConfig, ModelConfig
 from grok_engine.dummy import dummy_weights
-from grok_engine.graphs import DecodeGraphs, Run, rungs, widths
+from grok_engine.graphs import CudaCapture, DecodeGraphs, Run, rungs, widths
 from grok_engine.layers.weight import Table, Weight
 from grok_engine.models.decoder import Decoder
+from grok_engine.runner import GPU_SHARE
 from tests.engine.test_invariance import SHAPES, SMALL, assert_as_alone, make_engine, make_traffic
 
 
@@ -226,3 +228,112 @@ def test_families_with_dense_layers(name: str) -> None:
         found = graphs.run(work)
     assert found is not None
     assert torch.equal(found, expected)
+
+
+def test_rows_are_taken_as_by_an_index() -> None:
+    x = torch.randn(5, 3)
+    assert torch.equal(take_rows(x, [4, 0, 0]), x[[4, 0, 0]])
+
+
+class Driver:
+    """Stands in for torch.cuda: writes down what is asked of it, and runs what is captured, since there is no graph."""
+
+    class OutOfMemoryError(RuntimeError): ...
+
+    def __init__(self, refuses: bool = False) -> None:
+        self.log: list[str] = []
+        self.refuses = refuses
+        self.free = 1 << 40
+        driver = self
+
+        class Stream:
+            def wait_stream(self, other: Any) -> None:
+                driver.log.append("wait")
+
+        class CUDAGraph:
+            def replay(self) -> None:
+                driver.log.append("replay")
+
+        self.Stream, self.CUDAGraph = Stream, CUDAGraph
+
+    def current_stream(self) -> Any:
+        return self.Stream()
+
+    @contextmanager
+    def device(self, device: Any) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        self.log.append("side")
+        yield
+
+    @contextmanager
+    def graph(self, graph: Any, pool: Any, stream: Any, *, capture_error_mode: str) -> Iterator[None]:
+        assert (pool, capture_error_mode) == ("pool", "thread_local")
+        self.log.append("capture")
+        yield
+        self.free -= 1 << 20
+        if self.refuses:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def graph_pool_handle(self) -> str:
+        return "pool"
+
+    def mem_get_info(self, device: Any) -> tuple[int, int]:
+        return self.free, 1 << 40
+
+    def memory_reserved(self, device: Any) -> int:
+        return 300
+
+    def max_memory_allocated(self, device: Any) -> int:
+        return 200
+
+    def reset_peak_memory_stats(self, device: Any) -> None: ...
+
+    def empty_cache(self) -> None: ...
+
+
+def test_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for real on a stream of its own, before which and after which the streams wait; then captured, and replayed."""
+    driver = Driver()
+    monkeypatch.setattr(torch, "cuda", driver)
+    ran: list[Tensor] = []
+
+    def run() -> Tensor:
+        ran.append(torch.zeros(2))
+        return ran[-1]
+
+    replay = CudaCapture(torch.device("cpu"))(run)
+    assert driver.log == ["wait", "side", "wait", "capture"]
+    assert len(ran) == 2
+    assert replay() is replay() is ran[1]
+    assert driver.log[4:] == ["replay", "replay"]
+
+
+def test_a_step_that_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "cuda", Driver(refuses=True))
+    with pytest.raises(
+        RuntimeError, match=r"in a CUDA graph \(operation not permitted .*enforce_eager=True runs without"
+    ):
+        CudaCapture(torch.device("cpu"))(lambda: torch.zeros(1))
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_what_is_left_on_a_device(eager: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.9 of it, less what was in use beside torch's memory, the largest step, and a MiB for each graph."""
+    engine = make_engine(SMALL, "float32", "float32", max_num_seqs=4, num_pages=40, max_model_len=64)
+    runner, driver = engine.runner, Driver()
+    driver.free = (1 << 40) - 1000
+    monkeypatch.setattr(torch, "cuda", driver)
+    monkeypatch.setattr(CudaCapture, "key", lambda self: "here")
+    if not eager:
+        monkeypatch.setattr(
+            runner,
+            "_new_graphs",
+            lambda: DecodeGraphs(runner.model, runner.cache, runner.config, CudaCapture(torch.device("cpu"))),
+        )
+    graphs = 0 if eager else 3 << 20
+    assert runner._left_on_device() == int((1 << 40) * GPU_SHARE) - (1000 - 300 + 200) - graphs
+    assert driver.log.count("capture") == (0 if eager else 2)
+    assert runner.cache == []

@@ -259,6 +259,7 @@ def test_the_table_version_tells_when_pages_change() -> None:
             if version == seq.table_version:
                 assert seq.pages[: len(pages)] == pages
             seen[seq] = (seq.table_version, list(seq.pages))
+            assert seq.table.tolist() == seq.pages
     engine.run()
 
 

@@ -14,7 +14,7 @@ import torch
 
 import grok_kernels
 from grok_engine import LLM, LLMEngine, SamplingParams
-from grok_engine.batch import Work
+from grok_engine.batch import Work, take_rows
 from grok_engine.chips import CHIPS
 from grok_engine.config import PRESETS
 from grok_engine.packed import convert
@@ -84,9 +84,11 @@ def test_no_step_waits_for_the_device(name: str, weights: Any) -> None:
         for _ in range(2):  # the first compiles and captures
             runner.logits(runner.run(prompt))
             runner.logits(runner.run(decode))
+            runner.copy([(0, 2), (1, 3)])
         with no_waiting():
-            runner.logits(runner.run(prompt))
+            runner.logits(take_rows(runner.run(prompt), [16]))
             runner.logits(runner.run(decode))
+            runner.copy([(0, 2), (1, 3)])
 
 
 def test_pages_are_what_is_left() -> None:
