@@ -137,6 +137,35 @@ def default_gemm(dot: str, weight: torch.dtype, chip: Chip, *, few: bool = False
     return Gemm(block_m, block_n, block_k, 8 if block_m * block_n >= 8192 else 4, stages, swap)
 
 
+# Attention
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How attention is cut: one shape for prefill and decode, since a sum's order depends on it."""
+
+    rows: int  # of a tile: queries times the heads of a group
+    keys: int  # in a block
+    warps: int
+    stages: int  # of the pipeline: page ids are loaded first, then keys and values, with 5 two blocks before their use
+    resident: int  # programs of a multiprocessor, where requests decode; bounds the registers of each
+
+
+def attention(dot: str, cache: torch.dtype, chip: Chip) -> Attention:
+    """The tile for queries and keys that multiply in type `dot`. Not measured: counted.
+
+    64 rows are the side of a warpgroup's product. In prefill a thread then holds 64 sums of a split and as many of those
+    before it; scores of 32 keys fit beside them in any variant, those of 64 do not. When decoding, three programs have two
+    blocks of 16 KB each on their way (bf16), or two have three blocks of 8 KB (e4m3, whose conversion takes registers):
+    the bandwidth of an H100 times its latency is 20 to 30 KB a multiprocessor.
+    """
+    if dot == "fp32":
+        return Attention(64, 32, 8 if chip.capability else 4, 2, 1)
+    if chip.capability == 90:
+        return Attention(64, 32, 4, 7, 2) if cache.itemsize == 1 else Attention(64, 32, 4, 5, 3)
+    return Attention(64, 32, 8 if chip.capability else 4, 3, 1)
+
+
 @lru_cache
 def _tuned(chip: str) -> dict[str, Any]:
     path = Path(__file__).parent / "tuned" / f"{chip}.json"

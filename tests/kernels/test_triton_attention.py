@@ -23,7 +23,7 @@ FLAGS = [{}, {"softcap": 5.0, "window": 100, "temperature_len": 64}]
 
 @pytest.fixture(autouse=True)
 def _splits_of_two_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "SPLIT", 2)
+    monkeypatch.setattr(attention, "SPAN", 128)
 
 
 def run(args: dict[str, Any], **flags: Any) -> Tensor:
@@ -42,10 +42,10 @@ def test_decode_in_splits(cache_dtype: torch.dtype, flags: dict[str, Any]) -> No
 @pytest.mark.parametrize("flags", FLAGS, ids=["plain", "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_token_has_the_same_bits_in_a_prompt_a_chunk_and_alone(dtype: torch.dtype, flags: dict[str, Any]) -> None:
-    n = 290
+    n = 200
     b = batch([(n, n)], heads=6, groups=2, page=16, dtype=dtype)
     whole = run(b.args, **flags)
-    for first, end in ((0, 100), (100, 101), (101, n)):
+    for first, end in ((0, 127), (127, 128), (128, n)):
         own = {
             **b.args,
             "q": b.args["q"][first:end],
@@ -54,15 +54,24 @@ def test_a_token_has_the_same_bits_in_a_prompt_a_chunk_and_alone(dtype: torch.dt
             "max_query_len": end - first,
         }
         assert torch.equal(run(own, **flags), whole[first:end])
+    tokens = [0, 127, 128, n - 1]
     decode = {
         **b.args,
-        "q": b.args["q"][[0, 127, 128, 255, 289]],
-        "block_table": b.args["block_table"].expand(5, -1).contiguous(),
-        "query_start": ints(*range(6)),
-        "seq_lens": ints(1, 128, 129, 256, 290),
+        "q": b.args["q"][tokens],
+        "block_table": b.args["block_table"].expand(4, -1).contiguous(),
+        "query_start": ints(*range(5)),
+        "seq_lens": ints(*(token + 1 for token in tokens)),
         "max_query_len": 1,
     }
-    assert torch.equal(run(decode, **flags), whole[[0, 127, 128, 255, 289]])
+    assert torch.equal(run(decode, **flags), whole[tokens])
+    mixed = {
+        **decode,
+        "q": torch.cat((b.args["q"][:1], b.args["q"][120:135], b.args["q"][[128, n - 1]])),
+        "query_start": ints(0, 1, 16, 17, 18),
+        "seq_lens": ints(1, 135, 129, n),
+        "max_query_len": 15,
+    }
+    assert torch.equal(run(mixed, **flags), whole[[0, *range(120, 135), 128, n - 1]])
 
 
 def test_a_request_without_keys_gives_zeros_and_padding_is_left_out() -> None:

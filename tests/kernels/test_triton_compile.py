@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from functools import cache
 from typing import Any
 
@@ -85,3 +86,27 @@ def test_every_128_of_k_leave_the_fp8_accumulator(specimen: str) -> None:
     assert starts.count("0") * 4 == len(starts)
     accumulators = sum(int(n) // 2 for n in re.findall(r"wgmma\.mma_async\S*m64n(\d+)k32", kernel["ptx"])) // 4
     assert kernel["instructions"]["FFMA"] >= accumulators
+
+
+@pytest.mark.parametrize(
+    "specimen", ["attention_decode", "attention_decode_fp8", "attention_prefill", "attention_mixed_fp8"]
+)
+def test_attention_multiplies_on_tensor_cores_and_loads_ahead(specimen: str) -> None:
+    """wgmma; keys and values in copies of 16 bytes that do not pass through registers, others still on their way."""
+    for kernel in of("h100", specimen):
+        if kernel["name"] == "_combine":
+            continue
+        assert {name for name in kernel["instructions"] if name in ("HGMMA", "HMMA")} == {"HGMMA"}
+        widths = Counter(re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?, (0x\w+),", kernel["ptx"]))
+        assert widths["0x10"] >= 8
+        assert set(widths) <= {"0x10", "0x4"}  # 4 bytes: page ids, and scales
+        assert max(int(n, 0) for n in re.findall(r"cp\.async\.wait_group\s+(\w+);", kernel["ptx"])) >= 2
+
+
+def test_prefill_and_decode_multiply_in_the_same_order() -> None:
+    tiles, splits = (
+        next(re.findall(r"wgmma\.mma_async\S+", k["ptx"]) for k in of("h100", specimen) if k["name"] != "_combine")
+        for specimen in ("attention_prefill", "attention_decode")
+    )
+    assert tiles == splits
+    assert len(tiles) == 12  # 128 columns of q and k; 32 keys, with p in two parts

@@ -161,29 +161,50 @@ def moe_int8_weights() -> Any:
     return _moe(torch.int8, 8, "none")
 
 
-def _attention(requests: int, queries: int, keys: int, cache: torch.dtype) -> Any:
-    pages, scale = empty(4096, 8, 16, 128, dtype=cache), None
+def _attention(
+    queries: tuple[int, ...], keys: int, cache: torch.dtype = torch.bfloat16, page: int = 16, **flags: Any
+) -> Any:
+    """The launch of requests with so many queries each, or up to so many."""
+    pages, scale = empty(4096, 8, page, 128, dtype=cache), None
     if cache.itemsize == 1:
-        scale = empty(4096, 8, 16, dtype=torch.float32)
-    table_BN = empty(requests, keys // 16, dtype=torch.int32)
+        scale = empty(4096, 8, page, dtype=torch.float32)
+    requests = len(queries)
+    table_BN = empty(requests, keys // page, dtype=torch.int32)
     starts, lengths = empty(requests + 1, dtype=torch.int32), empty(requests, dtype=torch.int32)
-    q = empty(requests * queries, 48, 128)
-    table.paged_attention(q, pages, pages, table_BN, starts, lengths, queries, 0.09, 30.0, 0, 0, scale, scale)
+    q = empty(sum(queries), 48, 128, dtype=torch.float32 if cache == torch.float32 else torch.bfloat16)
+    flags = {"scale": 0.09, "softcap": 30.0, "window": 0, "temperature_len": 0, **flags}
+    table.paged_attention(q, pages, pages, table_BN, starts, lengths, max(queries), *flags.values(), scale, scale)
 
 
 @specimen
 def attention_decode() -> Any:
-    return _attention(64, 1, 131072, torch.bfloat16)
+    return _attention((1,) * 64, 131072)
 
 
 @specimen
 def attention_decode_fp8() -> Any:
-    return _attention(64, 1, 131072, FP8)
+    return _attention((1,) * 64, 131072, FP8)
 
 
 @specimen
 def attention_prefill() -> Any:
-    return _attention(1, 8192, 8192, torch.bfloat16)
+    return _attention((8192,), 8192)
+
+
+@specimen
+def attention_mixed_fp8() -> Any:
+    """Prompts and single queries at once, pages of 64, everything on."""
+    return _attention((2048, *(1,) * 63), 8192, FP8, 64, window=4096, temperature_len=1024)
+
+
+@specimen
+def attention_mixed_fp32() -> Any:
+    return _attention((64, 1), 8192, torch.float32)
+
+
+@specimen
+def attention_plain() -> Any:
+    return _attention((512, 1), 8192, softcap=0.0)
 
 
 @triton.jit

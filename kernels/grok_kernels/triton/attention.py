@@ -2,9 +2,15 @@
 
 A tile holds a few queries with all heads that share a key head, so that one load of a key serves them all; its shape
 depends on the model alone. Keys lie in blocks, and blocks in splits, at fixed places: each split has its own running
-maximum, sum and output, and splits merge from the first to the last. Where every request has one query, splits are
-programs of their own and a second kernel merges them; else one program goes through them. The two do the same
-operations in the same order, without fusing multiply and add, so a token's bits depend on neither batch nor chunk.
+maximum, sum and output, and splits merge from the first to the last. A request with one query has a program for each of
+its splits, and a second kernel merges them; of one with more, a program goes through all splits of a tile. The two do
+the same operations in the same order, no multiply and add fused but where the code says so: a token's bits depend on
+neither batch nor chunk. Who computes what is found from the lengths on the device, so that a graph may be replayed with
+others, and a table far wider than the requests are long costs nothing.
+
+p is multiplied as two bf16 numbers, what it rounds to and what that leaves: by the first alone the result would not be
+that of fp32, rounded once. On an H100 the second adds half to the products of prefill (768 cycles instead of 512 for 64
+rows and keys, in 16-bit operands), which the special functions of a softcap take anyway (three a score: 768).
 """
 
 from __future__ import annotations
@@ -16,15 +22,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tuning import attention, chip_of
 from .arithmetic import tanh
 from .gemm import as_type
 from .launch import launch
 from .quantize import as_known
 
-ROWS = 64  # of a tile: queries times heads of a group; the side of a warpgroup's product
-KEYS = 64
-SPLIT = 16  # blocks of keys
-LOG2E = tl.constexpr(1.4426950408889634)
+SPAN = 512  # keys of a split: a request of 4096 fills half of an H100, and a merge is a fortieth of the work
+LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -42,134 +47,225 @@ def _merge(top, total, out, top2, total2, out2):
 
 
 @triton.jit
-def _split(
-    q, first, end, position, seen_from, k_ptr, v_ptr, ks_ptr, vs_ptr, table_ptr, page,
-    k_page, k_slot, v_page, v_slot, ks_page, ks_slot, vs_page, vs_slot, c, scale, softcap, factor,
-    SOFTCAP: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr,
-):  # fmt: skip
-    """Keys first..end−1 of one request: maximum, sum and output of each row, over those that it sees."""
-    top = tl.full((ROWS,), -float("inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    out = tl.zeros((ROWS, HEAD), tl.float32)
-    column = tl.arange(0, HEAD)
-    for at in range(first, end, KEYS):
-        key = at + tl.arange(0, KEYS)
-        inside = key < end
-        where = tl.load(table_ptr + key // page, mask=inside, other=0).to(tl.int64)
-        place = key % page
-        k_at = (where * k_page + place * k_slot)[None, :] + column[:, None]
-        k = tl.load(k_ptr + k_at, mask=inside[None, :] & (column < c)[:, None], other=0.0)
-        s = tl.dot(q, as_type(k, DOT), input_precision="ieee")
-        if SCALED:
-            s = s * tl.load(ks_ptr + where * ks_page + place * ks_slot, mask=inside, other=0.0)[None, :]
-        s = s * scale
-        if SOFTCAP:
-            s = softcap * tanh(s / softcap)
-        s = s * factor[:, None] * LOG2E
-        seen = inside[None, :] & (key[None, :] <= position[:, None]) & (key[None, :] >= seen_from[:, None])
-        s = tl.where(seen, s, -float("inf"))
-        new = tl.maximum(top, tl.max(s, 1))
-        nans = tl.max((s != s).to(tl.int32), 1) > 0  # which a maximum passes over
-        new = tl.where(nans, float("nan"), new)
-        keep = tl.exp2(top - _safe(new))
-        p = tl.exp2(s - _safe(new)[:, None])
-        total = total * keep + tl.sum(p, 1)
-        v_at = (where * v_page + place * v_slot)[:, None] + column[None, :]
-        v = as_type(tl.load(v_ptr + v_at, mask=inside[:, None] & (column < c)[None, :], other=0.0), DOT)
-        if SCALED:
-            p = p * tl.load(vs_ptr + where * vs_page + place * vs_slot, mask=inside, other=0.0)[None, :]
-        high = p.to(DOT)
-        part = tl.dot(high, v, input_precision="ieee")
-        if tl.bfloat16 == DOT:  # what bf16 leaves of p, so that the sum is nearly that of fp32
-            part += tl.dot((p - high.to(tl.float32)).to(DOT), v, input_precision="ieee")
-        out = out * keep[:, None] + part
-        top = new
-    return top, total, out
+def _store(out_ptr, at, total, out, mask):
+    total = tl.where(total == 0.0, 1.0, total)  # a request without keys
+    out *= (1.0 / total)[:, None]
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _lowest(position, window, SPAN: tl.constexpr):
+    """The first split that a query at this position sees."""
+    return tl.where(window > 0, tl.maximum(position - window + 1, 0), 0) // SPAN
+
+
+@triton.jit
+def _queries(starts_ptr, requests, REQUESTS: tl.constexpr):
+    """How many queries each request has."""
+    request = tl.arange(0, REQUESTS)
+    mask = request < requests
+    return tl.load(starts_ptr + request + 1, mask=mask, other=0) - tl.load(starts_ptr + request, mask=mask, other=0)
+
+
+@triton.jit
+def _find(item, items):
+    """Whose an item is, where requests have `items` each, in turn; and which of its own."""
+    ends = tl.cumsum(items, 0)
+    b = tl.sum((ends <= item).to(tl.int32))
+    return b, item - tl.sum(tl.where(tl.arange(0, items.shape[0]) < b, items, 0))
 
 
 @triton.jit
 def _attend(
-    q_ptr, out_ptr, part_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr, table_ptr, starts_ptr, lengths_ptr, requests, page,
-    heads, per_group, c, table_row, q_row, q_head, k_page, k_group, k_slot, v_page, v_group, v_slot,
-    ks_page, ks_group, ks_slot, vs_page, vs_group, vs_slot, scale, softcap, window, temperature_len, log2_len,
-    PARTS: tl.constexpr, SOFTCAP: tl.constexpr, WARM: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr,
-    QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr, HEAD: tl.constexpr,
-    REQUESTS: tl.constexpr,
+    q, lowest, position, first, end, k_ptr, v_ptr, ks_ptr, vs_ptr, table_ptr, ks_page, ks_slot, vs_page, vs_slot,
+    scale, softcap, window, temperature_len, log2_len,
+    SPLITS: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, WARM: tl.constexpr, SCALED: tl.constexpr,
+    DOT: tl.constexpr, PAGE: tl.constexpr, K_PAGE: tl.constexpr, K_SLOT: tl.constexpr, V_PAGE: tl.constexpr,
+    V_SLOT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr,
+    HEAD: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    tile, group, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    # whose tile it is: requests have as many as their queries fill, in turn
-    request = tl.arange(0, REQUESTS)
-    mask = request < requests
-    n = tl.load(starts_ptr + request + 1, mask=mask, other=0) - tl.load(starts_ptr + request, mask=mask, other=0)
-    tiles = (n + QUERIES - 1) // QUERIES
-    ends = tl.cumsum(tiles, 0)
-    if tile < tl.max(ends):
-        b = tl.sum((ends <= tile).to(tl.int32))
-        own = request == b
-        query = (tile - tl.sum(tl.where(own, ends - tiles, 0))) * QUERIES
-        start = tl.load(starts_ptr + b)
-        count = tl.load(starts_ptr + b + 1) - start
-        length = tl.load(lengths_ptr + b)
-        row = tl.arange(0, ROWS)
-        per_query = ROWS // QUERIES
-        index, head = query + row // per_query, row % per_query
-        used = (index < count) & (head < per_group)
-        position = length - count + index
-        seen_from = tl.where(window > 0, tl.maximum(position - window + 1, 0), 0)
-        factor = tl.full((ROWS,), 1.0, tl.float32)
+    """Keys first..end−1 of one request, from the start of a split: maximum, sum and output of each row, over those that
+    it sees. They are those of one split, or where SPLITS of several, merged."""
+    top = tl.full((ROWS,), -float("inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    out = tl.zeros((ROWS, HEAD), tl.float32)
+    before, total_before, out_before = top, total, out
+    column = tl.arange(0, HEAD)
+    if WARM:
+        ones = tl.full((ROWS,), 1.0, tl.float32)
+        warm = tl.div_rn(tl.log2(tl.maximum(position, 1).to(tl.float32)), ones * log2_len)
+        factor = tl.where(position > temperature_len, warm, 1.0)[:, None]
+    for at in range(first, end, KEYS):
+        key = at + tl.arange(0, KEYS)
+        inside = key < end
+        page = tl.load(table_ptr + key // PAGE, mask=inside, other=0)
+        slot = key % PAGE
+        if UNIT < 16:
+            page = page.to(tl.int64)
+        mask = inside[:, None] & (column < C)[None, :]
+        k_at = (page * (K_PAGE // UNIT) + slot * (K_SLOT // UNIT)).to(tl.int64) * UNIT
+        v_at = (page * (V_PAGE // UNIT) + slot * (V_SLOT // UNIT)).to(tl.int64) * UNIT
+        k = tl.load(k_ptr + k_at[:, None] + column[None, :], mask=mask, other=0.0)
+        v = tl.load(v_ptr + v_at[:, None] + column[None, :], mask=mask, other=0.0)
+        s = tl.dot(q, tl.trans(as_type(k, DOT)), input_precision="ieee")
+        if SCALED:
+            s = s * tl.load(ks_ptr + page * ks_page + slot * ks_slot, mask=inside, other=0.0)[None, :]
+        # in base 2 from here on
+        if not SOFTCAP:
+            s = s * (scale * LOG2E)
+        elif tl.float32 == DOT:
+            s = softcap * tanh(s * scale / softcap) * LOG2E
+        else:  # tanh(x) = 1 − 2 / (1 + e^2x): near 0 not to its last place, but to that of a score
+            r = tl.rsqrt(1.0 + tl.exp2(s * (scale / softcap * (2 * LOG2E))))  # a division takes ten instructions
+            s = tl.fma(r * r, -2 * LOG2E * softcap, LOG2E * softcap)
         if WARM:
-            warm = tl.div_rn(tl.log2(tl.maximum(position, 1).to(tl.float32)), factor * log2_len)
-            factor = tl.where(position > temperature_len, warm, 1.0)
-        column = tl.arange(0, HEAD)
-        token = (start + index).to(tl.int64)
-        head = group * per_group + head
-        q_at = (token * q_row + head * q_head)[:, None] + column[None, :]
-        wide = used[:, None] & (column < c)[None, :]
-        q = as_type(tl.load(q_ptr + q_at, mask=wide, other=0.0), DOT)
-        low = tl.where(window > 0, tl.maximum(length - count + query - window + 1, 0), 0) // SPAN
-        high = tl.minimum(length - count + query + QUERIES, length)  # past the last key that a row of the tile sees
-        top = tl.full((ROWS,), -float("inf"), tl.float32)
-        total = tl.zeros((ROWS,), tl.float32)
-        out = tl.zeros((ROWS, HEAD), tl.float32)
-        if PARTS:
-            low = tl.maximum(low, part)
-        stop = tl.minimum(tl.cdiv(high, SPAN), part + 1) if PARTS else tl.cdiv(high, SPAN)
-        for split in range(low, stop):
-            top2, total2, out2 = _split(
-                q, split * SPAN, tl.minimum(split * SPAN + SPAN, high), position, seen_from,
-                k_ptr + group * k_group, v_ptr + group * v_group, ks_ptr + group * ks_group, vs_ptr + group * vs_group,
-                table_ptr + b.to(tl.int64) * table_row, page, k_page, k_slot, v_page, v_slot, ks_page, ks_slot,
-                vs_page, vs_slot, c, scale, softcap, factor, SOFTCAP, SCALED, DOT, ROWS, KEYS, HEAD,
-            )  # fmt: skip
-            top, total, out = _merge(top, total, out, top2, total2, out2)
-        if PARTS:
-            at = ((token * heads + head) * tl.num_programs(2) + part) * (HEAD + 2)
-            tl.store(part_ptr + at, top, mask=used)
-            tl.store(part_ptr + at + 1, total, mask=used)
-            tl.store(part_ptr + at[:, None] + 2 + column[None, :], out, mask=used[:, None])
+            s = s * factor
+        if at + KEYS > lowest + 1 or WINDOW:
+            seen = key[None, :] <= position[:, None]
+            if WINDOW:
+                seen = seen & (key[None, :] > position[:, None] - window)
+            s = tl.where(seen, s, -float("inf"))
+        if SPLITS and at % SPAN == 0:
+            before, total_before, out_before = _merge(before, total_before, out_before, top, total, out)
+            top = tl.full((ROWS,), -float("inf"), tl.float32)
+            total = tl.zeros((ROWS,), tl.float32)
+            out = tl.zeros((ROWS, HEAD), tl.float32)
+        new = tl.maximum(top, tl.max(s, 1))
+        keep = tl.exp2(top - _safe(new))
+        p = tl.exp2(s - _safe(new)[:, None])
+        total = total * keep + tl.sum(p, 1)
+        if SCALED:
+            p = p * tl.load(vs_ptr + page * vs_page + slot * vs_slot, mask=inside, other=0.0)[None, :]
+        v = as_type(v, DOT)
+        out *= keep[:, None]
+        if tl.bfloat16 == DOT:
+            bits = (p.to(tl.uint32, bitcast=True) + 0x8000) & 0xFFFF0000
+            high = bits.to(tl.float32, bitcast=True)  # p in bf16, by integers, since a cast and back takes a slow unit
+            out = tl.dot(high.to(DOT), v, out)
+            out = tl.dot((p - high).to(DOT), v, out)
         else:
-            total = tl.where(total == 0.0, 1.0, total)  # a request without keys
-            out = tl.div_rn(out, tl.broadcast_to(total[:, None], out.shape))
-            at = ((token * heads + head) * c)[:, None] + column[None, :]
-            tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=wide)
+            out = tl.dot(p, v, out, input_precision="ieee")
+        top = new
+    if SPLITS:
+        top, total, out = _merge(before, total_before, out_before, top, total, out)
+    return top, total, out
 
 
 @triton.jit
-def _combine(part_ptr, out_ptr, c, parts, HEAD: tl.constexpr):
-    """The splits of one token and head, from the first to the last."""
-    row = tl.program_id(0).to(tl.int64)
-    column, one = tl.arange(0, HEAD), tl.arange(0, 1)
-    top = tl.full((1,), -float("inf"), tl.float32)
-    total = tl.zeros((1,), tl.float32)
-    out = tl.zeros((1, HEAD), tl.float32)
-    for part in range(0, parts):
-        at = part_ptr + (row * parts + part) * (HEAD + 2)
-        out2 = tl.load(at + 2 + column)[None, :]
-        top, total, out = _merge(top, total, out, tl.load(at + one), tl.load(at + 1 + one), out2)
-    total = tl.where(total == 0.0, 1.0, total)
-    out = tl.div_rn(out, tl.broadcast_to(total[:, None], out.shape))
-    tl.store(out_ptr + row * c + column[None, :], out.to(out_ptr.dtype.element_ty), mask=(column < c)[None, :])
+def _whose(tile, tiles, queries, starts_ptr):
+    """The request of a tile, its first query, and how many of the request there are from it on."""
+    b, tile = _find(tile, tiles)
+    start, end = tl.load(starts_ptr + b), tl.load(starts_ptr + b + 1)
+    first = start + tile * queries
+    return b, first.to(tl.int64), end - first
+
+
+@triton.jit
+def _rows(
+    zero, left, q_row, q_head,
+    PER_GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Of a tile: the query of each row, and places and mask of its columns."""
+    row, column = zero + tl.arange(0, ROWS), tl.arange(0, HEAD)
+    index = row // PER_GROUP
+    at = (index * q_row + row % PER_GROUP * q_head)[:, None] + column[None, :]
+    return index, at, ((index < ROWS // PER_GROUP) & (index < left))[:, None] & (column < C)[None, :]
+
+
+@triton.jit
+def _tiles(
+    q_ptr, out_ptr, least, k_ptr, v_ptr, ks_ptr, vs_ptr, table_ptr, starts_ptr, lengths_ptr, requests,
+    heads, table_row, q_row, q_head, k_group, v_group,
+    ks_page, ks_group, ks_slot, vs_page, vs_group, vs_slot, scale, softcap, window, temperature_len, log2_len,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, WARM: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr,
+    PAGE: tl.constexpr, K_PAGE: tl.constexpr, K_SLOT: tl.constexpr, V_PAGE: tl.constexpr, V_SLOT: tl.constexpr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr, HEAD: tl.constexpr,
+    C: tl.constexpr, PER_GROUP: tl.constexpr, REQUESTS: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries and all of its keys, of the requests that have at least `least` queries."""
+    tile, group = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # those with the most keys begin
+    count = _queries(starts_ptr, requests, REQUESTS)
+    queries = ROWS // PER_GROUP
+    tiles = tl.where(count >= least, (count + queries - 1) // queries, 0)
+    if tile < tl.sum(tiles):
+        b, token, left = _whose(tile, tiles, queries, starts_ptr)
+        index, at, mask = _rows(0, left, q_row, q_head, PER_GROUP, ROWS, HEAD, C)
+        q = as_type(tl.load(q_ptr + token * q_row + group * PER_GROUP * q_head + at, mask=mask, other=0.0), DOT)
+        length = tl.load(lengths_ptr + b)
+        first = length - left
+        high = tl.minimum(first + queries, length)  # past the last key that a row of the tile sees
+        _top, total, out = _attend(
+            q, first, first + index, _lowest(first, window, SPAN) * SPAN, high,
+            k_ptr + group * k_group, v_ptr + group * v_group, ks_ptr + group * ks_group, vs_ptr + group * vs_group,
+            table_ptr + b.to(tl.int64) * table_row, ks_page, ks_slot, vs_page, vs_slot,
+            scale, softcap, window, temperature_len, log2_len, True, SOFTCAP, WINDOW, WARM, SCALED,
+            DOT, PAGE, K_PAGE, K_SLOT, V_PAGE, V_SLOT, UNIT, ROWS, KEYS, SPAN, HEAD, C,
+        )  # fmt: skip
+        zero = tl.program_id(2)  # as no compiler knows: places found again take no registers while keys go by
+        _index, at, mask = _rows(zero, left, heads * C, C, PER_GROUP, ROWS, HEAD, C)
+        _store(out_ptr + (token * heads + group * PER_GROUP) * C, at, total, out, mask)
+
+
+@triton.jit
+def _splits(
+    q_ptr, part_ptr, sums_ptr, parts, k_ptr, v_ptr, ks_ptr, vs_ptr, table_ptr, starts_ptr, lengths_ptr, requests,
+    heads, table_row, q_row, q_head, k_group, v_group,
+    ks_page, ks_group, ks_slot, vs_page, vs_group, vs_slot, scale, softcap, window, temperature_len, log2_len,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, WARM: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr,
+    PAGE: tl.constexpr, K_PAGE: tl.constexpr, K_SLOT: tl.constexpr, V_PAGE: tl.constexpr, V_SLOT: tl.constexpr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr, HEAD: tl.constexpr,
+    C: tl.constexpr, PER_GROUP: tl.constexpr, REQUESTS: tl.constexpr,
+):  # fmt: skip
+    """The splits of the requests with one query: part (B, H, parts, HEAD), and maximum and sum in sums (B, H, parts, 2)."""
+    count = _queries(starts_ptr, requests, REQUESTS)
+    request = tl.arange(0, REQUESTS)
+    lengths = tl.load(lengths_ptr + request, mask=request < requests, other=0)
+    items = tl.where(count == 1, tl.cdiv(lengths, SPAN) - _lowest(lengths - 1, window, SPAN), 0)
+    groups = heads // PER_GROUP
+    for item in range(tl.program_id(0), tl.sum(items) * groups, tl.num_programs(0)):
+        b, split = _find(item // groups, items)
+        group = item % groups
+        length = tl.load(lengths_ptr + b)
+        token = tl.load(starts_ptr + b).to(tl.int64)
+        split += _lowest(length - 1, window, SPAN)
+        row, column = tl.arange(0, ROWS), tl.arange(0, HEAD)
+        head = group * PER_GROUP + row
+        used = row < PER_GROUP
+        q_at = (token * q_row + head * q_head)[:, None] + column[None, :]
+        q = as_type(tl.load(q_ptr + q_at, mask=used[:, None] & (column < C)[None, :], other=0.0), DOT)
+        top, total, out = _attend(
+            q, length - 1, tl.zeros((ROWS,), tl.int32) + length - 1, split * SPAN, tl.minimum(split * SPAN + SPAN, length),
+            k_ptr + group * k_group, v_ptr + group * v_group, ks_ptr + group * ks_group, vs_ptr + group * vs_group,
+            table_ptr + b.to(tl.int64) * table_row, ks_page, ks_slot, vs_page, vs_slot,
+            scale, softcap, window, temperature_len, log2_len, False, SOFTCAP, WINDOW, WARM, SCALED,
+            DOT, PAGE, K_PAGE, K_SLOT, V_PAGE, V_SLOT, UNIT, ROWS, KEYS, SPAN, HEAD, C,
+        )  # fmt: skip
+        at = (b.to(tl.int64) * heads + head) * parts + split
+        tl.store(sums_ptr + at * 2, top, mask=used)
+        tl.store(sums_ptr + at * 2 + 1, total, mask=used)
+        tl.store(part_ptr + at[:, None] * HEAD + column[None, :], out, mask=used[:, None])
+
+
+@triton.jit
+def _combine(
+    part_ptr, sums_ptr, out_ptr, starts_ptr, lengths_ptr, heads, parts, window,
+    SPAN: tl.constexpr, HEAD: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The splits of one head of a request with one query, from the first to the last."""
+    b, head = tl.program_id(0), tl.program_id(1)
+    token = tl.load(starts_ptr + b).to(tl.int64)
+    if tl.load(starts_ptr + b + 1) == token + 1:
+        length = tl.load(lengths_ptr + b)
+        column, one = tl.arange(0, HEAD)[None, :], tl.arange(0, 1)
+        top = tl.full((1,), -float("inf"), tl.float32)
+        total = tl.zeros((1,), tl.float32)
+        out = tl.zeros((1, HEAD), tl.float32)
+        row = (b.to(tl.int64) * heads + head) * parts
+        for split in range(_lowest(length - 1, window, SPAN), tl.cdiv(length, SPAN)):
+            at = row + split
+            top2, total2 = tl.load(sums_ptr + at * 2 + one), tl.load(sums_ptr + at * 2 + 1 + one)
+            top, total, out = _merge(top, total, out, top2, total2, tl.load(part_ptr + at * HEAD + column))
+        _store(out_ptr, (token * heads + head) * C + column, total, out, column < C)
 
 
 def paged_attention(
@@ -189,29 +285,44 @@ def paged_attention(
 ) -> Tensor:
     (t, heads, c), (_, groups, page, _) = q_THC.shape, k_cache.shape
     requests, width = block_table.shape
-    out_THC = torch.zeros_like(q_THC, memory_format=torch.contiguous_format)
+    out_THC = torch.empty_like(q_THC, memory_format=torch.contiguous_format)
     per_group = heads // groups
     head = max(triton.next_power_of_2(c), 16)
-    per_query = triton.next_power_of_2(per_group)
-    rows = max(ROWS, per_query)
-    queries = rows // per_query
-    span = KEYS * SPLIT
-    parts = triton.cdiv(width * page, span) if max_query_len == 1 else 0
-    parts = 0 if parts == 1 else parts  # one split is merged with nothing
-    part = torch.empty((t, heads, parts, head + 2), dtype=torch.float32, device=q_THC.device)
     ks, vs = (k_cache, v_cache) if k_scale is None or v_scale is None else (k_scale, v_scale)
     fp32 = torch.float32 in (q_THC.dtype, k_cache.dtype)
-    tiles = t if max_query_len == 1 else triton.cdiv(t, queries) + requests
-    launch(
-        _attend, (tiles if requests else 0, groups, max(parts, 1)), q_THC, out_THC, part, as_known(k_cache),
-        as_known(v_cache), ks, vs, block_table, query_start, seq_lens, requests, page, heads, per_group, c,
-        block_table.stride(0), *q_THC.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], *ks.stride()[:3],
+    chip = chip_of(q_THC.device)
+    tile = attention("fp32" if fp32 else "bf16", k_cache.dtype, chip)
+    rows = max(tile.rows, triton.next_power_of_2(per_group))
+    args = (
+        as_known(k_cache), as_known(v_cache), ks, vs, block_table, query_start, seq_lens, requests, heads,
+        block_table.stride(0), *q_THC.stride()[:2], k_cache.stride(1), v_cache.stride(1), *ks.stride()[:3],
         *vs.stride()[:3], scale, softcap, window, temperature_len, math.log2(max(temperature_len, 2)),
-        PARTS=parts > 0, SOFTCAP=softcap > 0, WARM=temperature_len > 0, SCALED=k_scale is not None,
-        DOT=tl.float32 if fp32 else tl.bfloat16, QUERIES=queries, ROWS=rows, KEYS=KEYS, SPAN=span, HEAD=head,
-        REQUESTS=triton.next_power_of_2(max(requests, 1)), num_warps=8, num_stages=2,
-        enable_fp_fusion=False,
     )  # fmt: skip
-    if parts:
-        launch(_combine, (t * heads,), part, out_THC, c, parts, HEAD=head, num_warps=1, enable_fp_fusion=False)
+    strides = {
+        "K_PAGE": k_cache.stride(0), "K_SLOT": k_cache.stride(2), "V_PAGE": v_cache.stride(0), "V_SLOT": v_cache.stride(2),
+    }  # fmt: skip
+    meta = {
+        "SOFTCAP": softcap > 0, "WINDOW": window > 0, "WARM": temperature_len > 0, "SCALED": k_scale is not None,
+        "DOT": tl.float32 if fp32 else tl.bfloat16, "PAGE": page, **strides, "UNIT": math.gcd(16, *strides.values()),
+        "ROWS": rows, "KEYS": tile.keys, "SPAN": SPAN, "HEAD": head, "C": c, "PER_GROUP": per_group,
+        "REQUESTS": triton.next_power_of_2(max(requests, 1)), "num_warps": tile.warps, "num_stages": tile.stages,
+        "enable_fp_fusion": False,
+    }  # fmt: skip
+    if max_query_len != 1 and requests:
+        # where there is one request it has all queries, be it one
+        tiles = triton.cdiv(t, rows // per_group) + requests
+        launch(_tiles, (tiles, groups), q_THC, out_THC, 1 if requests == 1 else 2, *args, **meta)
+        if requests == 1:
+            return out_THC
+    parts = triton.cdiv(width * page, SPAN)
+    part = torch.empty((requests, heads, parts, head), dtype=torch.float32, device=q_THC.device)
+    sums = torch.empty((requests, heads, parts, 2), dtype=torch.float32, device=q_THC.device)
+    programs = min(requests * parts * groups, tile.resident * chip.multiprocessors)
+    if chip.capability:
+        meta["maxnreg"] = min(65536 // (32 * tile.warps * tile.resident) // 8 * 8, 255)
+    launch(_splits, (programs,), q_THC, part, sums, parts, *args, **meta)
+    launch(
+        _combine, (requests, heads), part, sums, out_THC, query_start, seq_lens, heads, parts, window,
+        SPAN=SPAN, HEAD=head, C=c, num_warps=1, enable_fp_fusion=False,
+    )  # fmt: skip
     return out_THC
