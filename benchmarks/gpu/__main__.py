@@ -19,7 +19,7 @@ from .stages import ROOT, stages
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument(
-        "patterns", nargs="*", metavar="PROBLEM", help="of `grok-engine bench kernels`; @cuda if not given"
+        "patterns", nargs="*", metavar="PROBLEM", help="of `grok-engine bench kernels`; @cuda-quick if not given"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="where results are kept")
     parser.add_argument("--only", action="append", metavar="STAGE", help="run this stage; may be given more than once")

@@ -34,7 +34,17 @@ NO_COUNTERS = ("ERR_NVGPUCTRPERM", "Failed to initialize the profiler", "Library
 def stages(name: str, folder: Path, patterns: Sequence[str] = ()) -> list[Stage]:
     """`name` is that of the chip and the day, `folder` where results go; `patterns` as for `grok-engine bench kernels`."""
     kernels, graphs, eager = (folder / f"{name}{end}.json" for end in ("", "-decode-graphs", "-decode-eager"))
-    measured = ("bench", "kernels", *patterns, "--device", "cuda", "--seconds", MEASURED_SECONDS, "--limit", "20")
+    measured = (
+        "bench",
+        "kernels",
+        *(patterns or ("@cuda-quick",)),
+        "--device",
+        "cuda",
+        "--seconds",
+        MEASURED_SECONDS,
+        "--limit",
+        "20",
+    )
     return [
         Stage("environment", lambda: [_module("environment", "about")], 20),
         Stage("build", _build, 600),

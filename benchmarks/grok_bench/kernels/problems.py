@@ -149,6 +149,19 @@ SETS: dict[str, tuple[str, ...]] = {
         *_set("group_tokens/grok-1/*/zipf-t{t}", t=(256, 16384)),
         *_set("sample_top_p/grok-1/decode/b{b}", b=(1, 64)),
     ),
+    # of `make bench-gpu`, in two minutes: every class once, and what decides between kernels
+    "cuda-quick": (
+        *_set("grouped_gemm/grok-1/*/{w}-fp8xfp8-even-t{t}", w=("w13", "w2"), t=(1, 64, 4096)),
+        "grouped_gemm/grok-1/prefill/w13-fp8xfp8-zipf-t4096", "grouped_gemm/grok-1/decode/w13-bf16-even-t64",
+        *_set("grouped_gemm/grok-1/*/w13-int8-even-t{t}", t=(1, 64, 4096)),
+        *_set("moe/grok-1/*/fp8dyn-even-t{t}", t=(1, 8, 32, 1024, 4096)),
+        *_set("moe/grok-1/*/int8-even-t{t}", t=(1, 32)),
+        *_set("paged_attention/grok-1/decode/bf16-p64-b{b}-l8192", b=(1, 64)),
+        "paged_attention/grok-1/decode/fp8-p64-b64-l8192", "paged_attention/grok-1/prefill/bf16-p64-q2048-l2048",
+        *_set("route_topk/grok-1/*/t{t}", t=(1, 256, 4096)), "group_tokens/grok-1/prefill/zipf-t16384",
+        *_set("{op}/grok-1/*/t256", op=("rms_norm", "sandwich_norm", "quantize_fp8")),
+        "rope_store_kv/grok-1/*/bf16-p64-t256", "sample_top_p/grok-1/decode/b64",
+    ),
     "quick": (
         "rms_norm/grok-1/decode/t64", "sandwich_norm/grok-1/decode/t64", "rope_store_kv/grok-1/decode/bf16-p16-t64",
         "paged_attention/grok-1-quarter/decode/bf16-p16-b1-l4096", "paged_attention/grok-1-quarter/decode/fp8-p16-b1-l4096",
