@@ -76,7 +76,7 @@ def test_everything_runs_and_ours_is_right(tmp_path: Path, capsys: pytest.Captur
             assert len(s.samples) == 2
 
 
-@pytest.mark.parametrize("name", ["cpu", "cuda", "quick"])
+@pytest.mark.parametrize("name", ["cpu", "cuda", "cuda-quick", "quick"])
 def test_the_sets_cover_every_op(name: str) -> None:
     assert {p.op for p in select(SETS[name])} >= set(OPS) - {"quantize_fp8" if name == "cpu" else "quantize_int8"}
     assert len(select(SETS[name])) < 120
@@ -125,7 +125,7 @@ def test_names_select_problems(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["nope/*"], "no problem matches 'nope/*': names are OP/MODEL/PHASE/DETAILS, of ops rms_norm, sandwich_norm"),
-        (["@none"], "'@none' is no set of problems: expected @cpu, @cuda, @quick"),
+        (["@none"], "'@none' is no set of problems: expected @cpu, @cuda, @cuda-quick, @quick"),
         (["rms_norm/grok-1/decode/t1", "--contestant", "FlashThing"], "no contestant matches 'FlashThing': there are grok"),
         (["--device", "tpu"], "there is no device 'tpu' here: expected one of cpu"),
         (["--plugin", "PLUGIN"], "NameError: name 'undefined' is not defined"),
