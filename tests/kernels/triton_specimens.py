@@ -63,6 +63,11 @@ def route_topk() -> Any:
 
 
 @specimen
+def route_and_group() -> Any:
+    return table.route_and_group(empty(64, D), empty(8, D, dtype=torch.float32), 2, 0.0, False)
+
+
+@specimen
 def group_tokens() -> Any:
     return table.group_tokens(empty(8192, 2, dtype=torch.int32), 8)
 

@@ -62,6 +62,21 @@ def _missing() -> str:
     return ""
 
 
+def route_and_group(
+    x: torch.Tensor, router: torch.Tensor, k: int, softcap: float = 0.0, renormalize: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`route_topk`, then `group_tokens` of its experts, in one launch for up to 1024 rows (T·k, of at most 8 experts).
+
+    The same bits as the two ops. Arguments as those of `route_topk`. Returns weights and experts (T, k), order (T·k,) and
+    offsets (E + 1,). NotImplementedError where this backend cannot run.
+    """
+    reason = _missing() or _supports(x, router)
+    if reason:
+        raise NotImplementedError(f"route_and_group cannot run: {reason}")
+    result: tuple[torch.Tensor, ...] = _kernel("route_and_group")(x, router, k, softcap, renormalize)
+    return result  # type: ignore[return-value]
+
+
 if _reason := _missing():
     registry.mark_missing("triton", _reason)
 for _op in OPS:

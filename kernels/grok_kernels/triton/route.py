@@ -16,11 +16,26 @@ ONE_HOT = 8192  # entries of a block's table of rows by experts, bounded by the 
 
 
 @triton.jit
+def _write_order(own, row, one_hot, before, total, order_ptr, offsets_ptr, e, first, EXPERTS: tl.constexpr):
+    """Where each row goes: after those of lower experts, `before` of its own, and those earlier in its block."""
+    expert = tl.arange(0, EXPERTS)
+    start = tl.cumsum(total, 0) - total
+    if first:
+        tl.store(offsets_ptr + expert, start, mask=expert < e)
+        tl.store(offsets_ptr + e, tl.sum(total, 0))
+    place = (start + before)[None, :] + tl.cumsum(one_hot, 0) - 1
+    place = tl.sum(tl.where(one_hot == 1, place, 0), 1)
+    tl.store(order_ptr + place, row, mask=(own >= 0) & (own < e))
+
+
+@triton.jit
 def _route(
-    x_ptr, router_ptr, weights_ptr, experts_ptr, t, d, e, k, x_stride, router_stride, softcap,
+    x_ptr, router_ptr, weights_ptr, experts_ptr, done_ptr, order_ptr, offsets_ptr,
+    t, d, e, k, x_stride, router_stride, softcap,
     SOFTCAP: tl.constexpr, RENORMALIZE: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr,
-    EXPERTS: tl.constexpr, COLUMNS: tl.constexpr,
+    EXPERTS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Where done_ptr, a zero that is left as one, the program that ends last groups the BLOCK rows of all."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     expert = tl.arange(0, EXPERTS)
     products = tl.zeros((TOKENS, EXPERTS, COLUMNS), tl.float32)
@@ -58,19 +73,66 @@ def _route(
     at = token[:, None] * k + place[None, :]
     tl.store(weights_ptr + at, weights, mask=used)
     tl.store(experts_ptr + at, experts, mask=used)
+    if done_ptr is not None:
+        tl.debug_barrier()  # all of this program's experts are written before it counts itself
+        if tl.atomic_add(done_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+            row = tl.arange(0, BLOCK)
+            own = tl.load(experts_ptr + row, mask=row < t * k, other=-1, cache_modifier=".cg")
+            one_hot = (own[:, None] == expert[None, :]).to(tl.int32)
+            total = tl.sum(one_hot, 0)
+            _write_order(own, row, one_hot, tl.zeros_like(total), total, order_ptr, offsets_ptr, e, True, EXPERTS)
+            tl.store(done_ptr, 0)
 
 
-def route_topk(x_TD: Tensor, router_ED: Tensor, k: int, softcap: float, renormalize: bool) -> tuple[Tensor, Tensor]:
+def _launch_route(
+    x_TD: Tensor, router_ED: Tensor, k: int, softcap: float, renormalize: bool,
+    done: Tensor | None = None, order: Tensor | None = None, offsets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     (t, d), e = x_TD.shape, router_ED.shape[0]
     weights_TA = torch.empty((t, k), dtype=torch.float32, device=x_TD.device)
     experts_TA = torch.empty((t, k), dtype=torch.int32, device=x_TD.device)
     padded = triton.next_power_of_2(e)
     launch(
-        _route, (triton.cdiv(t, TOKENS),), x_TD, router_ED, weights_TA, experts_TA, t, d, e, k, x_TD.stride(0),
-        router_ED.stride(0), softcap, SOFTCAP=softcap > 0, RENORMALIZE=renormalize, K=triton.next_power_of_2(k),
-        TOKENS=TOKENS, EXPERTS=padded, COLUMNS=max(COLUMNS * 8 // max(padded, 8), 32), num_warps=8,
+        _route, (triton.cdiv(t, TOKENS),), x_TD, router_ED, weights_TA, experts_TA, done, order, offsets, t, d, e, k,
+        x_TD.stride(0), router_ED.stride(0), softcap, SOFTCAP=softcap > 0, RENORMALIZE=renormalize,
+        K=triton.next_power_of_2(k), TOKENS=TOKENS, EXPERTS=padded, COLUMNS=max(COLUMNS * 8 // max(padded, 8), 32),
+        BLOCK=1 if done is None else triton.next_power_of_2(t * k), num_warps=8,
     )  # fmt: skip
     return weights_TA, experts_TA
+
+
+def route_topk(x_TD: Tensor, router_ED: Tensor, k: int, softcap: float, renormalize: bool) -> tuple[Tensor, Tensor]:
+    return _launch_route(x_TD, router_ED, k, softcap, renormalize)
+
+
+def route_and_group(
+    x_TD: Tensor, router_ED: Tensor, k: int, softcap: float, renormalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weights, experts, order and offsets: one launch where a block holds all rows, else those of the two ops."""
+    e, rows, device = router_ED.shape[0], x_TD.shape[0] * k, x_TD.device
+    if not 0 < rows <= _rows_of_a_block(triton.next_power_of_2(e)):
+        weights, experts = route_topk(x_TD, router_ED, k, softcap, renormalize)
+        return weights, experts, *group_tokens(experts, e)
+    order = torch.empty(rows, dtype=torch.int32, device=device)
+    offsets = torch.empty(e + 1, dtype=torch.int32, device=device)
+    return *_launch_route(x_TD, router_ED, k, softcap, renormalize, _done(device), order, offsets), order, offsets
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _done(device: torch.device) -> Tensor:
+    """A zero for the launches of one stream, which follow one another. A graph, which runs on any, has its own."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _counters:
+        _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _counters[key]
+
+
+def _rows_of_a_block(experts: int) -> int:
+    return max(min(ONE_HOT // experts, 1024), 1)
 
 
 @triton.jit
@@ -86,7 +148,6 @@ def _place(
     experts_ptr, counts_ptr, order_ptr, offsets_ptr, n, e, blocks,
     ALONE: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Where each row goes: after those of lower experts, of its expert's rows in earlier blocks, and earlier in its own."""
     block = tl.program_id(0)
     row, expert = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, EXPERTS)
     own = tl.load(experts_ptr + row, mask=row < n, other=-1)
@@ -100,13 +161,7 @@ def _place(
             count = tl.load(counts_ptr + other * EXPERTS + expert)
             before += tl.where(other < block, count, 0)
             total += count
-    start = tl.cumsum(total, 0) - total
-    if block == 0:
-        tl.store(offsets_ptr + expert, start, mask=expert < e)
-        tl.store(offsets_ptr + e, tl.sum(total, 0))
-    place = (start + before)[None, :] + tl.cumsum(one_hot, 0) - 1
-    place = tl.sum(tl.where(one_hot == 1, place, 0), 1)
-    tl.store(order_ptr + place, row, mask=(own >= 0) & (own < e))
+    _write_order(own, row, one_hot, before, total, order_ptr, offsets_ptr, e, block == 0, EXPERTS)
 
 
 def group_tokens(experts_TA: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -116,7 +171,7 @@ def group_tokens(experts_TA: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     order = torch.empty(n, dtype=torch.int32, device=device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
     padded = triton.next_power_of_2(num_experts)
-    block = max(min(ONE_HOT // padded, 1024, triton.next_power_of_2(max(n, 1))), 1)
+    block = min(_rows_of_a_block(padded), triton.next_power_of_2(max(n, 1)))
     blocks = max(triton.cdiv(n, block), 1)
     counts = torch.empty((blocks, padded), dtype=torch.int32, device=device)
     if blocks > 1:

@@ -1,4 +1,4 @@
-"""The function of every op that this backend serves, by the op's name. Imports Triton."""
+"""The function of every op that this backend serves, by the op's name, and of `route_and_group`. Imports Triton."""
 
 from .attention import paged_attention
 from .gemm import grouped_gemm
@@ -6,7 +6,7 @@ from .moe import moe
 from .norm import rms_norm, sandwich_norm
 from .quantize import quantize_fp8, quantize_int8
 from .rope import rope_store_kv
-from .route import group_tokens, route_topk
+from .route import group_tokens, route_and_group, route_topk
 from .sample import sample_top_p
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "quantize_int8",
     "rms_norm",
     "rope_store_kv",
+    "route_and_group",
     "route_topk",
     "sample_top_p",
     "sandwich_norm",
