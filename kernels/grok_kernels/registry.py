@@ -57,6 +57,7 @@ Key = tuple[str, bytes, "str | None"]  # op, signature, backend that `use_backen
 # device, no extension to take one) always goes the whole way.
 KNOWN = 4096  # calls kept; then all are forgotten, since working sets are far smaller and a repeated check is cheap
 _known: dict[Key, Kernel] = {}
+_capturable: dict[tuple[str | None, str], tuple[str | None, ...] | None] = {}  # as `capturable` gives it
 
 
 def _no_signature(args: tuple[Any, ...]) -> bytes | None:
@@ -104,16 +105,22 @@ def register(op: str, backend: str, supports: Supports = lambda *args: None) -> 
 
     def add(fn: Callable[..., Any]) -> Callable[..., Any]:
         _kernels[op, backend] = Kernel(op, backend, fn, supports)
-        _known.clear()
+        _forget()
         return fn
 
     return add
 
 
+def _forget() -> None:
+    """What was selected, since there is another choice now."""
+    _known.clear()
+    _capturable.clear()
+
+
 def mark_missing(backend: str, reason: str) -> None:
     """Say why no kernel of `backend` can run on this machine, for `backends()` and for errors."""
     _missing[backend] = reason
-    _known.clear()
+    _forget()
 
 
 def ask_when_shown(backend: str, why_not: Callable[[], str]) -> None:
@@ -200,8 +207,11 @@ def capturable(device: str) -> tuple[str | None, ...] | None:
 
     None where one of them is the reference, which waits for values on the device, as no graph can.
     """
-    found = tuple(preferred(op, device) for op in sorted({op for op, _ in _kernels}))
-    return None if "reference" in found else found
+    key = forced_backend(), device
+    if key not in _capturable:
+        found = tuple(preferred(op, device) for op in sorted({op for op, _ in _kernels}))
+        _capturable[key] = None if "reference" in found else found
+    return _capturable[key]
 
 
 def call(op: str, *args: Any) -> Any:

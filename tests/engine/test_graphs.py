@@ -22,6 +22,7 @@ from grok_engine.graphs import CudaCapture, DecodeGraphs, Run, rungs, widths
 from grok_engine.layers.weight import Table, Weight
 from grok_engine.models.decoder import Decoder
 from grok_engine.runner import GPU_SHARE
+from grok_kernels import registry
 from tests.engine.test_invariance import SHAPES, SMALL, assert_as_alone, make_engine, make_traffic
 
 
@@ -167,6 +168,22 @@ def test_the_backends_that_a_graph_holds() -> None:
         interpreted = grok_kernels.capturable("cuda")
     assert interpreted is not None
     assert "triton" in interpreted
+
+
+def test_a_backend_that_comes_or_goes_is_another_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = {key: kernel for key, kernel in registry._kernels.items() if key != ("rms_norm", "cuda")}
+    monkeypatch.setattr(registry, "_kernels", others)
+    monkeypatch.setattr(registry, "_missing", {})
+    registry._forget()
+    before = grok_kernels.capturable("cuda")
+    assert before is not None
+    registry.register("rms_norm", "cuda")(lambda *args: None)
+    assert grok_kernels.capturable("cuda") != before
+    registry.mark_missing("cuda", "gone")
+    registry.mark_missing("triton", "gone")
+    assert grok_kernels.capturable("cuda") is None
+    monkeypatch.undo()
+    registry._forget()
 
 
 def test_memory_of_all_graphs() -> None:
