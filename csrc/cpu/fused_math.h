@@ -2,8 +2,9 @@
 
 #include "math.h"
 
-// What attention's inner loops need of math.h, in half the operations: with fused multiply-adds where the instruction
-// set has them, and for the arguments that occur there. An element's bits differ between instruction sets.
+// What the inner loops of attention and of the expert layer need of math.h, in half the operations: with fused
+// multiply-adds where the instruction set has them, and for the arguments that occur there. An element's bits differ
+// between instruction sets.
 
 namespace grok::cpu {
 
@@ -48,6 +49,13 @@ GROK_INLINE float tanh_fused(float x) {
   const float e = exp_below<fused>(-2.0f * a);
   const float large = (1.0f - e) / (1.0f + e);
   return bits_to_float(float_to_bits(a < 0.4f ? small : large) | sign);
+}
+
+// 1 / (1 + e^-x), within 5 units in the last place; below −87, 0.
+template <bool fused>
+GROK_INLINE float sigmoid_fused(float x) {
+  const float e = exp_below<fused>(x < 0.0f ? x : -x);
+  return (x < 0.0f ? e : 1.0f) / (1.0f + e);
 }
 
 }  // namespace grok::cpu

@@ -150,13 +150,12 @@ float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::Ro
   BlockKernel kernel = f32_block(x.isa);
   int64_t most = kRunBlock * columns_of(x.path);  // columns at a time
 #if GROK_X86
-  const bool one_byte = size_of(w.elem) == 1, alone = block.last_tile - block.first_tile == 1;
   if (x.path == Path::bf16) {
     kernel = bf16_block_avx512;
-    if (w.packed && one_byte && alone) most = rows <= kDirectRows ? w.k : kRunsAhead * 4;
+    const bool alone = block.last_tile - block.first_tile == 1;
+    if (w.packed && w.elem != DType::bf16 && alone) most = w.k;  // in one stream, as the rows lie
   } else if (x.path == Path::int8) {
     kernel = int8_block_avx512;
-    if (w.packed && alone && rows > kWideRows) most = kRunsAhead * 4;
   }
 #endif
   const PanelOps& ops = panel_ops(x.isa);

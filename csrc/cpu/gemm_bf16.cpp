@@ -106,7 +106,7 @@ GROK_AVX512_BF16 void bf16_tile_avx512(const uint32_t* x, const uint8_t* w, int6
   load_sums(sum, c, first);
   for (int64_t run = 0; run < runs; ++run, w += kRunBytes, x += kRows, ahead.from += ahead.step) {
 #pragma GCC unroll 4
-    for (int line = 0; line < kLines; ++line) _mm_prefetch(ahead.from + 64 * line, _MM_HINT_T0);
+    for (int line = 0; line < kLines; ++line) _mm_prefetch(ahead.from + 64 * line, kLines == kAlone ? _MM_HINT_NTA : _MM_HINT_T0);
     _mm_prefetch(x + kRowsAhead * kRows, _MM_HINT_T0);
     __m512bh v[4];
 #pragma GCC unroll 4
@@ -119,6 +119,11 @@ GROK_AVX512_BF16 void bf16_tile_avx512(const uint32_t* x, const uint8_t* w, int6
     }
   }
   store_sums(sum, c);
+}
+
+// sum += v · pair. Written out: g++ 12 keeps many such sums in memory where the intrinsic is used.
+GROK_TARGET_INLINE void add_products(__m512& sum, __m512i v, const uint32_t* pair) {
+  asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(v), "m"(*pair));
 }
 
 // From weights of one byte, a run of 4 columns in 256 bytes; of these 16 · kWide outputs.
@@ -135,8 +140,8 @@ GROK_AVX512_BF16 void bf16_direct_avx512(const uint32_t* x, const uint8_t* w, in
       const Pairs v = convert(w + 64 * j);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        sum[r][j] = _mm512_dpbf16_ps(sum[r][j], (__m512bh)v.first, broadcast(x + r));
-        sum[r][j] = _mm512_dpbf16_ps(sum[r][j], (__m512bh)v.second, broadcast(x + kRows + r));
+        add_products(sum[r][j], v.first, x + r);
+        add_products(sum[r][j], v.second, x + kRows + r);
       }
     }
   }
@@ -166,7 +171,7 @@ constexpr TileKernel kTiles[] = {bf16_tile_avx512<1, kLines>, bf16_tile_avx512<2
 template <DType kElem>
 constexpr TileKernel kDirect[] = {bf16_direct_avx512<1, kElem, 4>, bf16_direct_avx512<2, kElem, 4>,
                                   bf16_direct_avx512<3, kElem, 4>, bf16_direct_avx512<4, kElem, 4>,
-                                  bf16_direct_avx512<5, kElem, 2>, bf16_direct_avx512<6, kElem, 2>};
+                                  bf16_direct_avx512<5, kElem, 4>, bf16_direct_avx512<6, kElem, 4>};
 
 }  // namespace
 
@@ -176,16 +181,9 @@ void bf16_block_avx512(const Block& b) {
   const uint32_t* x = b.x->at(*tiles, b.column / 2);
   if (b.elem != DType::bf16 && alone(b)) {
     const TileKernel kernel = (b.elem == DType::int8 ? kDirect<DType::int8> : kDirect<DType::e4m3>)[rows - 1];
-    if (rows <= kDirectRows) {
-      stream(b, quads, [&](int64_t run, int64_t count, bool first, Ahead ahead) {
-        kernel(x + 2 * run * rows, b.w + run * kRunBytes, count, b.c, first, ahead);
-      });
-      return;
-    }
-    for (int half = 0; half < 2; ++half) {
-      kernel(x, b.w + half * kRunBytes / 2, quads, b.c + half * kPanel / 2, b.first,
-             share_of(b, half * quads, 2 * quads));
-    }
+    stream(b, quads, [&](int64_t run, int64_t count, bool first, Ahead ahead) {
+      kernel(x + 2 * run * rows, b.w + run * kRunBytes, count, b.c, first, ahead);
+    });
     return;
   }
   if (b.elem == DType::bf16 && alone(b)) {

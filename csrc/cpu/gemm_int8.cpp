@@ -12,17 +12,23 @@ namespace {
 constexpr int64_t kGroupRuns = kScaleGroup / 4;
 static_assert(kRunsAhead % kGroupRuns == 0, "a group of columns has one scale");
 
-// With 16 · kWide outputs: c = or += Σ scale · sum, over groups of up to 128 columns. The sums of a group and those of all
-// are in registers together, which hold both for 6 rows and 32 outputs, or 3 and 64.
+// With 16 · kWide outputs: c = or += Σ scale · sum, over groups of up to 128 columns. The registers hold the sums of a group
+// and those of all together for 6 rows and 32 outputs, or 3 and 64; of a larger tile the latter are in c.
 template <int kRows, int kWide, int kLines>
 GROK_AVX512_BF16 void int8_tile_avx512(const uint32_t* x, const uint8_t* w, int64_t runs, const float* scale,
                                        const int32_t* bias, int64_t groups, float* c, bool first, Ahead ahead) {
   const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
-  __m512 total[kRows][kWide];
+  constexpr bool kHeld = kRows * kWide <= 12;
+  __m512 total[kHeld ? kRows : 1][kHeld ? kWide : 1];
+  const auto so_far = [&](int r, int j) GROK_AVX512_BF16 {
+    return first ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * kPanel + j * 16);
+  };
+  if constexpr (kHeld) {
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kWide; ++j) total[r][j] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * kPanel + j * 16);
+      for (int j = 0; j < kWide; ++j) total[r][j] = so_far(r, j);
+    }
   }
   while (runs > 0) {
     __m512i sum[kRows][kWide];
@@ -34,7 +40,7 @@ GROK_AVX512_BF16 void int8_tile_avx512(const uint32_t* x, const uint8_t* w, int6
     const int64_t count = runs < kGroupRuns ? runs : kGroupRuns;
     for (int64_t run = 0; run < count; ++run, w += kRunBytes, x += kRows, ahead.from += ahead.step) {
 #pragma GCC unroll 4
-      for (int line = 0; line < kLines; ++line) _mm_prefetch(ahead.from + 64 * line, _MM_HINT_T0);
+      for (int line = 0; line < kLines; ++line) _mm_prefetch(ahead.from + 64 * line, kLines == kAlone ? _MM_HINT_NTA : _MM_HINT_T0);
       _mm_prefetch(x + kRowsAhead * kRows, _MM_HINT_T0);
       __m512i v[kWide];
 #pragma GCC unroll 4
@@ -53,42 +59,47 @@ GROK_AVX512_BF16 void int8_tile_avx512(const uint32_t* x, const uint8_t* w, int6
 #pragma GCC unroll 4
       for (int j = 0; j < kWide; ++j) {
         const __m512 value = _mm512_maskz_cvtepi32_ps(0xffff, sum[r][j]);  // the plain one warns in g++ 12
-        total[r][j] = _mm512_fmadd_ps(value, s, total[r][j]);
+        if constexpr (kHeld) {
+          total[r][j] = _mm512_fmadd_ps(value, s, total[r][j]);
+        } else {
+          _mm512_storeu_ps(c + r * kPanel + j * 16, _mm512_fmadd_ps(value, s, so_far(r, j)));
+        }
       }
     }
     runs -= count;
+    if (!kHeld) first = false;
     ++scale;
     ++bias;
   }
+  if constexpr (kHeld) {
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kWide; ++j) _mm512_storeu_ps(c + r * kPanel + j * 16, total[r][j]);
+      for (int j = 0; j < kWide; ++j) _mm512_storeu_ps(c + r * kPanel + j * 16, total[r][j]);
+    }
   }
 }
 
 using TileKernel = void (*)(const uint32_t*, const uint8_t*, int64_t, const float*, const int32_t*, int64_t, float*,
                             bool, Ahead);
-constexpr TileKernel kWhole[] = {int8_tile_avx512<1, 4, kAlone>, int8_tile_avx512<2, 4, kAlone>,
-                                 int8_tile_avx512<3, 4, kAlone>};
-static_assert(sizeof kWhole / sizeof *kWhole == kWideRows);
-constexpr TileKernel kHalf[] = {int8_tile_avx512<1, 2, kShared>, int8_tile_avx512<2, 2, kShared>,
-                                int8_tile_avx512<3, 2, kShared>, int8_tile_avx512<4, 2, kShared>,
-                                int8_tile_avx512<5, 2, kShared>, int8_tile_avx512<6, 2, kShared>};
+template <int kWide, int kLines>
+constexpr TileKernel kTiles[] = {int8_tile_avx512<1, kWide, kLines>, int8_tile_avx512<2, kWide, kLines>,
+                                 int8_tile_avx512<3, kWide, kLines>, int8_tile_avx512<4, kWide, kLines>,
+                                 int8_tile_avx512<5, kWide, kLines>, int8_tile_avx512<6, kWide, kLines>};
 
 }  // namespace
 
 void int8_block_avx512(const Block& b) {
   const int64_t groups = b.x->groups, runs = (b.columns + 3) / 4;
   const int64_t tiles = b.rows->last_tile - b.rows->first_tile;
-  if (alone(b) && b.rows->rows <= kWideRows) {
+  if (alone(b)) {
     const PackedRows::Tile& t = b.x->tiles[b.rows->first_tile];
     const uint32_t* x = b.x->at(t, b.column / 4);
     const int64_t at = t.row * groups + b.column / kScaleGroup;
     stream(b, runs, [&](int64_t run, int64_t count, bool first, Ahead ahead) {
       const int64_t from = at + run / kGroupRuns;
-      kWhole[t.rows - 1](x + run * t.rows, b.w + run * kRunBytes, count, b.x->scales + from, b.x->bias + from, groups,
-                         b.c, first, ahead);
+      kTiles<4, kAlone>[t.rows - 1](x + run * t.rows, b.w + run * kRunBytes, count, b.x->scales + from,
+                                    b.x->bias + from, groups, b.c, first, ahead);
     });
     return;
   }
@@ -96,9 +107,9 @@ void int8_block_avx512(const Block& b) {
     for (int64_t i = 0; i < tiles; ++i) {
       const PackedRows::Tile& t = b.x->tiles[b.rows->first_tile + i];
       const int64_t at = t.row * groups + b.column / kScaleGroup;
-      kHalf[t.rows - 1](b.x->at(t, b.column / 4), b.w + half * kRunBytes / 2, runs, b.x->scales + at,
-                        b.x->bias + at, groups, b.c + (t.row - b.rows->row) * kPanel + half * kPanel / 2, b.first,
-                        share_of(b, (half * tiles + i) * runs, 2 * tiles * runs));
+      kTiles<2, kShared>[t.rows - 1](b.x->at(t, b.column / 4), b.w + half * kRunBytes / 2, runs, b.x->scales + at,
+                                     b.x->bias + at, groups, b.c + (t.row - b.rows->row) * kPanel + half * kPanel / 2,
+                                     b.first, share_of(b, (half * tiles + i) * runs, 2 * tiles * runs));
     }
   }
 }

@@ -21,8 +21,6 @@ struct Block {
 using BlockKernel = void (*)(const Block&);
 
 constexpr int64_t kStageBytes = 32 << 10;  // a block of columns of a panel as fp32 or as bf16, in the nearest cache
-constexpr int64_t kDirectRows = 4;      // bf16: with so few, whole runs of weights are converted in registers
-constexpr int64_t kWideRows = 3;        // int8: with so few, a tile meets whole runs
 
 // Memory that will be read soon is asked for while a tile computes: the machine's own prefetching ends with each page.
 // Several tiles share out the block that follows theirs; a tile alone runs ahead of itself.

@@ -1,6 +1,6 @@
 #include "panel_ops.h"
 
-#include "math.h"
+#include "fused_math.h"
 
 namespace grok::cpu {
 namespace {
@@ -29,22 +29,28 @@ GROK_INLINE void store_body(const float* c, int64_t rows, int64_t outputs, DType
   }
 }
 
+// 0.5 x (1 + tanh u) is x · sigmoid(2u), where nothing cancels.
+template <bool fused>
 GROK_INLINE float gelu_tanh(float x) {
-  return 0.5f * x * (1.0f + tanh_f(0.797884561f * (x + 0.044715f * (x * x * x))));
+  return x * sigmoid_fused<fused>(1.59576912f * (x + 0.044715f * (x * x * x)));
 }
 GROK_INLINE float gelu(float x) { return 0.5f * x * (1.0f + erf_f(x * 0.707106781f)); }
-GROK_INLINE float silu(float x) { return x / (1.0f + exp_f(-x)); }
+template <bool fused>
+GROK_INLINE float silu(float x) {
+  return x * sigmoid_fused<fused>(x);
+}
 
+template <bool fused>
 GROK_INLINE void activate_body(const float* gate, const float* up, int64_t rows, int64_t outputs, Activation activation,
                                DType elem, void* y, int64_t stride) {
   float row[kPanel];
   for (int64_t r = 0; r < rows; ++r, gate += kPanel, up += kPanel) {
     if (activation == Activation::gelu_tanh) {
-      for (int64_t n = 0; n < kPanel; ++n) row[n] = gelu_tanh(gate[n]) * up[n];
+      for (int64_t n = 0; n < kPanel; ++n) row[n] = gelu_tanh<fused>(gate[n]) * up[n];
     } else if (activation == Activation::gelu) {
       for (int64_t n = 0; n < kPanel; ++n) row[n] = gelu(gate[n]) * up[n];
     } else {
-      for (int64_t n = 0; n < kPanel; ++n) row[n] = silu(gate[n]) * up[n];
+      for (int64_t n = 0; n < kPanel; ++n) row[n] = silu<fused>(gate[n]) * up[n];
     }
     store_body(row, 1, outputs, elem, static_cast<char*>(y) + r * stride * size_of(elem), stride);
   }
@@ -59,7 +65,7 @@ GROK_INLINE void add_weighted_body(const float* c, int64_t rows, const int32_t* 
   }
 }
 
-#define GROK_PANEL_OPS(NAME, TARGET)                                                                                  \
+#define GROK_PANEL_OPS(NAME, TARGET, FUSED)                                                                           \
   TARGET void scale_##NAME(const float* c, const float* scale, int64_t rows, bool add, float* result) {               \
     scale_body(c, scale, rows, add, result);                                                                          \
   }                                                                                                                   \
@@ -68,7 +74,7 @@ GROK_INLINE void add_weighted_body(const float* c, int64_t rows, const int32_t* 
   }                                                                                                                   \
   TARGET void activate_##NAME(const float* gate, const float* up, int64_t rows, int64_t outputs, Activation activation, \
                               DType elem, void* y, int64_t stride) {                                                   \
-    activate_body(gate, up, rows, outputs, activation, elem, y, stride);                                              \
+    activate_body<FUSED>(gate, up, rows, outputs, activation, elem, y, stride);                                       \
   }                                                                                                                   \
   TARGET void add_weighted_##NAME(const float* c, int64_t rows, const int32_t* order, int64_t a, const float* weight, \
                                   float* y) {                                                                         \
@@ -76,10 +82,10 @@ GROK_INLINE void add_weighted_body(const float* c, int64_t rows, const int32_t* 
   }                                                                                                                   \
   constexpr PanelOps k_##NAME{scale_##NAME, store_##NAME, activate_##NAME, add_weighted_##NAME};
 
-GROK_PANEL_OPS(portable, )
+GROK_PANEL_OPS(portable, , false)
 #if GROK_X86
-GROK_PANEL_OPS(avx2, GROK_AVX2)
-GROK_PANEL_OPS(avx512, GROK_AVX512)
+GROK_PANEL_OPS(avx2, GROK_AVX2, true)
+GROK_PANEL_OPS(avx512, GROK_AVX512, true)
 #endif
 
 }  // namespace
