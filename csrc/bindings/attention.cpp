@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "bindings.h"
+#include "direct.h"
 #include "cpu/rope.h"
 
 namespace grok {
@@ -105,7 +106,7 @@ at::Tensor rope_store_kv(const at::Tensor& q, const at::Tensor& k, const at::Ten
     check(p.slots[t] >= -1 && p.slots[t] < places, op, ": slots[", t, "] is ", p.slots[t],
           ", expected -1 or more and less than P*S=", places, " of k_cache");
   }
-  at::Tensor out = at::empty(q.sizes(), q.options());
+  at::Tensor out = empty(q.sizes(), q.scalar_type());
   p.out = out.mutable_data_ptr();
   const int64_t per_token = (p.q.count + 2 * p.k.count) * p.head_size;
   at::parallel_for(0, count, rows_per_task(per_token), [&](int64_t begin, int64_t end) { tokens(p, begin, end); });
@@ -180,7 +181,7 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const
   p.window = window;
   p.temperature_len = temperature_len;
   check_requests(op, p, q.size(0), k_cache.size(0), block_table.size(1));
-  at::Tensor out = at::empty(q.sizes(), q.options());
+  at::Tensor out = empty(q.sizes(), q.scalar_type());
   p.out = out.mutable_data_ptr();
   thread_local cpu::Plan plan;
   const cpu::AttentionKernel kernel = cpu::attention_kernel(cpu::current_isa(), p.q_type, p.kv_type);
@@ -189,6 +190,8 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const
   run(plan.merges, plan.threads, [&](const cpu::Piece& tile) { kernel.merge(p, tile); });
   return out;
 }
+
+const Direct kDirect[] = {{"rope_store_kv", rope_store_kv}, {"paged_attention", paged_attention}};
 
 }  // namespace
 }  // namespace grok

@@ -4,8 +4,8 @@
 // hand pointers to the kernels, and register them in the namespace grok_cpu. The contract of each op, and the rest of
 // its checks, is in grok_kernels/ops.py; the schemas here are those of there.
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -27,6 +27,11 @@ inline void check_tensor(const char* op, const char* name, const at::Tensor& ten
   check(tensor.dim() == dims, op, ": ", name, " has shape ", tensor.sizes(), ", expected ", dims, " dimensions");
   check(tensor.size(-1) <= 1 || tensor.stride(-1) == 1 || tensor.numel() == 0, op, ": ", name, " has strides ",
         tensor.strides(), ", expected its last dimension contiguous");
+}
+
+// A new tensor on the CPU, without a way through the dispatcher.
+inline at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
+  return at::Tensor(at::detail::empty_cpu(sizes, dtype));
 }
 
 // Of an activation or a norm's weight.

@@ -7,6 +7,8 @@
 #include "cpu/gemm.h"
 #include "cpu/panel_ops.h"
 #include "cpu/quantize.h"
+#include "cpu/route.h"
+#include "direct.h"
 
 namespace grok {
 namespace {
@@ -186,7 +188,7 @@ at::Tensor grouped_gemm(const at::Tensor& x, const at::Tensor& weight, const std
   const Rows rows = rows_of(op, x, own_x_scale ? &*own_x_scale : nullptr);
   const at::ScalarType to = out_dtype.value_or(
       rows.elem == DType::f32 || rows.elem == DType::bf16 ? x.scalar_type() : at::kBFloat16);
-  at::Tensor y = at::empty({m, w.n}, x.options().dtype(to));
+  at::Tensor y = empty({m, w.n}, to);
   const DType y_elem = element(op, "out_dtype", y);
 
   const cpu::Isa isa = cpu::current_isa();
@@ -229,32 +231,38 @@ Rows quantize(cpu::Isa isa, DType to, const Rows& x, int64_t count, int64_t d, B
 }
 
 struct MoeWorkspace {
+  std::vector<int32_t> order, offsets;                     // of the rows by expert
   Buffer x, inner;                                         // packed
   Buffer values;                                           // act(gate) · up
   Buffer x_bytes, x_scales, inner_bytes, inner_scales;     // quantised
 };
 
-// The expert layer of some tokens. `format` f32: no quantising.
-void moe_tokens(const at::Tensor& x, const at::Tensor& topk_weights, const at::Tensor& experts, const Weights& w13,
-                const Weights& w2, cpu::Activation activation, DType format, const at::Tensor& y) {
-  const int64_t t = x.size(0), a = experts.size(1), d = w2.n, f = w2.k, e = w2.experts;
-  const int32_t* expert = experts.const_data_ptr<int32_t>();
-  std::vector<int64_t> starts(e + 1, 0);
-  for (int64_t i = 0; i < t * a; ++i) ++starts[expert[i] + 1];
-  for (int64_t i = 0; i < e; ++i) starts[i + 1] += starts[i];
-  std::vector<int32_t> order(t * a);
-  std::vector<int64_t> next(starts);
-  for (int64_t i = 0; i < t * a; ++i) order[next[expert[i]]++] = static_cast<int32_t>(i);
+struct Tokens {
+  int64_t count, a;            // tokens, and experts of each
+  Rows x;
+  const int32_t* experts;      // (count, a)
+  const float* weights;
+  char* y;                     // (count, D), of x's type
+};
 
+// The expert layer of some tokens. `format` f32: no quantising.
+void moe_tokens(const Tokens& tokens, const Weights& w13, const Weights& w2, cpu::Activation activation, DType format) {
+  const int64_t t = tokens.count, a = tokens.a, d = w2.n, f = w2.k, e = w2.experts;
+  thread_local MoeWorkspace w;
+  w.order.resize(t * a);
+  w.offsets.resize(e + 1);
+  cpu::group_tokens({.experts = tokens.experts, .order = w.order.data(), .offsets = w.offsets.data(), .stride = a, .rows = t,
+                     .a = a, .num_experts = e});
+  const std::vector<int64_t> starts(w.offsets.begin(), w.offsets.end());
+  const int32_t* order = w.order.data();
   const cpu::Isa isa = cpu::current_isa();
   const cpu::PanelOps& ops = cpu::panel_ops(isa);
-  thread_local MoeWorkspace w;
 
   // act(gate) · up of the grouped rows
-  Rows rows = rows_of("moe", x, nullptr);
+  Rows rows = tokens.x;
   const DType inner_elem = format == DType::f32 ? rows.elem : DType::f32;
   if (format != DType::f32) rows = quantize(isa, format, rows, t, d, w.x_bytes, w.x_scales);
-  rows.index = order.data();
+  rows.index = order;
   rows.index_divisor = a;
   PackedRows packed(choose_path(isa, rows.elem, w13), isa, w13.k, starts);
   packed.place(w.x.get<char>(packed.bytes()));
@@ -279,9 +287,6 @@ void moe_tokens(const at::Tensor& x, const at::Tensor& topk_weights, const at::T
   PackedRows packed_inner(choose_path(isa, inner_rows.elem, w2), isa, f, starts);
   packed_inner.place(w.inner.get<char>(packed_inner.bytes()));
   pack(packed_inner, inner_rows);
-  const float* weight = topk_weights.const_data_ptr<float>();
-  const DType y_elem = element("moe", "x", y);
-  char* out = static_cast<char*>(y.mutable_data_ptr());
   const auto& inner_blocks = packed_inner.blocks;
   share((d + cpu::kPanel - 1) / cpu::kPanel, [&](int64_t task, int64_t then) {
     const int64_t output = task * cpu::kPanel;
@@ -294,9 +299,10 @@ void moe_tokens(const at::Tensor& x, const at::Tensor& topk_weights, const at::T
                             : then < 0                  ? nullptr
                                                         : w2.panel(inner_blocks[0].expert, then * cpu::kPanel);
       const float* c = panel_product(packed_inner, w2, b, output, 0, next);
-      ops.add_weighted(c, b.rows, order.data() + b.row, a, weight, sum);
+      ops.add_weighted(c, b.rows, order + b.row, a, tokens.weights, sum);
     }
-    ops.store(sum, t, std::min(cpu::kPanel, d - output), y_elem, out + output * size_of(y_elem), d);
+    const DType elem = tokens.x.elem;
+    ops.store(sum, t, std::min(cpu::kPanel, d - output), elem, tokens.y + output * size_of(elem), d);
   });
   for (Buffer* buffer : {&w.x, &w.inner, &w.values, &w.inner_bytes}) keep(*buffer);
 }
@@ -325,14 +331,22 @@ at::Tensor moe(const at::Tensor& x, const at::Tensor& topk_weights, const at::Te
                    : activation == "gelu"    ? cpu::Activation::gelu
                                              : cpu::Activation::silu;
   const DType format = act_format == "fp8" ? DType::e4m3 : act_format == "int8" ? DType::int8 : DType::f32;
-  at::Tensor y = at::empty(x.sizes(), x.options());
-  for (int64_t from = 0; from < x.size(0); from += kTokens) {
-    const int64_t to = std::min(x.size(0), from + kTokens);
-    moe_tokens(x.slice(0, from, to), own_weights.slice(0, from, to), own_experts.slice(0, from, to), up, down, act,
-               format, y.slice(0, from, to));
+  at::Tensor y = empty(x.sizes(), x.scalar_type());
+  const int64_t a = experts.size(1);
+  Tokens tokens{0, a, rows_of(op, x, nullptr), expert, own_weights.const_data_ptr<float>(),
+                static_cast<char*>(y.mutable_data_ptr())};
+  for (int64_t left = x.size(0); left > 0; left -= tokens.count) {
+    tokens.count = std::min(left, kTokens);
+    moe_tokens(tokens, up, down, act, format);
+    tokens.x.data = static_cast<const char*>(tokens.x.data) + tokens.count * tokens.x.stride * size_of(tokens.x.elem);
+    tokens.experts += tokens.count * a;
+    tokens.weights += tokens.count * a;
+    tokens.y += tokens.count * down.n * size_of(tokens.x.elem);
   }
   return y;
 }
+
+const Direct kDirect[] = {{"grouped_gemm", grouped_gemm}, {"moe", moe}};
 
 }  // namespace
 }  // namespace grok

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "direct.h"
 #include "signature.h"
 #include "probe.h"
 
@@ -42,4 +43,5 @@ PYBIND11_MODULE(_C, module) {
   module.def("signature", &grok::signature, pybind11::arg("args"),
              "What the checks of a plain call on the CPU depend on, as bytes; None for any other call.");
   grok::define_probes(module);
+  grok::Direct::define_all(module);
 }

@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "bindings.h"
+#include "direct.h"
 
 namespace grok {
 namespace {
@@ -19,7 +20,7 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   p.d = x.size(1);
   const DType weight_dtype = check_weight("rms_norm", "weight", weight, "x", p.d);
   const auto rows = cpu::rms_norm_rows(cpu::current_isa(), float_dtype("rms_norm", "x", x), weight_dtype);
-  at::Tensor y = at::empty(x.sizes(), x.options());
+  at::Tensor y = empty(x.sizes(), x.scalar_type());
   p.x = x.const_data_ptr();
   p.weight = weight.const_data_ptr();
   p.y = y.mutable_data_ptr();
@@ -43,7 +44,7 @@ std::tuple<at::Tensor, at::Tensor> sandwich_norm(const at::Tensor& h, const at::
   if (post_weight) p.post_dtype = check_weight(op, "post_weight", *post_weight, "h", p.d);
   p.pre_dtype = check_weight(op, "pre_weight", pre_weight, "h", p.d);
   const auto rows = cpu::sandwich_norm_rows(cpu::current_isa(), float_dtype(op, "h", h));
-  at::Tensor sum = at::empty(h.sizes(), h.options()), y = at::empty(h.sizes(), h.options());
+  at::Tensor sum = empty(h.sizes(), h.scalar_type()), y = empty(h.sizes(), h.scalar_type());
   p.h = h.const_data_ptr();
   p.delta = delta.const_data_ptr();
   p.post_weight = post_weight ? post_weight->const_data_ptr() : nullptr;
@@ -56,6 +57,8 @@ std::tuple<at::Tensor, at::Tensor> sandwich_norm(const at::Tensor& h, const at::
   at::parallel_for(0, h.size(0), rows_per_task(p.d), [&](int64_t begin, int64_t end) { rows(p, begin, end); });
   return {sum, y};
 }
+
+const Direct kDirect[] = {{"rms_norm", rms_norm}, {"sandwich_norm", sandwich_norm}};
 
 }  // namespace
 }  // namespace grok

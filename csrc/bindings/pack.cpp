@@ -1,4 +1,5 @@
 #include "bindings.h"
+#include "direct.h"
 #include "cpu/pack.h"
 
 namespace grok {
@@ -54,7 +55,7 @@ at::Tensor packed_rows(const at::Tensor& packed, const at::Tensor& rows) {
   for (int64_t i = 0; i < rows.size(0); ++i) {
     check(row[i] >= 0 && row[i] < n, op, ": row ", row[i], " is not in 0..", n - 1);
   }
-  at::Tensor out = at::empty({rows.size(0), k}, packed.options());
+  at::Tensor out = empty({rows.size(0), k}, packed.scalar_type());
   const char* from = static_cast<const char*>(packed.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
   at::parallel_for(0, rows.size(0), std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, k)),
@@ -63,6 +64,8 @@ at::Tensor packed_rows(const at::Tensor& packed, const at::Tensor& rows) {
                    });
   return out;
 }
+
+const Direct kDirect[] = {{"pack_into", pack_into}, {"packed_rows", packed_rows}};
 
 }  // namespace
 }  // namespace grok

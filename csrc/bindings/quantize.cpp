@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "bindings.h"
+#include "direct.h"
 
 namespace grok {
 namespace {
@@ -16,8 +17,8 @@ std::tuple<at::Tensor, at::Tensor> quantize(const char* op, const at::Tensor& x,
   p.d = x.size(1);
   p.group = group_size ? group_size : std::max<int64_t>(1, p.d);
   p.groups = group_size ? (p.d + group_size - 1) / group_size : 1;
-  at::Tensor q = at::empty(x.sizes(), x.options().dtype(format == DType::e4m3 ? at::kFloat8_e4m3fn : at::kChar));
-  at::Tensor scale = at::empty({x.size(0), p.groups}, x.options().dtype(at::kFloat));
+  at::Tensor q = empty(x.sizes(), format == DType::e4m3 ? at::kFloat8_e4m3fn : at::kChar);
+  at::Tensor scale = empty({x.size(0), p.groups}, at::kFloat);
   p.x = x.const_data_ptr();
   p.q = q.mutable_data_ptr();
   p.scale = scale.mutable_data_ptr<float>();
@@ -33,6 +34,8 @@ std::tuple<at::Tensor, at::Tensor> quantize_fp8(const at::Tensor& x, int64_t gro
 std::tuple<at::Tensor, at::Tensor> quantize_int8(const at::Tensor& x, int64_t group_size) {
   return quantize("quantize_int8", x, group_size, DType::int8);
 }
+
+const Direct kDirect[] = {{"quantize_fp8", quantize_fp8}, {"quantize_int8", quantize_int8}};
 
 }  // namespace
 }  // namespace grok

@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "bindings.h"
+#include "direct.h"
 
 namespace grok {
 namespace {
@@ -19,8 +20,8 @@ std::tuple<at::Tensor, at::Tensor> route_topk(const at::Tensor& x, const at::Ten
         ", expected Float");
   check(k >= 1 && k <= router.size(0), op, ": k=", k, ", expected 1..E=", router.size(0));
   const auto rows = cpu::route_topk_rows(cpu::current_isa(), float_dtype(op, "x", x));
-  at::Tensor weights = at::empty({x.size(0), k}, x.options().dtype(at::kFloat));
-  at::Tensor experts = at::empty({x.size(0), k}, x.options().dtype(at::kInt));
+  at::Tensor weights = empty({x.size(0), k}, at::kFloat);
+  at::Tensor experts = empty({x.size(0), k}, at::kInt);
   cpu::RouteTopk p{};
   p.x = x.const_data_ptr();
   p.router = router.const_data_ptr<float>();
@@ -47,8 +48,8 @@ std::tuple<at::Tensor, at::Tensor> group_tokens(const at::Tensor& experts, int64
   check(experts.numel() <= kMost, op, ": experts has shape ", experts.sizes(), ", expected ", kMost,
         " entries at most");
   check(num_experts >= 1 && num_experts <= kMost, op, ": num_experts=", num_experts, ", expected 1..", kMost);
-  at::Tensor order = at::empty({experts.numel()}, experts.options());
-  at::Tensor offsets = at::empty({num_experts + 1}, experts.options());
+  at::Tensor order = empty({experts.numel()}, at::kInt);
+  at::Tensor offsets = empty({num_experts + 1}, at::kInt);
   cpu::GroupTokens p{};
   p.experts = experts.const_data_ptr<int32_t>();
   p.order = order.mutable_data_ptr<int32_t>();
@@ -60,6 +61,8 @@ std::tuple<at::Tensor, at::Tensor> group_tokens(const at::Tensor& experts, int64
   cpu::group_tokens(p);
   return {order, offsets};
 }
+
+const Direct kDirect[] = {{"route_topk", route_topk}, {"group_tokens", group_tokens}};
 
 }  // namespace
 }  // namespace grok

@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "bindings.h"
+#include "direct.h"
 
 namespace grok {
 namespace {
@@ -29,7 +30,7 @@ at::Tensor sample_top_p(const at::Tensor& logits, const at::Tensor& temperature,
   p.temperature = row_values("temperature", temperature, b);
   p.top_p = row_values("top_p", top_p, b);
   p.uniform = row_values("uniform", uniform, b);
-  at::Tensor tokens = at::empty({b}, logits.options().dtype(at::kLong));
+  at::Tensor tokens = empty({b}, at::kLong);
   p.logits = logits.const_data_ptr();
   p.tokens = tokens.mutable_data_ptr<int64_t>();
   p.logits_stride = logits.stride(0);
@@ -37,6 +38,8 @@ at::Tensor sample_top_p(const at::Tensor& logits, const at::Tensor& temperature,
   at::parallel_for(0, b, rows_per_task, [&](int64_t begin, int64_t end) { rows(p, begin, end); });
   return tokens;
 }
+
+const Direct kDirect[] = {{"sample_top_p", sample_top_p}};
 
 }  // namespace
 }  // namespace grok

@@ -1,4 +1,7 @@
-"""The native extension: importing it registers the ops of `grok_cpu::`. Used through `grok_kernels.cpu`."""
+"""The native extension: importing it registers the ops of `grok_cpu::`. Used through `grok_kernels.cpu`.
+
+Beside each op, it has a function of that name, which takes the same arguments past torch's dispatcher.
+"""
 
 from torch import Tensor
 

@@ -94,7 +94,7 @@ def _supports_moe(*args: Any) -> str | None:
 
 if _module is not None:
     registry.take_signatures(_module.signature)
-    packing.take_native(torch.ops.grok_cpu)
-    for _op in OPS:  # the schema of `grok_cpu::<op>` is that of `grok::<op>`
+    packing.take_native(_module)
+    for _op in OPS:  # the extension's own function beside `grok_cpu::<op>`: the same, without the dispatcher
         _check = _supports_moe if _op == "moe" else _supports
-        registry.register(_op, "cpu", supports=_check)(getattr(torch.ops.grok_cpu, _op).default)
+        registry.register(_op, "cpu", supports=_check)(getattr(_module, _op))

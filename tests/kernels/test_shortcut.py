@@ -224,3 +224,11 @@ def test_inference_tensors_and_strides_are_known_apart(dispatched: list[str]) ->
             a, b = grok_kernels.rms_norm(x, W), grok_kernels.rms_norm(x.contiguous().clone(), W)
             assert torch.equal(a, b)
     assert of("rms_norm")
+
+
+def test_a_known_call_goes_past_the_dispatcher_and_the_profiler_sees_it() -> None:
+    x, weight = torch.randn(2, 8), torch.ones(8)
+    grok_kernels.rms_norm(x, weight)  # known from now on
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        grok_kernels.rms_norm(x, weight)
+    assert [event.name for event in profile.events()] == ["rms_norm"]
