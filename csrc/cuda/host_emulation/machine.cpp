@@ -265,7 +265,7 @@ uint64_t Machine::random() {  // splitmix64
 }
 
 void Machine::defer(std::function<void()> run, std::string what) {
-  if (lazy()) {
+  if (lazy() && random() % 2) {
     pending.push_back({std::move(run), std::move(what)});
   } else {
     run();

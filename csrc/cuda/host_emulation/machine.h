@@ -25,7 +25,8 @@ struct Dim3 {
 };
 
 // How a launch is scheduled. Seed 0: threads in order, and copies and products done when issued. Any other seed: threads
-// in a random order, and copies and products done as late as the waits for them allow, in any order the chip may take.
+// in a random order, products done as late as the waits for them allow, and of the copies one half too, in any order the
+// chip may take, the other half when issued.
 struct Options {
   uint64_t seed = 0;
 };
@@ -126,7 +127,7 @@ struct Machine {
 
   bool lazy() const { return random_state != 0; }
   uint64_t random();
-  void defer(std::function<void()> run, std::string what);  // at once where not lazy
+  void defer(std::function<void()> run, std::string what);  // or at once
 };
 
 Machine& machine();

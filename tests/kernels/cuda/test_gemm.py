@@ -297,6 +297,14 @@ def test_gate_and_up_with_the_quantisation_of_their_product(emulated: Emulated, 
         assert (error <= np.abs(inner[:, group]) * 2.0**-4 + got[:, None] * 2.0**-9 + 1e-5 * size[:, None]).all()
 
 
+def test_a_nan_of_the_weights_stays_in_its_group(emulated: Emulated) -> None:
+    """Past the gate's last row lie those of the up projection, which a short last group must not count."""
+    c = case(5, 2 * 176, 144, [0, 5])
+    c["weight"][0, 176 + 3] = torch.tensor(NAN).to(FP8)
+    scale = emulated.gate_up(**c, activation="silu")[1]
+    assert scale.isnan().tolist() == [[True, False]] * 5
+
+
 def layer(t: int, d: int, f: int, e: int = 4) -> dict[str, Any]:
     return {
         "x": randn(t, d).bfloat16(), "topk_weights": randn(t, 2, seed=7).abs(),
