@@ -227,6 +227,15 @@ __device__ __forceinline__ void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
 }
 
+// The same, for the accumulators of products that are then done. To the compiler those are written where the product is
+// issued: this keeps it from reading them before the wait.
+template <int kGroups, int kCount>
+__device__ __forceinline__ void wait_products(float (&d)[kCount]) {
+  wait_products<kGroups>();
+#pragma unroll
+  for (float& sum : d) asm volatile("" : "+f"(sum)::"memory");
+}
+
 // What wgmma knows of an operand: a tile whose rows (128 bytes of K) are swizzled. Bits 0..13 the address / 16; 32..45 the
 // distance between groups of 8 rows / 16 (1024 bytes); 62..63 the swizzle (1: 128 bytes). A step of K within the row adds
 // its bytes / 16.

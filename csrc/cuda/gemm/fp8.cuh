@@ -51,9 +51,6 @@ __device__ __forceinline__ void load_scales(const Fp8& p, typename Config::Share
       }
       sm90::arrive_after_copies(shared.ring.full[at.stage]);
     }
-  // No block may end while others arrive at its barriers, nor this warp while copies are under way: all stages come
-  // back.
-  for (int i = 0; i < Config::kStages; ++i, at.advance()) wait_empty(shared.ring, at);
 }
 
 // Multiplies one stage: kSums partial sums in registers, kHalves · kSums whole ones, and the rows, which are read once
@@ -81,7 +78,7 @@ __device__ __forceinline__ void multiply_stage(typename Config::Shared& shared, 
     for (int k = 0; k < kDepth; k += 32)
       sm90::multiply_e4m3<kColumns>(partial, x[k / 32], sm90::advance(weight, k), k > 0);
     sm90::commit_products();
-    sm90::wait_products<0>();
+    sm90::wait_products<0>(partial);
     if (half == kHalves - 1) {
       __syncwarp();  // all lanes have their scales
       if (sm90::lane_index() < kCluster) sm90::arrive_at(shared.ring.empty[at.stage], sm90::lane_index());
@@ -144,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, 1) fp8_kernel(const __grid_constant_
     multiply_tiles<Output, kHalves, kColumns>(p, shared);
   }
   __syncwarp();
-  sm90::cluster_sync();
+  sm90::cluster_sync();  // no block may end while another arrives at its barriers
 }
 
 }  // namespace grok::cuda::gemm

@@ -123,6 +123,10 @@ template <int kGroups>
 void wait_products() {
   wait_product_groups(kGroups);
 }
+template <int kGroups, int kCount>
+void wait_products(float (&)[kCount]) {
+  wait_product_groups(kGroups);
+}
 void load_matrices(uint32_t (&m)[4], const void* row);
 void store_matrices(void* row, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3);
 void store_transposed(void* row, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3);
