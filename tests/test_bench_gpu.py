@@ -26,9 +26,11 @@ def python(name: str, code: str, **options: Any) -> Command:
     return Command(name, (sys.executable, "-c", code), **options)
 
 
-def outcomes(tmp_path: Path, *commands: Command, limit: float = 20.0, correctness: bool = True) -> dict[str, Outcome]:
+def outcomes(
+    tmp_path: Path, *commands: Command, limit: float = 20.0, correctness: bool = True, at_once: bool = True
+) -> dict[str, Outcome]:
     said: list[str] = []
-    found = run(Stage("stage", lambda: commands, limit, correctness), tmp_path, said.append)
+    found = run(Stage("stage", lambda: commands, limit, correctness, at_once), tmp_path, said.append)
     assert said[0] == "== stage"
     return {o.command: o for o in found}
 
@@ -84,6 +86,15 @@ def test_commands_of_a_stage_run_at_the_same_time(tmp_path: Path) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     found = outcomes(tmp_path, python("a", wait.format(a=a, b=b)), python("b", wait.format(a=b, b=a)))
     assert [o.status for o in found.values()] == ["passed", "passed"]
+
+
+def test_commands_of_a_measurement_run_one_after_another(tmp_path: Path) -> None:
+    alone = "import os, time\nos.mkdir('X')\ntime.sleep(0.2)\nos.rmdir('X')".replace("X", str(tmp_path / "running"))
+    hangs = python("hangs", "import time; time.sleep(600)")
+    commands = (python("a", alone), python("b", alone), hangs, python("never", alone))
+    found = outcomes(tmp_path, *commands, limit=4.0, at_once=False)
+    assert [o.status for o in found.values()] == ["passed", "passed", "timed out", "missing"]
+    assert found["never"].said == "the stage's 4 s were over"
 
 
 def test_a_stage_that_lacks_what_an_earlier_one_leaves(tmp_path: Path) -> None:
@@ -172,3 +183,22 @@ def test_the_tests_without_a_gpu(tmp_path: Path) -> None:
     assert found.status == "failed"
     assert "GROK_TEST_DEVICE=cuda, and there is no GPU" in found.said
     assert "Traceback" not in found.log.read_text()
+
+
+def test_the_tests_for_a_gpu_work(tmp_path: Path) -> None:
+    """On copies on the CPU, at small sizes: what is wrong in them shows here, and not where there is a GPU for minutes."""
+    pytest_ = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    env = {"GROK_TEST_DEVICE": "cpu:0"}
+    found = outcomes(
+        tmp_path,
+        Command(
+            "full size", (*pytest_, "tests/gpu/test_full_size.py", "-k", "selected and not prefill and not 9-"), env
+        ),
+        Command(
+            "engine", (*pytest_, "tests/gpu/test_engine.py", "-k", "tiny or grok-1 and int8 or folder or left"), env
+        ),
+        Command("ops", (*pytest_, "tests/kernels/test_ops_norm.py", "-k", "selected and not refuses"), env),
+        limit=240.0,
+    )
+    assert [o.status for o in found.values()] == ["passed"] * 3, found
+    assert all(" passed" in o.said for o in found.values())

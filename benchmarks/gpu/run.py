@@ -31,12 +31,13 @@ class Command:
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands that run at the same time, so that a stage of measurements has one. They are made when it begins."""
+    """Commands, made when it begins. `at_once`: they run side by side, as those that measure must not."""
 
     name: str
     commands: Callable[[], Sequence[Command]]
     limit: float
     correctness: bool = False  # whether its failure is that of the whole
+    at_once: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,46 +59,57 @@ def run(stage: Stage, folder: Path, say: Callable[[str], None] = print) -> list[
     """Run a stage; each command's output is a file in `folder`."""
     say(f"== {stage.name}")
     outcomes: list[Outcome] = []
-    running: list[tuple[Command, subprocess.Popen[bytes], Path]] = []
+    running: list[_Running] = []
+    commands: list[Command] = []
     try:
-        commands = stage.commands()
+        commands += stage.commands()
     except Exception as error:  # a stage that reads what an earlier one did not leave
-        commands = []
         outcomes.append(_outcome(stage, stage.name, "missing", 0.0, f"{type(error).__name__}: {error}", folder))
-    began = time.monotonic()
-    for command in commands:
-        log = folder / f"{command.name}.log"
-        if shutil.which(command.argv[0]) is None:
-            said = f"{command.argv[0]} is not on the path"
-            outcomes.append(_outcome(stage, command.name, "missing", 0.0, said, log))
-            continue
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                command.argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-                env={**os.environ, **command.env}, start_new_session=True,
-            )  # fmt: skip
-        running.append((command, process, log))
+    end = time.monotonic() + stage.limit
     try:
-        while running:
-            late = time.monotonic() - began > stage.limit
+        while commands or running:
+            late = time.monotonic() > end
             if late:
-                _end([process for _, process, _ in running])
-            for item in list(running):
-                command, process, log = item
-                if process.poll() is None:
-                    continue
-                running.remove(item)
-                _end([process])  # what it left behind
-                outcomes.append(_judged(stage, command, process.returncode, late, time.monotonic() - began, log))
+                _end([r.process for r in running])
+            for r in [r for r in running if r.process.poll() is not None]:
+                running.remove(r)
+                _end([r.process])  # what it left behind
+                outcomes.append(_judged(stage, r, late))
+            while commands and (stage.at_once or not running):
+                command = commands.pop(0)
+                log = folder / f"{command.name}.log"
+                why = "" if shutil.which(command.argv[0]) else f"{command.argv[0]} is not on the path"
+                if why or late:
+                    why = why or f"the stage's {stage.limit:g} s were over"
+                    outcomes.append(_outcome(stage, command.name, "missing", 0.0, why, log))
+                else:
+                    running.append(_started(command, log))
             time.sleep(0.05)
     finally:
-        _end([process for _, process, _ in running])
+        _end([r.process for r in running])
     for outcome in outcomes:
         say(f"   {_line(outcome)}")
         if outcome.status in ("failed", "timed out"):
             for text in _tail(outcome.log)[-SHOWN:]:
                 say(f"      | {text}")
     return outcomes
+
+
+@dataclass
+class _Running:
+    command: Command
+    process: subprocess.Popen[bytes]
+    log: Path
+    began: float
+
+
+def _started(command: Command, log: Path) -> _Running:
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command.argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+            env={**os.environ, **command.env}, start_new_session=True,
+        )  # fmt: skip
+    return _Running(command, process, log, time.monotonic())
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -119,8 +131,8 @@ def _signal(process: subprocess.Popen[bytes], number: int) -> None:
         os.killpg(process.pid, number)
 
 
-def _judged(stage: Stage, command: Command, code: int, late: bool, seconds: float, log: Path) -> Outcome:
-    lines = _tail(log)
+def _judged(stage: Stage, r: _Running, late: bool) -> Outcome:
+    command, code, lines = r.command, r.process.returncode, _tail(r.log)
     said = lines[-1] if lines else ""
     refused = next((line for line in lines if any(word in line for word in command.refusals)), None)
     if code == SKIPPED:
@@ -132,7 +144,7 @@ def _judged(stage: Stage, command: Command, code: int, late: bool, seconds: floa
     else:
         status = "failed" if code else "passed"
         said = f"status {code}; {said}" if code else said
-    return _outcome(stage, command.name, status, seconds, said, log)
+    return _outcome(stage, command.name, status, time.monotonic() - r.began, said, r.log)
 
 
 def _outcome(stage: Stage, command: str, status: Status, seconds: float, said: str, log: Path) -> Outcome:

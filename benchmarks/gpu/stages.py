@@ -9,6 +9,8 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from .run import Command, Stage
 from .slowest import slowest
 
@@ -20,9 +22,10 @@ OPS = (
     "test_ops_norm.py", "test_ops_attention.py", "test_ops_moe.py", "test_ops_sample.py", "test_triton_gemm.py",
     "test_triton_attention.py",
 )  # fmt: skip
+FULL_SIZE = 18 << 30  # bytes that the tests at full size may hold at once
 MEASURED_SECONDS = "0.4"  # of rounds, a problem
 LATENCY = (
-    "bench", "latency", "--device", "cuda", "--model", "grok-1", "--layers", "2", "--dummy", "--weights", "fp8",
+    "latency", "--device", "cuda", "--model", "grok-1", "--layers", "2", "--dummy", "--weights", "fp8",
     "--batch-size", "8", "--input-len", "256", "--output-len", "64", "--num-iters", "3", "--num-iters-warmup", "1",
     "--max-num-seqs", "8", "--max-model-len", "2048",
 )  # fmt: skip
@@ -34,25 +37,15 @@ NO_COUNTERS = ("ERR_NVGPUCTRPERM", "Failed to initialize the profiler", "Library
 def stages(name: str, folder: Path, patterns: Sequence[str] = ()) -> list[Stage]:
     """`name` is that of the chip and the day, `folder` where results go; `patterns` as for `grok-engine bench kernels`."""
     kernels, graphs, eager = (folder / f"{name}{end}.json" for end in ("", "-decode-graphs", "-decode-eager"))
-    measured = (
-        "bench",
-        "kernels",
-        *(patterns or ("@cuda-quick",)),
-        "--device",
-        "cuda",
-        "--seconds",
-        MEASURED_SECONDS,
-        "--limit",
-        "20",
-    )
+    kernel_args = [*(patterns or ["@cuda-quick"]), "--device", "cuda", "--seconds", MEASURED_SECONDS, "--limit", "20"]
     return [
         Stage("environment", lambda: [_module("environment", "about")], 20),
         Stage("build", _build, 600),
-        Stage("correctness", lambda: [*_tests(), *_sanitizers()], 200, correctness=True),
-        Stage("kernels", lambda: [_engine("kernels", *measured, "--json", str(kernels))], 150),
-        Stage("decode with graphs", lambda: [_engine("decode-graphs", *LATENCY, "--json", str(graphs))], 30),
+        Stage("correctness", lambda: [*_tests(), *_sanitizers()], 190, correctness=True, at_once=True),
+        Stage("kernels", lambda: [_bench("kernels", "kernels", *kernel_args, "--json", str(kernels))], 130),
+        Stage("decode with graphs", lambda: [_bench("decode-graphs", *LATENCY, "--json", str(graphs))], 45),
         Stage(
-            "decode without", lambda: [_engine("decode-eager", *LATENCY, "--enforce-eager", "--json", str(eager))], 30
+            "decode without", lambda: [_bench("decode-eager", *LATENCY, "--enforce-eager", "--json", str(eager))], 40
         ),
         Stage("profiles", lambda: [_profile(*which) for which in slowest(kernels)], 50),
     ]
@@ -62,8 +55,8 @@ def _module(name: str, module: str, *args: str, **env: str) -> Command:
     return Command(name, (PYTHON, "-m", f"benchmarks.gpu.{module}", *args), {"PYTHONUNBUFFERED": "1", **env})
 
 
-def _engine(name: str, *args: str) -> Command:
-    return Command(name, (PYTHON, "-m", "grok_engine.cli", *args), {"PYTHONUNBUFFERED": "1"})
+def _bench(name: str, *args: str) -> Command:
+    return Command(name, (PYTHON, "-m", "grok_engine.cli", "bench", *args), {"PYTHONUNBUFFERED": "1"})
 
 
 def _build() -> list[Command]:
@@ -77,11 +70,13 @@ def _build() -> list[Command]:
 
 def _tests() -> list[Command]:
     """Side by side: compiling the kernels takes most of the time, and it is the host's."""
-    shards = max(1, min(6, (os.cpu_count() or 2) // 2 - 3))
+    shards = max(1, min(5, (os.cpu_count() or 2) // 2 - 4))
+    total = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    whole = min(shards, max(1, total // FULL_SIZE))
     ops = [*PYTEST, *(f"tests/kernels/{file}" for file in OPS), "-k", "not refuses"]
     found = [Command(f"ops-{i}", ops, {**ON_GPU, "GROK_TEST_SHARD": f"{i}/{shards}"}) for i in range(shards)]
     full = (*PYTEST, "tests/gpu/test_full_size.py")
-    found += [Command(f"full-size-{i}", full, {**ON_GPU, "GROK_TEST_SHARD": f"{i}/2"}) for i in range(2)]
+    found += [Command(f"full-size-{i}", full, {**ON_GPU, "GROK_TEST_SHARD": f"{i}/{whole}"}) for i in range(whole)]
     chosen = (
         "test_engine or fp32 or bf16 or quality or any_batch or goldens_in_one or (any_number_format and not reference)"
     )
