@@ -87,7 +87,8 @@ def test_the_registry_has_what_it_says() -> None:
     names = [p.name for p in everything]
     assert len(set(names)) == len(names) == sum(len(list(family)) for family in FAMILIES)
     ops = {op for op in dir(grok_kernels.ops) if op in grok_kernels.backends()}
-    assert {p.op for p in everything} == ops == set(cases.BUILD)
+    parts_are_measured = {"sandwich_norm_fp8": {"sandwich_norm", "quantize_fp8"}, "moe_fp8": {"moe", "quantize_fp8"}}
+    assert {p.op for p in everything} == ops - set(parts_are_measured) == set(cases.BUILD)
     assert {p.model for p in everything} == set(NAMES)
     tokens = {p.number("tokens") for p in everything if p.op == "moe"}
     assert (min(tokens), max(tokens)) == (1, 16384)

@@ -6,6 +6,7 @@ from .ops import (
     group_tokens,
     grouped_gemm,
     moe,
+    moe_fp8,
     paged_attention,
     quantize_fp8,
     quantize_int8,
@@ -15,6 +16,7 @@ from .ops import (
     route_topk,
     sample_top_p,
     sandwich_norm,
+    sandwich_norm_fp8,
 )
 from .packing import (
     can_pack,
@@ -42,6 +44,7 @@ __all__ = [
     "huge_pages",
     "is_packed",
     "moe",
+    "moe_fp8",
     "multiplies_fp8",
     "pack_into",
     "pack_weight",
@@ -57,6 +60,7 @@ __all__ = [
     "route_topk",
     "sample_top_p",
     "sandwich_norm",
+    "sandwich_norm_fp8",
     "triton",
     "unpack_weight",
     "use_backend",

@@ -115,7 +115,13 @@ def sandwich_norm(
 def _sandwich_norm(
     h: Tensor, delta: Tensor, post_weight: Tensor | None, pre_weight: Tensor, eps: float
 ) -> list[Result]:
-    c = Checker("sandwich_norm")
+    return [_check_sandwich("sandwich_norm", h, delta, post_weight, pre_weight, eps)] * 2
+
+
+def _check_sandwich(
+    op: str, h: Tensor, delta: Tensor, post_weight: Tensor | None, pre_weight: Tensor, eps: float
+) -> Result:
+    c = Checker(op)
     c.tensor("h", h, "T D", FLOATS)
     c.tensor("delta", delta, "T D", FLOATS)
     c.same_dtype("delta", delta, "h", h)
@@ -123,7 +129,30 @@ def _sandwich_norm(
         c.tensor("post_weight", post_weight, "D", FLOATS)
     c.tensor("pre_weight", pre_weight, "D", FLOATS)
     c.at_least("eps", eps, 0.0)
-    return [(tuple(h.shape), h.dtype)] * 2
+    return tuple(h.shape), h.dtype
+
+
+def sandwich_norm_fp8(
+    h: Tensor, delta: Tensor, post_weight: Tensor | None, pre_weight: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`sandwich_norm`, and `quantize_fp8` of its y in groups of 128: what a router and `moe_fp8` take, in one pass.
+
+    Arguments as those of `sandwich_norm`. Returns (h', y, q, scale): bit for bit what the backend's two ops return, q
+    (T, D) float8_e4m3fn and scale (T, ⌈D/128⌉) fp32.
+    """
+    return _sandwich_norm_fp8(h, delta, post_weight, pre_weight, eps)  # type: ignore[no-any-return]
+
+
+@_op(
+    "sandwich_norm_fp8(Tensor h, Tensor delta, Tensor? post_weight, Tensor pre_weight, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _sandwich_norm_fp8(
+    h: Tensor, delta: Tensor, post_weight: Tensor | None, pre_weight: Tensor, eps: float
+) -> list[Result]:
+    (t, d), dtype = _check_sandwich("sandwich_norm_fp8", h, delta, post_weight, pre_weight, eps)
+    scales: Result = ((t, -(-d // GROUP)), torch.float32)
+    return [((t, d), dtype), ((t, d), dtype), ((t, d), torch.float8_e4m3fn), scales]
 
 
 # Attention over pages
@@ -467,6 +496,15 @@ def _moe(
 ) -> list[Result]:
     c = Checker("moe")
     c.tensor("x", x, "T D", FLOATS)
+    _check_layer(c, topk_weights, experts, w13, w13_scale, w2, w2_scale, activation)
+    c.one_of("act_format", act_format, ACT_FORMATS)
+    return [(tuple(x.shape), x.dtype)]
+
+
+def _check_layer(
+    c: Checker, topk_weights: Tensor, experts: Tensor, w13: Tensor, w13_scale: Tensor | None, w2: Tensor,
+    w2_scale: Tensor | None, activation: str,
+) -> None:  # fmt: skip
     c.tensor("topk_weights", topk_weights, "T A", FP32)
     c.tensor("experts", experts, "T A", INT)
     c.weight("w2", w2, "E D F", "w2_scale", w2_scale, "F")
@@ -475,8 +513,57 @@ def _moe(
         c.fail(f"w13 has shape {tuple(w13.shape)}, expected (E, 2F, D) with F={c.size('F')} from w2")
     c.same_dtype("w13", w13, "w2", w2)
     c.one_of("activation", activation, ACTIVATIONS)
-    c.one_of("act_format", act_format, ACT_FORMATS)
-    return [(tuple(x.shape), x.dtype)]
+
+
+def moe_fp8(
+    x: Tensor,
+    x_scale: Tensor,
+    topk_weights: Tensor,
+    experts: Tensor,
+    w13: Tensor,
+    w13_scale: Tensor | None,
+    w2: Tensor,
+    w2_scale: Tensor | None,
+    activation: str = "gelu_tanh",
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """`moe` with act_format "fp8" on rows that are quantised already, as by `sandwich_norm_fp8` or `quantize_fp8`.
+
+    x (T, D) float8_e4m3fn and x_scale (T, ⌈D/128⌉) fp32; all else as in `moe`. Returns (T, D) of out_dtype, fp32 or bf16:
+    bit for bit what the backend's `moe` returns of the rows, of that type, that x was quantised from.
+    """
+    if not isinstance(out_dtype, torch.dtype):
+        raise ValueError(f"moe_fp8: out_dtype={out_dtype!r}, expected torch.float32 or torch.bfloat16")
+    return _moe_fp8(  # type: ignore[no-any-return]
+        x, x_scale, topk_weights, experts, w13, w13_scale, w2, w2_scale, activation, out_dtype
+    )
+
+
+@_op(
+    "moe_fp8(Tensor x, Tensor x_scale, Tensor topk_weights, Tensor experts, Tensor w13, Tensor? w13_scale, Tensor w2, "
+    "Tensor? w2_scale, str activation, ScalarType out_dtype) -> Tensor"
+)
+def _moe_fp8(
+    x: Tensor,
+    x_scale: Tensor,
+    topk_weights: Tensor,
+    experts: Tensor,
+    w13: Tensor,
+    w13_scale: Tensor | None,
+    w2: Tensor,
+    w2_scale: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> list[Result]:
+    c = Checker("moe_fp8")
+    c.tensor("x", x, "T D", (torch.float8_e4m3fn,))
+    c.tensor("x_scale", x_scale, "T groups", FP32)
+    if c.size("groups") != -(-x.shape[1] // GROUP):
+        c.fail(f"x_scale has {c.size('groups')} groups, expected {-(-x.shape[1] // GROUP)} of {GROUP} columns")
+    _check_layer(c, topk_weights, experts, w13, w13_scale, w2, w2_scale, activation)
+    if out_dtype not in FLOATS:
+        c.fail(f"out_dtype={out_dtype}, expected torch.float32 or torch.bfloat16")
+    return [(tuple(x.shape), out_dtype)]
 
 
 # Sampling

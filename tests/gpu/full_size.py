@@ -101,8 +101,9 @@ CALLS: list[Call] = []
 
 
 def call(name: str, *rows: str, op: str = "", bound: float = ROUNDED, written: Sequence[str] = ()) -> Any:
-    def add(make: Callable[[int, int], dict[str, Any]]) -> None:
+    def add(make: Callable[[int, int], dict[str, Any]]) -> Callable[[int, int], dict[str, Any]]:
         CALLS.append(Call(name, op or name, make, rows, bound, written))
+        return make
 
     return add
 
@@ -112,8 +113,9 @@ def _(t: int, seed: int) -> dict[str, Any]:
     return {"x": _normal(t, D, seed=seed), "weight": _normal(D, seed=1, dtype=FP32)}
 
 
+@call("sandwich_norm_fp8", "h", "delta", bound=TURNED)  # a y that rounds to the next bf16 may take the next of e4m3
 @call("sandwich_norm", "h", "delta")
-def _(t: int, seed: int) -> dict[str, Any]:
+def _sandwich(t: int, seed: int) -> dict[str, Any]:
     weights = {"post_weight": _normal(D, seed=1, dtype=FP32), "pre_weight": _normal(D, seed=2, dtype=FP32)}
     return {"h": _normal(t, D, seed=seed), "delta": _normal(t, D, seed=seed + 100), **weights}
 
@@ -233,4 +235,14 @@ for _fmt in FORMATS:
     call(f"moe-{_label}", "x", "topk_weights", "experts", op="moe", bound=TURNED if _short(*_fmt[:2]) else ROUNDED)(_moe(_fmt))  # fmt: skip
     call(f"down-{_label}", op="grouped_gemm", bound=_bound)(_experts(D, F, _fmt))
     call(f"qkv-{_label}", "x", "x_scale", op="grouped_gemm", bound=_bound)(_dense(X, D, _fmt, BF16))
+
+
+@call("moe_fp8", "x", "x_scale", "topk_weights", "experts", bound=TURNED)
+def _moe_fp8(t: int, seed: int) -> dict[str, Any]:
+    args = _moe(("fp8", "fp8", 1))(t, seed)
+    x, x_scale = grok_kernels.quantize_fp8(args.pop("x"), 128)
+    del args["act_format"]
+    return {"x": x, "x_scale": x_scale, **args}
+
+
 call("head", "x", op="grouped_gemm")(_dense(V, D, ("none", "bf16", 1), FP32))

@@ -79,6 +79,12 @@ def _() -> dict[str, Any]:
     return {"h": randn(5, 48), "delta": randn(5, 48, seed=1), **weights, "eps": 1e-5}
 
 
+@case("sandwich_norm_fp8", h="T D", delta="T D", post_weight="D", pre_weight="D")
+def _() -> dict[str, Any]:
+    weights = {"post_weight": randn(200, seed=2), "pre_weight": randn(200, seed=3)}
+    return {"h": randn(5, 200), "delta": randn(5, 200, seed=1), **weights, "eps": 1e-5}
+
+
 CACHE = {"k_cache": "P G S C", "v_cache": "P G S C"}
 SCALES = {"k_scale": "P G S", "v_scale": "P G S"}
 
@@ -165,6 +171,17 @@ case("moe", "fp8", **MOE_SCALED)(
         randn(3, 24, 16).to(FP8), randn(3, 1, 24).abs(), randn(3, 16, 12).to(FP8), randn(3, 1, 16).abs(), "fp8"
     )
 )
+
+
+MOE_FP8 = {"x": "T D", "x_scale": "T groups", **{n: dims for n, dims in MOE_SCALED.items() if n != "x"}}
+
+
+@case("moe_fp8", "fp8", **MOE_FP8)
+def _() -> dict[str, Any]:
+    w13, w2 = randn(3, 24, 200).to(FP8), randn(3, 200, 12).to(FP8)
+    c = _moe(w13, randn(3, 1, 24).abs(), w2, randn(3, 1, 200).abs(), "fp8")
+    c = {n: v for n, v in c.items() if n not in ("x", "act_format")}
+    return {"x": randn(5, 200).to(FP8), "x_scale": randn(5, 2, seed=3).abs(), **c, "out_dtype": torch.float32}
 
 
 @case("sample_top_p", logits="B V", temperature="B", top_p="B", uniform="B")

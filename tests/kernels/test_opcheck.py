@@ -20,15 +20,16 @@ WRITTEN = ("k_cache", "v_cache", "k_scale", "v_scale")
 FP8_SCHEMA = "the schema test multiplies its inputs and results, which torch cannot for e4m3"
 SUMMED = "the test adds up all results and differentiates, which torch cannot for 8-bit ones"
 DATA_DEPENDENT = "with gradients the reference is traced, and it reads offsets and lengths on the host"
-HOST_READS = ("paged_attention", "grouped_gemm", "moe")
+HOST_READS = ("paged_attention", "grouped_gemm", "moe", "moe_fp8")
+QUANTISING = ("quantize_fp8", "quantize_int8", "sandwich_norm_fp8")
 
 
 def _marks(c: Case, grad: bool, util: str) -> list[pytest.MarkDecorator]:
     fp8 = any(isinstance(a, Tensor) and a.dtype == FP8 for a in c.build().values())
-    if util == "test_schema" and (fp8 or (grad and c.op == "quantize_fp8")):
+    if util == "test_schema" and (fp8 or (grad and c.op in ("quantize_fp8", "sandwich_norm_fp8"))):
         return [pytest.mark.skip(reason=FP8_SCHEMA)]
     if util == "test_aot_dispatch_dynamic" and grad:
-        if c.op.startswith("quantize"):
+        if c.op in QUANTISING:
             return [pytest.mark.skip(reason=SUMMED)]
         if c.op in HOST_READS:
             return [pytest.mark.xfail(strict=True, reason=DATA_DEPENDENT)]

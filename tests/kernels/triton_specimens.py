@@ -48,6 +48,11 @@ def sandwich_norm() -> Any:
 
 
 @specimen
+def sandwich_norm_fp8() -> Any:
+    return table.sandwich_norm_fp8(empty(64, D), empty(64, D), empty(D), empty(D), 1e-5)
+
+
+@specimen
 def quantize_fp8() -> Any:
     return table.quantize_fp8(empty(64, D), 128)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..packing import unpack_weight
 from ..registry import register
 from .invariant import activate, matmul_t
-from .quantize import dequantize_weight, quantized_as
+from .quantize import dequantize_rows, dequantize_weight, quantized_as
 from .route import group_tokens
 
 
@@ -26,21 +26,56 @@ def moe(
     activation: str,
     act_format: str,
 ) -> Tensor:
+    x = quantized_as(x_TD, act_format)
+    return _layer(
+        x, topk_weights_TA, experts_TA, w13, w13_scale, w2, w2_scale, activation, act_format, x_TD.dtype
+    )  # fmt: skip
+
+
+@register("moe_fp8", "reference")
+def moe_fp8(
+    x_TD: Tensor,
+    x_scale: Tensor,
+    topk_weights_TA: Tensor,
+    experts_TA: Tensor,
+    w13: Tensor,
+    w13_scale: Tensor | None,
+    w2: Tensor,
+    w2_scale: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    x = dequantize_rows(x_TD, x_scale)
+    return _layer(x, topk_weights_TA, experts_TA, w13, w13_scale, w2, w2_scale, activation, "fp8", out_dtype)
+
+
+def _layer(
+    x_TD: Tensor,
+    topk_weights_TA: Tensor,
+    experts_TA: Tensor,
+    w13: Tensor,
+    w13_scale: Tensor | None,
+    w2: Tensor,
+    w2_scale: Tensor | None,
+    activation: str,
+    act_format: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The layer on rows in fp32, quantised if they are to be; `dtype` is that of its result and, if not, of act * up."""
     w13, w2 = unpack_weight(w13), unpack_weight(w2)
     order, offsets = group_tokens(experts_TA, w13.shape[0])
     order = order.long()
     tokens = order // max(experts_TA.shape[1], 1)
     weights = topk_weights_TA.flatten()
-    x = quantized_as(x_TD, act_format)
     y_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
     bounds = offsets.tolist()
     for e, (lo, hi) in enumerate(pairwise(bounds)):
         if lo == hi:
             continue
         w13_e = dequantize_weight(w13[e], None if w13_scale is None else w13_scale[e])
-        gate, up = matmul_t(x[tokens[lo:hi]], w13_e).chunk(2, dim=-1)
+        gate, up = matmul_t(x_TD[tokens[lo:hi]], w13_e).chunk(2, dim=-1)
         inner = activate(gate, activation) * up
-        inner = inner.to(x_TD.dtype).float() if act_format == "none" else quantized_as(inner, act_format)
+        inner = inner.to(dtype).float() if act_format == "none" else quantized_as(inner, act_format)
         out = matmul_t(inner, dequantize_weight(w2[e], None if w2_scale is None else w2_scale[e]))
         y_TD = y_TD.index_add(0, tokens[lo:hi], out * weights[order[lo:hi], None])
-    return y_TD.to(x_TD.dtype)
+    return y_TD.to(dtype)

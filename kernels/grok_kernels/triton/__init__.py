@@ -17,8 +17,8 @@ import torch
 from .. import registry
 
 OPS = (  # the functions of `table`
-    "group_tokens", "grouped_gemm", "moe", "paged_attention", "quantize_fp8", "quantize_int8", "rms_norm", "rope_store_kv", "route_topk",
-    "sample_top_p", "sandwich_norm",
+    "group_tokens", "grouped_gemm", "moe", "moe_fp8", "paged_attention", "quantize_fp8", "quantize_int8", "rms_norm",
+    "rope_store_kv", "route_topk", "sample_top_p", "sandwich_norm", "sandwich_norm_fp8",
 )  # fmt: skip
 OLDEST = (8, 0)  # compute capability: bf16 on the tensor cores
 

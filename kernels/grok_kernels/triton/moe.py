@@ -84,28 +84,57 @@ def moe(
     activation: str,
     act_format: str,
 ) -> Tensor:
+    x_scale = None
+    dtype = x_TD.dtype
+    if act_format != "none" and x_TD.numel():
+        x_TD, x_scale = _QUANTIZED[act_format][0](x_TD, GROUP)
+    return _layer(
+        x_TD, x_scale, topk_weights_TA, experts_TA, w13, w13_scale, w2, w2_scale, activation, act_format, dtype
+    )  # fmt: skip
+
+
+def moe_fp8(
+    x_TD: Tensor,
+    x_scale: Tensor,
+    topk_weights_TA: Tensor,
+    experts_TA: Tensor,
+    w13: Tensor,
+    w13_scale: Tensor | None,
+    w2: Tensor,
+    w2_scale: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return _layer(
+        x_TD, x_scale, topk_weights_TA, experts_TA, w13, w13_scale, w2, w2_scale, activation, "fp8", out_dtype
+    )  # fmt: skip
+
+
+def _layer(
+    x_TD: Tensor, x_scale: Tensor | None, topk_weights_TA: Tensor, experts_TA: Tensor,
+    w13: Tensor, w13_scale: Tensor | None, w2: Tensor, w2_scale: Tensor | None,
+    activation: str, act_format: str, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     w13, w2 = unpack_weight(w13), unpack_weight(w2)
     (t, d), active = x_TD.shape, experts_TA.shape[1]
     experts, _, f = w2.shape
-    y_TD = x_TD.new_empty((t, d))
+    y_TD = x_TD.new_empty((t, d), dtype=dtype)
     if not y_TD.numel():
         return y_TD
     if not active:
         return y_TD.zero_()
     order, offsets = group_tokens(experts_TA, experts)
-    x, x_scale, inner, inner_scale = x_TD, None, x_TD.new_empty((t * active, f)), None
+    inner, inner_scale = y_TD.new_empty((t * active, f)), None
     if act_format != "none":
-        quantize, dtype = _QUANTIZED[act_format]
-        x, x_scale = quantize(x_TD, GROUP)
-        inner = inner.new_empty(inner.shape, dtype=dtype)
-        inner_scale = inner.new_empty((t * active, triton.cdiv(f, GROUP)), dtype=torch.float32)
-    o = operands(x, x_scale, w13, w13_scale, t * active, pair=True)
+        inner = inner.new_empty(inner.shape, dtype=_QUANTIZED[act_format][1])
+        inner_scale = y_TD.new_empty((t * active, triton.cdiv(f, GROUP)), dtype=torch.float32)
+    o = operands(x_TD, x_scale, w13, w13_scale, t * active, pair=True)
     launch(
         _gate_up, o.grid(t * active, experts, f), as_known(inner), f, inner_scale, triton.cdiv(f, GROUP), offsets, order,
         t * active, active, LARGEST.get(inner.dtype, 0.0), *o.args, ACTIVATION=activation,
         **{**o.meta, **({} if act_format == "none" else {"BLOCK_N": GROUP})},
     )  # fmt: skip
-    parts = x_TD.new_empty((t * active, d), dtype=torch.float32)
+    parts = y_TD.new_empty((t * active, d), dtype=torch.float32)
     product_into(parts, inner, inner_scale, w2, w2_scale, offsets, order, topk_weights_TA.contiguous())
     launch(_combine, (t, triton.cdiv(d, 1024)), parts, y_TD, d, ACTIVE=active, BLOCK=1024, num_warps=4)
     return y_TD

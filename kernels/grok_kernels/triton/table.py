@@ -2,8 +2,8 @@
 
 from .attention import paged_attention
 from .gemm import grouped_gemm
-from .moe import moe
-from .norm import rms_norm, sandwich_norm
+from .moe import moe, moe_fp8
+from .norm import rms_norm, sandwich_norm, sandwich_norm_fp8
 from .quantize import quantize_fp8, quantize_int8
 from .rope import rope_store_kv
 from .route import group_tokens, route_and_group, route_topk
@@ -13,6 +13,7 @@ __all__ = [
     "group_tokens",
     "grouped_gemm",
     "moe",
+    "moe_fp8",
     "paged_attention",
     "quantize_fp8",
     "quantize_int8",
@@ -22,4 +23,5 @@ __all__ = [
     "route_topk",
     "sample_top_p",
     "sandwich_norm",
+    "sandwich_norm_fp8",
 ]
