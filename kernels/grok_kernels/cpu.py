@@ -39,7 +39,7 @@ def _load() -> tuple[Any, str]:
     built, running = (".".join(v.split(".")[:2]) for v in (module.torch_version, torch.__version__))
     if built != running:  # the ABI holds within a minor version only: it may load, and then fail anywhere
         return None, f"the extension {name} was built against torch {built}, this is torch {running}; {BUILD}"
-    if stale := [op for op in OPS if not hasattr(torch.ops.grok_cpu, op)]:
+    if stale := [op for op in OPS if not hasattr(module, op)]:
         return None, f"the extension {name} is older than these sources and has no {', '.join(stale)}; {BUILD}"
     return module, ""
 
