@@ -83,10 +83,13 @@ PackedRows::PackedRows(Path path_, Isa isa_, int64_t k_, const std::vector<int64
       groups(path_ == Path::int8 ? (k_ + kScaleGroup - 1) / kScaleGroup : 0), total(offsets.back()) {
   for (size_t e = 0; e + 1 < offsets.size(); ++e) {
     const int64_t rows = offsets[e + 1] - offsets[e], count = (rows + kTile - 1) / kTile;
-    for (int64_t i = 0; i < count; ++i) {  // tiles of equal height, or one less
+    const int64_t parts = (count + kRowBlock / kTile - 1) / (kRowBlock / kTile);
+    for (int64_t i = 0; i < count; ++i) {  // tiles of equal height, or one less; blocks of as many tiles, or one less
       const int64_t begin = offsets[e] + rows * i / count, end = offsets[e] + rows * (i + 1) / count;
       const int64_t tile = static_cast<int64_t>(tiles.size());
-      if (i % (kRowBlock / kTile) == 0) blocks.push_back({static_cast<int64_t>(e), tile, tile, begin, 0});
+      if (i == 0 || i * parts / count != (i - 1) * parts / count) {
+        blocks.push_back({static_cast<int64_t>(e), tile, tile, begin, 0});
+      }
       tiles.push_back({begin, end - begin, static_cast<int64_t>(blocks.size()) - 1});
       blocks.back().last_tile = tile + 1;
       blocks.back().rows = end - blocks.back().row;
