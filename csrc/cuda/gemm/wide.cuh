@@ -64,22 +64,23 @@ __device__ __forceinline__ void load(const Wide& p, typename Config::Shared& sha
 
 // The products of one part of a stage, under way; done, where one part's are all that registers hold.
 template <class Config>
-__device__ __forceinline__ void start_part(const typename Config::Stage& stage, int part, const Place<Config>& me,
-                                           float (&partial)[Config::kSums]) {
+__device__ __forceinline__ void start_part(const typename Config::Shared& shared, int at, int part,
+                                           const Place<Config>& me, float (&partial)[Config::kSums]) {
+  const auto& stage = shared.stages[at];
   const uint8_t* weight = stage.weight[part];
   const auto* x = stage.x + (Config::kParts ? 0 : part * Config::kXTiles / 2);
   if constexpr (Config::kInt8) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t a[4][4];
-      load_operands(weight, half, me, a);
+      load_operands(weight, half, shared.upper, me, a);
       const uint64_t b = sm90::operand(x[half]);
       sm90::fence_products();
 #pragma unroll
       for (int step = 0; step < 4; ++step)
         sm90::multiply<Config::kWidth>(partial, a[step], sm90::advance(b, 32 * step), half + step > 0);
       if (half || Config::kFlights == 1) sm90::commit_products();
-      if (Config::kFlights == 1) sm90::wait_products<0>();
+      if (Config::kFlights == 1) sm90::wait_products<0>(partial);
     }
   } else {
     const uint64_t a = sm90::operand(weight + me.group * me.height * 128), b = sm90::operand(*x);
@@ -124,7 +125,6 @@ __device__ __forceinline__ void multiply_tile(const Wide& p, typename Config::Sh
 #pragma unroll 1
   for (int k = 0; k < p.k; k += Config::kDepths * kDepth, at.advance()) {
     wait_full(shared.ring, at);
-    const auto& stage = shared.stages[at.stage];
     float partial[Config::kFlights][Config::kSums];
     const auto add = [&](int part) {
       if (!Config::kParts && part && k + kDepth >= p.k) return;  // past the last column
@@ -134,16 +134,16 @@ __device__ __forceinline__ void multiply_tile(const Wide& p, typename Config::Sh
               partial[part % Config::kFlights], sums[whole]);
     };
     if constexpr (Config::kFlights == 2) {
-      start_part(stage, 0, me, partial[0]);
-      start_part(stage, 1, me, partial[1]);
-      sm90::wait_products<1>();
+      start_part<Config>(shared, at.stage, 0, me, partial[0]);
+      start_part<Config>(shared, at.stage, 1, me, partial[1]);
+      sm90::wait_products<1>(partial[0]);
       add(0);
-      sm90::wait_products<0>();
+      sm90::wait_products<0>(partial[1]);
       add(1);
     } else {
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
-        start_part(stage, part, me, partial[0]);
+        start_part<Config>(shared, at.stage, part, me, partial[0]);
         add(part);
       }
     }
@@ -201,6 +201,7 @@ __global__ void __launch_bounds__(kThreads, 1) wide_kernel(const __grid_constant
     sm90::prefetch(p.weight);
     shared.ring.init(C::kInt8 ? 1 : 1 + 32, 8);  // who loads; the warps that multiply
     sm90::fence_barrier_init();
+    shared.upper = kUpperBytes;
   }
   __syncthreads();
   if (threadIdx.x < 128) {

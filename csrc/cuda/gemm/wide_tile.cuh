@@ -46,6 +46,14 @@ __device__ __forceinline__ int column_at(int place) {
   return m % 8 / 2 * 32 + 4 * step + m / 8 * 2 + m % 2;
 }
 
+// The upper bytes of bf16 from 128 on, and of those from -128 on. They are read from shared memory: constants would be
+// carried by the instruction, which then cannot carry the selector of permute_bytes, and that would be brought into a
+// register each time.
+struct alignas(8) UpperBytes {
+  uint32_t plus, minus;
+};
+constexpr UpperBytes kUpperBytes = {0x43434343u, 0xc3c3c3c3u};
+
 // A stage has two parts of the weights. With kRowParts they are other rows of the same 128 columns: gate and up, or 128
 // rows and the next. Else they are the same rows, 64 at most, and the next 128 columns, so that the rows of a block can be
 // chosen to come out even, and a short block still has work for two rounds of the barriers.
@@ -77,6 +85,7 @@ struct Config {
     alignas(16) uint8_t y[8][512];  // a warp's, on the way to y
     alignas(16) uint32_t amax[2][kGateUp && !kInt8 ? kTokens : 1][8];  // by token and warp
     float scale[kStages][kScales];  // of x
+    UpperBytes upper;
     Ring<kStages> ring;
     Schedule schedule;
   };

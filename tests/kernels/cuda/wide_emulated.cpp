@@ -14,7 +14,7 @@ int even_height(int64_t n, int64_t experts, int64_t multiprocessors) {
   return gemm::wide::even_height(n, experts, multiprocessors);
 }
 
-void convert(uint32_t bytes, uint32_t* pairs) { gemm::wide::convert(bytes, pairs[0], pairs[1]); }
+void convert(uint32_t bytes, uint32_t* pairs) { gemm::wide::convert(bytes, gemm::wide::kUpperBytes, pairs[0], pairs[1]); }
 
 int column_at(int place) { return gemm::wide::column_at(place); }
 
