@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from . import registry
+from .checks import GROUP
 from .packing import is_packed
+from .tuning import chip_of, wide_tokens
 
 NAME = "grok_kernels._CUDA"
 CHIP = (9, 0)
@@ -128,10 +130,10 @@ def _supports_group(experts: Tensor, num_experts: int) -> str | None:
     return _unusable_on(experts)
 
 
-def _supports_product(name: str, weight: Tensor) -> str | None:
+def _supports_product(name: str, weight: Tensor, scale: Tensor | None) -> str | None:
     """Why a weight (E, N, K) has no product here, if so."""
-    if weight.dtype != torch.float8_e4m3fn:
-        return f"{name} has dtype {_name(weight)}, the cuda backend takes float8_e4m3fn"
+    if weight.dtype not in (torch.float8_e4m3fn, torch.int8):
+        return f"{name} has dtype {_name(weight.dtype)}, the cuda backend takes float8_e4m3fn and int8"
     if is_packed(weight):
         return f"{name} is packed, the cuda backend takes plain weights"
     e, n, k = weight.shape
@@ -143,11 +145,16 @@ def _supports_product(name: str, weight: Tensor) -> str | None:
         return f"K={k} of {name}, the cuda backend takes multiples of 16"
     if n < 8 or n % 8:
         return f"N={n} of {name}, the cuda backend takes multiples of 8"
+    groups = 1 if scale is None else scale.shape[1]
+    if groups > 1 and k % (groups * GROUP):
+        return (
+            f"{name} has {groups} groups of K={k}, the cuda backend takes one or those of a multiple of {GROUP} columns"
+        )
     return None
 
 
-def _name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _supports_gemm(
@@ -158,11 +165,17 @@ def _supports_gemm(
     x_scale: Tensor | None,
     out_dtype: torch.dtype | None,
 ) -> str | None:
-    if x.dtype != torch.float8_e4m3fn:
-        return f"x has dtype {_name(x)}, the cuda backend takes float8_e4m3fn"
+    reason = _supports_product("weight", weight, weight_scale)
+    if reason:
+        return reason
+    wanted = torch.bfloat16 if weight.dtype == torch.int8 else torch.float8_e4m3fn
+    if x.dtype != wanted:
+        return (
+            f"x has dtype {_name(x.dtype)} for weights of {_name(weight.dtype)}, the cuda backend takes {_name(wanted)}"
+        )
     if x.shape[0] > PRODUCT_ROWS:
         return f"M={x.shape[0]}, the cuda backend takes {PRODUCT_ROWS} at most"
-    return _supports_product("weight", weight) or _unusable_on(x)
+    return _unusable_on(x)
 
 
 def _supports_moe(
@@ -176,18 +189,17 @@ def _supports_moe(
     activation: str,
     act_format: str,
 ) -> str | None:
-    if act_format != "fp8":
-        return f"act_format={act_format!r}, the cuda backend takes 'fp8'"
-    if x.dtype != torch.bfloat16:
-        return f"x has dtype {_name(x)}, the cuda backend takes bfloat16"
-    if experts.numel() > PRODUCT_ROWS:
-        return f"experts has {experts.numel()} entries, the cuda backend takes {PRODUCT_ROWS} at most"
-    for name, weight in (("w13", w13), ("w2", w2)):
-        reason = _supports_product(name, weight)
+    for name, weight, scale in (("w13", w13, w13_scale), ("w2", w2, w2_scale)):
+        reason = _supports_product(name, weight, scale)
         if reason:
             return reason
-    if w2.shape[1] % 16:
-        return f"D={w2.shape[1]}, the cuda backend takes multiples of 16"
+    wanted = "none" if w13.dtype == torch.int8 else "fp8"
+    if act_format != wanted:
+        return f"act_format={act_format!r} for weights of {_name(w13.dtype)}, the cuda backend takes {wanted!r}"
+    if x.dtype != torch.bfloat16:
+        return f"x has dtype {_name(x.dtype)}, the cuda backend takes bfloat16"
+    if experts.numel() > PRODUCT_ROWS:
+        return f"experts has {experts.numel()} entries, the cuda backend takes {PRODUCT_ROWS} at most"
     return _unusable_on(x)
 
 
@@ -204,12 +216,18 @@ def grouped_gemm(
     weight_ENK: Tensor,
     weight_scale: Tensor,
     offsets: Tensor | None,
-    x_scale: Tensor,
+    x_scale: Tensor | None,
     out_dtype: torch.dtype | None,
+    tokens: int | None = None,
 ) -> Any:
-    out_dtype = out_dtype or torch.bfloat16
+    """`tokens`: which kernel serves (`tuning.wide_tokens`), for tests and tuning."""
+    if tokens is None:
+        m = x_MK.shape[0]
+        tokens = wide_tokens(weight_ENK.dtype, m, m // weight_ENK.shape[0], chip_of(x_MK.device))
     # an address that is no multiple of 16 is not known to `supports`; the launcher refuses it, where x alone is copied
-    return torch.ops.grok_cuda.grouped_gemm_fp8(x_MK, weight_ENK, weight_scale, offsets, x_scale, out_dtype)
+    return torch.ops.grok_cuda.grouped_gemm(
+        x_MK, weight_ENK, weight_scale, offsets, x_scale, out_dtype or torch.bfloat16, tokens
+    )
 
 
 def moe(
@@ -222,11 +240,16 @@ def moe(
     w2_scale: Tensor,
     activation: str,
     act_format: str,
+    tokens: int | None = None,
 ) -> Any:
+    """`tokens` as in `grouped_gemm`."""
     if not experts_TA.numel():
         return torch.zeros_like(x_TD)
-    kind = ACTIVATIONS[activation]
-    return torch.ops.grok_cuda.moe_fp8(x_TD, topk_weights_TA, experts_TA, w13, w13_scale, w2, w2_scale, kind)
+    if tokens is None:
+        tokens = wide_tokens(w13.dtype, x_TD.shape[0], experts_TA.numel() // len(w13), chip_of(x_TD.device))
+    return torch.ops.grok_cuda.moe(
+        x_TD, topk_weights_TA, experts_TA, w13, w13_scale, w2, w2_scale, ACTIVATIONS[activation], tokens
+    )
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}

@@ -5,7 +5,8 @@ python -m grok_kernels.tune [--model grok-1 ...] [--format fp8 ...] [--out FILE]
 For every product of a model, candidates for many rows and for few are checked against the reference and timed in turns,
 each call after a write to more than the L2 cache. "many" is the best over all numbers of rows, since it may have to serve
 alone; "few" the best one with the same bits, found by running both, or, if none has them, the best, which then does not serve.
-The file is written after every product, so that what was interrupted goes on where it stopped.
+The file is written after every product, so that what was interrupted goes on where it stopped. "wide" says of the cuda
+backend's products whether all tiles have the same bits, without which one of them serves all (`tuning.wide_tokens`).
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import moe, quantize_fp8, quantize_int8, registry
+from . import cuda, moe, quantize_fp8, quantize_int8, registry
 from .ops import group_tokens, grouped_gemm
-from .tuning import FEW_ROWS, Chip, Gemm, chip_of, default_gemm, gemm_key
+from .tuning import FEW_ROWS, WIDE_TOKENS, Chip, Gemm, chip_of, default_gemm, gemm_key
 
 FORMATS = {  # of the rows and the weights, by the name of the weights' format in the engine, and what they multiply in
     "fp8": (torch.float8_e4m3fn, torch.float8_e4m3fn, "e4m3"),
@@ -311,6 +312,41 @@ def tune(
     return failed
 
 
+def same_wide_bits(weight: torch.dtype, device: torch.device) -> bool:
+    """Whether the cuda backend's layer has the same bits with each of its tiles, of e4m3 also with its kernel for many rows.
+
+    Its experts get few rows and many, and the sizes of x differ so much that the tensor core has to cut off.
+    """
+    t, d, f = 600, 1024, 512
+    generator = torch.Generator(device).manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    x = (normal(t, d) * (2 * normal(t, d)).exp()).bfloat16()
+    experts = (normal(t, EXPERTS) + torch.arange(EXPERTS, device=device)).topk(ACTIVE).indices.int()
+    w13, w2 = ((40 * normal(EXPERTS, *shape)).clamp(-127, 127).to(weight) for shape in ((2 * f, d), (d, f)))
+    scales = [normal(EXPERTS, 1, w.shape[1]).abs() / (40 * w.shape[2] ** 0.5) for w in (w13, w2)]
+    act_format = "none" if weight == torch.int8 else "fp8"
+    args = (x, normal(t, ACTIVE).abs(), experts, w13, scales[0], w2, scales[1], "gelu_tanh", act_format)
+    first, *others = (() if weight == torch.int8 else (0,)) + WIDE_TOKENS[weight]
+    expected = cuda.moe(*args, tokens=first)
+    return all(torch.equal(cuda.moe(*args, tokens=tokens), expected) for tokens in others)
+
+
+def tune_wide(device: torch.device, file: Path, *, say: Callable[[str], None] = print) -> None:
+    """What the cuda backend may choose from, where it serves this chip."""
+    if reason := registry.backends()["moe"]["cuda"].reason:
+        say(f"wide: left out: {reason}")
+        return
+    kept = json.loads(file.read_text()) if file.is_file() else {}
+    for weight in WIDE_TOKENS:
+        name, same = str(weight).removeprefix("torch."), same_wide_bits(weight, device)
+        kept.setdefault("wide", {})[name] = {"same_bits": same}
+        say(f"wide: {name}: {'all tiles have the same bits' if same else 'tiles differ, one serves all rows'}")
+    _write(file, kept)
+
+
 def _versions(chip: Chip) -> dict[str, Any]:
     return {"torch": torch.__version__, "triton": version("triton"), "arch": chip.arch}
 
@@ -352,6 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     file = a.out or Path(__file__).parent / "tuned" / f"{chip.name}.json"
     with torch.inference_mode():
         failed = tune(wanted, chip, device, CudaTimer(device), file, again=a.again)
+        tune_wide(device, file)
     print(f"{file}: {len(wanted) - failed} of {len(wanted)} products")
     return 1 if failed else 0
 

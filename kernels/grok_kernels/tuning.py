@@ -137,6 +137,24 @@ def default_gemm(dot: str, weight: torch.dtype, chip: Chip, *, few: bool = False
     return Gemm(block_m, block_n, block_k, 8 if block_m * block_n >= 8192 else 4, stages, swap)
 
 
+WIDE_TOKENS = {torch.float8_e4m3fn: (16, 64), torch.int8: (16, 64, 128)}  # that the kernels by hand are compiled for
+
+
+def wide_tokens(weight: torch.dtype, most: int, even: int, chip: Chip) -> int:
+    """How many rows of x a tile has of the cuda backend's products whose weights are on the wide side (`grok/wide.h`);
+    0 for its kernel for many rows. `most` rows an expert may have, `even` rows if all have as many.
+
+    {"wide": {WEIGHT DTYPE: {"same_bits": true}}} in tuned/<chip>.json says that a chip gave the same bits for all of
+    them. Without it e4m3 has 0 and int8 has 64 for any number of rows, so that no result depends on the batch.
+    """
+    e4m3 = weight == torch.float8_e4m3fn
+    if not _tuned(chip.name).get("wide", {}).get(str(weight).removeprefix("torch."), {}).get("same_bits", False):
+        return 0 if e4m3 else 64
+    if most <= 64:
+        return 16 if most <= 16 else 64
+    return 0 if e4m3 else 64 if even <= 64 else 128
+
+
 # Attention
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -220,6 +221,30 @@ def _spying(launch: Callable[..., None], seen: list[dict[str, Any]]) -> Callable
         launch(kernel, grid, *args, **meta)
 
     return spied
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_whether_the_cuda_backend_may_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: bool) -> None:
+    """The tiles that are compared, and what is kept of it beside what was there."""
+    file, seen = tmp_path / "h100.json", []
+    file.write_text('{"gemm": {"a": 1}}')
+
+    def moe(x: Tensor, *args: Any, tokens: int) -> Tensor:
+        seen.append((args[2].dtype, args[-1], tokens))
+        return x if same or tokens != 64 else x + 1
+
+    monkeypatch.setattr(module.cuda, "moe", moe)
+    monkeypatch.setattr(
+        module.registry, "backends", lambda: {"moe": {"cuda": SimpleNamespace(reason="there is no GPU")}}
+    )
+    module.tune_wide(torch.device("cpu"), file)
+    assert (json.loads(file.read_text()), seen) == ({"gemm": {"a": 1}}, [])
+    monkeypatch.setattr(module.registry, "backends", lambda: {"moe": {"cuda": SimpleNamespace(reason="")}})
+    module.tune_wide(torch.device("cpu"), file)
+    wide = {"float8_e4m3fn": {"same_bits": same}, "int8": {"same_bits": same}}
+    assert json.loads(file.read_text()) == {"gemm": {"a": 1}, "wide": wide}
+    assert seen[:2] == [(torch.float8_e4m3fn, "fp8", 0), (torch.float8_e4m3fn, "fp8", 16)]
+    assert {n for w, _, n in seen if w == torch.int8} == ({16, 64, 128} if same else {16, 64})
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
