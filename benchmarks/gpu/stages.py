@@ -59,11 +59,11 @@ def _bench(name: str, *args: str) -> Command:
     return Command(name, (PYTHON, "-m", "grok_engine.cli", "bench", *args), {"PYTHONUNBUFFERED": "1"})
 
 
-def _build() -> list[Command]:
-    """What this interpreter's packages lack."""
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    built = [(ROOT / "kernels/grok_kernels" / f"{module}{suffix}").is_file() for module in ("_C", "_CUDA")]
-    if all(built):
+def _build(package: Path = ROOT / "kernels/grok_kernels", sources: Path = ROOT / "csrc") -> list[Command]:
+    """What this interpreter's package lacks, or has of older sources."""
+    modules = [package / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in ("_C", "_CUDA")]
+    newest = max(path.stat().st_mtime for path in sources.rglob("*.*"))
+    if all(module.is_file() and module.stat().st_mtime >= newest for module in modules):
         return []
     return [Command("build", (PYTHON, "-W", "ignore", "setup.py", "-q", "build_ext", "--inplace"))]
 
