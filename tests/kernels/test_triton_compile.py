@@ -88,6 +88,16 @@ def test_every_128_of_k_leave_the_fp8_accumulator(specimen: str) -> None:
     assert kernel["instructions"]["FFMA"] >= accumulators
 
 
+@pytest.mark.parametrize("specimen", ["grouped_gemm_fp8", "moe_fp8"])
+def test_no_product_waits_for_scales(specimen: str) -> None:
+    """Those of a block of K are asked for before its product: after it, each block would take their latency longer."""
+    ptx = next(k for k in of("h100", specimen) if "QGMMA" in k["instructions"])["ptx"]
+    waits = ptx.split("wgmma.wait_group")
+    assert len(waits) > 1
+    for after in waits[1:]:
+        assert "ld.global" not in re.split(r"\bbra\b", after)[0]
+
+
 @pytest.mark.parametrize(
     "specimen", ["attention_decode", "attention_decode_fp8", "attention_prefill", "attention_mixed_fp8"]
 )
