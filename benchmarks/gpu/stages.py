@@ -18,10 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
 ON_GPU = {"GROK_TEST_DEVICE": "cuda", "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
 PYTEST = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=25")
-OPS = (
-    "test_ops_norm.py", "test_ops_attention.py", "test_ops_moe.py", "test_ops_sample.py", "test_triton_gemm.py",
-    "test_triton_attention.py",
-)  # fmt: skip
+OPS = ("test_ops_*.py", "test_triton_gemm.py", "test_triton_attention.py")  # those that `on_device` carries
 FULL_SIZE = 18 << 30  # bytes that the tests at full size may hold at once
 MEASURED_SECONDS = "0.4"  # of rounds, a problem
 LATENCY = (
@@ -73,9 +70,10 @@ def _tests() -> list[Command]:
     shards = max(1, min(5, (os.cpu_count() or 2) // 2 - 4))
     total = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
     whole = min(shards, max(1, total // FULL_SIZE))
-    ops = [*PYTEST, *(f"tests/kernels/{file}" for file in OPS), "-k", "not refuses"]
+    files = [file for pattern in OPS for file in sorted((ROOT / "tests/kernels").glob(pattern))]
+    ops = (*PYTEST, *(str(file.relative_to(ROOT)) for file in files), "-k", "not refuses")
     found = [Command(f"ops-{i}", ops, {**ON_GPU, "GROK_TEST_SHARD": f"{i}/{shards}"}) for i in range(shards)]
-    full = (*PYTEST, "tests/gpu/test_full_size.py")
+    full = (*PYTEST, "tests/gpu", "--ignore=tests/gpu/test_engine.py")
     found += [Command(f"full-size-{i}", full, {**ON_GPU, "GROK_TEST_SHARD": f"{i}/{whole}"}) for i in range(whole)]
     chosen = (
         "test_engine or fp32 or bf16 or quality or any_batch or goldens_in_one or (any_number_format and not reference)"

@@ -191,14 +191,16 @@ def test_variants_of_triton_s_products(tiles: str, fmt: tuple[str, str, int], re
             assert same_bits(c(c.part(args, slice(0, rows)))[0], whole[:rows]), rows
 
 
+@pytest.mark.parametrize("own", ["triton", "cuda"])
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_routing_and_grouping_in_one(tokens: int) -> None:
-    """`route_and_group`, where the cuda backend has it: as the two ops, and in a graph with other rows."""
+def test_routing_and_grouping_in_one(tokens: int, own: str) -> None:
+    """A backend's own `route_and_group`: as the two ops, and in a graph with other rows."""
     c = next(c for c in CALLS if c.name == "route_topk")
     args, other = c.make(tokens, 1), c.make(tokens, 2)
-    if reason := grok_kernels.backends()["route_topk"]["cuda"].reason:
+    if reason := grok_kernels.backends()["route_topk"][own].reason:
         pytest.skip(reason)
-    run = captured(lambda: grok_kernels.cuda.route_and_group(args["x"], args["router"], 2))
+    both = getattr(grok_kernels, own).route_and_group
+    run = captured(lambda: both(args["x"], args["router"], 2))
     args["x"].copy_(other["x"])
     with grok_kernels.use_backend("reference"):
         expected = [*c(other)]
