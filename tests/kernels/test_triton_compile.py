@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from grok_kernels import tuning
 from tests.kernels.backends import BACKENDS
 
 if "triton" not in BACKENDS:
@@ -44,6 +45,7 @@ def test_no_kernel_spills_or_is_too_large(chip: str) -> None:
             continue
         assert kernel["spills"] == 0, kernel
         assert kernel["registers"] <= REGISTERS[chip], kernel
+        assert kernel["shared_bytes"] <= tuning.CHIPS[chip].shared_bytes, kernel
 
 
 @pytest.mark.parametrize("chip", ["h100", "a100"])
