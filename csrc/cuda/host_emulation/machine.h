@@ -25,7 +25,7 @@ struct Dim3 {
 };
 
 // How a launch is scheduled. Seed 0: threads in order, and copies and products done when issued. Any other seed: threads
-// in a random order, products done as late as the waits for them allow, and of the copies one half too, in any order the
+// in a random order, some for a while ahead of the others, products done as late as the waits for them allow, and of the copies one half too, in any order the
 // chip may take, the other half when issued.
 struct Options {
   uint64_t seed = 0;
@@ -124,6 +124,8 @@ struct Machine {
   std::string error;
   const std::function<void()>* body = nullptr;
   uint64_t random_state = 0;
+  size_t ahead_first = 0, ahead_count = 0, ahead_passes = 0;  // threads that alone run, for so many passes
+
 
   bool lazy() const { return random_state != 0; }
   uint64_t random();
