@@ -27,23 +27,13 @@ namespace grok::sm90 {
 #define GROK_D32(i) GROK_D16(i), GROK_D16(i + 16)
 #define GROK_D64(i) GROK_D32(i), GROK_D32(i + 32)
 
-// N; the names of its N / 2 accumulators and their operands; the numbers of the operands a, b and accumulate.
-#define GROK_WGMMA_SHAPES(define)                                                                      \
-  define(8, GROK_NAMES_4(), (GROK_D4(0)), 4, 5, 6)                                                     \
-  define(16, GROK_NAMES_8(), (GROK_D8(0)), 8, 9, 10)                                                   \
-  define(32, GROK_TENS_1 ", " GROK_NAMES_6(1), (GROK_D16(0)), 16, 17, 18)                              \
-  define(64, GROK_TENS_3 ", " GROK_NAMES_2(3), (GROK_D32(0)), 32, 33, 34)                              \
-  define(96, GROK_TENS_4 ", " GROK_NAMES_8(4), (GROK_D32(0), GROK_D16(32)), 48, 49, 50)                \
-  define(128, GROK_TENS_6 ", " GROK_NAMES_4(6), (GROK_D64(0)), 64, 65, 66)                             \
-  define(160, GROK_TENS_8, (GROK_D64(0), GROK_D16(64)), 80, 81, 82)                                    \
-  define(192, GROK_TENS_9 ", " GROK_NAMES_6(9), (GROK_D64(0), GROK_D32(64)), 96, 97, 98)
-
 #define GROK_UNWRAP(...) __VA_ARGS__
 
 // d = a bᵀ, or d += a bᵀ: a 64 rows and b kN rows of 32 e4m3 each, given as operands (sm90.cuh).
 template <int kN>
 __device__ __forceinline__ void multiply(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate);
 
+// N; the names of its N / 2 accumulators and their operands; the numbers of the operands a, b and accumulate.
 #define GROK_MULTIPLY_E4M3(n, names, operands, a_at, b_at, accumulate_at)                                           \
   template <>                                                                                                       \
   __device__ __forceinline__ void multiply<n>(float (&d)[n / 2], uint64_t a, uint64_t b, bool accumulate) {         \
@@ -53,7 +43,8 @@ __device__ __forceinline__ void multiply(float (&d)[kN / 2], uint64_t a, uint64_
                  : GROK_UNWRAP operands                                                                             \
                  : "l"(a), "l"(b), "r"(static_cast<int32_t>(accumulate)));                                          \
   }
-GROK_WGMMA_SHAPES(GROK_MULTIPLY_E4M3)
+GROK_MULTIPLY_E4M3(16, GROK_NAMES_8(), (GROK_D8(0)), 8, 9, 10)
+GROK_MULTIPLY_E4M3(64, GROK_TENS_3 ", " GROK_NAMES_2(3), (GROK_D32(0)), 32, 33, 34)
 #undef GROK_MULTIPLY_E4M3
 
 // The same of 16 bf16 each, a in registers, two columns in each: of warp w and lane l, a[2i + h] is row 16w + 8h + l / 4,
