@@ -18,7 +18,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
 ON_GPU = {"GROK_TEST_DEVICE": "cuda", "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
 PYTEST = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=25")
-OPS = ("test_ops_*.py", "test_triton_gemm.py", "test_triton_attention.py")  # those that `on_device` carries
+OPS = (
+    "test_ops_*.py",
+    "test_triton_gemm.py",
+    "test_triton_attention.py",
+    "test_triton_route.py",
+)  # those that `on_device` carries
 FULL_SIZE = 18 << 30  # bytes that the tests at full size may hold at once
 MEASURED_SECONDS = "0.4"  # of rounds, a problem
 LATENCY = (

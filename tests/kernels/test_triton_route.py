@@ -18,7 +18,7 @@ from grok_kernels.triton import launch, route, table
 route_and_group = carried(grok_kernels.triton.route_and_group)
 
 
-@pytest.mark.parametrize(("t", "e", "k"), [(0, 8, 2), (1, 8, 2), (3, 8, 2), (64, 8, 2), (7, 5, 3), (40, 8, 2)])
+@pytest.mark.parametrize(("t", "e", "k"), [(0, 8, 2), (1, 8, 2), (3, 8, 2), (64, 8, 2), (7, 5, 3)])
 def test_one_launch_is_the_two_ops(t: int, e: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x, router = randn(t, 96, dtype=torch.bfloat16), randn(e, 96, seed=1)
     with grok_kernels.use_backend("triton"):

@@ -137,27 +137,26 @@ def tile_product(
             x_ptr + rows[:, None] * x_stride + at[None, :], mask=inside[:, None] & (at[None, :] < end), other=0.0
         )
         x = as_type(x, DOT)
-        # scales are loaded before the products that they wait for, and both products start before one is added up
+        # scales are loaded before the products that they wait for
         x_scale = row_scale
         if FRESH and XS_GROUPS and xs_ptr is not None:
             x_scale = tl.load(xs_ptr + rows * xs_stride + start // 128, mask=inside, other=0.0)
         w_scale = None
-        w_scale2 = None
         if WS_GROUPS:
             w_scales = ws_ptr + expert.to(tl.int64) * ws_stride_e + group * ws_stride_g + at_n
             w_scale = tl.load(w_scales, mask=at_n < n, other=0.0)
-            if PAIR:
-                w_scale2 = tl.load(w_scales + n, mask=at_n < n, other=0.0)
         part = _multiply(
             acc, x, _weights(w, matrix, start, end, n - column, w_stride, BLOCK_N, BLOCK_K, TMA), DOT, SWAP, FRESH
         )
+        acc = acc + _scaled(part, x_scale, w_scale, SWAP) if FRESH else part
         if PAIR:
-            part2 = _multiply(
+            if WS_GROUPS:
+                w_scale = tl.load(w_scales + n, mask=at_n < n, other=0.0)
+            part = _multiply(
                 acc2, x, _weights(w, matrix + n, start, end, n - column, w_stride, BLOCK_N, BLOCK_K, TMA),
                 DOT, SWAP, FRESH,
             )  # fmt: skip
-            acc2 = acc2 + _scaled(part2, x_scale, w_scale2, SWAP) if FRESH else part2
-        acc = acc + _scaled(part, x_scale, w_scale, SWAP) if FRESH else part
+            acc2 = acc2 + _scaled(part, x_scale, w_scale, SWAP) if FRESH else part
     w_scale = None
     w_scale2 = None
     if ws_ptr is not None and not WS_GROUPS:
