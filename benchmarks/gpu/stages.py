@@ -78,13 +78,11 @@ def _tests() -> list[Command]:
     files = [file for pattern in OPS for file in sorted((ROOT / "tests/kernels").glob(pattern))]
     ops = (*PYTEST, *(str(file.relative_to(ROOT)) for file in files), "-k", "not refuses")
     found = [Command(f"ops-{i}", ops, {**ON_GPU, "GROK_TEST_SHARD": f"{i}/{shards}"}) for i in range(shards)]
-    full = (*PYTEST, "tests/gpu", "--ignore=tests/gpu/test_engine.py")
+    full = (*PYTEST, "tests/gpu", "--ignore=tests/gpu/test_gpu_engine.py")
     found += [Command(f"full-size-{i}", full, {**ON_GPU, "GROK_TEST_SHARD": f"{i}/{whole}"}) for i in range(whole)]
-    chosen = (
-        "test_engine or fp32 or bf16 or quality or any_batch or goldens_in_one or (any_number_format and not reference)"
-    )
+    chosen = "test_gpu_engine or fp32 or bf16 or quality or any_batch or goldens_in_one or (any_number_format and not reference)"
     engine = (
-        *PYTEST, "tests/gpu/test_engine.py", "tests/e2e/test_goldens.py", "tests/engine/test_activations.py",
+        *PYTEST, "tests/gpu/test_gpu_engine.py", "tests/e2e/test_goldens.py", "tests/engine/test_activations.py",
         "tests/engine/test_invariance.py", "-k", chosen,
     )  # fmt: skip
     return [*found, Command("engine", engine, ON_GPU)]
