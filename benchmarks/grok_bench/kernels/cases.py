@@ -14,6 +14,7 @@ Build = Callable[[Problem, str, int], Case]
 BUILD: dict[str, Build] = {
     "rms_norm": rowwise.rms_norm,
     "sandwich_norm": rowwise.sandwich_norm,
+    "sandwich_norm_fp8": rowwise.sandwich_norm_fp8,
     "rope_store_kv": rowwise.rope_store_kv,
     "paged_attention": attention.build,
     "route_topk": rowwise.route_topk,
@@ -22,12 +23,14 @@ BUILD: dict[str, Build] = {
     "quantize_int8": rowwise.quantize,
     "grouped_gemm": gemm.build,
     "moe": moe.build,
+    "moe_fp8": moe.build,
     "sample_top_p": rowwise.sample_top_p,
 }
 FOOTPRINT: dict[str, Callable[[Problem], float]] = {
     "paged_attention": attention.footprint,
     "grouped_gemm": gemm.footprint,
     "moe": moe.footprint,
+    "moe_fp8": moe.footprint,
 }
 
 

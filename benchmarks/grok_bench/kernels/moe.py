@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from .case import BF16_ERROR, EIGHT_BIT_ERROR, TURNS, Case, copies
 from .data import BYTES, Last, Rows, Weights, routing
-from .gemm import parts
+from .gemm import parts, quantize
 from .problems import Problem
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -64,6 +64,19 @@ class Layer:
         return self.topk_weights.flatten()[self.order]
 
 
+@dataclass(frozen=True)
+class QuantizedLayer(Layer):
+    """The same of `moe_fp8`: the rows are in e4m3 before the call."""
+
+    @cached_property
+    def quantized(self) -> tuple[Tensor, Tensor]:
+        return quantize(self.x_TD, "fp8")
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        return (*self.quantized, *super().args[1:-1])
+
+
 _last: Last[list[tuple[Weights, Weights]]] = Last()
 
 
@@ -81,8 +94,9 @@ def build(p: Problem, device: str, cold: int) -> Case:
     pairs = _last.get(
         (e, d, f, weight_format, device, cold), lambda: [pair() for _ in range(copies(stored * weight_bytes, cold))]
     )
+    made, row_bytes = (QuantizedLayer, 1) if p.op == "moe_fp8" else (Layer, 2)
     inputs = [
-        Layer(
+        made(
             torch.randn(t, d, device=device).bfloat16(), torch.rand(t, a, device=device) + 0.1,
             routing(str(p["routing"]), t, e, a, turn, device), *pairs[turn // TURNS], m.activation, fmt,
         )
@@ -93,7 +107,7 @@ def build(p: Problem, device: str, cold: int) -> Case:
         inputs=inputs,
         expected=exact,
         operations=2 * t * a * 3 * d * f,
-        bytes=hit * weight_bytes + 4 * t * d,
+        bytes=hit * weight_bytes + (row_bytes + 2) * t * d,
         arithmetic=row_format,
         tolerance=BF16_ERROR if row_format == "bf16" else EIGHT_BIT_ERROR,
         weights=hit,

@@ -58,7 +58,8 @@ def _bind(op: str, packs: bool, inputs: Any) -> Call:
         if inputs.fmt.endswith("dyn"):
             return partial(_quantized_product, parts(inputs.fmt)[1], args)
     elif isinstance(inputs, Layer):
-        args = (*args[:3], _weight(inputs.w13, packs), args[4], _weight(inputs.w2, packs), *args[6:])
+        held = {id(w.values): _weight(w, packs) for w in (inputs.w13, inputs.w2)}
+        args = tuple(held.get(id(a), a) for a in args)
     return partial(function, *args)
 
 

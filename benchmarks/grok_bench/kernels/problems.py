@@ -24,6 +24,7 @@ ROUTINGS = ("even", "zipf", "one")  # as many rows for each expert; by 1 / rank;
 # Weights, and what they meet: rows in bf16; rows quantised beforehand (x); rows to be quantised within the time (dyn).
 GEMM_FORMATS = ("bf16", "int8", "fp8", "int8xint8", "fp8xfp8", "int8dyn", "fp8dyn")
 MOE_FORMATS = ("bf16", "int8", "fp8", "int8dyn", "fp8dyn")
+MOE_FP8_FORMATS = ("fp8xfp8",)
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Problem:
 FAMILIES: tuple[Family, ...] = (
     Family("rms_norm", "t{tokens}", {"tokens": TOKENS}),
     Family("sandwich_norm", "t{tokens}", {"tokens": TOKENS}),
+    Family("sandwich_norm_fp8", "t{tokens}", {"tokens": TOKENS}),
     Family("rope_store_kv", "{kv}-p{page}-t{tokens}", {"kv": KV, "page": PAGES, "tokens": TOKENS}),
     # one query each of so many requests, with so many keys
     Family(
@@ -112,6 +114,7 @@ FAMILIES: tuple[Family, ...] = (
         {"matrix": ("qkv", "o", "head"), "format": GEMM_FORMATS, "tokens": TOKENS},
     ),
     Family("moe", "{format}-{routing}-t{tokens}", {"format": MOE_FORMATS, "routing": ROUTINGS, "tokens": TOKENS}),
+    Family("moe_fp8", "{format}-{routing}-t{tokens}", {"format": MOE_FP8_FORMATS, "routing": ROUTINGS, "tokens": TOKENS}),
     Family("sample_top_p", "b{batch}", {"batch": BATCHES}, "decode"),
 )  # fmt: skip
 OPS = tuple(dict.fromkeys(family.op for family in FAMILIES))
@@ -142,9 +145,11 @@ SETS: dict[str, tuple[str, ...]] = {
         *_set("grouped_gemm/grok-1/*/w13-fp8xfp8-{r}-t{t}", r=("zipf", "one"), t=(64, 4096)),
         *_set("grouped_gemm/grok-1/*/qkv-{f}-t{t}", f=("fp8xfp8", "bf16"), t=(1, 64, 4096)),
         *_set("moe/{m}/*/{f}-even-t{t}", m=("grok-1", "mixtral-8x7b"), f=("fp8dyn", "int8"), t=(1, 8, 32, 1024, 4096)),
+        *_set("moe_fp8/grok-1/*/fp8xfp8-even-t{t}", t=(1, 32, 4096)),
         *_set("paged_attention/grok-1/decode/{kv}-p64-b{b}-l{n}", kv=KV, b=(1, 64), n=(1024, 8192)),
         *_set("paged_attention/grok-1/prefill/{kv}-p64-q2048-l{n}", kv=KV, n=(2048, 32768)),
-        *_set("{op}/grok-1/*/t{t}", op=("rms_norm", "sandwich_norm", "route_topk", "quantize_fp8"), t=(1, 256, 4096)),
+        *_set("{op}/grok-1/*/t{t}", op=("rms_norm", "sandwich_norm", "sandwich_norm_fp8", "route_topk", "quantize_fp8"),
+              t=(1, 256, 4096)),
         *_set("rope_store_kv/grok-1/*/{kv}-p64-t{t}", kv=KV, t=(1, 256, 4096)),
         *_set("group_tokens/grok-1/*/zipf-t{t}", t=(256, 16384)),
         *_set("sample_top_p/grok-1/decode/b{b}", b=(1, 64)),
@@ -155,11 +160,11 @@ SETS: dict[str, tuple[str, ...]] = {
         "grouped_gemm/grok-1/prefill/w13-fp8xfp8-zipf-t4096", "grouped_gemm/grok-1/decode/w13-bf16-even-t64",
         *_set("grouped_gemm/grok-1/*/w13-int8-even-t{t}", t=(1, 64, 4096)),
         *_set("moe/grok-1/*/fp8dyn-even-t{t}", t=(1, 8, 32, 1024, 4096)),
-        *_set("moe/grok-1/*/int8-even-t{t}", t=(1, 32)),
+        *_set("moe/grok-1/*/int8-even-t{t}", t=(1, 32)), "moe_fp8/grok-1/decode/fp8xfp8-even-t32",
         *_set("paged_attention/grok-1/decode/bf16-p64-b{b}-l8192", b=(1, 64)),
         "paged_attention/grok-1/decode/fp8-p64-b64-l8192", "paged_attention/grok-1/prefill/bf16-p64-q2048-l2048",
         *_set("route_topk/grok-1/*/t{t}", t=(1, 256, 4096)), "group_tokens/grok-1/prefill/zipf-t16384",
-        *_set("{op}/grok-1/*/t256", op=("rms_norm", "sandwich_norm", "quantize_fp8")),
+        *_set("{op}/grok-1/*/t256", op=("rms_norm", "sandwich_norm", "sandwich_norm_fp8", "quantize_fp8")),
         "rope_store_kv/grok-1/*/bf16-p64-t256", "sample_top_p/grok-1/decode/b64",
     ),
     "quick": (

@@ -44,7 +44,7 @@ def rms_norm(p: Problem, device: str, cold: int) -> Case:
     )
 
 
-def sandwich_norm(p: Problem, device: str, cold: int) -> Case:
+def sandwich_norm(p: Problem, device: str, cold: int, **options: Any) -> Case:
     t, d = p.number("tokens"), p.shape.d_model
     post, pre = (torch.randn(d, device=device) for _ in range(2))
 
@@ -52,7 +52,27 @@ def sandwich_norm(p: Problem, device: str, cold: int) -> Case:
         h, delta = (torch.randn(t, d, device=device).bfloat16() for _ in range(2))
         return Plain((h, delta, post if p.shape.post_norms else None, pre, EPS))
 
-    return _case(p, cold, make, operations=9 * t * d, size=4 * t * d * 2 + 8 * d)
+    options = {"operations": 9 * t * d, "size": 4 * t * d * 2 + 8 * d, **options}
+    return _case(p, cold, make, **options)
+
+
+def sandwich_norm_fp8(p: Problem, device: str, cold: int) -> Case:
+    t, d = p.number("tokens"), p.shape.d_model
+
+    def expected(inputs: Plain) -> tuple[Tensor, Tensor, Tensor]:
+        h, y = reference("sandwich_norm", inputs)
+        return h, y, y
+
+    return sandwich_norm(
+        p,
+        device,
+        cold,
+        operations=12 * t * d,
+        size=4 * t * d * 2 + 8 * d + t * d + 4 * t * -(-d // GROUP),
+        expected=expected,
+        shown=lambda result, inputs: (*result[:2], _dequantized(*result[2:])),
+        tolerance=0.04,
+    )
 
 
 @dataclass(frozen=True)
@@ -140,12 +160,12 @@ def group_tokens(p: Problem, device: str, cold: int) -> Case:
     )
 
 
+def _dequantized(q: Tensor, scale: Tensor) -> Tensor:
+    return q.float() * scale.repeat_interleave(GROUP, dim=1)[:, : q.shape[1]]
+
+
 def quantize(p: Problem, device: str, cold: int) -> Case:
     t, d = p.number("tokens"), p.shape.d_model
-
-    def shown(result: tuple[Tensor, Tensor], inputs: Plain) -> Tensor:
-        q, scale = result
-        return q.float() * scale.repeat_interleave(GROUP, dim=1)[:, :d]
 
     return _case(
         p,
@@ -154,7 +174,7 @@ def quantize(p: Problem, device: str, cold: int) -> Case:
         operations=3 * t * d,
         size=2 * t * d + t * d + 4 * t * -(-d // GROUP),
         expected=lambda inputs: inputs.args[0].float(),
-        shown=shown,
+        shown=lambda result, inputs: _dequantized(*result),
         tolerance=0.04 if p.op == "quantize_fp8" else 0.02,
     )
 
