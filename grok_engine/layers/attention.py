@@ -9,6 +9,7 @@ from grok_engine.batch import Batch, KVPages
 from grok_engine.config import ActFormat, ModelConfig
 
 from .linear import Linear
+from .norm import Normed
 
 
 class Attention(nn.Module):
@@ -23,10 +24,10 @@ class Attention(nn.Module):
         self.o = Linear(query, {f"{prefix}.o": config.d_model}, activations)
         self._steps = (self.qkv, self.o)  # found sooner than by name
 
-    def forward(self, x_TD: Tensor, batch: Batch, pages: KVPages, cos_sin: Tensor) -> Tensor:
+    def forward(self, x: Normed, batch: Batch, pages: KVPages, cos_sin: Tensor) -> Tensor:
         c = self.config
-        tokens, (qkv, o) = x_TD.shape[0], self._steps
-        heads_TNC = qkv(x_TD).view(tokens, -1, c.head_dim)
+        tokens, (qkv, o) = x.x_TD.shape[0], self._steps
+        heads_TNC = qkv(x.x_TD, quantized=x.quantized).view(tokens, -1, c.head_dim)
         q_THC, k_TGC, v_TGC = heads_TNC.split_with_sizes((c.num_heads, c.num_kv_heads, c.num_kv_heads), 1)
         q_THC = grok_kernels.rope_store_kv(
             q_THC, k_TGC, v_TGC, pages.k, pages.v, batch.positions_T, batch.slots_T, cos_sin,

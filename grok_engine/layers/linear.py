@@ -20,10 +20,13 @@ class Linear(Weight):
         super().__init__(1, k, parts)
         self.activations = activations
 
-    def forward(self, x_TK: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    def forward(
+        self, x_TK: Tensor, out_dtype: torch.dtype | None = None, quantized: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """quantized: x in the form of `activations`, with its scales, where that is there already."""
         weight, scale = self.held()
         if self.activations == "none":
             return grok_kernels.grouped_gemm(x_TK, weight, scale, out_dtype=out_dtype)
         quantize = grok_kernels.quantize_fp8 if self.activations == "fp8" else grok_kernels.quantize_int8
-        q_TK, x_scale = quantize(x_TK, GROUP)
+        q_TK, x_scale = quantized or quantize(x_TK, GROUP)
         return grok_kernels.grouped_gemm(q_TK, weight, scale, x_scale=x_scale, out_dtype=out_dtype or x_TK.dtype)

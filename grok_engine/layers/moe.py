@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import grok_kernels
 from grok_engine.config import ActFormat, ModelConfig
 
+from .norm import Normed
 from .weight import Table, Weight
 
 
@@ -31,6 +32,15 @@ def _gated(prefix: str, experts: int, d: int, f: int) -> tuple[Weight, Weight]:
     return w13, Weight(experts, f, {f"{prefix}.down": d})
 
 
+def _layer(
+    x: Normed, weights_TA: Tensor, experts_TA: Tensor, w13: Weight, w2: Weight, activation: str, activations: ActFormat
+) -> Tensor:
+    if x.quantized is None:
+        return grok_kernels.moe(x.x_TD, weights_TA, experts_TA, *w13.held(), *w2.held(), activation, activations)
+    q_TD, scale = x.quantized
+    return grok_kernels.moe_fp8(q_TD, scale, weights_TA, experts_TA, *w13.held(), *w2.held(), activation, x.x_TD.dtype)
+
+
 class Experts(nn.Module):
     """Σ over a token's experts of weight · down(act(gate x) * up x); both products' rows rounded to `activations`."""
 
@@ -41,12 +51,10 @@ class Experts(nn.Module):
         self.w13, self.w2 = _gated(prefix, config.num_experts, config.d_model, config.d_ff)
         self._steps = (self.router, self.w13, self.w2)  # found sooner than by name
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def forward(self, x: Normed) -> Tensor:
         router, w13, w2 = self._steps
-        weights_TA, experts_TA = router(x_TD)
-        return grok_kernels.moe(
-            x_TD, weights_TA, experts_TA, *w13.held(), *w2.held(), self.activation, self.activations
-        )
+        weights_TA, experts_TA = router(x.x_TD)
+        return _layer(x, weights_TA, experts_TA, w13, w2, self.activation, self.activations)
 
 
 class Dense(nn.Module):
@@ -57,12 +65,11 @@ class Dense(nn.Module):
         self.activation, self.activations = config.activation, activations
         self.w13, self.w2 = _gated(prefix, 1, config.d_model, config.dense_d_ff)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        ones_T1 = torch.ones((x_TD.shape[0], 1), device=x_TD.device)
-        zeros_T1 = torch.zeros((x_TD.shape[0], 1), dtype=torch.int32, device=x_TD.device)
-        return grok_kernels.moe(
-            x_TD, ones_T1, zeros_T1, *self.w13.held(), *self.w2.held(), self.activation, self.activations
-        )
+    def forward(self, x: Normed) -> Tensor:
+        tokens, device = x.x_TD.shape[0], x.x_TD.device
+        ones_T1 = torch.ones((tokens, 1), device=device)
+        zeros_T1 = torch.zeros((tokens, 1), dtype=torch.int32, device=device)
+        return _layer(x, ones_T1, zeros_T1, self.w13, self.w2, self.activation, self.activations)
 
 
 class DenseAndExperts(nn.Module):
@@ -72,8 +79,8 @@ class DenseAndExperts(nn.Module):
         super().__init__()
         self.dense, self.experts = Dense(config, dense, activations), Experts(config, experts, activations)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        y_TD: Tensor = ((self.dense(x_TD).float() + self.experts(x_TD).float()) / math.sqrt(2)).to(x_TD.dtype)
+    def forward(self, x: Normed) -> Tensor:
+        y_TD: Tensor = ((self.dense(x).float() + self.experts(x).float()) / math.sqrt(2)).to(x.x_TD.dtype)
         return y_TD
 
 

@@ -13,7 +13,7 @@ from grok_engine.layers.attention import Attention
 from grok_engine.layers.embedding import Embedding
 from grok_engine.layers.linear import Linear
 from grok_engine.layers.moe import feed_forward
-from grok_engine.layers.norm import RMSNorm, add_and_norm
+from grok_engine.layers.norm import Normed, RMSNorm, add_and_norm, fuses_fp8
 from grok_engine.layers.rotary import rotary_table
 
 
@@ -36,12 +36,22 @@ class DecoderLayer(nn.Module):
         self._steps = (self.attn, self.post_attn, self.pre_moe, self.feed_forward, self.post_moe)
 
     def forward(
-        self, h_TD: Tensor, x_TD: Tensor, batch: Batch, pages: KVPages, cos_sin: Tensor, next_norm: RMSNorm
-    ) -> tuple[Tensor, Tensor]:
-        """From the residual h and x = pre_attn(h) to the next residual and next_norm of it."""
+        self,
+        h_TD: Tensor,
+        x: Normed,
+        batch: Batch,
+        pages: KVPages,
+        cos_sin: Tensor,
+        next_norm: RMSNorm,
+        fp8: tuple[bool, bool],
+    ) -> tuple[Tensor, Normed]:
+        """From the residual h and x = pre_attn(h) to the next residual and next_norm of it.
+
+        fp8: which of the two norms on the way, pre_moe and next_norm, quantise their output as well.
+        """
         attn, post_attn, pre_moe, feed_forward, post_moe = self._steps
-        h_TD, x_TD = add_and_norm(h_TD, attn(x_TD, batch, pages, cos_sin), post_attn, pre_moe)
-        return add_and_norm(h_TD, feed_forward(x_TD), post_moe, next_norm)
+        h_TD, x = add_and_norm(h_TD, attn(x, batch, pages, cos_sin), post_attn, pre_moe, fp8[0])
+        return add_and_norm(h_TD, feed_forward(x), post_moe, next_norm, fp8[1])
 
 
 class Decoder(nn.Module):
@@ -59,7 +69,7 @@ class Decoder(nn.Module):
         activations: ActFormat = "none",
     ) -> None:
         super().__init__()
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.activations = config, dtype, activations
         self.embed = Embedding("embed", config.vocab_size, config.d_model, tied=config.tie_embeddings)
         self.layers = nn.ModuleList(DecoderLayer(config, i, activations) for i in range(config.num_layers))
         self.final_norm = RMSNorm("final_norm", config.d_model, config.norm_eps)
@@ -74,10 +84,12 @@ class Decoder(nn.Module):
         """The final norm's output for every token of the batch, x_TD; its keys and values are in the cache after."""
         h_TD = self.embed(batch.tokens_T, self.config.embedding_multiplier, self.dtype)
         norms, cos_sin = self._norms, self.cos_sin
-        x_TD: Tensor = norms[0](h_TD)
+        x = Normed(norms[0](h_TD))
+        experts_fp8, attn_fp8 = fuses_fp8(h_TD.device) if self.activations == "fp8" else (False, False)
         for layer, pages, next_norm in zip(self._order, cache, norms[1:], strict=True):
-            h_TD, x_TD = layer(h_TD, x_TD, batch, pages, cos_sin, next_norm)
-        return x_TD
+            fp8 = experts_fp8, attn_fp8 and next_norm is not norms[-1]
+            h_TD, x = layer(h_TD, x, batch, pages, cos_sin, next_norm, fp8)
+        return x.x_TD
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """logits_TV in fp32 of the rows of `forward`'s result."""

@@ -28,7 +28,7 @@ from .packing import (
     unpack_weight,
     wants_packed,
 )
-from .registry import Status, backends, capturable, chosen, use_backend
+from .registry import Status, backends, capturable, chosen, fuses, use_backend
 from .tuning import multiplies_fp8
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "chosen",
     "cpu",
     "cuda",
+    "fuses",
     "group_tokens",
     "grouped_gemm",
     "huge_pages",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -200,6 +200,13 @@ def preferred(op: str, device: str) -> str | None:
         if backend not in _missing and (op, backend) in _kernels:
             return backend
     return None
+
+
+def fuses(op: str, parts: Sequence[str], device: str) -> bool:
+    """Whether `op` is one pass in place of `parts` on a device of this type: it is served by the backend that serves them,
+    and not by another, which may be slower than all of them."""
+    backend = preferred(op, device)
+    return backend is not None and all(preferred(part, device) == backend for part in parts)
 
 
 def capturable(device: str) -> tuple[str | None, ...] | None:

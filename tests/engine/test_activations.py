@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,34 @@ def test_every_product_of_the_layers(name: str, activations: Any, monkeypatch: p
     product = ({"fp8": torch.float8_e4m3fn, "int8": torch.int8}[activations], torch.bfloat16)
     layer = [product, product, *[activations] * (2 if name == "grok-2" else 1)]
     assert seen == [*layer, *layer, (torch.bfloat16, torch.float32)]
+
+
+@pytest.mark.parametrize("name", ["grok-1", "grok-2"])
+def test_norms_quantise_where_that_is_one_pass_and_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference has all the ops; a backend that has not keeps to its own."""
+    engine = LLMEngine(small(PRESETS[name]), activations="fp8", num_pages=2)
+    seen: list[str] = []
+    for op in ("sandwich_norm_fp8", "moe_fp8", "moe", "quantize_fp8"):
+        monkeypatch.setattr(grok_kernels, op, partial(spied, op, getattr(grok_kernels, op), seen))
+    with grok_kernels.use_backend("reference"):
+        fused = engine.logits([5, 6, 7])
+        layers, experts = 2, 2 if name == "grok-2" else 1
+        # two norms a layer, but for the last; the first projections of all, and each output projection
+        expected = {"sandwich_norm_fp8": 2 * layers - 1, "moe_fp8": experts * layers, "quantize_fp8": 1 + layers}
+        assert Counter(seen) == expected
+        monkeypatch.setattr(grok_kernels, "fuses", lambda op, parts, device: False)
+        assert torch.equal(engine.logits([5, 6, 7]), fused)
+    assert Counter(seen)["moe"] == experts * layers
+    monkeypatch.undo()
+    if grok_kernels.backends()["moe"]["cpu"].available and engine.config.device == "cpu":
+        assert not grok_kernels.fuses("moe_fp8", ("moe",), "cpu")
+        with grok_kernels.use_backend("cpu"):
+            assert not grok_kernels.fuses("sandwich_norm_fp8", ("sandwich_norm",), "cpu")
+
+
+def spied(op: str, function: Any, seen: list[str], *args: Any, **options: Any) -> Any:
+    seen.append(op)
+    return function(*args, **options)
 
 
 @pytest.mark.parametrize(("weights", "activations"), [("fp8", "fp8"), (None, "int8")])
