@@ -10,8 +10,6 @@ from grok_engine.config import ActFormat
 
 from .weight import Weight
 
-GROUP = 128  # columns of a row that share a scale
-
 
 class Linear(Weight):
     """y_TN = x_TK · weightᵀ; no bias. activations: what x is rounded to first."""
@@ -28,5 +26,5 @@ class Linear(Weight):
         if self.activations == "none":
             return grok_kernels.grouped_gemm(x_TK, weight, scale, out_dtype=out_dtype)
         quantize = grok_kernels.quantize_fp8 if self.activations == "fp8" else grok_kernels.quantize_int8
-        q_TK, x_scale = quantized or quantize(x_TK, GROUP)
+        q_TK, x_scale = quantized or quantize(x_TK)
         return grok_kernels.grouped_gemm(q_TK, weight, scale, x_scale=x_scale, out_dtype=out_dtype or x_TK.dtype)

@@ -33,4 +33,20 @@ inline void check_product(const char* op, const Product& p) {
   check_aligned(op, shape, "weight_scale", p.weight_scale, 16);
 }
 
+// A kernel's parameters with what all products have in common, checked before.
+template <class Params>
+Params params_of(const Product& p) {
+  Params k = {};
+  k.x_scale = p.x_scale;
+  k.weight_scale = p.weight_scale;
+  k.x_scale_row = p.x_scale_row;
+  k.x_scale_group = p.x_scale_group;
+  k.offsets = p.offsets;
+  k.rows = static_cast<int32_t>(p.rows);
+  k.n = static_cast<int32_t>(p.n);
+  k.k = static_cast<int32_t>(p.k);
+  k.experts = static_cast<int32_t>(p.experts);
+  return k;
+}
+
 }  // namespace grok::cuda::gemm

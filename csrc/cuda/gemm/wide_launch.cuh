@@ -22,16 +22,7 @@ Wide common(const char* op, const std::string& shape, const Product& p, int64_t 
         ", expected 16 or 64", kInt8 ? ", or 128" : "");
   check(p.weight_groups == 1 || (kInt8 && p.weight_groups > 1 && p.k % (p.weight_groups * kDepth) == 0), op, " of ",
         shape, ": weight_groups=", p.weight_groups, ", expected 1", kInt8 ? ", or groups of a multiple of 128 columns" : "");
-  Wide k = {};
-  k.x_scale = p.x_scale;
-  k.weight_scale = p.weight_scale;
-  k.x_scale_row = p.x_scale_row;
-  k.x_scale_group = p.x_scale_group;
-  k.offsets = p.offsets;
-  k.rows = static_cast<int32_t>(p.rows);
-  k.n = static_cast<int32_t>(p.n);
-  k.k = static_cast<int32_t>(p.k);
-  k.experts = static_cast<int32_t>(p.experts);
+  Wide k = params_of<Wide>(p);
   k.groups = static_cast<int32_t>(p.weight_groups);
   k.span = static_cast<int32_t>(p.k / p.weight_groups);
   return k;

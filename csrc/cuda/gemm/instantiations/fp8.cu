@@ -15,17 +15,7 @@ Fp8 common(const char* op, const std::string& shape, const Product& p) {
   check(p.x_type == Type::e4m3 && p.weight_type == Type::e4m3, op, " of ", shape,
         ": x and weight are not both e4m3, the only types of this kernel");
   check(p.weight_groups == 1, op, " of ", shape, ": weight_groups=", p.weight_groups, ", expected 1 for e4m3");
-  Fp8 k = {};
-  k.x_scale = p.x_scale;
-  k.weight_scale = p.weight_scale;
-  k.x_scale_row = p.x_scale_row;
-  k.x_scale_group = p.x_scale_group;
-  k.offsets = p.offsets;
-  k.rows = static_cast<int32_t>(p.rows);
-  k.n = static_cast<int32_t>(p.n);
-  k.k = static_cast<int32_t>(p.k);
-  k.experts = static_cast<int32_t>(p.experts);
-  return k;
+  return params_of<Fp8>(p);
 }
 
 uint64_t whole(int64_t size) { return static_cast<uint64_t>(size); }
