@@ -1,12 +1,13 @@
 """What of a decode step is not kernels, at 1.35 B parameters of Grok's architecture, random int8 weights.
 
-python -m benchmarks.bench_step_share [--requests 8] [--layers 8]
+python -m benchmarks.bench_step_share [--requests 8] [--layers 8] [--eager]
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from grok_engine import LLMEngine, ModelConfig, RequestOutputKind, SamplingParam
 from grok_engine.checkpoint.layout import layout
 from grok_engine.checkpoint.xai import write_xai
 from grok_kernels import registry
+from grok_kernels.recording import Recorded
 
 
 def configuration(layers: int) -> ModelConfig:
@@ -59,10 +61,8 @@ def random_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[Any, Any]]]
 
 @contextmanager
 def timed_kernels() -> Iterator[dict[str, float]]:
-    """Seconds inside the kernels of grok_kernels, by op, summed while it lasts: around each call, by its own clock.
-
-    All else is not kernels: the dispatch of the ops, what torch computes beside them, and Python.
-    """
+    """Seconds inside the kernels of grok_kernels, by op, summed while it lasts: around each call from Python, by its own
+    clock. All else is not kernels: the dispatch of the ops, what torch computes beside them, and Python."""
     seconds: dict[str, float] = {}
     kept = dict(registry._kernels)
 
@@ -84,6 +84,14 @@ def timed_kernels() -> Iterator[dict[str, float]]:
         registry._known.clear()
 
 
+def replayed_kernels(engine: LLMEngine) -> dict[str, float]:
+    """Seconds inside the kernels that decode steps replayed so far, by op."""
+    graphs, seconds = engine.runner.graphs, Counter[str]()
+    for _, run in graphs._runs.values() if graphs else ():
+        seconds.update(run.seconds() if isinstance(run, Recorded) else {})
+    return seconds
+
+
 @dataclass
 class Steps:
     """Milliseconds of a decode step: the whole, the part in kernels, and that by op; medians."""
@@ -97,9 +105,9 @@ class Steps:
         return self.whole - self.kernels
 
 
-def measure(folder: Path, requests: int, steps: int) -> Steps:
+def measure(folder: Path, requests: int, steps: int, eager: bool) -> Steps:
     """Of steps in which every request decodes."""
-    engine = LLMEngine(folder, max_num_seqs=requests, num_pages=64 * requests)
+    engine = LLMEngine(folder, max_num_seqs=requests, num_pages=64 * requests, enforce_eager=eager)
     params = SamplingParams(max_tokens=steps + 8, temperature=0, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
     for i in range(requests):
         engine.add_request(str(i), list(range(5 + i, 37 + i)), params)
@@ -109,12 +117,14 @@ def measure(folder: Path, requests: int, steps: int) -> Steps:
             engine.step()
         for _ in range(steps):
             seconds.clear()
+            before = replayed_kernels(engine)
             began = perf_counter()
             outputs = engine.step()
-            taken.append((perf_counter() - began, dict(seconds)))
+            whole = perf_counter() - began
+            taken.append((whole, dict(Counter(replayed_kernels(engine)) - Counter(before) + Counter(seconds))))
             assert len(outputs) == requests
     engine.close()
-    by_op = {op: median(ops[op] for _, ops in taken) * 1e3 for op in taken[0][1]}
+    by_op = {op: median(ops.get(op, 0.0) for _, ops in taken) * 1e3 for op in taken[0][1]}
     rest = median(whole - sum(ops.values()) for whole, ops in taken) * 1e3
     whole = median(whole for whole, _ in taken) * 1e3
     return Steps(whole, whole - rest, by_op)
@@ -125,6 +135,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--eager", action="store_true", help="every kernel from Python, none replayed")
     a = parser.parse_args()
     config = configuration(a.layers)
     title = f"{config.param_count() / 1e9:.2f} B parameters, a decode step, {torch.get_num_threads()} thread(s)"
@@ -137,7 +148,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_xai(Path(folder), config, random_tensors(config))
         for requests in a.requests:
-            s = found[requests] = measure(Path(folder), requests, a.steps)
+            s = found[requests] = measure(Path(folder), requests, a.steps, a.eager)
             table.add_row(
                 str(requests), f"{s.whole:.2f}", f"{s.kernels:.2f}", f"{s.rest:.2f}", f"{s.rest / a.layers * 1e3:.0f}",
                 f"{s.rest / s.whole:.1%}",
@@ -145,7 +156,7 @@ def main() -> None:
             ops.add_column(f"{requests} request{'s' * (requests > 1)}", justify="right")
     served = grok_kernels.chosen()
     for op in next(iter(found.values())).by_op:
-        ops.add_row(f"{op} ({', '.join(served[op])})", *(f"{s.by_op[op]:.3f}" for s in found.values()))
+        ops.add_row(f"{op} ({', '.join(served.get(op, ['cpu']))})", *(f"{s.by_op[op]:.3f}" for s in found.values()))
     Console().print(table, ops)
 
 

@@ -56,7 +56,7 @@ def main() -> None:
         size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file() and f.suffix != ".md")
         tokenizer = spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
         for dtype in ("float32", "bfloat16"):
-            llm = LLM(folder, dtype=dtype)
+            llm = LLM(folder, dtype=dtype, enforce_eager=True)  # for the hooks
             counts = count_experts(llm)
             bpb = bits_per_byte(llm.model, tokenizer, held_out, llm.config.model.max_position)
             usage = usage or counts

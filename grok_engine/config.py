@@ -378,14 +378,16 @@ KVDType = Literal["bfloat16", "float32", "fp8_e4m3"]
 class EngineConfig:
     """How a model is run.
 
-    weights: None keeps what the checkpoint holds. activations: what the rows that meet the layers' large matrices are rounded
-    to, with a scale a token and group of 128; None is "fp8" where e4m3 weights meet a GPU that multiplies e4m3, whose
-    rounding they have already, and else "none": released int8 values stay exact. mmap: run on the mapped file of a converted model, in place of a copy
-    in memory: it starts at once and shares its pages with other processes, and is slower at first. kv_dtype: of the pages; None is `dtype`. max_num_seqs: sequences that
-    run at once; max_num_batched_tokens: tokens of one step. num_pages or kv_memory (bytes) size the keys and values;
-    with neither, what the device has left on a GPU, and on a CPU 2 GiB, or one request of max_model_len if that is
-    more. enforce_eager: on a GPU, start the kernels of a decode step one by one, in place of replaying a CUDA graph of
-    them. seed: of requests that bring none, so that a run can be repeated; None draws fresh ones.
+    weights: None keeps what the checkpoint holds. activations: what the rows that meet the layers' large matrices are
+    rounded to, with a scale a token and group of 128; None is "fp8" where e4m3 weights meet a GPU that multiplies e4m3,
+    whose rounding they have already, and else "none": released int8 values stay exact. mmap: run on the mapped file of a
+    converted model, in place of a copy in memory: it starts at once and shares its pages with other processes, and is
+    slower at first. kv_dtype: of the pages; None is `dtype`. max_num_seqs: sequences that run at once;
+    max_num_batched_tokens: tokens of one step. num_pages or kv_memory (bytes) size the keys and values; with neither,
+    what the device has left on a GPU, and on a CPU 2 GiB, or one request of max_model_len if that is more.
+    enforce_eager: start the kernels of a decode step one by one, in place of replaying a CUDA graph of them, or on a CPU a
+    recording: slower, the same results, and hooks on the model's modules are called in every step. seed: of requests
+    that bring none, so that a run can be repeated; None draws fresh ones.
     """
 
     model: ModelConfig

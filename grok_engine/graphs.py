@@ -1,11 +1,16 @@
-"""Decode steps as CUDA graphs: captured once for a number of rows and a width of the block table, then replayed.
+"""Decode steps as graphs: captured once for a number of rows and a width of the block table, then replayed.
 
-A step of one token a request is hundreds of small kernels, which the host starts more slowly than a GPU ends them. A
-replay starts all of them at once, on the inputs that one transfer has put where the graph reads them. A batch is padded to the next number
-of rows on a ladder, and its block table to the next of a few widths: attention has a program for each split of as many
-keys as the table has room for, so one width for all would make short requests pay for the longest. A graph is captured
-when its shape is first met; what all of them will take is measured before pages get the rest of the memory. Logits are not in the
-graphs: their kernels are started while the replay runs, and every graph would hold a result as wide as the vocabulary.
+A step of one token a request is hundreds of small kernels, which the host starts more slowly than a GPU ends them; and on
+a CPU, Python has to come from memory again after the weights of each product. A replay makes all those calls at once,
+on the inputs that one transfer has put where the graph reads them. For a GPU it is a CUDA graph. There a batch is padded
+to the next number of rows on a ladder, and its block table to the next of a few widths: attention has a program for each
+split of as many keys as the table has room for, so one width for all would make short requests pay for the longest. For a
+CPU it is a recording of the native calls, for each number of rows up to `CPU_ROWS`, above which the kernels take so long
+that nothing is gained; attention there never looks at columns that are not in use.
+
+A graph is captured when its shape is first met; on a GPU, what all of them will take is measured before pages get the rest
+of the memory. Logits are not in the graphs: their kernels are started while the replay runs, and every graph would hold a
+result as wide as the vocabulary.
 """
 
 from __future__ import annotations
@@ -26,12 +31,19 @@ from .models.decoder import Decoder
 
 RUNG = 8  # rows from one to the next, above the first few: the least that a tile of the products has
 NARROWEST = 1024  # keys that the narrowest table has room for
+CPU_ROWS = 16
 
 Run = Callable[[], Tensor]
 
 
 class Capture(Protocol):
-    """How a run is kept: as a graph on a GPU, as the run itself in tests."""
+    """How a run is kept: as a CUDA graph, as a recording on a CPU, as the run itself in tests."""
+
+    def rungs(self, most: int) -> Sequence[int]:
+        """Numbers of rows to capture for, ascending; `most` is the most that a step has."""
+
+    def widths(self, longest: int, page_size: int) -> Sequence[int]:
+        """Columns of the block tables to capture for, ascending, with room for the keys of the longest request."""
 
     def key(self) -> Hashable | None:
         """What was captured serves only while this is the same; None: nothing can be captured now."""
@@ -61,7 +73,8 @@ class DecodeGraphs:
     def __init__(self, model: Decoder, cache: Sequence[KVPages], config: EngineConfig, capture: Capture) -> None:
         self._model, self._cache, self._capture = model, cache, capture
         self._page_size, self._device = config.page_size, model.cos_sin.device
-        self._rungs, self._widths = rungs(config.max_num_seqs), widths(config.max_len, config.page_size)
+        self._rungs = capture.rungs(config.max_num_seqs)
+        self._widths = capture.widths(config.max_len, config.page_size)
         self._runs: dict[tuple[int, int, Hashable], tuple[Tensor, Run]] = {}
 
     def run(self, work: Sequence[Work]) -> Tensor | None:
@@ -107,8 +120,28 @@ class DecodeGraphs:
         return replay()
 
 
+class CpuCapture:
+    """Into recordings of native calls, each with tensors of its own."""
+
+    @staticmethod
+    def rungs(most: int) -> Sequence[int]:
+        return range(1, min(most, CPU_ROWS) + 1)
+
+    @staticmethod
+    def widths(longest: int, page_size: int) -> Sequence[int]:
+        return widths(longest, page_size)[-1:]
+
+    def key(self) -> Hashable | None:
+        return grok_kernels.cpu.recordable()
+
+    def __call__(self, run: Run) -> Run:
+        return grok_kernels.cpu.record(run)
+
+
 class CudaCapture:
     """Into graphs that share one pool of memory: only one runs at a time, and its result is used before the next."""
+
+    rungs, widths = staticmethod(rungs), staticmethod(widths)
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -10,7 +10,7 @@ from torch import Tensor
 from .batch import Batch, Work, flatten
 from .cache.paged import allocate_pages, copy_pages, page_bytes
 from .config import ConfigError, EngineConfig
-from .graphs import CudaCapture, DecodeGraphs
+from .graphs import CpuCapture, CudaCapture, DecodeGraphs
 from .models.decoder import Decoder
 
 KV_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "fp8_e4m3": torch.float8_e4m3fn}
@@ -32,10 +32,11 @@ class Runner:
         self.graphs = self._new_graphs()
 
     def _new_graphs(self) -> DecodeGraphs | None:
-        """For decode steps over `cache`, where they run on a GPU."""
-        if self.device.type != "cuda" or self.config.enforce_eager:
+        """For decode steps over `cache`."""
+        if self.config.enforce_eager:
             return None
-        return DecodeGraphs(self.model, self.cache, self.config, CudaCapture(self.device))
+        capture = CudaCapture(self.device) if self.device.type == "cuda" else CpuCapture()
+        return DecodeGraphs(self.model, self.cache, self.config, capture)
 
     def _num_pages(self, dtype: torch.dtype) -> int:
         c = self.config

@@ -67,7 +67,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "grok_kernels.ops": ("registry", "checks"),
     "grok_kernels.reference": ("registry", "checks", "packing"),
     "grok_kernels.triton": ("registry", "checks", "packing", "tuning"),
-    "grok_kernels.cpu": ("registry", "checks", "packing", "tuning", "_C"),
+    "grok_kernels.recording": ("registry",),
+    "grok_kernels.cpu": ("registry", "checks", "packing", "recording", "tuning", "_C"),
     "grok_kernels.cuda": ("registry", "checks", "packing", "tuning", "_CUDA"),
     "grok_kernels": ("*",),
     # the benchmarks

@@ -159,13 +159,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = a.dir or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         files = write_models(folder, config, tools, a.kinds)
-        engines: list[Ours | Llama] = [Ours(folder / "packed", loads)]
+        ours = Ours(folder / "packed", loads)
+        engines: list[Ours | Llama] = [ours, Ours(folder / "packed", loads, "int8")]
         engines += [Llama(tools, file, kind) for kind, file in files.items() if tools]
         found = rounds(engines, loads, machine, 1 if a.smoke else a.rounds, console, not a.smoke)
     title = f"{config.param_count() / 1e9:.2f} B parameters, {config.active_param_count() / 1e6:.0f} M active"
     console.print()
     console.print(table(found, f"{title}; medians of quiet turns (best of all)"), highlight=False)
-    print_share(console, config, found[Ours.name])
+    print_share(console, config, found[ours.name])
     if not files:
         console.print(f"missing (llama.cpp): {GET}", highlight=False, markup=False)
     if a.json:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from grok_engine import LLMEngine, SamplingParams
+from grok_engine.config import ActFormat
 
 TOOLS = ("llama-batched-bench", "llama-quantize")
 PYTHON = (sys.executable, "-m", "benchmarks.cpu_model.llama_python")
@@ -49,14 +50,14 @@ class Speed:
 
 
 class Ours:
-    """The engine on a converted folder, its int8 weights those of the release's format."""
+    """The engine on a converted folder, its int8 weights those of the release's format. activations: as `EngineConfig`."""
 
-    name = "grok-engine, int8"
-
-    def __init__(self, folder: Path, loads: Sequence[Load]) -> None:
+    def __init__(self, folder: Path, loads: Sequence[Load], activations: ActFormat = "none") -> None:
+        self.name = "grok-engine, int8" + (f", {activations} rows" if activations != "none" else "")
         self.folder = folder
         self._engine = LLMEngine(
             folder,
+            activations=activations,
             max_num_seqs=max(load.requests for load in loads),
             max_num_batched_tokens=max(load.requests * load.prompt for load in loads),
             num_pages=max(load.requests * ((load.prompt + load.new) // 16 + 2) for load in loads),

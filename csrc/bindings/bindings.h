@@ -4,7 +4,6 @@
 // hand pointers to the kernels, and register them in the namespace grok_cpu. The contract of each op, and the rest of
 // its checks, is in grok_kernels/ops.py; the schemas here are those of there.
 
-#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -29,10 +28,8 @@ inline void check_tensor(const char* op, const char* name, const at::Tensor& ten
         tensor.strides(), ", expected its last dimension contiguous");
 }
 
-// A new tensor on the CPU, without a way through the dispatcher.
-inline at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
-  return at::Tensor(at::detail::empty_cpu(sizes, dtype));
-}
+// A new tensor on the CPU, without a way through the dispatcher; in a replay (recording.h) the one of the recording.
+at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype);
 
 // Of an activation or a norm's weight.
 inline DType float_dtype(const char* op, const char* name, const at::Tensor& tensor) {

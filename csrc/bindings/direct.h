@@ -7,6 +7,8 @@
 #include <utility>
 #include <vector>
 
+#include "recording.h"
+
 namespace grok {
 
 // A plain function of the module beside an op of that name, with its arguments in their order, for calls that torch's
@@ -19,7 +21,7 @@ class Direct {
     all().push_back([name, op](pybind11::module_& module) {
       const auto call = [name, op](Args... args) -> Result {
         RECORD_FUNCTION(name, c10::ArrayRef<const c10::IValue>{});
-        return op(std::forward<Args>(args)...);
+        return Recording::call<Result, Args...>(name, op, std::forward<Args>(args)...);
       };
       module.def(name, call, pybind11::call_guard<pybind11::gil_scoped_release>());
     });

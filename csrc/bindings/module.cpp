@@ -8,8 +8,9 @@
 
 #include "bindings.h"
 #include "direct.h"
-#include "signature.h"
 #include "probe.h"
+#include "recording.h"
+#include "signature.h"
 
 namespace grok {
 namespace {
@@ -43,5 +44,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("signature", &grok::signature, pybind11::arg("args"),
              "What the checks of a plain call on the CPU depend on, as bytes; None for any other call.");
   grok::define_probes(module);
+  grok::define_recording(module);
   grok::Direct::define_all(module);
 }

@@ -10,7 +10,7 @@ reference serves.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from . import packing, registry
+from .recording import Recorded
+from .recording import record as _record
 
 BUILD = "build it with `python setup.py build_ext --inplace` in the sources, or reinstall where there is a C++ compiler"
 OPS = (
@@ -76,6 +78,23 @@ def use_isa(name: str) -> Iterator[None]:
         yield
     finally:
         module.use_isa(before)
+
+
+def recordable() -> tuple[str | None, ...] | None:
+    """What a run recorded now will hold: the preferred backend of every op. None where this one serves nothing here."""
+    found = registry.preferred_all("cpu")
+    return found if "cpu" in found else None
+
+
+def record(run: Callable[[], Any]) -> Recorded:
+    """Call `run`, and keep what it does on the CPU so that it can be done again without the Python in it.
+
+    What is returned computes `run`'s result again when called, from what is then in the tensors that `run` read, into
+    the tensors that it made: write new inputs into the old ones, and use a result before the next call. Whatever `run`
+    decides from values of tensors, sizes or Python objects stays as it was. Results have the bits of `run` itself.
+    RuntimeError where `run` asks a tensor for a value; NotImplementedError without the extension.
+    """
+    return _record(_extension(), run)
 
 
 def _supports(*args: Any) -> str | None:

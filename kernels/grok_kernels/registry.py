@@ -57,7 +57,7 @@ Key = tuple[str, bytes, "str | None"]  # op, signature, backend that `use_backen
 # device, no extension to take one) always goes the whole way.
 KNOWN = 4096  # calls kept; then all are forgotten, since working sets are far smaller and a repeated check is cheap
 _known: dict[Key, Kernel] = {}
-_capturable: dict[tuple[str | None, str], tuple[str | None, ...] | None] = {}  # as `capturable` gives it
+_preferred: dict[tuple[str | None, str], tuple[str | None, ...]] = {}  # as `preferred_all` gives it
 
 
 def _no_signature(args: tuple[Any, ...]) -> bytes | None:
@@ -114,7 +114,7 @@ def register(op: str, backend: str, supports: Supports = lambda *args: None) -> 
 def _forget() -> None:
     """What was selected, since there is another choice now."""
     _known.clear()
-    _capturable.clear()
+    _preferred.clear()
 
 
 def mark_missing(backend: str, reason: str) -> None:
@@ -209,16 +209,22 @@ def fuses(op: str, parts: Sequence[str], device: str) -> bool:
     return backend is not None and all(preferred(part, device) == backend for part in parts)
 
 
+def preferred_all(device: str) -> tuple[str | None, ...]:
+    """Of every op, in the order of their names, the preferred backend on a device of this type: what is captured or
+    recorded now will hold."""
+    key = forced_backend(), device
+    if key not in _preferred:
+        _preferred[key] = tuple(preferred(op, device) for op in sorted({op for op, _ in _kernels}))
+    return _preferred[key]
+
+
 def capturable(device: str) -> tuple[str | None, ...] | None:
-    """The preferred backend of every op on a device of this type: what a CUDA graph captured now will hold.
+    """`preferred_all`, what a CUDA graph captured now will hold.
 
     None where one of them is the reference, which waits for values on the device, as no graph can.
     """
-    key = forced_backend(), device
-    if key not in _capturable:
-        found = tuple(preferred(op, device) for op in sorted({op for op, _ in _kernels}))
-        _capturable[key] = None if "reference" in found else found
-    return _capturable[key]
+    found = preferred_all(device)
+    return None if "reference" in found else found
 
 
 def call(op: str, *args: Any) -> Any:

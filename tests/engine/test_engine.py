@@ -41,6 +41,12 @@ def llm() -> LLM:
 
 
 @pytest.fixture(scope="module")
+def eager() -> LLM:
+    """The same, whose modules are called in every step."""
+    return LLM(FOLDER, dtype="float32", enforce_eager=True)
+
+
+@pytest.fixture(scope="module")
 def spelling(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     """The same model with a tokenizer of its own, trained here on words that mean nothing, one piece to each token."""
     folder = tmp_path_factory.mktemp("spelling") / "model"
@@ -140,17 +146,18 @@ def test_an_empty_prompt(llm: LLM, spelling: LLM) -> None:
         spelling.generate([PROMPT, ""])
 
 
-def test_nothing_runs_unless_all_prompts_are_valid(llm: LLM) -> None:
+def test_nothing_runs_unless_all_prompts_are_valid(llm: LLM, eager: LLM) -> None:
     ran: list[Any] = []
-    handle = llm.model.register_forward_hook(lambda *args: ran.append(1))
+    handle = eager.model.register_forward_hook(lambda *args: ran.append(1))
     try:
         with pytest.raises(ValueError, match="token id -5"):
-            llm.generate([PROMPT, PROMPT, [3, -5]], GREEDY)
+            eager.generate([PROMPT, PROMPT, [3, -5]], GREEDY)
         assert not ran
-        llm.generate(PROMPT, GREEDY)
+        eager.generate(PROMPT, GREEDY)
         assert len(ran) == GREEDY.max_tokens  # the prompt at once, then a step a token but the last
     finally:
         handle.remove()
+    assert tokens(llm, PROMPT, GREEDY) == tokens(eager, PROMPT, GREEDY)
 
 
 # Parameters
@@ -330,11 +337,11 @@ def test_stream_is_generate(spelling: LLM, params: SamplingParams) -> None:
     assert [chunk.finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + [output.finish_reason]
 
 
-def test_stream_computes_as_it_is_read(llm: LLM) -> None:
+def test_stream_computes_as_it_is_read(eager: LLM) -> None:
     steps: list[Any] = []
-    handle = llm.model.register_forward_hook(lambda *args: steps.append(1))
+    handle = eager.model.register_forward_hook(lambda *args: steps.append(1))
     try:
-        stream = llm.stream(PROMPT, GREEDY)
+        stream = eager.stream(PROMPT, GREEDY)
         assert not steps
         assert next(stream).token_id == CONTINUATION[0]
         assert next(stream).token_id == CONTINUATION[1]
@@ -342,7 +349,7 @@ def test_stream_computes_as_it_is_read(llm: LLM) -> None:
         stream.close()
     finally:
         handle.remove()
-    assert tokens(llm, PROMPT, GREEDY) == CONTINUATION
+    assert tokens(eager, PROMPT, GREEDY) == CONTINUATION
 
 
 def test_streams_of_two_models_and_of_one_take_turns(llm: LLM) -> None:

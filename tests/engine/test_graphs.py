@@ -1,8 +1,9 @@
-"""Decode steps by way of a capture: here a stand-in, which runs the step again on the same tensors as a graph would."""
+"""Decode steps by way of a capture: the recordings of a CPU, and, for what a GPU's do, a stand-in, which runs the step
+again on the same tensors as a graph would."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -18,7 +19,7 @@ from grok_engine.batch import ALIGNED, Batch, Work, flatten, take_rows
 from grok_engine.cache.paged import allocate_pages
 from grok_engine.config import PRESETS, EngineConfig, ModelConfig
 from grok_engine.dummy import dummy_weights
-from grok_engine.graphs import CudaCapture, DecodeGraphs, Run, rungs, widths
+from grok_engine.graphs import Capture, CpuCapture, CudaCapture, DecodeGraphs, Run, rungs, widths
 from grok_engine.layers.weight import Table, Weight
 from grok_engine.models.decoder import Decoder
 from grok_engine.runner import GPU_SHARE
@@ -26,11 +27,30 @@ from grok_kernels import registry
 from tests.engine.test_invariance import SHAPES, SMALL, assert_as_alone, make_engine, make_traffic
 
 
+class Counted:
+    """Counts what is captured and replayed."""
+
+    def __init__(self, capture: Capture) -> None:
+        self.capture, self.captured, self.replayed = capture, 0, 0
+        self.rungs, self.widths, self.key = capture.rungs, capture.widths, capture.key
+
+    def __call__(self, run: Run) -> Run:
+        captured = self.capture(run)
+        self.captured += 1
+
+        def replay() -> Tensor:
+            self.replayed += 1
+            return captured()
+
+        return replay
+
+
 class StandIn:
     """As a CUDA graph: its own result tensor, overwritten by each replay, and nothing kept but tensors."""
 
+    rungs, widths = staticmethod(rungs), staticmethod(widths)
+
     def __init__(self) -> None:
-        self.captured = self.replayed = 0
         self.now: Hashable | None = "here"
 
     def key(self) -> Hashable | None:
@@ -39,18 +59,14 @@ class StandIn:
     def __call__(self, run: Run) -> Run:
         run()
         result = torch.full_like(run(), float("nan"))
-        self.captured += 1
-
-        def replay() -> Tensor:
-            self.replayed += 1
-            return result.copy_(run())
-
-        return replay
+        return lambda: result.copy_(run())
 
 
-def with_graphs(engine: LLMEngine) -> StandIn:
-    runner, capture = engine.runner, StandIn()
-    assert runner.graphs is None  # on a CPU
+CAPTURES: dict[str, Callable[[], Capture]] = {"stand-in": StandIn, "cpu": CpuCapture}
+
+
+def with_graphs(engine: LLMEngine, kind: str = "stand-in") -> Counted:
+    runner, capture = engine.runner, Counted(CAPTURES[kind]())
     runner.graphs = DecodeGraphs(runner.model, runner.cache, runner.config, capture)
     return capture
 
@@ -101,11 +117,13 @@ def test_flatten_pads_with_the_first_row_written_nowhere() -> None:
 
 @pytest.mark.parametrize(("dtype", "kv_dtype"), [("float32", "float32"), ("bfloat16", "fp8_e4m3")])
 @pytest.mark.parametrize("shape", ["few pages", "page of 1", "one at a time"])
-def test_the_same_bits_as_without(shape: str, dtype: str, kv_dtype: str) -> None:
+@pytest.mark.parametrize("kind", CAPTURES)
+def test_the_same_bits_as_without(kind: str, shape: str, dtype: str, kv_dtype: str) -> None:
     engine = make_engine(SMALL, dtype, kv_dtype, **SHAPES[shape])
-    capture = with_graphs(engine)
+    capture = with_graphs(engine, kind)
     assert_as_alone(engine, make_traffic(11, 1024, requests=12))
-    assert 0 < capture.captured <= len(rungs(engine.config.max_num_seqs)) * len(widths(engine.config.max_len, 1))
+    most = len(capture.rungs(engine.config.max_num_seqs)) * len(capture.widths(engine.config.max_len, 1))
+    assert 0 < capture.captured <= most
     assert capture.replayed > 2 * capture.captured
 
 
@@ -141,6 +159,8 @@ def test_which_steps_have_graphs() -> None:
     engine = make_engine(SMALL, "float32", "float32", max_num_seqs=4, max_model_len=64, page_size=4, num_pages=40)
     capture, graphs = with_graphs(engine), engine.runner.graphs
     assert graphs is not None
+    stand_in = capture.capture
+    assert isinstance(stand_in, StandIn)
     one = Work([5], 0, [0])
     with torch.inference_mode():
         assert graphs.run([Work([5, 6], 0, [0])]) is None
@@ -153,10 +173,10 @@ def test_which_steps_have_graphs() -> None:
             assert found is not None
             assert len(found) == n
             assert capture.captured == captured
-        capture.now = "elsewhere"
+        stand_in.now = "elsewhere"
         assert graphs.run([one]) is not None
         assert capture.captured == 4
-        capture.now = None
+        stand_in.now = None
         assert graphs.run([one]) is None
 
 
@@ -189,7 +209,7 @@ def test_a_backend_that_comes_or_goes_is_another_graph(monkeypatch: pytest.Monke
 def test_memory_of_all_graphs() -> None:
     """The largest takes what all share, the second what one more takes; there are 5 rungs and 2 widths."""
     engine = make_engine(SMALL, "float32", "float32", max_num_seqs=16, page_size=1, num_pages=40, max_model_len=128)
-    runner, capture = engine.runner, StandIn()
+    runner, capture = engine.runner, Counted(stand_in := StandIn())
     config = replace(engine.config, model=replace(engine.config.model, max_position=2048), max_model_len=2048)
     with torch.inference_mode():
         free = iter([1000, 700, 690])
@@ -201,7 +221,7 @@ def test_memory_of_all_graphs() -> None:
         free = iter([1000, 900])
         config = replace(config, max_num_seqs=1, max_model_len=128)
         assert DecodeGraphs(runner.model, runner.cache, config, capture).bytes_needed(lambda: next(free)) == 100
-        capture.now = None
+        stand_in.now = None
         assert DecodeGraphs(runner.model, runner.cache, config, capture).bytes_needed(lambda: 0) == 0
 
 
@@ -228,8 +248,9 @@ def small(config: ModelConfig) -> ModelConfig:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", CAPTURES)
 @pytest.mark.parametrize("name", ["grok-2", "mistral-7b"])
-def test_families_with_dense_layers(name: str) -> None:
+def test_families_with_dense_layers(name: str, kind: str) -> None:
     """Whose blocks make tensors of their own in every step."""
     model = Decoder(small(PRESETS[name]), torch.float32)
     dummy_weights(model, "fp32")
@@ -238,13 +259,14 @@ def test_families_with_dense_layers(name: str) -> None:
     for pages in cache:
         pages.k.zero_()
         pages.v.zero_()
-    graphs = DecodeGraphs(model, cache, config, StandIn())
-    work: Any = [Work([5], 3, [1]), Work([6], 9, [0]), Work([7], 0, [2])]
-    with torch.inference_mode():
-        expected = model(Batch.of(*flatten(work, 16), 1), cache)
-        found = graphs.run(work)
-    assert found is not None
-    assert torch.equal(found, expected)
+    graphs = DecodeGraphs(model, cache, config, CAPTURES[kind]())
+    for tokens in ((5, 6, 7), (8, 9, 10)):
+        work = [Work([tokens[0]], 3, [1]), Work([tokens[1]], 9, [0]), Work([tokens[2]], 0, [2])]
+        with torch.inference_mode():
+            expected = model(Batch.of(*flatten(work, 16), 1), cache).clone()
+            found = graphs.run(work)
+        assert found is not None
+        assert torch.equal(found, expected)
 
 
 def test_rows_are_taken_as_by_an_index() -> None:

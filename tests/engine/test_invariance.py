@@ -47,7 +47,7 @@ def make_engine(model: str, dtype: str, kv_dtype: str, **options: Any) -> LLMEng
 
 @cache
 def plain_engine(model: str, dtype: str, kv_dtype: str) -> LLMEngine:
-    return make_engine(model, dtype, kv_dtype, enable_prefix_caching=False)
+    return make_engine(model, dtype, kv_dtype, enable_prefix_caching=False, enforce_eager=True)
 
 
 def facts(output: RequestOutput) -> Any:
