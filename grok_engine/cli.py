@@ -153,15 +153,8 @@ def convert_command(model: str, out: str, weights: WeightFormat | None, dtype: D
 
     MODEL is a folder, or `tiny`; OUT is a new folder, which is then a model for --model.
     """
-    with byte_bar("converting") as bar:
-        task = bar.add_task("", total=None)
-        folder = convert(
-            model,
-            out,
-            weights=weights,
-            dtype=dtype,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    with byte_bar("converting") as progress:
+        folder = convert(model, out, weights=weights, dtype=dtype, progress=progress)
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{folder}: {size:,} bytes")
 
@@ -175,11 +168,8 @@ def convert_command(model: str, out: str, weights: WeightFormat | None, dtype: D
 def inspect(path: str, verify: bool, all_tensors: bool, as_json: bool) -> None:
     """Show what a checkpoint holds; no weight is read without --verify. PATH is a folder, or `tiny`."""
     folder = resolve_model(path)
-    with byte_bar("reading", shown=verify) as bar:
-        task = bar.add_task("", total=None)
-        report = inspect_checkpoint(
-            folder, verify=verify, progress=lambda done, total: bar.update(task, completed=done, total=total)
-        )
+    with byte_bar("reading", shown=verify) as progress:
+        report = inspect_checkpoint(folder, verify=verify, progress=progress)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
