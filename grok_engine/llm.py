@@ -51,16 +51,8 @@ class LLM:
         weights: WeightFormat | None = None,
         **options: Any,
     ) -> None:
-        with byte_bar("loading") as bar:
-            task = bar.add_task("", total=None)
-            self.engine = LLMEngine(
-                model,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
-                dtype=dtype,
-                device=device,
-                weights=weights,
-                **options,
-            )
+        with byte_bar("loading") as progress:
+            self.engine = LLMEngine(model, progress=progress, dtype=dtype, device=device, weights=weights, **options)
         self._ids = count()
         self._outputs: dict[str, deque[RequestOutput]] = {}  # of the calls under way: any step may serve them all
 
@@ -118,12 +110,12 @@ class LLM:
                 if isinstance(param, SamplingParams):
                     param = replace(param, output_kind=RequestOutputKind.FINAL_ONLY)
                 ids.append(self._add(prompt, param, outputs))
-            with request_bar() as bar:
-                task = bar.add_task("", total=len(ids))
+            with request_bar() as progress:
+                progress(0, len(ids))
                 while len(finished) < len(ids):
                     output = self._next(outputs)
                     finished[output.request_id] = output
-                    bar.update(task, completed=len(finished))
+                    progress(len(finished), len(ids))
         finally:
             self._end(ids)
         return [finished[request_id] for request_id in ids]

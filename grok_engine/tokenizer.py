@@ -7,9 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import sentencepiece
-import tokenizers
-
 SPACE = "▁"  # how SentencePiece spells a space inside a piece
 REPLACEMENT = "\ufffd"
 
@@ -97,6 +94,8 @@ class SentencePieceTokenizer:
     replace_each_byte = True
 
     def __init__(self, path: str | Path) -> None:
+        import sentencepiece  # by those who have such a file: a model without one starts sooner
+
         _require_file(path)
         self._sp = sentencepiece.SentencePieceProcessor()
         try:
@@ -146,6 +145,8 @@ class HFTokenizer:
     """
 
     def __init__(self, path: str | Path) -> None:
+        import tokenizers  # as above
+
         path = Path(path)
         _require_file(path)
         try:

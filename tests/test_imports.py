@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -347,3 +348,23 @@ def test_a_planted_violation_is_found(tmp_path: Path, path: str, text: str, erro
     (tmp_path / path).write_text(text + "\n")
     found = violations(tmp_path)
     assert any(error in line for line in found), found
+
+
+# What a start off a terminal does without. sentencepiece and ml_dtypes are for what `tiny` is stored as.
+START = """
+import sys, torch
+before = set(sys.modules)
+import grok_engine
+imported = set(sys.modules) - before
+llm = grok_engine.LLM("tiny", num_pages=4)
+assert llm.generate([[5]], grok_engine.SamplingParams(max_tokens=1, ignore_eos=True))[0].outputs[0].token_ids
+generated = set(sys.modules) - before
+needless = {"click", "grok_bench", "llguidance", "rich", "safetensors", "tokenizers", "torch._dynamo",
+            "torch._inductor", "torch.utils.cpp_extension", "triton"}
+print(sorted((imported & {*needless, "sentencepiece"}) | (generated & needless)))
+"""
+
+
+def test_a_start_imports_nothing_that_the_first_token_does_not_need() -> None:
+    done = subprocess.run([sys.executable, "-c", START], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stdout + done.stderr

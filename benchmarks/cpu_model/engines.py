@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,14 +23,18 @@ from grok_engine.config import ActFormat
 TOOLS = ("llama-batched-bench", "llama-quantize")
 PYTHON = (sys.executable, "-m", "benchmarks.cpu_model.llama_python")
 FIRST_TOKEN = """
+import gc
+gc.disable()
 import sys, time, torch
 from grok_engine import LLMEngine, SamplingParams
+gc.freeze()
+gc.enable()
 torch.set_num_threads(int(sys.argv[2]))
 start = time.perf_counter()
 engine = LLMEngine(sys.argv[1], max_num_seqs=1, num_pages=64, mmap=True)
 engine.add_request("a", [5], SamplingParams(max_tokens=1, temperature=0, ignore_eos=True))
 assert engine.step()[0].outputs[0].token_ids
-print(time.perf_counter() - start)
+print(time.perf_counter() - start, flush=True)
 """
 
 
@@ -90,9 +96,8 @@ class Ours:
         """Seconds to the first token of a prompt of one, the folder mapped: from the start of a process, and from there
         on where it has imported torch and the engine, as a server that embeds it has."""
         command = [sys.executable, "-c", FIRST_TOKEN, str(self.folder), str(torch.get_num_threads())]
-        start = time.perf_counter()
-        imported = float(_output(command))
-        return time.perf_counter() - start, imported
+        seconds, line = _until(command, "")
+        return seconds, float(line)
 
 
 @dataclass(frozen=True)
@@ -134,9 +139,7 @@ class Llama:
 
     def first_token(self) -> tuple[float, float]:
         """As of ours, with nothing to import but where the bindings run it; it warms up with 16 tokens, too."""
-        start = time.perf_counter()
-        _output(self._tools.bench(self._file, Load(1, 1, 1)))
-        seconds = time.perf_counter() - start
+        seconds, _ = _until(self._tools.bench(self._file, Load(1, 1, 1)), "{")
         return seconds, seconds
 
 
@@ -158,3 +161,22 @@ def _output(command: list[str]) -> str:
     if done.returncode:
         raise RuntimeError(f"{command[0]} ended with {done.returncode}: {(done.stderr or done.stdout)[-1500:]}")
     return done.stdout
+
+
+def _until(command: list[str], beginning: str) -> tuple[float, str]:
+    """Seconds from a process's start to its first line that begins so, and the line. Giving memory back is left out."""
+    # A process that may not write bytecode compiles a checkout's modules anew: an installed package has them compiled.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    start = time.perf_counter()
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
+    ):
+        assert process.stdout is not None
+        line = next((line for line in process.stdout if line.startswith(beginning)), None)
+        seconds = time.perf_counter() - start
+        process.stdout.read()
+        if process.wait() or line is None:
+            errors.seek(0)
+            raise RuntimeError(f"{command[0]} ended with {process.returncode}: {errors.read()[-1500:]}")
+    return seconds, line

@@ -90,7 +90,7 @@ _SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 def main(arguments: Sequence[str]) -> None:
     if arguments[0] == "bench":
         path, *numbers = arguments[1:]
-        print(json.dumps(bench(path, *map(int, numbers))))
+        print(json.dumps(bench(path, *map(int, numbers))), flush=True)
     else:
         quantize(*arguments[1:])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -180,3 +181,15 @@ def test_plan_says_grok_1s_sizes(capsys: Captured) -> None:
     text = capsys.readouterr().out
     for figure in ("315.7 B parameters", "83.8 B active", "318.2 GB as released", "fits"):
         assert figure in text
+
+
+def test_only_a_process_of_its_own_keeps_what_it_imported_from_the_collector(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    frozen: list[bool] = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(True))
+    assert main(["plan"]) == 0
+    assert not frozen  # called by another program, as here
+    monkeypatch.setattr(sys, "argv", ["grok-engine", "plan"])
+    assert main() == 0
+    assert frozen == [True]

@@ -39,13 +39,9 @@ class Setup:
         check_jobs(jobs, vocab_size=self.model.vocab_size, max_model_len=self.config.max_len)
         check_memory(self.config, self.folder)
         began = time.perf_counter()
-        with byte_bar("loading") as bar:
-            task = bar.add_task("", total=None)
-            engine = LLMEngine(
-                self.model if self.folder is None else self.folder,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
-                **self.options,
-            )
+        with byte_bar("loading") as progress:
+            model = self.model if self.folder is None else self.folder
+            engine = LLMEngine(model, progress=progress, **self.options)
         seconds = time.perf_counter() - began
         for i, job in enumerate(jobs):
             need, pages = engine.allocator.pages_for(len(job.prompt) + job.output_len - 1), engine.runner.num_pages
