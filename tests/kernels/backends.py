@@ -16,10 +16,11 @@ def _has(backend: str, op: str) -> bool:
     return grok_kernels.backends()[op][backend].available
 
 
+ISAS = cpu.isas() if ON_CPU and _has("cpu", "rms_norm") else ()
 SELECTED = "selected"
 BACKENDS = (
     "reference",
-    *(f"cpu-{isa}" for isa in (cpu.isas() if ON_CPU and _has("cpu", "rms_norm") else ())),
+    *(f"cpu-{isa}" for isa in ISAS),
     *(["triton"] if _has("triton", "rms_norm") else []),
     *([] if ON_CPU else [SELECTED]),
 )

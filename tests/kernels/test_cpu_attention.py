@@ -9,7 +9,6 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,30 +16,16 @@ import torch
 from torch import Tensor
 
 import grok_kernels
-from grok_kernels import cpu, registry
+from grok_kernels import registry
 from tests.kernels.cases import FP8, batch, ints, of, randn
 from tests.kernels.oracle import assert_near
 
 OPS = ("rope_store_kv", "paged_attention")
 STATUS = grok_kernels.backends()["paged_attention"]["cpu"]
-pytestmark = pytest.mark.skipif(not STATUS.available, reason=STATUS.reason)
-ISAS = cpu.isas() if STATUS.available else ()
+pytestmark = [pytest.mark.skipif(not STATUS.available, reason=STATUS.reason), pytest.mark.usefixtures("isa")]
 FLOATS = (torch.float32, torch.bfloat16)
 CACHES = (*FLOATS, FP8)
 NAN, INF = float("nan"), float("inf")
-
-
-@pytest.fixture(autouse=True, params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with grok_kernels.use_backend("cpu"), cpu.use_isa(request.param):
-        yield request.param
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def same_bits(a: Tensor | None, b: Tensor | None) -> bool:

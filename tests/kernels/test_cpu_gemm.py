@@ -3,7 +3,6 @@ kernels can get wrong: borders of tiles and blocks, every code of a weight, alig
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,27 +10,12 @@ import torch
 from torch import Tensor
 
 import grok_kernels
-from grok_kernels import cpu
 from tests.kernels.cases import ints, randint8, randn
 
 STATUS = grok_kernels.backends()["grouped_gemm"]["cpu"]
-pytestmark = pytest.mark.skipif(not STATUS.available, reason=STATUS.reason)
-ISAS = cpu.isas() if STATUS.available else ()
+pytestmark = [pytest.mark.skipif(not STATUS.available, reason=STATUS.reason), pytest.mark.usefixtures("isa")]
 FP8, BF16, INT8, FP32 = torch.float8_e4m3fn, torch.bfloat16, torch.int8, torch.float32
 WEIGHTS = [(INT8, 1), (INT8, 4), (FP8, 1), (BF16, 1), (FP32, 1)]
-
-
-@pytest.fixture(params=ISAS, autouse=True)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with cpu.use_isa(request.param), grok_kernels.use_backend("cpu"):
-        yield request.param
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def matrices(e: int, n: int, k: int, dtype: torch.dtype, groups: int, seed: int = 1) -> tuple[Tensor, Tensor | None]:

@@ -27,13 +27,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         yield str(request.param)
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def words_sum(data: np.ndarray) -> int:
     filled = np.concatenate((data, np.zeros(-data.size % 8, np.uint8)))
     return int(filled.view("<u8").sum(dtype=np.uint64))

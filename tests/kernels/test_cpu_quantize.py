@@ -8,11 +8,11 @@ from torch import Tensor
 
 import grok_kernels
 from grok_kernels import cpu
+from tests.kernels.backends import ISAS
 from tests.kernels.cases import randn
 
 STATUS = grok_kernels.backends()["quantize_fp8"]["cpu"]
 pytestmark = pytest.mark.skipif(not STATUS.available, reason=STATUS.reason)
-ISAS = cpu.isas() if STATUS.available else ()
 NAN, INF = float("nan"), float("inf")
 FORMS = {"fp8": grok_kernels.quantize_fp8, "int8": grok_kernels.quantize_int8}
 

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,26 +16,13 @@ from torch import Tensor
 
 import grok_kernels
 from grok_kernels import cpu, registry
+from tests.kernels.backends import ISAS
 
 STATUS = grok_kernels.backends()["rms_norm"]["cpu"]
 pytestmark = pytest.mark.skipif(not STATUS.available, reason=STATUS.reason)
-ISAS = cpu.isas() if STATUS.available else ()
 DTYPES = (torch.float32, torch.bfloat16)
 SIZES = (1, 2, 7, 15, 16, 17, 31, 32, 33, 63, 64, 100, 127, 1000, 6144)
 EPS = 1e-5
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with cpu.use_isa(request.param):
-        yield request.param
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def native(x_TD: Tensor, weight_D: Tensor, eps: float = EPS) -> Tensor:

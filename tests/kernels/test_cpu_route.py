@@ -9,11 +9,11 @@ from torch import Tensor
 import grok_kernels
 from grok_kernels import cpu
 from tests.kernels import oracle
+from tests.kernels.backends import ISAS
 from tests.kernels.cases import ints, randn
 
 STATUS = grok_kernels.backends()["route_topk"]["cpu"]
 pytestmark = pytest.mark.skipif(not STATUS.available, reason=STATUS.reason)
-ISAS = cpu.isas() if STATUS.available else ()
 NAN, INF = float("nan"), float("inf")
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 import grok_kernels
 from grok_kernels import cpu
+from tests.kernels.backends import ISAS
 from tests.kernels.cases import randn
 
 STATUS = grok_kernels.backends()["sample_top_p"]["cpu"]
 pytestmark = pytest.mark.skipif(not STATUS.available, reason=STATUS.reason)
-ISAS = cpu.isas() if STATUS.available else ()
 NAN, INF = float("nan"), float("inf")
 LAST = 1 - 2.0**-24
 
