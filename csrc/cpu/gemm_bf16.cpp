@@ -16,7 +16,8 @@ struct Tables {
 
 struct AllTables {
   Tables int8, e4m3;
-  alignas(64) uint8_t first[64], second[64];  // where the bytes of a run's first and second pair of columns come from
+  // Of 16 bytes, 4 outputs × 4 columns: the first two columns of all four, then the others.
+  alignas(64) uint8_t order[64];
 };
 
 AllTables make_tables() {
@@ -33,11 +34,7 @@ AllTables make_tables() {
     t.e4m3.low[code] = static_cast<uint8_t>(bits);
     t.e4m3.high[code] = static_cast<uint8_t>(bits >> 8);
   }
-  for (int i = 0; i < 64; ++i) {  // output byte i: lane i / 4, in it the low and the high byte of two columns
-    const int from = i / 4 * 4 + (i % 4) / 2 + (i % 2) * 64;
-    t.first[i] = static_cast<uint8_t>(from);
-    t.second[i] = static_cast<uint8_t>(from + 2);
-  }
+  for (int i = 0; i < 64; ++i) t.order[i] = static_cast<uint8_t>(i % 8 / 2 * 4 + i % 2 + i % 16 / 8 * 2);
   return t;
 }
 
@@ -51,7 +48,7 @@ struct Pairs {
 
 template <DType kElem>
 struct Converter {
-  __m512i low0, low1, high0, high1, first, second, sign;
+  __m512i low0, low1, high0, high1, order, sign;
 
   GROK_TARGET_INLINE Converter() {
     const Tables& t = kElem == DType::int8 ? kTables.int8 : kTables.e4m3;
@@ -59,22 +56,33 @@ struct Converter {
     low1 = _mm512_load_si512(t.low + 64);
     high0 = _mm512_load_si512(t.high);
     high1 = _mm512_load_si512(t.high + 64);
-    first = _mm512_load_si512(kTables.first);
-    second = _mm512_load_si512(kTables.second);
+    order = _mm512_load_si512(kTables.order);
     sign = _mm512_set1_epi8(static_cast<char>(0x80));
   }
 
+  // Whether a run holds −128, which has no positive counterpart among the seven bits that are looked up. Weights seldom
+  // have it: looking once a run is cheaper than putting it right in each block.
+  GROK_TARGET_INLINE bool has_lowest(const uint8_t* run) const {
+    if (kElem != DType::int8) return false;
+    __m512i least = _mm512_loadu_si512(run);
+#pragma GCC unroll 4
+    for (int j = 1; j < 4; ++j) least = _mm512_min_epi8(least, _mm512_loadu_si512(run + 64 * j));
+    return _mm512_cmpeq_epi8_mask(least, sign) != 0;
+  }
+
   // 16 outputs × 4 columns of bytes to 16 × 2 pairs.
-  GROK_TARGET_INLINE Pairs operator()(const uint8_t* w) const {
-    const __m512i code = _mm512_loadu_si512(w);
+  template <bool kLowest>
+  GROK_TARGET_INLINE Pairs convert(const uint8_t* w) const {
+    __m512i code = _mm512_shuffle_epi8(_mm512_loadu_si512(w), order);
+    asm("" : "+v"(code));  // or it is made three times, since a lookup overwrites its index
     const __m512i index = kElem == DType::int8 ? _mm512_abs_epi8(code) : code;
     const __m512i low = _mm512_permutex2var_epi8(low0, index, low1);
     __m512i high = _mm512_permutex2var_epi8(high0, index, high1);
     high = _mm512_ternarylogic_epi32(high, code, sign, 0xf8);  // high | (code & sign)
-    if (kElem == DType::int8) {  // −128 has no positive counterpart among the seven bits: its bf16 is 0xc300
+    if (kLowest) {  // its bf16 is 0xc300
       high = _mm512_mask_mov_epi8(high, _mm512_cmpeq_epi8_mask(code, sign), _mm512_set1_epi8(static_cast<char>(0xc3)));
     }
-    return {_mm512_permutex2var_epi8(low, first, high), _mm512_permutex2var_epi8(low, second, high)};
+    return {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
   }
 };
 
@@ -132,12 +140,13 @@ GROK_AVX512_BF16 void bf16_direct_avx512(const uint32_t* x, const uint8_t* w, in
                                          Ahead ahead) {
   __m512 sum[kRows][kWide];
   load_sums(sum, c, first);
-  const Converter<kElem> convert;
+  const Converter<kElem> converter;
   for (int64_t run = 0; run < runs; ++run, w += kRunBytes, x += 2 * kRows, ahead.from += ahead.step) {
+    const bool lowest = converter.has_lowest(w);
 #pragma GCC unroll 4
     for (int j = 0; j < kWide; ++j) {
       _mm_prefetch(ahead.from + 64 * j, _MM_HINT_NTA);
-      const Pairs v = convert(w + 64 * j);
+      const Pairs v = lowest ? converter.template convert<true>(w + 64 * j) : converter.template convert<false>(w + 64 * j);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         add_products(sum[r][j], v.first, x + r);
@@ -150,13 +159,14 @@ GROK_AVX512_BF16 void bf16_direct_avx512(const uint32_t* x, const uint8_t* w, in
 
 template <DType kElem>
 GROK_AVX512_BF16 void bf16_stage_avx512(const uint8_t* w, int64_t runs, uint8_t* stage, Ahead ahead) {
-  const Converter<kElem> convert;
+  const Converter<kElem> converter;
   for (int64_t run = 0; run < runs; ++run, w += kRunBytes, stage += 2 * kRunBytes, ahead.from += ahead.step) {
+    const bool lowest = converter.has_lowest(w);
 #pragma GCC unroll 4
     for (int line = 0; line < kShared; ++line) _mm_prefetch(ahead.from + 64 * line, _MM_HINT_T0);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      const Pairs v = convert(w + 64 * j);
+      const Pairs v = lowest ? converter.template convert<true>(w + 64 * j) : converter.template convert<false>(w + 64 * j);
       _mm512_store_si512(stage + 64 * j, v.first);
       _mm512_store_si512(stage + kRunBytes + 64 * j, v.second);
     }
