@@ -135,7 +135,7 @@ GROK_AVX512_BF16 void bf16_direct_avx512(const uint32_t* x, const uint8_t* w, in
   for (int64_t run = 0; run < runs; ++run, w += kRunBytes, x += 2 * kRows, ahead.from += ahead.step) {
 #pragma GCC unroll 4
     for (int j = 0; j < kWide; ++j) {
-      _mm_prefetch(ahead.from + 64 * j, _MM_HINT_NTA);
+      _mm_prefetch(ahead.from + 64 * j, _MM_HINT_T1);
       const Pairs v = convert(w + 64 * j);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {

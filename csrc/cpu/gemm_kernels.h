@@ -24,9 +24,8 @@ constexpr int64_t kStageBytes = 32 << 10;  // a block of columns of a panel as f
 
 // Memory that will be read soon is asked for while a tile computes: the machine's own prefetching ends with each page.
 // Several tiles share out the block that follows theirs; a tile alone runs ahead of itself. For each run:
-//   alone  4 cache lines, past the caches, since they are read once
-//   few    2 lines at most, to the second cache, where more can be under way at once than to the nearest: few tiles wait
-//          for memory
+//   alone  4 cache lines, to the second cache: more of them can be under way there than to the nearest
+//   few    2 lines at most, likewise: few tiles wait for memory too
 //   many   2 lines at most, to the nearest cache
 enum class Fetch { alone, few, many };
 constexpr int kShared = 2;              // cache lines
@@ -42,9 +41,9 @@ struct Ahead {
 template <Fetch kFetch>
 GROK_INLINE void fetch(const uint8_t* from) {
   constexpr int kLines = kFetch == Fetch::alone ? 4 : kShared;
-  constexpr int kCaches = kFetch == Fetch::alone ? 0 : kFetch == Fetch::few ? 2 : 3;
+  constexpr int kCache = kFetch == Fetch::many ? 3 : 2;  // how near
 #pragma GCC unroll 4
-  for (int line = 0; line < kLines; ++line) __builtin_prefetch(from + 64 * line, 0, kCaches);
+  for (int line = 0; line < kLines; ++line) __builtin_prefetch(from + 64 * line, 0, kCache);
 }
 
 inline bool alone(const Block& b) { return b.rows->last_tile - b.rows->first_tile == 1; }
