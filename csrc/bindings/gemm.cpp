@@ -264,8 +264,8 @@ void moe_tokens(const Tokens& tokens, const Weights& w13, const Weights& w2, cpu
   const cpu::Isa isa = cpu::current_isa();
   const cpu::PanelOps& ops = cpu::panel_ops(isa);
 
-  // act(gate) · up of the grouped rows, quantised, and packed for the product with w2 by the thread that has it in its cache:
-  // a group of columns that share a scale at a time
+  // act(gate) · up of the grouped rows, as many columns at a time as share a scale: quantised, and packed for the product
+  // with w2, by the thread that has them in its cache
   Rows rows = tokens.x;
   const bool quantises = format != DType::f32;
   const DType elem = quantises ? DType::f32 : rows.elem;  // of act(gate) · up

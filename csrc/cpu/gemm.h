@@ -39,7 +39,7 @@ struct Rows {
   int64_t groups;               // 1, or one each 128 columns
   const int32_t* index;         // row i is row index[i] / index_divisor of data; null: row i − first
   int64_t index_divisor;
-  int64_t first;
+  int64_t first;                // which row lies at the beginning of data, where that has only some
 };
 
 struct Weights {
@@ -79,7 +79,8 @@ class PackedRows {
   int64_t bytes() const;        // of the workspace
   void place(void* workspace);  // 64-byte aligned, used until the last product
 
-  // The rows of these tiles, which x holds `columns` columns of, from `column` on: a multiple of 64, and of 128 with scales.
+  // The rows of these tiles. x holds `columns` columns of them, from `column` on: a multiple of 64, and of 128 where each
+  // 128 share a scale.
   void pack(const Rows& x, int64_t first_tile, int64_t last_tile, int64_t column, int64_t columns);
 
   // A tile's rows from a run on, up to the end of its block of columns: `rows` dwords are a run.
