@@ -101,7 +101,7 @@ void share(int64_t tasks, Task task) {
   });
 }
 
-// A panel's product with a block of rows, for each of them: expert by expert, panel by panel.
+// What to compute of outputs, `width` at a time, with a block of rows: expert by expert, width by width.
 class Products {
  public:
   struct One {
@@ -109,18 +109,19 @@ class Products {
     int64_t output;
   };
 
-  Products(const PackedRows& packed, int64_t outputs) : blocks_(packed.blocks) {
-    const int64_t panels = (outputs + cpu::kPanel - 1) / cpu::kPanel, count = static_cast<int64_t>(blocks_.size());
+  Products(const PackedRows& packed, int64_t outputs, int64_t width) : blocks_(packed.blocks), width_(width) {
+    const int64_t widths = (outputs + width - 1) / width, count = static_cast<int64_t>(blocks_.size());
     for (int64_t first = 0, last; first < count; first = last) {
       for (last = first; last < count && blocks_[last].expert == blocks_[first].expert;) ++last;
       experts_.push_back({total_, first, last - first});
-      total_ += panels * (last - first);
+      total_ += widths * (last - first);
     }
   }
 
   int64_t count() const { return total_; }
+  int64_t width() const { return width_; }
 
-  // Of the weight that this one reads; null without one.
+  // The first panel of the weight that this one reads; null without one.
   const uint8_t* panel(const Weights& w, int64_t task) const {
     return task < 0 ? nullptr : w.panel((*this)[task].block.expert, (*this)[task].output);
   }
@@ -129,7 +130,7 @@ class Products {
     size_t e = experts_.size() - 1;
     while (task < experts_[e].task) --e;
     const int64_t i = task - experts_[e].task;
-    return {blocks_[experts_[e].block + i % experts_[e].blocks], i / experts_[e].blocks * cpu::kPanel};
+    return {blocks_[experts_[e].block + i % experts_[e].blocks], i / experts_[e].blocks * width_};
   }
 
  private:
@@ -137,6 +138,7 @@ class Products {
     int64_t task, block, blocks;  // its first of either, and the number of its blocks
   };
   const std::vector<PackedRows::RowBlock>& blocks_;
+  int64_t width_;
   std::vector<Expert> experts_;
   int64_t total_ = 0;
 };
@@ -144,7 +146,7 @@ class Products {
 void pack(PackedRows& packed, const Rows& rows) {
   const int64_t values = std::max<int64_t>(1, cpu::kTile * packed.k);
   at::parallel_for(0, static_cast<int64_t>(packed.tiles.size()), std::max<int64_t>(1, kPackedPerTask / values),
-                   [&](int64_t begin, int64_t end) { packed.pack(rows, begin, end); });
+                   [&](int64_t begin, int64_t end) { packed.pack(rows, begin, end, 0, packed.k); });
 }
 
 void keep(Buffer& buffer) {
@@ -196,7 +198,7 @@ at::Tensor grouped_gemm(const at::Tensor& x, const at::Tensor& weight, const std
   thread_local Buffer workspace;
   packed.place(workspace.get<char>(packed.bytes()));
   pack(packed, rows);
-  const Products products(packed, w.n);
+  const Products products(packed, w.n, cpu::kPanel);
   const cpu::PanelOps& ops = cpu::panel_ops(isa);
   char* out = static_cast<char*>(y.mutable_data_ptr());
   share(products.count(), [&](int64_t task, int64_t then) {
@@ -233,8 +235,12 @@ Rows quantize(cpu::Isa isa, DType to, const Rows& x, int64_t count, int64_t d, B
 struct MoeWorkspace {
   std::vector<int32_t> order, offsets;                     // of the rows by expert
   Buffer x, inner;                                         // packed
-  Buffer values;                                           // act(gate) · up
-  Buffer x_bytes, x_scales, inner_bytes, inner_scales;     // quantised
+  Buffer x_bytes, x_scales;                                // quantised
+};
+
+// Columns of act(gate) · up for a block of rows, on their way into the packed rows of the second product.
+struct Part {
+  Buffer values, bytes, scales;
 };
 
 struct Tokens {
@@ -258,53 +264,60 @@ void moe_tokens(const Tokens& tokens, const Weights& w13, const Weights& w2, cpu
   const cpu::Isa isa = cpu::current_isa();
   const cpu::PanelOps& ops = cpu::panel_ops(isa);
 
-  // act(gate) · up of the grouped rows
+  // act(gate) · up of the grouped rows, as many columns at a time as share a scale: quantised, and packed for the product
+  // with w2, by the thread that has them in its cache
   Rows rows = tokens.x;
-  const DType inner_elem = format == DType::f32 ? rows.elem : DType::f32;
-  if (format != DType::f32) rows = quantize(isa, format, rows, t, d, w.x_bytes, w.x_scales);
+  const bool quantises = format != DType::f32;
+  const DType elem = quantises ? DType::f32 : rows.elem;  // of act(gate) · up
+  if (quantises) rows = quantize(isa, format, rows, t, d, w.x_bytes, w.x_scales);
   rows.index = order;
   rows.index_divisor = a;
-  PackedRows packed(choose_path(isa, rows.elem, w13), isa, w13.k, starts);
+  PackedRows packed(choose_path(isa, rows.elem, w13), isa, d, starts);
   packed.place(w.x.get<char>(packed.bytes()));
   pack(packed, rows);
-  char* inner = w.values.get<char>(t * a * f * size_of(inner_elem));
-  const Products products(packed, f);
+  PackedRows inner(choose_path(isa, rows.elem, w2), isa, f, starts);  // with the same tiles and blocks
+  inner.place(w.inner.get<char>(inner.bytes()));
+  const Products products(packed, f, quantises ? cpu::kScaleGroup : cpu::kPanel);
   share(products.count(), [&](int64_t task, int64_t then) {
-    const auto [b, output] = products[task];
-    const float* gate = panel_product(packed, w13, b, output, 0, w13.panel(b.expert, f + output));
-    const float* up = panel_product(packed, w13, b, f + output, 1, products.panel(w13, then));
-    ops.activate(gate, up, b.rows, std::min(cpu::kPanel, f - output), activation, inner_elem,
-                 inner + (b.row * f + output) * size_of(inner_elem), f);
+    const auto [b, column] = products[task];
+    const int64_t columns = std::min(products.width(), f - column);
+    thread_local Part p;
+    char* values = p.values.get<char>(b.rows * columns * size_of(elem));
+    for (int64_t output = column; output < column + columns; output += cpu::kPanel) {
+      const int64_t left = column + columns - output;
+      const uint8_t* next = left > cpu::kPanel ? w13.panel(b.expert, output + cpu::kPanel) : products.panel(w13, then);
+      const float* gate = panel_product(packed, w13, b, output, 0, w13.panel(b.expert, f + output));
+      const float* up = panel_product(packed, w13, b, f + output, 1, next);
+      ops.activate(gate, up, b.rows, std::min(cpu::kPanel, left), activation, elem,
+                   values + (output - column) * size_of(elem), columns);
+    }
+    Rows part{};
+    part.data = values;
+    part.elem = elem;
+    part.stride = columns;
+    part.first = b.row;
+    if (quantises) part = quantize(isa, format, part, b.rows, columns, p.bytes, p.scales);
+    inner.pack(part, b.first_tile, b.last_tile, column, columns);
   });
 
   // and its product with w2, summed over each token's experts in the order of the experts
-  Rows inner_rows{};
-  inner_rows.data = inner;
-  inner_rows.elem = inner_elem;
-  inner_rows.stride = f;
-  inner_rows.index_divisor = 1;
-  if (format != DType::f32) inner_rows = quantize(isa, format, inner_rows, t * a, f, w.inner_bytes, w.inner_scales);
-  PackedRows packed_inner(choose_path(isa, inner_rows.elem, w2), isa, f, starts);
-  packed_inner.place(w.inner.get<char>(packed_inner.bytes()));
-  pack(packed_inner, inner_rows);
-  const auto& inner_blocks = packed_inner.blocks;
   share((d + cpu::kPanel - 1) / cpu::kPanel, [&](int64_t task, int64_t then) {
     const int64_t output = task * cpu::kPanel;
     thread_local Buffer sums;
     float* sum = sums.get<float>(t * cpu::kPanel);
     std::fill(sum, sum + t * cpu::kPanel, 0.0f);
-    for (size_t i = 0; i < inner_blocks.size(); ++i) {
-      const PackedRows::RowBlock& b = inner_blocks[i];
-      const uint8_t* next = i + 1 < inner_blocks.size() ? w2.panel(inner_blocks[i + 1].expert, output)
+    for (size_t i = 0; i < inner.blocks.size(); ++i) {
+      const PackedRows::RowBlock& b = inner.blocks[i];
+      const uint8_t* next = i + 1 < inner.blocks.size() ? w2.panel(inner.blocks[i + 1].expert, output)
                             : then < 0                  ? nullptr
-                                                        : w2.panel(inner_blocks[0].expert, then * cpu::kPanel);
-      const float* c = panel_product(packed_inner, w2, b, output, 0, next);
+                                                        : w2.panel(inner.blocks[0].expert, then * cpu::kPanel);
+      const float* c = panel_product(inner, w2, b, output, 0, next);
       ops.add_weighted(c, b.rows, order + b.row, a, tokens.weights, sum);
     }
-    const DType elem = tokens.x.elem;
-    ops.store(sum, t, std::min(cpu::kPanel, d - output), elem, tokens.y + output * size_of(elem), d);
+    const DType to = tokens.x.elem;
+    ops.store(sum, t, std::min(cpu::kPanel, d - output), to, tokens.y + output * size_of(to), d);
   });
-  for (Buffer* buffer : {&w.x, &w.inner, &w.values, &w.inner_bytes}) keep(*buffer);
+  for (Buffer* buffer : {&w.x, &w.inner}) keep(*buffer);
 }
 
 at::Tensor moe(const at::Tensor& x, const at::Tensor& topk_weights, const at::Tensor& experts, const at::Tensor& w13,

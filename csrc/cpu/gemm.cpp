@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "buffer.h"
-#include "fp8.h"
 #include "gemm_kernels.h"
 #include "panel_ops.h"
 
@@ -12,9 +11,6 @@ namespace grok::cpu {
 namespace {
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-
-// Columns of one dword of packed rows.
-int64_t columns_of(Path path) { return path == Path::bf16 ? 2 : path == Path::int8 ? 4 : 1; }
 
 // `runs` dwords of a row as they are, `tile` apart; zeros past its last byte.
 void spread(const void* row, int64_t bytes, int64_t runs, int64_t tile, uint32_t* out) {
@@ -25,25 +21,6 @@ void spread(const void* row, int64_t bytes, int64_t runs, int64_t tile, uint32_t
     uint32_t last = 0;
     if (4 * i < bytes) std::memcpy(&last, from + 4 * i, bytes - 4 * i);
     out[i * tile] = last;
-  }
-}
-
-float element(const void* row, DType elem, int64_t i) {
-  switch (elem) {
-    case DType::f32: return static_cast<const float*>(row)[i];
-    case DType::bf16: return to_float(static_cast<const BF16*>(row)[i]);
-    case DType::int8: return static_cast<const int8_t*>(row)[i];
-    default: return from_e4m3(static_cast<const uint8_t*>(row)[i]);
-  }
-}
-
-// Columns from..from+count of a row of k, as fp32.
-void spread_f32(const void* row, DType elem, const float* scale, int64_t groups, int64_t from, int64_t count, int64_t k,
-                int64_t tile, uint32_t* out) {
-  for (int64_t i = from; i < from + count; ++i, out += tile) {
-    float value = 0.0f;
-    if (i < k) value = element(row, elem, i) * (scale ? scale[groups == 1 ? 0 : i / kScaleGroup] : 1.0f);
-    std::memcpy(out, &value, 4);
   }
 }
 
@@ -78,69 +55,6 @@ Path choose_path(Isa isa, DType x, const Weights& w) {
   return Path::f32;
 }
 
-PackedRows::PackedRows(Path path_, Isa isa_, int64_t k_, const std::vector<int64_t>& offsets)
-    : path(path_), isa(isa_), k(k_), runs(round_up(k_, 4) / columns_of(path_)),
-      groups(path_ == Path::int8 ? (k_ + kScaleGroup - 1) / kScaleGroup : 0), total(offsets.back()) {
-  for (size_t e = 0; e + 1 < offsets.size(); ++e) {
-    const int64_t rows = offsets[e + 1] - offsets[e], count = (rows + kTile - 1) / kTile;
-    const int64_t parts = (count + kRowBlock / kTile - 1) / (kRowBlock / kTile);
-    for (int64_t i = 0; i < count; ++i) {  // tiles of equal height, or one less; blocks of as many tiles, or one less
-      const int64_t begin = offsets[e] + rows * i / count, end = offsets[e] + rows * (i + 1) / count;
-      const int64_t tile = static_cast<int64_t>(tiles.size());
-      if (i == 0 || i * parts / count != (i - 1) * parts / count) {
-        blocks.push_back({static_cast<int64_t>(e), tile, tile, begin, 0});
-      }
-      tiles.push_back({begin, end - begin, static_cast<int64_t>(blocks.size()) - 1});
-      blocks.back().last_tile = tile + 1;
-      blocks.back().rows = end - blocks.back().row;
-    }
-  }
-}
-
-int64_t PackedRows::bytes() const { return round_up(total * runs * 4, 64) + round_up(total * groups * 4, 64) * 2; }
-
-void PackedRows::place(void* workspace) {
-  char* at = static_cast<char*>(workspace);
-  data = reinterpret_cast<uint32_t*>(at);
-  scales = reinterpret_cast<float*>(at += round_up(total * runs * 4, 64));
-  bias = reinterpret_cast<int32_t*>(at + round_up(total * groups * 4, 64));
-}
-
-void PackedRows::pack(const Rows& x, int64_t first_tile, int64_t last_tile) {
-  const int64_t size = size_of(x.elem), bytes = k * size;
-  for (int64_t i = first_tile; i < last_tile; ++i) {
-    const Tile& t = tiles[i];
-    const char* rows[kTile];
-    const float* scale[kTile] = {};
-    for (int64_t r = 0; r < t.rows; ++r) {
-      const int64_t from = x.index ? x.index[t.row + r] / x.index_divisor : t.row + r;
-      rows[r] = static_cast<const char*>(x.data) + from * x.stride * size;
-      if (x.scale) scale[r] = x.scale + from * x.groups;
-    }
-    for (int64_t run = 0; run < runs; run += kRunBlock) {
-      const int64_t count = std::min(kRunBlock, runs - run);
-      for (int64_t r = 0; r < t.rows; ++r) {
-        uint32_t* out = this->at(t, run) + r;
-        if (path == Path::f32) {
-          spread_f32(rows[r], x.elem, scale[r], x.groups, run, count, k, t.rows, out);
-        } else {
-          spread(rows[r] + 4 * run, bytes - 4 * run, count, t.rows, out);
-        }
-      }
-    }
-    if (path != Path::int8) continue;
-    for (int64_t r = 0; r < t.rows; ++r) {
-      const int8_t* values = reinterpret_cast<const int8_t*>(rows[r]);
-      for (int64_t g = 0; g < groups; ++g) {
-        int32_t sum = 0;
-        for (int64_t c = g * kScaleGroup; c < std::min(k, (g + 1) * kScaleGroup); ++c) sum += values[c];
-        bias[(t.row + r) * groups + g] = -128 * sum;
-        scales[(t.row + r) * groups + g] = scale[r][x.groups == 1 ? 0 : g];
-      }
-    }
-  }
-}
-
 float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::RowBlock& block, int64_t output,
                      int slot, const uint8_t* then) {
   Scratch& s = scratch;
@@ -151,7 +65,7 @@ float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::Ro
   if (group == 0) std::memset(sums, 0, rows * kPanel * 4);
 
   BlockKernel kernel = f32_block(x.isa);
-  int64_t most = kRunBlock * columns_of(x.path);  // columns at a time
+  int64_t most = kRunBlock * x.run_columns;  // columns at a time
 #if GROK_X86
   if (x.path == Path::bf16) {
     kernel = bf16_block_avx512;

@@ -37,8 +37,9 @@ struct Rows {
   int64_t stride;               // elements from row to row
   const float* scale;           // of int8 and e4m3, (rows, groups), contiguous
   int64_t groups;               // 1, or one each 128 columns
-  const int32_t* index;         // row i is row index[i] / index_divisor of data; null: row i
+  const int32_t* index;         // row i is row index[i] / index_divisor of data; null: row i − first
   int64_t index_divisor;
+  int64_t first;                // which row lies at the beginning of data, where that has only some
 };
 
 struct Weights {
@@ -77,7 +78,10 @@ class PackedRows {
 
   int64_t bytes() const;        // of the workspace
   void place(void* workspace);  // 64-byte aligned, used until the last product
-  void pack(const Rows& x, int64_t first_tile, int64_t last_tile);
+
+  // The rows of these tiles. x holds `columns` columns of them, from `column` on: a multiple of 64, and of 128 where each
+  // 128 share a scale.
+  void pack(const Rows& x, int64_t first_tile, int64_t last_tile, int64_t column, int64_t columns);
 
   // A tile's rows from a run on, up to the end of its block of columns: `rows` dwords are a run.
   uint32_t* at(const Tile& t, int64_t run) const {
@@ -88,7 +92,8 @@ class PackedRows {
 
   Path path;
   Isa isa;
-  int64_t k, runs, groups;  // groups: of 128 columns, for int8
+  int64_t k, run_columns, runs;
+  int64_t groups;           // of 128 columns, for int8
   int64_t total;            // rows
   std::vector<Tile> tiles;
   std::vector<RowBlock> blocks;

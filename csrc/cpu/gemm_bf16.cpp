@@ -107,14 +107,13 @@ GROK_TARGET_INLINE void store_sums(const __m512 (&sum)[kRows][kWide], float* c) 
 }
 
 // From weights as bf16, a run of 2 columns in 256 bytes.
-template <int kRows, int kLines>
+template <int kRows, Fetch kFetch>
 GROK_AVX512_BF16 void bf16_tile_avx512(const uint32_t* x, const uint8_t* w, int64_t runs, float* c, bool first,
                                        Ahead ahead) {
   __m512 sum[kRows][4];
   load_sums(sum, c, first);
   for (int64_t run = 0; run < runs; ++run, w += kRunBytes, x += kRows, ahead.from += ahead.step) {
-#pragma GCC unroll 4
-    for (int line = 0; line < kLines; ++line) _mm_prefetch(ahead.from + 64 * line, kLines == kAlone ? _MM_HINT_NTA : _MM_HINT_T0);
+    fetch<kFetch>(ahead.from);
     _mm_prefetch(x + kRowsAhead * kRows, _MM_HINT_T0);
     __m512bh v[4];
 #pragma GCC unroll 4
@@ -145,7 +144,7 @@ GROK_AVX512_BF16 void bf16_direct_avx512(const uint32_t* x, const uint8_t* w, in
     const bool lowest = converter.has_lowest(w);
 #pragma GCC unroll 4
     for (int j = 0; j < kWide; ++j) {
-      _mm_prefetch(ahead.from + 64 * j, _MM_HINT_NTA);
+      _mm_prefetch(ahead.from + 64 * j, _MM_HINT_T1);
       const Pairs v = lowest ? converter.template convert<true>(w + 64 * j) : converter.template convert<false>(w + 64 * j);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
@@ -162,8 +161,7 @@ GROK_AVX512_BF16 void bf16_stage_avx512(const uint8_t* w, int64_t runs, uint8_t*
   const Converter<kElem> converter;
   for (int64_t run = 0; run < runs; ++run, w += kRunBytes, stage += 2 * kRunBytes, ahead.from += ahead.step) {
     const bool lowest = converter.has_lowest(w);
-#pragma GCC unroll 4
-    for (int line = 0; line < kShared; ++line) _mm_prefetch(ahead.from + 64 * line, _MM_HINT_T0);
+    fetch<Fetch::many>(ahead.from);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       const Pairs v = lowest ? converter.template convert<true>(w + 64 * j) : converter.template convert<false>(w + 64 * j);
@@ -175,9 +173,9 @@ GROK_AVX512_BF16 void bf16_stage_avx512(const uint8_t* w, int64_t runs, uint8_t*
 
 using TileKernel = void (*)(const uint32_t*, const uint8_t*, int64_t, float*, bool, Ahead);
 
-template <int kLines>
-constexpr TileKernel kTiles[] = {bf16_tile_avx512<1, kLines>, bf16_tile_avx512<2, kLines>, bf16_tile_avx512<3, kLines>,
-                                 bf16_tile_avx512<4, kLines>, bf16_tile_avx512<5, kLines>, bf16_tile_avx512<6, kLines>};
+template <Fetch kFetch>
+constexpr TileKernel kTiles[] = {bf16_tile_avx512<1, kFetch>, bf16_tile_avx512<2, kFetch>, bf16_tile_avx512<3, kFetch>,
+                                 bf16_tile_avx512<4, kFetch>, bf16_tile_avx512<5, kFetch>, bf16_tile_avx512<6, kFetch>};
 template <DType kElem>
 constexpr TileKernel kDirect[] = {bf16_direct_avx512<1, kElem, 4>, bf16_direct_avx512<2, kElem, 4>,
                                   bf16_direct_avx512<3, kElem, 4>, bf16_direct_avx512<4, kElem, 4>,
@@ -198,7 +196,7 @@ void bf16_block_avx512(const Block& b) {
   }
   if (b.elem == DType::bf16 && alone(b)) {
     stream(b, 2 * quads, [&](int64_t run, int64_t count, bool first, Ahead ahead) {
-      kTiles<kAlone>[rows - 1](x + run * rows, b.w + run * kRunBytes, count, b.c, first, ahead);
+      kTiles<Fetch::alone>[rows - 1](x + run * rows, b.w + run * kRunBytes, count, b.c, first, ahead);
     });
     return;
   }
@@ -213,8 +211,9 @@ void bf16_block_avx512(const Block& b) {
     w = stage;
   }
   for (int64_t i = 0; i < count; ++i, ++tiles) {
-    kTiles<kShared>[tiles->rows - 1](b.x->at(*tiles, b.column / 2), w, runs, b.c + (tiles->row - b.rows->row) * kPanel,
-                                     b.first, share_of(b, before + i * runs, all));
+    kTiles<Fetch::many>[tiles->rows - 1](b.x->at(*tiles, b.column / 2), w, runs,
+                                         b.c + (tiles->row - b.rows->row) * kPanel, b.first,
+                                         share_of(b, before + i * runs, all));
   }
 }
 

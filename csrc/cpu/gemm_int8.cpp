@@ -10,11 +10,12 @@ namespace grok::cpu {
 namespace {
 
 constexpr int64_t kGroupRuns = kScaleGroup / 4;
+constexpr int64_t kFewTiles = 3;  // compute faster than memory gives them weights
 static_assert(kRunsAhead % kGroupRuns == 0, "a group of columns has one scale");
 
 // With 16 · kWide outputs: c = or += Σ scale · sum, over groups of up to 128 columns. The registers hold the sums of a group
 // and those of all together for 6 rows and 32 outputs, or 3 and 64; of a larger tile the latter are in c.
-template <int kRows, int kWide, int kLines>
+template <int kRows, int kWide, Fetch kFetch>
 GROK_AVX512_BF16 void int8_tile_avx512(const uint32_t* x, const uint8_t* w, int64_t runs, const float* scale,
                                        const int32_t* bias, int64_t groups, float* c, bool first, Ahead ahead) {
   const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
@@ -39,8 +40,7 @@ GROK_AVX512_BF16 void int8_tile_avx512(const uint32_t* x, const uint8_t* w, int6
     }
     const int64_t count = runs < kGroupRuns ? runs : kGroupRuns;
     for (int64_t run = 0; run < count; ++run, w += kRunBytes, x += kRows, ahead.from += ahead.step) {
-#pragma GCC unroll 4
-      for (int line = 0; line < kLines; ++line) _mm_prefetch(ahead.from + 64 * line, kLines == kAlone ? _MM_HINT_NTA : _MM_HINT_T0);
+      fetch<kFetch>(ahead.from);
       _mm_prefetch(x + kRowsAhead * kRows, _MM_HINT_T0);
       __m512i v[kWide];
 #pragma GCC unroll 4
@@ -82,10 +82,10 @@ GROK_AVX512_BF16 void int8_tile_avx512(const uint32_t* x, const uint8_t* w, int6
 
 using TileKernel = void (*)(const uint32_t*, const uint8_t*, int64_t, const float*, const int32_t*, int64_t, float*,
                             bool, Ahead);
-template <int kWide, int kLines>
-constexpr TileKernel kTiles[] = {int8_tile_avx512<1, kWide, kLines>, int8_tile_avx512<2, kWide, kLines>,
-                                 int8_tile_avx512<3, kWide, kLines>, int8_tile_avx512<4, kWide, kLines>,
-                                 int8_tile_avx512<5, kWide, kLines>, int8_tile_avx512<6, kWide, kLines>};
+template <int kWide, Fetch kFetch>
+constexpr TileKernel kTiles[] = {int8_tile_avx512<1, kWide, kFetch>, int8_tile_avx512<2, kWide, kFetch>,
+                                 int8_tile_avx512<3, kWide, kFetch>, int8_tile_avx512<4, kWide, kFetch>,
+                                 int8_tile_avx512<5, kWide, kFetch>, int8_tile_avx512<6, kWide, kFetch>};
 
 }  // namespace
 
@@ -98,18 +98,19 @@ void int8_block_avx512(const Block& b) {
     const int64_t at = t.row * groups + b.column / kScaleGroup;
     stream(b, runs, [&](int64_t run, int64_t count, bool first, Ahead ahead) {
       const int64_t from = at + run / kGroupRuns;
-      kTiles<4, kAlone>[t.rows - 1](x + run * t.rows, b.w + run * kRunBytes, count, b.x->scales + from,
-                                    b.x->bias + from, groups, b.c, first, ahead);
+      kTiles<4, Fetch::alone>[t.rows - 1](x + run * t.rows, b.w + run * kRunBytes, count, b.x->scales + from,
+                                          b.x->bias + from, groups, b.c, first, ahead);
     });
     return;
   }
+  const auto kernels = tiles <= kFewTiles ? kTiles<2, Fetch::few> : kTiles<2, Fetch::many>;
   for (int64_t half = 0; half < 2; ++half) {
     for (int64_t i = 0; i < tiles; ++i) {
       const PackedRows::Tile& t = b.x->tiles[b.rows->first_tile + i];
       const int64_t at = t.row * groups + b.column / kScaleGroup;
-      kTiles<2, kShared>[t.rows - 1](b.x->at(t, b.column / 4), b.w + half * kRunBytes / 2, runs, b.x->scales + at,
-                                     b.x->bias + at, groups, b.c + (t.row - b.rows->row) * kPanel + half * kPanel / 2,
-                                     b.first, share_of(b, (half * tiles + i) * runs, 2 * tiles * runs));
+      kernels[t.rows - 1](b.x->at(t, b.column / 4), b.w + half * kRunBytes / 2, runs, b.x->scales + at, b.x->bias + at,
+                          groups, b.c + (t.row - b.rows->row) * kPanel + half * kPanel / 2, b.first,
+                          share_of(b, (half * tiles + i) * runs, 2 * tiles * runs));
     }
   }
 }

@@ -23,8 +23,12 @@ using BlockKernel = void (*)(const Block&);
 constexpr int64_t kStageBytes = 32 << 10;  // a block of columns of a panel as fp32 or as bf16, in the nearest cache
 
 // Memory that will be read soon is asked for while a tile computes: the machine's own prefetching ends with each page.
-// Several tiles share out the block that follows theirs; a tile alone runs ahead of itself.
-constexpr int kShared = 2, kAlone = 4;  // cache lines asked for each run, at most
+// Several tiles share out the block that follows theirs; a tile alone runs ahead of itself. For each run:
+//   alone  4 cache lines, to the second cache: more of them can be under way there than to the nearest
+//   few    2 lines at most, likewise: few tiles wait for memory too
+//   many   2 lines at most, to the nearest cache
+enum class Fetch { alone, few, many };
+constexpr int kShared = 2;              // cache lines
 constexpr int64_t kLeast = 32;          // bytes
 constexpr int64_t kRowsAhead = 64;      // runs of the rows
 constexpr int64_t kRunsAhead = 32;      // of the weights of a tile alone; what it ends with asks for what comes then
@@ -33,6 +37,14 @@ struct Ahead {
   const uint8_t* from;
   int64_t step;  // bytes a run; 0 once there is nothing left
 };
+
+template <Fetch kFetch>
+GROK_INLINE void fetch(const uint8_t* from) {
+  constexpr int kLines = kFetch == Fetch::alone ? 4 : kShared;
+  constexpr int kCache = kFetch == Fetch::many ? 3 : 2;  // how near
+#pragma GCC unroll 4
+  for (int line = 0; line < kLines; ++line) __builtin_prefetch(from + 64 * line, 0, kCache);
+}
 
 inline bool alone(const Block& b) { return b.rows->last_tile - b.rows->first_tile == 1; }
 

@@ -1,0 +1,173 @@
+// Rows brought into the form that the products read.
+
+#include <algorithm>
+#include <cstring>
+
+#include "fp8.h"
+#include "gemm.h"
+
+#if GROK_X86
+#include <immintrin.h>
+#endif
+
+namespace grok::cpu {
+namespace {
+
+int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+float element(const void* row, DType elem, int64_t i) {
+  switch (elem) {
+    case DType::f32: return static_cast<const float*>(row)[i];
+    case DType::bf16: return to_float(static_cast<const BF16*>(row)[i]);
+    case DType::int8: return static_cast<const int8_t*>(row)[i];
+    default: return from_e4m3(static_cast<const uint8_t*>(row)[i]);
+  }
+}
+
+// Columns from..from+count of a row of k, as fp32, `tile` apart; zeros past k.
+void spread_f32(const void* row, DType elem, const float* scale, int64_t groups, int64_t from, int64_t count, int64_t k,
+                int64_t tile, uint32_t* out) {
+  for (int64_t i = from; i < from + count; ++i, out += tile) {
+    float value = 0.0f;
+    if (i < k) value = element(row, elem, i) * (scale ? scale[groups == 1 ? 0 : i / kScaleGroup] : 1.0f);
+    std::memcpy(out, &value, 4);
+  }
+}
+
+#if GROK_X86
+// Where the dwords of 16 runs of a tile come from: dword i of them is run i / rows of row i % rows.
+struct Mix {
+  alignas(64) int32_t run[kTile][16];
+  uint16_t row[kTile][kTile];  // of each 16, those of this row
+};
+
+struct Mixes {
+  Mix of[kTile];
+};
+
+Mixes make_mixes() {
+  Mixes all{};
+  for (int rows = 1; rows <= kTile; ++rows) {
+    for (int i = 0; i < 16 * rows; ++i) {
+      all.of[rows - 1].run[i / 16][i % 16] = i / rows;
+      all.of[rows - 1].row[i / 16][i % rows] |= static_cast<uint16_t>(1 << i % 16);
+    }
+  }
+  return all;
+}
+
+const Mixes kMixes = make_mixes();
+
+// `runs` dwords of each row as they are, from byte `from` on; zeros past its last byte.
+template <int kRows>
+GROK_AVX512 void mix_avx512(const char* const* rows, int64_t from, int64_t bytes, int64_t runs, uint32_t* out) {
+  const Mix& mix = kMixes.of[kRows - 1];
+  for (int64_t run = 0; run < runs; run += 16, from += 64) {
+    const int64_t here = std::clamp<int64_t>(bytes - from, 0, 64);
+    const __mmask64 bytes_here = here == 64 ? ~__mmask64{0} : (__mmask64{1} << here) - 1;
+    __m512i row[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) row[r] = _mm512_maskz_loadu_epi8(bytes_here, rows[r] + from);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i, out += 16) {
+      const __m512i from_run = _mm512_load_si512(mix.run[i]);
+      __m512i mixed = _mm512_setzero_si512();
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) mixed = _mm512_mask_permutexvar_epi32(mixed, mix.row[i][r], from_run, row[r]);
+      const int64_t left = (runs - run) * kRows - i * 16;
+      if (left >= 16) {
+        _mm512_storeu_si512(out, mixed);
+      } else if (left > 0) {
+        _mm512_mask_storeu_epi32(out, static_cast<__mmask16>((1 << left) - 1), mixed);
+      }
+    }
+  }
+}
+
+constexpr decltype(&mix_avx512<1>) kMix[] = {mix_avx512<1>, mix_avx512<2>, mix_avx512<3>,
+                                             mix_avx512<4>, mix_avx512<5>, mix_avx512<6>};
+
+GROK_AVX512_BF16 int32_t sum_avx512(const char* values, int64_t count) {
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t i = 0; i < count; i += 64) {
+    const __mmask64 here = count - i >= 64 ? ~__mmask64{0} : (__mmask64{1} << (count - i)) - 1;
+    sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_maskz_loadu_epi8(here, values + i));
+  }
+  int32_t lanes[16], total = 0;  // _mm512_reduce_add_epi32 warns in g++ 12
+  _mm512_storeu_si512(lanes, sum);
+  for (const int32_t lane : lanes) total += lane;
+  return total;
+}
+#endif
+
+}  // namespace
+
+PackedRows::PackedRows(Path path_, Isa isa_, int64_t k_, const std::vector<int64_t>& offsets)
+    : path(path_), isa(isa_), k(k_), run_columns(path_ == Path::bf16 ? 2 : path_ == Path::int8 ? 4 : 1),
+      runs(round_up(k_, 4) / run_columns), groups(path_ == Path::int8 ? (k_ + kScaleGroup - 1) / kScaleGroup : 0),
+      total(offsets.back()) {
+  for (size_t e = 0; e + 1 < offsets.size(); ++e) {
+    const int64_t rows = offsets[e + 1] - offsets[e], count = (rows + kTile - 1) / kTile;
+    const int64_t parts = (count + kRowBlock / kTile - 1) / (kRowBlock / kTile);
+    for (int64_t i = 0; i < count; ++i) {  // tiles of equal height, or one less; blocks of as many tiles, or one less
+      const int64_t begin = offsets[e] + rows * i / count, end = offsets[e] + rows * (i + 1) / count;
+      const int64_t tile = static_cast<int64_t>(tiles.size());
+      if (i == 0 || i * parts / count != (i - 1) * parts / count) {
+        blocks.push_back({static_cast<int64_t>(e), tile, tile, begin, 0});
+      }
+      tiles.push_back({begin, end - begin, static_cast<int64_t>(blocks.size()) - 1});
+      blocks.back().last_tile = tile + 1;
+      blocks.back().rows = end - blocks.back().row;
+    }
+  }
+}
+
+int64_t PackedRows::bytes() const { return round_up(total * runs * 4, 64) + round_up(total * groups * 4, 64) * 2; }
+
+void PackedRows::place(void* workspace) {
+  char* at = static_cast<char*>(workspace);
+  data = reinterpret_cast<uint32_t*>(at);
+  scales = reinterpret_cast<float*>(at += round_up(total * runs * 4, 64));
+  bias = reinterpret_cast<int32_t*>(at + round_up(total * groups * 4, 64));
+}
+
+void PackedRows::pack(const Rows& x, int64_t first_tile, int64_t last_tile, int64_t column, int64_t columns) {
+  const int64_t size = size_of(x.elem), end = column + columns == k ? runs : (column + columns) / run_columns;
+  for (int64_t i = first_tile; i < last_tile; ++i) {
+    const Tile& t = tiles[i];
+    const char* rows[kTile];
+    const float* scale[kTile] = {};
+    for (int64_t r = 0; r < t.rows; ++r) {
+      const int64_t from = x.index ? x.index[t.row + r] / x.index_divisor : t.row + r - x.first;
+      rows[r] = static_cast<const char*>(x.data) + from * x.stride * size;
+      if (x.scale) scale[r] = x.scale + from * x.groups;
+    }
+    for (int64_t run = column / run_columns, last; run < end; run = last) {
+      last = std::min(end, (run / kRunBlock + 1) * kRunBlock);
+      const int64_t from = run * run_columns - column;
+      uint32_t* out = this->at(t, run);
+#if GROK_X86
+      if (path != Path::f32) {
+        kMix[t.rows - 1](rows, from * size, columns * size, last - run, out);
+        continue;
+      }
+#endif
+      for (int64_t r = 0; r < t.rows; ++r) {
+        spread_f32(rows[r], x.elem, scale[r], x.groups, from, last - run, columns, t.rows, out + r);
+      }
+    }
+#if GROK_X86
+    if (path != Path::int8) continue;
+    for (int64_t r = 0; r < t.rows; ++r) {
+      const int64_t to = (t.row + r) * groups + column / kScaleGroup;
+      for (int64_t g = 0; g * kScaleGroup < columns; ++g) {
+        const int64_t from = g * kScaleGroup;
+        bias[to + g] = -128 * sum_avx512(rows[r] + from, std::min(kScaleGroup, columns - from));
+        scales[to + g] = scale[r][x.groups == 1 ? 0 : g];
+      }
+    }
+#endif
+  }
+}
+
+}  // namespace grok::cpu
