@@ -6,7 +6,8 @@ on the inputs that one transfer has put where the graph reads them. For a GPU it
 to the next number of rows on a ladder, and its block table to the next of a few widths: attention has a program for each
 split of as many keys as the table has room for, so one width for all would make short requests pay for the longest. For a
 CPU it is a recording of the native calls, for each number of rows up to `CPU_ROWS`, above which the kernels take so long
-that nothing is gained; attention there never looks at columns that are not in use.
+that little is gained; attention there never looks at columns that are not in use. A recording keeps what is computed in
+between, some 10 · d_model values a row and layer.
 
 A graph is captured when its shape is first met; on a GPU, what all of them will take is measured before pages get the rest
 of the memory. Logits are not in the graphs: their kernels are started while the replay runs, and every graph would hold a

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -47,6 +48,13 @@ def test_the_model_runs_without_llama_and_says_so(
     turns = json.loads(file.read_text())["turns"]
     assert list(turns) == ["grok-engine, int8", "grok-engine, int8, int8 rows"]
     assert all(value > 0 for name in turns for value in turns[name][0].values())
+    assert whole_model.main(["--smoke", "--short", "--rounds", "2", "--threads", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "1 request, 2 rounds, reading at" in out
+    assert re.search(
+        r"grok-engine, int8: [\d.]+ decode tok/s; grok-engine, int8 is 1\.00 times as fast \(95% 1",
+        " ".join(out.split()),
+    )
     with pytest.raises(SystemExit):
         whole_model.main(["--smoke", "--llama", str(tmp_path)])
     assert "found no llama-batched-bench, llama-quantize" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""python -m benchmarks.cpu_model [--llama DIR] [--dir DIR] [--rounds N] [--threads N] [--json FILE] [--smoke]
+"""python -m benchmarks.cpu_model [--llama DIR] [--dir DIR] [--rounds N] [--threads N] [--json FILE] [--short] [--smoke]
 
 One random model of Grok's architecture, 1.3 B parameters, as a checkpoint in the release's format and as GGUF with the
 same values, so that both engines do the same work; in turns, with probes of the machine between them.
@@ -22,7 +22,7 @@ from rich.table import Table
 from benchmarks.bench_step_share import configuration, random_tensors
 from grok_bench.environment import environment
 from grok_bench.kernels.device import Device
-from grok_bench.kernels.harness import BUSY, NOISE
+from grok_bench.kernels.harness import BUSY, NOISE, interval
 from grok_bench.report.units import amount
 from grok_engine import ModelConfig
 from grok_engine.checkpoint.xai import write_xai
@@ -99,6 +99,33 @@ def rounds(
     return found
 
 
+def short_turns(
+    engines: Sequence[Ours | Llama], load: Load, machine: Device, count: int, console: Console
+) -> list[dict[str, float]]:
+    """Decoding alone, in turns so short that a machine which is never quiet for long is alike for all of one round.
+    Returns those of the first engine."""
+    rates: dict[str, list[float]] = {engine.name: [] for engine in engines}
+    reads: list[float] = []
+    for _ in range(count):
+        before = machine.ceilings["read"].rate()
+        for engine in engines:
+            rates[engine.name].append(engine.speed(load).decode)
+        reads.append((before + machine.ceilings["read"].rate()) / 2)
+    console.print(
+        f"{load.requests} request, {count} rounds, reading at {amount(median(reads), 'B/s')}", highlight=False
+    )
+    ours = rates[engines[0].name]
+    for name, turns in rates.items():
+        ratios = [a / b for a, b in zip(ours, turns, strict=True)]
+        low, high = interval(ratios)
+        console.print(
+            f"{name}: {median(turns):.1f} decode tok/s; {engines[0].name} is {median(ratios):.2f} times as fast "
+            f"(95% {low:.2f} to {high:.2f})",
+            highlight=False,
+        )
+    return [{MEASURES[1]: rate, "read": read, "quiet": 1.0} for rate, read in zip(ours, reads, strict=True)]
+
+
 def table(found: dict[str, list[dict[str, float]]], title: str) -> Table:
     result = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     result.add_column("")
@@ -139,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--new", type=int, default=32, help="tokens decoded by each request")
     parser.add_argument("--threads", type=int, help="of both; torch's own choice without")
     parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--short", action="store_true", help="one request decoding alone, in --rounds of short turns")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, one round: whether it runs, not how fast")
     a = parser.parse_args(arguments)
     try:
@@ -162,6 +190,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ours = Ours(folder / "packed", loads)
         engines: list[Ours | Llama] = [ours, Ours(folder / "packed", loads, "int8")]
         engines += [Llama(tools, file, kind) for kind, file in files.items() if tools]
+        if a.short:
+            load = Load(1, 4 if a.smoke else 16, loads[0].new)
+            print_share(console, config, short_turns(engines, load, machine, a.rounds, console))
+            return 0
         found = rounds(engines, loads, machine, 1 if a.smoke else a.rounds, console, not a.smoke)
     title = f"{config.param_count() / 1e9:.2f} B parameters, {config.active_param_count() / 1e6:.0f} M active"
     console.print()
