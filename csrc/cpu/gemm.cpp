@@ -10,8 +10,6 @@
 namespace grok::cpu {
 namespace {
 
-int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-
 // `runs` dwords of a row as they are, `tile` apart; zeros past its last byte.
 void spread(const void* row, int64_t bytes, int64_t runs, int64_t tile, uint32_t* out) {
   const char* from = static_cast<const char*>(row);

@@ -25,6 +25,8 @@ constexpr int64_t kRowBlock = 252;  // rows that meet a block of weights while i
 constexpr int64_t kRunBlock = 128;  // runs of rows in a block of columns
 constexpr int64_t kScaleGroup = 128;  // columns of int8 activations that share a scale
 
+inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
 // How a product is computed.
 //   bf16  bf16 rows, weights exactly converted to bf16, products of pairs added in fp32 (avx512_bf16)
 //   int8  int8 rows and weights, exact sums of 128 products, those in fp32 (avx512_bf16)

@@ -70,9 +70,14 @@ struct Converter {
     return _mm512_cmpeq_epi8_mask(least, sign) != 0;
   }
 
-  // 16 outputs × 4 columns of bytes to 16 × 2 pairs.
+  // 16 outputs × 4 columns of bytes to 16 × 2 pairs. lowest: whether the run that they are of has −128.
+  GROK_TARGET_INLINE Pairs operator()(const uint8_t* w, bool lowest) const {
+    return lowest ? converted<true>(w) : converted<false>(w);
+  }
+
+ private:
   template <bool kLowest>
-  GROK_TARGET_INLINE Pairs convert(const uint8_t* w) const {
+  GROK_TARGET_INLINE Pairs converted(const uint8_t* w) const {
     __m512i code = _mm512_shuffle_epi8(_mm512_loadu_si512(w), order);
     asm("" : "+v"(code));  // or it is made three times, since a lookup overwrites its index
     const __m512i index = kElem == DType::int8 ? _mm512_abs_epi8(code) : code;
@@ -139,13 +144,13 @@ GROK_AVX512_BF16 void bf16_direct_avx512(const uint32_t* x, const uint8_t* w, in
                                          Ahead ahead) {
   __m512 sum[kRows][kWide];
   load_sums(sum, c, first);
-  const Converter<kElem> converter;
+  const Converter<kElem> convert;
   for (int64_t run = 0; run < runs; ++run, w += kRunBytes, x += 2 * kRows, ahead.from += ahead.step) {
-    const bool lowest = converter.has_lowest(w);
+    const bool lowest = convert.has_lowest(w);
 #pragma GCC unroll 4
     for (int j = 0; j < kWide; ++j) {
       _mm_prefetch(ahead.from + 64 * j, _MM_HINT_T1);
-      const Pairs v = lowest ? converter.template convert<true>(w + 64 * j) : converter.template convert<false>(w + 64 * j);
+      const Pairs v = convert(w + 64 * j, lowest);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         add_products(sum[r][j], v.first, x + r);
@@ -158,13 +163,13 @@ GROK_AVX512_BF16 void bf16_direct_avx512(const uint32_t* x, const uint8_t* w, in
 
 template <DType kElem>
 GROK_AVX512_BF16 void bf16_stage_avx512(const uint8_t* w, int64_t runs, uint8_t* stage, Ahead ahead) {
-  const Converter<kElem> converter;
+  const Converter<kElem> convert;
   for (int64_t run = 0; run < runs; ++run, w += kRunBytes, stage += 2 * kRunBytes, ahead.from += ahead.step) {
-    const bool lowest = converter.has_lowest(w);
+    const bool lowest = convert.has_lowest(w);
     fetch<Fetch::many>(ahead.from);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      const Pairs v = lowest ? converter.template convert<true>(w + 64 * j) : converter.template convert<false>(w + 64 * j);
+      const Pairs v = convert(w + 64 * j, lowest);
       _mm512_store_si512(stage + 64 * j, v.first);
       _mm512_store_si512(stage + kRunBytes + 64 * j, v.second);
     }

@@ -13,8 +13,6 @@
 namespace grok::cpu {
 namespace {
 
-int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-
 float element(const void* row, DType elem, int64_t i) {
   switch (elem) {
     case DType::f32: return static_cast<const float*>(row)[i];
