@@ -8,6 +8,7 @@ kernels are packaged too: `grok_kernels/cuda.py` can compile them later. What is
 from __future__ import annotations
 
 import os
+import runpy
 import shlex
 import shutil
 import sys
@@ -66,6 +67,7 @@ def cuda_extension() -> tuple[Extension, str]:
     """The extension for Hopper, and why it cannot be built."""
     from torch.utils import cpp_extension
 
+    cpp_extension.CUDA_HOME = runpy.run_path("kernels/grok_kernels/cuda_home.py")["cuda_home"](cpp_extension.CUDA_HOME)
     if cpp_extension.CUDA_HOME is None:
         return Extension(CUDA_NAME, CUDA_SOURCES), "no nvcc is found (CUDA_HOME names its place)"
     extension = cpp_extension.CUDAExtension(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from grok_bench.kernels import cases, contestant, device, harness
 from grok_bench.kernels.device import Cuda, Device
 from grok_bench.kernels.entrant import Local
+from grok_bench.kernels.monitor import Monitor
 from grok_bench.kernels.problems import select
 
 
@@ -162,3 +165,56 @@ def test_a_whole_race_on_the_stand_in(driver: Driver) -> None:
     assert result.floor_seconds
     missing = contestant.entrants(problem, "cuda", ["grok_kernels *", "vLLM *"], compiles=False)
     assert {c.name for c in missing} >= {"grok_kernels triton", "grok_kernels cuda", "vLLM fused_experts, int8"}
+
+
+NVML = r"""
+static int reading;
+extern "C" {
+int nvmlInit_v2() { return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned, void** device) { *device = &reading; return 0; }
+int nvmlDeviceGetHandleByPciBusId_v2(const char* id, void** device) {
+  *device = &reading;
+  return __builtin_strcmp(id, "00000000:01:00.0") ? 6 : 0;
+}
+int nvmlDeviceGetEnforcedPowerLimit(void*, unsigned* milliwatts) { *milliwatts = 700000; return 0; }
+struct Value { unsigned field, scope; long long at, latency; unsigned kind, status; unsigned value, upper; };
+int nvmlDeviceGetFieldValues(void*, int, Value* value) {
+  value->status = value->field == 186 ? 0 : 3;
+  value->value = ++reading % 2 ? 690000 : 650000;
+  return 0;
+}
+int nvmlDeviceGetPowerUsage(void*, unsigned* milliwatts) { *milliwatts = 1; return 0; }
+int nvmlDeviceGetClockInfo(void*, int clock, unsigned* mhz) { *mhz = clock == 1 ? 1410 + reading % 2 : 0; return 0; }
+int nvmlDeviceGetTemperature(void*, int, unsigned* celsius) { *celsius = 61; return 0; }
+int nvmlDeviceGetCurrentClocksThrottleReasons(void*, unsigned long long* reasons) {
+  *reasons = reading % 2 ? 4 : 1;  // the power cap; an idle GPU, which is no reason
+  return 0;
+}
+}
+"""
+
+
+def test_power_and_clock_are_read_while_a_problem_runs(tmp_path: Path) -> None:
+    """From a library in place of the driver's, every other reading of which is held back by power."""
+    source, library = tmp_path / "nvml.cpp", tmp_path / "libnvidia-ml.so.1"
+    source.write_text(NVML)
+    subprocess.run(["g++", "-shared", "-fPIC", "-o", library, source], check=True)
+    monitor = Monitor(None, str(library))
+    began = time.perf_counter()
+    while len(monitor._read) < 6:
+        time.sleep(0.01)
+    state = monitor.between(began, time.perf_counter())
+    assert state is not None
+    assert state.most_watts == 690.0
+    assert state.limit_watts == 700.0
+    assert state.least_clock_mhz == 1410.0
+    assert state.celsius == 61.0
+    assert 0.2 < state.held_back < 0.8
+    assert state.readings >= 5
+    assert monitor.between(began - 2, began - 1) is None
+    monitor.close()
+    Monitor("00000000:01:00.0", str(library)).close()
+    with pytest.raises(OSError, match="nvmlDeviceGetHandleByPciBusId_v2 answers 6"):
+        Monitor("00000000:02:00.0", str(library))
+    with pytest.raises(OSError):
+        Monitor(None, str(tmp_path / "none.so"))

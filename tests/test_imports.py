@@ -70,7 +70,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "grok_kernels.triton": ("registry", "checks", "packing", "tuning"),
     "grok_kernels.recording": ("registry",),
     "grok_kernels.cpu": ("registry", "checks", "packing", "recording", "tuning", "_C"),
-    "grok_kernels.cuda": ("registry", "checks", "packing", "tuning", "_CUDA"),
+    "grok_kernels.cuda": ("registry", "checks", "packing", "tuning", "cuda_home", "_CUDA"),
+    "grok_kernels.cuda_home": (),
     "grok_kernels": ("*",),
     # the benchmarks
     "grok_bench.schema": (),

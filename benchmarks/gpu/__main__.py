@@ -1,58 +1,93 @@
-"""python -m benchmarks.gpu [--out FOLDER] [--only STAGE ...] [--list] [PROBLEM ...]: all that waits for a GPU, one stage after another."""
+"""python3 -m benchmarks.gpu PART [--only STAGE ...] [--bundle FOLDER] [--out FOLDER]: what waits for a GPU, in parts of minutes.
+
+`first` (4 minutes at most) says whether the kernels load, are right and how fast they are; `second` (7 at most) proves them
+at full size, tunes, measures again, profiles. Both write one archive, after every stage and every ten seconds.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from datetime import date
 from pathlib import Path
 
-import torch
-
-from .run import Outcome, run, summary
-from .stages import ROOT, stages
+from . import ROOT, bundle
+from .run import archive, run_part, summary
+from .stages import PARTS, Run, tuned
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument(
-        "patterns", nargs="*", metavar="PROBLEM", help="of `grok-engine bench kernels`; @cuda-quick if not given"
-    )
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="where results are kept")
+    doc = (__doc__ or "").split("\n\n")
+    parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu", description=doc[1])
+    parser.add_argument("part", choices=PARTS, help="what to run")
+    parser.add_argument("--out", type=Path, default=ROOT / "build/bench-gpu", help="where the archive goes")
+    parser.add_argument("--bundle", type=Path, help="modules and kernels built before (benchmarks.gpu.bundle)")
     parser.add_argument("--only", action="append", metavar="STAGE", help="run this stage; may be given more than once")
-    parser.add_argument("--list", action="store_true", help="print the stages and their limits")
+    parser.add_argument("--list", action="store_true", help="print the part's stages and their limits")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="go through all of it without a GPU, and measure nothing"
+    )
     a = parser.parse_args()
-    os.chdir(ROOT)
-    name = f"{_slug()}-{date.today().isoformat()}"
-    all_stages = stages(name, a.out, a.patterns)
-    if a.list:
-        for stage in all_stages:
-            print(f"{stage.name:20} at most {stage.limit:g} s{', must pass' if stage.correctness else ''}")
-        return 0
-    unknown = [only for only in a.only or () if only not in [stage.name for stage in all_stages]]
-    if unknown:
-        parser.error(f"no stage {unknown[0]!r}: expected one of {', '.join(stage.name for stage in all_stages)}")
-    if not torch.cuda.is_available():
+    part, chip = PARTS[a.part], "rehearsal" if a.rehearse else _chip()
+    if not a.list and not chip:
         print("bench-gpu: there is no GPU", file=sys.stderr)
         return 2
-    logs = a.out / f"{name}-logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    began, outcomes = time.monotonic(), list[Outcome]()
-    for stage in all_stages:
-        if not a.only or stage.name in a.only:
-            outcomes += run(stage, logs)
-    print("\n".join(summary(outcomes)))
-    print(f"   {time.monotonic() - began:.0f} s in all; results {a.out / name}*.json, output in {logs}")
+    name = f"{re.sub(r'[^a-z0-9]+', '-', chip.lower()).strip('-')}-{date.today().isoformat()}-{a.part}"
+    with tempfile.TemporaryDirectory() as temporary:
+        run = Run(Path(temporary, name), a.bundle and a.bundle.resolve(), a.rehearse)
+        stages = part.stages(run)
+        if a.list:
+            print(f"{a.part}: at most {part.limit:g} s in all")
+            for stage in stages:
+                print(f"{stage.name:26} at most {stage.limit:3g} s{', must pass' if stage.gate == 'all' else ''}")
+            return 0
+        unknown = [only for only in a.only or () if only not in [stage.name for stage in stages]]
+        if unknown:
+            parser.error(f"no stage {unknown[0]!r}: expected one of {', '.join(stage.name for stage in stages)}")
+        os.chdir(ROOT)
+        run.folder.mkdir()
+        a.out.mkdir(parents=True, exist_ok=True)
+        file = a.out / f"{name}.tar.gz"
+        os.environ.update(_environment(a.bundle, Path(temporary, "triton")))
+        chosen = [stage for stage in stages if not a.only or stage.name in a.only or stage.needed]
+        began, said = time.monotonic(), list[str]()
+
+        def say(line: str) -> None:
+            print(line, flush=True)
+            said.append(line)
+
+        def keep() -> None:
+            (run.folder / "summary.txt").write_text("\n".join(said) + "\n")
+            archive(run.folder, file, tuned())
+
+        outcomes = run_part(chosen, run.folder, part.limit, keep, say)
+        for line in summary(outcomes):
+            say(line)
+        say(f"   {time.monotonic() - began:.0f} s in all; results and logs in {file}")
+        keep()
     return 1 if any(o.bad for o in outcomes) else 0
 
 
-def _slug() -> str:
-    """The chip's name in a file's."""
-    chip = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return re.sub(r"[^a-z0-9]+", "-", chip.lower()).strip("-")
+def _chip() -> str:
+    """As the driver names it. Does not start CUDA, nor import torch."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return (subprocess.run(command, capture_output=True, text=True).stdout.splitlines() or [""])[0]
+
+
+def _environment(folder: Path | None, cache: Path) -> dict[str, str]:
+    """For the processes of all stages: one cache of compiled kernels, and whose sources these are where git cannot say."""
+    about = bundle.read(folder) if folder else {}
+    commit = bundle.commit() or about.get("commit")
+    cache.mkdir()
+    return {"TRITON_CACHE_DIR": str(cache), **({"GROK_BENCH_COMMIT": commit} if commit else {})}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""One contestant's call of one problem, marked for a profiler: PROBLEM CONTESTANT."""
+"""One contestant's call of one problem, marked for a profiler: PROBLEM CONTESTANT [--device cpu]."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import torch
@@ -14,14 +15,19 @@ from .run import SKIPPED
 
 
 @torch.inference_mode()
-def main(problem: str, name: str) -> int:
-    if not torch.cuda.is_available():
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.once", description=__doc__)
+    parser.add_argument("problem")
+    parser.add_argument("contestant")
+    parser.add_argument("--device", default="cuda")
+    a = parser.parse_args()
+    if a.device == "cuda" and not torch.cuda.is_available():
         print("there is no GPU")
         return SKIPPED
     contestant.load()
-    (found,) = select([problem])
-    where = device("cuda", probed=False)
-    (c,) = (c for c in contestant.entrants(found, where.kind, ["*"]) if c.name == name)
+    (found,) = select([a.problem])
+    where = device(a.device, probed=False)
+    (c,) = (c for c in contestant.entrants(found, where.kind, ["*"]) if c.name == a.contestant)
     case = cases.build(found, where.name, where.cold)
     inputs = c.instead(case.inputs[0]) if c.instead else case.inputs[0]
     with c.within():
@@ -29,13 +35,15 @@ def main(problem: str, name: str) -> int:
         call()
         where.flush()
         where.synchronize()
-        torch.cuda.profiler.start()
+        if where.kind == "cuda":
+            torch.cuda.profiler.start()
         call()
         where.synchronize()
-        torch.cuda.profiler.stop()
-    print(f"{problem} by {name}")
+        if where.kind == "cuda":
+            torch.cuda.profiler.stop()
+    print(f"{a.problem} by {a.contestant}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:3]))
+    sys.exit(main())

@@ -1,11 +1,13 @@
-"""Stages, each of processes of their own with a time limit: what fails or hangs ends alone."""
+"""Stages, each of processes of their own with a time limit: what fails or hangs ends alone, and what came before is kept."""
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
 import subprocess
+import tarfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -15,8 +17,11 @@ from typing import Literal
 
 Status = Literal["passed", "failed", "timed out", "missing"]
 SKIPPED = 77  # the status of a process that cannot do its work here, and has said why
+WRONG = 3  # of one that ran to its end and found wrong numbers
 GRACE = 10.0  # seconds to save what there is after an interrupt
 SHOWN = 12  # lines of a failure
+MOST_LOG = 2 << 20  # bytes of a log's end that are kept
+EVERY = 10.0  # seconds between two saves of what there is
 
 
 @dataclass(frozen=True)
@@ -30,17 +35,6 @@ class Command:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Commands, made when it begins. `at_once`: they run side by side, as those that measure must not."""
-
-    name: str
-    commands: Callable[[], Sequence[Command]]
-    limit: float
-    correctness: bool = False  # whether its failure is that of the whole
-    at_once: bool = False
-
-
-@dataclass(frozen=True)
 class Outcome:
     stage: str
     command: str
@@ -48,24 +42,67 @@ class Outcome:
     seconds: float
     said: str  # its last line, or why it is missing
     log: Path
-    correctness: bool
-
-    @property
-    def bad(self) -> bool:
-        return self.correctness and self.status in ("failed", "timed out")
+    bad: bool = False  # whether the whole run is then not a success
+    code: int | None = None  # of a process that ended by itself
 
 
-def run(stage: Stage, folder: Path, say: Callable[[str], None] = print) -> list[Outcome]:
-    """Run a stage; each command's output is a file in `folder`."""
+@dataclass(frozen=True)
+class Stage:
+    """Commands, made from all outcomes so far when the stage begins. `at_once`: they run side by side, as those that
+    measure must not.
+
+    `gate` says what makes the whole run a failure: "all": whatever did not pass, be it late or missing; "failed": what
+    failed, not what was cut short; "none": nothing, the stage only informs. After a bad outcome of a stage that is
+    `needed` the part ends.
+    """
+
+    name: str
+    commands: Callable[[Sequence[Outcome]], Sequence[Command]]
+    limit: float
+    gate: Literal["all", "failed", "none"] = "failed"
+    at_once: bool = False
+    needed: bool = False
+
+    def bad(self, status: Status) -> bool:
+        return {"all": status != "passed", "failed": status == "failed", "none": False}[self.gate]
+
+
+def run_part(
+    stages: Sequence[Stage], folder: Path, limit: float, keep: Callable[[], None], say: Callable[[str], None] = print
+) -> list[Outcome]:
+    """Run the stages in order, all within `limit` seconds, logs in `folder`. `keep` saves what there is: after every
+    stage, and every few seconds within one."""
+    end = time.monotonic() + limit
+    outcomes: list[Outcome] = []
+    for stage in stages:
+        left = end - time.monotonic() - GRACE
+        outcomes += run(stage, folder, outcomes, min(stage.limit, left), keep, say)
+        keep()
+        if stage.needed and any(o.bad for o in outcomes):
+            say(f"   the rest is not run: nothing of it would say anything without {stage.name!r}")
+            break
+    return outcomes
+
+
+def run(
+    stage: Stage,
+    folder: Path,
+    so_far: Sequence[Outcome] = (),
+    limit: float | None = None,
+    keep: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = print,
+) -> list[Outcome]:
+    """Run one stage; each command's output is a file in `folder`."""
+    limit = stage.limit if limit is None else limit
     say(f"== {stage.name}")
     outcomes: list[Outcome] = []
     running: list[_Running] = []
     commands: list[Command] = []
     try:
-        commands += stage.commands()
+        commands += stage.commands(so_far)
     except Exception as error:  # a stage that reads what an earlier one did not leave
         outcomes.append(_outcome(stage, stage.name, "missing", 0.0, f"{type(error).__name__}: {error}", folder))
-    end = time.monotonic() + stage.limit
+    end, saved = time.monotonic() + limit, time.monotonic()
     try:
         while commands or running:
             late = time.monotonic() > end
@@ -74,16 +111,19 @@ def run(stage: Stage, folder: Path, say: Callable[[str], None] = print) -> list[
             for r in [r for r in running if r.process.poll() is not None]:
                 running.remove(r)
                 _end([r.process])  # what it left behind
-                outcomes.append(_judged(stage, r, late))
+                outcomes.append(_judged(stage, r, limit if late else None))
             while commands and (stage.at_once or not running):
                 command = commands.pop(0)
                 log = folder / f"{command.name}.log"
                 why = "" if shutil.which(command.argv[0]) else f"{command.argv[0]} is not on the path"
                 if why or late:
-                    why = why or f"the stage's {stage.limit:g} s were over"
+                    why = why or f"its {max(limit, 0.0):.0f} s were over before it began"
                     outcomes.append(_outcome(stage, command.name, "missing", 0.0, why, log))
                 else:
                     running.append(_started(command, log))
+            if time.monotonic() - saved > EVERY:
+                keep()
+                saved = time.monotonic()
             time.sleep(0.05)
     finally:
         _end([r.process for r in running])
@@ -131,24 +171,27 @@ def _signal(process: subprocess.Popen[bytes], number: int) -> None:
         os.killpg(process.pid, number)
 
 
-def _judged(stage: Stage, r: _Running, late: bool) -> Outcome:
+def _judged(stage: Stage, r: _Running, late: float | None) -> Outcome:
+    """`late`: the seconds it had, where they were over."""
     command, code, lines = r.command, r.process.returncode, _tail(r.log)
     said = lines[-1] if lines else ""
     refused = next((line for line in lines if any(word in line for word in command.refusals)), None)
     if code == SKIPPED:
         status: Status = "missing"
-    elif late:
-        status, said = "timed out", f"after {stage.limit:g} s; {said}"
+    elif late is not None:
+        status, said = "timed out", f"after {late:.0f} s; {said}"
     elif refused is not None:
         status, said = "missing", refused
     else:
         status = "failed" if code else "passed"
         said = f"status {code}; {said}" if code else said
-    return _outcome(stage, command.name, status, time.monotonic() - r.began, said, r.log)
+    return _outcome(stage, command.name, status, time.monotonic() - r.began, said, r.log, code)
 
 
-def _outcome(stage: Stage, command: str, status: Status, seconds: float, said: str, log: Path) -> Outcome:
-    return Outcome(stage.name, command, status, seconds, said.strip()[:160], log, stage.correctness)
+def _outcome(
+    stage: Stage, command: str, status: Status, seconds: float, said: str, log: Path, code: int | None = None
+) -> Outcome:
+    return Outcome(stage.name, command, status, seconds, said.strip()[:160], log, stage.bad(status), code)
 
 
 def _tail(log: Path) -> list[str]:
@@ -164,8 +207,26 @@ def _line(o: Outcome) -> str:
 
 def summary(outcomes: Sequence[Outcome]) -> list[str]:
     lines = ["", "== summary", *(f"   {_line(o)}" for o in outcomes)]
-    bad = [o.command for o in outcomes if o.bad]
-    missing = [o.command for o in outcomes if o.status == "missing"]
-    if missing:
-        lines.append(f"   not run: {', '.join(missing)}")
-    return [*lines, f"   NOT CORRECT: {', '.join(bad)}" if bad else "   every correctness stage that ran has passed"]
+    bad = [f"{o.command} ({o.status})" for o in outcomes if o.bad]
+    late = [o.command for o in outcomes if not o.bad and o.status in ("missing", "timed out")]
+    if late:
+        lines.append(f"   not run, or not to its end: {', '.join(late)}")
+    return [*lines, f"   NOT CORRECT: {', '.join(bad)}" if bad else "   everything that must pass has passed"]
+
+
+def archive(folder: Path, file: Path, more: Sequence[Path] = ()) -> None:
+    """All files of `folder`, and `more`, as one file: whole or not at all. Of a log the end, if it is long."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        with tarfile.open(partial, "w:gz", compresslevel=6) as tar:
+            for path in [*sorted(folder.iterdir()), *more]:
+                if not path.is_file() or path.name.endswith(".partial"):
+                    continue
+                info = tarfile.TarInfo(f"{folder.name}/{path.name}")
+                data = path.read_bytes()
+                data = data[-MOST_LOG:] if path.suffix == ".log" else data
+                info.size, info.mtime = len(data), int(path.stat().st_mtime)
+                tar.addfile(info, io.BytesIO(data))
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,54 +1,106 @@
-"""Every op that the cuda backend has, at small sizes on the GPU: for compute-sanitizer, which follows each access.
+"""Every op that one backend has, once, against the reference: python -m benchmarks.gpu.small BACKEND [--few].
 
-All tensors are made and compared on the CPU, so that no kernels run on the GPU but those to be looked at.
+With GROK_TEST_DEVICE=cpu:0 all tensors are made and compared on the CPU at tiny sizes, so that no kernels run on the GPU but
+those to be looked at, each named before it starts: what hangs or faults is the last one named, and compute-sanitizer follows
+each access. With GROK_TEST_DEVICE=cuda tensors are made on the GPU, at sizes (GROK_TEST_SHRINK) that fill it and go around
+the kernels' rings of stages, and the first row alone must have the bits that it has among others.
+Status 3 if numbers are wrong, 1 if a call fails or the backend takes none.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+from fnmatch import fnmatch
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import grok_kernels
-from tests.gpu.full_size import CALLS
+from tests.gpu.full_size import CALLS, DEVICE, ON_GPU, Call
 from tests.kernels.on_device import carried
 
-from .run import SKIPPED
+from .run import SKIPPED, WRONG
 
 TOKENS, FEW = (1, 5, 65, 200), (1, 65)
 BOUND = 2e-2
 
 
 def main() -> int:
-    if not torch.cuda.is_available():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.small", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("backend")
+    parser.add_argument("--few", action="store_true", help="two sizes, not four")
+    parser.add_argument("--call", default="*", metavar="PATTERN", help="those of the calls whose names match")
+    parser.add_argument("--part", default="0/1", metavar="I/N", help="the I-th of N parts of them, from 0 on")
+    parser.add_argument("--on", default="cuda", help="where the ops run")
+    a = parser.parse_args()
+    if a.on == "cuda" and not torch.cuda.is_available():
         print("there is no GPU")
         return SKIPPED
-    served, wrong, refused = 0, [], set()
-    for c in CALLS:
-        function = carried(getattr(grok_kernels, c.op), "cuda")
-        for t in FEW if "--few" in sys.argv else TOKENS:
+    served, wrong, refused = 0, list[str](), set[str]()
+    part, parts = map(int, a.part.split("/"))
+    for c in [c for c in CALLS if fnmatch(c.name, a.call)][part::parts]:
+        for t in FEW if a.few else TOKENS:
+            print(f"{c}, {t} tokens", end=" ", flush=True)
             with torch.inference_mode():
-                args = c.make(t, 1)
                 try:
-                    with grok_kernels.use_backend("cuda"):
-                        got = function(**args)
+                    found = _differences(c, t, a.backend, a.on)
                 except NotImplementedError as error:
                     refused.add(f"{c}: {error}")
+                    print("not taken")
                     continue
-                expected = getattr(grok_kernels, c.op)(**args)
             served += 1
-            for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (got, expected)), strict=True):
-                error_of = torch.linalg.vector_norm(a.float() - b.float()) / torch.linalg.vector_norm(b.float()).clamp(min=1e-30)  # fmt: skip
-                if not error_of <= BOUND:
-                    wrong.append(f"{c}, {t} tokens: off by {error_of:.1e}")
-    for line in sorted(refused):
-        print(line)
-    print("\n".join(wrong) or f"{served} calls of the cuda backend are right")
+            wrong += found
+            print(*found or ["right"], flush=True)
+    print("\n".join(sorted(refused)))
     if not served:
-        print("the cuda backend takes none of these calls")
-        return SKIPPED
-    return 1 if wrong else 0
+        print(f"the {a.backend} backend takes none of these calls")
+        return 1
+    print(
+        f"{len(wrong)} WRONG: {'; '.join(wrong)}" if wrong else f"{served} calls of the {a.backend} backend are right"
+    )
+    return WRONG if wrong else 0
+
+
+def _differences(c: Call, t: int, backend: str, on: str) -> list[str]:
+    """What is wrong with this call. NotImplementedError where the backend does not take it."""
+    args = c.make(t, 1)
+    function = getattr(grok_kernels, c.op)
+    run = function if ON_GPU else carried(function, on)
+    with grok_kernels.use_backend(backend):
+        got = _tuple(run(**args))
+    with grok_kernels.use_backend("reference"):
+        expected = _tuple(function(**args))
+    found = [
+        f"{c}, {t} tokens: off by {off:.1e}"
+        for a, b in zip(got, expected, strict=True)
+        if not (off := _distance(a, b)) <= BOUND
+    ]
+    if ON_GPU and c.rows and t > 1:
+        own = {name: args[name][:1].clone() for name in c.rows if args[name] is not None}
+        if c.op == "paged_attention":
+            own["query_start"] = args["query_start"][:2]
+        with grok_kernels.use_backend(backend):
+            alone = _tuple(function(**{**args, **own}))
+        if any(len(a) == 1 and not _same(a[:1], b[:1]) for a, b in zip(alone, got, strict=True)):
+            found.append(f"{c}, {t} tokens: the first row has other bits alone")
+    return found
+
+
+def _tuple(results: Any) -> tuple[Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    norm = torch.linalg.vector_norm
+    return float(norm(a.float() - b.float()) / norm(b.float()).clamp(min=1e-30))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 if __name__ == "__main__":
+    print(f"tensors are made on {DEVICE}")
     sys.exit(main())

@@ -1,107 +1,197 @@
-"""The stages of `make bench-gpu`, in order: what must be right, then what is measured, then why it is as it is. Building
-apart, their limits are 8 minutes in all."""
+"""The two parts: `first` says within 4 minutes whether anything is wrong and how fast what matters is; `second` proves it at
+full size, tunes, measures again and says why it is as it is. In each what matters most comes first, since a part may be cut
+anywhere."""
 
 from __future__ import annotations
 
 import os
 import sys
-import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from . import PATHS, ROOT
+from .run import WRONG, Command, Outcome, Stage
 
-from .run import Command, Stage
-from .slowest import slowest
-
-ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
-ON_GPU = {"GROK_TEST_DEVICE": "cuda", "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
-PYTEST = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=25")
-OPS = (
-    "test_ops_*.py",
-    "test_triton_gemm.py",
-    "test_triton_attention.py",
-    "test_triton_route.py",
-)  # those that `on_device` carries
-FULL_SIZE = 18 << 30  # bytes that the tests at full size may hold at once
-MEASURED_SECONDS = "0.4"  # of rounds, a problem
+PYTEST = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=25", "--durations=10")
 LATENCY = (
-    "latency", "--device", "cuda", "--model", "grok-1", "--layers", "2", "--dummy", "--weights", "fp8",
+    "latency", "--model", "grok-1", "--layers", "2", "--dummy", "--weights", "fp8",
     "--batch-size", "8", "--input-len", "256", "--output-len", "64", "--num-iters", "3", "--num-iters-warmup", "1",
     "--max-num-seqs", "8", "--max-model-len", "2048",
 )  # fmt: skip
+CONTESTANTS = ("grok_kernels cuda*", "grok_kernels triton*", "torch _scaled_grouped_mm*", "torch _grouped_mm*",
+               "torch eager", "torch sdpa*", "DeepGEMM*")  # fmt: skip
+TRITON_PARTS = 5
 SANITIZER = "compute-sanitizer"
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats", "WarpStateStats")
 NO_COUNTERS = ("ERR_NVGPUCTRPERM", "Failed to initialize the profiler", "LibraryNotLoaded", "Device not supported")
 
 
-def stages(name: str, folder: Path, patterns: Sequence[str] = ()) -> list[Stage]:
-    """`name` is that of the chip and the day, `folder` where results go; `patterns` as for `grok-engine bench kernels`."""
-    kernels, graphs, eager = (folder / f"{name}{end}.json" for end in ("", "-decode-graphs", "-decode-eager"))
-    kernel_args = [*(patterns or ["@cuda-quick"]), "--device", "cuda", "--seconds", MEASURED_SECONDS, "--limit", "20"]
+@dataclass(frozen=True)
+class Part:
+    limit: float  # seconds in all, whatever the stages take
+    stages: Callable[[Run], list[Stage]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the commands of a run have in common. In a rehearsal they run on this machine's CPU, at sizes of no meaning."""
+
+    folder: Path  # of results and logs
+    bundle: Path | None = None
+    rehearse: bool = False
+
+    @property
+    def env(self) -> dict[str, str]:
+        paths = os.pathsep.join([*PATHS, *filter(None, [os.environ.get("PYTHONPATH")])])
+        return {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
+
+    def python(self, name: str, module: str, *args: str, under: Sequence[str] = (), **env: str) -> Command:
+        argv = (*under, PYTHON, "-m", module, *args)
+        return Command(name, argv, {**self.env, **env}, refusals=NO_COUNTERS if under else ())
+
+    def bench(self, name: str, *args: str, **env: str) -> Command:
+        """Results in NAME.json."""
+        file = str(self.folder / f"{name}.json")
+        device = "cpu" if self.rehearse else "cuda"
+        return self.python(name, "grok_engine.cli", "bench", *args, "--device", device, "--json", file, **env)
+
+    def tests(self, name: str, *args: str, **env: str) -> Command:
+        device = {"GROK_TEST_DEVICE": "cpu:0" if self.rehearse else "cuda", "OMP_NUM_THREADS": "2"}
+        return Command(name, (*PYTEST, *args), {**self.env, **device, **env})
+
+
+def first(run: Run) -> list[Stage]:
     return [
-        Stage("environment", lambda: [_module("environment", "about")], 20),
-        Stage("build", _build, 600),
-        Stage("correctness", lambda: [*_tests(), *_sanitizers()], 190, correctness=True, at_once=True),
-        Stage("kernels", lambda: [_bench("kernels", "kernels", *kernel_args, "--json", str(kernels))], 130),
-        Stage("decode with graphs", lambda: [_bench("decode-graphs", *LATENCY, "--json", str(graphs))], 45),
-        Stage(
-            "decode without", lambda: [_bench("decode-eager", *LATENCY, "--enforce-eager", "--json", str(eager))], 40
-        ),
-        Stage("profiles", lambda: [_profile(*which) for which in slowest(kernels)], 50),
+        _load(run),
+        Stage("small", lambda _: _small(run), 45, "all", at_once=True),
+        _tiles(run),
+        Stage("figures", lambda o: _figures(run, "kernels", "@cuda-first", o), 100),
+        Stage("decode with graphs", lambda o: [_decode(run, "decode-graphs", o)], 35),
+        Stage("decode without", lambda o: [_decode(run, "decode-eager", o, "--enforce-eager")], 30),
     ]
 
 
-def _module(name: str, module: str, *args: str, **env: str) -> Command:
-    return Command(name, (PYTHON, "-m", f"benchmarks.gpu.{module}", *args), {"PYTHONUNBUFFERED": "1", **env})
+def second(run: Run) -> list[Stage]:
+    return [
+        _load(run),
+        _tiles(run),
+        Stage("full size", lambda _: _full_size(run), 110, "all", at_once=True),
+        Stage("engine", lambda _: [_engine(run)], 60, "all"),  # alone: it takes what memory is left
+        Stage("tuning", lambda _: [_tune(run, "tune", "--model", "grok-1", "--format", "fp8")], 80, "none"),
+        Stage("figures", lambda o: _figures(run, "kernels", "@cuda-quick", o), 80),
+        Stage("profiles", lambda _: [_profile(run, *which) for which in _slowest(run)], 40, "none"),
+        Stage("sanitizers", lambda _: _sanitizers(run), 40, "none", at_once=True),
+    ]
 
 
-def _bench(name: str, *args: str) -> Command:
-    return Command(name, (PYTHON, "-m", "grok_engine.cli", "bench", *args), {"PYTHONUNBUFFERED": "1"})
+PARTS = {"first": Part(240, first), "second": Part(420, second)}
 
 
-def _build(package: Path = ROOT / "kernels/grok_kernels", sources: Path = ROOT / "csrc") -> list[Command]:
-    """What this interpreter's package lacks, or has of older sources."""
-    modules = [package / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in ("_C", "_CUDA")]
-    newest = max(path.stat().st_mtime for path in sources.rglob("*.*"))
-    if all(module.is_file() and module.stat().st_mtime >= newest for module in modules):
-        return []
-    return [Command("build", (PYTHON, "-W", "ignore", "setup.py", "-q", "build_ext", "--inplace"))]
+def _load(run: Run) -> Stage:
+    args = [*(("--bundle", str(run.bundle)) if run.bundle else ()), *(("--rehearse",) if run.rehearse else ())]
+    return Stage("load", lambda _: [run.python("load", "benchmarks.gpu.load", *args)], 80, "all", needed=True)
 
 
-def _tests() -> list[Command]:
-    """Side by side: compiling the kernels takes most of the time, and it is the host's."""
-    shards = max(1, min(5, (os.cpu_count() or 2) // 2 - 4))
-    total = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
-    whole = min(shards, max(1, total // FULL_SIZE))
-    files = [file for pattern in OPS for file in sorted((ROOT / "tests/kernels").glob(pattern))]
-    ops = (*PYTEST, *(str(file.relative_to(ROOT)) for file in files), "-k", "not refuses")
-    found = [Command(f"ops-{i}", ops, {**ON_GPU, "GROK_TEST_SHARD": f"{i}/{shards}"}) for i in range(shards)]
-    full = (*PYTEST, "tests/gpu", "--ignore=tests/gpu/test_gpu_engine.py")
-    found += [Command(f"full-size-{i}", full, {**ON_GPU, "GROK_TEST_SHARD": f"{i}/{whole}"}) for i in range(whole)]
-    chosen = "test_gpu_engine or fp32 or bf16 or quality or any_batch or goldens_in_one or (any_number_format and not reference)"
-    engine = (
-        *PYTEST, "tests/gpu/test_gpu_engine.py", "tests/e2e/test_goldens.py", "tests/engine/test_activations.py",
-        "tests/engine/test_invariance.py", "-k", chosen,
-    )  # fmt: skip
-    return [*found, Command("engine", engine, ON_GPU)]
+def _tiles(run: Run) -> Stage:
+    """Whether the kernels by hand for few rows give the bits of those for many, which decides who serves decoding."""
+    return Stage("tiles with the same bits", lambda _: [_tune(run, "tune-wide", "--wide")], 25, "none")
 
 
-def _sanitizers() -> list[Command]:
-    env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "GROK_TEST_DEVICE": "cpu:0", "PYTHONUNBUFFERED": "1"}
-    run = (PYTHON, "-m", "benchmarks.gpu.small")
-    found = [Command("small", run, env)]
-    for tool in ("memcheck", "racecheck"):
-        argv = (SANITIZER, "--tool", tool, "--error-exitcode", "9", *run, "--few")
-        found.append(Command(tool, argv, env, refusals=NO_COUNTERS))
+def _small(run: Run) -> list[Command]:
+    """By hand at tiny sizes and at middling ones, and in Triton, whose kernels are compiled in several processes: each may
+    hang alone."""
+    tiny, middling = {"GROK_TEST_DEVICE": "cpu:0"}, {"GROK_TEST_DEVICE": "cuda", "GROK_TEST_SHRINK": "8"}
+    small = "benchmarks.gpu.small"
+    if run.rehearse:  # the CPU's kernels in place of those by hand; Triton's are interpreted
+        args, env = ("--on", "cpu", "--few", "--call", "*norm*"), {**tiny, "TRITON_INTERPRET": "1"}
+        return [run.python(f"small-{n}", small, b, *args, **env) for n, b in (("cuda", "cpu"), ("triton", "triton"))]
+    found = [run.python("small-cuda", small, "cuda", **tiny), run.python("middling-cuda", small, "cuda", **middling)]
+    for i in range(TRITON_PARTS):
+        part = ("--few", "--part", f"{i}/{TRITON_PARTS}")
+        found.append(run.python(f"middling-triton-{i}", small, "triton", *part, **middling))
     return found
 
 
-def _profile(problem: str, contestant: str) -> Command:
+def _by_hand_lost(outcomes: Sequence[Outcome]) -> bool:
+    """Whether the kernels by hand hang or fault: wrong numbers are named where they are measured, these end a process."""
+    ours = [o for o in outcomes if o.command in ("small-cuda", "middling-cuda")]
+    return any(o.status != "passed" and o.code != WRONG for o in ours)
+
+
+def _figures(run: Run, name: str, problems: str, outcomes: Sequence[Outcome]) -> list[Command]:
+    who = [c for c in CONTESTANTS if not (_by_hand_lost(outcomes) and c.startswith("grok_kernels cuda"))]
+    args = ["--seconds", "0.4", "--limit", "20", *(["--no-compile"] if problems == "@cuda-first" else [])]
+    if run.rehearse:
+        return [run.bench(name, "kernels", "@quick", "--smoke", "--no-compile")]
+    return [run.bench(name, "kernels", problems, *args, *(part for c in who for part in ("--contestant", c)))]
+
+
+def _decode(run: Run, name: str, outcomes: Sequence[Outcome], *more: str) -> Command:
+    forced = {"GROK_KERNELS_BACKEND": "triton"} if _by_hand_lost(outcomes) and not run.rehearse else {}
+    if run.rehearse:
+        return run.bench(name, "latency", "--model", "tiny", "--batch-size", "1", "--num-iters", "1", "--input-len", "4",
+                         "--output-len", "4", "--num-iters-warmup", "0", *more)  # fmt: skip
+    return run.bench(name, *LATENCY, *more, **forced)
+
+
+def _tune(run: Run, name: str, *args: str) -> Command:
+    """Into the package, where what follows reads it; the archive has a copy."""
+    return run.python(name, "grok_kernels.tune", *(["--list"] if run.rehearse else args))
+
+
+def _full_size(run: Run) -> list[Command]:
+    """Two processes of 18 GiB at most; more would wait for one another's memory."""
+    chosen = ("-k", "as_the_reference and norm and selected") if run.rehearse else ()
+    args = ("tests/gpu", "--ignore=tests/gpu/test_gpu_engine.py", *chosen)
+    return [run.tests(f"full-size-{i}", *args, GROK_TEST_SHARD=f"{i}/2") for i in range(2)]
+
+
+def _engine(run: Run) -> Command:
+    chosen = "test_gpu_engine or fp32 or bf16 or quality or any_batch or goldens_in_one or (any_number_format and not reference)"
+    if run.rehearse:
+        return run.tests("engine", "tests/gpu/test_gpu_engine.py", "-k", "folder")
+    files = ("tests/gpu/test_gpu_engine.py", "tests/e2e/test_goldens.py", "tests/engine/test_activations.py",
+             "tests/engine/test_invariance.py")  # fmt: skip
+    return run.tests("engine", *files, "-k", chosen)
+
+
+def _sanitizers(run: Run) -> list[Command]:
+    """Of the kernels by hand. A tool may not follow the copy engine's barriers, so what it says is read, not believed."""
+    env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "GROK_TEST_DEVICE": "cpu:0"}
+    args = ("cpu", "--on", "cpu", "--call", "*norm*") if run.rehearse else ("cuda",)
+    return [
+        run.python(
+            tool,
+            "benchmarks.gpu.small",
+            *args,
+            "--few",
+            under=(SANITIZER, "--tool", tool, "--error-exitcode", "9"),
+            **env,
+        )
+        for tool in ("memcheck", "racecheck")
+    ]
+
+
+def _slowest(run: Run) -> list[tuple[str, str]]:
+    if run.rehearse:
+        return [("rms_norm/grok-1/decode/t64", "torch eager")]
+    from .slowest import slowest  # imports torch, which the driver of the stages does without
+
+    return slowest(run.folder / "kernels.json")
+
+
+def _profile(run: Run, problem: str, contestant: str) -> Command:
     """Clocks as they are: to lock them needs rights, and takes long where there are none."""
-    argv = ["ncu", "--clock-control", "none", "--profile-from-start", "off"]
+    ncu = ["ncu", "--clock-control", "none", "--profile-from-start", "off"]
     for section in SECTIONS:
-        argv += ["--section", section]
-    argv += [PYTHON, "-m", "benchmarks.gpu.once", problem, contestant]
-    return Command(f"ncu-{problem.replace('/', '-')}", argv, refusals=NO_COUNTERS)
+        ncu += ["--section", section]
+    device = ("--device", "cpu") if run.rehearse else ()
+    name = f"ncu-{problem.replace('/', '-')}"
+    return run.python(name, "benchmarks.gpu.once", problem, contestant, *device, under=ncu)
+
+
+def tuned() -> list[Path]:
+    """What tuning wrote."""
+    return sorted((ROOT / "kernels/grok_kernels/tuned").glob("*.json"))

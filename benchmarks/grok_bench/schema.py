@@ -15,6 +15,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 SCHEMA = "grok-bench/1"
+LATER = ("gpu",)  # members that files written before them lack
 Scalar: TypeAlias = str | int | float | bool | None
 Status = Literal["ok", "wrong", "failed", "missing", "timeout"]
 
@@ -72,6 +73,21 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GpuState:
+    """A GPU during the rounds of one problem: medians, but for those that are named most and least. `held_back` is the share
+    of readings in which power or heat kept the clock down."""
+
+    watts: float
+    most_watts: float
+    limit_watts: float
+    clock_mhz: float
+    least_clock_mhz: float
+    celsius: float
+    held_back: float
+    readings: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KernelResult:
     """One problem. `floor_seconds` is the roofline's: bytes over the read ceiling or operations over the arithmetic's."""
 
@@ -87,6 +103,7 @@ class KernelResult:
     thrown_away: int
     best_peer: str | None
     scores: list[Score]
+    gpu: GpuState | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,13 +219,14 @@ def _members(cls: type, values: Any, hints: Mapping[str, Any], at: str) -> dict[
     if not isinstance(values, dict):
         raise SchemaError(f"{at or 'the file'} is {_shown(values)}, expected an object")
     names = [f.name for f in fields(cls)]
-    missing = [name for name in names if name not in values]
+    optional = {f.name for f in fields(cls) if f.name in LATER}
+    missing = [name for name in names if name not in values and name not in optional]
     unknown = [name for name in values if name not in names]
     if missing or unknown:
         what = [f"lacks {', '.join(missing)}"] if missing else []
         what += [f"has unknown {', '.join(unknown)}"] if unknown else []
         raise SchemaError(f"{at or 'the file'} {' and '.join(what)}")
-    return {name: _parse(hints[name], values[name], f"{at}.{name}" if at else name) for name in names}
+    return {name: _parse(hints[name], values[name], f"{at}.{name}" if at else name) for name in names if name in values}
 
 
 def _parse(kind: Any, value: Any, at: str) -> Any:

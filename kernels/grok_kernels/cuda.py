@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import registry
 from .checks import GROUP
+from .cuda_home import cuda_home
 from .packing import is_packed
 from .tuning import chip_of, wide_tokens
 
@@ -55,7 +56,8 @@ def _build_arguments() -> dict[str, Any]:
 def _nvcc() -> str:
     from torch.utils import cpp_extension  # slow to import
 
-    return str(Path(cpp_extension.CUDA_HOME) / "bin/nvcc") if cpp_extension.CUDA_HOME else ""
+    home = cuda_home(cpp_extension.CUDA_HOME)
+    return str(Path(home) / "bin/nvcc") if home else ""
 
 
 def _missing() -> str:
@@ -91,6 +93,7 @@ def _unusable() -> str:
             from torch.utils import cpp_extension
 
             log.warning("compiling the CUDA kernels, once: minutes")
+            cpp_extension.CUDA_HOME = cuda_home(cpp_extension.CUDA_HOME)
             module = cpp_extension.load(**_build_arguments())
         else:
             import grok_kernels._CUDA as module

@@ -1,6 +1,6 @@
 """Measures how this GPU's products are best cut, and writes tuned/<chip>.json, which `tuning.gemm` reads.
 
-python -m grok_kernels.tune [--model grok-1 ...] [--format fp8 ...] [--out FILE] [--again] [--list]
+python -m grok_kernels.tune [--model grok-1 ...] [--format fp8 ...] [--out FILE] [--again] [--wide] [--list]
 
 For every product of a model, candidates for many rows and for few are checked against the reference and timed in turns,
 each call after a write to more than the L2 cache. "many" is the best over all numbers of rows, since it may have to serve
@@ -370,6 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, help="in place of the package's tuned/<chip>.json")
     parser.add_argument("--again", action="store_true", help="measure what the file has, too")
+    parser.add_argument("--wide", action="store_true", help="ask no more than whether all tiles have the same bits")
     parser.add_argument("--list", action="store_true", help="print the products and how many candidates each has")
     a = parser.parse_args(argv)
     wanted = [p for model in a.model or ["grok-1"] for p in products(model, a.format or list(FORMATS))]
@@ -386,6 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     chip = chip_of(device)
     file = a.out or Path(__file__).parent / "tuned" / f"{chip.name}.json"
+    wanted = [] if a.wide else wanted
     with torch.inference_mode():
         failed = tune(wanted, chip, device, CudaTimer(device), file, again=a.again)
         tune_wide(device, file)

@@ -11,6 +11,12 @@ import torch
 DEVICE = os.environ.get("GROK_TEST_DEVICE", "cpu")
 
 
+def _weights(item: pytest.Item) -> str:
+    """What a test at full size has its weights named by: the rest of its call's name, "fp8xfp8-1" of "moe-fp8xfp8-1"."""
+    call = str(getattr(getattr(item, "callspec", None), "params", {}).get("c", ""))
+    return call.partition("-")[2] if item.path.parent.name == "gpu" else ""
+
+
 def why_not() -> str:
     if DEVICE == "cpu":
         return "needs a GPU, and GROK_TEST_DEVICE=cuda"
@@ -19,7 +25,9 @@ def why_not() -> str:
     return ""
 
 
+@pytest.hookimpl(tryfirst=True)  # before the tests are cut into parts
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_weights)  # those of one format in a row, or nearly every test would make gigabytes anew
     reason = why_not()
     for item in items:
         if reason and item.path.parent.name == "gpu":

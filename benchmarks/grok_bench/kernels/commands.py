@@ -47,6 +47,7 @@ def list_command(patterns: tuple[str, ...]) -> None:
     "--limit", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True, help="Seconds of a call."
 )
 @click.option("--subprocess", "apart", is_flag=True, help="Each contestant in a process that may crash or hang.")
+@click.option("--no-compile", is_flag=True, help="Without contestants that take seconds to compile.")
 @click.option("--smoke", is_flag=True, help="Tiny sizes, two rounds: whether it runs, not how fast.")
 @click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write the results there.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
@@ -61,6 +62,7 @@ def kernels_command(
     seconds: float,
     limit: float,
     apart: bool,
+    no_compile: bool,
     smoke: bool,
     file: Path | None,
 ) -> None:
@@ -82,7 +84,7 @@ def kernels_command(
     limits = harness.Limits(seconds=seconds, call=limit)
     if smoke:
         limits = harness.Limits(seconds=60.0, rounds=2, call=limit, pick=False)
-    race = Race(where, who, plugins, apart, limits)
+    race = Race(where, who, plugins, apart, limits, compiles=not (smoke or no_compile))
     command = shlex.join(["grok-engine", *(ctx.obj if isinstance(ctx.obj, list) else sys.argv[1:])])
     race.go(chosen, console, command, file)
     if race.interrupted:
@@ -110,6 +112,7 @@ class Race:
     plugins: Sequence[str]
     apart: bool
     limits: harness.Limits
+    compiles: bool = True
 
     def __post_init__(self) -> None:
         self.results: list[KernelResult] = []
@@ -154,7 +157,7 @@ class Race:
 
     def _results(self, chosen: Sequence[problems.Problem], console: Console) -> Iterator[KernelResult]:
         for problem in chosen:
-            everyone = contestant.entrants(problem, self.where.kind, self.who or self._default, not self.where.small)
+            everyone = contestant.entrants(problem, self.where.kind, self.who or self._default, self.compiles)
             try:
                 with torch.inference_mode():
                     case = cases.build(problem, self.where.name, self.where.cold, self.where.free())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import grok_kernels
 
 from ..environment import available_bytes
 from ..schema import Ceiling as Kept
+from ..schema import GpuState
+from .monitor import Monitor
 
 SETTLE = 1.5  # seconds to see each ceiling once without whatever else runs
 PROBE_BYTES, PROBE_STEPS = 128 << 20, 1_000_000  # of a CPU: each some milliseconds
@@ -61,6 +64,10 @@ class Device:
                 continue  # a type that this chip or this torch does not multiply
             self.ceilings[what] = Ceiling(what, measure)
             self.ceilings[what].settle(0.0 if small else SETTLE)
+
+    def state(self, began: float, ended: float) -> GpuState | None:
+        """What a GPU's power and clock were between these times of `time.perf_counter()`."""
+        return None
 
     def binding(self, operations: float, size: float, arithmetic: str) -> tuple[Ceiling, float]:
         """The ceiling that takes longer for so many operations and bytes, and the work in its unit."""
@@ -180,6 +187,18 @@ class Cuda(Device):
 
     kind = "cuda"
     cold = 0
+
+    def __init__(self, name: str, small: bool = False, probed: bool = True) -> None:
+        self._monitor: Monitor | None = None
+        if probed and not small:
+            p: Any = torch.cuda.get_device_properties(name)
+            bus_id = f"{p.pci_domain_id:08x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0"
+            with suppress(OSError):  # figures without these are figures still
+                self._monitor = Monitor(bus_id if torch.cuda.device_count() > 1 else None)
+        super().__init__(name, small, probed)
+
+    def state(self, began: float, ended: float) -> GpuState | None:
+        return self._monitor.between(began, ended) if self._monitor else None
 
     def seconds(self, call: Callable[[], Any]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -91,7 +91,7 @@ def run(
     lanes = [_checked(c, case, device, enter, limits) for c in contestants]
     ceiling, work = device.binding(case.operations, case.bytes, case.arithmetic)
     rates: list[float] = []
-    thrown_away, interrupted = 0, False
+    thrown_away, interrupted, began = 0, False, time.perf_counter()
     try:
         thrown_away = _rounds([lane for lane in lanes if lane.entrant], ceiling, rates, limits)
     except KeyboardInterrupt:
@@ -99,6 +99,7 @@ def run(
     finally:
         for lane in lanes:
             lane.close()
+    ended = time.perf_counter()
     scores, best_peer = _scores(lanes, case, work, rates, limits)
     result = KernelResult(
         problem=problem.name,
@@ -113,6 +114,7 @@ def run(
         thrown_away=thrown_away,
         best_peer=best_peer,
         scores=scores,
+        gpu=device.state(began, ended),
     )
     if interrupted:
         raise Interrupted(result)

@@ -59,6 +59,7 @@ PACKAGES: dict[str, tuple[str, str, Callable[[], Any]]] = {
     "vllm": ("vLLM", "pip install vllm", _vllm),
     "sgl_kernel": ("sgl-kernel", "pip install sgl-kernel", _sgl_kernel),
 }
+COMPILED = ("deep_gemm", "flashinfer")  # just in time, by nvcc
 FP8_MOST, WORKSPACE = 448.0, 256 << 20
 
 
@@ -89,7 +90,7 @@ def peer(
     register(
         Contestant(
             name=f"{PACKAGES[package][0]} {what}{suffix}", op=op, bind=bind, devices=("cuda",), enters=enters,
-            missing=partial(missing, package),
+            missing=partial(missing, package), compiles=package in COMPILED,
         )
     )  # fmt: skip
 

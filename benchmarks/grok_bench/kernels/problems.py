@@ -154,7 +154,19 @@ SETS: dict[str, tuple[str, ...]] = {
         *_set("group_tokens/grok-1/*/zipf-t{t}", t=(256, 16384)),
         *_set("sample_top_p/grok-1/decode/b{b}", b=(1, 64)),
     ),
-    # of `make bench-gpu`, in two minutes: every class once, and what decides between kernels
+    # of `make bench-gpu`'s first part, in a minute and a half: the figures that matter, the most important first
+    "cuda-first": (
+        *_set("grouped_gemm/grok-1/prefill/{w}-fp8xfp8-even-t4096", w=("w13", "w2")),
+        *_set("moe/grok-1/*/fp8dyn-even-t{t}", t=(1, 4, 64, 4096)),
+        *_set("paged_attention/grok-1/decode/{kv}-p64-b64-l8192", kv=KV),
+        "route_topk/grok-1/decode/t64", "group_tokens/grok-1/decode/zipf-t256", "sample_top_p/grok-1/decode/b64",
+        "paged_attention/grok-1/decode/bf16-p64-b1-l8192", "paged_attention/grok-1/prefill/bf16-p64-q2048-l2048",
+        *_set("moe/grok-1/*/int8-even-t{t}", t=(1, 64, 4096)),
+        *_set("grouped_gemm/grok-1/*/w13-fp8xfp8-{r}", r=("zipf-t4096", "even-t64")),
+        *_set("{op}/grok-1/*/t256", op=("rms_norm", "sandwich_norm", "quantize_fp8")),
+        "rope_store_kv/grok-1/*/bf16-p64-t256",
+    ),
+    # of its second, in two minutes: every class once, and what decides between kernels
     "cuda-quick": (
         *_set("grouped_gemm/grok-1/*/{w}-fp8xfp8-even-t{t}", w=("w13", "w2"), t=(1, 64, 4096)),
         "grouped_gemm/grok-1/prefill/w13-fp8xfp8-zipf-t4096", "grouped_gemm/grok-1/decode/w13-bf16-even-t64",
@@ -184,21 +196,25 @@ def _every() -> tuple[Problem, ...]:
 
 
 def select(patterns: Sequence[str]) -> list[Problem]:
-    """The problems that match any of the patterns (`*` also matches /), in the order of the registry.
+    """The problems that match any of the patterns (`*` also matches /): each once, in the order of the patterns, and those of
+    one pattern in the order of the registry.
 
     ValueError, with what there is, for a pattern that none matches.
     """
     if not patterns:
         return list(_every())
     matches = re.compile("|".join(map(translate, patterns))).match
-    found = [problem for problem in _every() if matches(problem.name)]
+    any_of = [problem for problem in _every() if matches(problem.name)]
+    found: dict[str, Problem] = {}
     for pattern in patterns:
-        if not any(fnmatchcase(problem.name, pattern) for problem in found):
+        own = {problem.name: problem for problem in any_of if fnmatchcase(problem.name, pattern)}
+        found |= {name: problem for name, problem in own.items() if name not in found}
+        if not own:
             raise ValueError(
                 f"no problem matches {pattern!r}: names are OP/MODEL/PHASE/DETAILS, of ops {', '.join(OPS)} and models "
                 f"{', '.join(NAMES)}; `grok-engine bench --list` shows the rest"
             )
-    return found
+    return list(found.values())
 
 
 def overview() -> str:

@@ -45,6 +45,10 @@ def one(file: ResultFile, result: KernelResult, console: Console) -> None:
     """Print one of its results."""
     for block in blocks(replace(file, results=[result])):
         _block(block, console)
+    if g := result.gpu:
+        held = f", held back {g.held_back:.0%} of the time" if g.held_back else ""
+        text = f"{g.watts:.0f} W (at most {g.most_watts:.0f} of {g.limit_watts:.0f}), {g.clock_mhz:.0f} MHz (at least "
+        console.print(Text(f"{text}{g.least_clock_mhz:.0f}), {g.celsius:.0f} °C{held}", style="dim"))
 
 
 def _block(block: Block, console: Console) -> None:

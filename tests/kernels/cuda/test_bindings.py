@@ -15,6 +15,7 @@ import torch
 from torch.utils import cpp_extension
 
 from grok_kernels import cuda, registry, tuning
+from grok_kernels.cuda_home import cuda_home
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -168,6 +169,7 @@ def test_what_is_missing_is_named(compiled: list[dict[str, Any]], monkeypatch: p
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/usr/local/cuda")
     assert cuda._missing() == ""
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    monkeypatch.setattr(shutil, "which", lambda tool: None)
     assert "was not built, and there is no nvcc to compile it now" in cuda._missing()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert cuda._missing() == "there is no GPU"
@@ -215,3 +217,25 @@ def test_the_bindings_are_valid_against_the_headers_of_torch(tmp_path: Path) -> 
     assert sources
     done = subprocess.run([*command, *places, *sources], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_cuda_home_is_what_nvcc_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch takes the folder above the nvcc on the path, be that a wrapper script with no headers above it."""
+    toolkit, path = tmp_path / "cuda-13.0", tmp_path / "local/bin"
+    (toolkit / "include").mkdir(parents=True)
+    path.mkdir(parents=True)
+    wrapper = path / "nvcc"
+    wrapper.write_text(f'#!/bin/sh\necho "#$ TOP={toolkit}/bin/.." >&2\n')
+    wrapper.chmod(0o755)
+    (toolkit / "bin").mkdir()
+    monkeypatch.setenv("PATH", f"{path}:/usr/bin:/bin")
+    assert cuda_home(str(tmp_path / "local")) == str(toolkit)
+    assert cuda_home(None) == str(toolkit)
+    headers = tmp_path / "local/include"
+    headers.mkdir()
+    (headers / "cuda_runtime.h").touch()
+    assert cuda_home(str(tmp_path / "local")) == str(tmp_path / "local")
+    wrapper.write_text("#!/bin/sh\nexit 1\n")
+    assert cuda_home("/nowhere") == "/nowhere"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cuda_home(None) is None

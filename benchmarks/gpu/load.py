@@ -1,0 +1,91 @@
+"""The machine, and the native modules of this checkout on it: taken from a bundle, or built here. Status 1 if one of them is
+missing or does not load."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+
+from . import ROOT, bundle
+from .run import SKIPPED
+
+PACKAGE = ROOT / "kernels/grok_kernels"
+SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))
+TOOLS = ("nvcc", "ncu", "compute-sanitizer", "c++", "ninja")
+GPU = "name,driver_version,power.limit,power.draw,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,memory.total"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.load", description=__doc__)
+    parser.add_argument("--bundle", type=Path, help="what `python -m benchmarks.gpu.bundle` made")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU, and so without the module for one")
+    a = parser.parse_args()
+    if not a.rehearse and not torch.cuda.is_available():
+        print("there is no GPU")
+        return SKIPPED
+    _about()
+    modules = ("_C",) if a.rehearse else ("_C", "_CUDA")
+    if a.bundle:
+        print(f"bundle     {bundle.unpack(a.bundle, PACKAGE, SUFFIX) or 'taken'}")
+    if any(_old(name) for name in modules):
+        print(f"building   {', '.join(name for name in modules if _old(name))}", flush=True)
+        subprocess.run([sys.executable, "-W", "ignore", "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT)
+    return 1 if _missing(modules, a.rehearse) else 0
+
+
+def _about() -> None:
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", f"--query-gpu={GPU}", "--format=csv,noheader"]
+        values = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.strip().split(", ")
+        for name, value in zip(GPU.split(","), values, strict=False):
+            print(f"{name:18} {value}")
+    print(f"{'python':18} {sys.version.split()[0]}, torch {torch.__version__}")
+    for tool in TOOLS:
+        print(f"{tool:18} {shutil.which(tool) or 'not on the path'}")
+
+
+def _old(name: str) -> bool:
+    """Whether this interpreter has no such module, or one that is older than the sources."""
+    module = PACKAGE / f"{name}{SUFFIX}"
+    newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*.*"))
+    return not module.is_file() or module.stat().st_mtime < newest
+
+
+def _missing(modules: tuple[str, ...], rehearse: bool) -> int:
+    """Imports them, and asks the registry which ops each backend has kernels for; how many faults there are."""
+    faults = 0
+    for name in modules:
+        why = _fault(name)
+        print(f"{name:18} {f'DOES NOT LOAD: {why}' if why else 'loads'}")
+        faults += bool(why)
+    import grok_kernels
+
+    for backend in ("cpu",) if rehearse else ("triton", "cuda"):
+        status = {op: s[backend] for op, s in grok_kernels.backends().items() if backend in s}
+        served = [op for op, s in status.items() if s.available]
+        print(f"{backend:18} {', '.join(served) or 'NO OP'}")
+        for reason in sorted({s.reason for s in status.values() if not s.available}):
+            print(f"{'':18} {reason}")
+        faults += not served
+    print("all modules load" if not faults else f"{faults} of the modules and backends are not there")
+    return faults
+
+
+def _fault(name: str) -> str:
+    """Why the module does not load, if so."""
+    try:
+        importlib.import_module(f"grok_kernels.{name}")
+    except ImportError as error:
+        return str(error)
+    return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Power, clock and temperature of a GPU while something runs on it, read through the driver's own library (NVML)."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from statistics import median
+
+from ..schema import GpuState
+
+EVERY = 0.02  # seconds between two readings
+SM, CORE = 1, 0  # NVML's names of the multiprocessors' clock and of the sensor
+POWER_NOW = 186  # NVML_FI_DEV_POWER_INSTANT: nvmlDeviceGetPowerUsage is the mean of a second on Hopper
+# nvmlClocksEventReasons: software's power cap, hardware slowdown, software's and hardware's heat, hardware's power brake
+HELD_BACK = 0x4 | 0x8 | 0x20 | 0x40 | 0x80
+
+
+class _Value(ctypes.Structure):
+    """nvmlFieldValue_t."""
+
+    _fields_ = [
+        ("field", ctypes.c_uint), ("scope", ctypes.c_uint), ("at", ctypes.c_longlong), ("latency", ctypes.c_longlong),
+        ("kind", ctypes.c_uint), ("status", ctypes.c_uint), ("value", ctypes.c_uint), ("upper", ctypes.c_uint),
+    ]  # fmt: skip
+
+
+class Monitor:
+    """Reads from now on, on a thread of its own, until `close`. Without `bus_id` of the first GPU. OSError where there is no
+    NVML or no such GPU."""
+
+    def __init__(self, bus_id: str | None, library: str = "libnvidia-ml.so.1") -> None:
+        self._nvml = ctypes.CDLL(library)
+        self._device = ctypes.c_void_p()
+        self._ask("nvmlInit_v2")
+        if bus_id is None:
+            self._ask("nvmlDeviceGetHandleByIndex_v2", 0, ctypes.byref(self._device))
+        else:
+            self._ask("nvmlDeviceGetHandleByPciBusId_v2", bus_id.encode(), ctypes.byref(self._device))
+        self.limit = self._number("nvmlDeviceGetEnforcedPowerLimit") / 1e3  # watts
+        self._read: list[tuple[float, float, int, int, int]] = []  # time, watts, MHz, °C, reasons
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def between(self, began: float, ended: float) -> GpuState | None:
+        """Of `time.perf_counter()` times; None where nothing was read in between."""
+        read = [r for r in self._read if began <= r[0] <= ended]
+        if not read:
+            return None
+        _, watts, clocks, heat, reasons = zip(*read, strict=True)
+        return GpuState(
+            watts=median(watts), most_watts=max(watts), limit_watts=self.limit, clock_mhz=float(median(clocks)),
+            least_clock_mhz=float(min(clocks)), celsius=float(max(heat)),
+            held_back=sum(bool(r & HELD_BACK) for r in reasons) / len(reasons), readings=len(read),
+        )  # fmt: skip
+
+    def close(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(EVERY):
+            try:
+                now = (
+                    self._watts(), self._number("nvmlDeviceGetClockInfo", SM),
+                    self._number("nvmlDeviceGetTemperature", CORE), self._reasons(),
+                )  # fmt: skip
+            except OSError:  # the driver does not tell, now or ever
+                continue
+            self._read.append((time.perf_counter(), *now))
+
+    def _watts(self) -> float:
+        value = _Value(field=POWER_NOW)
+        self._ask("nvmlDeviceGetFieldValues", self._device, 1, ctypes.byref(value))
+        return (self._number("nvmlDeviceGetPowerUsage") if value.status else value.value) / 1e3
+
+    def _reasons(self) -> int:
+        reasons = ctypes.c_ulonglong()
+        self._ask("nvmlDeviceGetCurrentClocksThrottleReasons", self._device, ctypes.byref(reasons))
+        return reasons.value
+
+    def _number(self, function: str, *args: int) -> int:
+        found = ctypes.c_uint()
+        self._ask(function, self._device, *args, ctypes.byref(found))
+        return found.value
+
+    def _ask(self, function: str, *args: object) -> None:
+        try:
+            status = getattr(self._nvml, function)(*args)
+        except AttributeError as error:
+            raise OSError(f"NVML has no {function}") from error
+        if status:
+            raise OSError(f"{function} answers {status}")
