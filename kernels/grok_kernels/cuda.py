@@ -283,7 +283,7 @@ def route_and_group(
 if _reason := _missing():
     registry.mark_missing("cuda", _reason)
 else:
-    registry.ask_when_shown("cuda", _no_chip)
+    registry.ask_later("cuda", _no_chip, _unusable)
 registry.register("route_topk", "cuda", supports=_supports_route)(route_topk)
 registry.register("group_tokens", "cuda", supports=_supports_group)(group_tokens)
 registry.register("grouped_gemm", "cuda", supports=_supports_gemm)(grouped_gemm)
