@@ -57,7 +57,7 @@ def flatten(work: Sequence[Work], page_size: int, rows: int = 0, width: int = 0)
     """All index tensors of a step in one on the CPU, for one transfer, and their sizes, as `Batch.of` has them.
 
     width: columns of the block table, at least those needed. rows: of one token each, more than there is work: each
-    that is added is the first again, which hits no further expert, but written nowhere.
+    that is added is the one of fewest keys again, written nowhere: attention reads the least, and no further expert is hit.
     """
     width = max(width, max([len(w.pages) for w in work]))
     tokens: list[int] = []
@@ -76,12 +76,13 @@ def flatten(work: Sequence[Work], page_size: int, rows: int = 0, width: int = 0)
         table.extend(pages)
         table.frombytes(bytes((width - len(pages)) * table.itemsize))
     if (more := rows - len(work)) > 0:
-        tokens += tokens[:1] * more
-        positions += positions[:1] * more
+        least = seq_lens.index(min(seq_lens))
+        tokens += [tokens[least]] * more
+        positions += [positions[least]] * more
         slots += [-1] * more
         query_start += range(len(work) + 1, rows + 1)
-        seq_lens += seq_lens[:1] * more
-        table += table[:width] * more
+        seq_lens += [seq_lens[least]] * more
+        table += table[least * width : (least + 1) * width] * more
     lists = (tokens, positions, slots, query_start, seq_lens)
     sizes = [*map(len, lists), len(table)]
     for part in lists:

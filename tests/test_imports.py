@@ -64,13 +64,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "grok_kernels.packing": ("memory", "registry"),
     "grok_kernels.checks": ("packing",),
     "grok_kernels.tuning": (),
+    "grok_kernels.counters": (),
     "grok_kernels.tune": ("*",),  # a command over all of it
     "grok_kernels.ops": ("registry", "checks"),
     "grok_kernels.reference": ("registry", "checks", "packing"),
-    "grok_kernels.triton": ("registry", "checks", "packing", "tuning"),
+    "grok_kernels.triton": ("registry", "checks", "counters", "packing", "tuning"),
     "grok_kernels.recording": ("registry",),
     "grok_kernels.cpu": ("registry", "checks", "packing", "recording", "tuning", "_C"),
-    "grok_kernels.cuda": ("registry", "checks", "packing", "tuning", "cuda_home", "_CUDA"),
+    "grok_kernels.cuda": ("registry", "checks", "counters", "packing", "tuning", "cuda_home", "_CUDA"),
     "grok_kernels.cuda_home": (),
     "grok_kernels": ("*",),
     # the benchmarks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,12 @@ class Router(Table):
         super().__init__(name, config.num_experts, config.d_model, transposed=True)
         self.config = config
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Expert weights (T, A) fp32 and experts (T, A) int32."""
-        c = self.config
-        return grok_kernels.route_topk(x_TD, self.held(), c.num_experts_per_tok, c.router_softcap, c.renormalize)
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, ...]:
+        """Expert weights (T, A) fp32 and experts (T, A) int32; with the rows grouped by expert, as `moe` takes them, where
+        that is one pass here and `moe` would need another for it."""
+        c, fuses = self.config, grok_kernels.fuses("route_and_group", ("route_topk", "moe"), x_TD.device.type)
+        route: Callable[..., tuple[Tensor, ...]] = grok_kernels.route_and_group if fuses else grok_kernels.route_topk
+        return route(x_TD, self.held(), c.num_experts_per_tok, c.router_softcap, c.renormalize)
 
 
 def _gated(prefix: str, experts: int, d: int, f: int) -> tuple[Weight, Weight]:
@@ -33,12 +36,17 @@ def _gated(prefix: str, experts: int, d: int, f: int) -> tuple[Weight, Weight]:
 
 
 def _layer(
-    x: Normed, weights_TA: Tensor, experts_TA: Tensor, w13: Weight, w2: Weight, activation: str, activations: ActFormat
+    x: Normed, routing: tuple[Tensor, ...], w13: Weight, w2: Weight, activation: str, activations: ActFormat
 ) -> Tensor:
+    """routing: as a router gives it."""
+    weights_TA, experts_TA, *grouping = routing
+    weights = *w13.held(), *w2.held()
     if x.quantized is None:
-        return grok_kernels.moe(x.x_TD, weights_TA, experts_TA, *w13.held(), *w2.held(), activation, activations)
+        return grok_kernels.moe(x.x_TD, weights_TA, experts_TA, *weights, activation, activations, *grouping)
     q_TD, scale = x.quantized
-    return grok_kernels.moe_fp8(q_TD, scale, weights_TA, experts_TA, *w13.held(), *w2.held(), activation, x.x_TD.dtype)
+    return grok_kernels.moe_fp8(
+        q_TD, scale, weights_TA, experts_TA, *weights, activation, x.x_TD.dtype, *grouping
+    )  # fmt: skip
 
 
 class Experts(nn.Module):
@@ -53,8 +61,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Normed) -> Tensor:
         router, w13, w2 = self._steps
-        weights_TA, experts_TA = router(x.x_TD)
-        return _layer(x, weights_TA, experts_TA, w13, w2, self.activation, self.activations)
+        return _layer(x, router(x.x_TD), w13, w2, self.activation, self.activations)
 
 
 class Dense(nn.Module):
@@ -69,7 +76,7 @@ class Dense(nn.Module):
         tokens, device = x.x_TD.shape[0], x.x_TD.device
         ones_T1 = torch.ones((tokens, 1), device=device)
         zeros_T1 = torch.zeros((tokens, 1), dtype=torch.int32, device=device)
-        return _layer(x, ones_T1, zeros_T1, self.w13, self.w2, self.activation, self.activations)
+        return _layer(x, (ones_T1, zeros_T1), self.w13, self.w2, self.activation, self.activations)
 
 
 class DenseAndExperts(nn.Module):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import registry
 from .checks import GROUP
+from .counters import counter
 from .cuda_home import cuda_home
 from .packing import is_packed
 from .tuning import chip_of, wide_tokens
@@ -125,6 +126,12 @@ def _supports_route(x: Tensor, router: Tensor, k: int, softcap: float, renormali
     return _unusable_on(x, router)
 
 
+def _supports_route_and_group(x: Tensor, router: Tensor, k: int, softcap: float, renormalize: bool) -> str | None:
+    if x.shape[0] * k > ROWS:
+        return f"T={x.shape[0]} with k={k}, the cuda backend groups {ROWS} rows at most"
+    return _supports_route(x, router, k, softcap, renormalize)
+
+
 def _supports_group(experts: Tensor, num_experts: int) -> str | None:
     if num_experts > EXPERTS:
         return f"num_experts={num_experts}, the cuda backend takes {EXPERTS} at most"
@@ -191,6 +198,7 @@ def _supports_moe(
     w2_scale: Tensor | None,
     activation: str,
     act_format: str,
+    *grouping: Tensor | None,
 ) -> str | None:
     for name, weight, scale in (("w13", w13, w13_scale), ("w2", w2, w2_scale)):
         reason = _supports_product(name, weight, scale)
@@ -208,6 +216,11 @@ def _supports_moe(
 
 def route_topk(x: Tensor, router: Tensor, k: int, softcap: float, renormalize: bool) -> Any:
     return torch.ops.grok_cuda.route_topk(x, router, k, softcap, renormalize)
+
+
+def route_and_group(x: Tensor, router: Tensor, k: int, softcap: float, renormalize: bool) -> Any:
+    """One launch for up to 512 tokens, two for more."""
+    return torch.ops.grok_cuda.route_and_group(x, router, k, softcap, renormalize, counter(x.device))
 
 
 def group_tokens(experts: Tensor, num_experts: int) -> Any:
@@ -243,6 +256,8 @@ def moe(
     w2_scale: Tensor,
     activation: str,
     act_format: str,
+    order: Tensor | None = None,
+    offsets: Tensor | None = None,
     tokens: int | None = None,
 ) -> Any:
     """`tokens` as in `grouped_gemm`."""
@@ -251,43 +266,16 @@ def moe(
     if tokens is None:
         tokens = wide_tokens(w13.dtype, x_TD.shape[0], experts_TA.numel() // len(w13), chip_of(x_TD.device))
     return torch.ops.grok_cuda.moe(
-        x_TD, topk_weights_TA, experts_TA, w13, w13_scale, w2, w2_scale, ACTIVATIONS[activation], tokens
+        x_TD, topk_weights_TA, experts_TA, w13, w13_scale, w2, w2_scale, ACTIVATIONS[activation], order, offsets, tokens
     )
-
-
-_counters: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _counter(device: torch.device) -> Tensor:
-    """A zero that launches of one stream share, since they leave it as it was. A graph, which runs anywhere, has its own."""
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _counters:
-        _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _counters[key]
-
-
-def route_and_group(
-    x: Tensor, router: Tensor, k: int, softcap: float = 0.0, renormalize: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`route_topk`, then `group_tokens` of its experts, in one launch for up to 512 tokens and in two for more.
-
-    Arguments as those of `route_topk`. Returns weights and experts (T, k), order (T·k,) and offsets (E + 1,).
-    NotImplementedError where `route_topk` has no kernel here for the call.
-    """
-    reason = _missing() or _supports_route(x, router, k, softcap, renormalize)
-    if reason:
-        raise NotImplementedError(f"route_and_group cannot run: {reason}")
-    counter = _counter(x.device)
-    return torch.ops.grok_cuda.route_and_group(x, router, k, softcap, renormalize, counter)  # type: ignore[no-any-return]
 
 
 if _reason := _missing():
     registry.mark_missing("cuda", _reason)
 else:
-    registry.ask_when_shown("cuda", _no_chip)
+    registry.ask_later("cuda", _no_chip, _unusable)
 registry.register("route_topk", "cuda", supports=_supports_route)(route_topk)
+registry.register("route_and_group", "cuda", supports=_supports_route_and_group)(route_and_group)
 registry.register("group_tokens", "cuda", supports=_supports_group)(group_tokens)
 registry.register("grouped_gemm", "cuda", supports=_supports_gemm)(grouped_gemm)
 registry.register("moe", "cuda", supports=_supports_moe)(moe)

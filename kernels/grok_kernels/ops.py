@@ -329,7 +329,11 @@ def route_topk(
 
 @_op("route_topk(Tensor x, Tensor router, int k, float softcap, bool renormalize) -> (Tensor, Tensor)")
 def _route_topk(x: Tensor, router: Tensor, k: int, softcap: float, renormalize: bool) -> list[Result]:
-    c = Checker("route_topk")
+    return _check_route("route_topk", x, router, k, softcap)
+
+
+def _check_route(op: str, x: Tensor, router: Tensor, k: int, softcap: float) -> list[Result]:
+    c = Checker(op)
     c.tensor("x", x, "T D", FLOATS)
     c.tensor("router", router, "E D", FP32)
     c.at_least("softcap", softcap, 0.0)
@@ -354,6 +358,25 @@ def _group_tokens(experts: Tensor, num_experts: int) -> list[Result]:
     c.tensor("experts", experts, "T A", INT)
     c.at_least("num_experts", num_experts, 1)
     return [((experts.shape[0] * experts.shape[1],), torch.int32), ((num_experts + 1,), torch.int32)]
+
+
+def route_and_group(
+    x: Tensor, router: Tensor, k: int, softcap: float = 0.0, renormalize: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`route_topk`, and `group_tokens` of its experts: all that `moe` takes beside rows and weights, in one pass.
+
+    Arguments as those of `route_topk`. Returns weights and experts (T, k), order (T·k,) and offsets (E + 1,): bit for bit
+    what the backend's two ops return.
+    """
+    return _route_and_group(x, router, k, softcap, renormalize)  # type: ignore[no-any-return]
+
+
+@_op(
+    "route_and_group(Tensor x, Tensor router, int k, float softcap, bool renormalize) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _route_and_group(x: Tensor, router: Tensor, k: int, softcap: float, renormalize: bool) -> list[Result]:
+    routing = _check_route("route_and_group", x, router, k, softcap)
+    return [*routing, ((x.shape[0] * k,), torch.int32), ((router.shape[0] + 1,), torch.int32)]
 
 
 # Quantised activations
@@ -466,6 +489,8 @@ def moe(
     w2_scale: Tensor | None,
     activation: str = "gelu_tanh",
     act_format: str = "none",
+    order: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """y_T = Σ_a topk_weights[t, a] · w2[e] · (act(w1[e] · x_t) * (w3[e] · x_t)), e = experts[t, a]: the expert layer.
 
@@ -475,13 +500,21 @@ def moe(
 
     x (T, D) fp32 or bf16; topk_weights (T, A) fp32; experts (T, A) int32; w13 (E, 2F, D) and w2 (E, D, F), int8, e4m3,
     bf16 or fp32, with scales and forms as in `grouped_gemm`; the cpu backend refuses experts outside 0..E−1. Returns (T, D) of x's dtype.
+
+    order (T·A,) and offsets (E+1,) int32, both or neither: what `group_tokens` gives of these experts, as `route_and_group`
+    does in the router's pass. A backend that groups rows then does not do so again; no bit changes. The cpu backend, which
+    groups by parts of the batch, does not take them.
     """
-    return _moe(x, topk_weights, experts, w13, w13_scale, w2, w2_scale, activation, act_format)  # type: ignore[no-any-return]
+    grouping = () if order is None and offsets is None else (order, offsets)
+    return _moe(  # type: ignore[no-any-return]
+        x, topk_weights, experts, w13, w13_scale, w2, w2_scale, activation, act_format, *grouping
+    )
 
 
+# Left out, order and offsets reach no kernel: one without use for them has neither to look at.
 @_op(
     "moe(Tensor x, Tensor topk_weights, Tensor experts, Tensor w13, Tensor? w13_scale, Tensor w2, Tensor? w2_scale, "
-    "str activation, str act_format) -> Tensor"
+    "str activation, str act_format, Tensor? order=None, Tensor? offsets=None) -> Tensor"
 )
 def _moe(
     x: Tensor,
@@ -493,17 +526,19 @@ def _moe(
     w2_scale: Tensor | None,
     activation: str,
     act_format: str,
+    order: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> list[Result]:
     c = Checker("moe")
     c.tensor("x", x, "T D", FLOATS)
-    _check_layer(c, topk_weights, experts, w13, w13_scale, w2, w2_scale, activation)
+    _check_layer(c, topk_weights, experts, w13, w13_scale, w2, w2_scale, activation, order, offsets)
     c.one_of("act_format", act_format, ACT_FORMATS)
     return [(tuple(x.shape), x.dtype)]
 
 
 def _check_layer(
     c: Checker, topk_weights: Tensor, experts: Tensor, w13: Tensor, w13_scale: Tensor | None, w2: Tensor,
-    w2_scale: Tensor | None, activation: str,
+    w2_scale: Tensor | None, activation: str, order: Tensor | None, offsets: Tensor | None,
 ) -> None:  # fmt: skip
     c.tensor("topk_weights", topk_weights, "T A", FP32)
     c.tensor("experts", experts, "T A", INT)
@@ -513,6 +548,17 @@ def _check_layer(
         c.fail(f"w13 has shape {tuple(w13.shape)}, expected (E, 2F, D) with F={c.size('F')} from w2")
     c.same_dtype("w13", w13, "w2", w2)
     c.one_of("activation", activation, ACTIVATIONS)
+    if order is None and offsets is None:
+        return
+    if order is None or offsets is None:
+        missing, given = ("order", "offsets") if order is None else ("offsets", "order")
+        raise c.error(f"{missing} is None, expected both or neither, and {given} is given")
+    c.tensor("order", order, "TA", INT)
+    if c.size("TA") != c.size("T") * c.size("A"):
+        c.fail(f"order has shape {tuple(order.shape)}, expected (T·A,) with T={c.size('T')} and A={c.size('A')}")
+    c.tensor("offsets", offsets, "E_plus_1", INT)
+    if c.size("E_plus_1") != c.size("E") + 1:
+        c.fail(f"offsets has shape {tuple(offsets.shape)}, expected (E + 1,) with E={c.size('E')}")
 
 
 def moe_fp8(
@@ -526,6 +572,8 @@ def moe_fp8(
     w2_scale: Tensor | None,
     activation: str = "gelu_tanh",
     out_dtype: torch.dtype = torch.bfloat16,
+    order: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """`moe` with act_format "fp8" on rows that are quantised already, as by `sandwich_norm_fp8` or `quantize_fp8`.
 
@@ -534,14 +582,15 @@ def moe_fp8(
     """
     if not isinstance(out_dtype, torch.dtype):
         raise ValueError(f"moe_fp8: out_dtype={out_dtype!r}, expected torch.float32 or torch.bfloat16")
+    grouping = () if order is None and offsets is None else (order, offsets)
     return _moe_fp8(  # type: ignore[no-any-return]
-        x, x_scale, topk_weights, experts, w13, w13_scale, w2, w2_scale, activation, out_dtype
+        x, x_scale, topk_weights, experts, w13, w13_scale, w2, w2_scale, activation, out_dtype, *grouping
     )
 
 
 @_op(
     "moe_fp8(Tensor x, Tensor x_scale, Tensor topk_weights, Tensor experts, Tensor w13, Tensor? w13_scale, Tensor w2, "
-    "Tensor? w2_scale, str activation, ScalarType out_dtype) -> Tensor"
+    "Tensor? w2_scale, str activation, ScalarType out_dtype, Tensor? order=None, Tensor? offsets=None) -> Tensor"
 )
 def _moe_fp8(
     x: Tensor,
@@ -554,13 +603,15 @@ def _moe_fp8(
     w2_scale: Tensor | None,
     activation: str,
     out_dtype: torch.dtype,
+    order: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> list[Result]:
     c = Checker("moe_fp8")
     c.tensor("x", x, "T D", (torch.float8_e4m3fn,))
     c.tensor("x_scale", x_scale, "T groups", FP32)
     if c.size("groups") != -(-x.shape[1] // GROUP):
         c.fail(f"x_scale has {c.size('groups')} groups, expected {-(-x.shape[1] // GROUP)} of {GROUP} columns")
-    _check_layer(c, topk_weights, experts, w13, w13_scale, w2, w2_scale, activation)
+    _check_layer(c, topk_weights, experts, w13, w13_scale, w2, w2_scale, activation, order, offsets)
     if out_dtype not in FLOATS:
         c.fail(f"out_dtype={out_dtype}, expected torch.float32 or torch.bfloat16")
     return [(tuple(x.shape), out_dtype)]

@@ -45,7 +45,7 @@ class Status:
 
 _kernels: dict[tuple[str, str], Kernel] = {}
 _missing: dict[str, str] = {}  # backend -> why none of its kernels can run here
-_ask: dict[str, Callable[[], str]] = {}  # backend -> finds out why not, where that starts a device
+_later: dict[str, tuple[Callable[[], str], Callable[[], str]]] = {}  # backend -> as `ask_later` has them
 _chosen: dict[str, set[str]] = {}
 _forced: ContextVar[str | None] = ContextVar("grok_kernels_backend", default=None)
 
@@ -58,6 +58,7 @@ Key = tuple[str, bytes, "str | None"]  # op, signature, backend that `use_backen
 KNOWN = 4096  # calls kept; then all are forgotten, since working sets are far smaller and a repeated check is cheap
 _known: dict[Key, Kernel] = {}
 _preferred: dict[tuple[str | None, str], tuple[str | None, ...]] = {}  # as `preferred_all` gives it
+_fused: dict[tuple[str | None, str, Sequence[str], str], bool] = {}  # as `fuses` does, asked in every layer of a step
 
 
 def _no_signature(args: tuple[Any, ...]) -> bytes | None:
@@ -115,6 +116,7 @@ def _forget() -> None:
     """What was selected, since there is another choice now."""
     _known.clear()
     _preferred.clear()
+    _fused.clear()
 
 
 def mark_missing(backend: str, reason: str) -> None:
@@ -123,9 +125,14 @@ def mark_missing(backend: str, reason: str) -> None:
     _forget()
 
 
-def ask_when_shown(backend: str, why_not: Callable[[], str]) -> None:
-    """`backends()` alone calls `why_not`, which may start a device; "" for nothing. A call asks its kernel's `supports`."""
-    _ask[backend] = why_not
+def ask_later(backend: str, no_chip: Callable[[], str], unusable: Callable[[], str]) -> None:
+    """Reasons why `backend` serves nothing here that are not to be looked for at import; "" for none.
+
+    `no_chip` may start a device: `backends()` and `preferred` ask it. `unusable` may compile for minutes: `preferred`
+    alone asks, on a device that is about to be used. A call asks its kernel's `supports`.
+    """
+    _later[backend] = no_chip, unusable
+    _forget()
 
 
 def _check(name: str, source: str) -> str:
@@ -194,10 +201,11 @@ def _choose(kernel: Kernel, args: tuple[Any, ...]) -> None:
 
 
 def preferred(op: str, device: str) -> str | None:
-    """The backend asked first for `op` on a device of this type: the forced one, or the first that has a kernel."""
+    """The backend asked first for `op` on a device of this type: the forced one, or the first that has a kernel and can
+    be used on this machine."""
     forced = forced_backend()
     for backend in (forced,) if forced else ORDER.get(device, ("reference",)):
-        if backend not in _missing and (op, backend) in _kernels:
+        if (op, backend) in _kernels and backend not in _missing and not any(ask() for ask in _later.get(backend, ())):
             return backend
     return None
 
@@ -205,8 +213,11 @@ def preferred(op: str, device: str) -> str | None:
 def fuses(op: str, parts: Sequence[str], device: str) -> bool:
     """Whether `op` is one pass in place of `parts` on a device of this type: it is served by the backend that serves them,
     and not by another, which may be slower than all of them."""
-    backend = preferred(op, device)
-    return backend is not None and all(preferred(part, device) == backend for part in parts)
+    key = forced_backend(), op, parts, device
+    if key not in _fused:
+        backend = preferred(op, device)
+        _fused[key] = backend is not None and all(preferred(part, device) == backend for part in parts)
+    return _fused[key]
 
 
 def preferred_all(device: str) -> tuple[str | None, ...]:
@@ -247,6 +258,6 @@ def _status(op: str, backend: str) -> Status:
     reason = _missing.get(backend)
     if reason is None and (op, backend) not in _kernels:
         reason = f"the {backend} backend has no kernel for it"
-    if reason is None and backend in _ask:
-        reason = _ask[backend]() or None
+    if reason is None and backend in _later:
+        reason = _later[backend][0]() or None
     return Status(reason is None, reason or "")

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from . import cuda, moe, quantize_fp8, quantize_int8, registry
 from .ops import group_tokens, grouped_gemm
-from .tuning import FEW_ROWS, WIDE_TOKENS, Chip, Gemm, chip_of, default_gemm, gemm_key
+from .tuning import FEW_ROWS, WIDE_TOKENS, Chip, Gemm, chip_of, default_gemm, gemm_key, read_tuned
 
 FORMATS = {  # of the rows and the weights, by the name of the weights' format in the engine, and what they multiply in
     "fp8": (torch.float8_e4m3fn, torch.float8_e4m3fn, "e4m3"),
@@ -294,7 +294,7 @@ def tune(
     bench: Callable[[Product, torch.device], Any] = Bench,
 ) -> int:
     """Measure what the file lacks, or all of it; how many products could not be."""
-    kept = json.loads(file.read_text()) if file.is_file() else {}
+    kept = read_tuned(file, chip.name)
     entries, failed = kept.setdefault("gemm", {}), 0
     kept["with"] = _versions(chip)
     for i, p in enumerate(wanted):
@@ -339,7 +339,7 @@ def tune_wide(device: torch.device, file: Path, *, say: Callable[[str], None] = 
     if reason := registry.backends()["moe"]["cuda"].reason:
         say(f"wide: left out: {reason}")
         return
-    kept = json.loads(file.read_text()) if file.is_file() else {}
+    kept = read_tuned(file, chip_of(device).name)
     for weight in WIDE_TOKENS:
         name, same = str(weight).removeprefix("torch."), same_wide_bits(weight, device)
         kept.setdefault("wide", {})[name] = {"same_bits": same}
@@ -348,7 +348,7 @@ def tune_wide(device: torch.device, file: Path, *, say: Callable[[str], None] = 
 
 
 def _versions(chip: Chip) -> dict[str, Any]:
-    return {"torch": torch.__version__, "triton": version("triton"), "arch": chip.arch}
+    return {"torch": torch.__version__, "triton": version("triton"), "arch": chip.arch, "chip": chip.name}
 
 
 def _write(file: Path, kept: dict[str, Any]) -> None:
@@ -388,6 +388,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     chip = chip_of(device)
     file = a.out or Path(__file__).parent / "tuned" / f"{chip.name}.json"
     wanted = [] if a.wide else wanted
+    try:
+        read_tuned(file, chip.name)
+    except ValueError as error:
+        print(f"tune: {error}", file=sys.stderr)
+        return 2
     with torch.inference_mode():
         failed = tune(wanted, chip, device, CudaTimer(device), file, again=a.again)
         tune_wide(device, file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -40,6 +41,7 @@ class Chip:
 
 CHIPS = {  # those that the kernels are compiled for without one at hand
     "h100": Chip("h100", "sm_90", 132, 232448),
+    "h200": Chip("h200", "sm_90", 132, 232448),  # to the compiler an H100, with another memory: measured apart
     "a100": Chip("a100", "sm_80", 108, 166912),
     "l40s": Chip("l40s", "sm_89", 142, 101376),
     "b200": Chip("b200", "sm_100", 148, 232448),
@@ -59,6 +61,15 @@ def assume_chip(chip: Chip) -> Iterator[None]:
         _assumed.reset(token)
 
 
+def chip_name(says: str) -> str:
+    """The name in `CHIPS` of a GPU that calls itself `says`; of one that is not there, its own with hyphens.
+
+    Whole words decide, so that what was measured on one chip never serves another: a GH200 is no H200.
+    """
+    words = re.findall("[a-z0-9]+", says.lower())
+    return next((name for name in CHIPS if name in words), "-".join(words))
+
+
 def chip_of(device: torch.device) -> Chip:
     """The chip that this device is, or for a device that is no GPU the one assumed."""
     return _read(device.index or 0) if device.type == "cuda" else _assumed.get()
@@ -73,8 +84,7 @@ def multiplies_fp8(device: torch.device) -> bool:
 def _read(index: int) -> Chip:
     p: Any = torch.cuda.get_device_properties(index)
     arch = p.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{p.major}{p.minor}"
-    known = next((name for name in CHIPS if name in p.name.lower()), p.name.lower().replace(" ", "-"))
-    return Chip(known, arch, p.multi_processor_count, p.shared_memory_per_block_optin)
+    return Chip(chip_name(p.name), arch, p.multi_processor_count, p.shared_memory_per_block_optin)
 
 
 # Products
@@ -186,5 +196,12 @@ def attention(dot: str, cache: torch.dtype, chip: Chip) -> Attention:
 
 @lru_cache
 def _tuned(chip: str) -> dict[str, Any]:
-    path = Path(__file__).parent / "tuned" / f"{chip}.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_tuned(Path(__file__).parent / "tuned" / f"{chip}.json", chip)
+
+
+def read_tuned(file: Path, chip: str) -> dict[str, Any]:
+    """What `python -m grok_kernels.tune` wrote to this file, or nothing yet. ValueError where that was another chip's."""
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    if (measured := found.get("with", {}).get("chip", chip)) != chip:
+        raise ValueError(f"{file} was measured on {measured}, expected {chip}")
+    return found

@@ -83,6 +83,28 @@ def test_norms_quantise_where_that_is_one_pass_and_change_no_bit(name: str, monk
             assert not grok_kernels.fuses("sandwich_norm_fp8", ("sandwich_norm",), "cpu")
 
 
+@pytest.mark.parametrize("activations", ["none", "fp8"])
+def test_the_router_groups_where_that_is_one_pass_and_changes_no_bit(
+    activations: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = LLMEngine(small(PRESETS["grok-1"]), activations=activations, num_pages=2)
+    seen: list[str] = []
+    for op in ("route_and_group", "route_topk", "group_tokens"):
+        monkeypatch.setattr(grok_kernels, op, partial(spied, op, getattr(grok_kernels, op), seen))
+    layers = 2
+    with grok_kernels.use_backend("reference"):
+        fused = engine.logits([5, 6, 7])
+        assert Counter(seen) == {"route_and_group": layers}
+        monkeypatch.setattr(grok_kernels, "fuses", lambda op, parts, device: op != "route_and_group")
+        seen.clear()
+        assert torch.equal(engine.logits([5, 6, 7]), fused)
+        assert Counter(seen) == {"route_topk": layers}
+    monkeypatch.undo()
+    if grok_kernels.backends()["moe"]["cpu"].available:
+        with grok_kernels.use_backend("cpu"):  # its `moe` groups by itself
+            assert not grok_kernels.fuses("route_and_group", ("route_topk", "moe"), "cpu")
+
+
 def spied(op: str, function: Any, seen: list[str], *args: Any, **options: Any) -> Any:
     seen.append(op)
     return function(*args, **options)

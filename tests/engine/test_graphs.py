@@ -96,16 +96,16 @@ def test_widths() -> None:
             assert all(0 < a < b <= 2 * a for a, b in pairwise(found))
 
 
-def test_flatten_pads_with_the_first_row_written_nowhere() -> None:
-    work = [Work([7], 5, [3, 9]), Work([8], 0, [4])]
-    numbers, sizes = flatten(work, 4, rows=5, width=3)
+def test_flatten_pads_with_the_shortest_row_written_nowhere() -> None:
+    work = [Work([7], 5, [3, 9]), Work([8], 1, [4]), Work([6], 1, [2])]
+    numbers, sizes = flatten(work, 4, rows=6, width=3)
     batch = Batch.of(numbers, sizes, 1)
-    assert batch.tokens_T.tolist() == [7, 8, 7, 7, 7]
-    assert batch.positions_T.tolist() == [5, 0, 5, 5, 5]
-    assert batch.slots_T.tolist() == [37, 16, -1, -1, -1]
-    assert batch.seq_lens_B.tolist() == [6, 1, 6, 6, 6]
-    assert batch.query_start.tolist() == [0, 1, 2, 3, 4, 5]
-    assert batch.block_table_BN.tolist() == [[3, 9, 0], [4, 0, 0], *[[3, 9, 0]] * 3]
+    assert batch.tokens_T.tolist() == [7, 8, 6, 8, 8, 8]
+    assert batch.positions_T.tolist() == [5, 1, 1, 1, 1, 1]
+    assert batch.slots_T.tolist() == [37, 17, 9, -1, -1, -1]
+    assert batch.seq_lens_B.tolist() == [6, 2, 2, 2, 2, 2]
+    assert batch.query_start.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert batch.block_table_BN.tolist() == [[3, 9, 0], [4, 0, 0], [2, 0, 0], *[[4, 0, 0]] * 3]
     for part in (batch.positions_T, batch.slots_T, batch.query_start, batch.seq_lens_B, batch.block_table_BN):
         assert part.storage_offset() % ALIGNED == 0
     plain = Batch.of(*flatten([Work([7, 1, 2], 5, [3, 9]), Work([8], 0, [4])], 4), 3)
@@ -113,6 +113,14 @@ def test_flatten_pads_with_the_first_row_written_nowhere() -> None:
     assert plain.slots_T.tolist() == [37, 38, 39, 16]
     assert plain.query_start.tolist() == [0, 3, 4]
     assert plain.block_table_BN.tolist() == [[3, 9], [4, 0]]
+
+
+@pytest.mark.parametrize("lengths", [[8000, 500, 500, 500, 500], [500] * 8 + [8000], [8000, *[500] * 8], [300]])
+def test_padding_reads_no_more_than_the_shortest(lengths: list[int]) -> None:
+    work = [Work([5], n - 1, range(-(-n // 16))) for n in lengths]
+    rows = next(n for n in rungs(64) if n >= len(lengths))
+    padded = Batch.of(*flatten(work, 16, rows=rows), 1).seq_lens_B.tolist()
+    assert padded == lengths + [min(lengths)] * (rows - len(lengths))
 
 
 @pytest.mark.parametrize(("dtype", "kv_dtype"), [("float32", "float32"), ("bfloat16", "fp8_e4m3")])

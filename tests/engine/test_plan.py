@@ -15,6 +15,7 @@ from grok_engine.chips import CHIPS
 from grok_engine.config import PRESETS, ModelConfig
 from grok_engine.plan import expert_layer_cost, plan, released_bytes, valid_gpu_counts
 from grok_engine.plan_view import render
+from grok_kernels import tuning
 
 GROK = PRESETS["grok-1"]
 RELEASE = 318_239_886_140  # bytes of the released files
@@ -64,6 +65,17 @@ def test_grok_1_in_int8_fits_eight_h100_and_not_four() -> None:
     assert four.headroom_bytes == pytest.approx(-3.2e9, abs=0.1e9)
     assert four.kv_capacity_tokens == four.max_requests == 0
     assert plan(GROK, chip="h200-141gb", gpus=4).fits
+
+
+def test_the_chips_of_plans_are_those_of_the_kernels() -> None:
+    """A plan's chip is a kernel's with a size of memory, so that a machine's own name finds both."""
+    assert {name.split("-")[0] for name in CHIPS} == set(tuning.CHIPS)
+
+
+def test_an_h200_is_an_h100_with_more_and_faster_memory() -> None:
+    h100, h200 = CHIPS["h100-80gb"], CHIPS["h200-141gb"]
+    assert (h200.memory, h200.bandwidth) == (143771 << 20, 4.8e12)
+    assert replace(h200, name=h100.name, memory=h100.memory, bandwidth=h100.bandwidth) == h100
 
 
 def test_grok_1_in_bf16_is_held_by_no_eight_h100() -> None:

@@ -125,6 +125,7 @@ call("quantize_fp8", "x", bound=EXACT)(lambda t, seed: {"x": _normal(t, D, seed=
 call("quantize_int8", "x", bound=EXACT)(lambda t, seed: {"x": _normal(t, D, seed=seed), "group_size": 128})
 
 
+@call("route_and_group", "x")
 @call("route_topk", "x")
 def _(t: int, seed: int) -> dict[str, Any]:
     return {"x": _normal(t, D, seed=seed), "router": _normal(E, D, seed=1, dtype=FP32) * D**-0.5, "k": A}
@@ -236,6 +237,19 @@ for _fmt in FORMATS:
     call(f"moe-{_label}", "x", "topk_weights", "experts", op="moe", bound=TURNED if _short(*_fmt[:2]) else ROUNDED)(_moe(_fmt))  # fmt: skip
     call(f"down-{_label}", op="grouped_gemm", bound=_bound)(_experts(D, F, _fmt))
     call(f"qkv-{_label}", "x", "x_scale", op="grouped_gemm", bound=_bound)(_dense(X, D, _fmt, BF16))
+
+
+def _grouped(make: Callable[[int, int], dict[str, Any]]) -> Callable[[int, int], dict[str, Any]]:
+    def grouped(t: int, seed: int) -> dict[str, Any]:
+        args = make(t, seed)
+        order, offsets = grok_kernels.group_tokens(args["experts"], E)
+        return {**args, "order": order, "offsets": offsets}
+
+    return grouped
+
+
+for _fmt in (("fp8", "fp8", 1), ("none", "int8", 8)):
+    call(f"moe-grouped-{_fmt[1]}", op="moe", bound=TURNED if _short(*_fmt[:2]) else ROUNDED)(_grouped(_moe(_fmt)))
 
 
 @call("moe_fp8", "x", "x_scale", "topk_weights", "experts", bound=TURNED)

@@ -16,7 +16,15 @@ import grok_kernels
 from tests.kernels import oracle
 
 FP8 = torch.float8_e4m3fn
-TIED = ("B_plus_1", "groups", "groups13", "groups2", "2F", "H")  # sizes that one argument has alone, yet are checked
+TIED = (
+    "B_plus_1",
+    "TA",
+    "groups",
+    "groups13",
+    "groups2",
+    "2F",
+    "H",
+)  # sizes that one argument has alone, yet are checked
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -121,9 +129,12 @@ case("paged_attention", **ATTENTION)(lambda: _attention(torch.float32))
 case("paged_attention", "fp8", **ATTENTION, **SCALES)(lambda: _attention(FP8))
 
 
-@case("route_topk", x="T D", router="E D")
-def _() -> dict[str, Any]:
+def _route() -> dict[str, Any]:
     return {"x": randn(5, 48), "router": randn(6, 48, seed=1), "k": 2, "softcap": 3.0, "renormalize": True}
+
+
+case("route_topk", x="T D", router="E D")(_route)
+case("route_and_group", x="T D", router="E D")(_route)
 
 
 @case("group_tokens", experts="T A")
@@ -157,10 +168,17 @@ case("grouped_gemm", "fp8", **SCALED)(
 def _moe(w13: Tensor, w13_scale: Tensor | None, w2: Tensor, w2_scale: Tensor | None, fmt: str) -> dict[str, Any]:
     topk = {"topk_weights": randn(5, 2, seed=1).abs(), "experts": ints([1, 0], [2, 1], [0, 2], [1, 2], [0, 1])}
     weights = {"w13": w13, "w13_scale": w13_scale, "w2": w2, "w2_scale": w2_scale}
-    return {"x": randn(5, 16), **topk, **weights, "activation": "gelu_tanh", "act_format": fmt}
+    own = {"order": None, "offsets": None}
+    return {"x": randn(5, 16), **topk, **weights, "activation": "gelu_tanh", "act_format": fmt, **own}
+
+
+def _grouped(c: dict[str, Any]) -> dict[str, Any]:
+    """With what `group_tokens` gives of the experts."""
+    return {**c, "order": ints(1, 4, 8, 0, 3, 6, 9, 2, 5, 7), "offsets": ints(0, 3, 7, 10)}
 
 
 MOE = {"x": "T D", "topk_weights": "T A", "experts": "T A", "w13": "E 2F D", "w2": "E D F"}
+GROUPED = {"order": "TA", "offsets": "B_plus_1"}
 MOE_SCALED = {**MOE, "w13_scale": "E groups13 2F", "w2_scale": "E groups2 D"}
 case("moe", **MOE)(lambda: _moe(randn(3, 24, 16), None, randn(3, 16, 12, seed=2), None, "none"))
 case("moe", "int8", **MOE_SCALED)(
@@ -171,17 +189,24 @@ case("moe", "fp8", **MOE_SCALED)(
         randn(3, 24, 16).to(FP8), randn(3, 1, 24).abs(), randn(3, 16, 12).to(FP8), randn(3, 1, 16).abs(), "fp8"
     )
 )
+case("moe", "grouped", **MOE, **GROUPED)(
+    lambda: _grouped(_moe(randn(3, 24, 16), None, randn(3, 16, 12, seed=2), None, "none"))
+)
 
 
 MOE_FP8 = {"x": "T D", "x_scale": "T groups", **{n: dims for n, dims in MOE_SCALED.items() if n != "x"}}
 
 
-@case("moe_fp8", "fp8", **MOE_FP8)
-def _() -> dict[str, Any]:
+def _moe_fp8() -> dict[str, Any]:
     w13, w2 = randn(3, 24, 200).to(FP8), randn(3, 200, 12).to(FP8)
     c = _moe(w13, randn(3, 1, 24).abs(), w2, randn(3, 1, 200).abs(), "fp8")
-    c = {n: v for n, v in c.items() if n not in ("x", "act_format")}
-    return {"x": randn(5, 200).to(FP8), "x_scale": randn(5, 2, seed=3).abs(), **c, "out_dtype": torch.float32}
+    x = {"x": randn(5, 200).to(FP8), "x_scale": randn(5, 2, seed=3).abs()}
+    grouping = {n: c.pop(n) for n in ("order", "offsets")}
+    return {**x, **{n: v for n, v in c.items() if n not in ("x", "act_format")}, "out_dtype": torch.float32, **grouping}
+
+
+case("moe_fp8", "fp8", **MOE_FP8)(_moe_fp8)
+case("moe_fp8", "grouped", **MOE_FP8, **GROUPED)(lambda: _grouped(_moe_fp8()))
 
 
 @case("sample_top_p", logits="B V", temperature="B", top_p="B", uniform="B")

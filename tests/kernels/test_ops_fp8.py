@@ -93,7 +93,7 @@ def test_refuses_a_wrong_argument(c: Case, name: str, value: object, shown: str)
     assert_refused(c, name, value, shown)
 
 
-(MOE,) = of("moe_fp8")
+MOE, _ = of("moe_fp8")
 WRONG = [
     ("x", randn(5, 200), "float32", "float8_e4m3fn"),
     ("x_scale", torch.ones(5, 1), "1 groups", "2 of 128"),

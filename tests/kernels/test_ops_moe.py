@@ -400,7 +400,7 @@ def test_refuses_a_wrong_argument(c: Case, name: str, value: Any, shown: str) ->
     assert_refused(c, name, value, shown)
 
 
-ROUTE, GROUP, (GEMM, GEMM_INT8, GEMM_FP8), (MOE, MOE_INT8, MOE_FP8) = (
+ROUTE, GROUP, (GEMM, GEMM_INT8, GEMM_FP8), (MOE, MOE_INT8, MOE_FP8, _) = (
     of("route_topk")[0], of("group_tokens")[0], of("grouped_gemm"), of("moe"),
 )  # fmt: skip
 WRONG = [

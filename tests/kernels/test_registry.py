@@ -28,7 +28,8 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(registry.ENV, raising=False)
     for name in ("_kernels", "_missing"):
         monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
-    monkeypatch.setattr(registry, "_chosen", {})
+    for name in ("_chosen", "_later", "_preferred", "_fused"):
+        monkeypatch.setattr(registry, name, {})
     registry.register(OP, "reference")(lambda *args: "reference")
 
 
@@ -101,6 +102,39 @@ def test_forcing_a_backend_without_a_kernel_names_op_dtype_device_and_why(c: Cas
         c.function(**args)
     assert str(caught.value) == message
     assert all(torch.equal(a, args[n]) for n, a in kept.items())
+
+
+def test_what_is_preferred_can_be_used() -> None:
+    """A reason that is looked for late counts, and is looked for only where that backend would be the one."""
+    asked: list[str] = []
+
+    def asks(name: str, reason: str) -> Any:
+        return lambda: asked.append(name) or reason
+
+    add("cuda"), add("triton")
+    registry.register("part", "cuda")(lambda *args: None)
+    registry.register("part", "triton")(lambda *args: None)
+    registry._missing.clear()
+    registry._kernels.pop((OP, "cuda"))
+    registry.ask_later("cuda", asks("chip", ""), asks("load", ""))
+    assert (registry.preferred("part", "cuda"), registry.preferred(OP, "cuda")) == ("cuda", "triton")
+    assert not grok_kernels.fuses(OP, ("part",), "cuda")
+    assert set(asked) == {"chip", "load"}
+    asked.clear()
+    registry.ask_later("cuda", asks("chip", ""), asks("load", "it does not compile"))
+    assert registry.preferred("part", "cuda") == "triton"
+    assert grok_kernels.fuses(OP, ("part",), "cuda")
+    registry.ask_later("cuda", asks("chip", "an old one"), asks("never", ""))
+    assert registry.preferred("part", "cuda") == "triton"
+    assert "never" not in asked
+    asked.clear()
+    registry.preferred("part", "cpu")
+    assert asked == []
+    with grok_kernels.use_backend("cuda"):
+        assert registry.preferred("part", "cuda") is None
+    asked.clear()
+    assert grok_kernels.backends()["route_topk"]["cuda"].reason == "an old one"
+    assert set(asked) == {"chip"}  # a table that is shown compiles nothing
 
 
 def test_arguments_are_checked_before_a_backend_is_looked_for() -> None:

@@ -185,6 +185,25 @@ def test_the_kernels_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert gemm(*args, 65) == Gemm(**entry["many"])
 
 
+def test_a_file_of_another_chip_is_neither_read_nor_added_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned(tmp_path, Pretended(), lambda tile, rows: tile.block_m)
+    file = tmp_path / "tuned" / "h100.json"
+    assert json.loads(file.read_text())["with"]["chip"] == "h100"
+    before, bench = file.read_text(), Pretended()
+    with pytest.raises(ValueError, match=r"h100\.json was measured on h100, expected h200"):
+        tune([SMALL], CHIPS["h200"], CPU, clock(bench, lambda tile, rows: 1.0), file, bench=lambda p, d: bench)
+    assert (file.read_text(), bench.ran) == (before, [])
+    file.rename(file.with_name("h200.json"))
+    monkeypatch.setattr(tuning, "__file__", str(tmp_path / "tuning.py"))
+    tuning._tuned.cache_clear()
+    try:
+        assert tuning._tuned("h100") == {}
+        with pytest.raises(ValueError, match=r"h200\.json was measured on h100, expected h200"):
+            gemm(SMALL.n, SMALL.k, "e4m3", torch.float8_e4m3fn, CHIPS["h200"], 8)
+    finally:
+        tuning._tuned.cache_clear()
+
+
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's kernels do not run here")
 @pytest.mark.parametrize("p", [SMALL, Product(128, 128, "int8", True, 1)], ids=["single", "pair"])
 def test_with_the_kernels_themselves(p: Product, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

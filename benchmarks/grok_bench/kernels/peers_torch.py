@@ -249,6 +249,11 @@ def _group_tokens(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return order.int(), torch.searchsorted(grouped, bounds).int()
 
 
+def _route_and_group(x: Tensor, router: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    weights, experts = _route_topk(x, router, *rest)
+    return weights, experts, *_group_tokens(experts, router.shape[0])
+
+
 def _quantize(x: Tensor, group: int, most: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     groups = x.float().unflatten(1, (-1, group))
     scale = groups.abs().amax(-1).clamp(min=2.0**-100) / most
@@ -270,6 +275,7 @@ EAGER: dict[str, Callable[..., Any]] = {
     "rope_store_kv": _rope_store_kv,
     "route_topk": _route_topk,
     "group_tokens": _group_tokens,
+    "route_and_group": _route_and_group,
     "quantize_fp8": partial(_quantize, most=448.0, dtype=torch.float8_e4m3fn),
     "quantize_int8": partial(_quantize, most=127.0, dtype=torch.int8),
     "sample_top_p": _sample_top_p,

@@ -133,17 +133,18 @@ def rope_store_kv(p: Problem, device: str, cold: int) -> Case:
     )
 
 
-def route_topk(p: Problem, device: str, cold: int) -> Case:
+def route(p: Problem, device: str, cold: int) -> Case:
+    """Of `route_topk`, and of `route_and_group`, which writes the grouping too."""
     t, m = p.number("tokens"), p.shape
-    d, e = m.d_model, m.num_experts
+    d, e, a = m.d_model, m.num_experts, m.num_experts_per_tok
     router = torch.randn(e, d, device=device) * d**-0.5
-    rest = (m.num_experts_per_tok, m.router_softcap, m.renormalize)
+    grouping = 4 * t * a + 4 * (e + 1) if p.op == "route_and_group" else 0
     return _case(
         p,
         cold,
-        lambda turn: Plain((torch.randn(t, d, device=device).bfloat16(), router, *rest)),
+        lambda turn: Plain((torch.randn(t, d, device=device).bfloat16(), router, a, m.router_softcap, m.renormalize)),
         operations=2 * t * d * e,
-        size=2 * t * d + 4 * e * d + 8 * t * m.num_experts_per_tok,
+        size=2 * t * d + 4 * e * d + 8 * t * a + grouping,
     )
 
 

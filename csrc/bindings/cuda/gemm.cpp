@@ -120,9 +120,19 @@ at::Tensor grouped_gemm(const at::Tensor& x, const at::Tensor& weight, const at:
   return y;
 }
 
+// What group_tokens gives: order or offsets, `size` numbers.
+void check_grouping(const char* op, const char* name, const at::Tensor& tensor, int64_t size, const at::Tensor& x) {
+  check_tensor(op, name, tensor, 1, at::kInt);
+  check_device(op, name, tensor, x);
+  check(tensor.size(0) == size && tensor.is_contiguous(), op, ": ", name, " has shape ", tensor.sizes(), ", expected (",
+        size, ",), contiguous");
+}
+
+// Rows are grouped here where `given_order` and `given_offsets` do not say how.
 // What is allocated here, torch frees at the end and reuses on the stream only after the kernels.
 at::Tensor moe(const at::Tensor& x, const at::Tensor& topk_weights, const at::Tensor& experts, const at::Tensor& w13,
                const at::Tensor& w13_scale, const at::Tensor& w2, const at::Tensor& w2_scale, int64_t activation,
+               const std::optional<at::Tensor>& given_order, const std::optional<at::Tensor>& given_offsets,
                int64_t tokens) {
   const char* op = "moe";
   check_tensor(op, "x", x, 2, at::kBFloat16);
@@ -141,11 +151,18 @@ at::Tensor moe(const at::Tensor& x, const at::Tensor& topk_weights, const at::Te
         ": w13 and w2 have shapes ", w13.sizes(), " and ", w2.sizes(),
         ", expected (E, 2F, D) and (E, D, F) with D=", d);
   check(activation >= 0 && activation <= 2, op, ": activation=", activation, ", expected 0..2");
+  check(given_order.has_value() == given_offsets.has_value(), op, ": ", given_order ? "offsets" : "order",
+        " is None, expected both or neither");
+  if (given_order) {
+    check_grouping(op, "order", *given_order, rows, x);
+    check_grouping(op, "offsets", *given_offsets, e + 1, x);
+  }
   const c10::cuda::CUDAGuard guard(x.device());
   const cuda::Stream stream = c10::cuda::getCurrentCUDAStream();
   const at::Tensor chosen = experts.contiguous(), weights = topk_weights.contiguous(), plain = readable(x),
                    scale13 = readable(w13_scale), scale2 = readable(w2_scale);
-  const at::Tensor order = scratch(x, {rows}, at::kInt), offsets = scratch(x, {e + 1}, at::kInt),
+  const at::Tensor order = given_order ? *given_order : scratch(x, {rows}, at::kInt),
+                   offsets = given_offsets ? *given_offsets : scratch(x, {e + 1}, at::kInt),
                    grouped = rows_for(w13, rows, d), grouped_scale = scales_for(w13, rows, d),
                    inner = rows_for(w2, rows, f), inner_scale = scales_for(w2, rows, f),
                    parts = scratch(x, {rows, d}, at::kFloat), y = scratch(x, {t, d}, at::kBFloat16);
@@ -153,9 +170,10 @@ at::Tensor moe(const at::Tensor& x, const at::Tensor& topk_weights, const at::Te
   const int32_t* order_data = order.const_data_ptr<int32_t>();
   const int32_t* offsets_data = offsets.const_data_ptr<int32_t>();
 
-  cuda::group_tokens({chosen.const_data_ptr<int32_t>(), order.mutable_data_ptr<int32_t>(),
-                      offsets.mutable_data_ptr<int32_t>(), rows, e},
-                     stream);
+  if (!given_order)
+    cuda::group_tokens({chosen.const_data_ptr<int32_t>(), order.mutable_data_ptr<int32_t>(),
+                        offsets.mutable_data_ptr<int32_t>(), rows, e},
+                       stream);
   if (is_int8(w13))
     cuda::gather_rows({x_data, d, order_data, offsets_data, static_cast<uint16_t*>(grouped.mutable_data_ptr()), rows, d,
                        a, e},
@@ -194,7 +212,7 @@ TORCH_LIBRARY_FRAGMENT(grok_cuda, library) {
       " ScalarType out_dtype, int tokens) -> Tensor");
   library.def(
       "moe(Tensor x, Tensor topk_weights, Tensor experts, Tensor w13, Tensor w13_scale, Tensor w2, Tensor w2_scale,"
-      " int activation, int tokens) -> Tensor");
+      " int activation, Tensor? order, Tensor? offsets, int tokens) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(grok_cuda, CUDA, library) {

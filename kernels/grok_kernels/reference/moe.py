@@ -25,10 +25,12 @@ def moe(
     w2_scale: Tensor | None,
     activation: str,
     act_format: str,
+    order: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     x = quantized_as(x_TD, act_format)
     return _layer(
-        x, topk_weights_TA, experts_TA, w13, w13_scale, w2, w2_scale, activation, act_format, x_TD.dtype
+        x, topk_weights_TA, experts_TA, w13, w13_scale, w2, w2_scale, activation, act_format, x_TD.dtype, order, offsets
     )  # fmt: skip
 
 
@@ -44,9 +46,13 @@ def moe_fp8(
     w2_scale: Tensor | None,
     activation: str,
     out_dtype: torch.dtype,
+    order: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     x = dequantize_rows(x_TD, x_scale)
-    return _layer(x, topk_weights_TA, experts_TA, w13, w13_scale, w2, w2_scale, activation, "fp8", out_dtype)
+    return _layer(
+        x, topk_weights_TA, experts_TA, w13, w13_scale, w2, w2_scale, activation, "fp8", out_dtype, order, offsets
+    )  # fmt: skip
 
 
 def _layer(
@@ -60,10 +66,13 @@ def _layer(
     activation: str,
     act_format: str,
     dtype: torch.dtype,
+    order: Tensor | None,
+    offsets: Tensor | None,
 ) -> Tensor:
     """The layer on rows in fp32, quantised if they are to be; `dtype` is that of its result and, if not, of act * up."""
     w13, w2 = unpack_weight(w13), unpack_weight(w2)
-    order, offsets = group_tokens(experts_TA, w13.shape[0])
+    if order is None or offsets is None:
+        order, offsets = group_tokens(experts_TA, w13.shape[0])
     order = order.long()
     tokens = order // max(experts_TA.shape[1], 1)
     weights = topk_weights_TA.flatten()

@@ -29,3 +29,11 @@ def group_tokens(experts_TA: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     counts_E = (flat[:, None] == torch.arange(num_experts, device=flat.device)).sum(0)
     offsets = torch.nn.functional.pad(counts_E.cumsum(0), (1, 0)).to(torch.int32)
     return order, offsets
+
+
+@register("route_and_group", "reference")
+def route_and_group(
+    x_TD: Tensor, router_ED: Tensor, k: int, softcap: float, renormalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weights_TA, experts_TA = route_topk(x_TD, router_ED, k, softcap, renormalize)
+    return weights_TA, experts_TA, *group_tokens(experts_TA, router_ED.shape[0])

@@ -18,7 +18,7 @@ from .. import registry
 
 OPS = (  # the functions of `table`
     "group_tokens", "grouped_gemm", "moe", "moe_fp8", "paged_attention", "quantize_fp8", "quantize_int8", "rms_norm",
-    "rope_store_kv", "route_topk", "sample_top_p", "sandwich_norm", "sandwich_norm_fp8",
+    "rope_store_kv", "route_and_group", "route_topk", "sample_top_p", "sandwich_norm", "sandwich_norm_fp8",
 )  # fmt: skip
 OLDEST = (8, 0)  # compute capability: bf16 on the tensor cores
 
@@ -60,21 +60,6 @@ def _missing() -> str:
     if not _interpreted() and torch.cuda.device_count() == 0:
         return "there is no GPU; on CPU tensors its kernels run under TRITON_INTERPRET=1 alone"
     return ""
-
-
-def route_and_group(
-    x: torch.Tensor, router: torch.Tensor, k: int, softcap: float = 0.0, renormalize: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`route_topk`, then `group_tokens` of its experts, in one launch for up to 1024 rows (T·k, of at most 8 experts).
-
-    The same bits as the two ops. Arguments as those of `route_topk`. Returns weights and experts (T, k), order (T·k,) and
-    offsets (E + 1,). NotImplementedError where this backend cannot run.
-    """
-    reason = _missing() or _supports(x, router)
-    if reason:
-        raise NotImplementedError(f"route_and_group cannot run: {reason}")
-    result: tuple[torch.Tensor, ...] = _kernel("route_and_group")(x, router, k, softcap, renormalize)
-    return result  # type: ignore[return-value]
 
 
 if _reason := _missing():

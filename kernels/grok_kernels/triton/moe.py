@@ -83,13 +83,16 @@ def moe(
     w2_scale: Tensor | None,
     activation: str,
     act_format: str,
+    order: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     x_scale = None
     dtype = x_TD.dtype
     if act_format != "none" and x_TD.numel():
         x_TD, x_scale = _QUANTIZED[act_format][0](x_TD, GROUP)
     return _layer(
-        x_TD, x_scale, topk_weights_TA, experts_TA, w13, w13_scale, w2, w2_scale, activation, act_format, dtype
+        x_TD, x_scale, topk_weights_TA, experts_TA, w13, w13_scale, w2, w2_scale, activation, act_format, dtype,
+        order, offsets,
     )  # fmt: skip
 
 
@@ -104,16 +107,19 @@ def moe_fp8(
     w2_scale: Tensor | None,
     activation: str,
     out_dtype: torch.dtype,
+    order: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     return _layer(
-        x_TD, x_scale, topk_weights_TA, experts_TA, w13, w13_scale, w2, w2_scale, activation, "fp8", out_dtype
+        x_TD, x_scale, topk_weights_TA, experts_TA, w13, w13_scale, w2, w2_scale, activation, "fp8", out_dtype,
+        order, offsets,
     )  # fmt: skip
 
 
 def _layer(
     x_TD: Tensor, x_scale: Tensor | None, topk_weights_TA: Tensor, experts_TA: Tensor,
     w13: Tensor, w13_scale: Tensor | None, w2: Tensor, w2_scale: Tensor | None,
-    activation: str, act_format: str, dtype: torch.dtype,
+    activation: str, act_format: str, dtype: torch.dtype, order: Tensor | None, offsets: Tensor | None,
 ) -> Tensor:  # fmt: skip
     w13, w2 = unpack_weight(w13), unpack_weight(w2)
     (t, d), active = x_TD.shape, experts_TA.shape[1]
@@ -123,7 +129,8 @@ def _layer(
         return y_TD
     if not active:
         return y_TD.zero_()
-    order, offsets = group_tokens(experts_TA, experts)
+    if order is None or offsets is None:
+        order, offsets = group_tokens(experts_TA, experts)
     inner, inner_scale = y_TD.new_empty((t * active, f)), None
     if act_format != "none":
         inner = inner.new_empty(inner.shape, dtype=_QUANTIZED[act_format][1])

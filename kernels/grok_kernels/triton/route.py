@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..counters import counter
 from .arithmetic import tanh
 from .launch import launch
 
@@ -115,20 +116,7 @@ def route_and_group(
         return weights, experts, *group_tokens(experts, e)
     order = torch.empty(rows, dtype=torch.int32, device=device)
     offsets = torch.empty(e + 1, dtype=torch.int32, device=device)
-    return *_launch_route(x_TD, router_ED, k, softcap, renormalize, _done(device), order, offsets), order, offsets
-
-
-_counters: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _done(device: torch.device) -> Tensor:
-    """A zero for the launches of one stream, which follow one another. A graph, which runs on any, has its own."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _counters:
-        _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _counters[key]
+    return *_launch_route(x_TD, router_ED, k, softcap, renormalize, counter(device), order, offsets), order, offsets
 
 
 def _rows_of_a_block(experts: int) -> int:

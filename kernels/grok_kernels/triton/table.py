@@ -1,4 +1,4 @@
-"""The function of every op that this backend serves, by the op's name, and of `route_and_group`. Imports Triton."""
+"""The function of every op that this backend serves, by the op's name. Imports Triton."""
 
 from .attention import paged_attention
 from .gemm import grouped_gemm

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
+import grok_kernels
 from grok_kernels import cuda, registry, tuning
 from grok_kernels.cuda_home import cuda_home
 
@@ -133,7 +134,7 @@ def test_another_chip_is_named(compiled: list[dict[str, Any]], monkeypatch: pyte
     assert cuda._no_chip() == route()
     assert compiled == []
     monkeypatch.setattr(registry, "_missing", {})
-    monkeypatch.setattr(registry, "_ask", {"cuda": cuda._no_chip})
+    monkeypatch.setattr(registry, "_later", {"cuda": (cuda._no_chip, cuda._unusable)})
     status = registry.backends()["route_topk"]["cuda"]
     assert (status.available, status.reason) == (False, route())
 
@@ -156,6 +157,36 @@ def test_a_failed_compilation_is_the_reason_and_is_said_once(
     assert "does not compile or load (RuntimeError: planted)" in (route() or "")
     assert len(compiled) == 1
     assert caplog.text.count("planted") == 1
+
+
+@pytest.mark.parametrize("why", ["compiler", "chip"])
+def test_what_triton_serves_alone_is_fused(
+    why: str, compiled: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cuda backend has `moe` and no `moe_fp8`; where it cannot be used, Triton serves both."""
+
+    def fail(**arguments: Any) -> Any:
+        compiled.append(arguments)
+        raise RuntimeError("planted")
+
+    monkeypatch.delenv(registry.ENV, raising=False)
+    monkeypatch.setattr(registry, "_missing", {})
+    monkeypatch.setattr(registry, "_later", {"cuda": (cuda._no_chip, cuda._unusable)})
+    for name in ("_preferred", "_fused"):
+        monkeypatch.setattr(registry, name, {})
+    assert registry.preferred("moe", "cuda") == "cuda"
+    assert not registry.fuses("moe_fp8", ("moe",), "cuda")
+    assert len(compiled) == 1
+    cuda._unusable.cache_clear()
+    if why == "compiler":
+        monkeypatch.setattr(cpp_extension, "load", fail)
+    else:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    registry._forget()
+    assert registry.preferred("moe", "cuda") == "triton"
+    assert registry.fuses("moe_fp8", ("moe",), "cuda")
+    assert "cuda" not in (grok_kernels.capturable("cuda") or ())
+    assert len(compiled) == (2 if why == "compiler" else 1)
 
 
 def test_an_extension_of_another_torch_is_refused(
