@@ -25,8 +25,9 @@ from torch import Tensor
 from ..tuning import attention, chip_of
 from .arithmetic import tanh
 from .gemm import as_type
-from .launch import launch
+from .launch import jit, launch
 from .quantize import as_known
+from .steps import requests_of
 
 SPAN = 512  # keys of a split: a request of 4096 fills half of an H100, and a merge is a fortieth of the work
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -172,7 +173,7 @@ def _rows(
     return index, at, ((index < ROWS // PER_GROUP) & (index < left))[:, None] & (column < C)[None, :]
 
 
-@triton.jit
+@jit(batch=("least", "requests", "table_row"), unaligned=("table_ptr", "starts_ptr", "lengths_ptr"))
 def _tiles(
     q_ptr, out_ptr, least, k_ptr, v_ptr, ks_ptr, vs_ptr, table_ptr, starts_ptr, lengths_ptr, requests,
     heads, table_row, q_row, q_head, k_group, v_group,
@@ -206,7 +207,7 @@ def _tiles(
         _store(out_ptr + (token * heads + group * PER_GROUP) * C, at, total, out, mask)
 
 
-@triton.jit
+@jit(batch=("parts", "requests", "table_row"), unaligned=("table_ptr", "starts_ptr", "lengths_ptr"))
 def _splits(
     q_ptr, part_ptr, sums_ptr, parts, k_ptr, v_ptr, ks_ptr, vs_ptr, table_ptr, starts_ptr, lengths_ptr, requests,
     heads, table_row, q_row, q_head, k_group, v_group,
@@ -246,7 +247,7 @@ def _splits(
         tl.store(part_ptr + at[:, None] * HEAD + column[None, :], out, mask=used[:, None])
 
 
-@triton.jit
+@jit(batch=("parts",), unaligned=("starts_ptr", "lengths_ptr"))
 def _combine(
     part_ptr, sums_ptr, out_ptr, starts_ptr, lengths_ptr, heads, parts, window,
     SPAN: tl.constexpr, HEAD: tl.constexpr, C: tl.constexpr,
@@ -305,7 +306,7 @@ def paged_attention(
         "SOFTCAP": softcap > 0, "WINDOW": window > 0, "WARM": temperature_len > 0, "SCALED": k_scale is not None,
         "DOT": tl.float32 if fp32 else tl.bfloat16, "PAGE": page, **strides, "UNIT": math.gcd(16, *strides.values()),
         "ROWS": rows, "KEYS": tile.keys, "SPAN": SPAN, "HEAD": head, "C": c, "PER_GROUP": per_group,
-        "REQUESTS": triton.next_power_of_2(max(requests, 1)), "num_warps": tile.warps, "num_stages": tile.stages,
+        "REQUESTS": requests_of(requests), "num_warps": tile.warps, "num_stages": tile.stages,
         "enable_fp_fusion": False,
     }  # fmt: skip
     if max_query_len != 1 and requests:

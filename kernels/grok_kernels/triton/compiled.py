@@ -10,12 +10,14 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
@@ -54,6 +56,17 @@ class _Absent:
         return 0
 
 
+@contextmanager
+def _driven(chip: Chip) -> Iterator[None]:
+    """Inside the block Triton compiles for this chip."""
+    target = GPUTarget("cuda", chip.capability, 32) if chip.capability else GPUTarget("hip", chip.arch, 64)
+    before, driver._active = driver._active, _Absent(target)
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
 def launches(call: Callable[[], Any], chip: Chip) -> list[Launch]:
     """What `call` would start on this chip. Its tensors are on `meta`."""
     with assume_chip(chip), recording() as found:
@@ -61,16 +74,27 @@ def launches(call: Callable[[], Any], chip: Chip) -> list[Launch]:
     return found
 
 
+def compiles(launches: Iterable[Launch], chip: Chip) -> set[tuple[str, str]]:
+    """What of these launches Triton compiles on the chip, a kernel's name and Triton's key each. Compiles nothing."""
+    found: set[tuple[str, str]] = set()
+
+    def note(*, key: Any, fn: Any, **_: Any) -> bool:
+        found.add((fn.name, str(key)))
+        return True  # in place of compiling
+
+    with _driven(chip), knobs.runtime.scope():
+        knobs.runtime.jit_cache_hook = note
+        for launch in launches:
+            launch.kernel.run(*launch.args, grid=launch.grid, warmup=True, **launch.meta)
+    return found
+
+
 def compile_launch(launch: Launch, chip: Chip) -> Compiled:
     """This launch's kernel, compiled for the chip."""
-    target = GPUTarget("cuda", chip.capability, 32) if chip.capability else GPUTarget("hip", chip.arch, 64)
-    before, driver._active = driver._active, _Absent(target)
-    try:
+    with _driven(chip):
         kernel = launch.kernel.run(*launch.args, grid=launch.grid, warmup=True, **launch.meta)
-    finally:
-        driver._active = before
     name = launch.kernel.__name__
-    if target.backend == "hip":
+    if not chip.capability:
         return _amd(name, chip, kernel)
     sass, usage = _disassembled(kernel.asm["cubin"])
     opcodes = Counter(m.group(1) for m in re.finditer(r"^\s*(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)[. ]", sass, re.M))

@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..checks import GROUP
 from ..packing import unpack_weight
 from ..tuning import Chip, Gemm, chip_of, gemm
-from .launch import launch
+from .launch import jit, launch
 from .quantize import as_known
 
 # Which type the tensor cores multiply in. All 8-bit values are exact in bf16.
@@ -174,7 +174,7 @@ def tile_product(
     return acc, acc2
 
 
-@triton.jit
+@jit(batch=("m",), unaligned=("offsets_ptr", "order_ptr", "topk_ptr"))
 def _grouped_gemm(
     y_ptr, y_stride, offsets_ptr, order_ptr, topk_ptr, m,
     x_ptr, x_stride, xs_ptr, xs_stride, w, w_stride, ws_ptr, ws_stride_e, ws_stride_g, n, k, span,

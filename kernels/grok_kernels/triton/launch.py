@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import triton
 from triton import knobs
 
 from . import interpreter
 
 if knobs.runtime.interpret:
     interpreter.correct()
+
+
+def jit(*, batch: tuple[str, ...] = (), unaligned: tuple[str, ...] = ()) -> Callable[[Any], Any]:
+    """`triton.jit` of a kernel whose machine code is to depend on the model alone, not on what a step holds.
+
+    Triton compiles a kernel anew where an integer becomes 1 or a multiple of 16, or ceases to be: in the middle of
+    serving, for seconds, and perhaps with other bits. batch: the integers that follow the batch. unaligned: the pointers
+    to numbers of requests or rows, which may be slices, and whose loads gain nothing from an alignment of 16 bytes.
+    """
+    return triton.jit(do_not_specialize=batch, do_not_specialize_on_alignment=unaligned)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from ..checks import GROUP
 from ..packing import unpack_weight
 from .arithmetic import tanh
 from .gemm import find_tile, operands, product_into, tile_product
-from .launch import launch
+from .launch import jit, launch
 from .quantize import LARGEST, as_known, quantize_fp8, quantize_int8, quantized
 from .route import group_tokens
 
@@ -30,7 +30,7 @@ def _activate(x, ACTIVATION: tl.constexpr):
     return y
 
 
-@triton.jit
+@jit(batch=("m",), unaligned=("offsets_ptr", "order_ptr"))
 def _gate_up(
     y_ptr, y_stride, ys_ptr, ys_stride, offsets_ptr, order_ptr, m, active, largest,
     x_ptr, x_stride, xs_ptr, xs_stride, w, w_stride, ws_ptr, ws_stride_e, ws_stride_g, n, k, span,

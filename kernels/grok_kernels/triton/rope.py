@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import jit, launch
 from .quantize import as_known, quantized
 
 HEADS = 8  # a program
@@ -35,7 +35,7 @@ def _store(cache_ptr, scale_ptr, x1, x2, at, scale_at, half, inside, heads_insid
     tl.store(cache_ptr + at + half, x2.to(dtype), mask=inside)
 
 
-@triton.jit
+@jit(unaligned=("positions_ptr", "slots_ptr"))
 def _rope_store_kv(
     q_ptr, k_ptr, v_ptr, out_ptr, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr,
     positions_ptr, slots_ptr, cos_sin_ptr, heads, groups, c, page,

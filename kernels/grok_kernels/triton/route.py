@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..counters import counter
 from .arithmetic import tanh
-from .launch import launch
+from .launch import jit, launch
+from .steps import FEW
 
 TOKENS = 2  # a program of the router; one number for all batches, since a sum's order depends on the tile
 COLUMNS = 1024
@@ -29,7 +30,7 @@ def _write_order(own, row, one_hot, before, total, order_ptr, offsets_ptr, e, fi
     tl.store(order_ptr + place, row, mask=(own >= 0) & (own < e))
 
 
-@triton.jit
+@jit(batch=("t",))
 def _route(
     x_ptr, router_ptr, weights_ptr, experts_ptr, done_ptr, order_ptr, offsets_ptr,
     t, d, e, k, x_stride, router_stride, softcap,
@@ -97,7 +98,7 @@ def _launch_route(
         _route, (triton.cdiv(t, TOKENS),), x_TD, router_ED, weights_TA, experts_TA, done, order, offsets, t, d, e, k,
         x_TD.stride(0), router_ED.stride(0), softcap, SOFTCAP=softcap > 0, RENORMALIZE=renormalize,
         K=triton.next_power_of_2(k), TOKENS=TOKENS, EXPERTS=padded, COLUMNS=max(COLUMNS * 8 // max(padded, 8), 32),
-        BLOCK=1 if done is None else triton.next_power_of_2(t * k), num_warps=8,
+        BLOCK=1 if done is None else _block(t * k, padded), num_warps=8,
     )  # fmt: skip
     return weights_TA, experts_TA
 
@@ -120,10 +121,17 @@ def route_and_group(
 
 
 def _rows_of_a_block(experts: int) -> int:
+    """At most: a power of two, where `experts` is one."""
     return max(min(ONE_HOT // experts, 1024), 1)
 
 
-@triton.jit
+def _block(rows: int, experts: int) -> int:
+    """Rows of a block: one of two sizes, since a kernel is compiled for each."""
+    most = _rows_of_a_block(experts)
+    return min(FEW, most) if rows <= FEW else most
+
+
+@jit(batch=("n",), unaligned=("experts_ptr",))
 def _count(experts_ptr, counts_ptr, n, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
     block = tl.program_id(0)
     row, expert = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, EXPERTS)
@@ -131,19 +139,19 @@ def _count(experts_ptr, counts_ptr, n, EXPERTS: tl.constexpr, BLOCK: tl.constexp
     tl.store(counts_ptr + block * EXPERTS + expert, tl.sum((own[:, None] == expert[None, :]).to(tl.int32), 0))
 
 
-@triton.jit
+@jit(batch=("n", "blocks"), unaligned=("experts_ptr",))
 def _place(
     experts_ptr, counts_ptr, order_ptr, offsets_ptr, n, e, blocks,
-    ALONE: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+    EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """The one block that there may be counts for itself; `counts` is not read then."""
     block = tl.program_id(0)
     row, expert = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, EXPERTS)
     own = tl.load(experts_ptr + row, mask=row < n, other=-1)
     one_hot = (own[:, None] == expert[None, :]).to(tl.int32)
     before = tl.zeros((EXPERTS,), tl.int32)
-    if ALONE:
-        total = tl.sum(one_hot, 0)
-    else:
+    total = tl.sum(one_hot, 0)
+    if blocks > 1:
         total = tl.zeros((EXPERTS,), tl.int32)
         for other in range(0, blocks):
             count = tl.load(counts_ptr + other * EXPERTS + expert)
@@ -159,13 +167,13 @@ def group_tokens(experts_TA: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     order = torch.empty(n, dtype=torch.int32, device=device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
     padded = triton.next_power_of_2(num_experts)
-    block = min(_rows_of_a_block(padded), triton.next_power_of_2(max(n, 1)))
+    block = _block(n, padded)
     blocks = max(triton.cdiv(n, block), 1)
     counts = torch.empty((blocks, padded), dtype=torch.int32, device=device)
     if blocks > 1:
         launch(_count, (blocks,), flat, counts, n, EXPERTS=padded, BLOCK=block, num_warps=4)
     launch(
         _place, (blocks,), flat, counts, order, offsets, n, num_experts, blocks,
-        ALONE=blocks == 1, EXPERTS=padded, BLOCK=block, num_warps=4,
+        EXPERTS=padded, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return order, offsets

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import jit, launch
 
 BLOCK = 1024  # 16 sums of as many weights fill a thread's registers
 
@@ -99,7 +99,7 @@ def _steps(target, above, each, count, STRICT: tl.constexpr):
     return tl.minimum(tl.maximum(n, 1.0), count.to(tl.float64))
 
 
-@triton.jit
+@jit(unaligned=("temperature_ptr", "top_p_ptr", "uniform_ptr"))
 def _sample(
     logits_ptr, temperature_ptr, top_p_ptr, uniform_ptr, weights_ptr, tokens_ptr, v, stride,
     BITS: tl.constexpr, BLOCK: tl.constexpr,
