@@ -10,13 +10,13 @@ void gather_quantize(const GatherQuantize& p, Stream stream) {
   const char* op = "gather_quantize";
   const std::string shape = "rows=" + std::to_string(p.rows) + " D=" + std::to_string(p.dim);
   check(p.rows >= 0 && p.rows < 1ll << 31, op, " of ", shape, ": rows=", p.rows, ", expected 0..2^31-1");
-  check(p.dim >= 4 && p.dim % 4 == 0 && p.x_stride % 4 == 0, op, " of ", shape, ": D=", p.dim,
-        " and x_stride=", p.x_stride, ", expected multiples of 4");
+  check(p.dim >= 8 && p.dim < 1ll << 31 && p.dim % 8 == 0 && p.x_stride % 8 == 0, op, " of ", shape, ": D=", p.dim,
+        " and x_stride=", p.x_stride, ", expected multiples of 8");
   check(p.active >= 1, op, " of ", shape, ": active=", p.active, ", expected 1 or more");
-  check_aligned(op, shape, "x", p.x, 8);
+  check_aligned(op, shape, "x", p.x, 16);
   check_aligned(op, shape, "q", p.q, 16);
   if (p.rows == 0) return;
-  const auto groups = static_cast<unsigned>(tiles(p.dim, kGroup * kRowWarps));
+  const auto groups = static_cast<unsigned>(tiles(p.dim, 8 * kRowThreads));
   const Launch how = {op, shape, {static_cast<unsigned>(p.rows), groups, 1}, {kRowThreads, 1, 1}, 0, 1, stream};
   launch_kernel(how, gather_quantize_kernel, p);
 }
