@@ -211,7 +211,7 @@ __device__ __forceinline__ void start_part(const typename Config::Shared& shared
 #pragma unroll
       for (int step = 0; step < 4; ++step)
         sm90::multiply<Config::kTokens>(partial, a[step], sm90::advance(b, 32 * step), half + step > 0);
-      if (half || Config::kFlights == 1) sm90::commit_products();
+      sm90::commit_products();  // of each half: ptxas counts them so, and one for both would be waited for too long
       if (Config::kFlights == 1) sm90::wait_products<0>(partial);
     }
   } else {
@@ -268,7 +268,7 @@ __device__ __forceinline__ void multiply_tile(const Wide& p, typename Config::Sh
     if constexpr (Config::kFlights == 2) {
       start_part<Config>(shared, at.stage, 0, me, partial[0]);
       start_part<Config>(shared, at.stage, 1, me, partial[1]);
-      sm90::wait_products<1>(partial[0]);
+      sm90::wait_products<Config::kInt8 ? 2 : 1>(partial[0]);  // the groups of the second part
       add(0);
       sm90::wait_products<0>(partial[1]);
       add(1);
