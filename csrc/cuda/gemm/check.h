@@ -3,8 +3,8 @@
 #include <cstdint>
 #include <string>
 
-#include "../launch.cuh"
 #include "../include/grok/gemm.h"
+#include "../launch.cuh"
 
 // What the launchers of products check, and how they name a problem.
 
@@ -20,8 +20,9 @@ inline void check_aligned(const char* op, const std::string& shape, const char* 
         " bytes");
 }
 
-inline void check_product(const char* op, const Product& p) {
-  const std::string shape = shape_of(p);
+// The parameters that all products have, checked.
+template <class Params>
+Params params_of(const char* op, const std::string& shape, const Product& p, void* y) {
   check(p.rows >= 0 && p.rows < 1ll << 30, op, " of ", shape, ": M=", p.rows, ", expected 0..2^30-1");
   check(p.n >= 8 && p.n < 1ll << 30 && p.n % 8 == 0, op, " of ", shape, ": N=", p.n, ", expected a multiple of 8");
   check(p.k >= 16 && p.k < 1ll << 30 && p.k % 16 == 0, op, " of ", shape, ": K=", p.k, ", expected a multiple of 16");
@@ -31,11 +32,7 @@ inline void check_product(const char* op, const Product& p) {
   check_aligned(op, shape, "x", p.x, 16);
   check_aligned(op, shape, "weight", p.weight, 16);
   check_aligned(op, shape, "weight_scale", p.weight_scale, 16);
-}
-
-// A kernel's parameters with what all products have in common, checked before.
-template <class Params>
-Params params_of(const Product& p) {
+  check_aligned(op, shape, "y", y, 16);
   Params k = {};
   k.x_scale = p.x_scale;
   k.weight_scale = p.weight_scale;
@@ -46,7 +43,49 @@ Params params_of(const Product& p) {
   k.n = static_cast<int32_t>(p.n);
   k.k = static_cast<int32_t>(p.k);
   k.experts = static_cast<int32_t>(p.experts);
+  k.y = y;
   return k;
+}
+
+template <class Params>
+Params params_of(const char* op, const std::string& shape, const GroupedGemm& p) {
+  check(!p.order || (p.y_is_float && p.row_weights), op, " of ", shape, ": order without row_weights, or y in bf16");
+  Params k = params_of<Params>(op, shape, p.product, p.y);
+  k.width = k.n;
+  k.order = p.order;
+  k.row_weights = p.row_weights;
+  return k;
+}
+
+template <class Params>
+Params params_of(const char* op, const std::string& shape, const GateUp& p) {
+  check(p.product.n % 32 == 0, op, " of ", shape, ": N=", p.product.n, ", expected a multiple of 32");
+  Params k = params_of<Params>(op, shape, p.product, p.y);
+  k.step = k.width = k.n / 2;
+  k.activation = p.activation;
+  k.y_scale = p.y_scale;
+  k.y_scale_row = p.y_scale_row;
+  k.y_scale_group = p.y_scale_group;
+  return k;
+}
+
+// The map of the weights, by boxes of `rows` rows.
+inline TensorMap weight_map(const char* op, const std::string& shape, const Product& p, int rows) {
+  const auto n = static_cast<uint64_t>(p.n), k = static_cast<uint64_t>(p.k);
+  return tensor_map(op, shape,
+                    {p.weight,
+                     Element::byte,
+                     3,
+                     {k, n, static_cast<uint64_t>(p.experts)},
+                     {0, k, k * n},
+                     {128, static_cast<uint32_t>(rows), 1}});
+}
+
+// How many tiles of `rows` rows there are at most, with `columns` tiles for each.
+inline int64_t most_tiles(const char* op, const std::string& shape, const Product& p, int64_t rows, int64_t columns) {
+  const int64_t most = (p.rows / rows + (p.experts < p.rows ? p.experts : p.rows)) * columns;
+  check(most < 1ll << 31, op, " of ", shape, ": ", most, " tiles, expected fewer than 2^31");
+  return most;
 }
 
 }  // namespace grok::cuda::gemm

@@ -1,7 +1,9 @@
 #pragma once
 
+#include <type_traits>
+
 #include "fp8_store.cuh"
-#include "fp8_tile.cuh"
+#include "pipeline.cuh"
 
 // e4m3 × e4m3 for many rows. A block of three warpgroups computes tiles of 128 rows by kHalves · kColumns columns: one
 // warpgroup loads, two multiply 64 rows each. Of every 128 columns of K a warpgroup takes first one half of its
@@ -11,6 +13,49 @@
 // Two blocks of a cluster take the same rows and neighbouring columns; each loads one half of the rows for both.
 
 namespace grok::cuda::gemm {
+
+// What becomes of the sums: rows of bf16; rows of fp32, in their place or weighted and scattered; act(gate) · up, in
+// e4m3.
+struct ToBf16 {};
+struct ToFp32 {};
+struct ToGated {};
+
+constexpr int kRows = 128, kCluster = 2;  // of a tile; blocks
+
+template <class Output, int kHalves, int kColumns>
+struct Fp8Tile {
+  static constexpr int kWidth = std::is_same_v<Output, ToGated> ? kColumns : kHalves * kColumns;  // of y
+  static constexpr int kSums = kColumns / 2;  // a thread, of one half
+  // Tiles of 128 bytes that a warpgroup fills while those before are still being stored.
+  static constexpr int kBuffers = std::is_same_v<Output, ToFp32> ? 0 : 2;
+
+  struct Stage {
+    uint8_t x[kRows * kDepth];
+    uint8_t weight[kHalves][kColumns * kDepth];
+  };
+  static constexpr int kStageBytes = sizeof(Stage) + kRows * sizeof(float);
+  static constexpr int kOther = 1024 + 2 * kBuffers * kTileBytes;  // bytes of shared memory
+  static constexpr int kStages = (kMostShared - kOther) / kStageBytes;
+
+  struct Shared {
+    alignas(1024) Stage stages[kStages];
+    alignas(1024) uint8_t y[2][kBuffers > 0 ? kBuffers : 1][kBuffers > 0 ? kTileBytes : 16];
+    float scale[kStages][kRows];
+    Ring<kStages> ring;
+    Schedule schedule;
+  };
+  static_assert(sizeof(Shared) <= kMostShared && kStages >= 4, "stages that cover the way to memory");
+};
+
+// The tiles of a block: of a pair of neighbouring ones it has that of its rank.
+__device__ __forceinline__ Walk<kRows> walk(const Fp8& p, const Schedule& schedule) {
+  return {schedule, p.experts, static_cast<int32_t>(blockIdx.x / kCluster), static_cast<int32_t>(gridDim.x / kCluster)};
+}
+
+template <class Config>
+__device__ __forceinline__ int first_column(const Tile& tile) {
+  return (tile.column * kCluster + static_cast<int>(sm90::cluster_rank())) * Config::kWidth;
+}
 
 // One thread: the tiles of x and of the weights.
 template <class Config, int kHalves, int kColumns>
@@ -26,10 +71,11 @@ __device__ __forceinline__ void load_tiles(const Fp8& p, typename Config::Shared
       auto& stage = shared.stages[at.stage];
       sm90::Barrier& full = shared.ring.full[at.stage];
       sm90::arrive_expecting(full, sizeof stage);
-      sm90::load_tile_to(3, stage.x + rank * kHalfRows * kDepth, p.x, full, k, tile.row + rank * kHalfRows);
+      sm90::load_tile_to((1 << kCluster) - 1, stage.x + rank * kHalfRows * kDepth, p.x, full, k,
+                         tile.row + rank * kHalfRows);
 #pragma unroll
       for (int half = 0; half < kHalves; ++half)
-        sm90::load_tile(stage.weight[half], p.weight, full, k, column + half * p.half, tile.expert);
+        sm90::load_tile(stage.weight[half], p.weight, full, k, column + half * p.step, tile.expert);
     }
   }
 }
@@ -106,8 +152,8 @@ __device__ __forceinline__ void multiply_tiles(const Fp8& p,
     const int column = first_column<Config>(tile);
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
-      scale_columns<kSums>(p, tile.expert, column + half * p.half + me.pair,
-                           std::is_same_v<Output, ToGated> ? (half + 1) * p.half : p.n, sums + half * kSums);
+      scale_columns<kSums>(p, tile.expert, column + half * p.step + me.pair,
+                           std::is_same_v<Output, ToGated> ? (half + 1) * p.step : p.n, sums + half * kSums);
       // or the compiler would load the scales of both halves first, and lack registers
       if constexpr (std::is_same_v<Output, ToGated>) __syncwarp();
     }
@@ -127,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, 1) fp8_kernel(const __grid_constant_
   if (threadIdx.x == 0) {
     sm90::prefetch(p.x);
     sm90::prefetch(p.weight);
-    if (!std::is_same_v<Output, ToFp32>) sm90::prefetch(p.y);
+    if (!std::is_same_v<Output, ToFp32>) sm90::prefetch(p.y_tiles);
     shared.ring.init(1 + 32, kCluster * 8);  // the thread and the warp that load; the warps that multiply
     sm90::fence_barrier_init();
   }

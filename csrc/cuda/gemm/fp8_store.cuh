@@ -1,13 +1,31 @@
 #pragma once
 
 #include "activation.cuh"
-#include "fp8_tile.cuh"
+#include "product.cuh"
 #include "quantize.cuh"
+#include "schedule.cuh"
 
 // What becomes of a tile's sums. A warpgroup whose 64 rows all belong to the expert hands them to the copy engine; of
 // others each thread stores what it has, and nothing past the last row.
 
 namespace grok::cuda::gemm {
+
+constexpr int kTileBytes = 64 * 128;  // 64 rows of a result's tile
+
+struct Fp8 : Parameters {
+  sm90::TensorMap y_tiles;  // y, but of fp32
+};
+
+// A thread of a warpgroup that multiplies: its two rows of the tile are `row` and `row` + 8; its columns come in pairs,
+// 8i + `pair` and the next.
+struct Place {
+  int group, warp, row, pair;
+  __device__ __forceinline__ Place()
+      : group(sm90::warp_index() / 4 - 1),
+        warp(sm90::warp_index() % 4),
+        row(64 * group + 16 * warp + sm90::lane_index() / 4),
+        pair(sm90::lane_index() % 4 * 2) {}
+};
 
 // The thread's sums, of columns from `column` on, times the scales of the weights. There are none from `last` on.
 template <int kSums>
@@ -34,7 +52,7 @@ __device__ __forceinline__ void store_buffer(const Fp8& p, const Place& me, cons
   sm90::fence_async();
   sm90::named_barrier(1 + me.group, 128);
   if (threadIdx.x % 128 == 0) {
-    sm90::store_tile(p.y, tile, column, row);
+    sm90::store_tile(p.y_tiles, tile, column, row);
     sm90::commit_stores();
   }
 }
@@ -64,7 +82,7 @@ __device__ __forceinline__ void store_bf16(const Fp8& p, const Place& me, const 
   for (int h = 0; h < 2; ++h) {
     const int row = tile.row + me.row + 8 * h;
     if (row >= tile.end) continue;
-    uint16_t* y = static_cast<uint16_t*>(p.y_data) + static_cast<int64_t>(row) * p.width;
+    uint16_t* y = static_cast<uint16_t*>(p.y) + static_cast<int64_t>(row) * p.width;
 #pragma unroll
     for (int i = 0; i < kCount; i += 4) {
       const int at = column + 2 * i + me.pair;
@@ -82,7 +100,7 @@ __device__ __forceinline__ void store_fp32(const Fp8& p, const Place& me, const 
     if (row >= tile.end) continue;
     const int32_t to = p.order ? p.order[row] : row;
     const float weight = p.order ? p.row_weights[to] : 1.0f;
-    float* y = static_cast<float*>(p.y_data) + static_cast<int64_t>(to) * p.width;
+    float* y = static_cast<float*>(p.y) + static_cast<int64_t>(to) * p.width;
 #pragma unroll
     for (int i = 0; i < kCount; i += 4) {
       const int at = column + 2 * i + me.pair;
@@ -138,7 +156,7 @@ __device__ __forceinline__ void store_gate_up(const Fp8& p, const Place& me, con
   for (int i = 0; i < 64; i += 2) {
     const int row = tile.row + me.row + i / 2 % 2 * 8, at = column + i / 4 * 8 + me.pair;
     if (row < tile.end && at < p.width)
-      *reinterpret_cast<uint16_t*>(static_cast<uint8_t*>(p.y_data) + static_cast<int64_t>(row) * p.width + at) =
+      *reinterpret_cast<uint16_t*>(static_cast<uint8_t*>(p.y) + static_cast<int64_t>(row) * p.width + at) =
           quantize(sums[i], sums[i + 1], scale[i / 2 % 2]);
   }
 }

@@ -2,32 +2,65 @@
 
 #include <cstdint>
 
-#include "../include/grok/gemm.h"
+#include "../include/grok/wide.h"
+#include "product.cuh"
 #include "quantize.cuh"
+#include "schedule.cuh"
 
-// What goes before and after the products of the expert layer, row by row. Both are bound by the bytes they move.
+// What goes before and after the products of the expert layer, row by row. All are bound by the bytes they move.
 
 namespace grok::cuda::gemm {
 
 constexpr int kRowThreads = 256, kRowWarps = kRowThreads / 32;
 
-// A warp takes 128 columns of a row, four a lane.
+// A division of 64 bits would be half of a kernel's instructions.
+__device__ __forceinline__ int64_t token_of(const int32_t* order, int64_t row, int64_t active) {
+  return static_cast<uint32_t>(order[row]) / static_cast<uint32_t>(active);
+}
+
+// A warp takes 256 columns of a row, eight a lane: 16 bytes, so that few instructions go with them. Half a warp has the
+// columns of a scale.
 __global__ void __launch_bounds__(kRowThreads) gather_quantize_kernel(const GatherQuantize p) {
-  const int64_t row = blockIdx.x, group = int64_t{blockIdx.y} * kRowWarps + sm90::warp_index();
-  const int64_t column = group * kGroup + 4 * sm90::lane_index();
-  if (row >= p.offsets[p.experts] || group * kGroup >= p.dim) return;
-  const uint16_t* x = p.x + p.order[row] / p.active * p.x_stride + column;
-  const uint2 bits = column < p.dim ? *reinterpret_cast<const uint2*>(x) : make_uint2(0, 0);
-  const float values[4] = {sm90::from_bf16(bits.x & 0xffff), sm90::from_bf16(bits.x >> 16),
-                           sm90::from_bf16(bits.y & 0xffff), sm90::from_bf16(bits.y >> 16)};
+  const int64_t row = blockIdx.x;
+  const int column = static_cast<int>(8 * (blockIdx.y * kRowThreads + threadIdx.x));
+  if (row >= p.offsets[p.experts] || column / 256 * 256 >= p.dim) return;
+  const uint16_t* x = p.x + token_of(p.order, row, p.active) * p.x_stride + column;
+  const uint4 bits = column < p.dim ? *reinterpret_cast<const uint4*>(x) : make_uint4(0, 0, 0, 0);
+  const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+  float values[8];
   uint32_t amax = 0;
-  for (const float value : values) amax = max(amax, magnitude(value));
-  for (int bit = 16; bit; bit /= 2) amax = max(amax, __shfl_xor_sync(0xffffffffu, amax, bit));
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    values[i] = __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
+    amax = max(amax, magnitude(values[i]));
+  }
+#pragma unroll
+  for (int bit = 8; bit; bit /= 2) amax = max(amax, __shfl_xor_sync(0xffffffffu, amax, bit));
+  if (column >= p.dim) return;
   const Divisor scale = scale_of(amax);
-  if (sm90::lane_index() == 0) p.scale[row * p.scale_row + group * p.scale_group] = scale.value;
-  if (column < p.dim)
-    *reinterpret_cast<uint32_t*>(p.q + row * p.dim + column) =
-        quantize(values[0], values[1], scale) | static_cast<uint32_t>(quantize(values[2], values[3], scale)) << 16;
+  if (sm90::lane_index() % 16 == 0) p.scale[row * p.scale_row + column / kGroup * p.scale_group] = scale.value;
+  uint32_t q[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    q[i] = quantize(values[4 * i], values[4 * i + 1], scale) |
+           static_cast<uint32_t>(quantize(values[4 * i + 2], values[4 * i + 3], scale)) << 16;
+  *reinterpret_cast<uint2*>(p.q + row * p.dim + column) = make_uint2(q[0], q[1]);
+}
+
+// A warp takes 128 columns of a row. A lane writes four neighbours, which it finds in two pairs.
+__global__ void __launch_bounds__(kRowThreads) gather_rows_kernel(const GatherRows p) {
+  const int64_t row = blockIdx.x, group = int64_t{blockIdx.y} * kRowWarps + sm90::warp_index();
+  if (128 * group >= p.dim || (p.order && row >= p.offsets[p.experts])) return;
+  const uint16_t* x = p.x + (p.order ? token_of(p.order, row, p.active) : row) * p.x_stride;
+  const int64_t width = int64_t{tiles(p.dim, 128)} * 128;
+  const int place = 4 * sm90::lane_index();
+  uint32_t pairs[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int64_t column = 128 * group + column_at(place + 2 * i);
+    pairs[i] = column < p.dim ? *reinterpret_cast<const uint32_t*>(x + column) : 0;
+  }
+  *reinterpret_cast<uint2*>(p.y + row * width + 128 * group + place) = make_uint2(pairs[0], pairs[1]);
 }
 
 __global__ void __launch_bounds__(kRowThreads) combine_kernel(const Combine p) {

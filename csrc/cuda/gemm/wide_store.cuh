@@ -3,12 +3,44 @@
 #include <cstdint>
 
 #include "activation.cuh"
+#include "product.cuh"
 #include "quantize.cuh"
-#include "wide_tile.cuh"
+#include "schedule.cuh"
 
 // What becomes of the sums of a tile: a row of y lies across the accumulators, eight neighbours in lanes 4 apart.
 
 namespace grok::cuda::gemm::wide {
+
+struct Wide : Parameters {
+  int32_t groups, span;  // int8: scales of a row of the weights, and the columns of K of each
+  int32_t height;        // rows of the weights that a warpgroup has of one part of a stage
+  bool y_is_float;
+};
+
+// A thread of a warpgroup that multiplies: its accumulator 4j + 2h + i is of row `output(h)` of the block's rows of y's
+// columns and of token 8j + `token` + i.
+template <class Config>
+struct Place {
+  int group, warp, row, token, height;
+
+  __device__ __forceinline__ Place(const Wide& p, int lane)
+      : group(sm90::warp_index() / 4 - 1),
+        warp(sm90::warp_index() % 4),
+        row(lane / 4),
+        token(lane % 4 * 2),
+        height(Config::kEven ? p.height : 64) {}
+
+  // The first of the 8 rows of a half of the warp's, in the warpgroup's.
+  __device__ __forceinline__ int first(int h) const { return Config::kShort ? 8 * warp : 16 * warp + 8 * h; }
+  __device__ __forceinline__ bool has(int h) const {
+    return !Config::kEven || (first(h) < height && !(Config::kShort && h));
+  }
+  __device__ __forceinline__ int output(int h) const { return group * height + first(h) + row; }
+  // The same row in the weights' tile: y of int8 is an x of the next product, in its order.
+  __device__ __forceinline__ int weight_row(int h) const {
+    return Config::kInt8 && Config::kGated ? column_at(output(h)) : output(h);
+  }
+};
 
 template <class Config>
 __device__ __forceinline__ void store_fp32(const Wide& p, const Place<Config>& me, const Tile& tile, int column,
@@ -66,7 +98,7 @@ __device__ __forceinline__ void multiply_gate(const Wide& p, const Place<Config>
 // In e4m3, with one scale for a token and the 128 columns that the two warpgroups have.
 template <class Config>
 __device__ __forceinline__ void store_e4m3(const Wide& p, const Place<Config>& me, const Tile& tile, int column,
-                                           const float (&v)[Config::kSums], uint32_t (&amax)[Config::kWidth][8]) {
+                                           const float (&v)[Config::kSums], uint32_t (&amax)[Config::kTokens][8]) {
 #pragma unroll
   for (int i = 0; i < Config::kSums; i += 4)
 #pragma unroll

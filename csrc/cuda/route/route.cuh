@@ -67,18 +67,21 @@ __device__ __forceinline__ void sum_lanes(float* v) {
 // computed from the last one, and not used.
 template <class X, int kTokens>
 __device__ __forceinline__ void products(const RouteTopk& p, int64_t token, int expert, Shared& shared) {
-  const X* rows[kTokens];
-#pragma unroll
-  for (int m = 0; m < kTokens; ++m)
-    rows[m] = static_cast<const X*>(p.x) + min(token + m, p.tokens - 1) * p.x_stride;
+  const X* rows = static_cast<const X*>(p.x) + token * p.x_stride;
+  const float* router = p.router + expert * p.dim;
+  const int last_token = static_cast<int>(min(p.tokens - token, static_cast<int64_t>(kTokens)) - 1);
+  const int last_expert = static_cast<int>(min(p.experts - expert, static_cast<int64_t>(kExperts)) - 1);
   float sums[kTokens * kExperts] = {};
+#pragma unroll 1
   for (int64_t d = 4 * threadIdx.x; d < p.dim; d += kStep) {
+    // 16 rows' addresses would else occupy registers through the loop, 32 of the 128 that let two blocks be resident
+    const int tokens = sm90::opaque(last_token), experts = sm90::opaque(last_expert);
     float4 x[kTokens];
 #pragma unroll
-    for (int m = 0; m < kTokens; ++m) x[m] = load4(rows[m] + d);
+    for (int m = 0; m < kTokens; ++m) x[m] = load4(rows + min(m, tokens) * p.x_stride + d);
 #pragma unroll
     for (int e = 0; e < kExperts; ++e) {
-      const float4 w = load4(p.router + min(static_cast<int64_t>(expert + e), p.experts - 1) * p.dim + d);
+      const float4 w = load4(router + min(e, experts) * p.dim + d);
 #pragma unroll
       for (int m = 0; m < kTokens; ++m) {
         float& sum = sums[m * kExperts + e];
@@ -215,7 +218,7 @@ __device__ __forceinline__ void group(const GroupTokens& p, int64_t begin, int64
 
 // Block b takes tokens kTokens·b and following. With an order to fill, the last block to end groups.
 template <class X, int kTokens>
-__global__ void __launch_bounds__(kThreads) route_kernel(const RouteAndGroup p) {
+__global__ void __launch_bounds__(kThreads, kTokens > 1 ? 2 : 1) route_kernel(const RouteAndGroup p) {
   Shared& shared = sm90::shared_memory<Shared>();
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kTokens;
   for (int expert = 0; expert < p.route.experts; expert += kExperts)

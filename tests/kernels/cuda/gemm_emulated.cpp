@@ -1,6 +1,6 @@
 // The launchers of csrc/cuda/gemm under the host emulation, for ctypes.
 
-#include "cuda/gemm/tile_columns.h"
+#include "cuda/gemm/tile_sizes.h"
 #include "cuda/include/grok/gemm.h"
 #include "cuda/launch.cuh"
 #include "guarded.h"

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import pytest
 
 from benchmarks import cuda_table
 
 TILES = [(2, 128), (1, 192), (1, 128)]  # halves of a tile, and the columns of one
 OUTPUTS = {"ToBf16": 2, "ToFp32": 0, "ToGated": 0.5}  # bytes that the copy engine stores for a column of sums
-WIDE = [("ToGated", (weight, n, True)) for weight, n in product(("E4m3", "Int8"), (16, 64))]
-WIDE += [("ToGated", ("Int8", 128, True))]  # tokens; whether the two parts of a stage are other rows
-WIDE += [(o, (w, n, False)) for o, w, n in product(("ToBf16", "ToFp32"), ("E4m3", "Int8"), (16, 64))]
-WIDE += [(o, ("Int8", n, True)) for o, n in product(("ToBf16", "ToFp32"), (64, 128))]
+FORMS = {"E4m3": {"Gated": (16, 64), "Even": (16, 64)}}  # of a block by the type of the weights, and tokens of a tile
+FORMS["Int8"] = {"Gated": (16, 64, 128), "Even": (16, 64), "Tall": (64, 128)}
+WIDE = [(w, form, n) for w, forms in FORMS.items() for form, tokens in forms.items() for n in tokens]
 pytestmark = pytest.mark.skipif(bool(cuda_table.missing()), reason=cuda_table.missing() or "all tools are there")
 
 
@@ -37,10 +34,10 @@ def test_the_readme_has_the_table_and_no_kernel_spills() -> None:
             stored = int(halves * columns * stores / 128)
             assert counted.pop(name) == (4 * halves, 0, 1 + halves, stored, 0, 0), name
     assert not any("fp8_kernel" in name for name in counted)
-    for output, (weight, tokens, row_parts) in WIDE:
-        name = f"gemm::wide::wide_kernel<gemm::wide::{weight}, gemm::{output}, {tokens}, {str(row_parts).lower()}>"
+    for weight, form, tokens in WIDE:
+        name = f"gemm::wide::wide_kernel<gemm::wide::{weight}, gemm::wide::{form}, {tokens}>"
         # of each part of the weights 128 columns, by 32 of e4m3 or 16 of bf16; their load, and those of x, by 128 bytes
-        columns, loads = 1 if row_parts else 2, 1 if weight == "E4m3" else 2
+        columns, loads = 2 if form == "Even" else 1, 1 if weight == "E4m3" else 2
         products = (8, 0) if weight == "E4m3" else (0, 16)
         assert counted.pop(name) == (*products, 2 + columns * loads, 0, 0, 0), name
     assert not any("wide_kernel" in name for name in counted)

@@ -1,7 +1,7 @@
 // The launchers of the wide products under the host emulation, for ctypes, beside those of gemm_emulated.cpp.
 
-#include "cuda/gemm/wide_height.h"
-#include "cuda/gemm/wide_int8.cuh"
+#include "cuda/gemm/tile_sizes.h"
+#include "cuda/gemm/wide.cuh"
 #include "cuda/include/grok/wide.h"
 #include "cuda/launch.cuh"
 #include "guarded.h"
@@ -11,12 +11,12 @@ using namespace grok::cuda;
 extern "C" {
 
 int even_height(int64_t n, int64_t experts, int64_t multiprocessors) {
-  return gemm::wide::even_height(n, experts, multiprocessors);
+  return gemm::even_height(n, experts, multiprocessors);
 }
 
 void convert(uint32_t bytes, uint32_t* pairs) { gemm::wide::convert(bytes, gemm::wide::kUpperBytes, pairs[0], pairs[1]); }
 
-int column_at(int place) { return gemm::wide::column_at(place); }
+int column_at(int place) { return gemm::column_at(place); }
 
 int wide_grouped_gemm(const GroupedGemm* p, int64_t tokens, char* error, int size) {
   return guarded(error, size, [&] { wide_grouped_gemm(*p, tokens, nullptr); });

@@ -1,35 +1,91 @@
+#include "../wide.cuh"
+
+#include <algorithm>
+
+#include "../../include/grok/wide.h"
 #include "../check.h"
-#include "../wide_launch.h"
-#include "../wide_rows.cuh"
+#include "../tile_sizes.h"
 
 namespace grok::cuda {
+namespace {
 
 using namespace gemm;
 
+template <class Weight>
+void add_groups(const char* op, const std::string& shape, const Product& p, int64_t tokens, wide::Wide& k) {
+  constexpr bool kInt8 = std::is_same_v<Weight, wide::Int8>;
+  check(p.x_type == (kInt8 ? Type::bf16 : Type::e4m3), op, " of ", shape, ": x is not ", kInt8 ? "bf16" : "e4m3",
+        ", the only type of rows for such weights");
+  check(tokens == 16 || tokens == 64 || (kInt8 && tokens == 128), op, " of ", shape, ": tokens=", tokens,
+        ", expected 16 or 64", kInt8 ? ", or 128" : "");
+  check(p.weight_groups == 1 || (kInt8 && p.weight_groups > 1 && p.k % (p.weight_groups * kDepth) == 0), op, " of ",
+        shape, ": weight_groups=", p.weight_groups, ", expected 1",
+        kInt8 ? ", or groups of a multiple of 128 columns" : "");
+  k.groups = static_cast<int32_t>(p.weight_groups);
+  k.span = static_cast<int32_t>(p.k / p.weight_groups);
+}
+
+template <class Weight, class Form, int kTokens>
+void launch_tiles(const char* op, const std::string& shape, const Product& p, wide::Wide k, Stream stream) {
+  using C = wide::Config<Weight, Form, kTokens>;
+  const auto columns = static_cast<uint64_t>(C::kInt8 ? gathered_width(p.k) : p.k);
+  const uint64_t bytes = columns * (C::kInt8 ? 2 : 1);
+  k.x = tensor_map(op, shape,
+                   {p.x, C::kInt8 ? Element::bf16 : Element::byte, 2, {columns, static_cast<uint64_t>(p.rows)},
+                    {0, bytes}, {C::kXColumns, kTokens}});
+  k.weight = weight_map(op, shape, p, C::kEven ? 2 * k.height : C::kPartRows);
+  const int64_t most = most_tiles(op, shape, p, kTokens, tiles(k.width, C::block_rows(k)));
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(most, multiprocessors()));
+  const Launch how = {op, shape, {blocks, 1, 1}, {kThreads, 1, 1}, sizeof(typename C::Shared), 1, stream};
+  launch_kernel(how, wide::wide_kernel<Weight, Form, kTokens>, k);
+}
+
+// Rows of x bring their bytes from L2 once for every block of rows of the weights: few rows leave its height free, many
+// want it large. e4m3 has few.
+template <class Weight>
+void choose_block(const char* op, const std::string& shape, const GroupedGemm& p, int64_t tokens, Stream stream) {
+  auto k = params_of<wide::Wide>(op, shape, p);
+  add_groups<Weight>(op, shape, p.product, tokens, k);
+  if (p.product.rows == 0) return;
+  k.y_is_float = p.y_is_float;
+  if constexpr (std::is_same_v<Weight, wide::Int8>) {
+    k.step = 128;
+    if (tokens == 128) return launch_tiles<Weight, wide::Tall, 128>(op, shape, p.product, k, stream);
+    if (tokens == 64 && p.product.rows > tokens * p.product.experts)
+      return launch_tiles<Weight, wide::Tall, 64>(op, shape, p.product, k, stream);
+  }
+  k.height = even_height(p.product.n, p.product.experts, multiprocessors());
+  tokens == 64 ? launch_tiles<Weight, wide::Even, 64>(op, shape, p.product, k, stream)
+               : launch_tiles<Weight, wide::Even, 16>(op, shape, p.product, k, stream);
+}
+
+template <class Weight>
+void choose_tokens(const char* op, const std::string& shape, const GateUp& p, int64_t tokens, Stream stream) {
+  auto k = params_of<wide::Wide>(op, shape, p);
+  add_groups<Weight>(op, shape, p.product, tokens, k);
+  if (p.product.rows == 0) return;
+  if constexpr (std::is_same_v<Weight, wide::Int8>) {
+    k.width = static_cast<int32_t>(gathered_width(k.width));
+    if (tokens == 128) return launch_tiles<Weight, wide::Gated, 128>(op, shape, p.product, k, stream);
+  }
+  tokens == 64 ? launch_tiles<Weight, wide::Gated, 64>(op, shape, p.product, k, stream)
+               : launch_tiles<Weight, wide::Gated, 16>(op, shape, p.product, k, stream);
+}
+
+}  // namespace
+
 void wide_grouped_gemm(const GroupedGemm& p, int64_t tokens, Stream stream) {
-  const bool int8 = p.product.weight_type == Type::int8;
-  int8 ? wide::grouped_gemm<wide::Int8>(p, tokens, stream) : wide::grouped_gemm<wide::E4m3>(p, tokens, stream);
+  const char* op = "wide_grouped_gemm";
+  const std::string shape = shape_of(p.product);
+  p.product.weight_type == Type::int8 ? choose_block<wide::Int8>(op, shape, p, tokens, stream)
+                                      : choose_block<wide::E4m3>(op, shape, p, tokens, stream);
 }
 
 void wide_gate_up(const GateUp& p, int64_t tokens, Stream stream) {
-  const bool int8 = p.product.weight_type == Type::int8;
-  int8 ? wide::gate_up<wide::Int8>(p, tokens, stream) : wide::gate_up<wide::E4m3>(p, tokens, stream);
-}
-
-void gather_rows(const GatherRows& p, Stream stream) {
-  const char* op = "gather_rows";
-  const std::string shape = "rows=" + std::to_string(p.rows) + " D=" + std::to_string(p.dim);
-  check(p.rows >= 0 && p.rows < 1ll << 31, op, " of ", shape, ": rows=", p.rows, ", expected 0..2^31-1");
-  check(p.dim >= 2 && p.dim % 2 == 0 && p.x_stride % 2 == 0, op, " of ", shape, ": D=", p.dim,
-        " and x_stride=", p.x_stride, ", expected multiples of 2");
-  check(!p.order || (p.offsets && p.active >= 1), op, " of ", shape, ": order without offsets, or active=", p.active,
-        ", expected 1 or more");
-  check_aligned(op, shape, "x", p.x, 4);
-  check_aligned(op, shape, "y", p.y, 16);
-  if (p.rows == 0) return;
-  const auto parts = static_cast<unsigned>((gathered_width(p.dim) / 128 + wide::kRowWarps - 1) / wide::kRowWarps);
-  const Launch how = {op, shape, {static_cast<unsigned>(p.rows), parts, 1}, {wide::kRowThreads, 1, 1}, 0, 1, stream};
-  launch_kernel(how, wide::gather_rows_kernel, p);
+  const char* op = "wide_gate_up";
+  const std::string shape = shape_of(p.product);
+  p.product.weight_type == Type::int8 ? choose_tokens<wide::Int8>(op, shape, p, tokens, stream)
+                                      : choose_tokens<wide::E4m3>(op, shape, p, tokens, stream);
 }
 
 }  // namespace grok::cuda

@@ -51,14 +51,14 @@ void gate_up(const GateUp& p, Stream stream);
 // The grouped row i is x[order[i] / active] in e4m3: q = e4m3(x / scale), saturating, scale = amax / 448 of each 128
 // columns, an amax below 2⁻¹⁰⁰ counting as that. Rows past the last group are not written.
 struct GatherQuantize {
-  const uint16_t* x;       // (rows / active, dim) bf16, aligned to 8 bytes
-  int64_t x_stride;        // elements between tokens, a multiple of 4
+  const uint16_t* x;       // (rows / active, dim) bf16, aligned to 16 bytes
+  int64_t x_stride;        // elements between tokens, a multiple of 8
   const int32_t* order;    // (rows,)
   const int32_t* offsets;  // (experts + 1,)
   uint8_t* q;              // (rows, dim), contiguous, aligned to 16 bytes
   float* scale;            // that of row i and group g at i · scale_row + g · scale_group
   int64_t scale_row, scale_group;
-  int64_t rows, dim, active, experts;  // dim a multiple of 4
+  int64_t rows, dim, active, experts;  // dim a multiple of 8
 };
 void gather_quantize(const GatherQuantize& p, Stream stream);
 
