@@ -114,7 +114,10 @@ def test_names_select_problems(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--list", "moe/grok-1/decode/fp8-even-*", "rms_norm/grok-2/*/t?"]) == 0
     lines = capsys.readouterr().out.split()
     assert len(lines) == 9 + 4
-    assert (lines[0], lines[9]) == ("moe/grok-1/decode/fp8-even-t1", "rms_norm/grok-2/decode/t1")  # as they were asked for
+    assert (lines[0], lines[9]) == (
+        "moe/grok-1/decode/fp8-even-t1",
+        "rms_norm/grok-2/decode/t1",
+    )  # as they were asked for
     assert main(["bench", "--list", "@quick"]) == 0
     assert set(capsys.readouterr().out.split()) == {p.name for p in select(SETS["quick"])}
     assert main(["bench", "--list"]) == 0

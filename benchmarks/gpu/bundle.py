@@ -52,7 +52,9 @@ def make(folder: Path, python: str) -> None:
     """ChildProcessError with the compiler's words where a module does not build."""
     folder.mkdir(parents=True, exist_ok=True)
     about = json.loads(subprocess.run([python, "-c", ASK], check=True, capture_output=True, text=True).stdout)
-    objects = folder.with_name(f"{folder.name}-objects").resolve()  # kept beside it: what did not change is not built again
+    objects = folder.with_name(
+        f"{folder.name}-objects"
+    ).resolve()  # kept beside it: what did not change is not built again
     built = objects / "modules"
     command = [python, "-W", "ignore", "setup.py", "-q", "build_ext", "--build-lib", str(built)]
     done = subprocess.run([*command, "--build-temp", str(objects)], cwd=ROOT, capture_output=True, text=True)
