@@ -8,8 +8,10 @@ from benchmarks import cuda_table
 
 TILES = [(2, 128), (1, 192), (1, 128)]  # halves of a tile, and the columns of one
 OUTPUTS = {"ToBf16": 2, "ToFp32": 0, "ToGated": 0.5}  # bytes that the copy engine stores for a column of sums
-FORMS = {"E4m3": {"Gated": (16, 64), "Even": (16, 64)}}  # of a block by the type of the weights, and tokens of a tile
-FORMS["Int8"] = {"Gated": (16, 64, 128), "Even": (16, 64), "Tall": (64, 128)}
+FORMS: dict[str, dict[str, tuple[int, ...]]] = {  # by the type of the weights, the form of a block: tokens of a tile
+    "E4m3": {"Gated": (16, 64), "Even": (16, 64)},
+    "Int8": {"Gated": (16, 64, 128), "Even": (16, 64), "Tall": (64, 128)},
+}
 WIDE = [(w, form, n) for w, forms in FORMS.items() for form, tokens in forms.items() for n in tokens]
 pytestmark = pytest.mark.skipif(bool(cuda_table.missing()), reason=cuda_table.missing() or "all tools are there")
 
