@@ -17,10 +17,13 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -141,8 +144,13 @@ class Bench:
         return weight, scale
 
     def call(self, rows: int) -> Callable[[], Tensor]:
-        """Of so many rows, as even as can be over the experts. A row of gate and up goes on through the second product,
-        whose time is the same for all candidates."""
+        op, args = self.arguments(rows)
+        functions: dict[str, Callable[..., Tensor]] = {"moe": moe, "grouped_gemm": grouped_gemm}
+        return partial(functions[op], *args)
+
+    def arguments(self, rows: int) -> tuple[str, tuple[Any, ...]]:
+        """An op and its arguments, of so many rows, as even as can be over the experts. A row of gate and up goes on through
+        the second product, whose time is the same for all candidates."""
         p, (weight, scale) = self.p, self.weights[0]
         if p.pair:
             active = min(ACTIVE, p.experts, rows)
@@ -150,7 +158,7 @@ class Bench:
             chosen = torch.arange(tokens * active, device=self.device).view(tokens, active) % p.experts
             topk = torch.full((tokens, active), 0.5, device=self.device)
             args = (self.x[:tokens], topk, chosen.int(), weight, scale, *self.weights[1])
-            return lambda: moe(*args, act_format=self.act_format)
+            return "moe", (*args, "gelu_tanh", self.act_format)
         x, x_scale = self.x[:rows], None
         if self.act_format != "none":
             x, x_scale = (quantize_fp8 if self.act_format == "fp8" else quantize_int8)(x, 128)
@@ -158,7 +166,7 @@ class Bench:
         if p.experts > 1:
             chosen = torch.arange(rows, device=self.device, dtype=torch.int32).view(rows, 1) % p.experts
             _, offsets = group_tokens(chosen, p.experts)
-        return lambda: grouped_gemm(x, weight, scale, offsets, x_scale, torch.bfloat16)
+        return "grouped_gemm", (x, weight, scale, offsets, x_scale, torch.bfloat16)
 
     def with_tiles(self, tile: Gemm, rows: int) -> Callable[[], Tensor]:
         call = self.call(rows)
@@ -189,6 +197,25 @@ def forced(p: Product, tile: Gemm) -> Iterator[None]:
         yield
     finally:
         module.gemm = select
+
+
+def compile_ahead(p: Product, chip: Chip, pool: Executor) -> None:
+    """Compile all candidates into Triton's cache, several at once: one after another they take two seconds each."""
+    tiles = [tile for few in (False, True) for tile in candidates(p, chip, few)]
+    list(pool.map(partial(_compile, p, chip), tiles))
+
+
+def _compile(p: Product, chip: Chip, tile: Gemm) -> None:
+    """In a process of its own, with tensors that need no memory. What cannot be compiled says so when it is to run."""
+    from .triton import compiled, table
+
+    bench = Bench(p, torch.device("meta"), FEW_ROWS)
+    op, args = bench.arguments(FEW_ROWS)
+    with forced(p, tile):
+        found = compiled.launches(lambda: getattr(table, op)(*args), chip)
+    for launch in found:
+        with suppress(Exception):
+            compiled.compile_only(launch, chip)
 
 
 Timer = Callable[[Sequence[Callable[[], Any]]], list[float]]  # the seconds of each, from turns
@@ -292,8 +319,9 @@ def tune(
     again: bool = False,
     say: Callable[[str], None] = print,
     bench: Callable[[Product, torch.device], Any] = Bench,
+    pool: Executor | None = None,
 ) -> int:
-    """Measure what the file lacks, or all of it; how many products could not be."""
+    """Measure what the file lacks, or all of it; how many products could not be. With a `pool` of processes they compile."""
     kept = read_tuned(file, chip.name)
     entries, failed = kept.setdefault("gemm", {}), 0
     kept["with"] = _versions(chip)
@@ -302,6 +330,8 @@ def tune(
         if p.key in entries and not again:
             say("  known")
             continue
+        if pool is not None:
+            compile_ahead(p, chip, pool)
         try:
             entries[p.key] = tune_product(p, chip, bench(p, device), timer, say)
         except (ValueError, torch.OutOfMemoryError) as failure:
@@ -370,6 +400,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, help="in place of the package's tuned/<chip>.json")
     parser.add_argument("--again", action="store_true", help="measure what the file has, too")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
     parser.add_argument("--wide", action="store_true", help="ask no more than whether all tiles have the same bits")
     parser.add_argument("--list", action="store_true", help="print the products and how many candidates each has")
     a = parser.parse_args(argv)
@@ -393,8 +424,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"tune: {error}", file=sys.stderr)
         return 2
-    with torch.inference_mode():
-        failed = tune(wanted, chip, device, CudaTimer(device), file, again=a.again)
+    with torch.inference_mode(), ProcessPoolExecutor(max(a.jobs, 1), get_context("spawn")) as pool:
+        failed = tune(wanted, chip, device, CudaTimer(device), file, again=a.again, pool=pool)
         tune_wide(device, file)
     print(f"{file}: {len(wanted) - failed} of {len(wanted)} products")
     return 1 if failed else 0

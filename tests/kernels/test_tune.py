@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -273,3 +276,23 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(len(line.split()) == 3 for line in lines)
     assert main(["--device", "cpu"]) == 2
     assert capsys.readouterr().err == "tune: cpu is not a GPU that is here\n"
+
+
+def test_candidates_are_compiled_before_they_are_measured(tmp_path: Path) -> None:
+    """Without a GPU: into a cache from which a process on the chip takes them."""
+    code = (
+        "from grok_kernels.tune import Product, _compile, candidates\n"
+        "from grok_kernels.tuning import CHIPS\n"
+        "for pair in (True, False):\n"
+        "    p = Product(256, 256, 'fp8', pair, 8)\n"
+        "    _compile(p, CHIPS['h100'], candidates(p, CHIPS['h100'], True)[0])\n"
+    )
+    env = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
+    compiled = {path.stem for path in tmp_path.glob("*/*.cubin")}
+    assert compiled >= {"_gate_up", "_grouped_gemm"}

@@ -89,10 +89,15 @@ def compiles(launches: Iterable[Launch], chip: Chip) -> set[tuple[str, str]]:
     return found
 
 
-def compile_launch(launch: Launch, chip: Chip) -> Compiled:
-    """This launch's kernel, compiled for the chip."""
+def compile_only(launch: Launch, chip: Chip) -> Any:
+    """This launch's kernel as Triton has it, compiled for the chip into Triton's cache or found there."""
     with _driven(chip):
-        kernel = launch.kernel.run(*launch.args, grid=launch.grid, warmup=True, **launch.meta)
+        return launch.kernel.run(*launch.args, grid=launch.grid, warmup=True, **launch.meta)
+
+
+def compile_launch(launch: Launch, chip: Chip) -> Compiled:
+    """This launch's kernel, compiled for the chip, and what came out."""
+    kernel = compile_only(launch, chip)
     name = launch.kernel.__name__
     if not chip.capability:
         return _amd(name, chip, kernel)
