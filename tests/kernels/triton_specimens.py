@@ -208,6 +208,22 @@ def attention_mixed_fp8() -> Any:
 
 
 @specimen
+def attention_prefill_fp8() -> Any:
+    return _attention((8192,), 8192, FP8)
+
+
+@specimen
+def attention_prefill_fp8_wide_pages() -> Any:
+    return _attention((8192,), 8192, FP8, 64)
+
+
+@specimen
+def attention_mixed_fp8_requests() -> Any:
+    """More requests than the least that attention is compiled for."""
+    return _attention((2048, *(1,) * 299), 8192, FP8)
+
+
+@specimen
 def attention_mixed_fp32() -> Any:
     return _attention((64, 1), 8192, torch.float32)
 
@@ -240,7 +256,8 @@ def main() -> None:
     for name, call in SPECIMENS.items():
         if any(fnmatch(name, pattern) for pattern in a.patterns):
             for found in compiled.launches(call, chip):
-                print(json.dumps({"specimen": name, **asdict(compiled.compile_launch(found, chip))}), flush=True)
+                kernel = asdict(compiled.compile_launch(found, chip))
+                print(json.dumps({"specimen": name, "triton": triton.__version__, **kernel}), flush=True)
 
 
 if __name__ == "__main__":

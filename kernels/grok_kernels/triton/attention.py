@@ -78,11 +78,12 @@ def _find(item, items):
 
 @triton.jit
 def _attend(
-    q, lowest, position, first, end, k_ptr, v_ptr, ks_ptr, vs_ptr, table_ptr, ks_page, ks_slot, vs_page, vs_slot,
+    q, lowest, position, first, end, k_ptr, v_ptr, ks_ptr, vs_ptr, table_ptr,
     scale, softcap, window, temperature_len, log2_len,
     SPLITS: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, WARM: tl.constexpr, SCALED: tl.constexpr,
     DOT: tl.constexpr, PAGE: tl.constexpr, K_PAGE: tl.constexpr, K_SLOT: tl.constexpr, V_PAGE: tl.constexpr,
-    V_SLOT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr,
+    V_SLOT: tl.constexpr, KS_PAGE: tl.constexpr, KS_SLOT: tl.constexpr, VS_PAGE: tl.constexpr, VS_SLOT: tl.constexpr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr,
     HEAD: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Keys first..end−1 of one request, from the start of a split: maximum, sum and output of each row, over those that
@@ -110,7 +111,7 @@ def _attend(
         v = tl.load(v_ptr + v_at[:, None] + column[None, :], mask=mask, other=0.0)
         s = tl.dot(q, tl.trans(as_type(k, DOT)), input_precision="ieee")
         if SCALED:
-            s = s * tl.load(ks_ptr + page * ks_page + slot * ks_slot, mask=inside, other=0.0)[None, :]
+            s = s * tl.load(ks_ptr + page * KS_PAGE + slot * KS_SLOT, mask=inside, other=0.0)[None, :]
         # in base 2 from here on
         if not SOFTCAP:
             s = s * (scale * LOG2E)
@@ -136,7 +137,7 @@ def _attend(
         p = tl.exp2(s - _safe(new)[:, None])
         total = total * keep + tl.sum(p, 1)
         if SCALED:
-            p = p * tl.load(vs_ptr + page * vs_page + slot * vs_slot, mask=inside, other=0.0)[None, :]
+            p = p * tl.load(vs_ptr + page * VS_PAGE + slot * VS_SLOT, mask=inside, other=0.0)[None, :]
         v = as_type(v, DOT)
         out *= keep[:, None]
         if tl.bfloat16 == DOT:
@@ -176,10 +177,10 @@ def _rows(
 @jit(batch=("least", "requests", "table_row"), unaligned=("table_ptr", "starts_ptr", "lengths_ptr"))
 def _tiles(
     q_ptr, out_ptr, least, k_ptr, v_ptr, ks_ptr, vs_ptr, table_ptr, starts_ptr, lengths_ptr, requests,
-    heads, table_row, q_row, q_head, k_group, v_group,
-    ks_page, ks_group, ks_slot, vs_page, vs_group, vs_slot, scale, softcap, window, temperature_len, log2_len,
+    heads, table_row, q_row, q_head, k_group, v_group, ks_group, vs_group, scale, softcap, window, temperature_len, log2_len,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, WARM: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr,
     PAGE: tl.constexpr, K_PAGE: tl.constexpr, K_SLOT: tl.constexpr, V_PAGE: tl.constexpr, V_SLOT: tl.constexpr,
+    KS_PAGE: tl.constexpr, KS_SLOT: tl.constexpr, VS_PAGE: tl.constexpr, VS_SLOT: tl.constexpr,
     UNIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr, HEAD: tl.constexpr,
     C: tl.constexpr, PER_GROUP: tl.constexpr, REQUESTS: tl.constexpr,
 ):  # fmt: skip
@@ -198,9 +199,9 @@ def _tiles(
         _top, total, out = _attend(
             q, first, first + index, _lowest(first, window, SPAN) * SPAN, high,
             k_ptr + group * k_group, v_ptr + group * v_group, ks_ptr + group * ks_group, vs_ptr + group * vs_group,
-            table_ptr + b.to(tl.int64) * table_row, ks_page, ks_slot, vs_page, vs_slot,
+            table_ptr + b.to(tl.int64) * table_row,
             scale, softcap, window, temperature_len, log2_len, True, SOFTCAP, WINDOW, WARM, SCALED,
-            DOT, PAGE, K_PAGE, K_SLOT, V_PAGE, V_SLOT, UNIT, ROWS, KEYS, SPAN, HEAD, C,
+            DOT, PAGE, K_PAGE, K_SLOT, V_PAGE, V_SLOT, KS_PAGE, KS_SLOT, VS_PAGE, VS_SLOT, UNIT, ROWS, KEYS, SPAN, HEAD, C,
         )  # fmt: skip
         zero = tl.program_id(2)  # as no compiler knows: places found again take no registers while keys go by
         _index, at, mask = _rows(zero, left, heads * C, C, PER_GROUP, ROWS, HEAD, C)
@@ -210,10 +211,10 @@ def _tiles(
 @jit(batch=("parts", "requests", "table_row"), unaligned=("table_ptr", "starts_ptr", "lengths_ptr"))
 def _splits(
     q_ptr, part_ptr, sums_ptr, parts, k_ptr, v_ptr, ks_ptr, vs_ptr, table_ptr, starts_ptr, lengths_ptr, requests,
-    heads, table_row, q_row, q_head, k_group, v_group,
-    ks_page, ks_group, ks_slot, vs_page, vs_group, vs_slot, scale, softcap, window, temperature_len, log2_len,
+    heads, table_row, q_row, q_head, k_group, v_group, ks_group, vs_group, scale, softcap, window, temperature_len, log2_len,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, WARM: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr,
     PAGE: tl.constexpr, K_PAGE: tl.constexpr, K_SLOT: tl.constexpr, V_PAGE: tl.constexpr, V_SLOT: tl.constexpr,
+    KS_PAGE: tl.constexpr, KS_SLOT: tl.constexpr, VS_PAGE: tl.constexpr, VS_SLOT: tl.constexpr,
     UNIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr, HEAD: tl.constexpr,
     C: tl.constexpr, PER_GROUP: tl.constexpr, REQUESTS: tl.constexpr,
 ):  # fmt: skip
@@ -237,9 +238,9 @@ def _splits(
         top, total, out = _attend(
             q, length - 1, tl.zeros((ROWS,), tl.int32) + length - 1, split * SPAN, tl.minimum(split * SPAN + SPAN, length),
             k_ptr + group * k_group, v_ptr + group * v_group, ks_ptr + group * ks_group, vs_ptr + group * vs_group,
-            table_ptr + b.to(tl.int64) * table_row, ks_page, ks_slot, vs_page, vs_slot,
+            table_ptr + b.to(tl.int64) * table_row,
             scale, softcap, window, temperature_len, log2_len, False, SOFTCAP, WINDOW, WARM, SCALED,
-            DOT, PAGE, K_PAGE, K_SLOT, V_PAGE, V_SLOT, UNIT, ROWS, KEYS, SPAN, HEAD, C,
+            DOT, PAGE, K_PAGE, K_SLOT, V_PAGE, V_SLOT, KS_PAGE, KS_SLOT, VS_PAGE, VS_SLOT, UNIT, ROWS, KEYS, SPAN, HEAD, C,
         )  # fmt: skip
         at = (b.to(tl.int64) * heads + head) * parts + split
         tl.store(sums_ptr + at * 2, top, mask=used)
@@ -296,15 +297,18 @@ def paged_attention(
     rows = max(tile.rows, triton.next_power_of_2(per_group))
     args = (
         as_known(k_cache), as_known(v_cache), ks, vs, block_table, query_start, seq_lens, requests, heads,
-        block_table.stride(0), *q_THC.stride()[:2], k_cache.stride(1), v_cache.stride(1), *ks.stride()[:3],
-        *vs.stride()[:3], scale, softcap, window, temperature_len, math.log2(max(temperature_len, 2)),
+        block_table.stride(0), *q_THC.stride()[:2], k_cache.stride(1), v_cache.stride(1), ks.stride(1), vs.stride(1),
+        scale, softcap, window, temperature_len, math.log2(max(temperature_len, 2)),
     )  # fmt: skip
     strides = {
         "K_PAGE": k_cache.stride(0), "K_SLOT": k_cache.stride(2), "V_PAGE": v_cache.stride(0), "V_SLOT": v_cache.stride(2),
     }  # fmt: skip
+    scales = {
+        "KS_PAGE": ks.stride(0), "KS_SLOT": ks.stride(2), "VS_PAGE": vs.stride(0), "VS_SLOT": vs.stride(2),
+    }  # fmt: skip
     meta = {
         "SOFTCAP": softcap > 0, "WINDOW": window > 0, "WARM": temperature_len > 0, "SCALED": k_scale is not None,
-        "DOT": tl.float32 if fp32 else tl.bfloat16, "PAGE": page, **strides, "UNIT": math.gcd(16, *strides.values()),
+        "DOT": tl.float32 if fp32 else tl.bfloat16, "PAGE": page, **strides, **scales, "UNIT": math.gcd(16, *strides.values()),
         "ROWS": rows, "KEYS": tile.keys, "SPAN": SPAN, "HEAD": head, "C": c, "PER_GROUP": per_group,
         "REQUESTS": requests_of(requests), "num_warps": tile.warps, "num_stages": tile.stages,
         "enable_fp_fusion": False,
@@ -312,14 +316,16 @@ def paged_attention(
     if max_query_len != 1 and requests:
         # where there is one request it has all queries, be it one
         tiles = triton.cdiv(t, rows // per_group) + requests
-        launch(_tiles, (tiles, groups), q_THC, out_THC, 1 if requests == 1 else 2, *args, **meta)
+        # ptxas of Triton 3.6, left alone, aims at 128 registers in fp32, and spills
+        bound = {"maxnreg": 248} if chip.capability and fp32 else {}
+        launch(_tiles, (tiles, groups), q_THC, out_THC, 1 if requests == 1 else 2, *args, **meta, **bound)
         if requests == 1:
             return out_THC
     parts = triton.cdiv(width * page, SPAN)
     part = torch.empty((requests, heads, parts, head), dtype=torch.float32, device=q_THC.device)
     sums = torch.empty((requests, heads, parts, 2), dtype=torch.float32, device=q_THC.device)
     programs = min(requests * parts * groups, tile.resident * chip.multiprocessors)
-    if chip.capability:
+    if chip.capability and not (fp32 and chip.capability == 90):  # where ptxas of Triton 3.6 spills if bounded
         meta["maxnreg"] = min(65536 // (32 * tile.warps * tile.resident) // 8 * 8, 255)
     launch(_splits, (programs,), q_THC, part, sums, parts, *args, **meta)
     launch(
