@@ -12,6 +12,7 @@ NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 SANITIZED := build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
 INSTALLED := $(VENV)/.installed
+OTHER_TRITON := $(VENV)/triton-3.6
 BUILT := $(VENV)/.built
 
 # ninja lies in the environment, and the build looks for it on the path
@@ -28,7 +29,7 @@ setup: $(BUILT) ## create .venv, install the project there for development, buil
 demo: $(BUILT) ## generate text with the small model that ships with the project
 	$(BIN)/grok-engine generate --model tiny --prompt "$(PROMPT)" --max-tokens 120 --stats
 
-test: $(BUILT) ## run the tests (PYTEST_ARGS="-k name" to choose)
+test: $(BUILT) $(OTHER_TRITON) ## run the tests (PYTEST_ARGS="-k name" to choose)
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 # The module is built anew, beside a copy of its package. libstdc++ too is loaded first, or exceptions go past the checks.
@@ -76,6 +77,10 @@ $(INSTALLED): pyproject.toml setup.py | $(BIN)/python
 	@$(PIP) "setuptools>=77" wheel pybind11 ninja "torch>=2.11,<2.14"
 	@GROK_BUILD_NATIVE=0 $(PIP) --no-build-isolation --editable ".[dev]"
 	@touch $@
+
+# The Triton of torch 2.11, which a machine with a GPU may have: the kernels are compiled with it too.
+$(OTHER_TRITON): | $(INSTALLED)
+	@$(PIP) --no-deps --target $@ triton==3.6.0
 
 # Apart from the installation, so that a change under csrc/ compiles and no more. Without a module there is no stamp:
 # the next call tries again, since a compiler may have come.

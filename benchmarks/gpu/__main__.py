@@ -83,9 +83,9 @@ def _chip() -> str:
 
 
 def _environment(folder: Path | None, cache: Path) -> dict[str, str]:
-    """For the processes of all stages: one cache of compiled kernels, and whose sources these are where git cannot say."""
-    about = bundle.read(folder) if folder else {}
-    commit = bundle.commit() or about.get("commit")
+    """For the processes of all stages: one cache of compiled kernels, and which commit the sources are of. The bundle was made
+    beside their repository; where it is unpacked there may be another, or none."""
+    commit = os.environ.get("GROK_BENCH_COMMIT") or (bundle.read(folder)["commit"] if folder else bundle.commit())
     cache.mkdir()
     return {"TRITON_CACHE_DIR": str(cache), **({"GROK_BENCH_COMMIT": commit} if commit else {})}
 

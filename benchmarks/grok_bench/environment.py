@@ -127,11 +127,12 @@ def _version(package: str) -> str | None:
 
 def _commit() -> tuple[str | None, bool]:
     """Of the sources that run, and whether they differ from it; None where these files are in no repository."""
+    if told := os.environ.get("GROK_BENCH_COMMIT"):  # by who copied the sources, + where they have changes
+        return told.rstrip("+"), told.endswith("+")
     here = Path(__file__)
     git = ("git", "-C", str(here.parent))
     if not _output(*git, "ls-files", here.name):  # installed somewhere inside of another project's repository
-        told = os.environ.get("GROK_BENCH_COMMIT")  # by who copied the sources to a machine without their repository
-        return (told.rstrip("+"), told.endswith("+")) if told else (None, False)
+        return None, False
     commit = _output(*git, "rev-parse", "--short=12", "HEAD")
     return commit, bool(commit and _output(*git, "status", "--porcelain", "--untracked-files=no"))
 

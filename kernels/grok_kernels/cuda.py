@@ -87,7 +87,7 @@ def _no_chip() -> str:
 
 
 @cache
-def _unusable() -> str:
+def unusable() -> str:
     """Loads the kernels, compiling them if need be. What failed, if so, said once."""
     try:
         if find_spec(NAME) is None:
@@ -113,7 +113,7 @@ def _unusable_on(*tensors: Tensor) -> str | None:
     for tensor in tensors:
         if tensor.device.type != "cuda":
             return f"its tensors are on {tensor.device}, the cuda backend takes those on cuda"
-    return _wrong_chip(tensors[0].device) or _unusable() or None
+    return _wrong_chip(tensors[0].device) or unusable() or None
 
 
 def _supports_route(x: Tensor, router: Tensor, k: int, softcap: float, renormalize: bool) -> str | None:
@@ -273,7 +273,7 @@ def moe(
 if _reason := _missing():
     registry.mark_missing("cuda", _reason)
 else:
-    registry.ask_later("cuda", _no_chip, _unusable)
+    registry.ask_later("cuda", _no_chip, unusable)
 registry.register("route_topk", "cuda", supports=_supports_route)(route_topk)
 registry.register("route_and_group", "cuda", supports=_supports_route_and_group)(route_and_group)
 registry.register("group_tokens", "cuda", supports=_supports_group)(group_tokens)

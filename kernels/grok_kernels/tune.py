@@ -366,7 +366,7 @@ def same_wide_bits(weight: torch.dtype, device: torch.device) -> bool:
 
 def tune_wide(device: torch.device, file: Path, *, say: Callable[[str], None] = print) -> None:
     """What the cuda backend may choose from, where it serves this chip."""
-    if reason := registry.backends()["moe"]["cuda"].reason:
+    if reason := registry.backends()["moe"]["cuda"].reason or cuda.unusable():
         say(f"wide: left out: {reason}")
         return
     kept = read_tuned(file, chip_of(device).name)

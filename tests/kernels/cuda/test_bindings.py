@@ -40,9 +40,9 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    cuda._unusable.cache_clear()
+    cuda.unusable.cache_clear()
     yield
-    cuda._unusable.cache_clear()
+    cuda.unusable.cache_clear()
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_another_chip_is_named(compiled: list[dict[str, Any]], monkeypatch: pyte
     assert cuda._no_chip() == route()
     assert compiled == []
     monkeypatch.setattr(registry, "_missing", {})
-    monkeypatch.setattr(registry, "_later", {"cuda": (cuda._no_chip, cuda._unusable)})
+    monkeypatch.setattr(registry, "_later", {"cuda": (cuda._no_chip, cuda.unusable)})
     status = registry.backends()["route_topk"]["cuda"]
     assert (status.available, status.reason) == (False, route())
 
@@ -171,13 +171,13 @@ def test_what_triton_serves_alone_is_fused(
 
     monkeypatch.delenv(registry.ENV, raising=False)
     monkeypatch.setattr(registry, "_missing", {})
-    monkeypatch.setattr(registry, "_later", {"cuda": (cuda._no_chip, cuda._unusable)})
+    monkeypatch.setattr(registry, "_later", {"cuda": (cuda._no_chip, cuda.unusable)})
     for name in ("_preferred", "_fused"):
         monkeypatch.setattr(registry, name, {})
     assert registry.preferred("moe", "cuda") == "cuda"
     assert not registry.fuses("moe_fp8", ("moe",), "cuda")
     assert len(compiled) == 1
-    cuda._unusable.cache_clear()
+    cuda.unusable.cache_clear()
     if why == "compiler":
         monkeypatch.setattr(cpp_extension, "load", fail)
     else:
