@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+import grok_kernels
+
 from .batch import Batch, Work, flatten
 from .cache.paged import allocate_pages, copy_pages, page_bytes
 from .config import ConfigError, EngineConfig
@@ -30,6 +32,17 @@ class Runner:
         self.num_pages = self._num_pages(dtype)
         self.cache = allocate_pages(config.model, self.num_pages, config.page_size, dtype, self.device)
         self.graphs = self._new_graphs()
+        if self.device.type == "cuda":
+            self._meet_kernels()
+
+    def _meet_kernels(self) -> None:
+        """Run a step of each kind that kernels are compiled for, tokens sampled, so that none is compiled while serving."""
+        c = self.config
+        tokens = min(c.max_num_batched_tokens, c.max_len, self.num_pages * c.page_size)
+        for queries in grok_kernels.startup_steps(c.max_num_seqs, tokens):
+            work = [Work([0] * count, 0, range(-(-count // c.page_size))) for count in queries]
+            logits_BV = self.logits(self.run(work)[: len(work)])
+            grok_kernels.sample_top_p(logits_BV, *torch.full((3, len(work)), 0.5, device=self.device))
 
     def _new_graphs(self) -> DecodeGraphs | None:
         """For decode steps over `cache`."""

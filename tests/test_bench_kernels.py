@@ -130,7 +130,7 @@ def test_names_select_problems(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["nope/*"], "no problem matches 'nope/*': names are OP/MODEL/PHASE/DETAILS, of ops rms_norm, sandwich_norm"),
-        (["@none"], "'@none' is no set of problems: expected @cpu, @cuda, @cuda-first, @cuda-quick, @quick"),
+        (["@none"], "'@none' is no set of problems: expected @cpu, @cuda, @cuda-first, @cuda-compiling, @cuda-quick, @quick"),
         (["rms_norm/grok-1/decode/t1", "--contestant", "FlashThing"], "no contestant matches 'FlashThing': there are grok"),
         (["--device", "tpu"], "there is no device 'tpu' here: expected one of cpu"),
         (["--plugin", "PLUGIN"], "NameError: name 'undefined' is not defined"),

@@ -45,7 +45,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "grok_engine.scheduler": ("config", "cache.allocator"),
     "grok_engine.request": ("output", "sampler", "sampling", "scheduler"),
     "grok_engine.graphs": ("batch", "config", "models", "grok_kernels"),
-    "grok_engine.runner": ("batch", "cache", "config", "graphs", "loader", "models", "parallel", "sampling", "scheduler"),
+    "grok_engine.runner": (
+        "batch", "cache", "config", "graphs", "loader", "models", "parallel", "sampling", "scheduler", "grok_kernels",
+    ),
     # where a checkpoint, a model and a runner are put together
     "grok_engine.engine": (
         "batch", "cache", "checkpoint", "config", "dummy", "loader", "models", "output", "packed", "parallel", "request",

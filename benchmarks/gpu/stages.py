@@ -21,7 +21,8 @@ LATENCY = (
     "--max-num-seqs", "8", "--max-model-len", "2048",
 )  # fmt: skip
 CONTESTANTS = ("grok_kernels cuda*", "grok_kernels triton*", "torch _scaled_grouped_mm*", "torch _grouped_mm*",
-               "torch eager", "torch sdpa*", "DeepGEMM*")  # fmt: skip
+               "torch eager", "torch sdpa*")  # fmt: skip
+COMPILING = ("grok_kernels cuda*", "grok_kernels triton*", "DeepGEMM*", "FlashInfer*", "torch FlexAttention*")
 TRITON_PARTS = 5
 SANITIZER = "compute-sanitizer"
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats", "WarpStateStats")
@@ -79,8 +80,9 @@ def second(run: Run) -> list[Stage]:
         _tiles(run),
         Stage("full size", lambda _: _full_size(run), 110, "all", at_once=True),
         Stage("engine", lambda _: [_engine(run)], 60, "all"),  # alone: it takes what memory is left
-        Stage("tuning", lambda _: [_tune(run, "tune", "--model", "grok-1", "--format", "fp8")], 80, "none"),
         Stage("figures", lambda o: _figures(run, "kernels", "@cuda-quick", o), 80),
+        Stage("figures beside what compiles", lambda _: _compiling(run), 75),
+        Stage("tuning", lambda _: [_tune(run, "tune", "--model", "grok-1", "--format", "fp8")], 60, "none"),
         Stage("profiles", lambda _: [_profile(run, *which) for which in _slowest(run)], 40, "none"),
         Stage("sanitizers", lambda _: _sanitizers(run), 40, "none", at_once=True),
     ]
@@ -122,10 +124,21 @@ def _by_hand_lost(outcomes: Sequence[Outcome]) -> bool:
 
 def _figures(run: Run, name: str, problems: str, outcomes: Sequence[Outcome]) -> list[Command]:
     who = [c for c in CONTESTANTS if not (_by_hand_lost(outcomes) and c.startswith("grok_kernels cuda"))]
-    args = ["--seconds", "0.4", "--limit", "20", *(["--no-compile"] if problems == "@cuda-first" else [])]
     if run.rehearse:
         return [run.bench(name, "kernels", "@quick", "--smoke", "--no-compile")]
-    return [run.bench(name, "kernels", problems, *args, *(part for c in who for part in ("--contestant", c)))]
+    return [_race(run, name, problems, who, "--no-compile")]
+
+
+def _race(run: Run, name: str, problems: str, who: Sequence[str], *more: str) -> Command:
+    args = ("--seconds", "0.4", "--limit", "30", *more, *(part for c in who for part in ("--contestant", c)))
+    return run.bench(name, "kernels", problems, *args)
+
+
+def _compiling(run: Run) -> list[Command]:
+    """Few problems, since these peers take ten seconds and more for each; those that are not installed are missing."""
+    if run.rehearse:
+        return [run.bench("kernels-compiling", "kernels", "group_tokens/grok-1/decode/zipf-t64", "--smoke")]
+    return [_race(run, "kernels-compiling", "@cuda-compiling", COMPILING)]
 
 
 def _decode(run: Run, name: str, outcomes: Sequence[Outcome], *more: str) -> Command:

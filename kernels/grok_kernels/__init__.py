@@ -30,6 +30,7 @@ from .packing import (
     wants_packed,
 )
 from .registry import Status, backends, capturable, chosen, fuses, use_backend
+from .triton.steps import startup as startup_steps
 from .tuning import multiplies_fp8
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "sample_top_p",
     "sandwich_norm",
     "sandwich_norm_fp8",
+    "startup_steps",
     "triton",
     "unpack_weight",
     "use_backend",

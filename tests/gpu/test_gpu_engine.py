@@ -91,6 +91,27 @@ def test_no_step_waits_for_the_device(name: str, weights: Any) -> None:
             runner.copy([(0, 2), (1, 3)])
 
 
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_no_kernel_is_compiled_while_serving(weights: Any) -> None:
+    """Whatever the batches: all that Triton compiles it compiles when the engine is made."""
+    triton = pytest.importorskip("triton")
+    engine = LLMEngine(small(PRESETS["grok-1"]), device=DEVICE, weights=weights, num_pages=60, max_num_seqs=12)
+    compiled: list[str] = []
+    rng = random.Random(5)
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.jit_cache_hook = lambda **kernel: compiled.append(str(kernel["repr"]))
+        for i in range(40):
+            prompt = rng.choices(range(3, 60), k=rng.choice([1, 2, 5, 16, 33, 64]))
+            params = SamplingParams(
+                temperature=rng.choice([0.0, 1.0]), max_tokens=rng.randint(1, 9), seed=i, ignore_eos=True
+            )
+            engine.add_request(str(i), prompt, params)
+            engine.step()
+        while engine.has_unfinished_requests():
+            engine.step()
+    assert not compiled
+
+
 def test_pages_are_what_is_left() -> None:
     """After the largest step and all graphs that were ever needed the device still has what GPU_SHARE leaves it."""
     model = replace(PRESETS["grok-1"], num_layers=1, vocab_size=32768) if ON_GPU else small(PRESETS["grok-1"])

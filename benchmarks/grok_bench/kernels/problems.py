@@ -168,6 +168,12 @@ SETS: dict[str, tuple[str, ...]] = {
         *_set("{op}/grok-1/*/t256", op=("rms_norm", "sandwich_norm", "quantize_fp8")),
         "rope_store_kv/grok-1/*/bf16-p64-t256",
     ),
+    # of its second, beside peers that compile
+    "cuda-compiling": (
+        *_set("grouped_gemm/grok-1/prefill/{w}-fp8xfp8-even-t4096", w=("w13", "w2")),
+        "paged_attention/grok-1/decode/bf16-p64-b64-l8192", "grouped_gemm/grok-1/decode/w13-fp8xfp8-even-t64",
+        "paged_attention/grok-1/prefill/bf16-p64-q2048-l2048",
+    ),
     # of its second, in two minutes: every class once, and what decides between kernels
     "cuda-quick": (
         *_set("grouped_gemm/grok-1/*/{w}-fp8xfp8-even-t{t}", w=("w13", "w2"), t=(1, 64, 4096)),
