@@ -180,10 +180,7 @@ class Device:
 
 
 class Cuda(Device):
-    """A GPU: events, graphs, and a write to more than the L2 cache before each call.
-
-    Checked with a stand-in for the driver only; not yet run on a chip.
-    """
+    """A GPU: events, graphs, and a write to more than the L2 cache before each call."""
 
     kind = "cuda"
     cold = 0
