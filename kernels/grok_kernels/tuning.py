@@ -156,12 +156,16 @@ def wide_tokens(weight: torch.dtype, most: int, even: int, chip: Chip) -> int:
 
     {"wide": {WEIGHT DTYPE: {"same_bits": true}}} in tuned/<chip>.json says that a chip gave the same bits for all of
     them. Without it e4m3 has 0 and int8 has 64 for any number of rows, so that no result depends on the batch.
+
+    Measured on an H100, the layer of 8 experts: a tile of 16 reads weights at 97 to 100% of the memory's bandwidth, of e4m3 4%
+    faster than the kernel for many rows and at one token 13%. An expert with more rows than a tile reads its weights
+    again, so tiles of 16 end at half of that: of rows that fall by chance few experts have twice their share.
     """
     e4m3 = weight == torch.float8_e4m3fn
     if not _tuned(chip.name).get("wide", {}).get(str(weight).removeprefix("torch."), {}).get("same_bits", False):
         return 0 if e4m3 else 64
-    if most <= 64:
-        return 16 if most <= 16 else 64
+    if most <= 16 or even <= 8:
+        return 16
     return 0 if e4m3 else 64 if even <= 64 else 128
 
 

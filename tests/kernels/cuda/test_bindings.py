@@ -222,8 +222,8 @@ def test_one_tile_serves_any_number_of_rows_until_a_chip_has_shown_the_same_bits
     assert tokens(torch.int8) == [64] * len(rows)
     shown = {"wide": {"float8_e4m3fn": {"same_bits": True}, "int8": {"same_bits": True}}}
     monkeypatch.setattr(tuning, "_tuned", lambda chip: shown)
-    assert tokens(FP8) == [16, 16, 64, 64, 0, 0, 0, 0]
-    assert tokens(torch.int8) == [16, 16, 64, 64, 64, 64, 64, 128]
+    assert tokens(FP8) == [16, 16, 16, 0, 0, 0, 0, 0]
+    assert tokens(torch.int8) == [16, 16, 16, 64, 64, 64, 64, 128]
     assert all(set(tokens(weight)) - {0} <= set(kept) for weight, kept in tuning.WIDE_TOKENS.items())
 
 
