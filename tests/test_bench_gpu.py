@@ -285,7 +285,7 @@ def test_a_rehearsal_of_the_second_part(tmp_path: Path) -> None:
     found, said = rehearsal("second", tmp_path)
     logs = {name for name in found if name.endswith(".log")}
     assert logs == {
-        "load.log", "tune-wide.log", "tune.log", "full-size-0.log", "full-size-1.log", "engine.log", "kernels.log",
+        "load.log", "tune-wide.log", "tune.log", "full-size-0.log", "full-size-1.log", "full-size-2.log", "engine.log", "kernels.log",
         "kernels-compiling.log",
         "ncu-rms_norm-grok-1-decode-t64.log", "memcheck.log", "racecheck.log",
     }  # fmt: skip
