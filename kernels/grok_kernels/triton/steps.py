@@ -8,7 +8,7 @@ from __future__ import annotations
 
 REQUESTS = 256  # of attention's searches, at least: two a thread
 FEW = (
-    128  # rows by experts that the small block of `group_tokens` takes: 64 requests that decode, with two experts each
+    128  # rows by experts that the small block takes of `group_tokens`: 64 requests that decode, with two experts each
 )
 
 
@@ -29,7 +29,8 @@ def startup(max_requests: int, max_tokens: int) -> list[tuple[int, ...]]:
     tokens sampled; the largest prompt is among them, so that its memory may be measured in the same run. Products that
     have a tile of their own for up to `tuning.FEW_ROWS` rows find it with the first.
     """
-    steps: list[tuple[int, ...]] = [(1,), (max_tokens,)]
+    # the second's rows are grouped in the large block by the router itself, the third's by kernels of their own
+    steps: list[tuple[int, ...]] = [(1,), (min(FEW + 1, max_tokens),), (max_tokens,)]
     requests = REQUESTS + 1
     while requests <= max_requests:
         steps.append((1,) * requests)
