@@ -8,7 +8,7 @@
 // e4m3 × e4m3 for many rows. A block of three warpgroups computes tiles of 128 rows by kHalves · kColumns columns: one
 // warpgroup loads, two multiply 64 rows each. Of every 128 columns of K a warpgroup takes first one half of its
 // columns, then the other, through one set of partial sums: four products of 32, then the sum times the row's scale
-// goes into fp32. While one warpgroup does that, the other has the tensor core.
+// goes into fp32. While one warpgroup does that, the other may have the tensor core.
 //
 // Two blocks of a cluster take the same rows and neighbouring columns; each loads one half of the rows for both.
 
