@@ -5,8 +5,8 @@
 // become bf16 in registers, have no other kernels.
 //
 // `tokens` is how many rows of x a tile has: 16 or 64, of bf16 rows 128 too. A result is the same chain of additions
-// for each, and for e4m3 the chain of gemm.h's kernels; that the tensor core then rounds alike is for a test on the chip
-// to show. Until it has, choose one for a model, never one by the batch.
+// for each, and for e4m3 the chain of gemm.h's kernels, and on an H100 the same bits. Where no test has shown that the
+// tensor core rounds alike, choose one for a model, never one by the batch.
 
 #include "gemm.h"
 
