@@ -57,8 +57,7 @@ __device__ __forceinline__ int first_column(const Tile& tile) {
   return (tile.column * kCluster + static_cast<int>(sm90::cluster_rank())) * Config::kWidth;
 }
 
-// One thread: the tiles of x and of the weights. A stage with nothing in it comes last, for those who multiply look one
-// ahead.
+// One thread: the tiles of x and of the weights.
 template <class Config, int kHalves, int kColumns>
 __device__ __forceinline__ void load_tiles(const Fp8& p, typename Config::Shared& shared) {
   const int rank = static_cast<int>(sm90::cluster_rank());
@@ -79,8 +78,6 @@ __device__ __forceinline__ void load_tiles(const Fp8& p, typename Config::Shared
         sm90::load_tile(stage.weight[half], p.weight, full, k, column + half * p.step, tile.expert);
     }
   }
-  wait_empty(shared.ring, at);
-  sm90::arrive(shared.ring.full[at.stage]);
 }
 
 // One warp: the scales of x.
@@ -100,36 +97,27 @@ __device__ __forceinline__ void load_scales(const Fp8& p, typename Config::Share
       }
       sm90::arrive_after_copies(shared.ring.full[at.stage]);
     }
-  wait_empty(shared.ring, at);
-  sm90::arrive(shared.ring.full[at.stage]);
 }
 
-// The rows of a stage, into registers, which feed the products of all columns: each product that reads them from shared
-// memory again would take of its bandwidth, which is scarce here.
-template <class Config>
-__device__ __forceinline__ void take_rows(typename Config::Shared& shared, const Position<Config::kStages>& at,
-                                          const Place& me, uint32_t (&x)[kDepth / 32][4]) {
+// Multiplies one stage: kSums partial sums in registers, kHalves · kSums whole ones, and the rows, which are read once
+// for all columns: each product that reads them from shared memory again would take of its bandwidth, which is scarce
+// here.
+template <class Config, int kHalves, int kColumns>
+__device__ __forceinline__ void multiply_stage(typename Config::Shared& shared, Position<Config::kStages>& at,
+                                               const Place& me, float (&sums)[kHalves * kColumns / 2]) {
+  constexpr int kSums = kColumns / 2;
   wait_full(shared.ring, at);
+  const auto& stage = shared.stages[at.stage];
+  const float scale[2] = {shared.scale[at.stage][me.row], shared.scale[at.stage][me.row + 8]};
+  uint32_t x[kDepth / 32][4];
   // its addresses would else occupy registers from one stage to the next
   const int lane = sm90::opaque(sm90::lane_index());
 #pragma unroll
   for (int k = 0; k < kDepth; k += 32)
-    sm90::load_matrices(x[k / 32],
-                        shared.stages[at.stage].x + in_tile(me.row / 16 * 16 + lane % 16, k + lane / 16 * 16));
-}
-
-// Multiplies one stage: kSums partial sums in registers, kHalves · kSums whole ones, and the rows x. Those of the next
-// stage, of whatever tile, are taken before the last promotion, which then hides the way to them.
-template <class Config, int kHalves, int kColumns>
-__device__ __forceinline__ void multiply_stage(typename Config::Shared& shared, Position<Config::kStages>& at,
-                                               const Place& me, uint32_t (&x)[kDepth / 32][4],
-                                               float (&sums)[kHalves * kColumns / 2]) {
-  constexpr int kSums = kColumns / 2;
-  const int stage = at.stage;
-  const float scale[2] = {shared.scale[stage][me.row], shared.scale[stage][me.row + 8]};
+    sm90::load_matrices(x[k / 32], stage.x + in_tile(me.row / 16 * 16 + lane % 16, k + lane / 16 * 16));
 #pragma unroll
   for (int half = 0; half < kHalves; ++half) {
-    const uint64_t weight = sm90::operand(shared.stages[stage].weight[half]);
+    const uint64_t weight = sm90::operand(stage.weight[half]);
     float partial[kSums];
     sm90::fence_products();
 #pragma unroll
@@ -139,13 +127,12 @@ __device__ __forceinline__ void multiply_stage(typename Config::Shared& shared, 
     sm90::wait_products<0>(partial);
     if (half == kHalves - 1) {
       __syncwarp();  // all lanes have their scales
-      if (sm90::lane_index() < kCluster) sm90::arrive_at(shared.ring.empty[stage], sm90::lane_index());
-      at.advance();
-      take_rows<Config>(shared, at, me, x);
+      if (sm90::lane_index() < kCluster) sm90::arrive_at(shared.ring.empty[at.stage], sm90::lane_index());
     }
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sums[half * kSums + i] = fmaf(scale[i / 2 % 2], partial[i], sums[half * kSums + i]);
   }
+  at.advance();
 }
 
 template <class Output, int kHalves, int kColumns>
@@ -156,14 +143,12 @@ __device__ __forceinline__ void multiply_tiles(const Fp8& p,
   const Place me;
   auto list = walk(p, shared.schedule);
   Position<Config::kStages> at;
-  uint32_t x[kDepth / 32][4];
-  take_rows<Config>(shared, at, me, x);
   int buffer = 0;
   for (Tile tile; list.next(tile);) {
     float sums[kHalves * kSums];
 #pragma unroll
     for (float& sum : sums) sum = 0.0f;
-    for (int k = 0; k < p.k; k += kDepth) multiply_stage<Config, kHalves, kColumns>(shared, at, me, x, sums);
+    for (int k = 0; k < p.k; k += kDepth) multiply_stage<Config, kHalves, kColumns>(shared, at, me, sums);
     const int column = first_column<Config>(tile);
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
