@@ -157,45 +157,66 @@ def wide_tokens(weight: torch.dtype, most: int, even: int, chip: Chip) -> int:
     {"wide": {WEIGHT DTYPE: {"same_bits": true}}} in tuned/<chip>.json says that a chip gave the same bits for all of
     them. Without it e4m3 has 0 and int8 has 64 for any number of rows, so that no result depends on the batch.
 
-    Measured on an H100, the layer of 8 experts: a tile of 16 reads weights at 97 to 100% of the memory's bandwidth, of e4m3 4%
-    faster than the kernel for many rows and at one token 13%. An expert with more rows than a tile reads its weights
-    again, so tiles of 16 end at half of that: of rows that fall by chance few experts have twice their share.
+    Measured on an H100. The layer of 8 experts: a tile of 16 reads weights at 97 to 100% of the memory's bandwidth, of e4m3 4%
+    faster than the kernel for many rows and at one token 13%; at 64 tokens that fall by chance it is 10% slower, since an
+    expert with more rows than a tile reads its weights again: so tiles of 16 end at half of what they hold. One matrix
+    (`most` is `even`), which has too few tiles of many rows for all multiprocessors: 64 a tile win to 64 rows of e4m3, and
+    to 256 of int8.
     """
     e4m3 = weight == torch.float8_e4m3fn
     if not _tuned(chip.name).get("wide", {}).get(str(weight).removeprefix("torch."), {}).get("same_bits", False):
         return 0 if e4m3 else 64
     if most <= 16 or even <= 8:
         return 16
-    return 0 if e4m3 else 64 if even <= 64 else 128
+    one_matrix = most == even
+    if e4m3:
+        return 64 if one_matrix and even <= 64 else 0
+    return 64 if even <= (256 if one_matrix else 64) else 128
 
 
 # Attention
 
 
 @dataclass(frozen=True)
-class Attention:
-    """How attention is cut: one shape for prefill and decode, since a sum's order depends on it."""
+class Tile:
+    """Rows of one program of attention, queries times the heads of a group, and how it loads their keys."""
 
-    rows: int  # of a tile: queries times the heads of a group
-    keys: int  # in a block
+    rows: int
     warps: int
-    stages: int  # of the pipeline: page ids are loaded first, then keys and values, with 5 two blocks before their use
+    stages: int  # of the pipeline: with ahead "", page ids are loaded first, keys and values behind them
+    ahead: str = ""  # held in registers from one block to the next: "", its "pages", its "keys", or the whole "blocks"
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How attention is cut. A sum's order is to be the same in prefill and decode, and so is the number of keys in a block.
+    Rows and warps may differ: on an H100 wgmma (64 rows or more, by whole warpgroups) and mma.sync (by one warp) gave the
+    same bits where both multiply the columns of K in their own order, 16 at a time."""
+
+    keys: int  # in a block
+    prefill: Tile
+    decode: Tile
     resident: int  # programs of a multiprocessor, where requests decode; bounds the registers of each
+    words: bool = False  # e4m3 is read and converted four at a time
 
 
 def attention(dot: str, cache: torch.dtype, chip: Chip) -> Attention:
-    """The tile for queries and keys that multiply in type `dot`. Not measured: counted.
+    """The tiles for queries and keys that multiply in type `dot`.
 
-    64 rows are the side of a warpgroup's product. In prefill a thread then holds 64 sums of a split and as many of those
-    before it; scores of 32 keys fit beside them in any variant, those of 64 do not. When decoding, three programs have two
-    blocks of 16 KB each on their way (bf16), or two have three blocks of 8 KB (e4m3, whose conversion takes registers):
-    the bandwidth of an H100 times its latency is 20 to 30 KB a multiprocessor.
+    Measured on an H100: 2048 queries of one prompt and 2048 keys, in bf16, 246 µs with 64 keys, 299 with 32; 64 requests of 8192
+    keys are decoded at the speed of memory with either. e4m3 is bound by its conversion, which a decoding tile of 64 rows,
+    of which a query has 6, adds softmax to: with 16 rows and one warp it takes 0.55 ms in place of 0.84. Two warps or more of
+    mma.sync would share the keys of a row, which is another order of sums. On other chips nothing was measured.
     """
     if dot == "fp32":
-        return Attention(64, 32, 8 if chip.capability else 4, 2, 1)
+        tile = Tile(64, 8 if chip.capability else 4, 2)
+        return Attention(32, tile, tile, 1)
     if chip.capability == 90:
-        return Attention(64, 32, 4, 7, 2) if cache.itemsize == 1 else Attention(64, 32, 4, 5, 3)
-    return Attention(64, 32, 8 if chip.capability else 4, 3, 1)
+        if cache.itemsize == 1:
+            return Attention(32, Tile(64, 4, 1, "blocks"), Tile(16, 1, 3, "pages"), 7, words=True)
+        return Attention(64, Tile(64, 4, 3, "pages"), Tile(64, 4, 3, "pages"), 2)
+    tile = Tile(64, 8 if chip.capability else 4, 3)
+    return Attention(32, tile, tile, 1)
 
 
 @lru_cache

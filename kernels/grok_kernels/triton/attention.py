@@ -9,8 +9,8 @@ neither batch nor chunk. Who computes what is found from the lengths on the devi
 others, and a table far wider than the requests are long costs nothing.
 
 p is multiplied as two bf16 numbers, what it rounds to and what that leaves: by the first alone the result would not be
-that of fp32, rounded once. On an H100 the second adds half to the products of prefill (768 cycles instead of 512 for 64
-rows and keys, in 16-bit operands), which the special functions of a softcap take anyway (three a score: 768).
+that of fp32, rounded once. On an H100 both are multiplied by mma.sync: by wgmma the fewest rows are 64, of which a query
+that is decoded fills 6, and a key's conversion from e4m3 leaves no time for more than it must.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from ..tuning import attention, chip_of
 from .arithmetic import tanh
@@ -76,6 +77,87 @@ def _find(item, items):
     return b, item - tl.sum(tl.where(tl.arange(0, items.shape[0]) < b, items, 0))
 
 
+_WORD_AS_BF16 = tl.constexpr("""
+{
+.reg .b32 x, y, u, v, m;
+prmt.b32 x, $4, 0, 0x1404;
+prmt.b32 y, $4, 0, 0x3424;
+shr.b32 u, x, 4;
+shr.b32 v, y, 4;
+lop3.b32 u, u, 0x07f007f0, 0, 0xc0;
+lop3.b32 v, v, 0x07f007f0, 0, 0xc0;
+lop3.b32 u, x, 0x80008000, u, 0xea;
+lop3.b32 v, y, 0x80008000, v, 0xea;
+mov.b32 m, 0x7b807b80;
+mul.rn.bf16x2 u, u, m;
+mul.rn.bf16x2 v, v, m;
+mov.b32 {$0, $1}, u;
+mov.b32 {$2, $3}, v;
+}
+""")  # each byte's exponent and fraction to where bf16 has them; times 2**120, from one exponent bias to the other
+
+
+@triton.jit
+def _converted(x, always, DOT: tl.constexpr):
+    """`as_type`; or of words of four e4m3 each, a fourth of the instructions, but a NaN becomes 480: see `_block`.
+
+    `always` is true. Behind a branch Triton does not see the joins, for which it would have mma.sync multiply the columns of
+    K in another order than wgmma does, and prefill and decode would differ in the last bit.
+    """
+    if x.dtype == tl.int32:
+        y = tl.zeros((x.shape[0], x.shape[1] * 4), DOT)
+        if always:
+            a, b, c, d = tl.inline_asm_elementwise(
+                _WORD_AS_BF16, "=h,=h,=h,=h,r", [x], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=1
+            )
+            y = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (x.shape[0], x.shape[1] * 4))
+    else:
+        y = as_type(x, DOT)
+    return y
+
+
+@triton.jit
+def _pages(at, end, table_ptr, PAGE: tl.constexpr, KEYS: tl.constexpr):
+    """The page of each key of a block, or the one of all."""
+    if PAGE % KEYS == 0:
+        page = tl.load(table_ptr + at // PAGE, mask=at < end, other=0)
+    else:
+        key = at + tl.arange(0, KEYS)
+        page = tl.load(table_ptr + key // PAGE, mask=key < end, other=0)
+    return page
+
+
+@triton.jit
+def _block(
+    at, end, page, k_ptr, v_ptr, ks_ptr, vs_ptr,
+    SCALED: tl.constexpr, PAGE: tl.constexpr, K_PAGE: tl.constexpr, K_SLOT: tl.constexpr, V_PAGE: tl.constexpr,
+    V_SLOT: tl.constexpr, KS_PAGE: tl.constexpr, KS_SLOT: tl.constexpr, VS_PAGE: tl.constexpr, VS_SLOT: tl.constexpr,
+    UNIT: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Keys, values and their scales from `at` on. What is not used of it is not loaded."""
+    WORD: tl.constexpr = 4 if k_ptr.dtype.element_ty == tl.int32 else 1
+    ZERO: tl.constexpr = 0 if WORD == 4 else 0.0
+    column = tl.arange(0, HEAD // WORD)
+    key = at + tl.arange(0, KEYS)
+    inside = key < end
+    slot = key % PAGE
+    if UNIT < 16:
+        page = page.to(tl.int64)
+    mask = inside[:, None] & (column < C // WORD)[None, :]
+    k_at = (page * (K_PAGE // UNIT) + slot * (K_SLOT // UNIT)).to(tl.int64) * UNIT
+    v_at = (page * (V_PAGE // UNIT) + slot * (V_SLOT // UNIT)).to(tl.int64) * UNIT
+    k = tl.load(k_ptr + k_at[:, None] + column[None, :], mask=mask, other=ZERO)
+    v = tl.load(v_ptr + v_at[:, None] + column[None, :], mask=mask, other=ZERO)
+    ks, vs = tl.zeros((KEYS,), tl.float32), tl.zeros((KEYS,), tl.float32)
+    if SCALED:
+        ks = tl.load(ks_ptr + page * KS_PAGE + slot * KS_SLOT, mask=inside, other=0.0)
+        vs = tl.load(vs_ptr + page * VS_PAGE + slot * VS_SLOT, mask=inside, other=0.0)
+        if WORD == 4:  # a NaN is stored with a scale that is NaN, or infinite: with one that is NaN it needs no code
+            ks += ks - ks
+            vs += vs - vs
+    return k, v, ks, vs
+
+
 @triton.jit
 def _attend(
     q, lowest, position, first, end, k_ptr, v_ptr, ks_ptr, vs_ptr, table_ptr,
@@ -83,35 +165,54 @@ def _attend(
     SPLITS: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, WARM: tl.constexpr, SCALED: tl.constexpr,
     DOT: tl.constexpr, PAGE: tl.constexpr, K_PAGE: tl.constexpr, K_SLOT: tl.constexpr, V_PAGE: tl.constexpr,
     V_SLOT: tl.constexpr, KS_PAGE: tl.constexpr, KS_SLOT: tl.constexpr, VS_PAGE: tl.constexpr, VS_SLOT: tl.constexpr,
-    UNIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, AHEAD: tl.constexpr, SPAN: tl.constexpr,
     HEAD: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Keys first..end−1 of one request, from the start of a split: maximum, sum and output of each row, over those that
-    it sees. They are those of one split, or where SPLITS of several, merged."""
+    it sees. They are those of one split, or where SPLITS of several, merged. AHEAD is what is held from one block to the
+    next, as `tuning.Tile` says."""
     top = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     out = tl.zeros((ROWS, HEAD), tl.float32)
     before, total_before, out_before = top, total, out
-    column = tl.arange(0, HEAD)
+    always = tl.num_programs(0) > 0
     if WARM:
         ones = tl.full((ROWS,), 1.0, tl.float32)
         warm = tl.div_rn(tl.log2(tl.maximum(position, 1).to(tl.float32)), ones * log2_len)
         factor = tl.where(position > temperature_len, warm, 1.0)[:, None]
+    if AHEAD != "":
+        page = _pages(first, end, table_ptr, PAGE, KEYS)
+    if AHEAD == "keys" or AHEAD == "blocks":
+        k, v, ks, vs = _block(
+            first, end, page, k_ptr, v_ptr, ks_ptr, vs_ptr, SCALED, PAGE, K_PAGE, K_SLOT, V_PAGE, V_SLOT,
+            KS_PAGE, KS_SLOT, VS_PAGE, VS_SLOT, UNIT, KEYS, HEAD, C,
+        )  # fmt: skip
+        page2 = _pages(first + KEYS, end, table_ptr, PAGE, KEYS)
     for at in range(first, end, KEYS):
         key = at + tl.arange(0, KEYS)
-        inside = key < end
-        page = tl.load(table_ptr + key // PAGE, mask=inside, other=0)
-        slot = key % PAGE
-        if UNIT < 16:
-            page = page.to(tl.int64)
-        mask = inside[:, None] & (column < C)[None, :]
-        k_at = (page * (K_PAGE // UNIT) + slot * (K_SLOT // UNIT)).to(tl.int64) * UNIT
-        v_at = (page * (V_PAGE // UNIT) + slot * (V_SLOT // UNIT)).to(tl.int64) * UNIT
-        k = tl.load(k_ptr + k_at[:, None] + column[None, :], mask=mask, other=0.0)
-        v = tl.load(v_ptr + v_at[:, None] + column[None, :], mask=mask, other=0.0)
-        s = tl.dot(q, tl.trans(as_type(k, DOT)), input_precision="ieee")
+        if AHEAD == "":
+            page = tl.load(table_ptr + key // PAGE, mask=key < end, other=0)
+        if AHEAD == "" or AHEAD == "pages":
+            k, v, ks, vs = _block(
+                at, end, page, k_ptr, v_ptr, ks_ptr, vs_ptr, SCALED, PAGE, K_PAGE, K_SLOT, V_PAGE, V_SLOT,
+                KS_PAGE, KS_SLOT, VS_PAGE, VS_SLOT, UNIT, KEYS, HEAD, C,
+            )  # fmt: skip
+            if AHEAD == "pages":
+                page = _pages(at + KEYS, end, table_ptr, PAGE, KEYS)
+        else:
+            if AHEAD == "keys":
+                _k, v, _ks, vs = _block(
+                    at, end, page, k_ptr, v_ptr, ks_ptr, vs_ptr, SCALED, PAGE, K_PAGE, K_SLOT, V_PAGE, V_SLOT,
+                    KS_PAGE, KS_SLOT, VS_PAGE, VS_SLOT, UNIT, KEYS, HEAD, C,
+                )  # fmt: skip
+            k2, v2, ks2, vs2 = _block(
+                at + KEYS, end, page2, k_ptr, v_ptr, ks_ptr, vs_ptr, SCALED, PAGE, K_PAGE, K_SLOT, V_PAGE, V_SLOT,
+                KS_PAGE, KS_SLOT, VS_PAGE, VS_SLOT, UNIT, KEYS, HEAD, C,
+            )  # fmt: skip
+            page, page2 = page2, _pages(at + 2 * KEYS, end, table_ptr, PAGE, KEYS)
+        s = tl.dot(q, tl.trans(_converted(k, always, DOT)), input_precision="ieee")
         if SCALED:
-            s = s * tl.load(ks_ptr + page * KS_PAGE + slot * KS_SLOT, mask=inside, other=0.0)[None, :]
+            s = s * ks[None, :]
         # in base 2 from here on
         if not SOFTCAP:
             s = s * (scale * LOG2E)
@@ -137,17 +238,21 @@ def _attend(
         p = tl.exp2(s - _safe(new)[:, None])
         total = total * keep + tl.sum(p, 1)
         if SCALED:
-            p = p * tl.load(vs_ptr + page * VS_PAGE + slot * VS_SLOT, mask=inside, other=0.0)[None, :]
-        v = as_type(v, DOT)
+            p = p * vs[None, :]
+        v_dot = _converted(v, always, DOT)
         out *= keep[:, None]
         if tl.bfloat16 == DOT:
             bits = (p.to(tl.uint32, bitcast=True) + 0x8000) & 0xFFFF0000
             high = bits.to(tl.float32, bitcast=True)  # p in bf16, by integers, since a cast and back takes a slow unit
-            out = tl.dot(high.to(DOT), v, out)
-            out = tl.dot((p - high).to(DOT), v, out)
+            out = tl.dot(high.to(DOT), v_dot, out)
+            out = tl.dot((p - high).to(DOT), v_dot, out)
         else:
-            out = tl.dot(p, v, out, input_precision="ieee")
+            out = tl.dot(p, v_dot, out, input_precision="ieee")
         top = new
+        if AHEAD == "keys":
+            k, ks = k2, ks2
+        if AHEAD == "blocks":
+            k, v, ks, vs = k2, v2, ks2, vs2
     if SPLITS:
         top, total, out = _merge(before, total_before, out_before, top, total, out)
     return top, total, out
@@ -181,8 +286,8 @@ def _tiles(
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, WARM: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr,
     PAGE: tl.constexpr, K_PAGE: tl.constexpr, K_SLOT: tl.constexpr, V_PAGE: tl.constexpr, V_SLOT: tl.constexpr,
     KS_PAGE: tl.constexpr, KS_SLOT: tl.constexpr, VS_PAGE: tl.constexpr, VS_SLOT: tl.constexpr,
-    UNIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr, HEAD: tl.constexpr,
-    C: tl.constexpr, PER_GROUP: tl.constexpr, REQUESTS: tl.constexpr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, AHEAD: tl.constexpr, SPAN: tl.constexpr,
+    HEAD: tl.constexpr, C: tl.constexpr, PER_GROUP: tl.constexpr, REQUESTS: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries and all of its keys, of the requests that have at least `least` queries."""
     tile, group = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # those with the most keys begin
@@ -201,11 +306,20 @@ def _tiles(
             k_ptr + group * k_group, v_ptr + group * v_group, ks_ptr + group * ks_group, vs_ptr + group * vs_group,
             table_ptr + b.to(tl.int64) * table_row,
             scale, softcap, window, temperature_len, log2_len, True, SOFTCAP, WINDOW, WARM, SCALED,
-            DOT, PAGE, K_PAGE, K_SLOT, V_PAGE, V_SLOT, KS_PAGE, KS_SLOT, VS_PAGE, VS_SLOT, UNIT, ROWS, KEYS, SPAN, HEAD, C,
+            DOT, PAGE, K_PAGE, K_SLOT, V_PAGE, V_SLOT, KS_PAGE, KS_SLOT, VS_PAGE, VS_SLOT, UNIT, ROWS, KEYS, AHEAD, SPAN, HEAD, C,
         )  # fmt: skip
         zero = tl.program_id(2)  # as no compiler knows: places found again take no registers while keys go by
         _index, at, mask = _rows(zero, left, heads * C, C, PER_GROUP, ROWS, HEAD, C)
         _store(out_ptr + (token * heads + group * PER_GROUP) * C, at, total, out, mask)
+
+
+@triton.jit
+def _items(starts_ptr, lengths_ptr, requests, window, SPAN: tl.constexpr, REQUESTS: tl.constexpr):
+    """How many splits each request with one query has."""
+    request = tl.arange(0, REQUESTS)
+    lengths = tl.load(lengths_ptr + request, mask=request < requests, other=0)
+    one = _queries(starts_ptr, requests, REQUESTS) == 1
+    return tl.where(one, tl.cdiv(lengths, SPAN) - _lowest(lengths - 1, window, SPAN), 0)
 
 
 @jit(batch=("parts", "requests", "table_row"), unaligned=("table_ptr", "starts_ptr", "lengths_ptr"))
@@ -215,17 +329,15 @@ def _splits(
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, WARM: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr,
     PAGE: tl.constexpr, K_PAGE: tl.constexpr, K_SLOT: tl.constexpr, V_PAGE: tl.constexpr, V_SLOT: tl.constexpr,
     KS_PAGE: tl.constexpr, KS_SLOT: tl.constexpr, VS_PAGE: tl.constexpr, VS_SLOT: tl.constexpr,
-    UNIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr, HEAD: tl.constexpr,
-    C: tl.constexpr, PER_GROUP: tl.constexpr, REQUESTS: tl.constexpr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, AHEAD: tl.constexpr, SPAN: tl.constexpr,
+    HEAD: tl.constexpr, C: tl.constexpr, PER_GROUP: tl.constexpr, REQUESTS: tl.constexpr,
 ):  # fmt: skip
     """The splits of the requests with one query: part (B, H, parts, HEAD), and maximum and sum in sums (B, H, parts, 2)."""
-    count = _queries(starts_ptr, requests, REQUESTS)
-    request = tl.arange(0, REQUESTS)
-    lengths = tl.load(lengths_ptr + request, mask=request < requests, other=0)
-    items = tl.where(count == 1, tl.cdiv(lengths, SPAN) - _lowest(lengths - 1, window, SPAN), 0)
     groups = heads // PER_GROUP
-    for item in range(tl.program_id(0), tl.sum(items) * groups, tl.num_programs(0)):
-        b, split = _find(item // groups, items)
+    items = tl.sum(_items(starts_ptr, lengths_ptr, requests, window, SPAN, REQUESTS)) * groups
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        zero = tl.minimum(item, tl.program_id(2))  # as no compiler knows: what is found again takes no registers
+        b, split = _find(item // groups, _items(starts_ptr + zero, lengths_ptr, requests, window, SPAN, REQUESTS))
         group = item % groups
         length = tl.load(lengths_ptr + b)
         token = tl.load(starts_ptr + b).to(tl.int64)
@@ -240,9 +352,11 @@ def _splits(
             k_ptr + group * k_group, v_ptr + group * v_group, ks_ptr + group * ks_group, vs_ptr + group * vs_group,
             table_ptr + b.to(tl.int64) * table_row,
             scale, softcap, window, temperature_len, log2_len, False, SOFTCAP, WINDOW, WARM, SCALED,
-            DOT, PAGE, K_PAGE, K_SLOT, V_PAGE, V_SLOT, KS_PAGE, KS_SLOT, VS_PAGE, VS_SLOT, UNIT, ROWS, KEYS, SPAN, HEAD, C,
+            DOT, PAGE, K_PAGE, K_SLOT, V_PAGE, V_SLOT, KS_PAGE, KS_SLOT, VS_PAGE, VS_SLOT, UNIT, ROWS, KEYS, AHEAD, SPAN, HEAD, C,
         )  # fmt: skip
-        at = (b.to(tl.int64) * heads + head) * parts + split
+        row, column = zero + tl.arange(0, ROWS), tl.arange(0, HEAD)
+        used = row < PER_GROUP
+        at = (b.to(tl.int64) * heads + group * PER_GROUP + row) * parts + split
         tl.store(sums_ptr + at * 2, top, mask=used)
         tl.store(sums_ptr + at * 2 + 1, total, mask=used)
         tl.store(part_ptr + at[:, None] * HEAD + column[None, :], out, mask=used[:, None])
@@ -270,6 +384,14 @@ def _combine(
         _store(out_ptr, (token * heads + head) * C + column, total, out, column < C)
 
 
+def _are_words(*caches: Tensor) -> bool:
+    """Whether e4m3 may be read four at a time, here."""
+    return not knobs.runtime.interpret and all(
+        x.dtype == torch.float8_e4m3fn and not any(n % 4 for n in (x.shape[3], x.storage_offset(), *x.stride()[:3]))
+        for x in caches
+    )
+
+
 def paged_attention(
     q_THC: Tensor,
     k_cache: Tensor,
@@ -294,7 +416,9 @@ def paged_attention(
     fp32 = torch.float32 in (q_THC.dtype, k_cache.dtype)
     chip = chip_of(q_THC.device)
     tile = attention("fp32" if fp32 else "bf16", k_cache.dtype, chip)
-    rows = max(tile.rows, triton.next_power_of_2(per_group))
+    rows, one = (max(x.rows, triton.next_power_of_2(per_group)) for x in (tile.prefill, tile.decode))
+    if tile.words and not fp32 and _are_words(k_cache, v_cache):
+        k_cache, v_cache = k_cache.view(torch.int32), v_cache.view(torch.int32)
     args = (
         as_known(k_cache), as_known(v_cache), ks, vs, block_table, query_start, seq_lens, requests, heads,
         block_table.stride(0), *q_THC.stride()[:2], k_cache.stride(1), v_cache.stride(1), ks.stride(1), vs.stride(1),
@@ -309,16 +433,18 @@ def paged_attention(
     meta = {
         "SOFTCAP": softcap > 0, "WINDOW": window > 0, "WARM": temperature_len > 0, "SCALED": k_scale is not None,
         "DOT": tl.float32 if fp32 else tl.bfloat16, "PAGE": page, **strides, **scales, "UNIT": math.gcd(16, *strides.values()),
-        "ROWS": rows, "KEYS": tile.keys, "SPAN": SPAN, "HEAD": head, "C": c, "PER_GROUP": per_group,
-        "REQUESTS": requests_of(requests), "num_warps": tile.warps, "num_stages": tile.stages,
-        "enable_fp_fusion": False,
+        "KEYS": tile.keys, "SPAN": SPAN, "HEAD": head, "C": c, "PER_GROUP": per_group,
+        "REQUESTS": requests_of(requests), "enable_fp_fusion": False,
     }  # fmt: skip
     if max_query_len != 1 and requests:
         # where there is one request it has all queries, be it one
         tiles = triton.cdiv(t, rows // per_group) + requests
         # ptxas of Triton 3.6, left alone, aims at 128 registers in fp32, and spills
         bound = {"maxnreg": 248} if chip.capability and fp32 else {}
-        launch(_tiles, (tiles, groups), q_THC, out_THC, 1 if requests == 1 else 2, *args, **meta, **bound)
+        launch(
+            _tiles, (tiles, groups), q_THC, out_THC, 1 if requests == 1 else 2, *args, **meta, **bound, ROWS=rows,
+            AHEAD=tile.prefill.ahead, num_warps=tile.prefill.warps, num_stages=tile.prefill.stages,
+        )  # fmt: skip
         if requests == 1:
             return out_THC
     parts = triton.cdiv(width * page, SPAN)
@@ -326,8 +452,11 @@ def paged_attention(
     sums = torch.empty((requests, heads, parts, 2), dtype=torch.float32, device=q_THC.device)
     programs = min(requests * parts * groups, tile.resident * chip.multiprocessors)
     if chip.capability and not (fp32 and chip.capability == 90):  # where ptxas of Triton 3.6 spills if bounded
-        meta["maxnreg"] = min(65536 // (32 * tile.warps * tile.resident) // 8 * 8, 255)
-    launch(_splits, (programs,), q_THC, part, sums, parts, *args, **meta)
+        meta["maxnreg"] = min(65536 // (32 * tile.decode.warps * tile.resident) // 8 * 8, 255)
+    launch(
+        _splits, (programs,), q_THC, part, sums, parts, *args, **meta, ROWS=one,
+        AHEAD=tile.decode.ahead, num_warps=tile.decode.warps, num_stages=tile.decode.stages,
+    )  # fmt: skip
     launch(
         _combine, (requests, heads), part, sums, out_THC, query_start, seq_lens, heads, parts, window,
         SPAN=SPAN, HEAD=head, C=c, num_warps=1, enable_fp_fusion=False,

@@ -38,6 +38,9 @@ class Compiled:
     shared_bytes: int
     instructions: dict[str, int]  # SASS by opcode up to the first dot; of AMD chips, the first word of a line
     ptx: str
+    k_widths: tuple[
+        int, ...
+    ] = ()  # neighbours along K that a thread has of an operand in registers; 2 of 16 bits are K in order
 
 
 class _Absent:
@@ -105,7 +108,10 @@ def compile_launch(launch: Launch, chip: Chip) -> Compiled:
     opcodes = Counter(m.group(1) for m in re.finditer(r"^\s*(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)[. ]", sass, re.M))
     registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
     spills = opcodes["LDL"] + opcodes["STL"]
-    return Compiled(name, chip.name, registers, spills, kernel.metadata.shared, dict(opcodes), kernel.asm["ptx"])
+    widths = tuple(sorted({int(width) for width in re.findall(r"kWidth = (\d+)", kernel.asm["ttgir"])}))
+    return Compiled(
+        name, chip.name, registers, spills, kernel.metadata.shared, dict(opcodes), kernel.asm["ptx"], widths
+    )
 
 
 def _disassembled(cubin: bytes) -> tuple[str, str]:

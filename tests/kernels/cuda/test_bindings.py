@@ -224,6 +224,10 @@ def test_one_tile_serves_any_number_of_rows_until_a_chip_has_shown_the_same_bits
     monkeypatch.setattr(tuning, "_tuned", lambda chip: shown)
     assert tokens(FP8) == [16, 16, 16, 0, 0, 0, 0, 0]
     assert tokens(torch.int8) == [16, 16, 16, 64, 64, 64, 64, 128]
+    dense = [tuning.wide_tokens(weight, m, m, h100) for weight in (FP8, torch.int8) for m in (16, 17, 64, 65, 256, 257)]
+    assert dense == [16, 64, 64, 0, 0, 0, 16, 64, 64, 64, 64, 128]
+    dense = [tuning.wide_tokens(weight, m, m, h100) for weight in (FP8, torch.int8) for m in (16, 17, 64, 65, 256, 257)]
+    assert dense == [16, 64, 64, 0, 0, 0, 16, 64, 64, 64, 64, 128]
     assert all(set(tokens(weight)) - {0} <= set(kept) for weight, kept in tuning.WIDE_TOKENS.items())
 
 
