@@ -133,6 +133,11 @@ def test_the_time_limit_ends_the_rounds() -> None:
     assert harness.FEWEST <= result.rounds < 10_000
 
 
+def test_who_has_no_kernel_for_a_problem_is_missing_and_has_not_failed() -> None:
+    result, _ = run(ONES, NotImplementedError("bfloat16 is not taken"))
+    assert [(s.status, s.message) for s in result.scores] == [("ok", ""), ("missing", "bfloat16 is not taken")]
+
+
 @pytest.mark.parametrize(("error", "status"), [(TooLong(), "timeout"), (Failed("gone"), "failed")])
 def test_who_drops_out_of_the_rounds_does_not_stop_the_others(error: Exception, status: str) -> None:
     class Breaks(Local):

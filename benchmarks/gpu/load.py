@@ -18,6 +18,10 @@ from .run import SKIPPED
 
 PACKAGE = ROOT / "kernels/grok_kernels"
 SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))
+SOURCES = {  # what each module is built from
+    "_C": ("bindings/*.*", "cpu/*.*", "common/*.*"),
+    "_CUDA": ("bindings/cuda/*.*", "cuda/*.*", "cuda/[!h]*/**/*.*", "common/*.*"),
+}
 TOOLS = ("nvcc", "ncu", "compute-sanitizer", "c++", "ninja")
 GPU = "name,driver_version,power.limit,power.draw,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,memory.total"
 
@@ -54,7 +58,8 @@ def _about() -> None:
 def _old(name: str) -> bool:
     """Whether this interpreter has no such module, or one that is older than the sources."""
     module = PACKAGE / f"{name}{SUFFIX}"
-    newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*.*"))
+    files = [path for pattern in SOURCES[name] for path in (ROOT / "csrc").glob(pattern)]
+    newest = max(path.stat().st_mtime for path in files)
     return not module.is_file() or module.stat().st_mtime < newest
 
 

@@ -23,7 +23,7 @@ LATENCY = (
 CONTESTANTS = ("grok_kernels cuda*", "grok_kernels triton*", "torch _scaled_grouped_mm*", "torch _grouped_mm*",
                "torch eager", "torch sdpa*")  # fmt: skip
 COMPILING = ("grok_kernels cuda*", "grok_kernels triton*", "DeepGEMM*", "FlashInfer*", "torch FlexAttention*")
-TRITON_PARTS, SHARDS = 5, 3  # processes side by side
+TRITON_PARTS, SHARDS, ENGINES = 5, 3, 6  # processes side by side
 SANITIZER = "compute-sanitizer"
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats", "WarpStateStats")
 NO_COUNTERS = ("ERR_NVGPUCTRPERM", "Failed to initialize the profiler", "LibraryNotLoaded", "Device not supported")
@@ -79,9 +79,10 @@ def second(run: Run) -> list[Stage]:
         _load(run),
         _tiles(run),
         Stage("full size", lambda _: _full_size(run), 130, "all", at_once=True),
-        Stage("engine", lambda _: [_engine(run)], 60, "all"),  # alone: it takes what memory is left
+        Stage("engine", lambda _: _engine(run), 80, "all", at_once=True),
+        Stage("memory", lambda _: [_memory(run)], 30, "all"),  # alone: it takes what memory is left
         Stage("figures", lambda o: _figures(run, "kernels", "@cuda-quick", o), 80),
-        Stage("figures beside what compiles", lambda _: _compiling(run), 75),
+        Stage("figures beside what compiles", lambda _: _compiling(run), 90),
         Stage("tuning", lambda _: [_tune(run, "tune", "--model", "grok-1", "--format", "fp8")], 60, "none"),
         Stage("profiles", lambda _: [_profile(run, *which) for which in _slowest(run)], 40, "none"),
         Stage("sanitizers", lambda _: _sanitizers(run), 40, "none", at_once=True),
@@ -135,10 +136,11 @@ def _race(run: Run, name: str, problems: str, who: Sequence[str], *more: str) ->
 
 
 def _compiling(run: Run) -> list[Command]:
-    """Few problems, since these peers take ten seconds and more for each; those that are not installed are missing."""
+    """Few problems, since these peers take ten seconds and more for each; those that are not installed are missing. Each in a
+    process of its own: one of them has ended that of all others."""
     if run.rehearse:
         return [run.bench("kernels-compiling", "kernels", "group_tokens/grok-1/decode/zipf-t64", "--smoke")]
-    return [_race(run, "kernels-compiling", "@cuda-compiling", COMPILING)]
+    return [_race(run, "kernels-compiling", "@cuda-compiling", COMPILING, "--subprocess")]
 
 
 def _decode(run: Run, name: str, outcomes: Sequence[Outcome], *more: str) -> Command:
@@ -161,13 +163,22 @@ def _full_size(run: Run) -> list[Command]:
     return [run.tests(f"full-size-{i}", *args, GROK_TEST_SHARD=f"{i}/{SHARDS}") for i in range(SHARDS)]
 
 
-def _engine(run: Run) -> Command:
-    chosen = "test_gpu_engine or fp32 or bf16 or quality or any_batch or goldens_in_one or (any_number_format and not reference)"
+MEMORY = "pages_are_what_is_left"
+
+
+def _engine(run: Run) -> list[Command]:
+    """Of the tiny models; most of the time goes into compiling."""
     if run.rehearse:
-        return run.tests("engine", "tests/gpu/test_gpu_engine.py", "-k", "folder")
+        return [run.tests("engine-0", "tests/gpu/test_gpu_engine.py", "-k", "folder")]
+    chosen = "test_gpu_engine or fp32 or bf16 or quality or any_batch or goldens_in_one or (any_number_format and not reference)"
     files = ("tests/gpu/test_gpu_engine.py", "tests/e2e/test_goldens.py", "tests/engine/test_activations.py",
              "tests/engine/test_invariance.py")  # fmt: skip
-    return run.tests("engine", *files, "-k", chosen)
+    args = (*files, "-k", f"({chosen}) and not {MEMORY}")
+    return [run.tests(f"engine-{i}", *args, GROK_TEST_SHARD=f"{i}/{ENGINES}") for i in range(ENGINES)]
+
+
+def _memory(run: Run) -> Command:
+    return run.tests("memory", "tests/gpu/test_gpu_engine.py", "-k", MEMORY)
 
 
 def _sanitizers(run: Run) -> list[Command]:

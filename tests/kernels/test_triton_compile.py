@@ -29,13 +29,20 @@ def of(chip: str, specimen: str) -> list[dict[str, Any]]:
     return found
 
 
+# What is known to spill, as (specimen, kernel): its loads and stores. With 3.9 alone: 3.6, with which the chip was measured,
+# has registers enough, and a tile of 64 rows, which does not spill, takes 1.6 times as long.
+SPILLED = {("attention_mixed_fp8", "_splits"): 22, ("attention_mixed_fp8_requests", "_splits"): 6}
+
+
 def check(chip: str, found: list[dict[str, Any]]) -> None:
     """No kernel spills or is too large, but the one that is to."""
     assert any(kernel["specimen"] == "spills" and kernel["spills"] for kernel in found) or chip not in ("h100", "a100")
     for kernel in found:
         if kernel["specimen"] == "spills":
             continue
-        assert kernel["spills"] == 0, kernel
+        known = chip == "h100" and kernel["triton"] != f"{OTHER}.0"
+        most = SPILLED.get((kernel["specimen"], kernel["name"]), 0) if known else 0
+        assert kernel["spills"] <= most, kernel
         assert kernel["registers"] <= REGISTERS[chip], kernel
         assert kernel["shared_bytes"] <= tuning.CHIPS[chip].shared_bytes, kernel
 

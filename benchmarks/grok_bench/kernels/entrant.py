@@ -28,6 +28,10 @@ class Failed(Exception):
     """A call that raised, or whose process died; the text says how."""
 
 
+class Refused(Failed):
+    """A call that this contestant has no kernel for, as it says itself."""
+
+
 class Entrant(Protocol):
     def check(self) -> float:
         """Prepare, call once, and return the error of the result. TooLong, Failed."""
@@ -83,6 +87,8 @@ class Local:
                 yield
         except TooLong:
             raise
+        except NotImplementedError as error:
+            raise Refused(str(error)) from None
         except Exception as error:  # whatever one contestant raises, the others run
             self._device.recover()
             raise Failed(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from None

@@ -21,7 +21,7 @@ from ..schema import KernelResult, Score
 from .case import Case
 from .contestant import Contestant
 from .device import Ceiling, Device
-from .entrant import Entrant, Failed, TooLong
+from .entrant import Entrant, Failed, Refused, TooLong
 from .problems import Problem
 
 NOISE, BUSY = 1.15, 0.6
@@ -133,6 +133,10 @@ def _checked(
     try:
         lane.entrant = enter(c)
         found = lane.entrant.check()
+    except Refused as error:
+        lane.score = replace(lane.score, status="missing", message=str(error))
+        lane.close()
+        return lane
     except (TooLong, Failed) as error:
         lane.out(error, limits.call)
         return lane

@@ -170,9 +170,8 @@ SETS: dict[str, tuple[str, ...]] = {
     ),
     # of its second, beside peers that compile
     "cuda-compiling": (
-        *_set("grouped_gemm/grok-1/prefill/{w}-fp8xfp8-even-t4096", w=("w13", "w2")),
-        "paged_attention/grok-1/decode/bf16-p64-b64-l8192", "grouped_gemm/grok-1/decode/w13-fp8xfp8-even-t64",
-        "paged_attention/grok-1/prefill/bf16-p64-q2048-l2048",
+        "grouped_gemm/grok-1/prefill/w2-fp8xfp8-even-t4096", "paged_attention/grok-1/decode/bf16-p64-b64-l8192",
+        "grouped_gemm/grok-1/decode/w2-fp8xfp8-even-t64", "paged_attention/grok-1/prefill/bf16-p64-q2048-l2048",
     ),
     # of its second, in two minutes: every class once, and what decides between kernels
     "cuda-quick": (

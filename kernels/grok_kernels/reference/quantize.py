@@ -21,7 +21,9 @@ def _groups(x_TD: Tensor, group_size: int) -> Tensor:
 
 def _scales(x_TNK: Tensor, largest: float) -> Tensor:
     amax = x_TNK.abs().amax(-1) if x_TNK.shape[2] else x_TNK.new_zeros(x_TNK.shape[:2])
-    return amax.clamp(min=TINY) / largest
+    return amax.clamp(min=TINY) / amax.new_full(
+        (), largest
+    )  # on a GPU torch multiplies by a number's reciprocal instead
 
 
 @register("quantize_fp8", "reference")
