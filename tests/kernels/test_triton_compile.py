@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -143,3 +146,23 @@ def test_prefill_and_decode_multiply_by_the_same_instruction() -> None:
     )
     assert tiles == splits
     assert len(tiles) == 16  # 128 columns of q and k; 64 keys, with p in two parts
+
+
+def test_pages_that_hold_no_words_are_decoded_by_what_prefill_multiplies_with() -> None:
+    """126 columns of e4m3 are not read four at a time; byte by byte mma.sync would take them in another order than wgmma."""
+    code = """
+import torch
+from tests.kernels.triton_specimens import empty, table
+from grok_kernels.triton import compiled
+from grok_kernels.tuning import CHIPS
+for c in (128, 126):
+    def call():
+        pages, scale = empty(8, 8, 16, c, dtype=torch.float8_e4m3fn), empty(8, 8, 16, dtype=torch.float32)
+        ints = [empty(*shape, dtype=torch.int32) for shape in ((2, 4), (3,), (2,))]
+        table.paged_attention(empty(2, 48, c), pages, pages, *ints, 1, 0.1, 30.0, 0, 0, scale, scale)
+    splits = compiled.launches(call, CHIPS["h100"])[0]
+    print(splits.kernel.__name__, splits.meta["ROWS"], splits.meta["num_warps"])
+"""
+    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["_splits 16 1", "_splits 64 4"]

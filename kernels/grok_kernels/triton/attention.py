@@ -16,6 +16,7 @@ that is decoded fills 6, and a key's conversion from e4m3 leaves no time for mor
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
@@ -385,8 +386,8 @@ def _combine(
 
 
 def _are_words(*caches: Tensor) -> bool:
-    """Whether e4m3 may be read four at a time, here."""
-    return not knobs.runtime.interpret and all(
+    """Whether e4m3 may be read four at a time."""
+    return all(
         x.dtype == torch.float8_e4m3fn and not any(n % 4 for n in (x.shape[3], x.storage_offset(), *x.stride()[:3]))
         for x in caches
     )
@@ -416,9 +417,12 @@ def paged_attention(
     fp32 = torch.float32 in (q_THC.dtype, k_cache.dtype)
     chip = chip_of(q_THC.device)
     tile = attention("fp32" if fp32 else "bf16", k_cache.dtype, chip)
+    if tile.words and not knobs.runtime.interpret:
+        if _are_words(k_cache, v_cache):
+            k_cache, v_cache = k_cache.view(torch.int32), v_cache.view(torch.int32)
+        else:  # mma.sync would multiply the columns of single bytes in another order than wgmma does
+            tile = replace(tile, decode=tile.prefill, resident=1)
     rows, one = (max(x.rows, triton.next_power_of_2(per_group)) for x in (tile.prefill, tile.decode))
-    if tile.words and not fp32 and _are_words(k_cache, v_cache):
-        k_cache, v_cache = k_cache.view(torch.int32), v_cache.view(torch.int32)
     args = (
         as_known(k_cache), as_known(v_cache), ks, vs, block_table, query_start, seq_lens, requests, heads,
         block_table.stride(0), *q_THC.stride()[:2], k_cache.stride(1), v_cache.stride(1), ks.stride(1), vs.stride(1),
