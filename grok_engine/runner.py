@@ -38,11 +38,13 @@ class Runner:
     def _meet_kernels(self) -> None:
         """Run a step of each kind that kernels are compiled for, tokens sampled, so that none is compiled while serving."""
         c = self.config
-        tokens = min(c.max_num_batched_tokens, c.max_len, self.num_pages * c.page_size)
+        longest = min(c.max_len, self.num_pages * c.page_size)
+        tokens = min(c.max_num_batched_tokens, c.max_num_seqs * longest)
         for queries in grok_kernels.startup_steps(c.max_num_seqs, tokens):
-            work = [Work([0] * count, 0, range(-(-count // c.page_size))) for count in queries]
-            logits_BV = self.logits(self.run(work)[: len(work)])
-            grok_kernels.sample_top_p(logits_BV, *torch.full((3, len(work)), 0.5, device=self.device))
+            counts = [min(longest, count - at) for count in queries for at in range(0, count, longest)]
+            work = [Work([0] * count, 0, range(-(-count // c.page_size))) for count in counts]
+            logits_BV = self.logits(self.run(work)[: c.max_num_seqs])
+            grok_kernels.sample_top_p(logits_BV, *torch.full((3, len(logits_BV)), 0.5, device=self.device))
 
     def _new_graphs(self) -> DecodeGraphs | None:
         """For decode steps over `cache`."""

@@ -171,7 +171,6 @@ NVML = r"""
 static int reading;
 extern "C" {
 int nvmlInit_v2() { return 0; }
-int nvmlDeviceGetHandleByIndex_v2(unsigned, void** device) { *device = &reading; return 0; }
 int nvmlDeviceGetHandleByPciBusId_v2(const char* id, void** device) {
   *device = &reading;
   return __builtin_strcmp(id, "00000000:01:00.0") ? 6 : 0;
@@ -199,7 +198,7 @@ def test_power_and_clock_are_read_while_a_problem_runs(tmp_path: Path) -> None:
     source, library = tmp_path / "nvml.cpp", tmp_path / "libnvidia-ml.so.1"
     source.write_text(NVML)
     subprocess.run(["g++", "-shared", "-fPIC", "-o", library, source], check=True)
-    monitor = Monitor(None, str(library))
+    monitor = Monitor("00000000:01:00.0", str(library))
     began = time.perf_counter()
     while len(monitor._read) < 6:
         time.sleep(0.01)
@@ -212,9 +211,7 @@ def test_power_and_clock_are_read_while_a_problem_runs(tmp_path: Path) -> None:
     assert 0.2 < state.held_back < 0.8
     assert state.readings >= 5
     assert monitor.between(began - 2, began - 1) is None
-    monitor.close()
-    Monitor("00000000:01:00.0", str(library)).close()
     with pytest.raises(OSError, match="nvmlDeviceGetHandleByPciBusId_v2 answers 6"):
         Monitor("00000000:02:00.0", str(library))
     with pytest.raises(OSError):
-        Monitor(None, str(tmp_path / "none.so"))
+        Monitor("00000000:01:00.0", str(tmp_path / "none.so"))

@@ -132,8 +132,8 @@ def test_summary(tmp_path: Path) -> None:
 
 def test_a_part_ends_in_time_and_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three stages whose limits are more than the part's: the second is cut, the third does not begin, all is kept."""
-    monkeypatch.setattr(module, "GRACE", 0.5)
-    monkeypatch.setattr(module, "EVERY", 0.2)
+    for name, seconds in (("GRACE", 0.5), ("LAST", 0.2), ("EVERY", 0.2)):
+        monkeypatch.setattr(module, name, seconds)
     kept: list[int] = []
     hangs = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('on its way', flush=True); time.sleep(600)"
     stages = [
@@ -208,7 +208,7 @@ def test_the_slowest(tmp_path: Path) -> None:
 
 
 def test_the_parts(tmp_path: Path) -> None:
-    """Without a stage that is late, a part ends in time; what its commands name is there."""
+    """The limits of both; what their commands name is there."""
     for name, part in PARTS.items():
         stages = part.stages(Run(tmp_path))
         assert part.limit == {"first": 240, "second": 420}[name]

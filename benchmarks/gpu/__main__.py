@@ -10,6 +10,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,21 +27,24 @@ def main() -> int:
     doc = (__doc__ or "").split("\n\n")
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu", description=doc[1])
     parser.add_argument("part", choices=PARTS, help="what to run")
-    parser.add_argument("--out", type=Path, default=ROOT / "build/bench-gpu", help="where the archive goes")
-    parser.add_argument("--bundle", type=Path, help="modules and kernels built before (benchmarks.gpu.bundle)")
+    parser.add_argument("--out", type=_path, default=ROOT / "build/bench-gpu", help="where the archive goes")
+    parser.add_argument("--bundle", type=_path, help="modules and kernels built before (benchmarks.gpu.bundle)")
     parser.add_argument("--only", action="append", metavar="STAGE", help="run this stage; may be given more than once")
     parser.add_argument("--list", action="store_true", help="print the part's stages and their limits")
     parser.add_argument(
         "--rehearse", action="store_true", help="go through all of it without a GPU, and measure nothing"
     )
     a = parser.parse_args()
+    began = time.monotonic()
+    if a.bundle and not (a.bundle / bundle.ABOUT).is_file():
+        parser.error(f"--bundle {a.bundle} has no {bundle.ABOUT}")
     part, chip = PARTS[a.part], "rehearsal" if a.rehearse else _chip()
     if not a.list and not chip:
         print("bench-gpu: there is no GPU", file=sys.stderr)
         return 2
     name = f"{re.sub(r'[^a-z0-9]+', '-', chip.lower()).strip('-')}-{date.today().isoformat()}-{a.part}"
     with tempfile.TemporaryDirectory() as temporary:
-        run = Run(Path(temporary, name), a.bundle and a.bundle.resolve(), a.rehearse)
+        run = Run(Path(temporary, name), a.bundle, a.rehearse)
         stages = part.stages(run)
         if a.list:
             print(f"{a.part}: at most {part.limit:g} s in all")
@@ -53,10 +57,10 @@ def main() -> int:
         os.chdir(ROOT)
         run.folder.mkdir()
         a.out.mkdir(parents=True, exist_ok=True)
-        file = a.out / f"{name}.tar.gz"
+        file = a.out / f"{name}{'-only' if a.only else ''}.tar.gz"  # the whole part's is kept
         os.environ.update(_environment(a.bundle, Path(temporary, "triton")))
         chosen = [stage for stage in stages if not a.only or stage.name in a.only or stage.needed]
-        began, said = time.monotonic(), list[str]()
+        said = list[str]()
 
         def say(line: str) -> None:
             print(line, flush=True)
@@ -66,12 +70,25 @@ def main() -> int:
             (run.folder / "summary.txt").write_text("\n".join(said) + "\n")
             archive(run.folder, file, tuned())
 
-        outcomes = run_part(chosen, run.folder, part.limit, keep, say)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends this ends its processes too
+        try:
+            outcomes = run_part(chosen, run.folder, part.limit - (time.monotonic() - began), keep, say)
+        except KeyboardInterrupt:
+            say("   INTERRUPTED: what is not named above did not run, or not to its end")
+            keep()
+            return 130
         for line in summary(outcomes):
             say(line)
+        left_out = [stage.name for stage in stages if stage not in chosen and stage.gate == "all"]
+        if left_out:
+            say(f"   not asked for, though the part must pass it: {', '.join(left_out)}")
         say(f"   {time.monotonic() - began:.0f} s in all; results and logs in {file}")
         keep()
     return 1 if any(o.bad for o in outcomes) else 0
+
+
+def _path(text: str) -> Path:
+    return Path(text).resolve()
 
 
 def _chip() -> str:
@@ -79,13 +96,18 @@ def _chip() -> str:
     if shutil.which("nvidia-smi") is None:
         return ""
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    return (subprocess.run(command, capture_output=True, text=True).stdout.splitlines() or [""])[0]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except subprocess.TimeoutExpired:  # a driver that hangs
+        return ""
+    return (found.stdout.splitlines() or [""])[0]
 
 
 def _environment(folder: Path | None, cache: Path) -> dict[str, str]:
     """For the processes of all stages: one cache of compiled kernels, and which commit the sources are of. The bundle was made
     beside their repository; where it is unpacked there may be another, or none."""
-    commit = os.environ.get("GROK_BENCH_COMMIT") or (bundle.read(folder)["commit"] if folder else bundle.commit())
+    own = bundle.read(folder)["commit"] if folder else bundle.commit() if (ROOT / ".git").exists() else None
+    commit = os.environ.get("GROK_BENCH_COMMIT") or own
     cache.mkdir()
     return {"TRITON_CACHE_DIR": str(cache), **({"GROK_BENCH_COMMIT": commit} if commit else {})}
 

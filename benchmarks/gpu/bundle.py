@@ -33,7 +33,7 @@ def sources() -> str:
     """A digest of all that the native modules are built from."""
     digest = hashlib.sha256()
     for path in sorted([*(ROOT / "csrc").rglob("*.*"), ROOT / "setup.py"]):
-        if path.is_file():
+        if path.is_file() and path.suffix != ".md":
             digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
@@ -56,6 +56,7 @@ def make(folder: Path, python: str) -> None:
         f"{folder.name}-objects"
     ).resolve()  # kept beside it: what did not change is not built again
     built = objects / "modules"
+    shutil.rmtree(built, ignore_errors=True)  # a module of an earlier build must not pass for this one
     command = [python, "-W", "ignore", "setup.py", "-q", "build_ext", "--build-lib", str(built)]
     done = subprocess.run([*command, "--build-temp", str(objects)], cwd=ROOT, capture_output=True, text=True)
     for name in ("_C", "_CUDA"):
@@ -102,7 +103,7 @@ def unpack(folder: Path, package: Path, suffix: str) -> str:
     except ImportError as error:
         key = str(error)
     if about["triton"] != key:
-        refused.append("kernels are of another Triton")
+        refused.append(f"kernels are of another Triton, not of {key}")
     elif "TRITON_CACHE_DIR" in os.environ:
         _fill(folder / "triton", Path(os.environ["TRITON_CACHE_DIR"]))
     return "; ".join(refused)

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "kernels/grok_kernels"
 SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))
 SOURCES = {  # what each module is built from
     "_C": ("bindings/*.*", "cpu/*.*", "common/*.*"),
-    "_CUDA": ("bindings/cuda/*.*", "cuda/*.*", "cuda/[!h]*/**/*.*", "common/*.*"),
+    "_CUDA": ("bindings/cuda/*.*", "cuda/*.cuh", "cuda/[!h]*/**/*.*", "common/*.*"),
 }
 TOOLS = ("nvcc", "ncu", "compute-sanitizer", "c++", "ninja")
 GPU = "name,driver_version,power.limit,power.draw,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,memory.total"
@@ -40,7 +40,10 @@ def main() -> int:
         print(f"bundle     {bundle.unpack(a.bundle, PACKAGE, SUFFIX) or 'taken'}")
     if any(_old(name) for name in modules):
         print(f"building   {', '.join(name for name in modules if _old(name))}", flush=True)
-        subprocess.run([sys.executable, "-W", "ignore", "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT)
+        command = [sys.executable, "-W", "ignore", "setup.py", "-q", "build_ext", "--inplace"]
+        if subprocess.run(command, cwd=ROOT).returncode:  # or a module of an earlier build would pass for this one
+            print("NOT BUILT: setup.py failed")
+            return 1
     return 1 if _missing(modules, a.rehearse) else 0
 
 

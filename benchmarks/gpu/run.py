@@ -19,6 +19,7 @@ Status = Literal["passed", "failed", "timed out", "missing"]
 SKIPPED = 77  # the status of a process that cannot do its work here, and has said why
 WRONG = 3  # of one that ran to its end and found wrong numbers
 GRACE = 10.0  # seconds to save what there is after an interrupt
+LAST = 2.0  # seconds to end what did not listen to it, and to write the archive
 SHOWN = 12  # lines of a failure
 MOST_LOG = 2 << 20  # bytes of a log's end that are kept
 EVERY = 10.0  # seconds between two saves of what there is
@@ -43,7 +44,7 @@ class Outcome:
     said: str  # its last line, or why it is missing
     log: Path
     bad: bool = False  # whether the whole run is then not a success
-    code: int | None = None  # of a process that ended by itself
+    code: int | None = None  # its exit status, negative for a signal; None if it never ran, or would not end
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def run_part(
     end = time.monotonic() + limit
     outcomes: list[Outcome] = []
     for stage in stages:
-        left = end - time.monotonic() - GRACE
+        left = end - time.monotonic() - GRACE - LAST
         outcomes += run(stage, folder, outcomes, min(stage.limit, left), keep, say)
         keep()
         if stage.needed and any(o.bad for o in outcomes):
@@ -108,9 +109,10 @@ def run(
             late = time.monotonic() > end
             if late:
                 _end([r.process for r in running])
-            for r in [r for r in running if r.process.poll() is not None]:
-                running.remove(r)
-                _end([r.process])  # what it left behind
+            for r in [r for r in running if late or r.process.poll() is not None]:
+                running.remove(r)  # when late, even one that SIGKILL does not end: the driver may hold it
+                if not late:
+                    _end([r.process])  # what it left behind
                 outcomes.append(_judged(stage, r, limit if late else None))
             while commands and (stage.at_once or not running):
                 command = commands.pop(0)

@@ -68,7 +68,7 @@ def first(run: Run) -> list[Stage]:
         _load(run),
         Stage("small", lambda _: _small(run), 45, "all", at_once=True),
         _tiles(run),
-        Stage("figures", lambda o: _figures(run, "kernels", "@cuda-first", o), 100),
+        Stage("figures", lambda o: _figures(run, "@cuda-first", o), 100),
         Stage("decode with graphs", lambda o: [_decode(run, "decode-graphs", o)], 35),
         Stage("decode without", lambda o: [_decode(run, "decode-eager", o, "--enforce-eager")], 30),
     ]
@@ -81,7 +81,7 @@ def second(run: Run) -> list[Stage]:
         Stage("full size", lambda _: _full_size(run), 130, "all", at_once=True),
         Stage("engine", lambda _: _engine(run), 80, "all", at_once=True),
         Stage("memory", lambda _: [_memory(run)], 30, "all"),  # alone: it takes what memory is left
-        Stage("figures", lambda o: _figures(run, "kernels", "@cuda-quick", o), 80),
+        Stage("figures", lambda _: _figures(run, "@cuda-quick", ()), 80),
         Stage("figures beside what compiles", lambda _: _compiling(run), 90),
         Stage("tuning", lambda _: [_tune(run, "tune", "--model", "grok-1", "--format", "fp8")], 60, "none"),
         Stage("profiles", lambda _: [_profile(run, *which) for which in _slowest(run)], 40, "none"),
@@ -118,16 +118,17 @@ def _small(run: Run) -> list[Command]:
 
 
 def _by_hand_lost(outcomes: Sequence[Outcome]) -> bool:
-    """Whether the kernels by hand hang or fault: wrong numbers are named where they are measured, these end a process."""
+    """Whether the kernels by hand hang or fault, which ends their process; wrong numbers do not, and are named where they are
+    measured."""
     ours = [o for o in outcomes if o.command in ("small-cuda", "middling-cuda")]
     return any(o.status != "passed" and o.code != WRONG for o in ours)
 
 
-def _figures(run: Run, name: str, problems: str, outcomes: Sequence[Outcome]) -> list[Command]:
+def _figures(run: Run, problems: str, outcomes: Sequence[Outcome]) -> list[Command]:
     who = [c for c in CONTESTANTS if not (_by_hand_lost(outcomes) and c.startswith("grok_kernels cuda"))]
     if run.rehearse:
-        return [run.bench(name, "kernels", "@quick", "--smoke", "--no-compile")]
-    return [_race(run, name, problems, who, "--no-compile")]
+        return [run.bench("kernels", "kernels", "@quick", "--smoke", "--no-compile")]
+    return [_race(run, "kernels", problems, who, "--no-compile")]
 
 
 def _race(run: Run, name: str, problems: str, who: Sequence[str], *more: str) -> Command:

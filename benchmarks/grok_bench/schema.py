@@ -74,8 +74,8 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuState:
-    """A GPU during the rounds of one problem: medians, but for those that are named most and least. `held_back` is the share
-    of readings in which power or heat kept the clock down."""
+    """A GPU during the rounds of one problem: medians, but for those that are named most or least, and `celsius`, the highest.
+    `held_back` is the share of readings in which power or heat kept the clock down."""
 
     watts: float
     most_watts: float
@@ -219,8 +219,7 @@ def _members(cls: type, values: Any, hints: Mapping[str, Any], at: str) -> dict[
     if not isinstance(values, dict):
         raise SchemaError(f"{at or 'the file'} is {_shown(values)}, expected an object")
     names = [f.name for f in fields(cls)]
-    optional = {f.name for f in fields(cls) if f.name in LATER}
-    missing = [name for name in names if name not in values and name not in optional]
+    missing = [name for name in names if name not in values and name not in LATER]
     unknown = [name for name in values if name not in names]
     if missing or unknown:
         what = [f"lacks {', '.join(missing)}"] if missing else []

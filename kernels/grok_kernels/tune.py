@@ -332,7 +332,7 @@ def tune(
     bench: Callable[[Product, torch.device], Any] = Bench,
     pool: Executor | None = None,
 ) -> int:
-    """Measure what the file lacks, or all of it; how many products could not be. With a `pool` of processes they compile."""
+    """Measure what the file lacks, or all of it; how many products could not be. With `pool` its processes compile all candidates of a product first."""
     kept = read_tuned(file, chip.name)
     entries, failed = kept.setdefault("gemm", {}), 0
     kept["with"] = _versions(chip)
@@ -438,7 +438,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with torch.inference_mode(), ProcessPoolExecutor(max(a.jobs, 1), get_context("spawn")) as pool:
         failed = tune(wanted, chip, device, CudaTimer(device), file, again=a.again, pool=pool)
         tune_wide(device, file)
-    print(f"{file}: {len(wanted) - failed} of {len(wanted)} products")
+    if wanted:
+        print(f"{file}: {len(wanted) - failed} of {len(wanted)} products")
     return 1 if failed else 0
 
 

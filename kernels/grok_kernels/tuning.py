@@ -62,7 +62,7 @@ def assume_chip(chip: Chip) -> Iterator[None]:
 
 
 def chip_name(says: str) -> str:
-    """The name in `CHIPS` of a GPU that calls itself `says`; of one that is not there, its own with hyphens.
+    """The name in `CHIPS` of a GPU that calls itself `says`; of a chip not listed there, its own with hyphens.
 
     Whole words decide, so that what was measured on one chip never serves another: a GH200 is no H200.
     """
@@ -184,7 +184,7 @@ class Tile:
     rows: int
     warps: int
     stages: int  # of the pipeline: with ahead "", page ids are loaded first, keys and values behind them
-    ahead: str = ""  # held in registers from one block to the next: "", its "pages", its "keys", or the whole "blocks"
+    ahead: str = ""  # held in registers from one block to the next: nothing, its "pages", or the whole "blocks"
 
 
 @dataclass(frozen=True)

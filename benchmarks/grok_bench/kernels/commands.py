@@ -87,9 +87,13 @@ def kernels_command(
     race = Race(where, who, plugins, apart, limits, compiles=not (smoke or no_compile))
     command = shlex.join(["grok-engine", *(ctx.obj if isinstance(ctx.obj, list) else sys.argv[1:])])
     race.go(chosen, console, command, file)
+    ours = [s.status for r in race.results for s in r.scores if s.ours]
+    bad = sum(status in ("wrong", "failed", "timeout") for status in ours)
+    counts = f"of ours {ours.count('ok')} ok, {bad} bad, {ours.count('missing')} missing"
+    console.print(f"{len(race.results)} of {len(chosen)} problems; {counts}", markup=False)
     if race.interrupted:
         raise click.exceptions.Exit(130)
-    if any(s.ours and s.status in ("wrong", "failed", "timeout") for r in race.results for s in r.scores):
+    if bad:
         raise click.exceptions.Exit(1)
 
 

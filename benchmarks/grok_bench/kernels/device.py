@@ -191,7 +191,7 @@ class Cuda(Device):
             p: Any = torch.cuda.get_device_properties(name)
             bus_id = f"{p.pci_domain_id:08x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0"
             with suppress(OSError):  # figures without these are figures still
-                self._monitor = Monitor(bus_id if torch.cuda.device_count() > 1 else None)
+                self._monitor = Monitor(bus_id)
         super().__init__(name, small, probed)
 
     def state(self, began: float, ended: float) -> GpuState | None:

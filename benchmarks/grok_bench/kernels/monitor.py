@@ -26,22 +26,16 @@ class _Value(ctypes.Structure):
 
 
 class Monitor:
-    """Reads from now on, on a thread of its own, until `close`. Without `bus_id` of the first GPU. OSError where there is no
-    NVML or no such GPU."""
+    """Reads from now on, on a thread of its own, while the process lives. OSError where there is no NVML or no such GPU."""
 
-    def __init__(self, bus_id: str | None, library: str = "libnvidia-ml.so.1") -> None:
+    def __init__(self, bus_id: str, library: str = "libnvidia-ml.so.1") -> None:
         self._nvml = ctypes.CDLL(library)
         self._device = ctypes.c_void_p()
         self._ask("nvmlInit_v2")
-        if bus_id is None:
-            self._ask("nvmlDeviceGetHandleByIndex_v2", 0, ctypes.byref(self._device))
-        else:
-            self._ask("nvmlDeviceGetHandleByPciBusId_v2", bus_id.encode(), ctypes.byref(self._device))
+        self._ask("nvmlDeviceGetHandleByPciBusId_v2", bus_id.encode(), ctypes.byref(self._device))
         self.limit = self._number("nvmlDeviceGetEnforcedPowerLimit") / 1e3  # watts
         self._read: list[tuple[float, float, int, int, int]] = []  # time, watts, MHz, °C, reasons
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def between(self, began: float, ended: float) -> GpuState | None:
         """Of `time.perf_counter()` times; None where nothing was read in between."""
@@ -55,12 +49,9 @@ class Monitor:
             held_back=sum(bool(r & HELD_BACK) for r in reasons) / len(reasons), readings=len(read),
         )  # fmt: skip
 
-    def close(self) -> None:
-        self._over.set()
-        self._thread.join()
-
     def _watch(self) -> None:
-        while not self._over.wait(EVERY):
+        while True:
+            time.sleep(EVERY)
             try:
                 now = (
                     self._watts(), self._number("nvmlDeviceGetClockInfo", SM),

@@ -9,8 +9,8 @@ neither batch nor chunk. Who computes what is found from the lengths on the devi
 others, and a table far wider than the requests are long costs nothing.
 
 p is multiplied as two bf16 numbers, what it rounds to and what that leaves: by the first alone the result would not be
-that of fp32, rounded once. On an H100 both are multiplied by mma.sync: by wgmma the fewest rows are 64, of which a query
-that is decoded fills 6, and a key's conversion from e4m3 leaves no time for more than it must.
+that of fp32, rounded once. On an H100 prefill, and decode of bf16 pages, multiply by wgmma, whose tiles have 64 rows. Decode
+of e4m3 pages, where a query fills 6 of them and conversion is the bound, multiplies 16 by mma.sync.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def _attend(
         factor = tl.where(position > temperature_len, warm, 1.0)[:, None]
     if AHEAD != "":
         page = _pages(first, end, table_ptr, PAGE, KEYS)
-    if AHEAD == "keys" or AHEAD == "blocks":
+    if AHEAD == "blocks":
         k, v, ks, vs = _block(
             first, end, page, k_ptr, v_ptr, ks_ptr, vs_ptr, SCALED, PAGE, K_PAGE, K_SLOT, V_PAGE, V_SLOT,
             KS_PAGE, KS_SLOT, VS_PAGE, VS_SLOT, UNIT, KEYS, HEAD, C,
@@ -201,11 +201,6 @@ def _attend(
             if AHEAD == "pages":
                 page = _pages(at + KEYS, end, table_ptr, PAGE, KEYS)
         else:
-            if AHEAD == "keys":
-                _k, v, _ks, vs = _block(
-                    at, end, page, k_ptr, v_ptr, ks_ptr, vs_ptr, SCALED, PAGE, K_PAGE, K_SLOT, V_PAGE, V_SLOT,
-                    KS_PAGE, KS_SLOT, VS_PAGE, VS_SLOT, UNIT, KEYS, HEAD, C,
-                )  # fmt: skip
             k2, v2, ks2, vs2 = _block(
                 at + KEYS, end, page2, k_ptr, v_ptr, ks_ptr, vs_ptr, SCALED, PAGE, K_PAGE, K_SLOT, V_PAGE, V_SLOT,
                 KS_PAGE, KS_SLOT, VS_PAGE, VS_SLOT, UNIT, KEYS, HEAD, C,
@@ -250,8 +245,6 @@ def _attend(
         else:
             out = tl.dot(p, v_dot, out, input_precision="ieee")
         top = new
-        if AHEAD == "keys":
-            k, ks = k2, ks2
         if AHEAD == "blocks":
             k, v, ks, vs = k2, v2, ks2, vs2
     if SPLITS:

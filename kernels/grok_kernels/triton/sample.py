@@ -48,10 +48,11 @@ def _first(logits, v, largest, nans, BLOCK: tl.constexpr):
 @triton.jit
 def _between(bounds, sums, hi, above, target, STRICT: tl.constexpr):
     """Of falling bounds, and the sums of all weights from each on: from which bound on target is reached or, if STRICT,
-    passed, up to which one, and the sum above that. From the last one on where none reaches it, as sums are rounded."""
+    passed, up to which one, and the sum above that. From the lowest one on where none reaches it, as sums are rounded."""
     digit = tl.arange(0, BOUNDS)
     reached = (sums > target) if STRICT else (sums >= target)
-    i = tl.min(tl.where(reached, digit, BOUNDS - 1))
+    # of several lowest bounds the first, since between equal ones there is no token
+    i = tl.min(tl.where(reached | (bounds == tl.min(bounds)), digit, BOUNDS - 1))
     lo = tl.sum(tl.where(digit == i, bounds, 0))
     hi = tl.where(i == 0, hi, tl.sum(tl.where(digit == i - 1, bounds, 0)))
     above = tl.where(i == 0, above, tl.sum(tl.where(digit == i - 1, sums, 0.0)))

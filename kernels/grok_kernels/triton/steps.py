@@ -25,9 +25,9 @@ def requests_of(requests: int) -> int:
 def startup(max_requests: int, max_tokens: int) -> list[tuple[int, ...]]:
     """Steps, each the number of queries by request, that meet every compile of an engine's steps.
 
-    max_requests and max_tokens are the most of one step. A step of one query a request is to run as decoding does, its
-    tokens sampled; the largest prompt is among them, so that its memory may be measured in the same run. Products that
-    have a tile of their own for up to `tuning.FEW_ROWS` rows find it with the first.
+    max_requests and max_tokens are the most of one step. A step of one query a request is to run as decoding does, and its
+    tokens are to be sampled. Products that have a tile of their own for up to `tuning.FEW_ROWS` rows meet it in the first,
+    the other in the largest prompt, if as many of its rows as there may be requests go through the head.
     """
     # the second's rows are grouped in the large block by the router itself, the third's by kernels of their own
     steps: list[tuple[int, ...]] = [(1,), (min(FEW + 1, max_tokens),), (max_tokens,)]
