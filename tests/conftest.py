@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
+
+# A shell starts what runs in its background with interrupts ignored, and so would all that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The tests' products are small: beside other load, threads that spin while they wait take several times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

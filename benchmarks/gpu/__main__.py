@@ -70,7 +70,11 @@ def main() -> int:
             (run.folder / "summary.txt").write_text("\n".join(said) + "\n")
             archive(run.folder, file, tuned())
 
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends this ends its processes too
+        for number in (
+            signal.SIGINT,
+            signal.SIGTERM,
+        ):  # who ends this ends its processes too; they listen, even in the background
+            signal.signal(number, signal.default_int_handler)
         try:
             outcomes = run_part(chosen, run.folder, part.limit - (time.monotonic() - began), keep, say)
         except KeyboardInterrupt:
