@@ -19,17 +19,17 @@ from rich.table import Table
 import grok_kernels
 
 from . import __version__
-from .checkpoint.inspect import inspect_checkpoint
-from .checkpoint.inspect import render as render_report
-from .chips import CHIPS, PlanWeights
 from .config import PRESETS, ActFormat, ConfigError, DType, ModelConfig, WeightFormat
 from .llm import LLM
-from .loader import resolve_model
-from .packed import convert
-from .plan import PlanKV, plan
-from .plan_view import render as render_plan
-from .progress import byte_bar
-from .sampling import SamplingParams
+from .loading.convert import convert
+from .loading.load import resolve_model
+from .loading.progress import byte_bar
+from .sampling.params import SamplingParams
+from .tools.chips import CHIPS, PlanWeights
+from .tools.inspect import inspect_checkpoint
+from .tools.inspect import render as render_report
+from .tools.plan import PlanKV, plan
+from .tools.plan_view import render as render_plan
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from grok_engine.chips import CHIPS
 from grok_engine.config import PRESETS, ModelConfig
-from grok_engine.plan import expert_layer_cost, plan, released_bytes, valid_gpu_counts
-from grok_engine.plan_view import render
+from grok_engine.tools.chips import CHIPS
+from grok_engine.tools.plan import expert_layer_cost, plan, released_bytes, valid_gpu_counts
+from grok_engine.tools.plan_view import render
 from grok_kernels import tuning
 
 GROK = PRESETS["grok-1"]

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
+from grok_engine.config import PRESETS, ConfigError, ModelConfig
+
 from .chips import CHIPS, Chip, PlanWeights
-from .config import PRESETS, ConfigError, ModelConfig
 
 PlanKV = Literal["bf16", "fp8"]
 
