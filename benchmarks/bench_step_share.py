@@ -25,7 +25,8 @@ from rich.table import Table
 import grok_kernels
 from grok_engine import LLMEngine, ModelConfig, RequestOutputKind, SamplingParams
 from grok_engine.checkpoint.xai.layout import layout
-from grok_engine.checkpoint.xai.reader import write_xai
+from grok_engine.checkpoint.xai.writer import write_xai
+from grok_engine.models.families import preset
 from grok_kernels import registry
 from grok_kernels.recording import Recorded
 
@@ -33,7 +34,7 @@ from grok_kernels.recording import Recorded
 def configuration(layers: int) -> ModelConfig:
     """D 1536, 12 query and 2 key heads of 128, F 4096, 8 experts, V 32000: 1.35 B parameters in 8 layers."""
     return replace(
-        ModelConfig.preset("grok-1"),
+        preset("grok-1"),
         name="grok-1.35b",
         vocab_size=32000,
         d_model=1536,

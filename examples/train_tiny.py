@@ -23,13 +23,15 @@ from corpus import bits_per_byte, encode, logits, split, train_tokenizer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from grok_engine.checkpoint.xai.reader import write_xai
-from grok_engine.config import ModelConfig, ffn_width
+from grok_engine.checkpoint.xai.writer import write_xai
+from grok_engine.config import ModelConfig
 from grok_engine.layers.attention import Attention
 from grok_engine.layers.moe import Experts, Router
 from grok_engine.layers.weight import Table, Weight
 from grok_engine.loading.load import export_weights
 from grok_engine.models.decoder import Decoder
+from grok_engine.models.families import preset
+from grok_engine.models.families.grok import ffn_width
 
 
 def arguments() -> argparse.Namespace:
@@ -63,7 +65,7 @@ def arguments() -> argparse.Namespace:
 def architecture(a: argparse.Namespace) -> ModelConfig:
     """Grok-1 at another width: √D into the embedding and √(2048 / D) out of it, as the releases have them."""
     return replace(
-        ModelConfig.preset("grok-1"),
+        preset("grok-1"),
         name="tiny",
         vocab_size=a.vocab,
         d_model=a.width,

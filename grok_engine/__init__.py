@@ -1,10 +1,12 @@
 """An inference engine for models of the Grok-1 kind: top-2 of 8 experts, 8-bit weights."""
 
 from .async_llm import AsyncLLM
-from .checkpoint.xai.reader import CheckpointError
+from .checkpoint.base import CheckpointError
 from .config import ConfigError, EngineConfig, ModelConfig
 from .engine import EngineClosedError, EngineStats, LLMEngine
 from .llm import LLM, StreamChunk
+from .loading.resolve import read_config
+from .models.families import preset
 from .runtime.request import CompletionOutput, RequestMetrics, RequestOutput
 from .sampling.params import RequestOutputKind, SamplingParams, StructuredOutput
 
@@ -28,4 +30,6 @@ __all__ = [
     "StreamChunk",
     "StructuredOutput",
     "__version__",
+    "preset",
+    "read_config",
 ]

@@ -17,13 +17,15 @@ from rich.console import Console
 from rich.table import Table
 
 import grok_kernels
+from grok_engine.loading.resolve import read_config
+from grok_engine.models.families import PRESETS
 
 from . import __version__
-from .config import PRESETS, ActFormat, ConfigError, DType, ModelConfig, WeightFormat
+from .config import ActFormat, ConfigError, DType, WeightFormat
 from .llm import LLM
 from .loading.convert import convert
-from .loading.load import resolve_model
 from .loading.progress import byte_bar
+from .loading.resolve import resolve_model
 from .sampling.params import SamplingParams
 from .tools.chips import CHIPS, PlanWeights
 from .tools.inspect import inspect_checkpoint
@@ -200,7 +202,7 @@ def plan_command(
     as_json: bool,
 ) -> None:
     """Say before a download whether a model fits, and how fast the chips could run it at best."""
-    config = PRESETS[model] if model in PRESETS else ModelConfig.from_pretrained(_folder(model))
+    config = PRESETS[model] if model in PRESETS else read_config(_folder(model))
     result = plan(config, chip=gpu, gpus=gpus, weights=weights, kv=kv, context=context, batch=batch)
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))

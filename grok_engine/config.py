@@ -11,11 +11,9 @@ GEMM code says M, N, K instead.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 Activation = Literal["gelu_tanh", "gelu", "silu"]
@@ -74,44 +72,15 @@ class ModelConfig:
             raise ConfigError(f"model {self.name!r}: " + "; ".join(problems))
 
     @classmethod
-    def preset(cls, name: str) -> ModelConfig:
-        """A published architecture by name: one of `PRESETS`."""
-        if name not in PRESETS:
-            raise ConfigError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
-        return PRESETS[name]
-
-    @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
         """From this class's own field names; an unknown key is an error that names it."""
         known = {f.name for f in fields(cls)}
         required = {f.name for f in fields(cls) if f.name in _REQUIRED}
-        _check_keys(values, known, required, "model configuration")
+        check_keys(values, known, required, "model configuration")
         values = dict(values)
         if isinstance(values.get("eos_token_ids"), list):  # as JSON has it
             values["eos_token_ids"] = tuple(values["eos_token_ids"])
         return cls(**values)
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path) -> ModelConfig:
-        """The configuration of a checkpoint folder.
-
-        Reads `config.json`, in the key names of xAI's reference code (a nested `model`) or in the
-        field names of this class. The release carries none: a folder without one is Grok-1 itself.
-        """
-        path = model_folder(path)
-        file = path / "config.json"
-        if not file.is_file():
-            return PRESETS["grok-1"]
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{file} is not valid JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{file} holds a {type(values).__name__}, expected an object")
-        try:
-            return _from_reference(values, path.name) if "model" in values else cls.from_dict(values)
-        except ConfigError as error:
-            raise ConfigError(f"{file}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Every field by name, as `from_dict` takes it back."""
@@ -139,37 +108,26 @@ class ModelConfig:
         return self.num_layers * (attention + feed_forward + norms) + embeddings + d
 
 
-def model_folder(path: str | Path) -> Path:
-    """The folder with a checkpoint's configuration and tokenizer: `path`, or, for its folder of tensors, the one above.
-
-    The tensors' folder is known by its name, ckpt-0, or by a `config.json` above it where it has none itself.
-    """
-    path = Path(path)
-    inner = not (path / "config.json").is_file() and not (path / "ckpt-0").is_dir()
-    above = path.absolute().parent
-    return above if inner and (path.absolute().name == "ckpt-0" or (above / "config.json").is_file()) else path
-
-
 _REQUIRED = frozenset(("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim"))
 
 
-def _is_int(value: Any) -> bool:
+def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 # By annotation: a JSON file can put anything under any key.
 _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "int": ("an integer", _is_int),
-    "float": ("a number", _is_number),
+    "int": ("an integer", is_int),
+    "float": ("a number", is_number),
     "bool": ("true or false", lambda value: isinstance(value, bool)),
     "str": ("text", lambda value: isinstance(value, str)),
     "Activation": ("text", lambda value: isinstance(value, str)),
-    "int | None": ("an integer or null", lambda value: value is None or _is_int(value)),
-    "tuple[int, ...]": ("a list of integers", lambda value: isinstance(value, tuple) and all(map(_is_int, value))),
+    "int | None": ("an integer or null", lambda value: value is None or is_int(value)),
+    "tuple[int, ...]": ("a list of integers", lambda value: isinstance(value, tuple) and all(map(is_int, value))),
 }
 
 
@@ -224,7 +182,7 @@ def _problems(c: ModelConfig) -> Iterator[str]:
             yield f"special token {token} is not in 0..{c.vocab_size - 1}"
 
 
-def _check_keys(values: Mapping[str, Any], known: set[str], required: set[str], what: str) -> None:
+def check_keys(values: Mapping[str, Any], known: set[str], required: set[str], what: str) -> None:
     unknown = sorted(set(values) - known)
     missing = sorted(required - set(values))
     if unknown or missing:
@@ -232,141 +190,6 @@ def _check_keys(values: Mapping[str, Any], known: set[str], required: set[str], 
         parts += [f"missing key {', '.join(map(repr, missing))}"] if missing else []
         raise ConfigError(f"{what}: {'; '.join(parts)}; known keys: {', '.join(sorted(known))}")
 
-
-def ffn_width(widening_factor: float, d_model: int) -> int:
-    """F of the reference: two thirds of the widened width, rounded up to a multiple of 8."""
-    return -(-(int(widening_factor * d_model) * 2 // 3) // 8) * 8
-
-
-# The reference's own keys. Those on the right of each pair say nothing about the forward pass.
-_OUTER = {"model", "vocab_size", "eos_token", "sequence_len", "output_multiplier_scale", "embedding_multiplier_scale"}
-_OUTER_IGNORED = {
-    "pad_token", "embedding_init_scale", "init_scale_override", "shard_embeddings", "model_size", "model_type",
-    "fprop_dtype", "name",
-}  # fmt: skip
-_INNER = {
-    "emb_size", "widening_factor", "key_size", "num_q_heads", "num_kv_heads", "num_layers", "attn_output_multiplier",
-    "num_experts", "num_selected_experts",
-}  # fmt: skip
-_INNER_IGNORED = {
-    "vocab_size", "name", "capacity_factor", "init_scale", "shard_activations", "data_axis", "model_axis",
-}  # fmt: skip
-
-
-def _from_reference(values: Mapping[str, Any], name: str) -> ModelConfig:
-    _check_keys(values, _OUTER | _OUTER_IGNORED, _OUTER, "reference configuration")
-    inner = values["model"]
-    if not isinstance(inner, dict):
-        raise ConfigError(f"model={inner!r} is not an object")
-    _check_keys(inner, _INNER | _INNER_IGNORED, _INNER, "reference configuration, model")
-    if "vocab_size" in inner and inner["vocab_size"] != values["vocab_size"]:
-        raise ConfigError(f"model.vocab_size={inner['vocab_size']} differs from vocab_size={values['vocab_size']}")
-    for key in ("emb_size", "num_experts"):
-        if not _is_int(inner[key]) or inner[key] < 0:
-            raise ConfigError(f"model.{key}={inner[key]!r} is not an integer of 0 or more")
-    for key in ("widening_factor", "attn_output_multiplier"):
-        if not (_is_number(inner[key]) and math.isfinite(inner[key]) and inner[key] > 0):
-            raise ConfigError(f"model.{key}={inner[key]!r} is not a finite positive number")
-    width = ffn_width(inner["widening_factor"], inner["emb_size"])
-    sparse = inner["num_experts"] > 1
-    return replace(
-        PRESETS["grok-1"],
-        name=name,
-        vocab_size=values["vocab_size"],
-        d_model=inner["emb_size"],
-        num_layers=inner["num_layers"],
-        num_heads=inner["num_q_heads"],
-        num_kv_heads=inner["num_kv_heads"],
-        head_dim=inner["key_size"],
-        num_experts=inner["num_experts"] if sparse else 0,
-        num_experts_per_tok=inner["num_selected_experts"] if sparse else 0,
-        d_ff=width if sparse else 0,
-        dense_d_ff=0 if sparse else width,
-        embedding_multiplier=values["embedding_multiplier_scale"],
-        output_multiplier=values["output_multiplier_scale"],
-        attn_scale=inner["attn_output_multiplier"],
-        max_position=values["sequence_len"],
-        eos_token_ids=(values["eos_token"],),
-    )
-
-
-def _presets() -> dict[str, ModelConfig]:
-    grok_1 = ModelConfig(
-        name="grok-1",
-        vocab_size=131072,
-        d_model=6144,
-        num_layers=64,
-        num_heads=48,
-        num_kv_heads=8,
-        head_dim=128,
-        num_experts=8,
-        num_experts_per_tok=2,
-        d_ff=32768,
-        attn_softcap=30.0,
-        embedding_multiplier=78.38367176906169,
-        output_multiplier=0.5773502691896257,
-    )
-    grok_2 = replace(
-        grok_1,
-        name="grok-2",
-        d_model=8192,
-        num_heads=64,
-        d_ff=16384,
-        dense_d_ff=32768,
-        activation="gelu",
-        router_softcap=30.0,
-        final_softcap=50.0,
-        embedding_multiplier=90.50966799187809,
-        output_multiplier=0.5,
-        rope_theta=208533496.0,
-        attn_temperature_len=1024,
-        tie_embeddings=False,
-        max_position=131072,
-    )
-    mixtral_8x7b = ModelConfig(
-        name="mixtral-8x7b",
-        vocab_size=32000,
-        d_model=4096,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        num_experts=8,
-        num_experts_per_tok=2,
-        d_ff=14336,
-        activation="silu",
-        post_norms=False,
-        renormalize=True,
-        rope_theta=1e6,
-        tie_embeddings=False,
-        max_position=32768,
-    )
-    mixtral_8x22b = replace(
-        mixtral_8x7b,
-        name="mixtral-8x22b",
-        d_model=6144,
-        num_layers=56,
-        num_heads=48,
-        d_ff=16384,
-        max_position=65536,
-    )
-    mistral_7b = replace(
-        mixtral_8x7b,
-        name="mistral-7b",
-        num_experts=0,
-        num_experts_per_tok=0,
-        d_ff=0,
-        dense_d_ff=14336,
-        renormalize=False,
-        rope_theta=1e4,
-        sliding_window=4096,
-    )
-    # Its sizes were never published beyond "33 B, dense": Grok-1's attention, and the width that gives 33 B.
-    grok_0 = replace(grok_1, name="grok-0", num_experts=0, num_experts_per_tok=0, d_ff=0, dense_d_ff=22528)
-    return {c.name: c for c in (grok_1, grok_2, mixtral_8x7b, mixtral_8x22b, mistral_7b, grok_0)}
-
-
-PRESETS: dict[str, ModelConfig] = _presets()
 
 DType = Literal["bfloat16", "float32"]
 WeightFormat = Literal["int8", "fp8", "bf16", "fp32"]
@@ -422,9 +245,9 @@ class EngineConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not True or False")
         for name in ("max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages", "kv_memory"):
             value = getattr(self, name)
-            if not (_is_int(value) and value >= 1) and not (name in ("num_pages", "kv_memory") and value is None):
+            if not (is_int(value) and value >= 1) and not (name in ("num_pages", "kv_memory") and value is None):
                 raise ConfigError(f"{name}={value!r} is not a positive integer")
-        if not _is_int(self.max_model_len) or not 1 <= self.max_len <= self.model.max_position:
+        if not is_int(self.max_model_len) or not 1 <= self.max_len <= self.model.max_position:
             raise ConfigError(f"max_model_len={self.max_model_len!r} is not in 1..{self.model.max_position}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
@@ -433,7 +256,7 @@ class EngineConfig:
             )
         if self.num_pages is not None and self.kv_memory is not None:
             raise ConfigError(f"num_pages={self.num_pages} and kv_memory={self.kv_memory}: expected one of them")
-        if self.seed is not None and not (_is_int(self.seed) and 0 <= self.seed < 2**63):
+        if self.seed is not None and not (is_int(self.seed) and 0 <= self.seed < 2**63):
             raise ConfigError(f"seed={self.seed!r} is not in 0..2**63 - 1")
 
     @property

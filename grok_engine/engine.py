@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 import grok_kernels
+from grok_engine.loading.resolve import read_config
 
 from .checkpoint.packed import PackedCheckpoint, is_packed_folder
 from .checkpoint.xai.reader import XaiCheckpoint
 from .config import ActFormat, ConfigError, DType, EngineConfig, ModelConfig
 from .loading.convert import load_packed
-from .loading.load import Progress, load_weights, resolve_model
+from .loading.load import Progress, load_weights
 from .loading.random import dummy_weights
+from .loading.resolve import resolve_model
 from .models.decoder import Decoder
 from .runtime.allocator import PageAllocator
 from .runtime.batch import Work, take_rows
@@ -81,7 +83,7 @@ class LLMEngine:
             name, architecture = model.name, model
         else:
             path = resolve_model(model)
-            name, architecture = str(model), ModelConfig.from_pretrained(path)
+            name, architecture = str(model), read_config(path)
         self.config = EngineConfig(model=architecture, **options)
         self.tokenizer: Tokenizer | None = load_tokenizer(path) if path else None
         if self.tokenizer and self.tokenizer.vocab_size > self.config.model.vocab_size:

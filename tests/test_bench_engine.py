@@ -25,9 +25,10 @@ from grok_bench.engine.summary import summarize
 from grok_bench.engine.workload import Job, arrivals, at, check_jobs, random_jobs, read_trace, trace_jobs, warmup_jobs
 from grok_engine import ConfigError, LLMEngine, ModelConfig, RequestOutput
 from grok_engine.cli import main
-from grok_engine.config import PRESETS, WeightFormat
+from grok_engine.config import WeightFormat
 from grok_engine.loading.random import _repeat, dummy_bytes, dummy_weights, weight_bytes
 from grok_engine.models.decoder import Decoder
+from grok_engine.models.families import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 Captured = pytest.CaptureFixture[str]

@@ -22,7 +22,7 @@ from grok_bench.report.figures import inline_svg, pictures
 from grok_bench.report.sweeps import common_name
 from grok_bench.schema import KernelResult, load
 from grok_engine.cli import main
-from grok_engine.config import PRESETS
+from grok_engine.models.families import PRESETS
 from tests import report_samples as samples
 
 

@@ -16,14 +16,17 @@ import torch
 from torch import Tensor, nn
 
 import grok_kernels
+from grok_engine.checkpoint.base import CheckpointError
 from grok_engine.checkpoint.packed import FILE, PackedCheckpoint, PackedInfo, arrange, header, is_packed_folder
-from grok_engine.checkpoint.xai.reader import CheckpointError, XaiCheckpoint
-from grok_engine.config import ConfigError, DType, ModelConfig, WeightFormat
+from grok_engine.checkpoint.xai.reader import XaiCheckpoint
+from grok_engine.config import ConfigError, DType, WeightFormat
 from grok_engine.layers.embedding import Embedding
 from grok_engine.layers.weight import Table, Weight
+from grok_engine.loading.resolve import read_config
 from grok_engine.models.decoder import Decoder
 
-from .load import Filling, Progress, fillings, resolve_model
+from .load import Filling, Progress, fillings
+from .resolve import resolve_model
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 NAMES = {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.bfloat16: "BF16", torch.float32: "F32"}
@@ -51,7 +54,7 @@ def convert(
     if out.exists() or not out.parent.is_dir():
         what = "exists" if out.exists() else f"has no folder {out.parent} to be in"
         raise ConfigError(f"{out} {what}: expected a new name in a folder that is there")
-    config = ModelConfig.from_pretrained(path)
+    config = read_config(path)
     checkpoint = XaiCheckpoint(path, config)
     decoder = Decoder(config, getattr(torch, dtype), max_positions=1)
     filled = fillings(decoder, checkpoint, weights)

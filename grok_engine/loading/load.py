@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
 
+from grok_engine.checkpoint.base import CheckpointError
 from grok_engine.checkpoint.quantize import quantize_matrix
-from grok_engine.checkpoint.xai.pickles import Array
-from grok_engine.checkpoint.xai.reader import CheckpointError, MappedTensor, TensorInfo, XaiCheckpoint
-from grok_engine.config import ConfigError, WeightFormat, model_folder
+from grok_engine.checkpoint.xai.pickles import Array, MappedTensor
+from grok_engine.checkpoint.xai.reader import TensorInfo, XaiCheckpoint
+from grok_engine.config import WeightFormat
 from grok_engine.layers.embedding import Embedding
 from grok_engine.layers.weight import Part, Table, Weight
 from grok_engine.models.decoder import Decoder
@@ -30,19 +29,6 @@ _DTYPES: dict[WeightFormat, torch.dtype] = {
 CHUNK = 4 << 20  # bytes in fp32 that are converted at once
 FP8_MAX = 448.0
 TINY = 2.0**-100  # the least amax, so that no scale is 0
-
-
-def resolve_model(model: str | Path) -> Path:
-    """The folder of a model: a path, or the name of the one that ships with the package, `tiny`.
-
-    The folder of the tensors stands for the one that it lies in (`model_folder`).
-    """
-    if str(model) == "tiny":
-        return Path(str(files("grok_engine") / "assets" / "tiny"))
-    path = Path(model).expanduser()
-    if not path.is_dir():
-        raise ConfigError(f"model {str(model)!r} is not a folder: expected 'tiny' or the path of a checkpoint")
-    return model_folder(path)
 
 
 def as_torch(array: Array) -> Tensor:

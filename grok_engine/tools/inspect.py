@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from grok_engine.checkpoint.base import CheckpointError
 from grok_engine.checkpoint.packed import is_packed_folder
 from grok_engine.checkpoint.xai.layout import Kind
-from grok_engine.checkpoint.xai.reader import CheckpointError, TensorInfo, XaiCheckpoint
-from grok_engine.config import ModelConfig
+from grok_engine.checkpoint.xai.reader import TensorInfo, XaiCheckpoint
+from grok_engine.loading.resolve import read_config
 
 from .inspect_view import render
 from .report import Report, TensorReport
@@ -38,7 +39,7 @@ def inspect_checkpoint(
     path = Path(path).absolute()
     if is_packed_folder(path):
         raise CheckpointError(f"{path} holds converted weights: expected the checkpoint that they were made from")
-    checkpoint = XaiCheckpoint(path, ModelConfig.from_pretrained(path))
+    checkpoint = XaiCheckpoint(path, read_config(path))
     tensors = tuple(TensorReport(info, _scale_layout(info)) for info in checkpoint.tensors)
     problems: list[str] = []
     if verify:

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
-from grok_engine.config import PRESETS, ConfigError, ModelConfig
+from grok_engine.config import ConfigError, ModelConfig
+from grok_engine.models.families import PRESETS
 
 from .chips import CHIPS, Chip, PlanWeights
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from grok_engine.checkpoint.xai.layout import TensorSpec, layout
 from grok_engine.checkpoint.xai.pickle_writer import Data, Described, pickle_pieces
-from grok_engine.config import ModelConfig
+from grok_engine.models.families import preset
 
 RELEASE_BYTES = 318_239_886_140
 
@@ -21,7 +21,7 @@ def write_sparse_release(folder: Path) -> int:
     """
     target = folder / "ckpt-0"
     target.mkdir(parents=True)
-    return sum(_write_sparse(target / spec.file, spec) for spec in layout(ModelConfig.preset("grok-1")))
+    return sum(_write_sparse(target / spec.file, spec) for spec in layout(preset("grok-1")))
 
 
 def _write_sparse(path: Path, spec: TensorSpec) -> int:

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from grok_engine.checkpoint.base import CheckpointError
 from grok_engine.checkpoint.xai.pickle_writer import write_pickle
-from grok_engine.checkpoint.xai.pickles import CheckpointError, map_pickle, read_header
+from grok_engine.checkpoint.xai.pickles import map_pickle, read_header
 from grok_engine.config import ModelConfig
+from grok_engine.models.families import preset
 from grok_engine.tools import verify
 from grok_engine.tools.inspect import Report, inspect_checkpoint, render
 from tests.checkpoint.sparse import RELEASE_BYTES, write_sparse_release
@@ -40,7 +42,7 @@ def test_the_release(release: Path) -> None:
     report = inspect_checkpoint(release)
     assert report.ok
     assert not report.verified
-    assert report.config == ModelConfig.preset("grok-1")
+    assert report.config == preset("grok-1")
     assert len(report.tensors) == 770
     assert report.total_bytes == 318_239_886_140
     assert sum(report.bytes_by_kind.values()) == report.total_bytes

@@ -19,9 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import grok_engine.checkpoint
+from grok_engine.checkpoint.base import CheckpointError
 from grok_engine.checkpoint.xai.pickle_machine import Machine
 from grok_engine.checkpoint.xai.pickle_writer import Data, Described, pickle_pieces, write_pickle
-from grok_engine.checkpoint.xai.pickles import CheckpointError, map_pickle, read_header
+from grok_engine.checkpoint.xai.pickles import map_pickle, read_header
 
 pytestmark = pytest.mark.filterwarnings("ignore:numpy.core.*:DeprecationWarning")
 BF16 = np.dtype(ml_dtypes.bfloat16)

@@ -14,13 +14,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grok_engine.checkpoint.base import CheckpointError
+from grok_engine.checkpoint.quantize import quantize_matrix
+from grok_engine.checkpoint.xai.layout import layout
 from grok_engine.checkpoint.xai.pickle_writer import write_pickle
-from grok_engine.checkpoint.xai.reader import CheckpointError, XaiCheckpoint, layout, quantize_matrix, write_xai
-from grok_engine.checkpoint.xai.writer import reference_config
+from grok_engine.checkpoint.xai.reader import XaiCheckpoint
+from grok_engine.checkpoint.xai.writer import reference_config, write_xai
 from grok_engine.config import ModelConfig
+from grok_engine.loading.resolve import read_config
+from grok_engine.models.families import PRESETS, preset
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
-GROK_1 = ModelConfig.preset("grok-1")
+GROK_1 = preset("grok-1")
 TINY = replace(
     GROK_1, name="tiny", vocab_size=40, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=24,
     max_position=64, attn_scale=0.25,
@@ -55,7 +60,7 @@ def problems(folder: Path, config: ModelConfig) -> tuple[str, ...]:
 
 def test_the_layout_is_that_of_the_manifests(golden: Path) -> None:
     manifest = json.loads((golden / "manifest.json").read_text())
-    specs = layout(ModelConfig.from_pretrained(golden))
+    specs = layout(read_config(golden))
     assert len(specs) == len(manifest)
     for spec, entry in zip(specs, manifest, strict=True):
         assert (spec.index, spec.file, spec.reference) == (entry["index"], entry["file"], entry["path"])
@@ -76,17 +81,17 @@ def test_names_follow_slots_and_layers_are_sorted_as_text() -> None:
     assert len(layout(GROK_1)) == 770
 
 
-@pytest.mark.parametrize("preset", ["grok-2", "mixtral-8x7b", "mistral-7b", "grok-0"])
-def test_other_families_are_refused(preset: str) -> None:
+@pytest.mark.parametrize("name", ["grok-2", "mixtral-8x7b", "mistral-7b", "grok-0"])
+def test_other_families_are_refused(name: str) -> None:
     with pytest.raises(CheckpointError, match="expect"):
-        layout(ModelConfig.preset(preset))
+        layout(PRESETS[name])
 
 
 # ---- opening
 
 
 def test_goldens_open(golden: Path) -> None:
-    config = ModelConfig.from_pretrained(golden)
+    config = read_config(golden)
     manifest = json.loads((golden / "manifest.json").read_text())
     for path in (golden, golden / "ckpt-0", str(golden)):
         checkpoint = XaiCheckpoint(path, config)
@@ -103,7 +108,7 @@ def test_goldens_open(golden: Path) -> None:
 
 
 def test_every_problem_is_in_one_error(small: Path) -> None:
-    config = ModelConfig.from_pretrained(small)
+    config = read_config(small)
     folder = small / "ckpt-0"
     file = [folder / spec.file for spec in layout(config)]
     file[1].unlink()  # missing
@@ -142,7 +147,7 @@ def test_every_problem_is_in_one_error(small: Path) -> None:
 
 
 def test_another_models_configuration_does_not_fit(small: Path) -> None:
-    config = ModelConfig.from_pretrained(small)
+    config = read_config(small)
     assert any("(64, 6144)" in p for p in problems(small, replace(config, head_dim=64)))
     assert len(problems(small, replace(config, num_layers=2))) == 12
     assert problems(small, replace(config, vocab_size=4096)) == (
@@ -163,7 +168,7 @@ def test_groups_divide_the_input_rows(scales: tuple[int, ...], fits: bool) -> No
 
 def test_a_hostile_file_is_named(small: Path) -> None:
     (small / "ckpt-0" / "tensor00004_000").write_bytes(b"\x80\x02cposix\nsystem\nX\x01\x00\x00\x00x\x85R.")
-    (problem,) = problems(small, ModelConfig.from_pretrained(small))
+    (problem,) = problems(small, read_config(small))
     assert "tensor00004_000 (layers.0.moe.up)" in problem
     assert "posix.system" in problem
 
@@ -175,7 +180,7 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
 
 
 def test_reading_what_is_not_there(small: Path) -> None:
-    checkpoint = XaiCheckpoint(small, ModelConfig.from_pretrained(small))
+    checkpoint = XaiCheckpoint(small, read_config(small))
     with pytest.raises(CheckpointError, match=r"'layers\.0\.attn\.qq'"):
         checkpoint.read("layers.0.attn.qq")
     write_pickle(small / "ckpt-0" / "tensor00000_000", np.zeros((3, 3), np.float32), None)
@@ -187,7 +192,7 @@ def test_reading_what_is_not_there(small: Path) -> None:
 
 
 def test_a_golden_is_written_back_bit_for_bit(golden: Path, tmp_path: Path) -> None:
-    config = ModelConfig.from_pretrained(golden)
+    config = read_config(golden)
     checkpoint = XaiCheckpoint(golden, config)
 
     def stream() -> Iterator[tuple[str, tuple[Any, Any]]]:
@@ -225,7 +230,7 @@ def test_pickle_loads_what_was_written(tmp_path: Path, quantized: Any) -> None:
 def test_unquantised_models_round_trip(tmp_path: Path, dtype: Any) -> None:
     source = tensors(TINY, dtype)
     write_xai(tmp_path / "tiny", TINY, source)
-    config = ModelConfig.from_pretrained(tmp_path / "tiny")
+    config = read_config(tmp_path / "tiny")
     assert config == TINY
     checkpoint = XaiCheckpoint(tmp_path / "tiny", config)
     for info in checkpoint.tensors:
@@ -242,7 +247,7 @@ def test_an_interrupted_write_leaves_no_half_file(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_xai(tmp_path / "tiny", TINY, stream())
     assert sorted(p.name for p in (tmp_path / "tiny" / "ckpt-0").iterdir()) == [f"tensor0000{i}_000" for i in range(3)]
-    found = problems(tmp_path / "tiny", ModelConfig.from_pretrained(tmp_path / "tiny"))
+    found = problems(tmp_path / "tiny", read_config(tmp_path / "tiny"))
     assert len(found) == len(layout(TINY)) - 3
 
 
@@ -253,7 +258,7 @@ def test_two_models_do_not_mix(tmp_path: Path) -> None:
         write_xai(tmp_path / "tiny", small, tensors(small))
     XaiCheckpoint(tmp_path / "tiny", TINY)
     write_xai(tmp_path / "tiny", small, tensors(small), overwrite=True)
-    assert len(XaiCheckpoint(tmp_path / "tiny", ModelConfig.from_pretrained(tmp_path / "tiny")).tensors) == 14
+    assert len(XaiCheckpoint(tmp_path / "tiny", read_config(tmp_path / "tiny")).tensors) == 14
 
 
 def test_wrong_tensors_are_refused(tmp_path: Path) -> None:
@@ -336,7 +341,7 @@ def test_quantising_is_the_formula(data: st.DataObject) -> None:
 
 def test_quantising_again_changes_nothing(golden: Path) -> None:
     """The release's own values, dequantised, come back when the largest of a column is 127 steps."""
-    checkpoint = XaiCheckpoint(golden, ModelConfig.from_pretrained(golden))
+    checkpoint = XaiCheckpoint(golden, read_config(golden))
     t = checkpoint.read("layers.0.moe.down")
     assert t.scales is not None
     groups = t.scales.shape[-2]

@@ -24,6 +24,7 @@ from grok_engine import LLM, ModelConfig, SamplingParams
 from grok_engine.layers.attention import Attention
 from grok_engine.layers.moe import Experts, Router
 from grok_engine.layers.weight import Table, Weight
+from grok_engine.loading.resolve import read_config
 
 FP32 = 2e-5  # ‖ours − theirs‖ / ‖theirs‖; both sum in fp32, in different orders
 COMMITTED = Path(__file__).parents[1] / "data" / "goldens"
@@ -317,8 +318,8 @@ def test_the_right_engine_is_not_noticed() -> None:
     ids=lambda value: value.name if isinstance(value, Path) else "-".join(f"{k}={v}" for k, v in value.items()),
 )
 def test_a_wrong_constant_is_noticed(folder: Path, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    config = replace(ModelConfig.from_pretrained(folder), **change)
-    monkeypatch.setattr(ModelConfig, "from_pretrained", lambda path: config)
+    config = replace(read_config(folder), **change)
+    monkeypatch.setattr(grok_engine.engine, "read_config", lambda path: config)
     assert noticed(LLM(folder, dtype="float32"), folder)
 
 

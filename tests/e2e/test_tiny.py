@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from grok_engine import LLM, ModelConfig
-from grok_engine.loading.load import resolve_model
+from grok_engine import LLM
+from grok_engine.loading.resolve import read_config, resolve_model
+from grok_engine.models.families import preset
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = resolve_model("tiny")
@@ -26,9 +27,9 @@ SIZES = (
 
 def test_the_architecture_is_grok_1s() -> None:
     """Everything but sizes is the preset's, and the multipliers follow the width as in the releases."""
-    config = ModelConfig.from_pretrained(TINY)
+    config = read_config(TINY)
     sizes = {name: getattr(config, name) for name in SIZES}
-    assert replace(ModelConfig.preset("grok-1"), **sizes) == config
+    assert replace(preset("grok-1"), **sizes) == config
     assert config.embedding_multiplier == pytest.approx(config.d_model**0.5)
     assert config.output_multiplier == pytest.approx((2048 / config.d_model) ** 0.5)
     assert config.attn_scale == pytest.approx(config.head_dim**-0.5)

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
-from grok_engine.config import ACTIVATIONS, PRESETS, ConfigError, EngineConfig, ModelConfig, ffn_width
+from grok_engine.config import ACTIVATIONS, ConfigError, EngineConfig, ModelConfig
+from grok_engine.loading.resolve import read_config
+from grok_engine.models.families import PRESETS, preset
+from grok_engine.models.families.grok import ffn_width
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 SPARSE: dict[str, Any] = {
@@ -35,7 +38,7 @@ def reference_values() -> dict[str, Any]:
 def from_json(folder: Path, values: Any) -> ModelConfig:
     """What a user's config.json becomes; a string is written as it is."""
     (folder / "config.json").write_text(values if isinstance(values, str) else json.dumps(values))
-    return ModelConfig.from_pretrained(folder)
+    return read_config(folder)
 
 
 # Presets
@@ -87,7 +90,7 @@ def test_every_preset_is_checked_here() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_preset(name: str) -> None:
-    c = ModelConfig.preset(name)
+    c = preset(name)
     *sizes, total, active = PUBLISHED[name]
     assert [
         c.num_layers, c.d_model, c.num_heads, c.num_kv_heads, c.head_dim,
@@ -120,7 +123,7 @@ def test_parameters_counted_by_hand() -> None:
 
 def test_unknown_preset() -> None:
     with pytest.raises(ConfigError, match=r"unknown preset 'grok-9': expected one of grok-1, .*mixtral-8x7b"):
-        ModelConfig.preset("grok-9")
+        preset("grok-9")
 
 
 @pytest.mark.parametrize(
@@ -256,16 +259,16 @@ def test_wrong_type(key: str, value: Any, tmp_path: Path) -> None:
 
 
 def test_no_config_is_grok_1(tmp_path: Path) -> None:
-    assert ModelConfig.from_pretrained(tmp_path) == PRESETS["grok-1"]
-    assert ModelConfig.from_pretrained(str(tmp_path)) == PRESETS["grok-1"]
+    assert read_config(tmp_path) == PRESETS["grok-1"]
+    assert read_config(str(tmp_path)) == PRESETS["grok-1"]
 
 
 def test_reference_keys() -> None:
-    c = ModelConfig.from_pretrained(GOLDENS / "g1-b-q48-k128")
+    c = read_config(GOLDENS / "g1-b-q48-k128")
     assert c == replace(
         PRESETS["grok-1"], name="g1-b-q48-k128", vocab_size=2048, d_model=64, num_layers=1, d_ff=344, max_position=128
     )
-    assert ModelConfig.from_pretrained(GOLDENS / "g8-a-emb128-k16").attn_scale == 0.25
+    assert read_config(GOLDENS / "g8-a-emb128-k16").attn_scale == 0.25
 
 
 def test_reference_with_one_expert_is_dense(tmp_path: Path) -> None:
@@ -295,7 +298,7 @@ def test_bad_json(text: str, message: str, tmp_path: Path) -> None:
 def test_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b'{"name": "\xff\xfe"}')
     with pytest.raises(ConfigError, match="not valid JSON"):
-        ModelConfig.from_pretrained(tmp_path)
+        read_config(tmp_path)
 
 
 OUTER = (

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from grok_engine.config import PRESETS, EngineConfig, ModelConfig
+from grok_engine.config import EngineConfig, ModelConfig
 from grok_engine.layers.weight import Table, Weight
 from grok_engine.models.decoder import Decoder
+from grok_engine.models.families import PRESETS
 from grok_engine.runtime.runner import Runner, Work
 
 Weights = dict[str, np.ndarray]  # by name, (in, out), experts in front

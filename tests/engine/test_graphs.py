@@ -15,10 +15,11 @@ from torch import Tensor
 
 import grok_kernels
 from grok_engine import LLMEngine
-from grok_engine.config import PRESETS, EngineConfig, ModelConfig
+from grok_engine.config import EngineConfig, ModelConfig
 from grok_engine.layers.weight import Table, Weight
 from grok_engine.loading.random import dummy_weights
 from grok_engine.models.decoder import Decoder
+from grok_engine.models.families import PRESETS
 from grok_engine.runtime.batch import ALIGNED, Batch, Work, flatten, take_rows
 from grok_engine.runtime.graphs import Capture, CpuCapture, CudaCapture, DecodeGraphs, Run, rungs, widths
 from grok_engine.runtime.pages import allocate_pages

@@ -20,17 +20,21 @@ import torch
 import grok_engine.loading.load
 import grok_kernels
 from grok_engine import LLM, ModelConfig
+from grok_engine.checkpoint.base import CheckpointError
 from grok_engine.checkpoint.quantize import quantize_matrix
 from grok_engine.checkpoint.xai.layout import TensorSpec, layout
-from grok_engine.checkpoint.xai.reader import CheckpointError, XaiCheckpoint, write_xai
+from grok_engine.checkpoint.xai.reader import XaiCheckpoint
+from grok_engine.checkpoint.xai.writer import write_xai
 from grok_engine.layers.weight import Table, Weight
 from grok_engine.loading.load import export_weights, load_weights
+from grok_engine.loading.resolve import read_config
 from grok_engine.models.decoder import Decoder
+from grok_engine.models.families import preset
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 SMALL, GROUPED = GOLDENS / "g1-b-q48-k128", GOLDENS / "g8-a-emb128-k16"
 TINY = replace(
-    ModelConfig.preset("grok-1"), name="tiny", vocab_size=32, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2,
+    preset("grok-1"), name="tiny", vocab_size=32, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2,
     head_dim=8, num_experts=4, d_ff=24, attn_scale=8**-0.5, max_position=32,
 )  # fmt: skip
 
@@ -323,14 +327,14 @@ def test_a_wrong_shape_is_named_with_both_shapes(small: Path) -> None:
 
 
 def test_the_model_wants_what_the_checkpoint_has_not() -> None:
-    checkpoint = XaiCheckpoint(SMALL, ModelConfig.from_pretrained(SMALL))
+    checkpoint = XaiCheckpoint(SMALL, read_config(SMALL))
     more = replace(checkpoint.config, num_layers=2, tie_embeddings=False)
     with pytest.raises(CheckpointError, match=r"missing tensors \['layers\.1\.attn\.k'.*'lm_head'\].*place \[\]"):
         load_weights(Decoder(more, torch.float32), checkpoint)
 
 
 def test_the_checkpoint_has_what_the_model_does_not_want() -> None:
-    checkpoint = XaiCheckpoint(GROUPED, ModelConfig.from_pretrained(GROUPED))
+    checkpoint = XaiCheckpoint(GROUPED, read_config(GROUPED))
     less = replace(checkpoint.config, num_layers=1, post_norms=False)
     expected = r"missing tensors \[\], .*without a place \['layers\.0\.norm\.post_attn'.*'layers\.1\.norm\.pre_moe'\]"
     with pytest.raises(CheckpointError, match=expected):
@@ -357,7 +361,7 @@ def test_fused_parts_of_two_types_are_refused(odd: str, weights: Any, tmp_path: 
 
 @pytest.mark.parametrize("folder", [SMALL, GROUPED], ids=lambda folder: folder.name)
 def test_progress_rises_to_the_total(folder: Path) -> None:
-    checkpoint = XaiCheckpoint(folder, ModelConfig.from_pretrained(folder))
+    checkpoint = XaiCheckpoint(folder, read_config(folder))
     calls: list[tuple[int, int]] = []
     load_weights(
         Decoder(checkpoint.config, torch.float32), checkpoint, progress=lambda done, total: calls.append((done, total))
@@ -391,7 +395,8 @@ import gc, json, re, sys
 import numpy as np
 from pathlib import Path
 from grok_engine import LLM
-from grok_engine.checkpoint.xai.reader import MappedTensor, XaiCheckpoint
+from grok_engine.checkpoint.xai.pickles import MappedTensor
+from grok_engine.checkpoint.xai.reader import XaiCheckpoint
 
 def status(key):
     return int(re.search(rf"{key}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10

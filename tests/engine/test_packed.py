@@ -307,11 +307,11 @@ import re
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, ml_dtypes
-from grok_engine import ModelConfig
+from grok_engine.models.families import preset
 from grok_engine.checkpoint.xai.layout import layout
 from grok_engine.checkpoint.xai.writer import write_xai
 from grok_engine.loading.convert import convert
-config = replace(ModelConfig.preset("grok-1"), name="m", vocab_size=64, d_model=256, num_layers=12, num_heads=4,
+config = replace(preset("grok-1"), name="m", vocab_size=64, d_model=256, num_layers=12, num_heads=4,
                  num_kv_heads=4, head_dim=64, d_ff=2048, attn_scale=0.125, max_position=64)
 def tensors():
     for spec in layout(config):

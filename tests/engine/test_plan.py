@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from grok_engine.config import PRESETS, ModelConfig
+from grok_engine.config import ModelConfig
+from grok_engine.models.families import PRESETS
 from grok_engine.tools.chips import CHIPS
 from grok_engine.tools.plan import expert_layer_cost, plan, released_bytes, valid_gpu_counts
 from grok_engine.tools.plan_view import render

@@ -14,8 +14,8 @@ import torch
 
 import grok_kernels
 from grok_engine import LLM, LLMEngine, SamplingParams
-from grok_engine.config import PRESETS
 from grok_engine.loading.convert import convert
+from grok_engine.models.families import PRESETS
 from grok_engine.runtime.batch import Work, take_rows
 from grok_engine.runtime.runner import GPU_SHARE
 from grok_engine.sampling.sampler import token_logprobs

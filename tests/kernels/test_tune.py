@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grok_engine.config import PRESETS
+from grok_engine.models.families import PRESETS
 from grok_kernels import tune as module
 from grok_kernels import tuning
 from grok_kernels.tune import FORMATS, MODELS, Bench, Product, candidates, main, products, tune

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 import grok_kernels
-from grok_engine.config import PRESETS, ActFormat, KVDType, ModelConfig, WeightFormat
+from grok_engine.config import ActFormat, KVDType, ModelConfig, WeightFormat
 from grok_engine.layers.weight import Weight
 from grok_engine.loading.random import _modules
 from grok_engine.models.decoder import Decoder
+from grok_engine.models.families import PRESETS
 from grok_engine.runtime.batch import Batch, KVPages, Work, flatten
 from grok_engine.runtime.graphs import rungs, widths
 from grok_engine.runtime.pages import allocate_pages

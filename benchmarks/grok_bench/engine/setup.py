@@ -11,10 +11,10 @@ from typing import Any
 
 from grok_bench.environment import available_bytes
 from grok_engine import ConfigError, EngineConfig, LLMEngine, ModelConfig
-from grok_engine.config import PRESETS
-from grok_engine.loading.load import resolve_model
 from grok_engine.loading.progress import byte_bar
 from grok_engine.loading.random import weight_bytes
+from grok_engine.loading.resolve import read_config, resolve_model
+from grok_engine.models.families import PRESETS
 from grok_engine.runtime.pages import page_bytes
 from grok_engine.runtime.runner import CPU_KV_BYTES, KV_DTYPES
 
@@ -65,7 +65,7 @@ def find_model(
         if name in PRESETS and not Path(name).is_dir():
             raise ConfigError(f"model {name!r} has no weights here: give --dummy for random ones, or a folder")
     folder = None if name in PRESETS and dummy else _folder(name)
-    model = PRESETS[name] if folder is None else ModelConfig.from_pretrained(folder)
+    model = PRESETS[name] if folder is None else read_config(folder)
     if dummy:
         changes = dict(map(_override, overrides))
         if layers is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
-from grok_engine.config import PRESETS, ModelConfig
+from grok_engine.config import ModelConfig
+from grok_engine.models.families import PRESETS
 
 MODELS = ("grok-1", "grok-2", "mixtral-8x7b", "mixtral-8x22b")
 SHARD, QUARTER, SMOKE = "-tp8", "-quarter", "-smoke"

@@ -16,17 +16,11 @@ from typing import Any, BinaryIO, Literal, TypeAlias
 
 import numpy as np
 
+from grok_engine.checkpoint.base import CheckpointError
+
 from .pickle_machine import ArrayPlace, Machine, PickleError
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is not what it should be. `problems` holds one line for each finding."""
-
-    def __init__(self, message: str, problems: tuple[str, ...] = ()) -> None:
-        super().__init__(message)
-        self.problems = problems or (message,)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,23 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grok_engine.checkpoint.quantize import quantize_matrix
+from grok_engine.checkpoint.base import CheckpointError
 from grok_engine.config import ModelConfig
 
 from .layout import Kind, TensorSpec, layout
-from .pickles import CheckpointError, MappedTensor, PickleHeader, map_pickle, read_header
-from .writer import write_xai
-
-__all__ = [
-    "CheckpointError",
-    "MappedTensor",
-    "TensorInfo",
-    "TensorSpec",
-    "XaiCheckpoint",
-    "layout",
-    "quantize_matrix",
-    "write_xai",
-]
+from .pickles import MappedTensor, PickleHeader, map_pickle, read_header
 
 
 @dataclass(frozen=True, slots=True)

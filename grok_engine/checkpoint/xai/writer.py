@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -12,11 +11,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from grok_engine.config import ConfigError, ModelConfig, ffn_width
+from grok_engine.checkpoint.base import CheckpointError
+from grok_engine.config import ConfigError, ModelConfig
+from grok_engine.models.families.grok import parse_reference, reference_values
 
 from .layout import layout
 from .pickle_writer import write_pickle
-from .pickles import Array, CheckpointError
+from .pickles import Array
 
 Tensor: TypeAlias = "tuple[Array, Array | None]"
 
@@ -68,38 +69,14 @@ def write_xai(
 
 
 def reference_config(config: ModelConfig) -> dict[str, Any]:
-    """`config` in the key names of xAI's reference code. Raises CheckpointError when they cannot express it."""
+    """`config` in the keys of xAI's reference code. CheckpointError where they cannot express it."""
     c = config
-    values = {
-        "vocab_size": c.vocab_size,
-        "pad_token": 0,
-        "eos_token": c.eos_token_ids[0] if c.eos_token_ids else 0,
-        "sequence_len": c.max_position,
-        "embedding_init_scale": 1.0,
-        "output_multiplier_scale": c.output_multiplier,
-        "embedding_multiplier_scale": c.embedding_multiplier,
-        "model": {
-            "emb_size": c.d_model,
-            "widening_factor": _widening_factor(c.d_ff, c.d_model),
-            "key_size": c.head_dim,
-            "num_q_heads": c.num_heads,
-            "num_kv_heads": c.num_kv_heads,
-            "num_layers": c.num_layers,
-            "attn_output_multiplier": c.attn_scale,
-            "shard_activations": True,
-            "num_experts": c.num_experts,
-            "num_selected_experts": c.num_experts_per_tok,
-            "data_axis": "data",
-            "model_axis": "model",
-        },
-    }
-    # Read back as a user would: what the keys do not carry comes back as Grok-1's own value.
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(values), encoding="utf-8")
-        try:
-            back = ModelConfig.from_pretrained(folder)
-        except ConfigError as error:
-            raise CheckpointError(f"model {c.name!r}: the reference's keys cannot express it: {error}") from None
+    try:
+        values = reference_values(c)
+        back = parse_reference(values, c.name)
+    except ConfigError as error:
+        raise CheckpointError(f"model {c.name!r}: the reference's keys cannot express it: {error}") from None
+    # What the keys do not carry comes back as Grok-1's own value.
     lost = tuple(
         f"{f.name}={getattr(c, f.name)!r} would come back as {getattr(back, f.name)!r}"
         for f in fields(c)
@@ -108,17 +85,6 @@ def reference_config(config: ModelConfig) -> dict[str, Any]:
     if lost:
         raise CheckpointError(f"model {c.name!r}: the reference's keys cannot express it: {'; '.join(lost)}", lost)
     return values
-
-
-def _widening_factor(d_ff: int, d_model: int) -> float:
-    """A factor for which the reference arrives at exactly this width; a whole number where there is one."""
-    widened = -(-d_ff * 3 // 2)
-    whole = [widened // d_model, widened // d_model + 1]
-    # Half a unit above each whole product, so that its floating point error cannot cross one.
-    for factor in [*whole, *((widened - back + 0.5) / d_model for back in range(12))]:
-        if ffn_width(factor, d_model) == d_ff:
-            return factor
-    raise CheckpointError(f"d_ff={d_ff}: expected a multiple of 8, as the reference rounds up to one")
 
 
 def _little_endian(dtype: np.dtype[Any]) -> bool:

@@ -1,0 +1,55 @@
+"""From what a user names to a folder, and from the folder to its configuration."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+from grok_engine.config import ConfigError, ModelConfig
+from grok_engine.models.families import parse_config, preset
+
+
+def resolve_model(model: str | Path) -> Path:
+    """The folder of a model: a path, or the name of the one that ships with the package, `tiny`.
+
+    The folder of the tensors stands for the one that it lies in (`model_folder`).
+    """
+    if str(model) == "tiny":
+        return Path(str(files("grok_engine") / "assets" / "tiny"))
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        raise ConfigError(f"model {str(model)!r} is not a folder: expected 'tiny' or the path of a checkpoint")
+    return model_folder(path)
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder of a checkpoint's configuration and tokenizer: `path`, or its parent where `path` holds the tensors.
+
+    A folder of tensors is recognised by its name, ckpt-0, or by a `config.json` in its parent and none of its own.
+    """
+    path = Path(path)
+    inner = not (path / "config.json").is_file() and not (path / "ckpt-0").is_dir()
+    above = path.absolute().parent
+    return above if inner and (path.absolute().name == "ckpt-0" or (above / "config.json").is_file()) else path
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The configuration of a checkpoint folder: its `config.json`, in the keys of any family or of `ModelConfig`.
+
+    The release carries none: a folder without one is Grok-1 itself. ConfigError names the file and what is wrong.
+    """
+    path = model_folder(path)
+    file = path / "config.json"
+    if not file.is_file():
+        return preset("grok-1")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} holds a {type(values).__name__}, expected an object")
+    try:
+        return parse_config(values, path.name)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
