@@ -28,7 +28,7 @@ from grok_engine.config import ModelConfig
 from grok_engine.layers.attention import Attention
 from grok_engine.layers.moe import Experts, Router
 from grok_engine.layers.weight import Table, Weight
-from grok_engine.loading.load import export_weights
+from grok_engine.loading.export import export_weights
 from grok_engine.models.decoder import Decoder
 from grok_engine.models.families import preset
 from grok_engine.models.families.grok import ffn_width

@@ -230,6 +230,16 @@ class EngineConfig:
     enforce_eager: bool = False
     seed: int | None = None
 
+    @classmethod
+    def of(cls, model: ModelConfig, options: Mapping[str, Any]) -> EngineConfig:
+        """From options by name, a dtype also as torch has it. ConfigError for an unknown name."""
+        known = [f.name for f in fields(cls) if f.name != "model"]
+        for option in options:
+            if option not in known:
+                raise ConfigError(f"unknown option {option!r}: expected one of {', '.join(known)}")
+        dtypes = {"dtype": str(options["dtype"]).removeprefix("torch.")} if options.get("dtype") else {}
+        return cls(model=model, **{**options, **dtypes})
+
     def __post_init__(self) -> None:
         if self.max_model_len is None:
             object.__setattr__(self, "max_model_len", self.model.max_position)

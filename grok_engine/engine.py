@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from numbers import Integral
@@ -14,17 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import grok_kernels
-from grok_engine.loading.resolve import read_config
-
-from .checkpoint.packed import PackedCheckpoint, is_packed_folder
-from .checkpoint.xai.reader import XaiCheckpoint
-from .config import ActFormat, ConfigError, DType, EngineConfig, ModelConfig
-from .loading.convert import load_packed
-from .loading.load import Progress, load_weights
-from .loading.random import dummy_weights
-from .loading.resolve import resolve_model
-from .models.decoder import Decoder
+from .config import ConfigError, EngineConfig, ModelConfig
+from .loading.build import build_model
+from .loading.fill import Progress
+from .loading.resolve import find_model
 from .runtime.allocator import PageAllocator
 from .runtime.batch import Work, take_rows
 from .runtime.request import Answer, Request, RequestOutput, TopLogprobs
@@ -38,7 +31,6 @@ from .sampling.structured import StructuredCompiler
 from .tokenizer.base import Tokenizer, load_tokenizer
 
 Prompt = str | Sequence[int]
-_DTYPES: dict[DType, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class EngineClosedError(RuntimeError):
@@ -72,45 +64,12 @@ class LLMEngine:
     def __init__(
         self, model: str | Path | ModelConfig = "tiny", *, progress: Progress | None = None, **options: Any
     ) -> None:
-        known = [f.name for f in fields(EngineConfig) if f.name != "model"]
-        for option in options:
-            if option not in known:
-                raise ConfigError(f"unknown option {option!r}: expected one of {', '.join(known)}")
-        if isinstance(options.get("dtype"), torch.dtype):
-            options["dtype"] = str(options["dtype"]).removeprefix("torch.")
-        path = None
-        if isinstance(model, ModelConfig):
-            name, architecture = model.name, model
-        else:
-            path = resolve_model(model)
-            name, architecture = str(model), read_config(path)
-        self.config = EngineConfig(model=architecture, **options)
-        self.tokenizer: Tokenizer | None = load_tokenizer(path) if path else None
-        if self.tokenizer and self.tokenizer.vocab_size > self.config.model.vocab_size:
-            raise ConfigError(
-                f"{path}: the tokenizer has {self.tokenizer.vocab_size} tokens, "
-                f"more than the model's vocab_size={self.config.model.vocab_size}"
-            )
-        device = _device(self.config.device)
-        c = self.config
-        checkpoint: PackedCheckpoint | XaiCheckpoint | None = None
-        if path:
-            checkpoint = PackedCheckpoint(path) if is_packed_folder(path) else XaiCheckpoint(path, c.model)
-        if c.mmap and not (isinstance(checkpoint, PackedCheckpoint) and device.type == "cpu"):
-            raise ConfigError(
-                f"mmap=True with model {name!r} on {device}: expected a folder that `grok-engine convert` wrote, "
-                "on the CPU"
-            )
-        activations = _activations(c, checkpoint, device)
-        c = self.config = replace(c, activations=activations)
-        self.model = Decoder(c.model, _DTYPES[c.dtype], device, c.max_len, activations)
-        if isinstance(checkpoint, PackedCheckpoint):
-            load_packed(self.model, checkpoint, weights=c.weights, mapped=c.mmap, progress=progress)
-        elif checkpoint:
-            load_weights(self.model, checkpoint, weights=c.weights, progress=progress)
-        else:
-            dummy_weights(self.model, c.weights, progress=progress)
-        self.runner = Runner(self.model, self.config)
+        folder, architecture = (None, model) if isinstance(model, ModelConfig) else find_model(model)
+        c = EngineConfig.of(architecture, options)
+        self.tokenizer = None if folder is None else _tokenizer(folder, c)
+        self.model, c = build_model(c, folder, progress)
+        self.config = c
+        self.runner = Runner(self.model, c)
         self.allocator = PageAllocator(self.runner.num_pages, c.page_size, c.enable_prefix_caching)
         self.scheduler = Scheduler(
             self.allocator,
@@ -432,23 +391,11 @@ def _as_list(prompt: Any) -> Sequence[Any]:
     return values
 
 
-def _activations(
-    config: EngineConfig, checkpoint: PackedCheckpoint | XaiCheckpoint | None, device: torch.device
-) -> ActFormat:
-    """`config.activations`, resolved by what the weights will be held as."""
-    if config.activations is not None:
-        return config.activations
-    rounded = config.weights == "fp8"
-    if isinstance(checkpoint, PackedCheckpoint):  # the release's own format has no e4m3
-        rounded = any(info.dtype == "F8_E4M3" for info in checkpoint.tensors)
-    return "fp8" if rounded and grok_kernels.multiplies_fp8(device) else "none"
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device={name!r} cannot be used: {reason}") from None
-    return device
+def _tokenizer(folder: Path, config: EngineConfig) -> Tokenizer | None:
+    tokenizer = load_tokenizer(folder)
+    if tokenizer and tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, "
+            f"more than the model's vocab_size={config.model.vocab_size}"
+        )
+    return tokenizer

@@ -24,9 +24,11 @@ from grok_bench.engine.setup import check_memory, find_model, kv_bytes
 from grok_bench.engine.summary import summarize
 from grok_bench.engine.workload import Job, arrivals, at, check_jobs, random_jobs, read_trace, trace_jobs, warmup_jobs
 from grok_engine import ConfigError, LLMEngine, ModelConfig, RequestOutput
+from grok_engine.checkpoint.random import repeated
 from grok_engine.cli import main
 from grok_engine.config import WeightFormat
-from grok_engine.loading.random import _repeat, dummy_bytes, dummy_weights, weight_bytes
+from grok_engine.loading.fill import fill
+from grok_engine.loading.random import random_bytes, random_checkpoint, weight_bytes
 from grok_engine.models.decoder import Decoder
 from grok_engine.models.families import PRESETS
 
@@ -288,15 +290,14 @@ def test_random_weights_give_finite_logits_that_depend_on_the_tokens(preset: str
     assert logits.std() > 1e-3
     assert logits.argmax(-1).unique().numel() > 1
     held = sum(p.nbytes for p in engine.model.parameters())
-    assert held == dummy_bytes(engine.model, engine.config.weights)
+    assert held == random_bytes(engine.model, engine.config.weights)
     assert held == weight_bytes(config, "float32", engine.config.weights)
     assert torch.equal(logits, LLMEngine(config, weights=weights, dtype="float32", num_pages=8).logits([5, 6, 7, 8]))
 
 
 @pytest.mark.parametrize(("size", "start"), [(20, 3), (20, 0), (3, 5), (7, 6)])
 def test_a_block_is_repeated_to_the_last_element(size: int, start: int) -> None:
-    out = torch.full((1, size), -1)
-    _repeat(torch.arange(7), out, start)
+    out = repeated(torch.arange(7), start, (1, size))
     assert out.tolist() == [[(start + i) % 7 for i in range(size)]]
 
 
@@ -304,9 +305,9 @@ def test_random_weights_are_as_seeded_and_fill_every_value() -> None:
     def parameters(seed: int) -> dict[str, torch.Tensor]:
         model = Decoder(small(), torch.bfloat16)
         calls: list[tuple[int, int]] = []
-        dummy_weights(model, seed=seed, progress=lambda done, total: calls.append((done, total)))
+        fill(model, random_checkpoint(model, seed=seed), progress=lambda done, total: calls.append((done, total)))
         assert [done for done, _ in calls] == sorted(done for done, _ in calls)
-        assert calls[-1] == (dummy_bytes(model),) * 2
+        assert calls[-1] == (random_bytes(model),) * 2
         return dict(model.named_parameters())
 
     first, same, other = parameters(0), parameters(0), parameters(1)

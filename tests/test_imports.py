@@ -24,8 +24,9 @@ PACKAGES = {
 ALLOWED: dict[str, tuple[str, ...]] = {
     # the engine, from its leaves up
     "grok_engine.config": (),
+    "grok_engine.dtypes": (),
     "grok_engine.tokenizer": (),
-    "grok_engine.checkpoint": ("config",),
+    "grok_engine.checkpoint": ("config", "dtypes"),
     "grok_engine.checkpoint.xai.writer": ("checkpoint", "config", "models.families"),  # writes xAI's configuration keys
     "grok_engine.runtime": (),
     "grok_engine.runtime.allocator": (),
@@ -42,11 +43,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "grok_engine.layers": ("config", "runtime.batch", "grok_kernels"),
     "grok_engine.models": ("config", "layers", "runtime.batch"),
     "grok_engine.models.families": ("config",),
-    "grok_engine.loading": ("checkpoint", "config", "layers", "models", "grok_kernels"),
+    "grok_engine.loading": ("checkpoint", "config", "dtypes", "layers", "models", "grok_kernels"),
     # where a checkpoint, a model and a runner are put together
-    "grok_engine.engine": (
-        "checkpoint", "config", "loading", "models", "runtime", "sampling", "tokenizer", "grok_kernels",
-    ),
+    "grok_engine.engine": ("config", "loading", "runtime", "sampling", "tokenizer"),
     "grok_engine.llm": ("config", "engine", "loading", "models", "runtime", "sampling", "tokenizer"),
     "grok_engine.async_llm": ("engine", "runtime.request", "sampling"),
     "grok_engine.tools": ("checkpoint", "config", "loading.resolve", "models.families"),

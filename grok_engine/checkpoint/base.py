@@ -1,6 +1,19 @@
-"""What a checkpoint is, whatever its format."""
+"""What a checkpoint is, whatever its format: named tensors, read whole or in part.
+
+Names are the engine's own (`layers.3.moe.gate`), except in a folder of packed weights, whose tensors are the model's
+modules. An implementation maps its files' names to them, and joins or splits what its files shard or fuse.
+
+Tensors are torch's, not numpy's: torch has bf16 and e4m3, and a transposed or sliced view of a mapped file costs nothing
+in either.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
 
 
 class CheckpointError(ValueError):
@@ -9,3 +22,66 @@ class CheckpointError(ValueError):
     def __init__(self, message: str, problems: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.problems = problems or (message,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """One tensor, as it is stored.
+
+    shape: (…, N, K), outputs before inputs and experts in front, in whichever order the file has them.
+    format: of the values, a key of `DTYPES`, or of a format that has no dtype of its own (GGUF's blocks).
+    block: the rows along N and columns along K that share one scale; the last block of either may be smaller. (1, K) is a
+    scale per output channel, (N, K) one per tensor. None: no scales.
+    layout: "rows", or "panels" for values that lie as the CPU kernels want them in memory.
+    nbytes: stored, headers included.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    format: str
+    block: tuple[int, int] | None = None
+    layout: Literal["rows", "panels"] = "rows"
+    nbytes: int
+
+
+class Checkpoint(Protocol):
+    """Named tensors, opened and checked, none of them read yet."""
+
+    @property
+    def source(self) -> str:
+        """How messages name it: its path."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def read(self, name: str, *, expert: int | None = None, rows: slice | None = None) -> tuple[Tensor, ...]:
+        """The planes of a tensor: values (…, N, K), then the scales (…, N/block, K/block), then what the format has more.
+
+        expert: only this one of a tensor with experts, without that axis. rows: only these outputs, from start to stop,
+        both at a multiple of the block. Views where the format allows it, so the rest is not read. The views keep what
+        they show mapped; writing to them changes no file. CheckpointError for an unknown name.
+        """
+        ...
+
+
+def total_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes stored by all tensors."""
+    return sum(info.nbytes for info in checkpoint.tensors.values())
+
+
+def take(info: TensorInfo, planes: tuple[Tensor, ...], expert: int | None, rows: slice | None) -> tuple[Tensor, ...]:
+    """Views of one expert and of a range of rows of a whole tensor, as `Checkpoint.read` gives them."""
+    if expert is not None:
+        planes = tuple(plane[expert] for plane in planes)
+    if rows is not None:
+        block = info.block[0] if info.block else 1
+        n = info.shape[-2]
+        if info.layout != "rows" or rows.start % block or (rows.stop % block and rows.stop != n):
+            raise ValueError(
+                f"{info.name}: rows {rows.start}..{rows.stop} of {n}, expected multiples of the block of {block} rows "
+                f"and layout rows, found layout {info.layout}"
+            )
+        values, *scales = planes
+        blocks = slice(rows.start // block, -(-rows.stop // block))
+        planes = values[..., rows, :], *(plane[..., blocks, :] for plane in scales)
+    return planes

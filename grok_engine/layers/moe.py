@@ -19,7 +19,7 @@ class Router(Table):
     """weight_ED in fp32 to each token's experts."""
 
     def __init__(self, name: str, config: ModelConfig) -> None:
-        super().__init__(name, config.num_experts, config.d_model, transposed=True)
+        super().__init__(name, config.num_experts, config.d_model)
         self.config = config
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, ...]:

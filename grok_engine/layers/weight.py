@@ -27,16 +27,13 @@ def holds_packed(n: int, k: int, dtype: torch.dtype, device: torch.device | str,
 
 
 class Table(nn.Module):
-    """One tensor of a checkpoint, taken whole: a norm's weight, the router, the embedding.
-
-    `transposed` says that the checkpoint holds it the other way round, (in, out).
-    """
+    """One tensor of a checkpoint, taken whole: a norm's weight, the router, the embedding."""
 
     weight: Tensor
 
-    def __init__(self, name: str, *shape: int, transposed: bool = False) -> None:
+    def __init__(self, name: str, *shape: int) -> None:
         super().__init__()
-        self.name, self.shape, self.transposed = name, shape, transposed
+        self.name, self.shape = name, shape
         self.register_parameter("weight", None)
 
     def form(self, dtype: torch.dtype, device: torch.device | str, packed: bool | None = None) -> tuple[int, ...]:
@@ -55,7 +52,7 @@ class Table(nn.Module):
 
     def fill(self, source: Tensor) -> None:
         """Take the checkpoint's tensor."""
-        self.weight.copy_(source.t() if self.transposed else source)
+        self.weight.copy_(source)
 
     def values(self) -> Tensor:
         """The tensor in its `shape`."""

@@ -13,25 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
-import grok_kernels
-from grok_engine.checkpoint.base import CheckpointError
-from grok_engine.checkpoint.packed import FILE, PackedCheckpoint, PackedInfo, arrange, header, is_packed_folder
-from grok_engine.checkpoint.xai.reader import XaiCheckpoint
+from grok_engine.checkpoint.base import Checkpoint, total_bytes
+from grok_engine.checkpoint.open import open_checkpoint
+from grok_engine.checkpoint.packed import FILE, Plane, arrange, header, is_packed_folder
 from grok_engine.config import ConfigError, DType, WeightFormat
-from grok_engine.layers.embedding import Embedding
-from grok_engine.layers.weight import Table, Weight
-from grok_engine.loading.resolve import read_config
 from grok_engine.models.decoder import Decoder
 
-from .load import Filling, Progress, fillings
-from .resolve import resolve_model
+from .fill import Progress, Slot, slots
+from .resolve import read_config, resolve_model
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
-NAMES = {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.bfloat16: "BF16", torch.float32: "F32"}
-DTYPES = {name: dtype for dtype, name in NAMES.items()}
-FORMATS: dict[WeightFormat, str] = {"int8": "I8", "fp8": "F8_E4M3", "bf16": "BF16", "fp32": "F32"}
 
 
 def convert(
@@ -55,12 +47,12 @@ def convert(
         what = "exists" if out.exists() else f"has no folder {out.parent} to be in"
         raise ConfigError(f"{out} {what}: expected a new name in a folder that is there")
     config = read_config(path)
-    checkpoint = XaiCheckpoint(path, config)
+    checkpoint = open_checkpoint(path, config)
     decoder = Decoder(config, getattr(torch, dtype), max_positions=1)
-    filled = fillings(decoder, checkpoint, weights)
-    infos = arrange(tensor for filling in filled for tensor in _tensors(filling))
-    start = header(infos, {"model": config.name})
-    need, free = len(start) + sum(info.nbytes for info in infos) + (1 << 20), shutil.disk_usage(out.parent).free
+    found = slots(decoder, checkpoint, weights)
+    planes = arrange(plane for slot in found for plane in _planes(slot))
+    start = header(planes, dict(_panels(found)), config.name)
+    need, free = len(start) + sum(plane.nbytes for plane in planes) + (1 << 20), shutil.disk_usage(out.parent).free
     if need > free:
         raise ConfigError(f"{out} needs {need:,} bytes, {free:,} are free there")
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
@@ -70,7 +62,7 @@ def convert(
         for name in TOKENIZERS:
             if (path / name).is_file():
                 shutil.copy(path / name, partial)
-        _write(partial / FILE, start, infos, filled, checkpoint, progress)
+        _write(partial / FILE, start, planes, found, checkpoint, progress)
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -78,120 +70,39 @@ def convert(
     return out
 
 
-def _tensors(filling: Filling) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    module = filling.module
-    yield f"{filling.path}.weight", NAMES[filling.dtype], module.form(filling.dtype, "cpu", packed=True)
-    if isinstance(module, Weight) and filling.groups:
-        yield f"{filling.path}.scale", "F32", (module.experts, filling.groups, module.n)
+def _planes(slot: Slot) -> Iterator[Plane]:
+    yield Plane(f"{slot.path}.weight", slot.format, slot.module.form(slot.dtype, "cpu", packed=True))
+    if slot.groups:
+        experts, n, _ = slot.shape
+        yield Plane(f"{slot.path}.scale", "fp32", (experts, slot.groups, n))
+
+
+def _panels(found: list[Slot]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for slot in found:
+        if slot.module.form(slot.dtype, "cpu", packed=True) != slot.shape:
+            yield slot.path, slot.shape
 
 
 def _write(
     path: Path,
     start: bytes,
-    infos: list[PackedInfo],
-    filled: list[Filling],
-    checkpoint: XaiCheckpoint,
+    planes: list[Plane],
+    found: list[Slot],
+    checkpoint: Checkpoint,
     progress: Progress | None,
 ) -> None:
-    places = {info.name: info for info in infos}
-    sizes = {info.name: info.nbytes for info in checkpoint.tensors}
-    done = 0
+    starts = {plane.name: len(start) + plane.start for plane in planes}
+    done, total = 0, total_bytes(checkpoint)
     with path.open("wb") as file:
         file.write(start)
-        for filling in filled:
-            filling.fill(checkpoint, "cpu", packed=True)
-            for name, tensor in filling.module.named_parameters(filling.path):
-                file.seek(len(start) + places[name].start)
+        for slot in found:
+            slot.load(checkpoint, "cpu", packed=True)
+            for name, tensor in slot.module.named_parameters(slot.path):
+                file.seek(starts[name])
                 file.write(tensor.view(-1).view(torch.uint8).numpy().data)
-                filling.module.register_parameter(name.rpartition(".")[2], None)
-            done += sum(sizes[name] for name in filling.names)
+                slot.module.register_parameter(name.rpartition(".")[2], None)
+            done += sum(info.nbytes for info in slot.sources)
             if progress:
-                progress(done, checkpoint.total_bytes)
+                progress(done, total)
         file.flush()
         os.fsync(file.fileno())
-
-
-def load_packed(
-    model: Decoder,
-    checkpoint: PackedCheckpoint,
-    *,
-    weights: WeightFormat | None = None,
-    mapped: bool = False,
-    progress: Progress | None = None,
-) -> None:
-    """Fill `model` from a folder that `convert` wrote.
-
-    On a CPU the weights are one block of memory, read in whole, or with `mapped` the file itself, whose pages come when
-    they are used and may be dropped again. Other devices, and kernels that do not want the packed form, get the plain
-    one, tensor by tensor. Raises CheckpointError with everything that does not fit `model`, or is not in `weights`.
-    """
-    infos = {info.name: info for info in checkpoint.tensors}
-    modules = {path: m for path, m in model.named_modules() if isinstance(m, (Table, Weight))}
-    problems = tuple(_problems(model, modules, infos, weights))
-    if problems:
-        raise CheckpointError("\n  ".join([f"{checkpoint.path} does not hold the model:", *problems]), problems)
-    device = model.cos_sin.device
-    as_it_is = device.type == "cpu" and (mapped or all(_wanted(m, infos[f"{p}.weight"]) for p, m in modules.items()))
-    if as_it_is and not mapped:
-        data = grok_kernels.huge_pages(checkpoint.total_bytes)
-        checkpoint.read_into(data.numpy().data, progress)
-    else:
-        data = torch.frombuffer(checkpoint.map(), dtype=torch.uint8)
-    done = 0
-    for info in sorted(checkpoint.tensors, key=lambda info: info.start):
-        tensor = data[info.start : info.start + info.nbytes].view(DTYPES[info.dtype]).view(info.shape)
-        path, _, name = info.name.rpartition(".")
-        if not as_it_is:
-            tensor = _plain(modules[path], tensor).to(device, copy=True)
-        modules[path].register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        done += info.nbytes
-        if progress and not (as_it_is and not mapped):
-            progress(done, checkpoint.total_bytes)
-
-
-def _wanted(module: Table | Weight, info: PackedInfo) -> bool:
-    return info.shape == module.form(DTYPES[info.dtype], "cpu")
-
-
-def _plain(module: Table | Weight, tensor: Tensor) -> Tensor:
-    if not grok_kernels.is_packed(tensor):
-        return tensor
-    plain = grok_kernels.unpack_weight(tensor)
-    return plain[0] if isinstance(module, Table) else plain
-
-
-def _problems(
-    model: Decoder, modules: dict[str, Table | Weight], infos: dict[str, PackedInfo], weights: WeightFormat | None
-) -> Iterator[str]:
-    wanted = {f"{path}.weight" for path in modules}
-    scales = {f"{path}.scale" for path, m in modules.items() if isinstance(m, Weight)}
-    if missing := sorted(wanted - infos.keys()):
-        yield f"missing tensors {missing}"
-    if unused := sorted(infos.keys() - wanted - scales):
-        yield f"tensors without a place {unused}"
-    for path, module in modules.items():
-        info, scale = infos.get(f"{path}.weight"), infos.get(f"{path}.scale")
-        if info is None:
-            continue
-        dtype = NAMES[model.dtype] if isinstance(module, Embedding) else "F32"
-        if isinstance(module, Weight):
-            dtype = FORMATS[weights] if weights else info.dtype
-            yield from _scale_problems(path, module, info, scale)
-        if info.dtype != dtype:
-            yield f"{info.name} is {info.dtype}, expected {dtype}: other weights or another dtype take a new conversion"
-        forms = {module.form(DTYPES[info.dtype], "cpu", packed) for packed in (True, False)}
-        if info.shape not in forms:
-            yield f"{info.name} has shape {info.shape}, expected {' or '.join(map(str, sorted(forms)))}"
-
-
-def _scale_problems(path: str, module: Weight, info: PackedInfo, scale: PackedInfo | None) -> Iterator[str]:
-    quantized = info.dtype in ("I8", "F8_E4M3")
-    if quantized != (scale is not None):
-        yield f"{info.name} is {info.dtype} {'without' if quantized else 'with'} {path}.scale"
-    elif scale is not None:
-        groups = scale.shape[1] if len(scale.shape) == 3 else 0
-        if scale.dtype != "F32" or scale.shape != (module.experts, groups, module.n) or groups < 1 or module.k % groups:
-            yield (
-                f"{scale.name} is {scale.dtype} {scale.shape}, expected F32 ({module.experts}, groups, {module.n}) "
-                f"with groups that divide {module.k}"
-            )

@@ -1,98 +1,57 @@
-"""Random weights: any architecture without a checkpoint, to measure its speed."""
+"""Random weights for any architecture, and how many bytes they take."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from math import prod
 
 import torch
-from torch import Tensor
 
+from grok_engine.checkpoint.base import TensorInfo
+from grok_engine.checkpoint.random import RandomCheckpoint
+from grok_engine.checkpoint.xai.layout import release_groups
 from grok_engine.config import DType, ModelConfig, WeightFormat
+from grok_engine.dtypes import DTYPES
 from grok_engine.layers.embedding import Embedding
-from grok_engine.layers.norm import RMSNorm
 from grok_engine.layers.weight import Table, Weight
 from grok_engine.models.decoder import Decoder
 
-PERIOD = 4_194_301  # numbers drawn, then repeated; a prime, so that no two rows of a matrix are the same
-SPREAD = 100.0  # the 8-bit values' standard deviation, about
-DTYPES: dict[str, torch.dtype] = {
-    "int8": torch.int8,
-    "fp8": torch.float8_e4m3fn,
-    "bf16": torch.bfloat16,
-    "fp32": torch.float32,
-}
-LIMITS = {torch.int8: 127, torch.float8_e4m3fn: 448}
-_Modules = Iterator[tuple[Table | Weight, torch.dtype, int]]
+from .fill import FORMATS, SCALED, slots
 
 
-def dummy_weights(
-    model: Decoder,
-    weights: WeightFormat | None = None,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Fill `model` with weights that depend on `seed` alone, of standard deviation K^-½, so that activations stay of
-    the order of 1. weights: None is int8, with scales in the release's groups. `progress` as for `load_weights`."""
-    device = model.cos_sin.device
-    generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(PERIOD, generator=generator)
-    limit = LIMITS.get(DTYPES[weights or "int8"])
-    values = (normal * SPREAD).clamp_(-limit, limit).to(DTYPES[weights or "int8"]) if limit else normal
-    total = dummy_bytes(model, weights)
-    done = 0
-    for module, dtype, groups in _modules(model, weights):
-        if isinstance(module, Weight):
-            module.allocate(dtype, groups, device)
-            std = module.k**-0.5
-        else:
-            module.allocate(dtype, device)
-            std = module.shape[-1] ** -0.5
-        start = int(torch.randint(PERIOD, (), generator=generator))
-        if isinstance(module, RMSNorm):
-            module.weight.fill_(1.0)
-        elif isinstance(module, Weight) and module.scale is not None:
-            _repeat(values, module.weight, start)
-            module.scale.fill_(std / SPREAD)
-        else:
-            _repeat((normal * std).to(dtype), module.weight, start)
-        done += sum(p.nbytes for p in module.parameters())
-        if progress:
-            progress(done, total)
+def random_checkpoint(model: Decoder, weights: WeightFormat | None = None, seed: int = 0) -> RandomCheckpoint:
+    """A checkpoint that holds `model`, made on its device. weights None is int8, with scales in the release's groups."""
+    return RandomCheckpoint(_tensors(model, FORMATS[weights or "int8"]), seed, model.cos_sin.device)
 
 
-def dummy_bytes(model: Decoder, weights: WeightFormat | None = None) -> int:
-    """Bytes that the weights of `model` take in such a format."""
-    total = 0
-    for module, dtype, groups in _modules(model, weights):
-        if isinstance(module, Weight):
-            total += module.experts * module.n * (module.k * dtype.itemsize + 4 * groups)
-        else:
-            total += math.prod(module.shape) * dtype.itemsize
-    return total
+def random_bytes(model: Decoder, weights: WeightFormat | None = None) -> int:
+    """Bytes in memory of `model` filled from `random_checkpoint`."""
+    return sum(slot.nbytes for slot in slots(model, random_checkpoint(model, weights)))
 
 
 def weight_bytes(config: ModelConfig, dtype: DType, weights: WeightFormat | None = None) -> int:
-    """`dummy_bytes` of the model that `config` describes, without building its tables."""
-    return dummy_bytes(Decoder(config, getattr(torch, dtype), max_positions=1), weights)
+    """`random_bytes` of the model that `config` describes, without its tables of positions."""
+    return random_bytes(Decoder(config, getattr(torch, dtype), max_positions=1), weights)
 
 
-def _modules(model: Decoder, weights: WeightFormat | None) -> _Modules:
-    """What holds weights, of what type, in how many groups of scales; 0 is none."""
-    dtype = DTYPES[weights or "int8"]
+def _tensors(model: Decoder, fmt: str) -> Iterator[TensorInfo]:
     for module in model.modules():
-        if isinstance(module, Weight):
-            groups = 0 if weights in ("bf16", "fp32") else 1
-            if dtype == torch.int8 and module.k % 8 == 0 and module.parts[0].name.endswith((".o", ".down")):
-                groups = 8  # as in the release
-            yield module, dtype, groups
-        elif isinstance(module, Table):
-            yield module, model.dtype if isinstance(module, Embedding) else torch.float32, 0
-
-
-def _repeat(block: Tensor, out: Tensor, start: int) -> None:
-    """Fill `out`, in the order of memory, with `block` over and over, from its element `start` on."""
-    flat, block = out.detach().view(-1), block.to(out.device)
-    for at in range(-start, flat.numel(), block.numel()):
-        first, stop = max(at, 0), min(at + block.numel(), flat.numel())
-        flat[first:stop] = block[first - at : stop - at]
+        if isinstance(module, Table):
+            dtype = model.dtype if isinstance(module, Embedding) else torch.float32
+            name = next(name for name, d in DTYPES.items() if d == dtype)
+            yield TensorInfo(
+                name=module.name, shape=module.shape, format=name, nbytes=prod(module.shape) * dtype.itemsize
+            )
+        elif isinstance(module, Weight):
+            for part in module.parts:
+                shape, groups = (module.experts, part.stop - part.start, module.k), 0
+                if fmt in SCALED:
+                    groups = release_groups(part.name) if fmt == "int8" else 1
+                    groups = groups if module.k % groups == 0 else 1
+                yield TensorInfo(
+                    name=part.name,
+                    shape=shape,
+                    format=fmt,
+                    block=(1, module.k // groups) if groups else None,
+                    nbytes=prod(shape) * DTYPES[fmt].itemsize + 4 * groups * prod(shape[:2]),
+                )

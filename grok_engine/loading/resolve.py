@@ -23,6 +23,12 @@ def resolve_model(model: str | Path) -> Path:
     return model_folder(path)
 
 
+def find_model(model: str | Path) -> tuple[Path, ModelConfig]:
+    """The folder of a model and its configuration."""
+    folder = resolve_model(model)
+    return folder, read_config(folder)
+
+
 def model_folder(path: str | Path) -> Path:
     """The folder of a checkpoint's configuration and tokenizer: `path`, or its parent where `path` holds the tensors.
 

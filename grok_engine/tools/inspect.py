@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from grok_engine.checkpoint.base import CheckpointError
+from grok_engine.checkpoint.base import CheckpointError, total_bytes
 from grok_engine.checkpoint.packed import is_packed_folder
 from grok_engine.checkpoint.xai.layout import Kind
-from grok_engine.checkpoint.xai.reader import TensorInfo, XaiCheckpoint
+from grok_engine.checkpoint.xai.reader import XaiCheckpoint, XaiFile
 from grok_engine.loading.resolve import read_config
 
 from .inspect_view import render
@@ -40,7 +40,7 @@ def inspect_checkpoint(
     if is_packed_folder(path):
         raise CheckpointError(f"{path} holds converted weights: expected the checkpoint that they were made from")
     checkpoint = XaiCheckpoint(path, read_config(path))
-    tensors = tuple(TensorReport(info, _scale_layout(info)) for info in checkpoint.tensors)
+    tensors = tuple(TensorReport(info, _scale_layout(info)) for info in checkpoint.files)
     problems: list[str] = []
     if verify:
         tensors = tuple(_verified(checkpoint, tensors, problems, progress))
@@ -50,7 +50,7 @@ def inspect_checkpoint(
         config=checkpoint.config,
         parameters=checkpoint.config.param_count(),
         active_parameters=checkpoint.config.active_param_count(),
-        total_bytes=checkpoint.total_bytes,
+        total_bytes=total_bytes(checkpoint),
         bytes_by_kind=kinds,
         bytes_by_dtype=dtypes,
         tensors=tensors,
@@ -59,7 +59,7 @@ def inspect_checkpoint(
     )
 
 
-def _scale_layout(info: TensorInfo) -> str | None:
+def _scale_layout(info: XaiFile) -> str | None:
     if not info.groups:
         return None
     return f"{info.groups} group{'s' if info.groups > 1 else ''} of {info.shape[-2] // info.groups} input rows"
@@ -68,7 +68,7 @@ def _scale_layout(info: TensorInfo) -> str | None:
 def _bytes(checkpoint: XaiCheckpoint) -> tuple[dict[str, int], dict[str, int]]:
     kinds = dict.fromkeys([*_KINDS.values(), "scales", "file headers"], 0)
     dtypes: Counter[str] = Counter()
-    for info in checkpoint.tensors:
+    for info in checkpoint.files:
         header = checkpoint.header(info.name)
         scales = header.scales.nbytes if header.scales else 0
         kinds[_KINDS[info.kind]] += header.weight.nbytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from grok_engine.checkpoint.xai.reader import TensorInfo
+from grok_engine.checkpoint.xai.reader import XaiFile
 from grok_engine.config import ModelConfig
 
 from .verify import Stats
@@ -15,7 +15,7 @@ from .verify import Stats
 class TensorReport:
     """One tensor. `weight` and `scales` are there only after verification."""
 
-    info: TensorInfo
+    info: XaiFile
     scale_layout: str | None
     weight: Stats | None = None
     scales: Stats | None = None

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grok_engine.checkpoint.base import CheckpointError
+from grok_engine.checkpoint.base import CheckpointError, total_bytes
 from grok_engine.checkpoint.quantize import quantize_matrix
 from grok_engine.checkpoint.xai.layout import layout
 from grok_engine.checkpoint.xai.pickle_writer import write_pickle
@@ -96,13 +96,13 @@ def test_goldens_open(golden: Path) -> None:
     for path in (golden, golden / "ckpt-0", str(golden)):
         checkpoint = XaiCheckpoint(path, config)
         assert checkpoint.config == config
-        assert checkpoint.total_bytes == sum(e["bytes"] for e in manifest)
-        for info, entry in zip(checkpoint.tensors, manifest, strict=True):
+        assert total_bytes(checkpoint) == sum(e["bytes"] for e in manifest)
+        for info, entry in zip(checkpoint.files, manifest, strict=True):
             assert (info.index, info.file, info.nbytes) == (entry["index"], entry["file"], entry["bytes"])
             assert (list(info.shape), info.dtype) == (entry["shape"], entry["dtype"])
             assert info.scales_dtype == entry["scales_dtype"]
             assert (info.scales_shape and list(info.scales_shape)) == entry["scales_shape"]
-            tensor = checkpoint.read(info.name)
+            tensor = checkpoint.arrays(info.name)
             assert tensor.weight.shape == info.shape
             assert (tensor.scales is None) == (info.scales_shape is None)
 
@@ -196,8 +196,8 @@ def test_a_golden_is_written_back_bit_for_bit(golden: Path, tmp_path: Path) -> N
     checkpoint = XaiCheckpoint(golden, config)
 
     def stream() -> Iterator[tuple[str, tuple[Any, Any]]]:
-        for info in reversed(checkpoint.tensors):
-            tensor = checkpoint.read(info.name)
+        for info in reversed(checkpoint.files):
+            tensor = checkpoint.arrays(info.name)
             yield info.name, (tensor.weight, tensor.scales)
 
     write_xai(tmp_path / golden.name, config, stream())
@@ -233,8 +233,8 @@ def test_unquantised_models_round_trip(tmp_path: Path, dtype: Any) -> None:
     config = read_config(tmp_path / "tiny")
     assert config == TINY
     checkpoint = XaiCheckpoint(tmp_path / "tiny", config)
-    for info in checkpoint.tensors:
-        read = checkpoint.read(info.name)
+    for info in checkpoint.files:
+        read = checkpoint.arrays(info.name)
         assert (info.dtype, read.weight.dtype, read.scales) == (np.dtype(dtype).name, np.dtype(dtype), None)
         np.testing.assert_array_equal(read.weight, source[info.name][0])
 
@@ -342,7 +342,7 @@ def test_quantising_is_the_formula(data: st.DataObject) -> None:
 def test_quantising_again_changes_nothing(golden: Path) -> None:
     """The release's own values, dequantised, come back when the largest of a column is 127 steps."""
     checkpoint = XaiCheckpoint(golden, read_config(golden))
-    t = checkpoint.read("layers.0.moe.down")
+    t = checkpoint.arrays("layers.0.moe.down")
     assert t.scales is not None
     groups = t.scales.shape[-2]
     experts, rows, columns = t.weight.shape

@@ -140,9 +140,9 @@ def build(c: ModelConfig) -> tuple[Decoder, Weights]:
     for module in model.modules():
         if isinstance(module, Table):
             module.allocate(torch.float32, "cpu")
-            shape = module.shape[::-1] if module.transposed else module.shape
+            shape = module.shape[::-1] if module.name.endswith(".router") else module.shape
             w[module.name] = draw(module.name, shape)
-            value = w[module.name].T if module.transposed else w[module.name]
+            value = w[module.name].T if module.name.endswith(".router") else w[module.name]
             module.weight.copy_(torch.from_numpy(value))
         elif isinstance(module, Weight):
             module.allocate(torch.float32, 0, "cpu")

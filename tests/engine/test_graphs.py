@@ -17,7 +17,8 @@ import grok_kernels
 from grok_engine import LLMEngine
 from grok_engine.config import EngineConfig, ModelConfig
 from grok_engine.layers.weight import Table, Weight
-from grok_engine.loading.random import dummy_weights
+from grok_engine.loading.fill import fill
+from grok_engine.loading.random import random_checkpoint
 from grok_engine.models.decoder import Decoder
 from grok_engine.models.families import PRESETS
 from grok_engine.runtime.batch import ALIGNED, Batch, Work, flatten, take_rows
@@ -262,7 +263,7 @@ def small(config: ModelConfig) -> ModelConfig:
 def test_families_with_dense_layers(name: str, kind: str) -> None:
     """Whose blocks make tensors of their own in every step."""
     model = Decoder(small(PRESETS[name]), torch.float32)
-    dummy_weights(model, "fp32")
+    fill(model, random_checkpoint(model, "fp32"))
     config = EngineConfig(model=model.config, dtype="float32", num_pages=4, max_num_seqs=4)
     cache = allocate_pages(model.config, 4, 16, torch.float32, "cpu")
     for pages in cache:

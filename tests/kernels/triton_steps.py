@@ -22,8 +22,8 @@ from torch import Tensor
 
 import grok_kernels
 from grok_engine.config import ActFormat, KVDType, ModelConfig, WeightFormat
-from grok_engine.layers.weight import Weight
-from grok_engine.loading.random import _modules
+from grok_engine.loading.fill import slots
+from grok_engine.loading.random import random_checkpoint
 from grok_engine.models.decoder import Decoder
 from grok_engine.models.families import PRESETS
 from grok_engine.runtime.batch import Batch, KVPages, Work, flatten
@@ -88,11 +88,8 @@ class Engine:
         self.most = served.requests
         config: ModelConfig = replace(PRESETS[served.model], num_layers=1)
         self.model = Decoder(config, torch.bfloat16, "meta", LONGEST, served.activations)
-        for module, dtype, groups in _modules(self.model, served.weights):
-            if isinstance(module, Weight):
-                module.allocate(dtype, groups, "meta", packed=False)
-            else:
-                module.allocate(dtype, "meta", packed=False)
+        for slot in slots(self.model, random_checkpoint(self.model, served.weights)):
+            slot.allocate("meta", packed=False)
         self.cache: list[KVPages] = allocate_pages(config, 4096, PAGE, KV_DTYPES[served.kv], "meta")
         self.rungs, self.widths = rungs(served.requests), widths(LONGEST, PAGE)
 

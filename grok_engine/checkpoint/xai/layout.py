@@ -13,6 +13,12 @@ from grok_engine.config import ModelConfig
 
 Kind = Literal["embedding", "attention", "expert", "router", "norm"]
 FLOATS = ("float32", "bfloat16")
+GROUPS = 8  # of input rows with scales of their own, in attention's output and the experts' down projections
+
+
+def release_groups(name: str) -> int:
+    """How many groups of scales along the input the release has for a quantised matrix."""
+    return GROUPS if name.endswith((".o", ".down")) else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +35,11 @@ class TensorSpec:
     @property
     def file(self) -> str:
         return f"tensor{self.index:05d}_000"
+
+    @property
+    def transposed(self) -> bool:
+        """Whether `shape` ends in (in, out): every matrix but the embedding, which has a row for each token."""
+        return self.kind in ("attention", "expert", "router")
 
     def scales_shape(self, groups: int) -> tuple[int, ...]:
         """The shape of scales with this many groups along the input, each in/groups consecutive rows."""

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grok_engine.checkpoint.base import CheckpointError
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor
+
+from grok_engine.checkpoint.base import CheckpointError, TensorInfo, take
 from grok_engine.config import ModelConfig
 
 from .layout import Kind, TensorSpec, layout
-from .pickles import MappedTensor, PickleHeader, map_pickle, read_header
+from .pickles import Array, MappedTensor, PickleHeader, map_pickle, read_header
+
+FORMATS = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8"}  # numpy's names of what a file may hold
 
 
 @dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One tensor of an opened checkpoint. `nbytes` is the length of its file; dtypes are numpy's names."""
+class XaiFile:
+    """One file of an opened release. Shapes are as stored, (in, out); dtypes are numpy's names; `nbytes` is its length."""
 
     name: str
     index: int
@@ -42,10 +48,6 @@ class XaiCheckpoint:
     changed places cannot be told apart.
     """
 
-    config: ModelConfig
-    folder: Path
-    tensors: Sequence[TensorInfo]
-
     def __init__(self, path: str | Path, config: ModelConfig) -> None:
         self.config = config
         self.folder = _tensor_folder(Path(path))
@@ -53,7 +55,7 @@ class XaiCheckpoint:
         names = {entry.name for entry in os.scandir(self.folder) if entry.name.startswith("tensor")}
         problems: list[str] = []
         headers: dict[str, PickleHeader] = {}
-        infos: list[TensorInfo] = []
+        files: list[XaiFile] = []
         for spec in specs:
             if spec.file not in names:
                 problems.append(f"{spec.file} ({spec.name}): expected a file of shape {spec.shape}, found none")
@@ -63,13 +65,13 @@ class XaiCheckpoint:
             except CheckpointError as error:
                 problems.append(f"{spec.file} ({spec.name}): {str(error).removeprefix(f'{self.folder / spec.file}: ')}")
                 continue
-            info = _info(spec, header)
+            file = _file(spec, header)
             scales = header.scales
             problems += spec.problems(
-                info.shape, header.weight.dtype, info.scales_shape, None if scales is None else scales.dtype
+                file.shape, header.weight.dtype, file.scales_shape, None if scales is None else scales.dtype
             )
             headers[spec.name] = header
-            infos.append(info)
+            files.append(file)
         extra = sorted(names - {spec.file for spec in specs})
         problems += [
             f"{name}: expected {len(specs)} files up to {specs[-1].file}, found this one too" for name in extra
@@ -77,14 +79,12 @@ class XaiCheckpoint:
         if problems:
             head = f"{self.folder} does not hold the checkpoint of {config.name!r}, {len(problems)} problem(s):"
             raise CheckpointError("\n  ".join([head, *problems]), tuple(problems))
-        self.tensors = tuple(infos)
+        self.source = str(self.folder)
+        self.files = tuple(files)
         self._headers = headers
-        self._by_name = {info.name: info for info in infos}
-
-    @property
-    def total_bytes(self) -> int:
-        """The length of all files together."""
-        return sum(info.nbytes for info in self.tensors)
+        self._specs = {spec.name: spec for spec in specs}
+        self._by_name = {file.name: file for file in files}
+        self.tensors = {file.name: _info(file, self._specs[file.name]) for file in files}
 
     def header(self, name: str) -> PickleHeader:
         """Where in which file the arrays of a tensor lie."""
@@ -92,8 +92,8 @@ class XaiCheckpoint:
             raise CheckpointError(f"{self.folder}: expected the name of a tensor, found {name!r}")
         return self._headers[name]
 
-    def read(self, name: str) -> MappedTensor:
-        """A fresh mapping of one tensor, in (in, out) layout. It goes, and its file is closed, with its arrays."""
+    def arrays(self, name: str) -> MappedTensor:
+        """A fresh mapping of one tensor as stored, in (in, out) layout. It ends with the last of its arrays."""
         header = self.header(name)
         tensor = map_pickle(header.path)
         info = self._by_name[name]
@@ -101,6 +101,14 @@ class XaiCheckpoint:
         if found != (info.shape, info.dtype, info.scales_shape):
             raise CheckpointError(f"{header.path}: expected {info.dtype} {info.shape} as when opened, found {found}")
         return tensor
+
+    def read(self, name: str, *, expert: int | None = None, rows: slice | None = None) -> tuple[Tensor, ...]:
+        """As `Checkpoint.read`: views of a fresh mapping."""
+        tensor = self.arrays(name)
+        planes = [_as_torch(array) for array in (tensor.weight, tensor.scales) if array is not None]
+        if self._specs[name].transposed:
+            planes = [plane.mT for plane in planes]
+        return take(self.tensors[name], tuple(planes), expert, rows)
 
 
 def _tensor_folder(path: Path) -> Path:
@@ -111,9 +119,9 @@ def _tensor_folder(path: Path) -> Path:
     raise CheckpointError(f"{path}: expected a folder ckpt-0 in it, or files tensor00000_000 and on, found {found}")
 
 
-def _info(spec: TensorSpec, header: PickleHeader) -> TensorInfo:
+def _file(spec: TensorSpec, header: PickleHeader) -> XaiFile:
     scales = header.scales
-    return TensorInfo(
+    return XaiFile(
         name=spec.name,
         index=spec.index,
         file=spec.file,
@@ -124,3 +132,16 @@ def _info(spec: TensorSpec, header: PickleHeader) -> TensorInfo:
         scales_dtype=None if scales is None else scales.dtype.name,
         nbytes=header.file_size,
     )
+
+
+def _info(file: XaiFile, spec: TensorSpec) -> TensorInfo:
+    shape = (*file.shape[:-2], file.shape[-1], file.shape[-2]) if spec.transposed else file.shape
+    block = (1, file.shape[-2] // file.groups) if file.groups else None
+    return TensorInfo(name=file.name, shape=shape, format=FORMATS[file.dtype], block=block, nbytes=file.nbytes)
+
+
+def _as_torch(array: Array) -> Tensor:
+    """The same memory as a tensor; numpy's bf16 comes from ml_dtypes, which torch does not know."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

@@ -1,0 +1,68 @@
+"""Random weights as a checkpoint: any architecture without files, to measure its speed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from math import prod
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from grok_engine.dtypes import DTYPES
+
+from .base import CheckpointError, TensorInfo, take
+
+PERIOD = 4_194_301  # numbers drawn, then repeated; a prime, so that no two rows of a matrix are the same
+SPREAD = 100.0  # approximate standard deviation of 8-bit values
+LIMITS = {"int8": 127.0, "fp8_e4m3": 448.0}
+
+
+class RandomCheckpoint:
+    """Tensors that depend on their names and on `seed` alone, made when they are read, on `device`.
+
+    Matrices have mean 0 and standard deviation K^-½, so that activations stay of the order of 1; vectors, the weights of
+    norms, are ones.
+    """
+
+    source = "random weights"
+
+    def __init__(self, tensors: Iterable[TensorInfo], seed: int = 0, device: torch.device | str = "cpu") -> None:
+        self.tensors = {info.name: info for info in tensors}
+        self.seed, self.device = seed, device
+        self._block = cache(self._draw)
+
+    def read(self, name: str, *, expert: int | None = None, rows: slice | None = None) -> tuple[Tensor, ...]:
+        """As `Checkpoint.read`; only what is asked for is made."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.source}: expected the name of a tensor, found {name!r}")
+        info = self.tensors[name]
+        if len(info.shape) == 1:
+            return (torch.ones(info.shape, dtype=DTYPES[info.format], device=self.device),)
+        *lead, n, k = info.shape
+        if rows is not None and len(lead) > (expert is not None):
+            return take(info, self.read(name), None, rows)
+        first, stop = (0, n) if rows is None else (rows.start, rows.stop)
+        start = crc32(f"{self.seed} {name}".encode()) + ((expert or 0) * n + first) * k
+        lead = lead if expert is None else []
+        values = repeated(self._block(info.format, k), start, (*lead, stop - first, k))
+        if info.block is None:
+            return (values,)
+        scales = values.new_full((*lead, stop - first, k // info.block[1]), k**-0.5 / SPREAD, dtype=torch.float32)
+        return values, scales
+
+    def _draw(self, fmt: str, k: int) -> Tensor:
+        normal = torch.randn(PERIOD, generator=torch.Generator().manual_seed(self.seed))
+        limit = LIMITS.get(fmt)
+        values = (normal * SPREAD).clamp_(-limit, limit) if limit else normal * k**-0.5
+        return values.to(DTYPES[fmt]).to(self.device)
+
+
+def repeated(block: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
+    """A tensor that holds, in order of memory, `block` over and over, from its element start mod its size on."""
+    flat = block.new_empty(prod(shape))
+    for at in range(-(start % block.numel()), flat.numel(), block.numel()):
+        first, stop = max(at, 0), min(at + block.numel(), flat.numel())
+        flat[first:stop] = block[first - at : stop - at]
+    return flat.view(shape)

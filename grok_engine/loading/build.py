@@ -1,0 +1,55 @@
+"""A model built and filled, as an engine's configuration has it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import grok_kernels
+from grok_engine.checkpoint.base import Checkpoint
+from grok_engine.checkpoint.open import open_checkpoint
+from grok_engine.checkpoint.packed import PackedCheckpoint
+from grok_engine.config import ActFormat, ConfigError, EngineConfig
+from grok_engine.models.decoder import Decoder
+
+from .fill import Progress, fill
+from .random import random_checkpoint
+
+
+def build_model(
+    config: EngineConfig, folder: Path | None, progress: Progress | None = None
+) -> tuple[Decoder, EngineConfig]:
+    """The model of `config` with the weights in `folder`, or random ones; and `config` with its activations resolved."""
+    device = _device(config.device)
+    checkpoint = None if folder is None else open_checkpoint(folder, config.model)
+    if config.mmap and not (isinstance(checkpoint, PackedCheckpoint) and device.type == "cpu"):
+        raise ConfigError(
+            f"mmap=True with model {config.model.name!r} on {device}: expected a folder that `grok-engine convert` "
+            "wrote, on the CPU"
+        )
+    activations = _activations(config, checkpoint, device)
+    model = Decoder(config.model, getattr(torch, config.dtype), device, config.max_len, activations)
+    weights = random_checkpoint(model, config.weights) if checkpoint is None else checkpoint
+    fill(model, weights, weights=config.weights, mapped=config.mmap, progress=progress)
+    return model, replace(config, activations=activations)
+
+
+def _activations(config: EngineConfig, checkpoint: Checkpoint | None, device: torch.device) -> ActFormat:
+    """`config.activations`; None becomes "fp8" where weights in e4m3 meet a GPU that multiplies e4m3."""
+    if config.activations is not None:
+        return config.activations
+    stored = () if checkpoint is None else checkpoint.tensors.values()
+    rounded = config.weights == "fp8" or any(info.format == "fp8_e4m3" for info in stored)
+    return "fp8" if rounded and grok_kernels.multiplies_fp8(device) else "none"
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device={name!r} cannot be used: {reason}") from None
+    return device
