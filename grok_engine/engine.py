@@ -28,7 +28,8 @@ from .runtime.text import FinishReason, SequenceOutput, begins_text, check_token
 from .sampling.params import RequestOutputKind, SamplingParams, fresh_seed
 from .sampling.sampler import Sampled, SequenceSampler, bad_word_tokens, prompt_logprobs, sample
 from .sampling.structured import StructuredCompiler
-from .tokenizer.base import Tokenizer, load_tokenizer
+from .tokenizer.base import Tokenizer
+from .tokenizer.load import load_tokenizer
 
 Prompt = str | Sequence[int]
 

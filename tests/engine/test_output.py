@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from grok_engine.runtime.text import Emitted, SequenceOutput, StopStrings, check_tokenizer
 from grok_engine.sampling.params import Patterns, SamplingParams, StructuredOutput
-from grok_engine.tokenizer.base import SentencePieceTokenizer, Tokenizer
+from grok_engine.tokenizer.base import Tokenizer
+from grok_engine.tokenizer.sentencepiece import SentencePieceTokenizer
 
 ALPHABET = ["a", "b", "ab", " ", "é", "猫"]
 

@@ -18,7 +18,9 @@ from grok_engine.runtime.text import SequenceOutput, begins_text
 from grok_engine.sampling.params import SamplingParams, StructuredOutput
 from grok_engine.sampling.sampler import SequenceSampler, sample
 from grok_engine.sampling.structured import StructuredCompiler
-from grok_engine.tokenizer.base import HFTokenizer, SentencePieceTokenizer, Tokenizer
+from grok_engine.tokenizer.base import Tokenizer
+from grok_engine.tokenizer.hf import HFTokenizer
+from grok_engine.tokenizer.sentencepiece import SentencePieceTokenizer
 
 pytest.importorskip("llguidance", reason="the extra `structured` is not installed")
 

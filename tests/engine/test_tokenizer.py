@@ -14,14 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from grok_engine.tokenizer.base import (
-    HFTokenizer,
-    IncrementalDetokenizer,
-    SentencePieceTokenizer,
-    Surface,
-    Tokenizer,
-    load_tokenizer,
-)
+from grok_engine.tokenizer.base import IncrementalDetokenizer, Surface, Tokenizer
+from grok_engine.tokenizer.hf import HFTokenizer
+from grok_engine.tokenizer.load import load_tokenizer
+from grok_engine.tokenizer.sentencepiece import SentencePieceTokenizer
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = json.loads((ROOT / "tests/data/tokenizer_golden.json").read_text(encoding="utf-8"))
