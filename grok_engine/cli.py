@@ -24,7 +24,6 @@ from . import __version__
 from .config import ActFormat, ConfigError, DType, WeightFormat
 from .llm import LLM
 from .loading.convert import convert
-from .loading.progress import byte_bar
 from .loading.resolve import resolve_model
 from .sampling.params import SamplingParams
 from .tools.chips import CHIPS, PlanWeights
@@ -32,6 +31,7 @@ from .tools.inspect import inspect_checkpoint
 from .tools.inspect import render as render_report
 from .tools.plan import PlanKV, plan
 from .tools.plan_view import render as render_plan
+from .tools.progress import byte_bar
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

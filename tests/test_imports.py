@@ -46,9 +46,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "grok_engine.loading": ("checkpoint", "config", "dtypes", "layers", "models", "grok_kernels"),
     # where a checkpoint, a model and a runner are put together
     "grok_engine.engine": ("config", "loading", "runtime", "sampling", "tokenizer"),
-    "grok_engine.llm": ("config", "engine", "loading", "models", "runtime", "sampling", "tokenizer"),
+    "grok_engine.llm": ("config", "engine", "models", "runtime", "sampling", "tokenizer", "tools.progress"),
     "grok_engine.async_llm": ("engine", "runtime.request", "sampling"),
     "grok_engine.tools": ("checkpoint", "config", "loading.resolve", "models.families"),
+    "grok_engine.tools.progress": (),
     # grok_kernels to say which backends served; grok_bench for `bench`, inside a function: nothing else imports it
     "grok_engine.cli": ("*", "grok_kernels", "grok_bench"),
     "grok_engine.__main__": ("cli",),

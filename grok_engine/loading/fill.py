@@ -73,7 +73,7 @@ class Slot:
                 self._write(self.module, e, part.start, info, planes)
 
     def _write(self, module: Weight, expert: int, start: int, info: TensorInfo, planes: tuple[Tensor, ...]) -> None:
-        """One expert's matrix of a named tensor: bit for bit where its format stays, else by way of fp32."""
+        """One expert's matrix of a named tensor: bit for bit where format and scales can stay, else by way of fp32."""
         values_NK, n = planes[0], planes[0].shape[0]
         if info.block is None and not self.groups:
             module.write(expert, start, values_NK)
@@ -81,7 +81,7 @@ class Slot:
         scales_NG = None
         if info.block is not None:
             scales_NG = planes[1].float().repeat_interleave(info.block[0], 0)[:n]
-            if info.format == self.format:
+            if info.format == self.format and self.groups * info.block[1] % module.k == 0:
                 assert module.scale is not None
                 repeats = self.groups // scales_NG.shape[1]
                 module.scale[expert, :, start : start + n] = scales_NG.t().repeat_interleave(repeats, 0)
@@ -191,9 +191,9 @@ def _held_as(
     wanted = FORMATS[weights] if weights else stored
     if wanted not in SCALED:
         return wanted, 0
-    if wanted == stored:
+    if wanted == stored == "int8":
         return wanted, math.lcm(*(module.k // info.block[1] for info in infos if info.block))
-    return wanted, 1
+    return wanted, 1  # e4m3 is held with a scale per output channel
 
 
 def _misfits(slot: Slot) -> Iterator[str]:
@@ -207,6 +207,8 @@ def _misfits(slot: Slot) -> Iterator[str]:
             yield f"{info.name} has shape {info.shape}, expected {shape}"
         if (info.block is None) == (info.format in SCALED):
             yield f"{info.name} is {info.format} {'without' if info.block is None else 'with'} scales"
+        elif slot.format == "int8" and info.block is not None and slot.shape[-1] % info.block[1]:
+            yield f"{info.name} has a scale for {info.block[1]} columns, expected a divisor of {slot.shape[-1]}"
     if len(formats := sorted({info.format for info in infos})) > 1:
         yield f"{', '.join(info.name for info in infos)} are fused, but have formats {', '.join(formats)}"
     elif slot.format == "int8" and infos[0].format != "int8":

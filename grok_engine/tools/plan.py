@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
+from grok_engine.checkpoint.xai.layout import GROUPS
 from grok_engine.config import ConfigError, ModelConfig
 from grok_engine.models.families import PRESETS
 
@@ -19,7 +20,6 @@ PlanKV = Literal["bf16", "fp8"]
 
 RESERVED = 0.10  # the CUDA context, communication buffers, captured graphs, fragmentation: what servers leave free
 CHUNK = 2048  # tokens of prompt in one step
-GROUPS = 8  # groups of rows with a scale each, on attention o and expert down, as in Grok-1's release
 NODE_GPUS = 8
 NETWORK = 50e9  # bytes/s a GPU between nodes: one 400 Gb/s adapter each
 START_S = 5e-6  # before a collective's first byte arrives
