@@ -212,14 +212,16 @@ def main() -> None:
                 elapsed += took
                 progress.update(
                     bar, completed=min(done(), 1.0),
-                    description=f"step {step} loss {loss.item():.3f} balance {spread.item():.3f} {batch.numel() / took:,.0f} tokens/s",
+                    description=f"step {step} loss {loss.item():.3f} balance {spread.item():.3f} "
+                    f"{batch.numel() / took:,.0f} tokens/s",
                 )  # fmt: skip
                 if not progress.console.is_terminal and step % 50 == 0:
                     print(f"step {step} loss {loss.item():.4f} {batch.numel() / took:,.0f} tokens/s", flush=True)
                 if step % a.eval_every == 0 or done() >= 1:
                     bpb = bits_per_byte(model, tokenizer, held_out, a.context)
                     progress.console.print(
-                        f"step {step} epoch {epoch} minutes {elapsed / 60:.1f} loss {loss.item():.4f} balance {spread.item():.3f} "
+                        f"step {step} epoch {epoch} minutes {elapsed / 60:.1f} loss {loss.item():.4f} "
+                        f"balance {spread.item():.3f} "
                         f"held-out {bpb:.4f} bits/byte, {batch.numel() / took:,.0f} tokens/s"
                     )
                     save(state_file, model, optimizer, step, epoch, elapsed)

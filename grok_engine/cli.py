@@ -230,7 +230,7 @@ class Bench(click.Group):
 
 @app.group(cls=Bench)
 def bench() -> None:
-    """Measure: the engine's latency, throughput and serving, and the kernels (--list [PATTERN...] names what there is)."""
+    """Measure the engine's latency, throughput and serving, and the kernels (--list [PATTERN...] lists them)."""
 
 
 def _folder(model: str) -> Path:

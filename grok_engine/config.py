@@ -201,16 +201,19 @@ KVDType = Literal["bfloat16", "float32", "fp8_e4m3"]
 class EngineConfig:
     """How a model is run.
 
-    weights: None keeps what the checkpoint holds. activations: what the rows that meet the layers' large matrices are
-    rounded to, with a scale a token and group of 128; None is "fp8" where e4m3 weights meet a GPU that multiplies e4m3,
-    whose rounding they have already, and else "none": released int8 values stay exact. mmap: run on the mapped file of a
-    converted model, in place of a copy in memory: it starts at once and shares its pages with other processes, and is
-    slower at first. kv_dtype: of the pages; None is `dtype`. max_num_seqs: sequences that run at once;
-    max_num_batched_tokens: tokens of one step. num_pages or kv_memory (bytes) size the keys and values; with neither,
-    what the device has left on a GPU, and on a CPU 2 GiB, or one request of max_model_len if that is more.
-    enforce_eager: start the kernels of a decode step one by one, in place of replaying a CUDA graph of them, or on a CPU a
-    recording: slower, the same results, and hooks on the model's modules are called in every step. seed: of requests
-    that bring none, so that a run can be repeated; None draws fresh ones.
+    weights: what matrices are converted to; None keeps what the checkpoint holds.
+    activations: the quantised activations of the layers' large products, with a scale per token and group of 128. None is
+    "fp8" where e4m3 weights meet a GPU that multiplies e4m3, and "none" elsewhere, so released int8 values stay exact.
+    mmap: run on the mapped file of a converted model instead of a copy in memory. It starts at once, shares its pages
+    with other processes, and is slower until they are in memory.
+    kv_dtype: of keys and values; None is `dtype`.
+    max_model_len: tokens of a request, prompt and answer together; None is the model's own context.
+    max_num_seqs, max_num_batched_tokens: sequences that run at once, and tokens of one step.
+    num_pages, kv_memory: size of the KV cache in pages or in bytes, one of them. With neither it is what a GPU has left,
+    and on a CPU 2 GiB, or one request of max_model_len if that takes more.
+    enforce_eager: launch the kernels of a decode step one by one instead of replaying a CUDA graph or, on a CPU, a
+    recording. Slower, with the same results; hooks on the model's modules run in every step.
+    seed: of requests that bring none, so that a run can be repeated; None draws fresh ones.
     """
 
     model: ModelConfig
@@ -220,7 +223,7 @@ class EngineConfig:
     activations: ActFormat | None = None
     mmap: bool = False
     kv_dtype: KVDType | None = None
-    max_model_len: int | None = None  # None resolves to the model's own context
+    max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 1024
     page_size: int = 16

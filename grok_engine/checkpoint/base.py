@@ -3,8 +3,8 @@
 Names are the engine's own (`layers.3.moe.gate`), except in a folder of packed weights, whose tensors are the model's
 modules. An implementation maps its files' names to them, and joins or splits what its files shard or fuse.
 
-Tensors are torch's, not numpy's: torch has bf16 and e4m3, and a transposed or sliced view of a mapped file costs nothing
-in either.
+Tensors are torch's, not numpy's: torch has bf16 and e4m3, and its transposed and sliced views of a mapped file are as
+free.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class TensorInfo:
 
     shape: (…, N, K), outputs before inputs and experts in front, in whichever order the file has them.
     format: of the values, a key of `DTYPES`, or of a format that has no dtype of its own (GGUF's blocks).
-    block: the rows along N and columns along K that share one scale; the last block of either may be smaller. (1, K) is a
-    scale per output channel, (N, K) one per tensor. None: no scales.
+    block: the rows along N and columns along K that share one scale; the last ones may be fewer. (1, K) is a scale per
+    output channel, (N, K) one per tensor. None: no scales.
     layout: "rows", or "panels" for values that lie as the CPU kernels want them in memory.
     nbytes: stored, headers included.
     """
@@ -55,7 +55,7 @@ class Checkpoint(Protocol):
     def tensors(self) -> Mapping[str, TensorInfo]: ...
 
     def read(self, name: str, *, expert: int | None = None, rows: slice | None = None) -> tuple[Tensor, ...]:
-        """The planes of a tensor: values (…, N, K), then the scales (…, N/block, K/block), then what the format has more.
+        """The planes of a tensor: values (…, N, K), scales (…, N/block, K/block), then any further planes of the format.
 
         expert: only this one of a tensor with experts, without that axis. rows: only these outputs, from start to stop,
         both at a multiple of the block. Views where the format allows it, so the rest is not read. The views keep what

@@ -1,9 +1,9 @@
 """The engine's own format: the tensors of a model's modules in one file, as they lie in memory, to be read or mapped.
 
-The file is a safetensors file (8 bytes of header length, a JSON header of dtypes, shapes and offsets, then the data), so
-that other tools can look into it. The safetensors library is not used: it neither reads into memory of the caller's
-choice nor writes a model that does not fit in memory beside itself. The data begins at a multiple of 4096, and each
-tensor at a multiple of 64 as long as the sizes before it are such, which all large ones are.
+The file is a safetensors file (8 bytes of header length, a JSON header of dtypes, shapes and offsets, then the data),
+which other tools can read. The safetensors library is not used: it can neither read into memory that the caller chose,
+nor write a model larger than half the memory. The data begins at a multiple of 4096. Each tensor begins at a multiple of
+64 while the sizes before it are multiples of 64, as those of all large tensors are.
 
 A module's values are `<module>.weight`, its scales, (E, groups, N), `<module>.scale`. The header's metadata names the
 format, and gives the (E, N, K) of the values that lie in panels.
@@ -157,7 +157,7 @@ class PackedCheckpoint:
 
 
 def _modules(path: Path, planes: Mapping[str, Plane], panels: Mapping[str, Sequence[int]]) -> dict[str, TensorInfo]:
-    """The planes by module. One whose name is no module's is an entry of its own, for the reader of the names to miss."""
+    """The planes by module. A plane that belongs to none keeps its own name, under which no module will look."""
     infos = {}
     for name, plane in planes.items():
         module, _, kind = name.rpartition(".")
@@ -184,8 +184,8 @@ def _columns(path: Path, scale: Plane, shape: tuple[int, ...]) -> int:
     groups = scale.shape[1] if len(scale.shape) == len(shape) == 3 else 0
     if groups < 1 or scale.format != "fp32" or scale.shape != (shape[0], groups, shape[1]) or shape[2] % groups:
         raise CheckpointError(
-            f"{path}: {scale.name} is {scale.format} {scale.shape}, expected fp32 (E, groups, N) for values (E, N, K) of "
-            f"{shape}, with groups that divide K"
+            f"{path}: {scale.name} is {scale.format} {scale.shape}, expected fp32 (E, groups, N) for values (E, N, K) "
+            f"of {shape}, with groups that divide K"
         )
     return shape[2] // groups
 

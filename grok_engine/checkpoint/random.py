@@ -14,7 +14,7 @@ from grok_engine.dtypes import DTYPES
 
 from .base import CheckpointError, TensorInfo, take
 
-PERIOD = 4_194_301  # numbers drawn, then repeated; a prime, so that no two rows of a matrix are the same
+PERIOD = 4_194_301  # numbers that are drawn, then repeated; a prime, so that no two rows of a matrix are equal
 SPREAD = 100.0  # approximate standard deviation of 8-bit values
 LIMITS = {"int8": 127.0, "fp8_e4m3": 448.0}
 
@@ -22,8 +22,8 @@ LIMITS = {"int8": 127.0, "fp8_e4m3": 448.0}
 class RandomCheckpoint:
     """Tensors that depend on their names and on `seed` alone, made when they are read, on `device`.
 
-    Matrices have mean 0 and standard deviation K^-½, so that activations stay of the order of 1; vectors, the weights of
-    norms, are ones.
+    Matrices have mean 0 and standard deviation K^-½, so that activations stay of the order of 1. Vectors, which are the
+    weights of norms, are ones.
     """
 
     source = "random weights"
@@ -60,7 +60,7 @@ class RandomCheckpoint:
 
 
 def repeated(block: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
-    """A tensor that holds, in order of memory, `block` over and over, from its element start mod its size on."""
+    """A contiguous tensor of `block` repeated, beginning with its element `start` modulo its size."""
     flat = block.new_empty(prod(shape))
     for at in range(-(start % block.numel()), flat.numel(), block.numel()):
         first, stop = max(at, 0), min(at + block.numel(), flat.numel())

@@ -21,7 +21,7 @@ from .random import random_checkpoint
 def build_model(
     config: EngineConfig, folder: Path | None, progress: Progress | None = None
 ) -> tuple[Decoder, EngineConfig]:
-    """The model of `config` with the weights in `folder`, or random ones; and `config` with its activations resolved."""
+    """The model of `config`, filled from `folder` or at random, and `config` with its activations resolved."""
     device = _device(config.device)
     checkpoint = None if folder is None else open_checkpoint(folder, config.model)
     if config.mmap and not (isinstance(checkpoint, PackedCheckpoint) and device.type == "cpu"):

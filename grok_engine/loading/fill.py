@@ -140,8 +140,8 @@ def fill(
 def slots(model: Decoder, checkpoint: Checkpoint, weights: WeightFormat | None = None) -> list[Slot]:
     """What each module of `model` takes, in the modules' order.
 
-    Raises one CheckpointError that names every tensor that is missing, that the model has no place for, that has another
-    shape than its place, or that `weights` cannot be made of.
+    Raises one CheckpointError that names every tensor that is missing, that the model has no place for, that does not
+    have the shape of its place, or that cannot become `weights`.
     """
     packed = isinstance(checkpoint, PackedCheckpoint)
     found: list[Slot] = []
@@ -220,7 +220,7 @@ def _packed_misfits(slot: Slot, checkpoint: PackedCheckpoint) -> Iterator[str]:
     """As `_misfits`, for values that are taken as they lie."""
     (info,) = slot.sources
     if info.format != slot.format:
-        yield f"{info.name} is {info.format}, expected {slot.format}: other weights or another dtype take a new conversion"
+        yield f"{info.name} is {info.format}, expected {slot.format}: other weights or dtypes take a new conversion"
     found = tuple(checkpoint.read(info.name)[0].shape)
     expected = slot.module.form(DTYPES[info.format], "cpu", info.layout == "panels")
     if found != expected:

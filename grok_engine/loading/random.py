@@ -20,7 +20,7 @@ from .fill import FORMATS, SCALED, slots
 
 
 def random_checkpoint(model: Decoder, weights: WeightFormat | None = None, seed: int = 0) -> RandomCheckpoint:
-    """A checkpoint that holds `model`, made on its device. weights None is int8, with scales in the release's groups."""
+    """A checkpoint for `model`, made on its device. weights: None is int8 with the release's groups of scales."""
     return RandomCheckpoint(_tensors(model, FORMATS[weights or "int8"]), seed, model.cos_sin.device)
 
 

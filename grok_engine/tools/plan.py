@@ -330,7 +330,8 @@ def _assumptions(c: ModelConfig, chip: Chip, n: int, weights: PlanWeights, kv: P
     e, a, rate = c.num_experts, c.num_experts_per_tok, _link_rate(chip, n) / 1e9
     copied = f"; {c.num_kv_heads} kv heads copied over {n} GPUs" if n > c.num_kv_heads else ""
     window = f"; a sliding window keeps {c.sliding_window} tokens a request" if c.sliding_window else ""
-    yield f"memory: {chip.memory / 1e9:.1f} GB as drivers report it, {RESERVED:.0%} left to context, buffers, fragmentation"
+    memory = f"{chip.memory / 1e9:.1f} GB as drivers report it"
+    yield f"memory: {memory}, {RESERVED:.0%} left to context, buffers, fragmentation"
     yield f"sharding: heads, widths F of each expert and vocabulary split over GPUs; norms and router on each{copied}"
     yield f"weights: {weights} matrices, {scales[weights]}; bf16 embedding and output head; fp32 norms and router"
     yield f"KV: {'2 bytes a value' if kv == 'bf16' else '1 byte a value, and an fp32 scale a token and head'}{window}"
@@ -343,5 +344,6 @@ def _assumptions(c: ModelConfig, chip: Chip, n: int, weights: PlanWeights, kv: P
     if e:
         yield f"routing: even, so that T tokens read {e}(1 - (1 - {a}/{e})^T) experts"
     if n > 1:
-        yield f"links: 2 ring all-reduces a layer, 1 gather of logits, {rate:.0f} GB/s, {START_S * 1e6:.0f} us to start each"
+        links = f"{rate:.0f} GB/s, {START_S * 1e6:.0f} us to start each"
+        yield f"links: 2 ring all-reduces a layer, 1 gather of logits, {links}"
     yield f"prefill: one request, {CHUNK} tokens a step; decode: every request at its full context"

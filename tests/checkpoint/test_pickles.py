@@ -280,7 +280,7 @@ def test_protocol_2_says_what_to_do(tmp_path: Path) -> None:
 
 def test_nothing_here_imports_pickle() -> None:
     folder = Path(next(iter(grok_engine.checkpoint.__path__)))
-    for file in folder.glob("*.py"):
+    for file in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -1,4 +1,4 @@
-"""Rows rounded to 8 bits before the layers' products: what is asked for, what that costs, and that it changes no invariance."""
+"""Activations quantised to 8 bits: what is asked for, what it costs, and that every invariance holds with them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from grok_engine.models.families import PRESETS
 from tests.e2e.test_goldens import DEEP, GROUPED, WIDE, error, golden, model, prompts
 from tests.engine.test_graphs import small
 
-# Bounds in units of the reference's own error in bf16: about the ratio of the formats' rounding errors, which for a row of
-# normal numbers is 4 for int8 with a scale a group of 128, and 16 for e4m3
+# Bounds in units of the reference's own error in bf16: about the ratio of the formats' rounding errors, which for a row
+# of normal numbers is 4 for int8 with a scale per group of 128, and 16 for e4m3
 BOUNDS = {"int8": 4, "fp8": 16}
 
 
@@ -127,7 +127,7 @@ def test_the_same_bits_in_any_batch(weights: Any, activations: Any) -> None:
 
 
 def test_what_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """e4m3 weights bring e4m3 rows where the chip multiplies them; released values keep theirs; what is asked for holds."""
+    """e4m3 weights bring e4m3 activations where the chip multiplies e4m3, released int8 none; a choice is obeyed."""
 
     def chosen(folder: Any, **options: Any) -> Any:
         return LLMEngine(folder, num_pages=2, **options).config.activations

@@ -57,7 +57,10 @@ def folder(whole: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("source", ["tiny", GROUPED, GOLDENS / "g1-b-q48-k128"], ids=lambda s: Path(s).name)
-@pytest.mark.parametrize(("weights", "dtype"), [(None, "bfloat16"), (None, "float32"), ("bf16", "bfloat16"), ("fp8", "bfloat16"), ("fp32", "float32")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("weights", "dtype"),
+    [(None, "bfloat16"), (None, "float32"), ("bf16", "bfloat16"), ("fp8", "bfloat16"), ("fp32", "float32")],
+)
 def test_the_same_logits_bit_for_bit(source: Any, weights: Any, dtype: Any, tmp_path: Path) -> None:
     expected = logits(source, weights=weights, dtype=dtype)
     out = convert(source, tmp_path / "out", weights=weights, dtype=dtype)
@@ -227,8 +230,8 @@ def test_a_file_that_shrinks_while_it_is_read_is_one_error(folder: Path) -> None
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"weights": "bf16"}, r"qkv is int8, expected bf16: other weights or another dtype"),
-        ({"dtype": "float32"}, r"embed is bf16, expected fp32: other weights or another dtype"),
+        ({"weights": "bf16"}, r"qkv is int8, expected bf16: other weights or dtypes"),
+        ({"dtype": "float32"}, r"embed is bf16, expected fp32: other weights or dtypes"),
     ],
 )
 def test_other_types_take_another_conversion(options: Any, error: str, whole: Path) -> None:

@@ -83,7 +83,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 KINDS = [
-    "plain.model", "no_dummy.model", "squeezed.model", "squeezed_no_dummy.model", "byte_level.json", "byte_fallback.json",
+    "plain.model", "no_dummy.model", "squeezed.model", "squeezed_no_dummy.model", "byte_level.json",
+    "byte_fallback.json",
 ]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ FORMATS = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8"}  # numpy's nam
 
 @dataclass(frozen=True, slots=True)
 class XaiFile:
-    """One file of an opened release. Shapes are as stored, (in, out); dtypes are numpy's names; `nbytes` is its length."""
+    """One file of an opened release. Shapes are as stored, (in, out), dtypes by numpy's names, `nbytes` its length."""
 
     name: str
     index: int
