@@ -202,15 +202,15 @@ class EngineConfig:
     """How a model is run.
 
     weights: what matrices are converted to; None keeps what the checkpoint holds.
-    activations: the quantised activations of the layers' large products, with a scale per token and group of 128. None is
-    "fp8" where e4m3 weights meet a GPU that multiplies e4m3, and "none" elsewhere, so released int8 values stay exact.
+    activations: what the layers' large products quantise their activations to, with a scale per token and group of 128.
+    None is "fp8" where e4m3 weights meet a GPU that multiplies e4m3, else "none", so released int8 values stay exact.
     mmap: run on the mapped file of a converted model instead of a copy in memory. It starts at once, shares its pages
     with other processes, and is slower until they are in memory.
     kv_dtype: of keys and values; None is `dtype`.
     max_model_len: tokens of a request, prompt and answer together; None is the model's own context.
     max_num_seqs, max_num_batched_tokens: sequences that run at once, and tokens of one step.
-    num_pages, kv_memory: size of the KV cache in pages or in bytes, one of them. With neither it is what a GPU has left,
-    and on a CPU 2 GiB, or one request of max_model_len if that takes more.
+    num_pages, kv_memory: size of the KV cache in pages or in bytes, one of them. With neither it is what a GPU has
+    left, and on a CPU 2 GiB, or one request of max_model_len if that takes more.
     enforce_eager: launch the kernels of a decode step one by one instead of replaying a CUDA graph or, on a CPU, a
     recording. Slower, with the same results; hooks on the model's modules run in every step.
     seed: of requests that bring none, so that a run can be repeated; None draws fresh ones.

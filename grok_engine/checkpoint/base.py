@@ -55,7 +55,7 @@ class Checkpoint(Protocol):
     def tensors(self) -> Mapping[str, TensorInfo]: ...
 
     def read(self, name: str, *, expert: int | None = None, rows: slice | None = None) -> tuple[Tensor, ...]:
-        """The planes of a tensor: values (…, N, K), scales (…, N/block, K/block), then any further planes of the format.
+        """The planes of a tensor: values (…, N, K), scales (…, N/block, K/block), then what else the format has.
 
         expert: only this one of a tensor with experts, without that axis. rows: only these outputs, from start to stop,
         both at a multiple of the block. Views where the format allows it, so the rest is not read. The views keep what

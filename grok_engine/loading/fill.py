@@ -91,7 +91,8 @@ class Slot:
         for at in range(0, n, rows):
             x_NK = values_NK[at : at + rows].to(torch.float32, copy=True)
             if scales_NG is not None and info.block is not None:
-                x_NK.mul_(scales_NG[at : at + rows].repeat_interleave(info.block[1], 1)[:, : x_NK.shape[1]])
+                for scale_N1, columns_NK in zip(scales_NG.split(1, 1), x_NK.split(info.block[1], 1), strict=True):
+                    columns_NK.mul_(scale_N1[at : at + rows])
             if module.scale is not None:
                 scale_N = x_NK.abs().amax(1).clamp_(min=TINY) / FP8_MAX
                 module.scale[expert, 0, start + at : start + at + len(x_NK)] = scale_N
