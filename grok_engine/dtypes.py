@@ -10,4 +10,5 @@ DTYPES: dict[str, torch.dtype] = {
     "int8": torch.int8,
     "fp8_e4m3": torch.float8_e4m3fn,
 }
+NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 FP8_MAX = 448.0  # the largest e4m3

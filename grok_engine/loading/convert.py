@@ -20,8 +20,9 @@ from grok_engine.checkpoint.packed import FILE, Plane, arrange, header, is_packe
 from grok_engine.config import ConfigError, DType, WeightFormat
 from grok_engine.models.decoder import Decoder
 
-from .fill import Progress, Slot, slots
+from .fill import Progress, load
 from .resolve import read_config, resolve_model
+from .slots import Slot, slots
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 
@@ -96,7 +97,7 @@ def _write(
     with path.open("wb") as file:
         file.write(start)
         for slot in found:
-            slot.load(checkpoint, "cpu", packed=True)
+            load(slot, checkpoint, "cpu", packed=True)
             for name, tensor in slot.module.named_parameters(slot.path):
                 file.seek(starts[name])
                 file.write(tensor.view(-1).view(torch.uint8).numpy().data)

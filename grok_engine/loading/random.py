@@ -11,12 +11,12 @@ from grok_engine.checkpoint.base import TensorInfo
 from grok_engine.checkpoint.random import RandomCheckpoint
 from grok_engine.checkpoint.xai.layout import release_groups
 from grok_engine.config import DType, ModelConfig, WeightFormat
-from grok_engine.dtypes import DTYPES
+from grok_engine.dtypes import DTYPES, NAMES
 from grok_engine.layers.embedding import Embedding
 from grok_engine.layers.weight import Table, Weight
 from grok_engine.models.decoder import Decoder
 
-from .fill import FORMATS, SCALED, slots
+from .slots import FORMATS, SCALED, slots
 
 
 def random_checkpoint(model: Decoder, weights: WeightFormat | None = None, seed: int = 0) -> RandomCheckpoint:
@@ -38,10 +38,8 @@ def _tensors(model: Decoder, fmt: str) -> Iterator[TensorInfo]:
     for module in model.modules():
         if isinstance(module, Table):
             dtype = model.dtype if isinstance(module, Embedding) else torch.float32
-            name = next(name for name, d in DTYPES.items() if d == dtype)
-            yield TensorInfo(
-                name=module.name, shape=module.shape, format=name, nbytes=prod(module.shape) * dtype.itemsize
-            )
+            size = prod(module.shape) * dtype.itemsize
+            yield TensorInfo(name=module.name, shape=module.shape, format=NAMES[dtype], nbytes=size)
         elif isinstance(module, Weight):
             for part in module.parts:
                 shape, groups = (module.experts, part.stop - part.start, module.k), 0

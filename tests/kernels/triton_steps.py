@@ -22,8 +22,8 @@ from torch import Tensor
 
 import grok_kernels
 from grok_engine.config import ActFormat, KVDType, ModelConfig, WeightFormat
-from grok_engine.loading.fill import slots
 from grok_engine.loading.random import random_checkpoint
+from grok_engine.loading.slots import slots
 from grok_engine.models.decoder import Decoder
 from grok_engine.models.families import PRESETS
 from grok_engine.runtime.batch import Batch, KVPages, Work, flatten

@@ -1,0 +1,143 @@
+"""Match the modules of a model with the tensors of a checkpoint, and decide how each module is held."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from grok_engine.checkpoint.base import Checkpoint, CheckpointError, TensorInfo
+from grok_engine.checkpoint.packed import PackedCheckpoint
+from grok_engine.config import WeightFormat
+from grok_engine.dtypes import DTYPES, NAMES
+from grok_engine.layers.embedding import Embedding
+from grok_engine.layers.weight import Table, Weight
+from grok_engine.models.decoder import Decoder
+
+FORMATS: dict[WeightFormat, str] = {"int8": "int8", "fp8": "fp8_e4m3", "bf16": "bf16", "fp32": "fp32"}
+SCALED = ("int8", "fp8_e4m3")
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """What one module takes from a checkpoint, and how it is held: `groups` of scales along K, 0 for none."""
+
+    path: str  # of the module in the model
+    module: Table | Weight
+    sources: tuple[TensorInfo, ...]
+    format: str
+    groups: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.format]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(E, N, K), or a table's shape, whatever the layout."""
+        return _shape(self.module)
+
+    @property
+    def nbytes(self) -> int:
+        """Held in memory."""
+        scales = self.groups * math.prod(self.shape[:-1])
+        return math.prod(self.shape) * self.dtype.itemsize + 4 * scales
+
+    def allocate(self, device: torch.device | str, packed: bool | None = None) -> None:
+        """Make room, uninitialised. packed: in panels, or None to leave it to the device's kernels."""
+        if isinstance(self.module, Weight):
+            self.module.allocate(self.dtype, self.groups, device, packed)
+        else:
+            self.module.allocate(self.dtype, device, packed)
+
+
+def slots(model: Decoder, checkpoint: Checkpoint, weights: WeightFormat | None = None) -> list[Slot]:
+    """What each module of `model` takes, in the modules' order.
+
+    Raises one CheckpointError that names every tensor that is missing, that the model has no place for, that does not
+    have the shape of its place, or that cannot become `weights`.
+    """
+    packed = isinstance(checkpoint, PackedCheckpoint)
+    found: list[Slot] = []
+    problems: list[str] = []
+    names: set[str] = set()
+    for path, module in model.named_modules():
+        if not isinstance(module, (Table, Weight)):
+            continue
+        wanted = [path] if packed else _names(module)
+        names.update(wanted)
+        infos = tuple(checkpoint.tensors[name] for name in wanted if name in checkpoint.tensors)
+        if len(infos) < len(wanted):
+            continue
+        slot = Slot(path, module, infos, *_held_as(model, module, infos, weights))
+        misfits = list(_misfits(slot))
+        if isinstance(checkpoint, PackedCheckpoint):
+            misfits += _packed_misfits(slot, checkpoint)
+        problems += misfits
+        found.append(slot)
+    missing, unused = sorted(names - checkpoint.tensors.keys()), sorted(checkpoint.tensors.keys() - names)
+    if unused:
+        problems.insert(0, f"tensors without a place {unused}")
+    if missing:
+        problems.insert(0, f"missing tensors {missing}")
+    if problems:
+        head = f"{checkpoint.source} does not hold the model:"
+        raise CheckpointError("\n  ".join([head, *problems]), tuple(problems))
+    return found
+
+
+def _names(module: Table | Weight) -> list[str]:
+    return [module.name] if isinstance(module, Table) else [part.name for part in module.parts]
+
+
+def _shape(module: Table | Weight) -> tuple[int, ...]:
+    return module.shape if isinstance(module, Table) else (module.experts, module.n, module.k)
+
+
+def _held_as(
+    model: Decoder, module: Table | Weight, infos: Sequence[TensorInfo], weights: WeightFormat | None
+) -> tuple[str, int]:
+    """Format, and groups of scales along K, of a module made of these tensors."""
+    if isinstance(module, Table):
+        dtype = model.dtype if isinstance(module, Embedding) else torch.float32
+        return NAMES[dtype], 0
+    stored = infos[0].format
+    wanted = FORMATS[weights] if weights else stored
+    if wanted not in SCALED:
+        return wanted, 0
+    if wanted == stored == "int8":
+        return wanted, math.lcm(*(module.k // info.block[1] for info in infos if info.block))
+    return wanted, 1  # e4m3 is held with a scale per output channel
+
+
+def _misfits(slot: Slot) -> Iterator[str]:
+    """What is wrong with the tensors of a slot, one line each."""
+    module, infos = slot.module, slot.sources
+    places = [slot.shape]
+    if isinstance(module, Weight) and len(infos) == len(module.parts):  # a packed tensor is fused already
+        places = [(module.experts, part.stop - part.start, module.k) for part in module.parts]
+    for info, shape in zip(infos, places, strict=True):
+        if info.shape != shape and (1, *info.shape) != shape:  # one matrix may come without an axis of experts
+            yield f"{info.name} has shape {info.shape}, expected {shape}"
+        if (info.block is None) == (info.format in SCALED):
+            yield f"{info.name} is {info.format} {'without' if info.block is None else 'with'} scales"
+        elif slot.format == "int8" and info.block is not None and slot.shape[-1] % info.block[1]:
+            yield f"{info.name} has a scale for {info.block[1]} columns, expected a divisor of {slot.shape[-1]}"
+    if len(formats := sorted({info.format for info in infos})) > 1:
+        yield f"{', '.join(info.name for info in infos)} are fused, but have formats {', '.join(formats)}"
+    elif slot.format == "int8" and infos[0].format != "int8":
+        for info in infos:
+            yield f"{info.name} is {info.format}, expected int8: weights='int8' keeps released values"
+
+
+def _packed_misfits(slot: Slot, checkpoint: PackedCheckpoint) -> Iterator[str]:
+    """As `_misfits`, for values that are taken as they lie."""
+    (info,) = slot.sources
+    if info.format != slot.format:
+        yield f"{info.name} is {info.format}, expected {slot.format}: other weights or dtypes take a new conversion"
+    found = tuple(checkpoint.read(info.name)[0].shape)
+    expected = slot.module.form(DTYPES[info.format], "cpu", info.layout == "panels")
+    if found != expected:
+        yield f"{info.name} has shape {found} in {info.layout}, expected {expected}"
