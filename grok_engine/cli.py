@@ -1,4 +1,4 @@
-"""grok-engine: generate text, look into a checkpoint, convert it, plan a deployment, measure."""
+"""The command grok-engine: generate text, inspect or convert a checkpoint, plan a deployment, measure."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def generate(
 ) -> None:
     """Continue a text, printing it as it comes."""
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    resolve_model(model)  # a wrong name is said before standard input is waited for
+    resolve_model(model)  # reject a wrong name before waiting for standard input
     request = _prompt(prompt, token_ids)
     began = time.monotonic()
     llm = LLM(model, dtype=dtype, device=device, weights=weights, activations=activations, mmap=mmap)
@@ -116,7 +116,7 @@ def _prompt(prompt: str | None, token_ids: str | None) -> str | list[int]:
 
 
 def _print_stats(llm: LLM, prompt_tokens: int, load_s: float, times: list[float]) -> None:
-    """`times` are the start and then each token's."""
+    """times: the start of generation, then when each token came."""
     first = times[1] - times[0]
     decoded, decode_s = len(times) - 2, times[-1] - times[1]
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -211,7 +211,7 @@ def plan_command(
 
 
 class Bench(click.Group):
-    """The commands of `grok_bench`, which is imported when one of them is asked for, and by nothing else here."""
+    """The commands of `grok_bench`, imported only when one of them is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         from grok_bench.cli import bench
@@ -224,7 +224,7 @@ class Bench(click.Group):
         return bench.get_command(ctx, cmd_name)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """`--list` is a way to say `list`."""
+        """`--list` is an alias of the command `list`."""
         return super().parse_args(ctx, ["list", *args[1:]] if args[:1] == ["--list"] else args)
 
 
@@ -243,8 +243,8 @@ def _folder(model: str) -> Path:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Bad input is one line on standard error and status 2; --debug shows the traceback."""
     if argv is None:
-        # The process is ours. What was imported lives as long as it does, and its last collections would go through all
-        # of torch's objects again and again: 0.4 s of every command.
+        # The process is ours, and what it imported lives as long as it does. Unfrozen, GC passes at exit would scan all
+        # of torch's objects several times, which takes 0.4 s.
         gc.freeze()
         argv = sys.argv[1:]
     try:

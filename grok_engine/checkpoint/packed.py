@@ -2,8 +2,8 @@
 
 The file is a safetensors file (8 bytes of header length, a JSON header of dtypes, shapes and offsets, then the data),
 which other tools can read. The safetensors library is not used: it can neither read into memory that the caller
-chose, nor write a model larger than half the memory. The data begins at a multiple of 4096. Each tensor begins at a multiple of
-64 while the sizes before it are multiples of 64, as those of all large tensors are.
+chose, nor write a model larger than half the memory. The data begins at a multiple of 4096. Each tensor begins at a
+multiple of 64 while the sizes before it are multiples of 64, as those of all large tensors are.
 
 A module's values are `<module>.weight`, its scales, (E, groups, N), `<module>.scale`. The header's metadata names the
 format, and gives the (E, N, K) of the values that lie in panels.

@@ -43,6 +43,6 @@ def _quantize_block(w: Array) -> tuple[Array, Array]:
         raise ValueError(f"weights must be finite, found NaN or infinity in {int((~np.isfinite(amax)).sum())} columns")
     wanted = np.where(amax == 0, np.float32(1), np.maximum(amax / np.float32(127), np.float32(_SMALLEST)))
     scale = wanted.astype(_BF16)
-    # A scale that was rounded down would put the largest weight just past 127.
+    # Where the scale was rounded down, the largest weight would exceed 127.
     q = np.clip(np.rint(x / scale.astype(np.float32)), -127, 127).astype(np.int8)
     return q, scale

@@ -1,7 +1,7 @@
-"""A model in the engine's own format: written once from a checkpoint, then read or mapped as it is.
+"""Convert a checkpoint to packed weights: written once, then read or mapped as they are.
 
-The weights lie in the file as the kernels want them in memory, packed and with fused parts together, under the names
-that the modules of the model have. So loading is reading, as fast as the disk or the page cache is.
+The file holds the weights as the CPU kernels want them in memory, fused and in panels, under the names of the model's
+modules. Loading is then reading, at the speed of the disk or of the page cache.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def convert(
 ) -> Path:
     """Write the checkpoint `model` as the folder `out`, which must not exist; returns its path.
 
-    `weights` as for `load_weights`: None keeps released int8 values and scales, bit for bit. dtype: of the computation
-    that the folder is for, since the embedding is held in it. Beside one module's weight little is in memory. The
-    folder appears under its name when it is whole; whatever stops the conversion, nothing is left of it.
+    weights: as for `fill`; None keeps released int8 values and scales, bit for bit. dtype: of the computation that the
+    folder is for, in which the embedding is held. Only one module's weight is in memory at a time. The folder gets its
+    name once it is complete; a conversion that fails leaves nothing behind.
     """
     path, out = resolve_model(model), Path(out).expanduser().absolute()
     if is_packed_folder(path):

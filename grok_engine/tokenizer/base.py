@@ -25,9 +25,8 @@ class Surface(NamedTuple):
 class Tokenizer(Protocol):
     """Ids are 0..vocab_size − 1. `encode` adds no BOS and no EOS; `decode` leaves control tokens out.
 
-    `surface` and `replace_each_byte` are what `IncrementalDetokenizer` needs: one token's part of the text, given
-    whether anything stands before it; and whether every undecodable byte becomes U+FFFD of its own, or a truncated
-    character as a whole becomes one.
+    `IncrementalDetokenizer` needs two more. `surface`: what one token adds to the text, given whether it is the first.
+    `replace_each_byte`: whether each undecodable byte becomes U+FFFD, rather than a truncated character as a whole.
     """
 
     vocab_size: int
@@ -75,7 +74,7 @@ class IncrementalDetokenizer:
                 break
             except UnicodeDecodeError as error:
                 out.append(data[: error.start].decode())
-                # A decoder that ran out of bytes, not one that met a wrong byte: more may complete it.
+                # The character is incomplete, not invalid: later bytes may complete it.
                 if error.end == len(data) and error.reason == "unexpected end of data" and not final:
                     self._pending = data[error.start :]
                     break
@@ -90,7 +89,7 @@ def require_file(path: str | Path) -> None:
 
 
 def check_text(text: str) -> None:
-    text.encode()  # a lone surrogate is no text: UnicodeEncodeError, a ValueError, shows it and where
+    text.encode()  # UnicodeEncodeError, a ValueError, for a lone surrogate
 
 
 def check_ids(ids: Sequence[int], vocab_size: int) -> None:

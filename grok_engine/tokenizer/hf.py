@@ -19,7 +19,7 @@ class HFTokenizer:
     """
 
     def __init__(self, path: str | Path) -> None:
-        import tokenizers  # as above
+        import tokenizers  # lazily, as this import is slow
 
         path = Path(path)
         require_file(path)
@@ -54,12 +54,12 @@ class HFTokenizer:
     def surface(self, token_id: int, at_start: bool) -> Surface:
         check_ids((token_id,), self.vocab_size)
         token = None if token_id in self._special else self._tk.id_to_token(int(token_id))
-        if token is None:  # special, or a hole in the vocabulary: as if it were not there
+        if token is None:  # special tokens and unused ids add no text
             return Surface("", b"", breaks=False, at_start=at_start)
         if self._byte_level:
             try:
                 data = bytes([_BYTE_OF_CHARACTER[c] for c in token])
-            except KeyError:  # an added token is spelled plainly
+            except KeyError:  # added tokens are stored as plain text
                 data = token.encode()
             return Surface("", data, breaks=False, at_start=False)
         data = _fallback_byte(token)

@@ -17,7 +17,7 @@ class SentencePieceTokenizer:
     replace_each_byte = True
 
     def __init__(self, path: str | Path) -> None:
-        import sentencepiece  # by those who have such a file: a model without one starts sooner
+        import sentencepiece  # lazily, as this import is slow
 
         require_file(path)
         self._sp = sentencepiece.SentencePieceProcessor()
@@ -29,7 +29,7 @@ class SentencePieceTokenizer:
         self.vocab_size: int = sp.GetPieceSize()
         self.bos_token_id: int | None = sp.bos_id() if sp.bos_id() >= 0 else None
         self.eos_token_ids: tuple[int, ...] = (sp.eos_id(),) if sp.eos_id() >= 0 else ()
-        # What becomes of a leading space is in the model's normalizer, which the library shows only by what it does.
+        # How a leading space is decoded depends on the model's normalizer, which the library does not expose: try it.
         lone = sp.PieceToId(SPACE)
         spaced = (i for i in range(self.vocab_size) if sp.IdToPiece(i).startswith(SPACE))
         probe = lone if sp.IdToPiece(lone) == SPACE else next(spaced, None)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, from its headers alone; and, on request, whether its numbers are sound."""
+"""What a checkpoint holds, from its headers alone, and on request whether its numbers are sound."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _KINDS: dict[Kind, str] = {
 def inspect_checkpoint(
     path: str | Path, *, verify: bool = False, progress: Callable[[int, int], None] | None = None
 ) -> Report:
-    """Opens the checkpoint at `path` and describes it. Without `verify` no weight is read.
+    """Open the checkpoint at `path` and describe it. Without `verify` no weight is read.
 
     With `verify` all of it is, in pieces, and NaN, infinity and scales out of range become `problems`; `progress` is
     called with the bytes read so far and in total. A checkpoint whose files do not fit its configuration raises

@@ -111,7 +111,7 @@ def _table(*headers: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
     for i, header in enumerate(headers):
         right = header.startswith(">")
-        # Only the first column may fold: the layers of a name can be many, the numbers must stay whole.
+        # Only the first column may wrap: a name can list many layers, and numbers must not be broken.
         table.add_column(header.removeprefix(">"), justify="right" if right else "left", no_wrap=i > 0, overflow="fold")
     return table
 

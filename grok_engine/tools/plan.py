@@ -121,7 +121,7 @@ def _weights(c: ModelConfig, weights: PlanWeights, n: int) -> _Weights:
         scales = {"int8": groups * out, "fp8": out, "bf16": 0}[weights]
         return item * rows_in * out + 4 * scales
 
-    split_groups = -(-GROUPS // n)  # where the input is split over GPUs, so are its groups
+    split_groups = -(-GROUPS // n)  # where the input rows are sharded, so are their groups of scales
     experts = c.num_experts * (matrix(d, 2 * c.d_ff // n, 1) + matrix(c.d_ff // n, d, split_groups))
     layer = matrix(d, hc + 2 * gc, 1) + matrix(hc, d, split_groups)
     if c.dense_d_ff:
@@ -150,7 +150,7 @@ def _workspace(c: ModelConfig, n: int, context: int, batch: int) -> int:
 
 
 def expert_layer_cost(c: ModelConfig, tokens: int, weights: PlanWeights, gpus: int = 1) -> Cost:
-    """One expert layer on each of `gpus`: weights of the experts really hit, by even routing, and their products."""
+    """One expert layer on each of `gpus`: the experts' weights that even routing activates, and the products."""
     if not c.num_experts:
         return Cost()
     hit = 1 - (1 - c.num_experts_per_tok / c.num_experts) ** tokens

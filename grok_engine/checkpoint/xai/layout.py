@@ -1,4 +1,4 @@
-"""Which tensor each file of an xAI checkpoint holds: no file says its own name, so the name follows from the index."""
+"""Which tensor each file of an xAI checkpoint holds. The files carry no names: a name follows from a file's index."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class TensorSpec:
         scales_shape: tuple[int, ...] | None,
         scales_dtype: np.dtype[Any] | None,
     ) -> Iterator[str]:
-        """One line for each thing that is not as it should be. No lines: the tensor can be used."""
+        """One line for each thing that is wrong with the tensor found."""
         who = f"{self.file} ({self.name})"
         if shape != self.shape:
             yield f"{who}: expected shape {self.shape}, found {shape}"

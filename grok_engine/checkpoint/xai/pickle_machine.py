@@ -1,4 +1,4 @@
-"""The stack machine that evaluates a pickle of arrays over descriptions, see `pickles`.
+"""The stack machine that evaluates a pickle of arrays symbolically (see `pickles`).
 
 A byte string becomes its place in the file, a global becomes its name; nothing is imported, called or copied.
 Every quantity that a file could make large is bounded: opcodes, stack, memo, nesting, lengths of names.
@@ -96,7 +96,7 @@ _KINDS = {
     int: "an integer",
 }
 
-# Refused with their names, since these are how a pickle reaches for code.
+# Named when refused: these are the opcodes by which a pickle runs code.
 _REFUSED = {
     b"i": "INST",
     b"o": "OBJ",

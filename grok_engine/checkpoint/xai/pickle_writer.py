@@ -27,7 +27,7 @@ _CHUNK = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """The place of an array's bytes between two pieces of opcodes."""
+    """A placeholder for an array's bytes between two pieces of opcodes."""
 
     which: str  # "weight" or "scales"
     nbytes: int
