@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "math.h"
+#include "cpu/math.h"
 
 // The 8-bit float e4m3fn: 1 sign, 4 exponent and 3 mantissa bits, no infinity, NaN 0x7f and 0xff, largest number 448.
 // Without a branch or a table, so that a loop over them compiles to wide registers. Subnormals come out right also

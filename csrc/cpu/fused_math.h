@@ -1,6 +1,6 @@
 #pragma once
 
-#include "math.h"
+#include "cpu/math.h"
 
 // What the inner loops of attention and of the expert layer need of math.h, in half the operations: with fused
 // multiply-adds where the instruction set has them, and for the arguments that occur there. An element's bits differ

@@ -1,9 +1,9 @@
-#include "isa.h"
+#include "cpu/isa.h"
 
 #include <atomic>
 #include <cstdlib>
 
-#include "../common/check.h"
+#include "common/check.h"
 
 namespace grok::cpu {
 namespace {

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../common/types.h"
+#include "common/types.h"
 
 // Elementary functions without a branch or a call, so that a loop over them compiles to the registers of the function
 // it is inlined into, and so that an element's bits depend neither on the instruction set nor on its place in a vector.

@@ -1,9 +1,9 @@
-#include "sample.h"
+#include "cpu/sample.h"
 
-#include <algorithm>
 #include <vector>
 
-#include "math.h"
+#include "cpu/dispatch.h"
+#include "cpu/math.h"
 
 namespace grok::cpu {
 namespace {
@@ -180,39 +180,16 @@ GROK_INLINE void rows(const SampleTopP& p, int64_t begin, int64_t end) {
   }
 }
 
-template <class X>
-void sample_top_p_portable(const SampleTopP& p, int64_t begin, int64_t end) {
-  rows<X>(p, begin, end);
-}
-
-#if GROK_X86
-template <class X>
-GROK_AVX2 void sample_top_p_avx2(const SampleTopP& p, int64_t begin, int64_t end) {
-  rows<X>(p, begin, end);
-}
-
-template <class X>
-GROK_AVX512 void sample_top_p_avx512(const SampleTopP& p, int64_t begin, int64_t end) {
-  rows<X>(p, begin, end);
-}
-#endif
-
-template <class X>
-SampleTopPRows select(Isa isa) {
-  switch (isa) {
-#if GROK_X86
-    case Isa::avx512_bf16:
-    case Isa::avx512: return sample_top_p_avx512<X>;
-    case Isa::avx2: return sample_top_p_avx2<X>;
-#endif
-    default: return sample_top_p_portable<X>;
-  }
-}
+GROK_ROWS_KERNEL(sample_top_p, rows, SampleTopP)
 
 }  // namespace
 
-SampleTopPRows sample_top_p_rows(Isa isa, DType logits) {
-  return logits == DType::f32 ? select<float>(isa) : select<BF16>(isa);
+void sample_top_p(const SampleTopP& p, Executor& executor) {
+  check_float("sample_top_p: logits", p.logits_type);
+  const Isa isa = current_isa();
+  const auto kernel = p.logits_type == DType::f32 ? sample_top_p_kernel<float>(isa) : sample_top_p_kernel<BF16>(isa);
+  const int64_t grain = std::max<int64_t>(1, kElementsPerRange / 4 / p.v);
+  executor.parallel_for(p.rows, grain, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
 }  // namespace grok::cpu
