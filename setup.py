@@ -2,7 +2,7 @@
 
 Without a compiler, or without torch at build time, the package installs all the same and runs on its kernels in plain
 torch; what was missing is said once. GROK_BUILD_NATIVE=0 leaves the extensions out on purpose. The sources of the CUDA
-kernels are packaged too: `grok_kernels/cuda.py` can compile them later. What is declared, not built, is in pyproject.toml.
+kernels are packaged too: `grok_kernels/cuda.py` can compile them later. The package's metadata is in pyproject.toml.
 """
 
 from __future__ import annotations

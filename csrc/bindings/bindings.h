@@ -1,8 +1,8 @@
 #pragma once
 
-// Shared by the files of this folder, which alone know torch and pybind11. They check what memory safety needs, fill the
-// parameters of the kernels in csrc/cpu, and define the functions of the Python module. The contract of each op, and the
-// rest of its checks, is in kernels/grok_kernels.
+// Shared by the files of this folder, which alone know torch and pybind11. They check what memory safety needs, fill
+// the parameters of the kernels in csrc/cpu, and define the functions of the Python module. The contract of each op,
+// and the rest of its checks, is in kernels/grok_kernels.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>

@@ -26,8 +26,8 @@ at::Tensor grouped_gemm(const at::Tensor& x, const WeightArg& weight, const Opti
     check_tensor(op, "x_scale", *x_scale, 2);
     check_dtype(op, "x_scale", *x_scale, at::kFloat);
     const int64_t groups = x_scale->size(1), expected = (p.w.k + cpu::kScaleGroup - 1) / cpu::kScaleGroup;
-    check(x_scale->size(0) == p.rows && (groups == 1 || groups == expected), op, ": x_scale has shape ", x_scale->sizes(),
-          ", expected (M, 1) or (M, ceil(K / 128)) with M=", p.rows, " and K=", p.w.k);
+    check(x_scale->size(0) == p.rows && (groups == 1 || groups == expected), op, ": x_scale has shape ",
+          x_scale->sizes(), ", expected (M, 1) or (M, ceil(K / 128)) with M=", p.rows, " and K=", p.w.k);
     own_scale = x_scale->contiguous();
     p.x.scale = own_scale.const_data_ptr<float>();
     p.x.groups = groups;
@@ -35,8 +35,8 @@ at::Tensor grouped_gemm(const at::Tensor& x, const WeightArg& weight, const Opti
   if (offsets) {
     check_tensor(op, "offsets", *offsets, 1);
     check_dtype(op, "offsets", *offsets, at::kInt);
-    check(offsets->size(0) == p.w.experts + 1, op, ": offsets has ", offsets->size(0), " entries, expected (E + 1,) with E=",
-          p.w.experts);
+    check(offsets->size(0) == p.w.experts + 1, op, ": offsets has ", offsets->size(0),
+          " entries, expected (E + 1,) with E=", p.w.experts);
     own_offsets = offsets->contiguous();
     p.offsets = own_offsets.const_data_ptr<int32_t>();
   }

@@ -27,8 +27,8 @@ DType row_type(const char* op, const std::string& act_format, DType x) {
 const int32_t* indices(const char* op, const char* name, const at::Tensor& tensor, int64_t dims, int64_t size) {
   check_tensor(op, name, tensor, dims);
   check_dtype(op, name, tensor, at::kInt);
-  check(tensor.numel() == size && tensor.is_contiguous(), op, ": ", name, " has shape ", tensor.sizes(), " and strides ",
-        tensor.strides(), ", expected ", size, " entries, contiguous");
+  check(tensor.numel() == size && tensor.is_contiguous(), op, ": ", name, " has shape ", tensor.sizes(),
+        " and strides ", tensor.strides(), ", expected ", size, " entries, contiguous");
   return tensor.const_data_ptr<int32_t>();
 }
 
@@ -47,7 +47,8 @@ cpu::Grouping grouping_of(const char* op, const at::Tensor& order, const at::Ten
 const float* weights_of(const char* op, const at::Tensor& topk_weights) {
   check_tensor(op, "topk_weights", topk_weights, 2);
   check_dtype(op, "topk_weights", topk_weights, at::kFloat);
-  check(topk_weights.is_contiguous(), op, ": topk_weights has strides ", topk_weights.strides(), ", expected contiguous");
+  check(topk_weights.is_contiguous(), op, ": topk_weights has strides ", topk_weights.strides(),
+        ", expected contiguous");
   return topk_weights.const_data_ptr<float>();
 }
 
@@ -59,9 +60,10 @@ at::Tensor moe(const at::Tensor& x, const at::Tensor& topk_weights, const at::Te
   check_tensor(op, "experts", experts, 2);
   const KernelWeight up = kernel_weight(op, "w13", w13), down = kernel_weight(op, "w2", w2);
   check(x.size(1) == up.w.k && experts.sizes() == topk_weights.sizes() && experts.size(0) == x.size(0), op,
-        ": x has shape ", x.sizes(), ", experts ", experts.sizes(), ", topk_weights ", topk_weights.sizes(), " and w13 (",
-        w13.experts, ", ", w13.n, ", ", w13.k, "), which do not fit together");
-  check(order.has_value() == offsets.has_value(), op, ": ", order ? "offsets" : "order", " is None, expected both or none");
+        ": x has shape ", x.sizes(), ", experts ", experts.sizes(), ", topk_weights ", topk_weights.sizes(),
+        " and w13 (", w13.experts, ", ", w13.n, ", ", w13.k, "), which do not fit together");
+  check(order.has_value() == offsets.has_value(), op, ": ", order ? "offsets" : "order",
+        " is None, expected both or none");
   const at::Tensor own_experts = experts.contiguous(), own_weights = topk_weights.contiguous();
   cpu::Moe p{};
   p.x = x.const_data_ptr();
@@ -137,7 +139,8 @@ at::Tensor moe_down(const at::Tensor& rows, const OptionalTensor& row_scale, con
     check_dtype(op, "row_scale", *row_scale, at::kFloat);
     check(row_scale->device().is_cpu() && row_scale->sizes() == at::IntArrayRef({p.grouping.rows, groups}) &&
               row_scale->is_contiguous(),
-          op, ": row_scale has shape ", row_scale->sizes(), ", expected (", p.grouping.rows, ", ", groups, "), contiguous");
+          op, ": row_scale has shape ", row_scale->sizes(), ", expected (", p.grouping.rows, ", ", groups,
+          "), contiguous");
     p.rows.scale = row_scale->const_data_ptr<float>();
     p.rows.groups = groups;
   }

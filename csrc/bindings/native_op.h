@@ -10,8 +10,9 @@
 namespace grok {
 
 // Defines a kernel as a function of the module that is called without torch's dispatcher: once weights have streamed
-// through the caches, the dispatcher's code comes from memory again at each call, which takes longer than many a kernel. The
-// profiler sees the call, and a recording keeps it. `extra`: pybind11's names and defaults of the arguments.
+// through the caches, the dispatcher's code comes from memory again at each call, which takes longer than many a
+// kernel. The profiler sees the call, and a recording keeps it. `extra`: pybind11's names and defaults of the
+// arguments.
 template <class Result, class... Args, class... Extra>
 void define_native_op(pybind11::module_& module, const char* name, Result (*op)(Args...), const Extra&... extra) {
   const auto call = [name, op](Args... args) -> Result {

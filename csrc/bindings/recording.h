@@ -14,10 +14,10 @@
 
 namespace grok {
 
-// Calls of native ops (native_op.h) kept with their arguments, to be replayed on the same tensors: what a CUDA graph is to a
-// GPU. No Python runs between the calls of a replay: streaming weights evicts the interpreter from the caches, so Python
-// between kernels runs cold. A replayed call writes its results into the tensors of the recording, so that views of them
-// stay valid.
+// Calls of native ops (native_op.h) kept with their arguments, to be replayed on the same tensors: what a CUDA graph
+// is to a GPU. No Python runs between the calls of a replay: streaming weights evicts the interpreter from the
+// caches, so Python between kernels runs cold. A replayed call writes its results into the tensors of the recording,
+// so that views of them stay valid.
 class Recording {
  public:
   // The recording that records or replays on this thread, or null.

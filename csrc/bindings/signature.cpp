@@ -95,10 +95,10 @@ bool plain_thread() {
   return c10::default_included_set.has_all(included) && !at::impl::torch_function_mode_enabled();
 }
 
-// Everything that an op's checks and the choice of its kernel may depend on, as bytes: the dtype, sizes and strides of a
-// tensor, never its values; a number, text or dtype itself; GROK_KERNELS_BACKEND. Equal bytes, equal verdict. None where
-// the dispatcher would do more than run the CPU's kernel (gradients, a mode, tracing, a tensor of another kind), or an
-// argument is of another type.
+// Everything that an op's checks and the choice of its kernel may depend on, as bytes: the dtype, sizes and strides
+// of a tensor, never its values; a number, text or dtype itself; GROK_KERNELS_BACKEND. Equal bytes, equal verdict.
+// None where the dispatcher would do more than run the CPU's kernel (gradients, a mode, tracing, a tensor of another
+// kind), or an argument is of another type.
 pybind11::object signature(const pybind11::tuple& args) {
   if (!plain_thread()) return pybind11::none();
   static thread_local std::string key;
@@ -124,8 +124,8 @@ void define_signature(pybind11::module_& module) {
   module.def("signature", &signature, pybind11::arg("args"),
              "What the checks of a plain call on the CPU depend on, as bytes; None for any other call.");
   module.def("set_weight_type", &set_weight_type, pybind11::arg("type"),
-             "Set the class of weights, an object of which is keyed by its attribute `signature` (bytes, or None for no key). "
-             "Returns the class set before.");
+             "Set the class of weights, whose objects are keyed by their attribute `signature` (bytes, or None for no "
+             "key). Returns the class set before.");
 }
 
 }  // namespace grok

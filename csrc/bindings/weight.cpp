@@ -47,8 +47,8 @@ void place_values(const char* op, const char* name, const WeightArg& arg, cpu::W
   const int64_t columns = 4 / size_of(w.type);  // of a run
   check(values.is_contiguous() && w.n % cpu::kPanel == 0 && w.k % 4 == 0 &&
             values.sizes() == at::IntArrayRef({w.experts, w.n / cpu::kPanel, w.k / columns, 4, 16, columns}),
-        op, ": the values of ", name, " have shape ", values.sizes(), ", expected those of pack_weight for (", w.experts,
-        ", ", w.n, ", ", w.k, ")");
+        op, ": the values of ", name, " have shape ", values.sizes(), ", expected those of pack_weight for (",
+        w.experts, ", ", w.n, ", ", w.k, ")");
 }
 
 }  // namespace
@@ -67,8 +67,8 @@ KernelWeight kernel_weight(const char* op, const char* name, const WeightArg& ar
   place_values(op, name, arg, w);
   if (format.planes == 1) return result;
   const at::Tensor& scale = arg.planes[1];
-  check(scale.device().is_cpu() && scale.scalar_type() == at::kFloat && scale.dim() == 3 && scale.size(0) == w.experts &&
-            scale.size(2) == w.n && scale.size(1) > 0 && w.k % scale.size(1) == 0,
+  check(scale.device().is_cpu() && scale.scalar_type() == at::kFloat && scale.dim() == 3 &&
+            scale.size(0) == w.experts && scale.size(2) == w.n && scale.size(1) > 0 && w.k % scale.size(1) == 0,
         op, ": the scale of ", name, " has shape ", scale.sizes(), " and dtype ", c10::toString(scale.scalar_type()),
         ", expected (E, groups, N) of Float with E=", w.experts, ", N=", w.n, " and groups a divisor of K=", w.k);
   result.scale = scale.contiguous();
@@ -88,8 +88,8 @@ DType element_type(const char* op, const char* name, const at::Tensor& tensor) {
 
 }  // namespace grok
 
-// A tensor's type is checked exactly as an argument of type Tensor is. An attribute that is missing or of another type makes
-// the call a TypeError.
+// A tensor's type is checked exactly as an argument of type Tensor is. An attribute that is missing or of another
+// type makes the call a TypeError.
 bool pybind11::detail::type_caster<grok::WeightArg>::load(handle source, bool convert) {
   static PyObject* const names[] = {PyUnicode_InternFromString("format"), PyUnicode_InternFromString("layout"),
                                     PyUnicode_InternFromString("shape"), PyUnicode_InternFromString("planes")};

@@ -12,8 +12,8 @@
 
 namespace grok {
 
-// A quantised or plain weight, the `Weight` of grok_kernels, as the module's functions take it: any Python object with these
-// attributes.
+// A quantised or plain weight, the `Weight` of grok_kernels, as the module's functions take it: any Python object
+// with these attributes.
 struct WeightArg {
   std::string format;              // "bf16", "fp32", "int8" or "fp8_e4m3"
   std::string layout;              // "rows" or "panels"
@@ -21,7 +21,8 @@ struct WeightArg {
   std::vector<at::Tensor> planes;  // the values, then the scales (E, groups, N) where the format has them
 };
 
-// The parameters of the kernels. `scale` owns the scales where they had to be made contiguous: keep it until the call ends.
+// The parameters of the kernels. `scale` owns the scales where they had to be made contiguous: keep it until the call
+// ends.
 struct KernelWeight {
   cpu::Weights w;
   at::Tensor scale;

@@ -4,8 +4,8 @@
 #include "common/types.h"
 #include "cpu/isa.h"
 
-// A kernel's body is a template marked GROK_INLINE. It is compiled once for each instruction set, by a function that has
-// the instruction set as its target and its name as a suffix; GROK_PICK finds the one to call.
+// A kernel's body is a template marked GROK_INLINE. It is compiled once for each instruction set, by a function that
+// has the instruction set as its target and its name as a suffix; GROK_PICK finds the one to call.
 
 namespace grok::cpu {
 

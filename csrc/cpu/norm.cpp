@@ -7,8 +7,8 @@
 namespace grok::cpu {
 namespace {
 
-// Squares are added into 32 running sums on every instruction set: two registers of AVX-512, four of AVX2, eight of SSE.
-// That fixes the order of the additions, and so the bits, and hides the latency of an addition. Compiled with
+// Squares are added into 32 running sums on every instruction set: two registers of AVX-512, four of AVX2, eight of
+// SSE. That fixes the order of the additions, and so the bits, and hides the latency of an addition. Compiled with
 // -ffp-contract=off: a fused multiply-add, which not every instruction set has, rounds differently.
 constexpr int64_t kLanes = 32;
 

@@ -13,8 +13,8 @@
 namespace grok::cpu {
 namespace {
 
-// Makes a value unknown to the compiler, at no cost: what depends on it cannot be folded, hoisted out of a loop, or merged
-// with another chain.
+// Makes a value unknown to the compiler, at no cost: what depends on it cannot be folded, hoisted out of a loop, or
+// merged with another chain.
 #define GROK_OPAQUE(register_class, value) asm volatile("" : "+" register_class(value))
 
 uint64_t words_sum(const char* data, size_t bytes) {
@@ -58,8 +58,8 @@ void peak_portable(int64_t steps) {
 
 #if GROK_X86
 
-// Far enough ahead to cover the latency of memory, near enough to stay in L1. Non-temporal: a read of gigabytes must not
-// evict from L2 and L3 the code and data that run next.
+// Far enough ahead to cover the latency of memory, near enough to stay in L1. Non-temporal: a read of gigabytes must
+// not evict from L2 and L3 the code and data that run next.
 constexpr size_t kAhead = 4096;
 
 GROK_AVX2 uint64_t read_avx2(const void* data, size_t bytes) {

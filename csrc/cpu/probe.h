@@ -11,12 +11,12 @@
 
 namespace grok::cpu {
 
-// Reads every byte, each thread a contiguous part. Returns the sum modulo 2⁶⁴ of the little-endian words of 8 bytes; the
-// last one is filled up with zeros.
+// Reads every byte, each thread a contiguous part. Returns the sum modulo 2⁶⁴ of the little-endian words of 8 bytes;
+// the last one is filled up with zeros.
 uint64_t probe_read(const void* data, size_t bytes, Executor& executor);
 
-// The fastest multiply-add for operands of `kind`: fp32, bf16 or int8. A machine without one for bf16 or int8 converts to
-// fp32 first, so that its ceiling is that of fp32. Throws std::invalid_argument for another kind.
+// The fastest multiply-add for operands of `kind`: fp32, bf16 or int8. A machine without one for bf16 or int8
+// converts to fp32 first, so that its ceiling is that of fp32. Throws std::invalid_argument for another kind.
 struct ProbePeak {
   const char* instruction;
   int64_t operations_per_step;  // a multiplication and an addition count as two

@@ -8,7 +8,8 @@ namespace {
 
 constexpr float kTiny = 0x1p-100f;  // the smallest amax
 
-// max |x|, compared as integers: they are ordered as the magnitudes, and NaN is the largest, so that the maximum keeps it.
+// max |x|, compared as integers: they are ordered as the magnitudes, and NaN is the largest, so that the maximum
+// keeps it.
 template <class X>
 GROK_INLINE float largest(const X* x, int64_t n) {
   uint32_t amax = 0;

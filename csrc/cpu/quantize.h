@@ -7,8 +7,9 @@
 
 namespace grok::cpu {
 
-// For each row and group of columns: scale = amax / 448 (e4m3) or amax / 127 (int8), an amax below 2⁻¹⁰⁰ counting as that;
-// q = x / scale, rounded to nearest even. The bits of a row depend neither on the other rows nor on the instruction set.
+// For each row and group of columns: scale = amax / 448 (e4m3) or amax / 127 (int8), an amax below 2⁻¹⁰⁰ counting as
+// that; q = x / scale, rounded to nearest even. The bits of a row depend neither on the other rows nor on the
+// instruction set.
 struct QuantizeRows {
   const void* x;    // (rows, d)
   DType x_type;     // f32 or bf16

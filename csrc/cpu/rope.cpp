@@ -90,7 +90,8 @@ void rope_store_kv(const RopeStoreKv& p, Executor& executor) {
   const Isa isa = current_isa();
   const auto kernel = p.type == DType::f32 ? kernel_for<float>(isa, p.kv_type) : kernel_for<BF16>(isa, p.kv_type);
   const int64_t per_token = (p.q.count + 2 * p.k.count) * p.head_size;
-  executor.parallel_for(p.tokens, rows_per_range(per_token), [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  executor.parallel_for(p.tokens, rows_per_range(per_token),
+                        [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
 }  // namespace grok::cpu

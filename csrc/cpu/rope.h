@@ -12,8 +12,8 @@ struct Heads {
   int64_t token_stride, head_stride;
 };
 
-// Rotates q and k by their positions, in fp32 and rounded once; writes k and v to their slots of the pages. The bits of a
-// token depend neither on the other tokens nor on the instruction set.
+// Rotates q and k by their positions, in fp32 and rounded once; writes k and v to their slots of the pages. The bits
+// of a token depend neither on the other tokens nor on the instruction set.
 struct RopeStoreKv {
   Heads q, k, v;
   void* out;                 // (T, H, C), contiguous, of q's type: q rotated

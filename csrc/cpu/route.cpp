@@ -9,7 +9,8 @@ namespace grok::cpu {
 namespace {
 
 // The terms of a dot product are added into 16 running sums, and these pairwise: one order of the additions for every
-// instruction set and number of tokens. Multiplication and addition round apart, since not every instruction set fuses them.
+// instruction set and number of tokens. Multiplication and addition round apart, since not every instruction set
+// fuses them.
 constexpr int64_t kLanes = 16;
 // Tokens and experts multiplied at a time, so that each load is used several times: the router comes from L2.
 constexpr int64_t kTokens = 2, kExperts = 8;
@@ -130,8 +131,8 @@ void group_tokens(const GroupTokens& p) {
             ", expected 0..num_experts-1=", p.num_experts - 1);
     }
   }
-  // Counts are kept one place to the right, so that after the prefix sum offsets[e] is where expert e begins. Placing a slot
-  // advances it, and leaves it where expert e + 1 begins: the entries are shifted back at the end.
+  // Counts are kept one place to the right, so that after the prefix sum offsets[e] is where expert e begins. Placing
+  // a slot advances it, and leaves it where expert e + 1 begins: the entries are shifted back at the end.
   std::fill(p.offsets, p.offsets + p.num_experts + 1, 0);
   for (int64_t row = 0; row < p.rows; ++row) {
     for (int64_t a = 0; a < p.a; ++a) ++p.offsets[p.experts[row * p.stride + a] + 1];

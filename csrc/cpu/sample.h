@@ -7,9 +7,9 @@
 
 namespace grok::cpu {
 
-// A token for each row: softmax(logits / temperature), cut to the smallest set of tokens whose probabilities reach top_p,
-// sampled by inverse CDF at `uniform`. The largest logit where temperature is not above 0. A row's token depends neither on
-// the other rows nor on the instruction set.
+// A token for each row: softmax(logits / temperature), cut to the smallest set of tokens whose probabilities reach
+// top_p, sampled by inverse CDF at `uniform`. The largest logit where temperature is not above 0. A row's token
+// depends neither on the other rows nor on the instruction set.
 struct SampleTopP {
   const void* logits;        // (rows, v), f32 or bf16
   DType logits_type;

@@ -11,9 +11,9 @@
 
 namespace grok::cpu {
 
-// The executor of a program that has no threads to lend: the calling thread and `threads` − 1 that wait for work. Several
-// threads may call `run`; their loops run one after the other. A loop inside a task runs on that task's thread.
-// The Python module does not contain this class: it runs on torch's threads.
+// The executor of a program that has no threads to lend: the calling thread and `threads` − 1 that wait for work.
+// Several threads may call `run`; their loops run one after the other. A loop inside a task runs on that task's
+// thread. The Python module does not contain this class: it runs on torch's threads.
 class ThreadPool final : public Executor {
  public:
   explicit ThreadPool(int64_t threads = std::thread::hardware_concurrency());

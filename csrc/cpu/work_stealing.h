@@ -7,10 +7,10 @@
 
 namespace grok::cpu {
 
-// Calls task(i, next) for every i in 0..tasks−1. Each thread starts with a contiguous part of the tasks and goes through it
-// forwards, so that what it reads is contiguous too; a thread that is done steals from the others, from the ends of their
-// parts, since tasks differ in size. `next` is the task that the same thread does after this one, or −1: the thread can
-// prefetch for it.
+// Calls task(i, next) for every i in 0..tasks−1. Each thread starts with a contiguous part of the tasks and goes
+// through it forwards, so that what it reads is contiguous too; a thread that is done steals from the others, from
+// the ends of their parts, since tasks differ in size. `next` is the task that the same thread does after this one,
+// or −1: the thread can prefetch for it.
 template <class Task>
 void run_stealing(Executor& executor, int64_t tasks, const Task& task) {
   struct alignas(64) Part {        // a cache line each
@@ -19,7 +19,8 @@ void run_stealing(Executor& executor, int64_t tasks, const Task& task) {
   const int64_t threads = std::min(executor.threads(), tasks);
   std::vector<Part> parts(threads);
   for (int64_t i = 0; i < threads; ++i) {
-    parts[i].bounds = static_cast<uint64_t>(tasks * i / threads) | static_cast<uint64_t>(tasks * (i + 1) / threads) << 32;
+    const uint64_t first = tasks * i / threads, last = tasks * (i + 1) / threads;
+    parts[i].bounds = first | last << 32;
   }
   const auto take = [&](int64_t worker) {
     for (int64_t i = 0; i < threads; ++i) {

@@ -1,6 +1,6 @@
 """The native extension, used through `grok_kernels.cpu`.
 
-Beside what is declared here it has a function for each op that it serves, which takes the op's arguments in their order.
+Beside what is declared here it has a function for each op that it serves, with the arguments of the op in order.
 """
 
 from typing import Protocol

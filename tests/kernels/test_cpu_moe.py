@@ -66,7 +66,7 @@ def tokens(t: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 CASES = [
-    (x, w, f) for x in (BF16, FP32) for w in (INT8, FP8, BF16, FP32) for f in ("none", "int8", "fp8") if w != FP32 or x == FP32
+    (x, w, f) for x in (BF16, FP32) for w in FORMATS for f in ("none", "int8", "fp8") if w != FP32 or x == FP32
 ]  # fmt: skip
 
 

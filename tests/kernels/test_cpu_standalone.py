@@ -1,5 +1,5 @@
-"""csrc/cpu without torch: it compiles without a warning, links with its types compared, and its example gives the result of
-a plain loop."""
+"""csrc/cpu without torch: it compiles without a warning, links with its types compared, and its example gives the
+result of a plain loop."""
 
 from __future__ import annotations
 

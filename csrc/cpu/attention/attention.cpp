@@ -27,8 +27,8 @@ GROK_INLINE void widen(DType type, const void* row, int64_t c, int64_t width, fl
   }
 }
 
-// Any types, in fp32. `lanes` sums of a row are in registers at a time. The loops over them are not unrolled, because the
-// compiler vectorises loops, but not the scalar statements that it would unroll them to.
+// Any types, in fp32. `lanes` sums of a row are in registers at a time. The loops over them are not unrolled, because
+// the compiler vectorises loops, but not the scalar statements that it would unroll them to.
 template <bool fused, int lanes>
 struct Fp32Path {
   static constexpr bool kFused = fused;
@@ -152,7 +152,7 @@ Kernel kernel_for(Isa isa, [[maybe_unused]] DType q, [[maybe_unused]] DType kv) 
 }
 
 constexpr int64_t kLargestPartials = 16 << 20;   // floats; beyond that a tile's spans are not split
-constexpr int64_t kProductsPerThread = 1 << 18;  // multiplications of an element of q and one of k that amortise a thread
+constexpr int64_t kProductsPerThread = 1 << 18;  // multiply-adds of q · k that amortise waking a thread
 
 // How a call is divided.
 struct Plan {
@@ -162,8 +162,8 @@ struct Plan {
   int64_t threads;              // no more than there is work for
 };
 
-// One piece for each tile of rows; where there are too few tiles to occupy the threads, one for each of their spans. `plan`
-// is reused for its memory.
+// One piece for each tile of rows; where there are too few tiles to occupy the threads, one for each of their spans.
+// `plan` is reused for its memory.
 void make_plan(const PagedAttention& p, int64_t threads, Plan& plan) {
   plan.pieces.clear();
   plan.merges.clear();

@@ -5,11 +5,11 @@
 
 namespace grok::cpu {
 
-// Causal attention of a flat batch of queries over paged keys and values: request b has the queries
-// query_start[b] .. query_start[b + 1] − 1, which are the last ones of its seq_lens[b] positions. The score of a query and a
-// key is t · softcap · tanh(scale · q·k / softcap), without the tanh where softcap is 0; t = log2(position) /
-// log2(temperature_len) for a query at a position above temperature_len, else 1. With a window a query sees itself and the
-// window − 1 positions before it.
+// Causal attention of a flat batch of queries over paged keys and values: request b has the queries query_start[b] ..
+// query_start[b + 1] − 1, which are the last ones of its seq_lens[b] positions. The score of a query and a key is t ·
+// softcap · tanh(scale · q·k / softcap), without the tanh where softcap is 0; t = log2(position) /
+// log2(temperature_len) for a query at a position above temperature_len, else 1. With a window a query sees itself
+// and the window − 1 positions before it.
 //
 // The bits of a query depend neither on the batch, nor on the other queries of its prompt, the pages or the threads.
 struct PagedAttention {

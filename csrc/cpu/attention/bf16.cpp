@@ -1,6 +1,7 @@
-// Attention of bf16 queries over bf16 or e4m3 pages on AVX-512 BF16. Scores use vdpbf16ps, whose products are exact in fp32.
-// Probabilities stay in fp32 and multiply values widened to fp32: split into two bf16 numbers each they would cost as much.
-// A row of the sums holds, of every 32 columns, the 16 even ones and then the 16 odd ones, as a register of bf16 widens.
+// Attention of bf16 queries over bf16 or e4m3 pages on AVX-512 BF16. Scores use vdpbf16ps, whose products are exact
+// in fp32. Probabilities stay in fp32 and multiply values widened to fp32: split into two bf16 numbers each they
+// would cost as much. A row of the sums holds, of every 32 columns, the 16 even ones and then the 16 odd ones, as a
+// register of bf16 widens.
 
 #include "cpu/attention/tile.h"
 #include "cpu/bf16_bytes.h"
@@ -25,7 +26,8 @@ GROK_AVX512_BF16 inline __m512 high_avx512(__m512i pairs) {
 GROK_AVX512_BF16 void widen_row_avx512(const uint8_t* codes, int64_t c, int64_t width, uint16_t* y) {
   const __m512i low0 = _mm512_load_si512(kE4m3Bytes.low), low1 = _mm512_load_si512(kE4m3Bytes.low + 64);
   const __m512i high0 = _mm512_load_si512(kE4m3Bytes.high), high1 = _mm512_load_si512(kE4m3Bytes.high + 64);
-  const __m512i halves = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // the unpacks below interleave 128-bit lanes: this undoes it
+  // undoes that the unpacks below work in 128-bit lanes
+  const __m512i halves = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
   for (int64_t i = 0; i < width; i += 64) {
     const __mmask64 valid = c - i >= 64 ? ~__mmask64{0} : (__mmask64{1} << (c - i)) - 1;
     const __m512i code = _mm512_permutexvar_epi64(halves, _mm512_maskz_loadu_epi8(valid, codes + i));

@@ -16,13 +16,13 @@
 //   scores       q · k of a few rows and all keys of a block
 //   accumulate   out = out · keep + p · v of a few rows and a range of the block's keys
 //   store        one row of the result
-// Every number of a row comes from the same operations in the same order, whatever rows share its tile: keys that the row
-// does not see have probability 0 and add exact zeros.
+// Every number of a row comes from the same operations in the same order, whatever rows share its tile: keys that the
+// row does not see have probability 0 and add exact zeros.
 
 namespace grok::cpu::attention {
 
-// Keys are processed in blocks of kBlock, and blocks are summed in spans of kSpan keys, counted from the request's first
-// key. The order of a query's additions, and so its bits, depends on these two alone.
+// Keys are processed in blocks of kBlock, and blocks are summed in spans of kSpan keys, counted from the request's
+// first key. The order of a query's additions, and so its bits, depends on these two alone.
 constexpr int64_t kBlock = 64;
 constexpr int64_t kSpan = 512;
 constexpr int64_t kTileRows = 96;
@@ -35,8 +35,8 @@ inline int64_t first_key_read(const PagedAttention& p, int64_t position) {
   return first_key(p, position) / kBlock * kBlock;
 }
 
-// Work of one thread: a tile of rows of one request and key head, over some spans of its keys. The rows of a request are
-// its queries times the R = H / G query heads that share the key head: query i, head r is row i · R + r.
+// Work of one thread: a tile of rows of one request and key head, over some spans of its keys. The rows of a request
+// are its queries times the R = H / G query heads that share the key head: query i, head r is row i · R + r.
 struct Piece {
   int64_t request, group;
   int64_t row, rows;    // at most kTileRows
@@ -53,14 +53,14 @@ struct Kernel {
 Kernel bf16_kernel();
 
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
-constexpr int64_t kRows = 6;  // rows that share a load of keys: 6 rows of 4 registers of 16 keys fill 24 of 32 registers
+constexpr int64_t kRows = 6;  // rows that share a load of keys: 6 · 4 sums of 16 keys fill 24 of 32 registers
 
 inline int64_t padded(int64_t head_size) { return (head_size + 31) / 32 * 32; }
 
 inline int64_t partial_size(const PagedAttention& p, int64_t rows) { return rows * (2 + padded(p.head_size)); }
 
-// The state of the online softmax: for each row the largest score so far, the sum of exp(score − largest), and the values
-// weighted by it.
+// The state of the online softmax: for each row the largest score so far, the sum of exp(score − largest), and the
+// values weighted by it.
 struct RunningSums {
   float *top, *total, *out;
 
@@ -173,8 +173,8 @@ GROK_INLINE float mask(float* __restrict s, const KeyBlock& b, float inner, floa
   return fold_max<kLanes>(m);
 }
 
-// Turns the scores of rows r..r+n−1 into probabilities, times the scales of the values; w.keep receives the factors that
-// rescale the rows' earlier sums. All rows take each step together, so that their latencies overlap.
+// Turns the scores of rows r..r+n−1 into probabilities, times the scales of the values; w.keep receives the factors
+// that rescale the rows' earlier sums. All rows take each step together, so that their latencies overlap.
 template <bool fused>
 GROK_INLINE void softmax(Workspace& w, const Scaling& scaling, int64_t r, int64_t n, float* __restrict top,
                          float* __restrict total) {

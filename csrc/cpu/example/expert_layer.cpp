@@ -1,5 +1,5 @@
-// The kernels in a program without torch and Python: routes tokens, runs the expert layer over int8 weights, and checks the
-// result against a plain loop.
+// The kernels in a program without torch and Python: routes tokens, runs the expert layer over int8 weights, and
+// checks the result against a plain loop.
 //
 //   c++ -std=c++17 -O3 -ffp-contract=off -pthread -I csrc $(find csrc/cpu -name "*.cpp") -o expert_layer
 

@@ -1,5 +1,5 @@
-// Path::bf16: vdpbf16ps adds the products of two columns to an fp32 sum. Weights of 8 bits are converted to bf16 exactly,
-// in registers for a lone tile, else into a stage that the tiles of a row block share.
+// Path::bf16: vdpbf16ps adds the products of two columns to an fp32 sum. Weights of 8 bits are converted to bf16
+// exactly, in registers for a lone tile, else into a stage that the tiles of a row block share.
 
 #include "cpu/bf16_bytes.h"
 #include "cpu/gemm/prefetch.h"
@@ -41,8 +41,8 @@ struct Converter {
     sign = _mm512_set1_epi8(static_cast<char>(0x80));
   }
 
-  // Whether a run holds −128, whose magnitude does not fit the seven bits that index the tables. It is rare: one test a run
-  // is cheaper than correcting each register.
+  // Whether a run holds −128, whose magnitude does not fit the seven bits that index the tables. It is rare: one test
+  // a run is cheaper than correcting each register.
   GROK_TARGET_INLINE bool has_lowest(const uint8_t* run) const {
     if (kType != DType::int8) return false;
     __m512i least = _mm512_loadu_si512(run);

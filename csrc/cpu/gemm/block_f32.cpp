@@ -1,4 +1,5 @@
-// Path::f32: rows and weights of any type, converted to fp32, with fused multiply-adds where the instruction set has them.
+// Path::f32: rows and weights of any type, converted to fp32, with fused multiply-adds where the instruction set has
+// them.
 
 #include <cstring>
 

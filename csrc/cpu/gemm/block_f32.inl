@@ -1,5 +1,5 @@
-// Included once for each instruction set, which defines: the target GROK_F32, the register type Vec of kWidth floats, how
-// many registers of outputs a step uses (kColumns), and load, store, zero, splat and add_product.
+// Included once for each instruction set, which defines: the target GROK_F32, the register type Vec of kWidth floats,
+// how many registers of outputs a step uses (kColumns), and load, store, zero, splat and add_product.
 
 GROK_F32 inline void convert(const uint8_t* w, DType type, int64_t column, int64_t columns, float* out) {
   for (int64_t k = column; k < column + columns; ++k, out += kPanel) {

@@ -1,5 +1,5 @@
-// Path::int8: vpdpbusd adds the products of four columns to an int32 sum, exactly. Its first operand is unsigned, so the
-// weights are taken as w + 128, and each sum starts at −128 · the sum of the row (PackedRows::bias).
+// Path::int8: vpdpbusd adds the products of four columns to an int32 sum, exactly. Its first operand is unsigned, so
+// the weights are taken as w + 128, and each sum starts at −128 · the sum of the row (PackedRows::bias).
 
 #include "cpu/gemm/prefetch.h"
 
@@ -13,9 +13,9 @@ constexpr int64_t kGroupRuns = kScaleGroup / 4;
 constexpr int64_t kFewTiles = 3;  // so many tiles compute faster than memory delivers their weights
 static_assert(kRunsAhead % kGroupRuns == 0, "stream() must not cut a group of columns that has one scale");
 
-// c (+)= Σ over groups of 128 columns of scale · (x · w of the group), of one tile and 16 · kWide outputs. Registers hold
-// the integer sums of a group; they hold the fp32 totals too for 6 rows and 32 outputs, or 3 rows and 64. For a larger
-// tile the totals stay in c.
+// c (+)= Σ over groups of 128 columns of scale · (x · w of the group), of one tile and 16 · kWide outputs. Registers
+// hold the integer sums of a group; they hold the fp32 totals too for 6 rows and 32 outputs, or 3 rows and 64. For a
+// larger tile the totals stay in c.
 template <int kRows, int kWide, Fetch kFetch>
 GROK_AVX512_BF16 void int8_tile_avx512(const uint32_t* x, const uint8_t* w, int64_t runs, const float* scale,
                                        const int32_t* bias, int64_t groups, float* c, bool first, Ahead ahead) {

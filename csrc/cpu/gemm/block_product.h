@@ -2,7 +2,8 @@
 
 #include "cpu/gemm/packed_rows.h"
 
-// The innermost kernels, one for each Path and instruction set: a column block of a panel times the tiles of a row block.
+// The innermost kernels, one for each Path and instruction set: a column block of a panel times the tiles of a row
+// block.
 
 namespace grok::cpu {
 
@@ -20,7 +21,7 @@ struct BlockProduct {
 
 using BlockKernel = void(const BlockProduct&);
 
-constexpr int64_t kStageBytes = 32 << 10;  // a column block of a panel as fp32 or as bf16; it stays in the nearest cache
+constexpr int64_t kStageBytes = 32 << 10;  // a column block of a panel as fp32 or as bf16; stays in L1
 
 #if GROK_X86
 BlockKernel bf16_block_avx512, int8_block_avx512;

@@ -66,21 +66,21 @@ GROK_INLINE void add_weighted_body(const float* c, int64_t rows, const int32_t* 
   }
 }
 
-#define GROK_EPILOGUE(NAME, TARGET, FUSED)                                                                              \
-  TARGET void scale_##NAME(const float* c, const float* scale, int64_t rows, bool add, float* result) {                 \
-    scale_body(c, scale, rows, add, result);                                                                            \
-  }                                                                                                                     \
-  TARGET void store_##NAME(const float* c, int64_t rows, int64_t outputs, DType type, void* y, int64_t stride) {        \
-    store_body(c, rows, outputs, type, y, stride);                                                                      \
-  }                                                                                                                     \
-  TARGET void activate_##NAME(const float* gate, const float* up, int64_t rows, int64_t outputs, Activation activation, \
-                              DType type, void* y, int64_t stride) {                                                    \
-    activate_body<FUSED>(gate, up, rows, outputs, activation, type, y, stride);                                         \
-  }                                                                                                                     \
-  TARGET void add_weighted_##NAME(const float* c, int64_t rows, const int32_t* order, int64_t active,                   \
-                                  const float* weight, float* y) {                                                      \
-    add_weighted_body(c, rows, order, active, weight, y);                                                               \
-  }                                                                                                                     \
+#define GROK_EPILOGUE(NAME, TARGET, FUSED)                                                                            \
+  TARGET void scale_##NAME(const float* c, const float* scale, int64_t rows, bool add, float* result) {               \
+    scale_body(c, scale, rows, add, result);                                                                          \
+  }                                                                                                                   \
+  TARGET void store_##NAME(const float* c, int64_t rows, int64_t outputs, DType type, void* y, int64_t stride) {      \
+    store_body(c, rows, outputs, type, y, stride);                                                                    \
+  }                                                                                                                   \
+  TARGET void activate_##NAME(const float* gate, const float* up, int64_t rows, int64_t outputs,                      \
+                              Activation activation, DType type, void* y, int64_t stride) {                           \
+    activate_body<FUSED>(gate, up, rows, outputs, activation, type, y, stride);                                       \
+  }                                                                                                                   \
+  TARGET void add_weighted_##NAME(const float* c, int64_t rows, const int32_t* order, int64_t active,                 \
+                                  const float* weight, float* y) {                                                    \
+    add_weighted_body(c, rows, order, active, weight, y);                                                             \
+  }                                                                                                                   \
   constexpr Epilogue epilogue_##NAME{scale_##NAME, store_##NAME, activate_##NAME, add_weighted_##NAME};
 
 GROK_EPILOGUE(portable, , false)

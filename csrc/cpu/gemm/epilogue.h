@@ -17,7 +17,8 @@ struct Epilogue {
   void (*activate)(const float* gate, const float* up, int64_t rows, int64_t outputs, Activation activation, DType type,
                    void* y, int64_t stride);
   // y[order[r] / active] += weight[order[r]] · c[r]; y (tokens, 64).
-  void (*add_weighted)(const float* c, int64_t rows, const int32_t* order, int64_t active, const float* weight, float* y);
+  void (*add_weighted)(const float* c, int64_t rows, const int32_t* order, int64_t active, const float* weight,
+                       float* y);
 };
 
 const Epilogue& epilogue_for(Isa isa);

@@ -7,12 +7,12 @@
 
 namespace grok::cpu {
 
-// y[r] = x[r] · w[e]ᵀ for the rows r of each expert e, accumulated in fp32, with the scales of both operands applied, and
-// rounded once. A dense projection has one expert.
+// y[r] = x[r] · w[e]ᵀ for the rows r of each expert e, accumulated in fp32, with the scales of both operands applied,
+// and rounded once. A dense projection has one expert.
 struct GroupedGemm {
   Rows x;                  // (rows, k)
   Weights w;               // (experts, n, k)
-  const int32_t* offsets;  // (experts + 1,): the rows of expert e are offsets[e] .. offsets[e + 1] − 1; null for one expert
+  const int32_t* offsets;  // (experts + 1,): expert e has rows offsets[e] .. offsets[e + 1] − 1; null for one expert
   int64_t rows;
   void* y;                 // (rows, n), contiguous
   DType y_type;            // f32 or bf16

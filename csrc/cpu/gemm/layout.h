@@ -6,26 +6,27 @@
 
 // y (M, N) = x (M, K) · wᵀ: the parts that both operands are cut into. All GEMM files use these words.
 //
-//              w (N, K), cut along N into panels                         x (M, K), cut along M into tiles
+//         w (N, K), cut along N into panels                  x (M, K), cut along M into tiles
 //
-//                 K ──────────────────────────►                            K ──────────────────────────►
-//            N  ┌────┬────┬────┬────┬────┬────┐                       M  ┌────────────────────────────┐
-//   panel:   │  │run │run │run │ …  │    │    │  64 outputs   tile:   │  │ 1 to 6 rows                │ ┐
-//   64       ▼  ├────┴────┴────┴────┴────┴────┤               rows    ▼  ├────────────────────────────┤ │ row block:
-//   outputs     │ next panel                  │                          │ next tile                  │ │ up to 42 tiles
-//               └─────────────────────────────┘                          └────────────────────────────┘ ┘ of one expert
+//            K ──────────────────────────►                     K ──────────────────────────►
+//       N  ┌─────┬─────┬─────┬─────┬─────┐                M  ┌─────────────────────────────┐ ┐
+//   64  │  │ run │ run │ run │  …  │     │  panel    1-6  │  │                             │ │ tile
+//       ▼  ├─────┴─────┴─────┴─────┴─────┤           rows ▼  ├─────────────────────────────┤ ┤
+//          │                             │  panel            │                             │ │ tile
+//          └─────────────────────────────┘                   └─────────────────────────────┘ ┘
 //
-//   run           256 bytes of a panel: the 4 bytes that hold one, two or four neighbouring columns (fp32, bf16, 8 bits)
-//                 of each of its 64 outputs. Packed rows have runs too: those 4 bytes of each row of a tile.
-//   tile          rows whose sums a kernel holds in registers while it reads a panel once
-//   row block     tiles that use a piece of a panel while it is in the nearest cache
+//   panel         64 outputs
+//   run           256 bytes of a panel: the 4 bytes that hold one, two or four neighbouring columns (fp32, bf16, 8
+//                 bits) of each of its outputs. Packed rows have runs too: those 4 bytes of each row of a tile.
+//   tile          1 to 6 rows, whose sums a kernel holds in registers while it reads a panel once
+//   row block     up to 42 tiles of one expert, which use a piece of a panel while it is in L1
 //   column block  128 runs of packed rows: the piece of a panel that a row block uses before the next piece is read
 //
-// A packed weight (Layout::panels) lies in memory panel by panel, run by run, so that a kernel streams it. A weight in rows
-// is gathered into runs, one column block at a time.
+// A packed weight (Layout::panels) lies in memory panel by panel, run by run, so that a kernel streams it. A weight in
+// rows is gathered into runs, one column block at a time.
 //
-// The sum over K of one row and one output is a single chain of additions in the order of K, whatever the number of rows,
-// the tile, the block or the thread. That makes the bits of a row independent of the rows beside it.
+// The sum over K of one row and one output is a single chain of additions in the order of K, whatever the number of
+// rows, the tile, the block or the thread. That makes the bits of a row independent of the rows beside it.
 
 namespace grok::cpu {
 

@@ -16,8 +16,8 @@ struct Matrix {
   int64_t n, k, row, col, item;
 };
 
-// An (in, out) matrix is read in pieces of 64 columns × 32 panels: 2 or 4 kB of each of its stored rows, once and in the
-// order of the file, as a disk wants it, while what is written stays in L2.
+// An (in, out) matrix is read in pieces of 64 columns × 32 panels: 2 or 4 kB of each of its stored rows, once and in
+// the order of the file, as a disk wants it, while what is written stays in L2.
 constexpr int64_t kColumns = 64;
 constexpr int64_t kPanels = 32;
 
@@ -31,8 +31,8 @@ GROK_INLINE void transpose(const char* w, int64_t row, char* out) {
   for (int64_t j = 0; j < 4; ++j) std::memcpy(out + j * kRunBytes, words[j], sizeof words[j]);
 }
 
-// Packs a panel of an (out, in) matrix: the words of 64 rows, transposed. It uses up a cache line of each row at once: with
-// the usual strides these lines fall into a few sets of the cache and would not stay there.
+// Packs a panel of an (out, in) matrix: the words of 64 rows, transposed. It uses up a cache line of each row at
+// once: with the usual strides these lines fall into a few sets of the cache and would not stay there.
 void pack_rows(const Matrix& p, int64_t panel) {
   constexpr int64_t kLine = 64;
   const char* w = p.w + panel * kPanel * p.row;
@@ -53,7 +53,8 @@ void pack_rows(const Matrix& p, int64_t panel) {
   }
 }
 
-// Packs columns first..last−1 of panels panel..end−1 of an (in, out) matrix: interleaves its stored rows, 64 values of each.
+// Packs columns first..last−1 of panels panel..end−1 of an (in, out) matrix: interleaves its stored rows, 64 values
+// of each.
 template <class T>
 void pack_columns(const Matrix& p, int64_t panel, int64_t end, int64_t first, int64_t last) {
   constexpr int64_t run = 4 / sizeof(T);

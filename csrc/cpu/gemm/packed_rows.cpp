@@ -34,7 +34,8 @@ void spread_f32(const void* row, DType type, const float* scale, int64_t groups,
 }
 
 #if GROK_X86
-// How the dwords of `rows` rows are interleaved, 16 runs at a time: dword i of the result is run i / rows of row i % rows.
+// How the dwords of `rows` rows are interleaved, 16 runs at a time: dword i of the result is run i / rows of row i %
+// rows.
 struct Interleaving {
   alignas(64) int32_t run[kTile][16];  // of each dword of a register of the result
   uint16_t row[kTile][kTile];          // [register][row]: mask of the dwords that come from this row

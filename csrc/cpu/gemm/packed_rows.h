@@ -24,8 +24,8 @@ struct RowMap {
   int64_t first = 0;
 };
 
-// Rows in the order in which the kernels read them: row block by row block, in each column block by column block, in each
-// tile by tile, in each run by run. A row block of one tile is therefore contiguous along K.
+// Rows in the order in which the kernels read them: row block by row block, in each column block by column block, in
+// each tile by tile, in each run by run. A row block of one tile is therefore contiguous along K.
 class PackedRows {
  public:
   struct Tile {
@@ -43,8 +43,8 @@ class PackedRows {
   int64_t bytes() const;        // of the workspace
   void place(void* workspace);  // 64-byte aligned; used until the last product
 
-  // Packs the rows of tiles first_tile .. last_tile − 1. x holds `columns` columns of them, which are columns `column` and
-  // following of the whole: both multiples of 64, and of 128 where each 128 columns share a scale.
+  // Packs the rows of tiles first_tile .. last_tile − 1. x holds `columns` columns of them, which are columns
+  // `column` and following of the whole: both multiples of 64, and of 128 where each 128 columns share a scale.
   void pack(const Rows& x, const RowMap& map, int64_t first_tile, int64_t last_tile, int64_t column, int64_t columns);
 
   // Packs all rows.
@@ -66,7 +66,7 @@ class PackedRows {
   std::vector<RowBlock> blocks;
   uint32_t* data = nullptr;
   float* scales = nullptr;  // (rows, groups), on the int8 path
-  int32_t* bias = nullptr;  // (rows, groups): −128 · the group's sum, which undoes that its weights are taken as w + 128
+  int32_t* bias = nullptr;  // (rows, groups): −128 · the group's sum, since the kernel multiplies by w + 128
 };
 
 }  // namespace grok::cpu

@@ -62,7 +62,7 @@ float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::Ro
   if (x.path == Path::bf16) {
     kernel = bf16_block_avx512;
     const bool alone = block.last_tile - block.first_tile == 1;
-    if (w.layout == Layout::panels && w.type != DType::bf16 && alone) most = w.k;  // one stream: a lone tile is contiguous
+    if (w.layout == Layout::panels && w.type != DType::bf16 && alone) most = w.k;  // a lone tile is contiguous
   } else if (x.path == Path::int8) {
     kernel = int8_block_avx512;
   }

@@ -4,15 +4,15 @@
 
 namespace grok::cpu {
 
-// c (rows, 64) fp32 = the rows of a row block · the 64 outputs of w from `output` on, with w's scales applied; `output` is
-// a multiple of 64 in Layout::panels, and columns past n are zeros. c lies in memory of this thread, in one of two slots,
-// until the thread uses the slot again. `next` is the panel that this thread reads after this one, for prefetching; null if
-// unknown.
+// c (rows, 64) fp32 = the rows of a row block · the 64 outputs of w from `output` on, with w's scales applied;
+// `output` is a multiple of 64 in Layout::panels, and columns past n are zeros. c lies in memory of this thread, in
+// one of two slots, until the thread uses the slot again. `next` is the panel that this thread reads after this one,
+// for prefetching; null if unknown.
 float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::RowBlock& block, int64_t output, int slot,
                      const uint8_t* next);
 
-// The tasks of a product: every row block with outputs 0..n−1, `width` of them at a time. They are ordered by expert, then
-// by output, so that consecutive tasks read the same panel.
+// The tasks of a product: every row block with outputs 0..n−1, `width` of them at a time. They are ordered by expert,
+// then by output, so that consecutive tasks read the same panel.
 class PanelTasks {
  public:
   struct Task {

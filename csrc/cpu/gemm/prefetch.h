@@ -2,8 +2,8 @@
 
 #include "cpu/gemm/block_product.h"
 
-// Weights are prefetched while a tile computes, since the hardware prefetcher stops at each page. Several tiles share out
-// the block that follows theirs; a lone tile prefetches its own stream ahead of itself.
+// Weights are prefetched while a tile computes, since the hardware prefetcher stops at each page. Several tiles share
+// out the block that follows theirs; a lone tile prefetches its own stream ahead of itself.
 
 namespace grok::cpu {
 
@@ -16,7 +16,7 @@ enum class Fetch { alone, few, many };
 constexpr int kLinesPerRun = 2;           // at most, where tiles share out a block
 constexpr int64_t kLeastBytesPerRun = 32;
 constexpr int64_t kRowsAhead = 64;  // runs of packed rows to prefetch ahead
-constexpr int64_t kRunsAhead = 32;  // runs of weights that a lone tile prefetches ahead; its last ones prefetch what is next
+constexpr int64_t kRunsAhead = 32;  // runs of weights that a lone tile prefetches ahead; the last ones: of what is next
 
 // What a tile prefetches: `step` bytes further on with each run; step is 0 once nothing is left.
 struct Ahead {
@@ -34,8 +34,9 @@ GROK_INLINE void fetch(const uint8_t* from) {
 
 inline bool alone(const BlockProduct& b) { return b.rows->last_tile - b.rows->first_tile == 1; }
 
-// Spreads the prefetch of the next block evenly over the passes over this one, `all` runs in total: prefetching faster than
-// memory delivers would stall this block's own loads. Returns the share of the pass that starts after `done` of these runs.
+// Spreads the prefetch of the next block evenly over the passes over this one, `all` runs in total: prefetching
+// faster than memory delivers would stall this block's own loads. Returns the share of the pass that starts after
+// `done` of these runs.
 inline Ahead share_of(const BlockProduct& b, int64_t done, int64_t all) {
   const int64_t bytes = b.columns * kPanel * size_of(b.type), even = (bytes + all - 1) / std::max<int64_t>(1, all);
   const int64_t step = std::clamp<int64_t>(even, kLeastBytesPerRun, kLinesPerRun * 64);

@@ -65,8 +65,9 @@ struct PartWorkspace {
   Buffer values, quantised, scales;
 };
 
-// Computes act(gate) · up of the grouped rows, as many columns at a time as share a scale, and hands each part while it is
-// in the cache of its thread to finish(block, part, column, columns): columns `column` and following of the block's rows.
+// Computes act(gate) · up of the grouped rows, as many columns at a time as share a scale, and hands each part while
+// it is in the cache of its thread to finish(block, part, column, columns): columns `column` and following of the
+// block's rows.
 template <class Finish>
 void gate_up(const MoeUp& p, const std::vector<int64_t>& offsets, Executor& executor, const Finish& finish) {
   const int64_t f = p.w13.n / 2;
@@ -128,7 +129,8 @@ void down(const PackedRows& rows, const MoeDown& p, Executor& executor) {
 }
 
 // The part of the caller's grouping that is of `count` tokens from `token` on.
-void pick_tokens(const Moe& p, int64_t token, int64_t count, std::vector<int32_t>& order, std::vector<int32_t>& offsets) {
+void pick_tokens(const Moe& p, int64_t token, int64_t count, std::vector<int32_t>& order,
+                 std::vector<int32_t>& offsets) {
   const int64_t first = token * p.active, last = first + count * p.active;
   order.clear();
   offsets.assign(1, 0);
@@ -141,7 +143,8 @@ void pick_tokens(const Moe& p, int64_t token, int64_t count, std::vector<int32_t
   }
 }
 
-// Both halves of at most kTokens tokens. The intermediate is packed for the second product by the threads that compute it.
+// Both halves of at most kTokens tokens. The intermediate is packed for the second product by the threads that
+// compute it.
 void fused(const MoeUp& first, MoeDown& second, Executor& executor) {
   const auto offsets = check_grouping("moe", first.grouping, first.w13, first.tokens);
   const Isa isa = current_isa();
@@ -187,8 +190,8 @@ void moe_down(const MoeDown& p, Executor& executor) {
 
 void moe(const Moe& p, Executor& executor) {
   const int64_t d = p.w2.n, e = p.w2.experts;
-  check(p.w13.experts == e && p.w13.n == 2 * p.w2.k && p.w13.k == d, "moe: w13 is (", p.w13.experts, ", ", p.w13.n, ", ",
-        p.w13.k, ") and w2 (", e, ", ", d, ", ", p.w2.k, "), expected (E, 2F, D) and (E, D, F)");
+  check(p.w13.experts == e && p.w13.n == 2 * p.w2.k && p.w13.k == d, "moe: w13 is (", p.w13.experts, ", ", p.w13.n,
+        ", ", p.w13.k, ") and w2 (", e, ", ", d, ", ", p.w2.k, "), expected (E, 2F, D) and (E, D, F)");
   for (int64_t i = 0; i < p.tokens * p.active; ++i) {
     check(p.experts[i] >= 0 && p.experts[i] < e, "moe: experts holds ", p.experts[i], ", expected 0..", e - 1);
   }

@@ -6,12 +6,13 @@
 
 // The expert layer: y[t] = Σ_a weights[t, a] · down(act(gate x[t]) · up x[t]) of expert experts[t, a].
 //
-// It is two halves with the grouped rows of act(gate) · up between them. `moe` runs both with that intermediate packed in a
-// workspace. A rank that holds a share of the layer calls the halves, and the bits of y do not depend on the shares:
+// It is two halves with the grouped rows of act(gate) · up between them. `moe` runs both with that intermediate
+// packed in a workspace. A rank that holds a share of the layer calls the halves, and the bits of y do not depend on
+// the shares:
 //   some rows of gate and up (a range of F)  moe_up; gather the columns of its result; moe_down
 //   some rows of w2 (a range of D)           moe_down; gather the columns of its result
-//   some experts                             moe_up with their part of order and offsets; grouped_gemm of its result with
-//                                            w2; gather the rows; weight and sum them in the order of the experts
+//   some experts                             moe_up with their part of order and offsets; grouped_gemm of its result
+//                                            with w2; gather the rows; weight and sum them in the order of the experts
 // A range of F must be a multiple of 128 where rows are quantised.
 
 namespace grok::cpu {
@@ -24,15 +25,15 @@ struct Grouping {
   int64_t active;          // A
 };
 
-// y[r] = act(gate x) · (up x), x the token of slot order[r]. Where row_type is int8 or e4m3, x and y are quantised with a
-// scale for each token or row and 128 columns.
+// y[r] = act(gate x) · (up x), x the token of slot order[r]. Where row_type is int8 or e4m3, x and y are quantised
+// with a scale for each token or row and 128 columns.
 struct MoeUp {
   const void* x;         // (tokens, D)
   DType x_type;          // f32 or bf16
   int64_t x_stride;      // elements from token to token
   int64_t tokens;
   Grouping grouping;
-  Weights w13;           // (experts, 2F, D): gate is rows 0..F−1, up the others; in Layout::panels F is a multiple of 64
+  Weights w13;           // (experts, 2F, D): gate is rows 0..F−1, up the rest; Layout::panels needs F a multiple of 64
   Activation activation;
   DType row_type;        // x_type, int8 or e4m3
   void* y;               // (rows, F), contiguous, of row_type
@@ -40,8 +41,8 @@ struct MoeUp {
 };
 void moe_up(const MoeUp& p, Executor& executor);
 
-// y[t] = Σ over the slots i of token t, in the order of their experts, of weights[i] · (w2 of the expert) · rows[i's row].
-// Summed in fp32, rounded once; 0 for a token without a slot.
+// y[t] = Σ over the slots i of token t, in the order of their experts, of weights[i] · (w2 of the expert) · rows[i's
+// row]. Summed in fp32, rounded once; 0 for a token without a slot.
 struct MoeDown {
   Rows rows;             // (rows, F): what moe_up gives
   Grouping grouping;

@@ -1,7 +1,7 @@
 #pragma once
 
-// The CPU kernels for a C++ program: no torch, no Python. Compile every .cpp file of csrc/cpu (without example/) with -I csrc,
-// -O3 and -ffp-contract=off, which the bits depend on. csrc/cpu/example/expert_layer.cpp is a whole program.
+// The CPU kernels for a C++ program: no torch, no Python. Compile every .cpp file of csrc/cpu (without example/) with
+// -I csrc, -O3 and -ffp-contract=off, which the bits depend on. csrc/cpu/example/expert_layer.cpp is a whole program.
 //
 // Each op is a struct of pointers, sizes and strides, filled by name, and a function that takes it with an Executor:
 //
@@ -11,9 +11,9 @@
 //   ...
 //   grok::cpu::rms_norm(p, threads);
 //
-// Functions return when the result is there. They throw std::invalid_argument for arguments whose values would lead outside
-// of the arrays, and trust the pointers, sizes and strides. They may be called from several threads at the same time, if
-// the executor allows it. Every op gives the same bits on any number of threads.
+// Functions return when the result is there. They throw std::invalid_argument for arguments whose values would lead
+// outside of the arrays, and trust the pointers, sizes and strides. They may be called from several threads at the
+// same time, if the executor allows it. Every op gives the same bits on any number of threads.
 
 #include "cpu/attention/attention.h"   // paged_attention
 #include "cpu/executor.h"              // the interface to the threads
