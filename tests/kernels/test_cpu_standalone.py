@@ -12,19 +12,23 @@ from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
 CXX = shlex.split(os.environ.get("CXX") or "c++")
 WARNINGS = ["-std=c++17", "-O1", "-flto", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off"]
 LINK = [*CXX, "-O1", "-flto=auto", "-Wodr", "-Werror", "-pthread"]
 pytestmark = pytest.mark.skipif(shutil.which(CXX[0]) is None, reason=f"there is no {CXX[0]}")
 
 
-def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # `make sanitize` sets it
+    return subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, check=False)
 
 
-def is_gcc() -> bool:
-    return "Free Software Foundation" in run(*CXX, "--version").stdout
+needs_gcc = pytest.mark.skipif(
+    shutil.which(CXX[0]) is None or "Free Software Foundation" not in run(*CXX, "--version").stdout,
+    reason="-Wodr is GCC's",
+)
 
 
 def compiled(source: Path, target: Path) -> Path:
@@ -33,28 +37,16 @@ def compiled(source: Path, target: Path) -> Path:
     return target
 
 
-def test_every_header_needs_nothing_before_it(tmp_path: Path) -> None:
+def test_every_header_needs_nothing_before_it() -> None:
     headers = sorted((CSRC / "cpu").rglob("*.h"))
     assert CSRC / "cpu/include/grok/cpu.h" in headers
-    for header in headers:
-        done = run(
-            *CXX,
-            "-std=c++17",
-            "-Wall",
-            "-Werror",
-            "-fsyntax-only",
-            "-I",
-            CSRC,
-            "-include",
-            header,
-            "-x",
-            "c++",
-            "/dev/null",
-        )
-        assert done.returncode == 0, done.stderr
+    options = ["-std=c++17", "-Wall", "-Werror", "-fsyntax-only", "-I", CSRC, "-x", "c++", "/dev/null", "-include"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in pool.map(lambda header: run(*CXX, *options, header), headers):
+            assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(not is_gcc(), reason="-Wodr is GCC's")
+@needs_gcc
 def test_the_example_agrees_with_a_plain_loop(tmp_path: Path) -> None:
     """Linked with -Wodr: two types of one name in two files are an error, which no compiler sees that has one file."""
     sources = sorted((CSRC / "cpu").rglob("*.cpp"))
@@ -64,14 +56,12 @@ def test_the_example_agrees_with_a_plain_loop(tmp_path: Path) -> None:
     done = run(*LINK, *objects, "-o", tmp_path / "expert_layer")
     assert done.returncode == 0, done.stderr
     for isa in ("", "portable"):
-        done = subprocess.run(
-            [tmp_path / "expert_layer"], env={**os.environ, "GROK_CPU_ISA": isa}, capture_output=True, text=True
-        )
+        done = run(tmp_path / "expert_layer", GROK_CPU_ISA=isa)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "the same bits on 4 threads and on 1" in done.stdout
 
 
-@pytest.mark.skipif(not is_gcc(), reason="-Wodr is GCC's")
+@needs_gcc
 def test_the_linker_sees_two_types_of_one_name(tmp_path: Path) -> None:
     objects = []
     for name, member in {"a": "int64_t first;", "b": "const void* first; int64_t count;"}.items():
@@ -88,3 +78,14 @@ void use_{name}(Block& block) {{ block = Block{{}}; }}
     assert done.returncode != 0
     assert "-Werror=odr" in done.stderr
     assert "Block" in done.stderr
+
+
+def test_the_thread_pool_keeps_its_promises(tmp_path: Path) -> None:
+    sources, program = (CSRC / "cpu/thread_pool.cpp", HERE / "thread_pool_checks.cpp"), tmp_path / "checks"
+    command = [*CXX, "-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-I", CSRC, *sources]
+    done = run(*command, "-fsanitize=thread", "-o", program)
+    if "tsan" in done.stderr:  # a compiler without the thread sanitizer's library
+        done = run(*command, "-o", program)
+    assert done.returncode == 0, done.stderr
+    done = run(program)
+    assert done.returncode == 0, done.stdout + done.stderr
