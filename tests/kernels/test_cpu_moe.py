@@ -120,8 +120,10 @@ def test_a_grouping_that_is_given_is_used(t: int, layout: str) -> None:
     order, offsets = _C.group_tokens(experts, E)
     assert torch.equal(_C.moe(*args, order, offsets), _C.moe(*args))
     if t == 1030:  # tokens are taken 1024 at a time
-        wrong = order.roll(1)
-        assert not torch.equal(_C.moe(*args, wrong, offsets), _C.moe(*args))
+        assert not torch.equal(_C.moe(*args, order.roll(1), offsets), _C.moe(*args))
+        order[7] = t * A
+        with pytest.raises(ValueError, match=rf"moe: order\[7\] is {t * A}, expected"):
+            _C.moe(*args, order, offsets)
 
 
 def refused(message: str, **changed: Any) -> None:

@@ -195,6 +195,7 @@ void moe(const Moe& p, Executor& executor) {
   for (int64_t i = 0; i < p.tokens * p.active; ++i) {
     check(p.experts[i] >= 0 && p.experts[i] < e, "moe: experts holds ", p.experts[i], ", expected 0..", e - 1);
   }
+  if (p.order) check_grouping("moe", {p.order, p.offsets, p.tokens * p.active, e, p.active}, p.w2, p.tokens);
   MoeUp first{};
   first.x_type = p.x_type;
   first.x_stride = p.x_stride;
@@ -214,7 +215,6 @@ void moe(const Moe& p, Executor& executor) {
       offsets.resize(e + 1);
       group_tokens({p.experts + token * p.active, order.data(), offsets.data(), p.active, count, p.active, e});
     } else if (count < p.tokens) {
-      checked_offsets("moe", p.offsets, e, p.tokens * p.active);
       pick_tokens(p, token, count, order, offsets);
       grouping.rows = static_cast<int64_t>(order.size());
     }
