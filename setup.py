@@ -2,7 +2,7 @@
 
 Without a compiler, or without torch at build time, the package installs all the same and runs on its kernels in plain
 torch; what was missing is said once. GROK_BUILD_NATIVE=0 leaves the extensions out on purpose. The sources of the CUDA
-kernels are packaged too: `grok_kernels/cuda.py` can compile them later. What is declared, not built, is in pyproject.toml.
+kernels are packaged too: `grok_kernels/cuda.py` can compile them later. The package's metadata is in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 NAME, CUDA_NAME = "grok_kernels._C", "grok_kernels._CUDA"
-SOURCES = sorted(str(path) for folder in ("bindings", "cpu") for path in Path("csrc", folder).glob("*.cpp"))
+# thread_pool.cpp is for programs without torch: the module runs on torch's threads
+SOURCES = sorted(
+    str(path)
+    for pattern in ("bindings/*.cpp", "cpu/**/*.cpp")
+    for path in Path("csrc").glob(pattern)
+    if "example" not in path.parts and path.name != "thread_pool.cpp"
+)
 # -ffp-contract=off: a fused multiply-add on one instruction set only would give it bits of its own
 FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
 CUDA_SOURCES = [
@@ -97,7 +103,7 @@ def native() -> dict[str, Any]:
             NAME,
             SOURCES,
             include_dirs=[str(Path("csrc").resolve())],
-            depends=[str(path) for path in Path("csrc").rglob("*.h")],
+            depends=[str(path) for pattern in ("*.h", "*.inl") for path in Path("csrc").rglob(pattern)],
             # No -fopenmp at the link: the runtime must be the one torch has loaded, another has threads of its own.
             extra_compile_args=[*FLAGS, *(["-fopenmp"] if sys.platform == "linux" else [])],
         )

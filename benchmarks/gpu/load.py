@@ -19,7 +19,7 @@ from .run import SKIPPED
 PACKAGE = ROOT / "kernels/grok_kernels"
 SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))
 SOURCES = {  # what each module is built from
-    "_C": ("bindings/*.*", "cpu/*.*", "common/*.*"),
+    "_C": ("bindings/*.*", "cpu/**/*.*", "common/*.*"),
     "_CUDA": ("bindings/cuda/*.*", "cuda/*.cuh", "cuda/[!h]*/**/*.*", "common/*.*"),
 }
 TOOLS = ("nvcc", "ncu", "compute-sanitizer", "c++", "ninja")

@@ -1,16 +1,11 @@
-#include "cpu/attention.h"
-
-#include <atomic>
-#include <optional>
+#include "cpu/attention/attention.h"
 
 #include "bindings.h"
-#include "direct.h"
 #include "cpu/rope.h"
+#include "native_op.h"
 
 namespace grok {
 namespace {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 void check_size(const char* op, const char* name, const at::Tensor& tensor, int64_t dim, const char* symbol,
                 int64_t expected) {
@@ -18,12 +13,7 @@ void check_size(const char* op, const char* name, const at::Tensor& tensor, int6
         expected, " in dimension ", dim);
 }
 
-void check_dtype(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType expected) {
-  check(tensor.scalar_type() == expected, op, ": ", name, " has dtype ", c10::toString(tensor.scalar_type()),
-        ", expected ", c10::toString(expected));
-}
-
-// A vector of int32 without gaps.
+// A contiguous int32 vector.
 at::Tensor indices(const char* op, const char* name, const at::Tensor& tensor, const char* symbol, int64_t size) {
   check_tensor(op, name, tensor, 1);
   check_dtype(op, name, tensor, at::kInt);
@@ -39,7 +29,7 @@ DType kv_type(const char* op, const at::Tensor& cache) {
   return DType::e4m3;
 }
 
-// The cache's pages; `like` is the other cache, whose shape and type this one must have.
+// The pages of a cache; `like` is the other cache, whose shape and dtype this one must have.
 cpu::KvPages kv_pages(const char* op, const char* name, const at::Tensor& cache, const at::Tensor& like,
                       const char* scale_name, const OptionalTensor& scale) {
   check_tensor(op, name, cache, 4);
@@ -77,8 +67,10 @@ at::Tensor rope_store_kv(const at::Tensor& q, const at::Tensor& k, const at::Ten
                          const at::Tensor& cos_sin, const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
   const char* op = "rope_store_kv";
   check_tensor(op, "q", q, 3);
-  const auto tokens = cpu::rope_store_kv_tokens(cpu::current_isa(), float_dtype(op, "q", q), kv_type(op, k_cache));
   cpu::RopeStoreKv p{};
+  p.type = float_dtype(op, "q", q);
+  p.kv_type = kv_type(op, k_cache);
+  p.tokens = q.size(0);
   p.q = heads(op, "q", q, q);
   p.k = heads(op, "k", k, q);
   p.v = heads(op, "v", v, q);
@@ -108,40 +100,8 @@ at::Tensor rope_store_kv(const at::Tensor& q, const at::Tensor& k, const at::Ten
   }
   at::Tensor out = empty(q.sizes(), q.scalar_type());
   p.out = out.mutable_data_ptr();
-  const int64_t per_token = (p.q.count + 2 * p.k.count) * p.head_size;
-  at::parallel_for(0, count, rows_per_task(per_token), [&](int64_t begin, int64_t end) { tokens(p, begin, end); });
+  cpu::rope_store_kv(p, executor());
   return out;
-}
-
-// That every query and every page that will be read exists.
-void check_requests(const char* op, const cpu::PagedAttention& p, int64_t tokens, int64_t pages, int64_t columns) {
-  check(p.query_start[0] >= 0, op, ": query_start[0] is ", p.query_start[0], ", expected 0 or more");
-  for (int64_t b = 0; b < p.requests; ++b) {
-    const int64_t begin = p.query_start[b], end = p.query_start[b + 1], length = p.seq_lens[b];
-    check(begin <= end && end <= tokens, op, ": query_start[", b + 1, "] is ", end, ", expected at least ", begin,
-          " and at most T=", tokens);
-    check(length >= end - begin && length <= columns * p.page_size, op, ": seq_lens[", b, "] is ", length,
-          ", expected at least its ", end - begin, " queries and at most N*S=", columns * p.page_size);
-    if (begin == end) continue;
-    const int32_t* table = p.block_table + b * p.table_stride;
-    const int64_t first = cpu::first_key_read(p, length - (end - begin)) / p.page_size;
-    for (int64_t i = first; i <= (length - 1) / p.page_size; ++i) {
-      check(table[i] >= 0 && table[i] < pages, op, ": block_table[", b, ", ", i, "] is ", table[i],
-            ", expected 0 or more and less than P=", pages);
-    }
-  }
-  check(p.query_start[0] == 0 && p.query_start[p.requests] == tokens, op, ": query_start goes from ",
-        p.query_start[0], " to ", p.query_start[p.requests], ", expected 0 to T=", tokens);
-}
-
-// Runs the pieces, the last first: the longest, where they are one long prompt's.
-template <class Run>
-void run(const std::vector<cpu::Piece>& pieces, int64_t threads, const Run& run_one) {
-  const int64_t count = static_cast<int64_t>(pieces.size());
-  std::atomic<int64_t> left{count};
-  at::parallel_for(0, std::min(count, threads), 1, [&](int64_t, int64_t) {
-    for (int64_t i = --left; i >= 0; i = --left) run_one(pieces[i]);
-  });
 }
 
 at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
@@ -180,33 +140,20 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const
   p.softcap = static_cast<float>(softcap);
   p.window = window;
   p.temperature_len = temperature_len;
-  check_requests(op, p, q.size(0), k_cache.size(0), block_table.size(1));
+  p.tokens = q.size(0);
+  p.pages = k_cache.size(0);
+  p.table_columns = block_table.size(1);
   at::Tensor out = empty(q.sizes(), q.scalar_type());
   p.out = out.mutable_data_ptr();
-  thread_local cpu::Plan plan;
-  const cpu::AttentionKernel kernel = cpu::attention_kernel(cpu::current_isa(), p.q_type, p.kv_type);
-  cpu::make_plan(p, at::in_parallel_region() ? 1 : at::get_num_threads(), plan);
-  run(plan.pieces, plan.threads, [&](const cpu::Piece& piece) { kernel.attend(p, piece); });
-  run(plan.merges, plan.threads, [&](const cpu::Piece& tile) { kernel.merge(p, tile); });
+  cpu::paged_attention(p, executor());
   return out;
 }
 
-const Direct kDirect[] = {{"rope_store_kv", rope_store_kv}, {"paged_attention", paged_attention}};
-
 }  // namespace
+
+void define_attention(pybind11::module_& module) {
+  define_native_op(module, "rope_store_kv", rope_store_kv);
+  define_native_op(module, "paged_attention", paged_attention);
+}
+
 }  // namespace grok
-
-TORCH_LIBRARY_FRAGMENT(grok_cpu, library) {
-  library.def(
-      "rope_store_kv(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, "
-      "Tensor slots, Tensor cos_sin, Tensor(c!)? k_scale, Tensor(d!)? v_scale) -> Tensor");
-  library.def(
-      "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor query_start, "
-      "Tensor seq_lens, SymInt max_query_len, float scale, float softcap, int window, int temperature_len, "
-      "Tensor? k_scale, Tensor? v_scale) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(grok_cpu, CPU, library) {
-  library.impl("rope_store_kv", grok::rope_store_kv);
-  library.impl("paged_attention", grok::paged_attention);
-}

@@ -1,16 +1,12 @@
-// The Python module grok_kernels._C: its import registers the ops, and it says on what they run.
+// The Python module grok_kernels._C: the native kernels as plain functions, and what they run on.
 
-#include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
 #include <string>
 #include <vector>
 
 #include "bindings.h"
-#include "direct.h"
-#include "probe.h"
-#include "recording.h"
-#include "signature.h"
+#include "cpu/isa.h"
 
 namespace grok {
 namespace {
@@ -21,12 +17,10 @@ std::vector<std::string> available_isas() {
   return names;
 }
 
-// The distinct threads that share a parallel loop of `tasks` steps: tells a serial build from a parallel one.
+// The distinct threads that share a loop of `tasks` steps: tells a build without OpenMP from one with it.
 int64_t parallel_threads(int64_t tasks) {
   std::vector<int> ids(tasks, 0);
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) ids[i] = at::get_thread_num();
-  });
+  executor().run(tasks, [&](int64_t i) { ids[i] = at::get_thread_num(); });
   std::sort(ids.begin(), ids.end());
   return std::unique(ids.begin(), ids.end()) - ids.begin();
 }
@@ -41,9 +35,15 @@ PYBIND11_MODULE(_C, module) {
   module.def("use_isa", &grok::cpu::use_isa, pybind11::arg("name"), "Force one for the process; '' undoes it.");
   module.def("parallel_threads", &grok::parallel_threads, pybind11::arg("tasks"),
              "How many threads share a parallel loop of so many steps.");
-  module.def("signature", &grok::signature, pybind11::arg("args"),
-             "What the checks of a plain call on the CPU depend on, as bytes; None for any other call.");
-  grok::define_probes(module);
+  grok::define_attention(module);
+  grok::define_gemm(module);
+  grok::define_moe(module);
+  grok::define_norm(module);
+  grok::define_pack(module);
+  grok::define_probe(module);
+  grok::define_quantize(module);
   grok::define_recording(module);
-  grok::Direct::define_all(module);
+  grok::define_route(module);
+  grok::define_sample(module);
+  grok::define_signature(module);
 }

@@ -1,9 +1,7 @@
 #include "cpu/norm.h"
 
-#include <tuple>
-
 #include "bindings.h"
-#include "direct.h"
+#include "native_op.h"
 
 namespace grok {
 namespace {
@@ -18,20 +16,21 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   check_tensor("rms_norm", "x", x, 2);
   cpu::RmsNorm p{};
   p.d = x.size(1);
-  const DType weight_dtype = check_weight("rms_norm", "weight", weight, "x", p.d);
-  const auto rows = cpu::rms_norm_rows(cpu::current_isa(), float_dtype("rms_norm", "x", x), weight_dtype);
+  p.rows = x.size(0);
+  p.weight_type = check_weight("rms_norm", "weight", weight, "x", p.d);
+  p.x_type = float_dtype("rms_norm", "x", x);
   at::Tensor y = empty(x.sizes(), x.scalar_type());
   p.x = x.const_data_ptr();
   p.weight = weight.const_data_ptr();
   p.y = y.mutable_data_ptr();
   p.x_stride = x.stride(0);
   p.eps = static_cast<float>(eps);
-  at::parallel_for(0, x.size(0), rows_per_task(p.d), [&](int64_t begin, int64_t end) { rows(p, begin, end); });
+  cpu::rms_norm(p, executor());
   return y;
 }
 
 std::tuple<at::Tensor, at::Tensor> sandwich_norm(const at::Tensor& h, const at::Tensor& delta,
-                                                 const std::optional<at::Tensor>& post_weight,
+                                                 const OptionalTensor& post_weight,
                                                  const at::Tensor& pre_weight, double eps) {
   const char* op = "sandwich_norm";
   check_tensor(op, "h", h, 2);
@@ -41,9 +40,10 @@ std::tuple<at::Tensor, at::Tensor> sandwich_norm(const at::Tensor& h, const at::
         ", expected ", c10::toString(h.scalar_type()), " as h");
   cpu::SandwichNorm p{};
   p.d = h.size(1);
-  if (post_weight) p.post_dtype = check_weight(op, "post_weight", *post_weight, "h", p.d);
-  p.pre_dtype = check_weight(op, "pre_weight", pre_weight, "h", p.d);
-  const auto rows = cpu::sandwich_norm_rows(cpu::current_isa(), float_dtype(op, "h", h));
+  if (post_weight) p.post_type = check_weight(op, "post_weight", *post_weight, "h", p.d);
+  p.pre_type = check_weight(op, "pre_weight", pre_weight, "h", p.d);
+  p.type = float_dtype(op, "h", h);
+  p.rows = h.size(0);
   at::Tensor sum = empty(h.sizes(), h.scalar_type()), y = empty(h.sizes(), h.scalar_type());
   p.h = h.const_data_ptr();
   p.delta = delta.const_data_ptr();
@@ -54,22 +54,15 @@ std::tuple<at::Tensor, at::Tensor> sandwich_norm(const at::Tensor& h, const at::
   p.h_stride = h.stride(0);
   p.delta_stride = delta.stride(0);
   p.eps = static_cast<float>(eps);
-  at::parallel_for(0, h.size(0), rows_per_task(p.d), [&](int64_t begin, int64_t end) { rows(p, begin, end); });
+  cpu::sandwich_norm(p, executor());
   return {sum, y};
 }
 
-const Direct kDirect[] = {{"rms_norm", rms_norm}, {"sandwich_norm", sandwich_norm}};
-
 }  // namespace
+
+void define_norm(pybind11::module_& module) {
+  define_native_op(module, "rms_norm", rms_norm);
+  define_native_op(module, "sandwich_norm", sandwich_norm);
+}
+
 }  // namespace grok
-
-TORCH_LIBRARY_FRAGMENT(grok_cpu, library) {
-  library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
-  library.def(
-      "sandwich_norm(Tensor h, Tensor delta, Tensor? post_weight, Tensor pre_weight, float eps) -> (Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(grok_cpu, CPU, library) {
-  library.impl("rms_norm", grok::rms_norm);
-  library.impl("sandwich_norm", grok::sandwich_norm);
-}

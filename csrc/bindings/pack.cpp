@@ -1,13 +1,17 @@
+#include "cpu/gemm/pack_weight.h"
+
 #include "bindings.h"
-#include "direct.h"
-#include "cpu/pack.h"
+#include "cpu/gemm/layout.h"
+#include "native_op.h"
 
 namespace grok {
 namespace {
 
-constexpr int64_t kPanel = 64, kPackedDims = 6;
+using cpu::kPanel;
 
-// Rows of E matrices (E, rows, K), of any strides, become rows row.. of a packed weight.
+constexpr int64_t kPackedDims = 6;
+
+// Writes weight (E, N, K), of any strides, to the rows row .. row + N − 1 of a packed weight.
 void pack_into(const at::Tensor& weight, const at::Tensor& packed, int64_t row) {
   const char* op = "pack_into";
   check(weight.device().is_cpu() && packed.device().is_cpu(), op, ": weight is on ", weight.device(), ", packed on ",
@@ -25,19 +29,19 @@ void pack_into(const at::Tensor& weight, const at::Tensor& packed, int64_t row) 
         op, ": packed has shape ", packed.sizes(), " and does not hold rows of weight ", weight.sizes());
   check(row >= 0 && row % kPanel == 0 && n % kPanel == 0 && row + n <= panels * kPanel, op, ": rows ", row, "..",
         row + n, ", expected multiples of 64 within 0..", panels * kPanel);
-  cpu::Pack p{};
+  cpu::PackWeight p{};
+  p.w = weight.const_data_ptr();
+  p.packed = packed.mutable_data_ptr();
+  p.experts = experts;
   p.n = n;
   p.k = k;
-  p.row = weight.stride(1) * item;
-  p.col = weight.stride(2) * item;
+  p.expert_stride = weight.stride(0);
+  p.row_stride = weight.stride(1);
+  p.column_stride = weight.stride(2);
+  p.packed_n = panels * kPanel;
+  p.first_row = row;
   p.item = item;
-  for (int64_t expert = 0; expert < experts; ++expert) {
-    p.w = static_cast<const char*>(weight.const_data_ptr()) + expert * weight.stride(0) * item;
-    p.out = static_cast<char*>(packed.mutable_data_ptr()) + (expert * panels * kPanel + row) * k * item;
-    const int64_t steps = cpu::pack_steps(p), bytes = std::max<int64_t>(1, n * k * item / std::max<int64_t>(1, steps));
-    at::parallel_for(0, steps, std::max<int64_t>(1, kElementsPerTask / bytes),
-                     [&](int64_t begin, int64_t end) { cpu::pack(p, begin, end); });
-  }
+  cpu::pack_weight(p, executor());
 }
 
 // Rows (R,) of the one matrix of a packed weight.
@@ -56,26 +60,22 @@ at::Tensor packed_rows(const at::Tensor& packed, const at::Tensor& rows) {
     check(row[i] >= 0 && row[i] < n, op, ": row ", row[i], " is not in 0..", n - 1);
   }
   at::Tensor out = empty({rows.size(0), k}, packed.scalar_type());
-  const char* from = static_cast<const char*>(packed.const_data_ptr());
-  char* to = static_cast<char*>(out.mutable_data_ptr());
-  at::parallel_for(0, rows.size(0), std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, k)),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t i = begin; i < end; ++i) cpu::unpack_row(from, row[i], k, item, to + i * k * item);
-                   });
+  cpu::UnpackRows p{};
+  p.packed = packed.const_data_ptr();
+  p.rows = row;
+  p.out = out.mutable_data_ptr();
+  p.count = rows.size(0);
+  p.k = k;
+  p.item = item;
+  cpu::unpack_rows(p, executor());
   return out;
 }
 
-const Direct kDirect[] = {{"pack_into", pack_into}, {"packed_rows", packed_rows}};
-
 }  // namespace
+
+void define_pack(pybind11::module_& module) {
+  define_native_op(module, "pack_into", pack_into);
+  define_native_op(module, "packed_rows", packed_rows);
+}
+
 }  // namespace grok
-
-TORCH_LIBRARY_FRAGMENT(grok_cpu, library) {
-  library.def("pack_into(Tensor weight, Tensor(a!) packed, int row) -> ()");
-  library.def("packed_rows(Tensor packed, Tensor rows) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(grok_cpu, CPU, library) {
-  library.impl("pack_into", grok::pack_into);
-  library.impl("packed_rows", grok::packed_rows);
-}

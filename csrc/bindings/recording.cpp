@@ -80,14 +80,14 @@ std::vector<std::pair<std::string, double>> Recording::seconds() const {
 
 void define_recording(pybind11::module_& module) {
   using Free = pybind11::call_guard<pybind11::gil_scoped_release>;
-  pybind11::class_<Recording>(module, "Recording", "Calls of this module's ops, to be made again on the same tensors.")
+  pybind11::class_<Recording>(module, "Recording", "Calls of this module's ops, to be replayed on the same tensors.")
       .def(pybind11::init<>())
-      .def("start", &Recording::start, "Keep the calls of this thread from now on.")
+      .def("start", &Recording::start, "Keep the calls on this thread from now on.")
       .def("stop", &Recording::stop)
       .def_property_readonly("calls", &Recording::calls, "How many are kept.")
       .def("replay", &Recording::replay, pybind11::arg("first"), pybind11::arg("last"), Free(),
-           "Make the calls first .. last-1 again; their results are in the tensors that they gave when recorded.")
-      .def("seconds", &Recording::seconds, "Of every op that is kept, the seconds in its replays so far.");
+           "Replay the calls first .. last-1; their results are in the tensors that they returned when recorded.")
+      .def("seconds", &Recording::seconds, "For every op, the seconds spent in its replays so far.");
 }
 
 }  // namespace grok

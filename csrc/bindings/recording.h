@@ -14,15 +14,16 @@
 
 namespace grok {
 
-// Calls of the functions of direct.h, kept with their arguments, to be made again on the same tensors: what a CUDA graph is
-// to a GPU. No Python runs between them, whose code and data would have to come from memory again after the weights of
-// the call before. New tensors are those of the recording, so that views taken of them then stay right.
+// Calls of native ops (native_op.h) kept with their arguments, to be replayed on the same tensors: what a CUDA graph
+// is to a GPU. No Python runs between the calls of a replay: streaming weights evicts the interpreter from the
+// caches, so Python between kernels runs cold. A replayed call writes its results into the tensors of the recording,
+// so that views of them stay valid.
 class Recording {
  public:
-  // The one that records or replays in this thread, or null.
+  // The recording that records or replays on this thread, or null.
   static Recording*& active();
 
-  // Makes a call; where a recording records here, it keeps that.
+  // Calls `op`; a recording that records on this thread keeps the call.
   template <class Result, class... Args>
   static Result call(const char* name, Result (*op)(Args...), Args... args) {
     Recording* recording = active();
@@ -32,21 +33,21 @@ class Recording {
     return op(std::forward<Args>(args)...);
   }
 
-  // A new tensor of a call: one of the recording's own in a replay.
+  // A new tensor; in a replay, the one that the same call made when it was recorded.
   at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype);
 
-  void start();  // in this thread, until stop()
+  void start();  // on this thread, until stop()
   void stop();
   int64_t calls() const { return static_cast<int64_t>(calls_.size()); }
 
-  // Makes the calls first .. last−1 again.
+  // Replays the calls first .. last − 1.
   void replay(int64_t first, int64_t last);
 
-  // Of every function that was called, the seconds in its replays so far.
+  // For every op, the seconds spent in its replays so far.
   std::vector<std::pair<std::string, double>> seconds() const;
 
  private:
-  // Text is somebody else's: it is copied.
+  // Text belongs to the caller: it is copied.
   template <class T>
   using Kept = std::conditional_t<std::is_convertible_v<T, c10::string_view>, std::string, std::decay_t<T>>;
 
@@ -57,7 +58,7 @@ class Recording {
     double seconds = 0.0;
   };
 
-  // While it is there the call is made; one that fails is not kept.
+  // Keeps a call for as long as it runs, and after it unless it throws.
   struct Making {
     Making(Recording& recording, const char* name, std::function<void()> run);
     ~Making();
@@ -66,12 +67,9 @@ class Recording {
   };
 
   std::vector<Call> calls_;
-  Call* now_ = nullptr;   // the call that is being made
+  Call* now_ = nullptr;  // the call that is running
   bool replays_ = false;
-  size_t taken_ = 0;      // of its tensors
+  size_t taken_ = 0;     // tensors of this call that a replay has used
 };
-
-// Adds the class to the Python module.
-void define_recording(pybind11::module_& module);
 
 }  // namespace grok

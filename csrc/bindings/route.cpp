@@ -1,10 +1,9 @@
 #include "cpu/route.h"
 
 #include <limits>
-#include <tuple>
 
 #include "bindings.h"
-#include "direct.h"
+#include "native_op.h"
 
 namespace grok {
 namespace {
@@ -19,23 +18,23 @@ std::tuple<at::Tensor, at::Tensor> route_topk(const at::Tensor& x, const at::Ten
   check(router.scalar_type() == at::kFloat, op, ": router has dtype ", c10::toString(router.scalar_type()),
         ", expected Float");
   check(k >= 1 && k <= router.size(0), op, ": k=", k, ", expected 1..E=", router.size(0));
-  const auto rows = cpu::route_topk_rows(cpu::current_isa(), float_dtype(op, "x", x));
+  cpu::RouteTopk p{};
+  p.x_type = float_dtype(op, "x", x);
   at::Tensor weights = empty({x.size(0), k}, at::kFloat);
   at::Tensor experts = empty({x.size(0), k}, at::kInt);
-  cpu::RouteTopk p{};
   p.x = x.const_data_ptr();
   p.router = router.const_data_ptr<float>();
   p.weights = weights.mutable_data_ptr<float>();
   p.experts = experts.mutable_data_ptr<int32_t>();
   p.x_stride = x.stride(0);
   p.router_stride = router.stride(0);
+  p.rows = x.size(0);
   p.d = x.size(1);
   p.e = router.size(0);
   p.k = k;
   p.softcap = static_cast<float>(softcap);
   p.renormalize = renormalize;
-  const int64_t rows_per_task = std::max<int64_t>(1, 8 * kElementsPerTask / std::max<int64_t>(1, router.numel()));
-  at::parallel_for(0, x.size(0), rows_per_task, [&](int64_t begin, int64_t end) { rows(p, begin, end); });
+  cpu::route_topk(p, executor());
   return {weights, experts};
 }
 
@@ -62,17 +61,11 @@ std::tuple<at::Tensor, at::Tensor> group_tokens(const at::Tensor& experts, int64
   return {order, offsets};
 }
 
-const Direct kDirect[] = {{"route_topk", route_topk}, {"group_tokens", group_tokens}};
-
 }  // namespace
+
+void define_route(pybind11::module_& module) {
+  define_native_op(module, "route_topk", route_topk);
+  define_native_op(module, "group_tokens", group_tokens);
+}
+
 }  // namespace grok
-
-TORCH_LIBRARY_FRAGMENT(grok_cpu, library) {
-  library.def("route_topk(Tensor x, Tensor router, int k, float softcap, bool renormalize) -> (Tensor, Tensor)");
-  library.def("group_tokens(Tensor experts, int num_experts) -> (Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(grok_cpu, CPU, library) {
-  library.impl("route_topk", grok::route_topk);
-  library.impl("group_tokens", grok::group_tokens);
-}

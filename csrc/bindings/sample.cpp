@@ -3,7 +3,7 @@
 #include <limits>
 
 #include "bindings.h"
-#include "direct.h"
+#include "native_op.h"
 
 namespace grok {
 namespace {
@@ -26,7 +26,8 @@ at::Tensor sample_top_p(const at::Tensor& logits, const at::Tensor& temperature,
   cpu::SampleTopP p{};
   p.v = logits.size(1);
   check(p.v >= 1 && p.v <= kMost, "sample_top_p: V of logits=", p.v, ", expected 1..", kMost);
-  const auto rows = cpu::sample_top_p_rows(cpu::current_isa(), float_dtype("sample_top_p", "logits", logits));
+  p.rows = b;
+  p.logits_type = float_dtype("sample_top_p", "logits", logits);
   p.temperature = row_values("temperature", temperature, b);
   p.top_p = row_values("top_p", top_p, b);
   p.uniform = row_values("uniform", uniform, b);
@@ -34,18 +35,12 @@ at::Tensor sample_top_p(const at::Tensor& logits, const at::Tensor& temperature,
   p.logits = logits.const_data_ptr();
   p.tokens = tokens.mutable_data_ptr<int64_t>();
   p.logits_stride = logits.stride(0);
-  const int64_t rows_per_task = std::max<int64_t>(1, kElementsPerTask / 4 / p.v);
-  at::parallel_for(0, b, rows_per_task, [&](int64_t begin, int64_t end) { rows(p, begin, end); });
+  cpu::sample_top_p(p, executor());
   return tokens;
 }
 
-const Direct kDirect[] = {{"sample_top_p", sample_top_p}};
-
 }  // namespace
+
+void define_sample(pybind11::module_& module) { define_native_op(module, "sample_top_p", sample_top_p); }
+
 }  // namespace grok
-
-TORCH_LIBRARY_FRAGMENT(grok_cpu, library) {
-  library.def("sample_top_p(Tensor logits, Tensor temperature, Tensor top_p, Tensor uniform) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(grok_cpu, CPU, library) { library.impl("sample_top_p", grok::sample_top_p); }

@@ -1,4 +1,4 @@
-#include "signature.h"
+// The key of the validated-call cache (kernels/grok_kernels/registry.py).
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/grad_mode.h>
@@ -10,15 +10,20 @@
 #include <cstring>
 #include <string>
 
+#include "bindings.h"
+
 namespace grok {
 namespace {
 
 using c10::DispatchKey;
 using c10::DispatchKeySet;
 
-// Keys of an ordinary tensor on the CPU. Those of gradients count only where one is wanted; our ops have no autocast.
+// The dispatch keys of an ordinary tensor on the CPU. Autograd's count only where a gradient is wanted; our ops have no
+// autocast.
 const DispatchKeySet kPlain = DispatchKeySet(DispatchKey::CPU) | c10::autocast_dispatch_keyset |
                               c10::autograd_dispatch_keyset_with_ADInplaceOrView;
+
+PyObject* weight_type = nullptr;  // owned
 
 template <class T>
 void put(std::string& key, char tag, T value) {
@@ -28,15 +33,15 @@ void put(std::string& key, char tag, T value) {
   key.append(raw, sizeof raw);
 }
 
-void put_text(std::string& key, const char* text, size_t size) {
-  put(key, 's', size);
+void put_text(std::string& key, char tag, const char* text, size_t size) {
+  put(key, tag, size);
   key.append(text, size);
 }
 
 bool put_tensor(std::string& key, const at::Tensor& tensor) {
   if (!tensor.defined() || !kPlain.has_all(tensor.key_set())) return false;
   if (tensor.requires_grad() && at::GradMode::is_enabled()) return false;
-  if (tensor.dim() == 0) return false;  // torch takes one for a number, and then its value counts
+  if (tensor.dim() == 0) return false;  // torch takes it for a number, and then its value counts
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   put(key, 't', static_cast<int16_t>(tensor.scalar_type()));
   put(key, 'd', static_cast<int32_t>(sizes.size()));
@@ -45,9 +50,20 @@ bool put_tensor(std::string& key, const at::Tensor& tensor) {
   return true;
 }
 
-// Types are matched exactly: a subclass may mean something else, and True is not 1.
+// A Weight computes its part of the key once: bytes, or None where a plane is not a plain CPU tensor.
+bool put_weight(std::string& key, PyObject* weight) {
+  static PyObject* const name = PyUnicode_InternFromString("signature");
+  const auto signature = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(weight, name));
+  if (!signature) throw pybind11::error_already_set();
+  if (!PyBytes_Check(signature.ptr())) return false;
+  put_text(key, 'w', PyBytes_AS_STRING(signature.ptr()), static_cast<size_t>(PyBytes_GET_SIZE(signature.ptr())));
+  return true;
+}
+
+// Types are compared exactly: a subclass may mean something else, and True is not 1.
 bool put_argument(std::string& key, PyObject* arg) {
   if (THPVariable_CheckExact(arg)) return put_tensor(key, THPVariable_Unpack(arg));
+  if (weight_type && reinterpret_cast<PyObject*>(Py_TYPE(arg)) == weight_type) return put_weight(key, arg);
   if (arg == Py_None) {
     key += 'n';
   } else if (PyBool_Check(arg)) {
@@ -65,7 +81,7 @@ bool put_argument(std::string& key, PyObject* arg) {
       PyErr_Clear();
       return false;
     }
-    put_text(key, text, size);
+    put_text(key, 's', text, size);
   } else if (THPDtype_Check(arg)) {
     put(key, 'y', static_cast<int16_t>(reinterpret_cast<THPDtype*>(arg)->scalar_type));
   } else {
@@ -79,8 +95,10 @@ bool plain_thread() {
   return c10::default_included_set.has_all(included) && !at::impl::torch_function_mode_enabled();
 }
 
-}  // namespace
-
+// Everything that an op's checks and the choice of its kernel may depend on, as bytes: the dtype, sizes and strides
+// of a tensor, never its values; a number, text or dtype itself; GROK_KERNELS_BACKEND. Equal bytes, equal verdict.
+// None where the dispatcher would do more than run the CPU's kernel (gradients, a mode, tracing, a tensor of another
+// kind), or an argument is of another type.
 pybind11::object signature(const pybind11::tuple& args) {
   if (!plain_thread()) return pybind11::none();
   static thread_local std::string key;
@@ -88,8 +106,26 @@ pybind11::object signature(const pybind11::tuple& args) {
   for (const auto& arg : args) {
     if (!put_argument(key, arg.ptr())) return pybind11::none();
   }
-  if (const char* forced = std::getenv("GROK_KERNELS_BACKEND")) put_text(key, forced, std::strlen(forced));
+  if (const char* forced = std::getenv("GROK_KERNELS_BACKEND")) put_text(key, 's', forced, std::strlen(forced));
   return pybind11::bytes(key);
+}
+
+// Returns the class that was set before, or None.
+pybind11::object set_weight_type(const pybind11::object& type) {
+  PyObject* const before = weight_type;
+  pybind11::object owned = type;
+  weight_type = type.is_none() ? nullptr : owned.release().ptr();
+  return before ? pybind11::reinterpret_steal<pybind11::object>(before) : pybind11::none();
+}
+
+}  // namespace
+
+void define_signature(pybind11::module_& module) {
+  module.def("signature", &signature, pybind11::arg("args"),
+             "What the checks of a plain call on the CPU depend on, as bytes; None for any other call.");
+  module.def("set_weight_type", &set_weight_type, pybind11::arg("type"),
+             "Set the class of weights, whose objects are keyed by their attribute `signature` (bytes, or None for no "
+             "key). Returns the class set before.");
 }
 
 }  // namespace grok

@@ -5,7 +5,7 @@
 
 namespace grok {
 
-// Raises std::invalid_argument, a ValueError in Python, with the message's parts joined.
+// Throws std::invalid_argument, a ValueError in Python, whose message is the parts joined.
 template <class... Parts>
 void check(bool ok, const Parts&... message) {
   if (ok) return;

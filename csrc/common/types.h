@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
-// Bodies shared by several instruction sets are inlined into a function of each: a call would stay on the baseline.
+// A body shared by several instruction sets is inlined into a function of each: a call would run on the baseline.
 #define GROK_INLINE inline __attribute__((always_inline))
 
 namespace grok {
@@ -11,6 +11,10 @@ namespace grok {
 enum class DType { f32, bf16, int8, e4m3 };
 
 constexpr int64_t size_of(DType type) { return type == DType::f32 ? 4 : type == DType::bf16 ? 2 : 1; }
+
+constexpr const char* name(DType type) {
+  return type == DType::f32 ? "f32" : type == DType::bf16 ? "bf16" : type == DType::int8 ? "int8" : "e4m3";
+}
 
 struct BF16 {
   uint16_t bits;
@@ -33,7 +37,7 @@ GROK_INLINE float from_float<float>(float value) {
   return value;
 }
 
-// To nearest, ties to even. A NaN is set apart: the addition could carry its mantissa over into an infinity.
+// Rounds to nearest, ties to even. A NaN is handled apart: the addition could carry out of its mantissa.
 template <>
 GROK_INLINE BF16 from_float<BF16>(float value) {
   uint32_t bits;

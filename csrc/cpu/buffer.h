@@ -6,7 +6,7 @@
 
 namespace grok::cpu {
 
-// Memory that grows to what was asked of it and is kept for the next call.
+// Workspace that grows to the largest request and keeps its memory for the next call.
 class Buffer {
  public:
   Buffer() = default;
@@ -14,7 +14,7 @@ class Buffer {
   Buffer& operator=(const Buffer&) = delete;
   ~Buffer() { std::free(data_); }
 
-  // `count` elements, aligned to a page; what was in them before is gone.
+  // `count` elements, page-aligned. Their contents are undefined, also where the memory was used before.
   template <class T>
   T* get(size_t count) {
     constexpr size_t kPage = 4096;
@@ -28,15 +28,19 @@ class Buffer {
     return static_cast<T*>(data_);
   }
 
+  // Frees the memory where it is more than is worth keeping between calls.
+  void trim() {
+    constexpr size_t kKept = size_t{256} << 20;
+    if (size_ > kKept) release();
+  }
+
+ private:
   void release() {
     std::free(data_);
     data_ = nullptr;
     size_ = 0;
   }
 
-  size_t size() const { return size_; }
-
- private:
   void* data_ = nullptr;
   size_t size_ = 0;
 };

@@ -2,11 +2,11 @@
 
 #include <cstdint>
 
-#include "math.h"
+#include "cpu/math.h"
 
 // The 8-bit float e4m3fn: 1 sign, 4 exponent and 3 mantissa bits, no infinity, NaN 0x7f and 0xff, largest number 448.
-// Without a branch or a table, so that a loop over them compiles to wide registers. Subnormals come out right also
-// where the CPU flushes those of fp32: none occurs on the way.
+// Without branches or tables, so that a loop over the conversions vectorises. Subnormals are right also where the CPU
+// flushes those of fp32: none occurs as an intermediate.
 
 namespace grok::cpu {
 
@@ -14,10 +14,10 @@ struct E4M3 {
   uint8_t bits;
 };
 
-// To nearest, ties to even; what is larger than 448, infinity too, becomes 448. A NaN keeps its sign.
+// Rounds to nearest, ties to even, and saturates: numbers beyond ±448, infinities too, become ±448. NaN keeps its sign.
 GROK_INLINE uint8_t to_e4m3(float value) {
-  constexpr uint32_t kLargest = 0x43e00000u, kSmallest = 0x3c800000u;  // 448; 2^-6, below which lie the subnormals
-  constexpr uint32_t kUnit = 0x46800000u;  // 2^14, whose unit in the last place is that of the subnormals, 2^-9
+  constexpr uint32_t kLargest = 0x43e00000u, kSmallest = 0x3c800000u;  // 448; 2^-6, the smallest normal number
+  constexpr uint32_t kUnit = 0x46800000u;  // 2^14, whose unit in the last place is 2^-9, that of the subnormals
   constexpr uint32_t kRebias = (127u - 7u) << 23;
   const uint32_t sign = float_to_bits(value) & 0x80000000u;
   const uint32_t magnitude = float_to_bits(value) ^ sign;

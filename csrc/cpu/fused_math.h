@@ -1,10 +1,10 @@
 #pragma once
 
-#include "math.h"
+#include "cpu/math.h"
 
-// What the inner loops of attention and of the expert layer need of math.h, in half the operations: with fused
-// multiply-adds where the instruction set has them, and for the arguments that occur there. An element's bits differ
-// between instruction sets.
+// The functions of math.h that the inner loops of attention and of the expert layer need, at half the operations: with
+// fused multiply-adds where the instruction set has them, and only for arguments that occur there. The bits of an
+// element differ between instruction sets.
 
 namespace grok::cpu {
 

@@ -1,9 +1,9 @@
-#include "isa.h"
+#include "cpu/isa.h"
 
 #include <atomic>
 #include <cstdlib>
 
-#include "../common/check.h"
+#include "common/check.h"
 
 namespace grok::cpu {
 namespace {
@@ -14,7 +14,7 @@ std::atomic<int> chosen{kDefault};
 
 bool runs_here(Isa isa) {
 #if GROK_X86
-  // these ask the operating system too: a CPU's wide registers are of no use where it does not save them
+  // these ask the operating system too, which must save the wide registers on a context switch
   if (isa == Isa::avx512_bf16) {
     return runs_here(Isa::avx512) && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
            __builtin_cpu_supports("avx512vbmi");

@@ -3,8 +3,8 @@
 #include <string>
 #include <vector>
 
-// Which instruction set the CPU kernels run on. Everything is compiled for the machine's baseline, except functions
-// marked with one of the targets below, which are reached only where the CPU has it.
+// Which instruction set the CPU kernels run on. Everything is compiled for the baseline of the architecture, except
+// functions marked with one of the targets below, which are called only where the CPU supports it.
 
 #if defined(__x86_64__)
 #define GROK_X86 1
@@ -22,7 +22,7 @@
 
 namespace grok::cpu {
 
-// Each has all of the one before it. A kernel without an implementation of its own for one runs on the one before.
+// Each includes those before it. A kernel that has no version for one uses the version for the one before it.
 //   avx2         AVX2 and FMA
 //   avx512       F, BW, DQ, VL
 //   avx512_bf16  those and BF16, VNNI, VBMI: products of bf16 pairs and of int8 quadruples
@@ -30,14 +30,14 @@ enum class Isa { portable, avx2, avx512, avx512_bf16 };
 
 std::string name(Isa isa);
 
-// What this machine can run, best first.
+// The instruction sets that this machine supports, best first.
 std::vector<Isa> available_isas();
 
 // The one in use: set by use_isa, else by GROK_CPU_ISA as it was at the first call, else the best.
-// Raises std::invalid_argument for a name that is unknown, or that this machine cannot run.
+// Throws std::invalid_argument for a name that is unknown or that this machine does not support.
 Isa current_isa();
 
-// For the whole process, since kernels run on threads of a pool. An empty name goes back to the default.
+// Sets it for the whole process, since kernels run on a pool of threads. An empty name restores the default.
 void use_isa(const std::string& name);
 
 }  // namespace grok::cpu

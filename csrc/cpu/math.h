@@ -3,11 +3,11 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../common/types.h"
+#include "common/types.h"
 
-// Elementary functions without a branch or a call, so that a loop over them compiles to the registers of the function
-// it is inlined into, and so that an element's bits depend neither on the instruction set nor on its place in a vector.
-// Built with -ffp-contract=off.
+// Elementary functions without branches or calls, so that a loop over them vectorises for the target of the function
+// that it is inlined into, and so that the bits of an element depend neither on the instruction set nor on its place in
+// a vector. Compiled with -ffp-contract=off.
 
 namespace grok::cpu {
 
@@ -28,10 +28,10 @@ GROK_INLINE float exp_f(float x) {
   constexpr float kLowest = -87.33654f, kHighest = 88.72283f;
   float y = x < kLowest ? kLowest : x;
   y = y > kHighest ? kHighest : y;
-  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: the addition rounds to an integer, in the low bits
+  constexpr float kShift = 12582912.0f;  // 1.5 · 2^23: the addition rounds to an integer, in the low bits
   const float shifted = y * 1.44269504f + kShift;
   const float n = shifted - kShift;
-  const float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;  // y − n ln 2, whose first part has few bits
+  const float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;  // y − n ln 2; the first product is exact
   float p = 1.0f / 5040.0f;
   p = p * r + 1.0f / 720.0f;
   p = p * r + 1.0f / 120.0f;
@@ -39,7 +39,7 @@ GROK_INLINE float exp_f(float x) {
   p = p * r + 1.0f / 6.0f;
   p = p * r + 0.5f;
   p = (p * r) * r + r + 1.0f;
-  // 2^n in two factors: n reaches 128, which is one more than an exponent holds
+  // 2^n as two factors: n may be 128, one more than an exponent can hold
   const int32_t whole = static_cast<int32_t>(float_to_bits(shifted) - float_to_bits(kShift));
   const int32_t half = whole >> 1;
   p *= bits_to_float(static_cast<uint32_t>(half + 127) << 23);
@@ -60,7 +60,7 @@ GROK_INLINE uint64_t double_to_bits(double value) {
   return bits;
 }
 
-// Of x ≤ 0, within 2 units in the last place. NaN gives NaN; below −708 the result, about 2^-1021, is 0.
+// exp(x) for x ≤ 0, within 2 units in the last place. NaN gives NaN; below −708 the result, about 2^-1021, is 0.
 GROK_INLINE double exp_d(double x) {
   constexpr double kLowest = -708.0;
   const double y = x < kLowest ? kLowest : x;
@@ -68,7 +68,7 @@ GROK_INLINE double exp_d(double x) {
   const double shifted = y * 1.4426950408889634 + kShift;
   const double n = shifted - kShift;
   const double r = (y - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
-  // the Taylor series to r¹³ (the next term is below 2^-57), in pairs: a chain of 13 steps would wait on itself
+  // the Taylor series to r¹³ (the next term is below 2^-57), in pairs: a chain of 13 dependent steps would be slow
   const double s = r * r, t = s * s;
   const double p2 = (1.0 / 2.0 + 1.0 / 6.0 * r) + (1.0 / 24.0 + 1.0 / 120.0 * r) * s;
   const double p6 = (1.0 / 720.0 + 1.0 / 5040.0 * r) + (1.0 / 40320.0 + 1.0 / 362880.0 * r) * s;

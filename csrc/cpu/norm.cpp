@@ -1,13 +1,15 @@
-#include "norm.h"
+#include "cpu/norm.h"
 
 #include <cmath>
+
+#include "cpu/dispatch.h"
 
 namespace grok::cpu {
 namespace {
 
-// The squares go to this many running sums, whatever the width of the registers: two of AVX-512, four of AVX2, eight of
-// SSE. That fixes the order of the additions, and so the bits, for every instruction set, and hides their latency.
-// Built with -ffp-contract=off: a fused multiply-add would round differently where there is one.
+// Squares are added into 32 running sums on every instruction set: two registers of AVX-512, four of AVX2, eight of
+// SSE. That fixes the order of the additions, and so the bits, and hides the latency of an addition. Compiled with
+// -ffp-contract=off: a fused multiply-add, which not every instruction set has, rounds differently.
 constexpr int64_t kLanes = 32;
 
 template <class X>
@@ -46,7 +48,7 @@ GROK_INLINE void add(const X* __restrict h, const X* __restrict delta, X* __rest
   for (int64_t i = 0; i < d; ++i) sum[i] = from_float<X>(to_float(h[i]) + to_float(delta[i]));
 }
 
-// The norm rounds to X before it is added.
+// The norm is rounded to X before it is added.
 template <class X, class W>
 GROK_INLINE void add_normalized(const X* __restrict h, const X* __restrict delta, const W* __restrict weight,
                                 X* __restrict sum, int64_t d, float eps) {
@@ -65,7 +67,7 @@ GROK_INLINE void rms_rows(const RmsNorm& p, int64_t begin, int64_t end) {
   }
 }
 
-// A row stays in the nearest cache from its first step to its last.
+// A row stays in L1 from its first step to its last.
 template <class X>
 GROK_INLINE void sandwich_rows(const SandwichNorm& p, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
@@ -75,12 +77,12 @@ GROK_INLINE void sandwich_rows(const SandwichNorm& p, int64_t begin, int64_t end
     X* y = static_cast<X*>(p.y) + row * p.d;
     if (!p.post_weight) {
       add(h, delta, sum, p.d);
-    } else if (p.post_dtype == DType::f32) {
+    } else if (p.post_type == DType::f32) {
       add_normalized(h, delta, static_cast<const float*>(p.post_weight), sum, p.d, p.eps);
     } else {
       add_normalized(h, delta, static_cast<const BF16*>(p.post_weight), sum, p.d, p.eps);
     }
-    if (p.pre_dtype == DType::f32) {
+    if (p.pre_type == DType::f32) {
       normalize(sum, static_cast<const float*>(p.pre_weight), y, p.d, p.eps);
     } else {
       normalize(sum, static_cast<const BF16*>(p.pre_weight), y, p.d, p.eps);
@@ -88,71 +90,32 @@ GROK_INLINE void sandwich_rows(const SandwichNorm& p, int64_t begin, int64_t end
   }
 }
 
-template <class X, class W>
-void rms_norm_portable(const RmsNorm& p, int64_t begin, int64_t end) {
-  rms_rows<X, W>(p, begin, end);
-}
+GROK_ROWS_KERNEL(rms_norm, rms_rows, RmsNorm)
+GROK_ROWS_KERNEL(sandwich_norm, sandwich_rows, SandwichNorm)
 
 template <class X>
-void sandwich_norm_portable(const SandwichNorm& p, int64_t begin, int64_t end) {
-  sandwich_rows<X>(p, begin, end);
-}
-
-#if GROK_X86
-template <class X, class W>
-GROK_AVX2 void rms_norm_avx2(const RmsNorm& p, int64_t begin, int64_t end) {
-  rms_rows<X, W>(p, begin, end);
-}
-
-template <class X, class W>
-GROK_AVX512 void rms_norm_avx512(const RmsNorm& p, int64_t begin, int64_t end) {
-  rms_rows<X, W>(p, begin, end);
-}
-
-template <class X>
-GROK_AVX2 void sandwich_norm_avx2(const SandwichNorm& p, int64_t begin, int64_t end) {
-  sandwich_rows<X>(p, begin, end);
-}
-
-template <class X>
-GROK_AVX512 void sandwich_norm_avx512(const SandwichNorm& p, int64_t begin, int64_t end) {
-  sandwich_rows<X>(p, begin, end);
-}
-#endif
-
-template <class X, class W>
-RmsNormRows select(Isa isa) {
-  switch (isa) {
-#if GROK_X86
-    case Isa::avx512_bf16:
-    case Isa::avx512: return rms_norm_avx512<X, W>;
-    case Isa::avx2: return rms_norm_avx2<X, W>;
-#endif
-    default: return rms_norm_portable<X, W>;
-  }
-}
-
-template <class X>
-SandwichNormRows select_sandwich(Isa isa) {
-  switch (isa) {
-#if GROK_X86
-    case Isa::avx512_bf16:
-    case Isa::avx512: return sandwich_norm_avx512<X>;
-    case Isa::avx2: return sandwich_norm_avx2<X>;
-#endif
-    default: return sandwich_norm_portable<X>;
-  }
+RowsKernel<RmsNorm> rms_norm_kernel_for(Isa isa, DType weight) {
+  return weight == DType::f32 ? rms_norm_kernel<X, float>(isa) : rms_norm_kernel<X, BF16>(isa);
 }
 
 }  // namespace
 
-SandwichNormRows sandwich_norm_rows(Isa isa, DType h) {
-  return h == DType::f32 ? select_sandwich<float>(isa) : select_sandwich<BF16>(isa);
+void rms_norm(const RmsNorm& p, Executor& executor) {
+  check_float("rms_norm: x", p.x_type);
+  check_float("rms_norm: weight", p.weight_type);
+  const Isa isa = current_isa();
+  const auto kernel = p.x_type == DType::f32 ? rms_norm_kernel_for<float>(isa, p.weight_type)
+                                             : rms_norm_kernel_for<BF16>(isa, p.weight_type);
+  executor.parallel_for(p.rows, rows_per_range(p.d), [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
-RmsNormRows rms_norm_rows(Isa isa, DType x, DType weight) {
-  if (x == DType::f32) return weight == DType::f32 ? select<float, float>(isa) : select<float, BF16>(isa);
-  return weight == DType::f32 ? select<BF16, float>(isa) : select<BF16, BF16>(isa);
+void sandwich_norm(const SandwichNorm& p, Executor& executor) {
+  check_float("sandwich_norm: h", p.type);
+  check_float("sandwich_norm: pre_weight", p.pre_type);
+  if (p.post_weight) check_float("sandwich_norm: post_weight", p.post_type);
+  const Isa isa = current_isa();
+  const auto kernel = p.type == DType::f32 ? sandwich_norm_kernel<float>(isa) : sandwich_norm_kernel<BF16>(isa);
+  executor.parallel_for(p.rows, rows_per_range(p.d), [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
 }  // namespace grok::cpu

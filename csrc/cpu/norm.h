@@ -2,44 +2,39 @@
 
 #include <cstdint>
 
-#include "../common/types.h"
-#include "isa.h"
+#include "common/types.h"
+#include "cpu/executor.h"
+
+// The bits of a row depend neither on the other rows nor on the instruction set.
 
 namespace grok::cpu {
 
-// y_TD = weight_D * x_TD / sqrt(mean_D(x²) + eps), in fp32, rounded once to x's type.
+// y = weight · x / sqrt(mean(x²) + eps) for each row, in fp32, rounded once.
 struct RmsNorm {
-  const void* x;       // (rows, d), rows x_stride elements apart
-  const void* weight;  // (d,)
-  void* y;             // (rows, d), contiguous, of x's type
-  int64_t x_stride;
-  int64_t d;
+  const void* x;           // (rows, d)
+  const void* weight;      // (d,)
+  void* y;                 // (rows, d), contiguous, of x_type
+  DType x_type, weight_type;  // f32 or bf16 each
+  int64_t x_stride;        // elements from row to row
+  int64_t rows, d;
   float eps;
 };
+void rms_norm(const RmsNorm& p, Executor& executor);
 
-// Each computes rows begin..end-1. A row's bits depend neither on the other rows nor on the instruction set.
-using RmsNormRows = void (*)(const RmsNorm&, int64_t begin, int64_t end);
-
-RmsNormRows rms_norm_rows(Isa isa, DType x, DType weight);
-
-// sum = h + rms(delta, post_weight), or h + delta where that is null; y = rms(sum, pre_weight). All three of h's type.
+// sum = h + rms(delta, post_weight), or h + delta where post_weight is null; y = rms(sum, pre_weight).
 struct SandwichNorm {
-  const void* h;            // (rows, d), rows h_stride elements apart
-  const void* delta;        // (rows, d), rows delta_stride elements apart, of h's type
-  const void* post_weight;  // (d,), or null
-  const void* pre_weight;   // (d,)
-  void* sum;                // (rows, d), contiguous
-  void* y;                  // (rows, d), contiguous
-  int64_t h_stride;
-  int64_t delta_stride;
-  int64_t d;
-  DType post_dtype;
-  DType pre_dtype;
+  const void* h;                    // (rows, d)
+  const void* delta;                // (rows, d)
+  const void* post_weight;          // (d,), or null
+  const void* pre_weight;           // (d,)
+  void* sum;                        // (rows, d), contiguous
+  void* y;                          // (rows, d), contiguous
+  DType type;                       // of h, delta, sum and y: f32 or bf16
+  DType post_type, pre_type;        // of the weights: f32 or bf16 each
+  int64_t h_stride, delta_stride;   // elements from row to row
+  int64_t rows, d;
   float eps;
 };
-
-using SandwichNormRows = void (*)(const SandwichNorm&, int64_t begin, int64_t end);
-
-SandwichNormRows sandwich_norm_rows(Isa isa, DType h);
+void sandwich_norm(const SandwichNorm& p, Executor& executor);
 
 }  // namespace grok::cpu

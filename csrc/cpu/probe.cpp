@@ -1,8 +1,10 @@
-#include "probe.h"
+#include "cpu/probe.h"
 
+#include <atomic>
 #include <cstring>
 
-#include "../common/types.h"
+#include "common/check.h"
+#include "cpu/isa.h"
 
 #if GROK_X86
 #include <immintrin.h>
@@ -11,8 +13,8 @@
 namespace grok::cpu {
 namespace {
 
-// Hides from the compiler what a value is, at no cost: nothing that depends on it can be folded, taken out of a loop, or
-// shared with another chain that would do the same.
+// Makes a value unknown to the compiler, at no cost: what depends on it cannot be folded, hoisted out of a loop, or
+// merged with another chain.
 #define GROK_OPAQUE(register_class, value) asm volatile("" : "+" register_class(value))
 
 uint64_t words_sum(const char* data, size_t bytes) {
@@ -28,11 +30,11 @@ uint64_t words_sum(const char* data, size_t bytes) {
 
 uint64_t read_portable(const void* data, size_t bytes) { return words_sum(static_cast<const char*>(data), bytes); }
 
-// Whole, so that each chain has a register.
+// Unrolled completely, so that each chain has a register of its own.
 #define GROK_UNROLL _Pragma("GCC unroll 24")
 
-constexpr int kChains = 24;       // of 32 registers: enough to hide the latency, with room for the operands
-constexpr int kNarrowChains = 12;  // of 16
+constexpr int kChains = 24;        // of 32 registers: enough to hide the latency, with room for the operands
+constexpr int kNarrowChains = 12;  // of 16 registers
 
 #if GROK_X86
 #define GROK_NARROW "x"
@@ -56,8 +58,8 @@ void peak_portable(int64_t steps) {
 
 #if GROK_X86
 
-// Far enough ahead to cover the latency of memory, near enough to stay in the first cache. Past the others: what they hold,
-// the code that runs next among it, is none of a reading's business.
+// Far enough ahead to cover the latency of memory, near enough to stay in L1. Non-temporal: a read of gigabytes must
+// not evict from L2 and L3 the code and data that run next.
 constexpr size_t kAhead = 4096;
 
 GROK_AVX2 uint64_t read_avx2(const void* data, size_t bytes) {
@@ -134,9 +136,9 @@ GROK_AVX512_BF16 void peak_int8_avx512(int64_t steps) {
 
 #endif
 
-}  // namespace
+using Read = uint64_t (*)(const void* data, size_t bytes);
 
-ProbeRead probe_read(Isa isa) {
+Read read_for(Isa isa) {
 #if GROK_X86
   if (isa >= Isa::avx512) return read_avx512;
   if (isa == Isa::avx2) return read_avx2;
@@ -144,14 +146,37 @@ ProbeRead probe_read(Isa isa) {
   return read_portable;
 }
 
-ProbePeak probe_peak(Isa isa, Arithmetic kind) {
+}  // namespace
+
+uint64_t probe_read(const void* data, size_t bytes, Executor& executor) {
+  const Read read = read_for(current_isa());
+  const int64_t size = static_cast<int64_t>(bytes);
+  constexpr int64_t kBlock = 4096;
+  std::atomic<uint64_t> sum{0};
+  executor.parallel_for((size + kBlock - 1) / kBlock, 1, [&](int64_t begin, int64_t end) {
+    const int64_t count = std::min(end * kBlock, size) - begin * kBlock;
+    sum += read(static_cast<const char*>(data) + begin * kBlock, static_cast<size_t>(count));
+  });
+  return sum;
+}
+
+ProbePeak probe_peak(const std::string& kind) {
+  check(kind == "fp32" || kind == "bf16" || kind == "int8", "probe: kind='", kind, "', expected fp32, bf16 or int8");
 #if GROK_X86
-  if (isa == Isa::avx512_bf16 && kind == Arithmetic::bf16) return {"vdpbf16ps", kChains * 16 * 4, peak_bf16_avx512};
-  if (isa == Isa::avx512_bf16 && kind == Arithmetic::int8) return {"vpdpbusd", kChains * 16 * 8, peak_int8_avx512};
+  const Isa isa = current_isa();
+  if (isa == Isa::avx512_bf16 && kind == "bf16") return {"vdpbf16ps", kChains * 16 * 4, peak_bf16_avx512};
+  if (isa == Isa::avx512_bf16 && kind == "int8") return {"vpdpbusd", kChains * 16 * 8, peak_int8_avx512};
   if (isa >= Isa::avx512) return {"vfmadd231ps, 512 bits", kChains * 16 * 2, peak_avx512};
   if (isa == Isa::avx2) return {"vfmadd231ps, 256 bits", kNarrowChains * 8 * 2, peak_avx2};
 #endif
   return {"multiply, add, 128 bits", kNarrowChains * 4 * 2, peak_portable};
+}
+
+int64_t run_probe_peak(const ProbePeak& probe, int64_t steps, Executor& executor) {
+  check(steps > 0, "probe_peak: iterations=", steps, ", expected at least 1");
+  const int64_t threads = executor.threads();
+  executor.run(threads, [&](int64_t) { probe.run(steps); });
+  return threads * steps * probe.operations_per_step;
 }
 
 }  // namespace grok::cpu

@@ -1,16 +1,15 @@
-#include "quantize.h"
+#include "cpu/quantize.h"
 
-#include <algorithm>
-
-#include "fp8.h"
-#include "math.h"
+#include "cpu/dispatch.h"
+#include "cpu/fp8.h"
 
 namespace grok::cpu {
 namespace {
 
-constexpr float kTiny = 7.8886090522101181e-31f;  // 2^-100: a smaller amax counts as this
+constexpr float kTiny = 0x1p-100f;  // the smallest amax
 
-// |x| as integers, which have the order of the numbers with NaN as the largest, so that a maximum keeps it.
+// max |x|, compared as integers: they are ordered as the magnitudes, and NaN is the largest, so that the maximum
+// keeps it.
 template <class X>
 GROK_INLINE float largest(const X* x, int64_t n) {
   uint32_t amax = 0;
@@ -23,12 +22,12 @@ GROK_INLINE float largest(const X* x, int64_t n) {
 
 struct Fp8 {
   static constexpr float kLargest = 448.0f;
-  static GROK_INLINE uint8_t round(float ratio) { return to_e4m3(ratio); }  // it saturates
+  static GROK_INLINE uint8_t round(float ratio) { return to_e4m3(ratio); }
 };
 
 struct Int8 {
   static constexpr float kLargest = 127.0f;
-  // The ratio is at most 127 and the error of two divisions. A NaN is 0.
+  // The ratio exceeds 127 by no more than the rounding of two divisions. NaN becomes 0.
   static GROK_INLINE uint8_t round(float ratio) {
     constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: the addition rounds to an integer, in the low bits
     const uint32_t bits = float_to_bits(ratio + kShift);
@@ -37,7 +36,7 @@ struct Int8 {
 };
 
 template <class X, class Format>
-GROK_INLINE void rows(const Quantize& p, int64_t begin, int64_t end) {
+GROK_INLINE void rows(const QuantizeRows& p, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     for (int64_t g = 0; g < p.groups; ++g) {
       const int64_t start = g * p.group, n = std::min(p.group, p.d - start);
@@ -51,40 +50,22 @@ GROK_INLINE void rows(const Quantize& p, int64_t begin, int64_t end) {
   }
 }
 
-template <class X, class Format>
-void quantize_portable(const Quantize& p, int64_t begin, int64_t end) {
-  rows<X, Format>(p, begin, end);
-}
+GROK_ROWS_KERNEL(quantize, rows, QuantizeRows)
 
-#if GROK_X86
-template <class X, class Format>
-GROK_AVX2 void quantize_avx2(const Quantize& p, int64_t begin, int64_t end) {
-  rows<X, Format>(p, begin, end);
-}
-
-template <class X, class Format>
-GROK_AVX512 void quantize_avx512(const Quantize& p, int64_t begin, int64_t end) {
-  rows<X, Format>(p, begin, end);
-}
-#endif
-
-template <class X, class Format>
-QuantizeRows select(Isa isa) {
-  switch (isa) {
-#if GROK_X86
-    case Isa::avx512_bf16:
-    case Isa::avx512: return quantize_avx512<X, Format>;
-    case Isa::avx2: return quantize_avx2<X, Format>;
-#endif
-    default: return quantize_portable<X, Format>;
-  }
+template <class X>
+RowsKernel<QuantizeRows> kernel_for(Isa isa, DType q) {
+  return q == DType::e4m3 ? quantize_kernel<X, Fp8>(isa) : quantize_kernel<X, Int8>(isa);
 }
 
 }  // namespace
 
-QuantizeRows quantize_rows(Isa isa, DType format, DType x) {
-  if (format == DType::e4m3) return x == DType::f32 ? select<float, Fp8>(isa) : select<BF16, Fp8>(isa);
-  return x == DType::f32 ? select<float, Int8>(isa) : select<BF16, Int8>(isa);
+void quantize_rows(const QuantizeRows& p, Executor& executor) {
+  check_float("quantize_rows: x", p.x_type);
+  check(p.q_type == DType::e4m3 || p.q_type == DType::int8, "quantize_rows: q is ", name(p.q_type),
+        ", expected e4m3 or int8");
+  const Isa isa = current_isa();
+  const auto kernel = p.x_type == DType::f32 ? kernel_for<float>(isa, p.q_type) : kernel_for<BF16>(isa, p.q_type);
+  executor.parallel_for(p.rows, rows_per_range(p.d), [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
 }  // namespace grok::cpu

@@ -1,36 +1,33 @@
 #pragma once
 
-#include <cstdint>
-
-#include "../common/types.h"
-#include "isa.h"
-#include "kv_cache.h"
+#include "cpu/attention/kv_pages.h"
+#include "cpu/executor.h"
 
 namespace grok::cpu {
 
-// Rows of heads, (T, N, C) with C contiguous; strides in elements.
+// (T, N, C), C contiguous. Strides are in elements.
 struct Heads {
   const void* data;
   int64_t count;  // N
   int64_t token_stride, head_stride;
 };
 
-// q and k turned by their positions, in fp32 and rounded once; k and v written to their slots.
+// Rotates q and k by their positions, in fp32 and rounded once; writes k and v to their slots of the pages. The bits
+// of a token depend neither on the other tokens nor on the instruction set.
 struct RopeStoreKv {
   Heads q, k, v;
-  void* out;  // (T, H, C), contiguous, of q's type: q turned
+  void* out;                 // (T, H, C), contiguous, of q's type: q rotated
   KvPages k_pages, v_pages;
-  const int32_t* positions;  // (T,), each in 0..L-1
-  const int32_t* slots;      // (T,), each in -1..P*S-1
-  const float* cos_sin;      // (L, C), rows cos_sin_stride elements apart
-  int64_t cos_sin_stride;
-  int64_t head_size;  // C, even
-  int64_t page_size;  // S
+  DType type;                // of q, k and v: f32 or bf16
+  DType kv_type;             // of the pages: f32, bf16 or e4m3
+  const int32_t* positions;  // (T,), each in 0..L−1
+  const int32_t* slots;      // (T,), each in 0..P·S−1, or −1 to write nothing
+  const float* cos_sin;      // (L, C): C/2 cosines, then C/2 sines
+  int64_t cos_sin_stride;    // elements from row to row
+  int64_t tokens;            // T
+  int64_t head_size;         // C, even
+  int64_t page_size;         // S
 };
-
-// Does tokens begin..end-1. A token's bits depend neither on the others nor on the instruction set.
-using RopeStoreKvTokens = void (*)(const RopeStoreKv&, int64_t begin, int64_t end);
-
-RopeStoreKvTokens rope_store_kv_tokens(Isa isa, DType x, DType kv);
+void rope_store_kv(const RopeStoreKv& p, Executor& executor);
 
 }  // namespace grok::cpu

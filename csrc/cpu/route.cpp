@@ -1,19 +1,18 @@
-#include "route.h"
+#include "cpu/route.h"
 
-#include <algorithm>
 #include <vector>
 
-#include "../common/check.h"
-#include "math.h"
+#include "cpu/dispatch.h"
+#include "cpu/math.h"
 
 namespace grok::cpu {
 namespace {
 
-// A product's terms go to this many running sums, whatever the width of the registers, which are then added in halves:
-// one order of the additions, for every instruction set and number of tokens. Multiplication and addition are two steps,
-// as there is no fused one everywhere.
+// The terms of a dot product are added into 16 running sums, and these pairwise: one order of the additions for every
+// instruction set and number of tokens. Multiplication and addition round apart, since not every instruction set
+// fuses them.
 constexpr int64_t kLanes = 16;
-// How many are multiplied at a time, so that what is read serves more than once: the router comes from the second cache.
+// Tokens and experts multiplied at a time, so that each load is used several times: the router comes from L2.
 constexpr int64_t kTokens = 2, kExperts = 8;
 
 // logits[t][e] = x[t] · router[e] for M tokens and N experts.
@@ -60,10 +59,10 @@ GROK_INLINE void softmax(float* p, int64_t n) {
   float sum = 0.0f;
   for (int64_t i = 0; i < n; ++i) p[i] = exp_f(p[i] - largest);
   for (int64_t i = 0; i < n; ++i) sum += p[i];
-  for (int64_t i = 0; i < n; ++i) p[i] /= sum;  // of a NaN, or of an infinity, all are NaN
+  for (int64_t i = 0; i < n; ++i) p[i] /= sum;  // all NaN if one logit is NaN or +inf
 }
 
-// Overwrites what it takes. Of NaNs, all or none, it takes the first.
+// Takes the k largest, overwriting them in p. Either all of p is NaN or none: then it takes the first k.
 GROK_INLINE void take_largest(float* p, int64_t n, int64_t k, float* weights, int32_t* experts) {
   constexpr float kTaken = -1.0f;
   for (int64_t a = 0; a < k; ++a) {
@@ -77,7 +76,7 @@ GROK_INLINE void take_largest(float* p, int64_t n, int64_t k, float* weights, in
   }
 }
 
-// Out of line, and before the wide functions have touched a register, as in sample.cpp.
+// Not inlined, and called before any vector instruction, for the reason in sample.cpp.
 __attribute__((noinline)) float* workspace(int64_t n) {
   thread_local std::vector<float> logits;
   if (static_cast<int64_t>(logits.size()) < n) logits.resize(n);
@@ -112,38 +111,17 @@ GROK_INLINE void rows(const RouteTopk& p, int64_t begin, int64_t end) {
   }
 }
 
-template <class X>
-void route_topk_portable(const RouteTopk& p, int64_t begin, int64_t end) {
-  rows<X>(p, begin, end);
-}
-
-#if GROK_X86
-template <class X>
-GROK_AVX2 void route_topk_avx2(const RouteTopk& p, int64_t begin, int64_t end) {
-  rows<X>(p, begin, end);
-}
-
-template <class X>
-GROK_AVX512 void route_topk_avx512(const RouteTopk& p, int64_t begin, int64_t end) {
-  rows<X>(p, begin, end);
-}
-#endif
-
-template <class X>
-RouteTopkRows select(Isa isa) {
-  switch (isa) {
-#if GROK_X86
-    case Isa::avx512_bf16:
-    case Isa::avx512: return route_topk_avx512<X>;
-    case Isa::avx2: return route_topk_avx2<X>;
-#endif
-    default: return route_topk_portable<X>;
-  }
-}
+GROK_ROWS_KERNEL(route_topk, rows, RouteTopk)
 
 }  // namespace
 
-RouteTopkRows route_topk_rows(Isa isa, DType x) { return x == DType::f32 ? select<float>(isa) : select<BF16>(isa); }
+void route_topk(const RouteTopk& p, Executor& executor) {
+  check_float("route_topk: x", p.x_type);
+  const Isa isa = current_isa();
+  const auto kernel = p.x_type == DType::f32 ? route_topk_kernel<float>(isa) : route_topk_kernel<BF16>(isa);
+  const int64_t grain = std::max<int64_t>(1, 8 * kElementsPerRange / std::max<int64_t>(1, p.e * p.d));
+  executor.parallel_for(p.rows, grain, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
 
 void group_tokens(const GroupTokens& p) {
   for (int64_t row = 0; row < p.rows; ++row) {
@@ -153,8 +131,8 @@ void group_tokens(const GroupTokens& p) {
             ", expected 0..num_experts-1=", p.num_experts - 1);
     }
   }
-  // Counted one place too far, so that the sums so far stand where each expert's rows begin; placing a row moves that on,
-  // and leaves it at the expert's end, which is where the next one's begin.
+  // Counts are kept one place to the right, so that after the prefix sum offsets[e] is where expert e begins. Placing
+  // a slot advances it, and leaves it where expert e + 1 begins: the entries are shifted back at the end.
   std::fill(p.offsets, p.offsets + p.num_experts + 1, 0);
   for (int64_t row = 0; row < p.rows; ++row) {
     for (int64_t a = 0; a < p.a; ++a) ++p.offsets[p.experts[row * p.stride + a] + 1];

@@ -1,29 +1,31 @@
-#include "sample.h"
+#include "cpu/sample.h"
 
-#include <algorithm>
 #include <vector>
 
-#include "math.h"
+#include "cpu/dispatch.h"
+#include "cpu/math.h"
 
 namespace grok::cpu {
 namespace {
 
-// Not sorted, since a token takes its place in the order from the probability before it alone. Logits become integers of
-// the same order, and the probabilities are summed by their leading digit: one pass finds the digit at which a running
-// sum gets to its target, the few logits that share it go on to their second digit, and so to the third. What is left
-// is equal, and in the order of the indices.
+// Inverse CDF without sorting, by radix selection: the place of a token in the order depends on its probability alone.
+// Logits become integers with the same order, and probabilities are summed by the leading digit of their integer. One
+// pass over these sums finds the digit at which the running sum reaches its target; the few logits with that digit
+// continue with their second digit, and then with their third. Those that are left are equal, in the order of the
+// tokens.
 //
-// That fixes the additions: the sum of a digit is of its tokens in the order of their indices; a running sum is of whole
-// digits from the largest, then of the digits after the one at which it stops, then of equal tokens, one by one. All in
-// double, not divided by their total.
+// That fixes the order of the additions: the sum of a digit adds its tokens in the order of their indices; a running
+// sum adds whole digits from the largest down, then the digits below the one at which it stops, then equal tokens one
+// by one. All of it in double, not normalised.
 constexpr int kDigits = 3;
-constexpr int kBits[kDigits] = {13, 10, 9};  // the first: a sign, an exponent, and 4 bits to part what is near
+constexpr int kBits[kDigits] = {13, 10, 9};  // the first: sign, exponent and 4 bits of the mantissa
 constexpr int kShift[kDigits] = {19, 9, 0};
-constexpr int64_t kTile = 256, kGlance = 64;  // steps: of vector work on the stack, and of a look whether a digit occurs
-constexpr uint32_t kNan = 0xffffffffu;  // the largest key: as in torch's order, NaN comes first
+constexpr int64_t kTile = 256;   // probabilities computed at a time, on the stack
+constexpr int64_t kGlance = 64;  // keys tested at a time for a digit
+constexpr uint32_t kNan = 0xffffffffu;  // the largest key: NaN comes first, as in torch's order
 
 GROK_INLINE uint32_t key_of(float logit) {
-  const uint32_t bits = float_to_bits(logit + 0.0f);  // -0 is 0
+  const uint32_t bits = float_to_bits(logit + 0.0f);  // −0 becomes 0
   const uint32_t key = bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
   return logit == logit ? key : kNan;
 }
@@ -36,12 +38,12 @@ GROK_INLINE uint32_t digit(uint32_t key, int level) { return (key >> kShift[leve
 
 struct Workspace {
   std::vector<uint32_t> keys;        // of every token
-  std::vector<uint32_t> left, from;  // the keys that a search has left, and whose they are
+  std::vector<uint32_t> left, from;  // the candidates of a search: keys, and their tokens
   double sums[1 << kBits[0]];        // by the first digit
   double more[1 << kBits[1]];        // by a later one
 };
 
-// Probabilities are exp((logit − largest) / temperature), and their total is not 1.
+// Unnormalised probabilities: exp((logit − largest) / temperature).
 struct Softmax {
   double largest;
   double inverse;  // 1 / temperature
@@ -72,7 +74,7 @@ GROK_INLINE void sum_by_digit(const uint32_t* keys, int64_t n, int level, const 
   }
 }
 
-// The tokens whose first digit is this one. Most stretches have none, which is soon seen.
+// Selects the tokens whose first digit is `wanted`; most stretches of the keys have none.
 GROK_INLINE int64_t pick_first(const uint32_t* keys, int64_t n, uint32_t wanted, uint32_t* left, uint32_t* from) {
   int64_t found = 0;
   for (int64_t start = 0; start < n; start += kGlance) {
@@ -89,7 +91,7 @@ GROK_INLINE int64_t pick_first(const uint32_t* keys, int64_t n, uint32_t wanted,
   return found;
 }
 
-// As above, of what a search has left, in place.
+// Keeps the candidates whose digit at this level is `wanted`.
 GROK_INLINE int64_t pick_next(uint32_t* left, uint32_t* from, int64_t n, int level, uint32_t wanted) {
   int64_t found = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -102,16 +104,16 @@ GROK_INLINE int64_t pick_next(uint32_t* left, uint32_t* from, int64_t n, int lev
 }
 
 struct Place {
-  double sum;  // of the probabilities up to here, this one too
+  double sum;  // of the probabilities up to and including this token
   uint32_t token;
 };
 
-// The first place, in falling order, whose running sum exceeds the target or, with `equal`, reaches it; else the last
-// that has a probability.
+// The first token, in falling order of probability, whose running sum exceeds the target (or, with `equal`, reaches
+// it); else the last token whose probability is not 0.
 GROK_INLINE Place find(Workspace& w, int64_t v, const Softmax& s, double target, bool equal) {
-  const auto passed = [&](double sum) { return equal ? !(sum < target) : !(sum <= target); };  // of a NaN at once
+  const auto passed = [&](double sum) { return equal ? !(sum < target) : !(sum <= target); };  // NaN passes
   uint32_t* left = w.left.data();
-  double before = 0.0;  // the sum of what is above all that is left
+  double before = 0.0;  // the probability of all tokens above the candidates
   int64_t n = v;
   for (int level = 0; level < kDigits; ++level) {
     double* sums = level ? w.more : w.sums;
@@ -149,7 +151,7 @@ GROK_INLINE bool is_finite(double value) { return value - value == 0.0; }
 template <class X>
 GROK_INLINE int64_t sample(const X* logits, int64_t v, float temperature, float top_p, float uniform, Workspace& w) {
   const uint32_t largest = read_keys(logits, v, w.keys.data());
-  // nothing to draw; or no distribution, for a NaN or an infinity
+  // greedy; or NaN or infinite logits, which have no distribution
   if (!(temperature > 0.0f) || !is_finite(logit_of(largest))) return first(w.keys.data(), largest);
   const Softmax s{logit_of(largest), 1.0 / static_cast<double>(temperature)};
   sum_by_digit(w.keys.data(), v, 0, s, w.sums);
@@ -161,8 +163,8 @@ GROK_INLINE int64_t sample(const X* logits, int64_t v, float temperature, float 
   return find(w, v, s, static_cast<double>(uniform >= 1.0f ? kLast : uniform) * kept, false).token;
 }
 
-// Out of line, and before the wide functions have touched a register: after a call in their midst to a function of this
-// file that GCC can see through, it (12) leaves out vzeroupper, and all that follows in the baseline's registers crawls.
+// Not inlined, and called before any vector instruction: after a call from within vector code to a function of this
+// file that it can see through, GCC 12 leaves out vzeroupper, and all later SSE code pays for the transition.
 __attribute__((noinline)) Workspace& workspace(int64_t v) {
   thread_local Workspace w;
   if (static_cast<int64_t>(w.keys.size()) < v) {
@@ -180,39 +182,16 @@ GROK_INLINE void rows(const SampleTopP& p, int64_t begin, int64_t end) {
   }
 }
 
-template <class X>
-void sample_top_p_portable(const SampleTopP& p, int64_t begin, int64_t end) {
-  rows<X>(p, begin, end);
-}
-
-#if GROK_X86
-template <class X>
-GROK_AVX2 void sample_top_p_avx2(const SampleTopP& p, int64_t begin, int64_t end) {
-  rows<X>(p, begin, end);
-}
-
-template <class X>
-GROK_AVX512 void sample_top_p_avx512(const SampleTopP& p, int64_t begin, int64_t end) {
-  rows<X>(p, begin, end);
-}
-#endif
-
-template <class X>
-SampleTopPRows select(Isa isa) {
-  switch (isa) {
-#if GROK_X86
-    case Isa::avx512_bf16:
-    case Isa::avx512: return sample_top_p_avx512<X>;
-    case Isa::avx2: return sample_top_p_avx2<X>;
-#endif
-    default: return sample_top_p_portable<X>;
-  }
-}
+GROK_ROWS_KERNEL(sample_top_p, rows, SampleTopP)
 
 }  // namespace
 
-SampleTopPRows sample_top_p_rows(Isa isa, DType logits) {
-  return logits == DType::f32 ? select<float>(isa) : select<BF16>(isa);
+void sample_top_p(const SampleTopP& p, Executor& executor) {
+  check_float("sample_top_p: logits", p.logits_type);
+  const Isa isa = current_isa();
+  const auto kernel = p.logits_type == DType::f32 ? sample_top_p_kernel<float>(isa) : sample_top_p_kernel<BF16>(isa);
+  const int64_t grain = std::max<int64_t>(1, kElementsPerRange / 4 / p.v);
+  executor.parallel_for(p.rows, grain, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
 }  // namespace grok::cpu

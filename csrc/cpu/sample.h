@@ -2,25 +2,25 @@
 
 #include <cstdint>
 
-#include "../common/types.h"
-#include "isa.h"
+#include "common/types.h"
+#include "cpu/executor.h"
 
 namespace grok::cpu {
 
-// A token of each row: softmax(logits / temperature) cut to top_p, then by inverse CDF; see grok_kernels/ops.py.
+// A token for each row: softmax(logits / temperature), cut to the smallest set of tokens whose probabilities reach
+// top_p, sampled by inverse CDF at `uniform`. The largest logit where temperature is not above 0. A row's token
+// depends neither on the other rows nor on the instruction set.
 struct SampleTopP {
-  const void* logits;        // (rows, v), rows logits_stride elements apart
-  const float* temperature;  // (rows,), and so the next two
-  const float* top_p;
-  const float* uniform;
-  int64_t* tokens;  // (rows,)
-  int64_t logits_stride;
-  int64_t v;  // 1..2^31 - 1
+  const void* logits;        // (rows, v), f32 or bf16
+  DType logits_type;
+  int64_t logits_stride;     // elements from row to row
+  const float* temperature;  // (rows,)
+  const float* top_p;        // (rows,)
+  const float* uniform;      // (rows,), in [0, 1)
+  int64_t* tokens;           // (rows,)
+  int64_t rows;
+  int64_t v;                 // 1..2³¹ − 1
 };
-
-// Computes rows begin..end-1. A row's token depends neither on the other rows nor on the instruction set.
-using SampleTopPRows = void (*)(const SampleTopP&, int64_t begin, int64_t end);
-
-SampleTopPRows sample_top_p_rows(Isa isa, DType logits);
+void sample_top_p(const SampleTopP& p, Executor& executor);
 
 }  // namespace grok::cpu

@@ -1,9 +1,24 @@
-"""The native extension: importing it registers the ops of `grok_cpu::`. Used through `grok_kernels.cpu`.
+"""The native extension, used through `grok_kernels.cpu`.
 
-Beside each op, it has a function of that name, which takes the same arguments past torch's dispatcher.
+Beside what is declared here it has a function for each op that it serves, with the arguments of the op in order.
 """
 
+from typing import Protocol
+
+import torch
 from torch import Tensor
+
+class Weight(Protocol):
+    """What the functions take for a weight."""
+
+    @property
+    def format(self) -> str: ...
+    @property
+    def layout(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+    @property
+    def planes(self) -> tuple[Tensor, ...]: ...
 
 torch_version: str
 compiler: str
@@ -13,9 +28,22 @@ def current_isa() -> str: ...
 def use_isa(name: str) -> None: ...
 def parallel_threads(tasks: int) -> int: ...
 def signature(args: tuple[object, ...]) -> bytes | None: ...
+def set_weight_type(type: type | None) -> type | None: ...
 def probe_read(tensor: Tensor) -> int: ...
 def probe_peak(kind: str, iterations: int) -> int: ...
 def probe_instruction(kind: str) -> str: ...
+def moe_up(
+    x: Tensor, order: Tensor, offsets: Tensor, active: int, w13: Weight, activation: str, act_format: str
+) -> tuple[Tensor, Tensor | None]: ...
+def moe_down(
+    rows: Tensor,
+    row_scale: Tensor | None,
+    topk_weights: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    w2: Weight,
+    out_dtype: torch.dtype,
+) -> Tensor: ...
 
 class Recording:
     calls: int

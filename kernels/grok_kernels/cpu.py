@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,8 +104,6 @@ def _supports(*args: Any) -> str | None:
 
 def _supports_moe(*args: Any) -> str | None:
     """A packed w13 holds the gate and the up projection side by side: each must begin with a panel."""
-    if len(args) > 9:
-        return "order and offsets are given, the cpu backend groups rows by itself"
     w13, w2 = args[3], args[5]
     f = packing.plain_shape(w2)[2]
     if packing.is_packed(w13) and f % packing.WIDTH:
@@ -113,9 +111,39 @@ def _supports_moe(*args: Any) -> str | None:
     return _supports(*args)
 
 
+class _Weight(NamedTuple):
+    """A weight and its scale as the extension takes them."""
+
+    format: str
+    layout: str
+    shape: tuple[int, int, int]
+    planes: tuple[Tensor, ...]
+
+
+_FORMATS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8_e4m3", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+def _weight(values: Tensor, scale: Tensor | None) -> _Weight:
+    layout = "panels" if packing.is_packed(values) else "rows"
+    planes = (values,) if scale is None else (values, scale)
+    return _Weight(_FORMATS[values.dtype], layout, packing.plain_shape(values), planes)
+
+
+def _grouped_gemm(x: Tensor, weight: Tensor, weight_scale: Tensor | None, *rest: Any) -> Any:
+    return _module.grouped_gemm(x, _weight(weight, weight_scale), *rest)
+
+
+def _moe(
+    x: Tensor, topk_weights: Tensor, experts: Tensor,
+    w13: Tensor, w13_scale: Tensor | None, w2: Tensor, w2_scale: Tensor | None, *rest: Any,
+) -> Any:  # fmt: skip
+    return _module.moe(x, topk_weights, experts, _weight(w13, w13_scale), _weight(w2, w2_scale), *rest)
+
+
 if _module is not None:
     registry.take_signatures(_module.signature)
     packing.take_native(_module)
-    for _op in OPS:  # the extension's own function beside `grok_cpu::<op>`: the same, without the dispatcher
+    _adapted = {"grouped_gemm": _grouped_gemm, "moe": _moe}
+    for _op in OPS:
         _check = _supports_moe if _op == "moe" else _supports
-        registry.register(_op, "cpu", supports=_check)(getattr(_module, _op))
+        registry.register(_op, "cpu", supports=_check)(_adapted.get(_op) or getattr(_module, _op))

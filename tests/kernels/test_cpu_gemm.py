@@ -1,5 +1,5 @@
-"""Products and the expert layer of the native CPU backend: against the reference on every instruction set, and what only
-kernels can get wrong: borders of tiles and blocks, every code of a weight, alignment, threads."""
+"""Products and the expert layer of the native CPU backend, on every instruction set: against the reference, and what
+only kernels can get wrong: borders of tiles and blocks, every code of a weight, alignment, threads."""
 
 from __future__ import annotations
 

@@ -89,14 +89,8 @@ def test_the_grouping_given_is_the_one_used() -> None:
     )
 
 
-def test_the_cpu_backend_groups_by_itself() -> None:
-    (case,) = (c for c in of("moe") if c.name == "grouped")
-    if not grok_kernels.backends()["moe"]["cpu"].available:
-        pytest.skip("no native CPU kernels")
-    message = r"grok::moe on c.* cannot run: cpu: (order and offsets are given|its tensors are on cuda)"
-    with grok_kernels.use_backend("cpu"), pytest.raises(NotImplementedError, match=message):
-        grok_kernels.moe(**case.build())
-    with grok_kernels.use_backend("cpu"):  # so a layer on a CPU routes alone
+def test_a_layer_on_a_cpu_routes_and_groups_apart() -> None:
+    with grok_kernels.use_backend("cpu"):
         assert not grok_kernels.fuses("route_and_group", ("route_topk", "moe"), "cpu")
 
 

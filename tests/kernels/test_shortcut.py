@@ -97,6 +97,27 @@ def test_true_is_not_one_and_text_is_itself() -> None:
     assert signature((X, [1])) is None
 
 
+def test_a_weight_is_keyed_by_its_own_signature() -> None:
+    from grok_kernels import _C
+
+    class Weight:
+        def __init__(self, signature: object) -> None:
+            self.signature = signature
+
+    before = _C.set_weight_type(Weight)
+    try:
+        a, b = _C.signature((X, Weight(b"a"))), _C.signature((X, Weight(b"b")))
+        assert None not in (a, b)
+        assert len({a, b, _C.signature((X, "a")), _C.signature((X,))}) == 4
+        assert a == _C.signature((X, Weight(b"a")))
+        assert _C.signature((X, Weight(b"ab"), "c")) != _C.signature((X, Weight(b"a"), "bc"))
+        assert _C.signature((X, Weight(None))) is None
+        assert _C.signature((X, type("Other", (Weight,), {})(b"a"))) is None
+    finally:
+        assert _C.set_weight_type(before) is Weight
+    assert _C.signature((X, Weight(b"a"))) is None
+
+
 def test_the_number_of_known_calls_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "KNOWN", 5)
     for t in range(1, 40):

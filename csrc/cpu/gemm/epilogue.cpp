@@ -1,6 +1,7 @@
-#include "panel_ops.h"
+#include "cpu/gemm/epilogue.h"
 
-#include "fused_math.h"
+#include "cpu/dispatch.h"
+#include "cpu/fused_math.h"
 
 namespace grok::cpu {
 namespace {
@@ -21,15 +22,15 @@ GROK_INLINE void store_rows(const float* c, int64_t rows, int64_t outputs, T* y,
   }
 }
 
-GROK_INLINE void store_body(const float* c, int64_t rows, int64_t outputs, DType elem, void* y, int64_t stride) {
-  if (elem == DType::f32) {
+GROK_INLINE void store_body(const float* c, int64_t rows, int64_t outputs, DType type, void* y, int64_t stride) {
+  if (type == DType::f32) {
     store_rows(c, rows, outputs, static_cast<float*>(y), stride);
   } else {
     store_rows(c, rows, outputs, static_cast<BF16*>(y), stride);
   }
 }
 
-// 0.5 x (1 + tanh u) is x · sigmoid(2u), where nothing cancels.
+// 0.5 x (1 + tanh u), computed as x · sigmoid(2u): without cancellation.
 template <bool fused>
 GROK_INLINE float gelu_tanh(float x) {
   return x * sigmoid_fused<fused>(1.59576912f * (x + 0.044715f * (x * x * x)));
@@ -42,7 +43,7 @@ GROK_INLINE float silu(float x) {
 
 template <bool fused>
 GROK_INLINE void activate_body(const float* gate, const float* up, int64_t rows, int64_t outputs, Activation activation,
-                               DType elem, void* y, int64_t stride) {
+                               DType type, void* y, int64_t stride) {
   float row[kPanel];
   for (int64_t r = 0; r < rows; ++r, gate += kPanel, up += kPanel) {
     if (activation == Activation::gelu_tanh) {
@@ -52,53 +53,44 @@ GROK_INLINE void activate_body(const float* gate, const float* up, int64_t rows,
     } else {
       for (int64_t n = 0; n < kPanel; ++n) row[n] = silu<fused>(gate[n]) * up[n];
     }
-    store_body(row, 1, outputs, elem, static_cast<char*>(y) + r * stride * size_of(elem), stride);
+    store_body(row, 1, outputs, type, static_cast<char*>(y) + r * stride * size_of(type), stride);
   }
 }
 
-GROK_INLINE void add_weighted_body(const float* c, int64_t rows, const int32_t* order, int64_t a, const float* weight,
-                                   float* y) {
+GROK_INLINE void add_weighted_body(const float* c, int64_t rows, const int32_t* order, int64_t active,
+                                   const float* weight, float* y) {
   for (int64_t r = 0; r < rows; ++r, c += kPanel) {
     const float w = weight[order[r]];
-    float* __restrict to = y + order[r] / a * kPanel;
+    float* __restrict to = y + order[r] / active * kPanel;
     for (int64_t n = 0; n < kPanel; ++n) to[n] += w * c[n];
   }
 }
 
-#define GROK_PANEL_OPS(NAME, TARGET, FUSED)                                                                           \
+#define GROK_EPILOGUE(NAME, TARGET, FUSED)                                                                            \
   TARGET void scale_##NAME(const float* c, const float* scale, int64_t rows, bool add, float* result) {               \
     scale_body(c, scale, rows, add, result);                                                                          \
   }                                                                                                                   \
-  TARGET void store_##NAME(const float* c, int64_t rows, int64_t outputs, DType elem, void* y, int64_t stride) {       \
-    store_body(c, rows, outputs, elem, y, stride);                                                                    \
+  TARGET void store_##NAME(const float* c, int64_t rows, int64_t outputs, DType type, void* y, int64_t stride) {      \
+    store_body(c, rows, outputs, type, y, stride);                                                                    \
   }                                                                                                                   \
-  TARGET void activate_##NAME(const float* gate, const float* up, int64_t rows, int64_t outputs, Activation activation, \
-                              DType elem, void* y, int64_t stride) {                                                   \
-    activate_body<FUSED>(gate, up, rows, outputs, activation, elem, y, stride);                                       \
+  TARGET void activate_##NAME(const float* gate, const float* up, int64_t rows, int64_t outputs,                      \
+                              Activation activation, DType type, void* y, int64_t stride) {                           \
+    activate_body<FUSED>(gate, up, rows, outputs, activation, type, y, stride);                                       \
   }                                                                                                                   \
-  TARGET void add_weighted_##NAME(const float* c, int64_t rows, const int32_t* order, int64_t a, const float* weight, \
-                                  float* y) {                                                                         \
-    add_weighted_body(c, rows, order, a, weight, y);                                                                  \
+  TARGET void add_weighted_##NAME(const float* c, int64_t rows, const int32_t* order, int64_t active,                 \
+                                  const float* weight, float* y) {                                                    \
+    add_weighted_body(c, rows, order, active, weight, y);                                                             \
   }                                                                                                                   \
-  constexpr PanelOps k_##NAME{scale_##NAME, store_##NAME, activate_##NAME, add_weighted_##NAME};
+  constexpr Epilogue epilogue_##NAME{scale_##NAME, store_##NAME, activate_##NAME, add_weighted_##NAME};
 
-GROK_PANEL_OPS(portable, , false)
+GROK_EPILOGUE(portable, , false)
 #if GROK_X86
-GROK_PANEL_OPS(avx2, GROK_AVX2, true)
-GROK_PANEL_OPS(avx512, GROK_AVX512, true)
+GROK_EPILOGUE(avx2, GROK_AVX2, true)
+GROK_EPILOGUE(avx512, GROK_AVX512, true)
 #endif
 
 }  // namespace
 
-const PanelOps& panel_ops(Isa isa) {
-  switch (isa) {
-#if GROK_X86
-    case Isa::avx512_bf16:
-    case Isa::avx512: return k_avx512;
-    case Isa::avx2: return k_avx2;
-#endif
-    default: return k_portable;
-  }
-}
+const Epilogue& epilogue_for(Isa isa) { return GROK_PICK(isa, epilogue); }
 
 }  // namespace grok::cpu

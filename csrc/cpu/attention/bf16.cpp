@@ -1,8 +1,10 @@
-// Attention of bf16 queries over bf16 or e4m3 pages on AVX-512 BF16. Scores by vdpbf16ps: products of bf16 are exact in
-// fp32. Probabilities stay fp32 and meet values widened to fp32: split into two of bf16 they would cost as much. A row
-// of the sums holds, of every 32 columns, the 16 even ones and then the 16 odd: what a register of bf16 widens to.
+// Attention of bf16 queries over bf16 or e4m3 pages on AVX-512 BF16. Scores use vdpbf16ps, whose products are exact
+// in fp32. Probabilities stay in fp32 and multiply values widened to fp32: split into two bf16 numbers each they
+// would cost as much. A row of the sums holds, of every 32 columns, the 16 even ones and then the 16 odd ones, as a
+// register of bf16 widens.
 
-#include "attention_tile.h"
+#include "cpu/attention/tile.h"
+#include "cpu/bf16_bytes.h"
 
 #if GROK_X86
 
@@ -11,36 +13,21 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
-namespace grok::cpu {
+namespace grok::cpu::attention {
 namespace {
 
-// 2 numbers of bf16 in a lane.
+// The low and the high bf16 number of each 32-bit lane, as fp32.
 GROK_AVX512_BF16 inline __m512 low_avx512(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
 GROK_AVX512_BF16 inline __m512 high_avx512(__m512i pairs) {
   return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
-// Low and high bytes of the bf16 numbers that the codes of e4m3 without their sign stand for.
-struct Codes {
-  alignas(64) uint8_t low[128], high[128];
-
-  constexpr Codes() : low(), high() {
-    constexpr int kSubnormals[] = {0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};  // times 2^-9
-    for (int code = 0; code < 128; ++code) {
-      const int normal = (code << 4) + ((127 - 7) << 7);
-      const int bits = code < 8 ? kSubnormals[code] : code == 127 ? 0x7fc0 : normal;
-      low[code] = static_cast<uint8_t>(bits & 0xff);
-      high[code] = static_cast<uint8_t>(bits >> 8);
-    }
-  }
-};
-constexpr Codes kCodes;
-
-// A row of c codes as bf16, zeros up to `width`.
+// Converts a row of c e4m3 codes to bf16; zeros up to `width`.
 GROK_AVX512_BF16 void widen_row_avx512(const uint8_t* codes, int64_t c, int64_t width, uint16_t* y) {
-  const __m512i low0 = _mm512_load_si512(kCodes.low), low1 = _mm512_load_si512(kCodes.low + 64);
-  const __m512i high0 = _mm512_load_si512(kCodes.high), high1 = _mm512_load_si512(kCodes.high + 64);
-  const __m512i halves = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // the order that the interleaving undoes
+  const __m512i low0 = _mm512_load_si512(kE4m3Bytes.low), low1 = _mm512_load_si512(kE4m3Bytes.low + 64);
+  const __m512i high0 = _mm512_load_si512(kE4m3Bytes.high), high1 = _mm512_load_si512(kE4m3Bytes.high + 64);
+  // undoes that the unpacks below work in 128-bit lanes
+  const __m512i halves = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
   for (int64_t i = 0; i < width; i += 64) {
     const __mmask64 valid = c - i >= 64 ? ~__mmask64{0} : (__mmask64{1} << (c - i)) - 1;
     const __m512i code = _mm512_permutexvar_epi64(halves, _mm512_maskz_loadu_epi8(valid, codes + i));
@@ -52,7 +39,7 @@ GROK_AVX512_BF16 void widen_row_avx512(const uint8_t* codes, int64_t c, int64_t 
   }
 }
 
-// A row of c numbers, zeros up to `width`.
+// Copies a row of c bf16 numbers; zeros up to `width`.
 GROK_AVX512_BF16 void pad_row_avx512(const uint16_t* row, int64_t c, int64_t width, uint16_t* y) {
   for (int64_t i = 0; i < width; i += 32) {
     const __mmask32 valid = c - i >= 32 ? ~__mmask32{0} : (__mmask32{1} << (c - i)) - 1;
@@ -71,7 +58,7 @@ GROK_AVX512_BF16 inline void prefetch_avx512(const void* row, int64_t from, int6
   for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(row) + from + i, _MM_HINT_T1);
 }
 
-// Pairs of columns against keys: y[i * kBlock + j] is pair i of row j.
+// Transposes pairs of columns: y[i * kBlock + j] is pair i of row j. Prefetches the next block's keys.
 GROK_AVX512_BF16 void transpose_avx512(const void* const* rows, int64_t width, uint32_t* y, const void* const* next,
                                        int64_t bytes) {
   const auto quarter = [](const void* row, int64_t at) GROK_AVX512_BF16 {
@@ -80,7 +67,7 @@ GROK_AVX512_BF16 void transpose_avx512(const void* const* rows, int64_t width, u
   for (int64_t j = 0; j < kBlock; j += 16) {
     for (int64_t i = 0; i < width / 2; i += 4) {
       if (i < 64) prefetch_avx512(next[j + i / 4], 0, bytes);
-      __m512i x[4];  // in its quarter k x[n] has row 4k + n: what is left is to turn each quarter of the four
+      __m512i x[4];  // 128-bit lane k of x[n] is of row 4k + n: it remains to transpose 4 × 4 in each lane
       for (int n = 0; n < 4; ++n) {
         x[n] = _mm512_castsi128_si512(quarter(rows[j + n], 4 * i));
         x[n] = _mm512_inserti32x4(x[n], quarter(rows[j + 4 + n], 4 * i), 1);
@@ -126,7 +113,7 @@ GROK_AVX512_BF16 void scores_avx512(const uint32_t* q, const uint32_t* keys, int
   }
 }
 
-// Of `halves` times 32 columns.
+// Of 32 · halves columns.
 template <int rows, int halves>
 GROK_AVX512_BF16 void accumulate_avx512(const Workspace& w, int64_t column, int64_t from, int64_t to, float* out,
                                         int64_t width) {
@@ -238,8 +225,8 @@ GROK_AVX512_BF16 void merge_avx512_bf16(const PagedAttention& p, const Piece& ti
 
 }  // namespace
 
-AttentionKernel attention_bf16_kernel() { return {attend_avx512_bf16, merge_avx512_bf16}; }
+Kernel bf16_kernel() { return {attend_avx512_bf16, merge_avx512_bf16}; }
 
-}  // namespace grok::cpu
+}  // namespace grok::cpu::attention
 
 #endif

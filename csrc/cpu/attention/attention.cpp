@@ -1,12 +1,15 @@
-#include "attention.h"
+#include "cpu/attention/attention.h"
 
+#include <atomic>
 #include <memory>
 #include <utility>
+#include <vector>
 
-#include "attention_tile.h"
-#include "fp8.h"
+#include "cpu/attention/tile.h"
+#include "cpu/dispatch.h"
+#include "cpu/fp8.h"
 
-namespace grok::cpu {
+namespace grok::cpu::attention {
 namespace {
 
 template <class T>
@@ -20,12 +23,12 @@ GROK_INLINE void widen(DType type, const void* row, int64_t c, int64_t width, fl
   switch (type) {
     case DType::f32: return widen<float>(row, c, width, y);
     case DType::bf16: return widen<BF16>(row, c, width, y);
-    case DType::e4m3: return widen<E4M3>(row, c, width, y);
+    default: return widen<E4M3>(row, c, width, y);
   }
 }
 
-// Everything in fp32. `lanes` sums of a row are held in registers at a time. The loops over them must not be unrolled:
-// as loops they become vector instructions, taken apart they would stay scalar.
+// Any types, in fp32. `lanes` sums of a row are in registers at a time. The loops over them are not unrolled, because
+// the compiler vectorises loops, but not the scalar statements that it would unroll them to.
 template <bool fused, int lanes>
 struct Fp32Path {
   static constexpr bool kFused = fused;
@@ -119,47 +122,48 @@ struct Fp32Path {
   }
 
   GROK_INLINE static void store(const PagedAttention& p, const float* out, float total, void* y) {
-    const float divisor = total < 0.5f ? 0.5f : total;  // at least 1 wherever a score is not −inf
+    const float divisor = total < 0.5f ? 0.5f : total;  // the total is at least 1 unless all scores are −inf
     if (p.q_type == DType::f32) return divide(out, divisor, p.head_size, static_cast<float*>(y));
     return divide(out, divisor, p.head_size, static_cast<BF16*>(y));
   }
 };
 
-void attend_portable(const PagedAttention& p, const Piece& piece) { attend<Fp32Path<false, 8>>(p, piece); }
-void merge_portable(const PagedAttention& p, const Piece& tile) { merge_spans<Fp32Path<false, 8>>(p, tile); }
+#define GROK_ATTENTION(NAME, TARGET, FUSED, LANES)                                          \
+  TARGET void attend_##NAME(const PagedAttention& p, const Piece& piece) {                  \
+    attend<Fp32Path<FUSED, LANES>>(p, piece);                                               \
+  }                                                                                         \
+  TARGET void merge_##NAME(const PagedAttention& p, const Piece& tile) {                    \
+    merge_spans<Fp32Path<FUSED, LANES>>(p, tile);                                           \
+  }                                                                                         \
+  constexpr Kernel kernel_##NAME{attend_##NAME, merge_##NAME};
 
+GROK_ATTENTION(portable, , false, 8)
 #if GROK_X86
-GROK_AVX2 void attend_avx2(const PagedAttention& p, const Piece& piece) { attend<Fp32Path<true, 16>>(p, piece); }
-GROK_AVX2 void merge_avx2(const PagedAttention& p, const Piece& tile) { merge_spans<Fp32Path<true, 16>>(p, tile); }
-
-GROK_AVX512 void attend_avx512(const PagedAttention& p, const Piece& piece) { attend<Fp32Path<true, 32>>(p, piece); }
-GROK_AVX512 void merge_avx512(const PagedAttention& p, const Piece& tile) { merge_spans<Fp32Path<true, 32>>(p, tile); }
+GROK_ATTENTION(avx2, GROK_AVX2, true, 16)
+GROK_ATTENTION(avx512, GROK_AVX512, true, 32)
 #endif
 
-constexpr int64_t kLargestPartials = 16 << 20;  // floats; beyond, a tile's spans follow one another
-constexpr int64_t kProductsPerThread = 1 << 18;  // of a number of q and one of k: enough that waking a thread pays
-
-}  // namespace
-
-Workspace& workspace(int64_t head_size) {
-  thread_local Workspace held;
-  thread_local std::vector<float> memory;
-  const int64_t width = padded(head_size), block = kBlock * width, rows = kTileRows * (width + 2);
-  const int64_t size = 3 * rows + 3 * block + 64;
-  if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
-  void* start = memory.data();
-  size_t space = memory.size() * sizeof(float);
-  float* next = static_cast<float*>(std::align(64, 1, start, space));
-  const auto take = [&next](int64_t count) { return std::exchange(next, next + count); };
-  held.keys = take(block);
-  held.values = take(block);
-  held.staged = take(block);
-  held.queries = take(rows);
-  held.sums = take(rows);
-  held.totals = take(rows);
-  return held;
+Kernel kernel_for(Isa isa, [[maybe_unused]] DType q, [[maybe_unused]] DType kv) {
+#if GROK_X86
+  if (isa == Isa::avx512_bf16 && q == DType::bf16 && kv != DType::f32) return bf16_kernel();
+#endif
+  (void)q, (void)kv;
+  return GROK_PICK(isa, kernel);
 }
 
+constexpr int64_t kLargestPartials = 16 << 20;   // floats; beyond that a tile's spans are not split
+constexpr int64_t kProductsPerThread = 1 << 18;  // multiply-adds of q · k that amortise waking a thread
+
+// How a call is divided.
+struct Plan {
+  std::vector<Piece> pieces;
+  std::vector<Piece> merges;    // the tiles whose spans are pieces of their own: `spans` results from `partial` on
+  std::vector<float> partials;  // these results
+  int64_t threads;              // no more than there is work for
+};
+
+// One piece for each tile of rows; where there are too few tiles to occupy the threads, one for each of their spans.
+// `plan` is reused for its memory.
 void make_plan(const PagedAttention& p, int64_t threads, Plan& plan) {
   plan.pieces.clear();
   plan.merges.clear();
@@ -190,17 +194,71 @@ void make_plan(const PagedAttention& p, int64_t threads, Plan& plan) {
   }
 }
 
-AttentionKernel attention_kernel(Isa isa, DType q, DType kv) {
-  switch (isa) {
-#if GROK_X86
-    case Isa::avx512_bf16:
-      if (q == DType::bf16 && kv != DType::f32) return attention_bf16_kernel();
-      return {attend_avx512, merge_avx512};
-    case Isa::avx512: return {attend_avx512, merge_avx512};
-    case Isa::avx2: return {attend_avx2, merge_avx2};
-#endif
-    default: return {attend_portable, merge_portable};
+void check_requests(const PagedAttention& p) {
+  const char* op = "paged_attention";
+  check(p.query_start[0] >= 0, op, ": query_start[0] is ", p.query_start[0], ", expected 0 or more");
+  for (int64_t b = 0; b < p.requests; ++b) {
+    const int64_t begin = p.query_start[b], end = p.query_start[b + 1], length = p.seq_lens[b];
+    check(begin <= end && end <= p.tokens, op, ": query_start[", b + 1, "] is ", end, ", expected at least ", begin,
+          " and at most T=", p.tokens);
+    check(length >= end - begin && length <= p.table_columns * p.page_size, op, ": seq_lens[", b, "] is ", length,
+          ", expected at least its ", end - begin, " queries and at most N*S=", p.table_columns * p.page_size);
+    if (begin == end) continue;
+    const int32_t* table = p.block_table + b * p.table_stride;
+    const int64_t first = first_key_read(p, length - (end - begin)) / p.page_size;
+    for (int64_t i = first; i <= (length - 1) / p.page_size; ++i) {
+      check(table[i] >= 0 && table[i] < p.pages, op, ": block_table[", b, ", ", i, "] is ", table[i],
+            ", expected 0 or more and less than P=", p.pages);
+    }
   }
+  check(p.query_start[0] == 0 && p.query_start[p.requests] == p.tokens, op, ": query_start goes from ",
+        p.query_start[0], " to ", p.query_start[p.requests], ", expected 0 to T=", p.tokens);
+}
+
+// Runs the pieces, the last first: of one long prompt, these are the longest.
+template <class Run>
+void run_last_first(const std::vector<Piece>& pieces, int64_t threads, Executor& executor, const Run& run) {
+  const int64_t count = static_cast<int64_t>(pieces.size());
+  std::atomic<int64_t> left{count};
+  executor.run(std::min(count, threads), [&](int64_t) {
+    for (int64_t i = --left; i >= 0; i = --left) run(pieces[i]);
+  });
+}
+
+}  // namespace
+
+Workspace& workspace(int64_t head_size) {
+  thread_local Workspace w;
+  thread_local std::vector<float> memory;
+  const int64_t width = padded(head_size), block = kBlock * width, rows = kTileRows * (width + 2);
+  const int64_t size = 3 * rows + 3 * block + 64;
+  if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
+  void* start = memory.data();
+  size_t space = memory.size() * sizeof(float);
+  float* next = static_cast<float*>(std::align(64, 1, start, space));
+  const auto take = [&next](int64_t count) { return std::exchange(next, next + count); };
+  w.keys = take(block);
+  w.values = take(block);
+  w.staged = take(block);
+  w.queries = take(rows);
+  w.sums = take(rows);
+  w.totals = take(rows);
+  return w;
+}
+
+}  // namespace grok::cpu::attention
+
+namespace grok::cpu {
+
+void paged_attention(const PagedAttention& p, Executor& executor) {
+  check_float("paged_attention: q", p.q_type);
+  if (p.kv_type != DType::e4m3) check_float("paged_attention: the pages", p.kv_type);
+  attention::check_requests(p);
+  thread_local attention::Plan plan;
+  const attention::Kernel kernel = attention::kernel_for(current_isa(), p.q_type, p.kv_type);
+  attention::make_plan(p, executor.threads(), plan);
+  attention::run_last_first(plan.pieces, plan.threads, executor, [&](const auto& piece) { kernel.attend(p, piece); });
+  attention::run_last_first(plan.merges, plan.threads, executor, [&](const auto& tile) { kernel.merge(p, tile); });
 }
 
 }  // namespace grok::cpu

@@ -1,10 +1,8 @@
-// Rows brought into the form that the products read.
+#include "cpu/gemm/packed_rows.h"
 
-#include <algorithm>
 #include <cstring>
 
-#include "fp8.h"
-#include "gemm.h"
+#include "cpu/fp8.h"
 
 #if GROK_X86
 #include <immintrin.h>
@@ -13,8 +11,8 @@
 namespace grok::cpu {
 namespace {
 
-float element(const void* row, DType elem, int64_t i) {
-  switch (elem) {
+float element(const void* row, DType type, int64_t i) {
+  switch (type) {
     case DType::f32: return static_cast<const float*>(row)[i];
     case DType::bf16: return to_float(static_cast<const BF16*>(row)[i]);
     case DType::int8: return static_cast<const int8_t*>(row)[i];
@@ -22,44 +20,49 @@ float element(const void* row, DType elem, int64_t i) {
   }
 }
 
-// Columns from..from+count of a row of k, as fp32, `tile` apart; zeros past k.
-void spread_f32(const void* row, DType elem, const float* scale, int64_t groups, int64_t from, int64_t count, int64_t k,
+// Values packed in a range of a parallel_for, at least.
+constexpr int64_t kValuesPerRange = 1 << 16;
+
+// Writes columns from..from+count−1 of a row of k as fp32, `tile` dwords apart; zeros past k.
+void spread_f32(const void* row, DType type, const float* scale, int64_t groups, int64_t from, int64_t count, int64_t k,
                 int64_t tile, uint32_t* out) {
   for (int64_t i = from; i < from + count; ++i, out += tile) {
     float value = 0.0f;
-    if (i < k) value = element(row, elem, i) * (scale ? scale[groups == 1 ? 0 : i / kScaleGroup] : 1.0f);
+    if (i < k) value = element(row, type, i) * (scale ? scale[groups == 1 ? 0 : i / kScaleGroup] : 1.0f);
     std::memcpy(out, &value, 4);
   }
 }
 
 #if GROK_X86
-// Where the dwords of 16 runs of a tile come from: dword i of them is run i / rows of row i % rows.
-struct Mix {
-  alignas(64) int32_t run[kTile][16];
-  uint16_t row[kTile][kTile];  // of each 16, those of this row
+// How the dwords of `rows` rows are interleaved, 16 runs at a time: dword i of the result is run i / rows of row i %
+// rows.
+struct Interleaving {
+  alignas(64) int32_t run[kTile][16];  // of each dword of a register of the result
+  uint16_t row[kTile][kTile];          // [register][row]: mask of the dwords that come from this row
 };
 
-struct Mixes {
-  Mix of[kTile];
+struct Interleavings {
+  Interleaving of[kTile];
 };
 
-Mixes make_mixes() {
-  Mixes all{};
+constexpr Interleavings make_interleavings() {
+  Interleavings all{};
   for (int rows = 1; rows <= kTile; ++rows) {
+    Interleaving& x = all.of[rows - 1];
     for (int i = 0; i < 16 * rows; ++i) {
-      all.of[rows - 1].run[i / 16][i % 16] = i / rows;
-      all.of[rows - 1].row[i / 16][i % rows] |= static_cast<uint16_t>(1 << i % 16);
+      x.run[i / 16][i % 16] = i / rows;
+      x.row[i / 16][i % rows] = static_cast<uint16_t>(x.row[i / 16][i % rows] | 1 << i % 16);
     }
   }
   return all;
 }
 
-const Mixes kMixes = make_mixes();
+constexpr Interleavings kInterleavings = make_interleavings();
 
-// `runs` dwords of each row as they are, from byte `from` on; zeros past its last byte.
+// Interleaves `runs` dwords of each row, from byte `from` on; zeros past a row's last byte.
 template <int kRows>
-GROK_AVX512 void mix_avx512(const char* const* rows, int64_t from, int64_t bytes, int64_t runs, uint32_t* out) {
-  const Mix& mix = kMixes.of[kRows - 1];
+GROK_AVX512 void interleave_avx512(const char* const* rows, int64_t from, int64_t bytes, int64_t runs, uint32_t* out) {
+  const Interleaving& mix = kInterleavings.of[kRows - 1];
   for (int64_t run = 0; run < runs; run += 16, from += 64) {
     const int64_t here = std::clamp<int64_t>(bytes - from, 0, 64);
     const __mmask64 bytes_here = here == 64 ? ~__mmask64{0} : (__mmask64{1} << here) - 1;
@@ -82,8 +85,9 @@ GROK_AVX512 void mix_avx512(const char* const* rows, int64_t from, int64_t bytes
   }
 }
 
-constexpr decltype(&mix_avx512<1>) kMix[] = {mix_avx512<1>, mix_avx512<2>, mix_avx512<3>,
-                                             mix_avx512<4>, mix_avx512<5>, mix_avx512<6>};
+constexpr decltype(&interleave_avx512<1>) kInterleave[] = {interleave_avx512<1>, interleave_avx512<2>,
+                                                           interleave_avx512<3>, interleave_avx512<4>,
+                                                           interleave_avx512<5>, interleave_avx512<6>};
 
 GROK_AVX512_BF16 int32_t sum_avx512(const char* values, int64_t count) {
   __m512i sum = _mm512_setzero_si512();
@@ -100,6 +104,14 @@ GROK_AVX512_BF16 int32_t sum_avx512(const char* values, int64_t count) {
 
 }  // namespace
 
+Path choose_path(Isa isa, DType x, const Weights& w) {
+  const int64_t group = w.groups ? w.k / w.groups : w.k;
+  if (isa != Isa::avx512_bf16 || w.type == DType::f32) return Path::f32;
+  if (x == DType::bf16 && (w.groups <= 1 || group % 4 == 0)) return Path::bf16;
+  if (x == DType::int8 && w.type == DType::int8 && (w.groups <= 1 || group % kScaleGroup == 0)) return Path::int8;
+  return Path::f32;
+}
+
 PackedRows::PackedRows(Path path_, Isa isa_, int64_t k_, const std::vector<int64_t>& offsets)
     : path(path_), isa(isa_), k(k_), run_columns(path_ == Path::bf16 ? 2 : path_ == Path::int8 ? 4 : 1),
       runs(round_up(k_, 4) / run_columns), groups(path_ == Path::int8 ? (k_ + kScaleGroup - 1) / kScaleGroup : 0),
@@ -107,7 +119,7 @@ PackedRows::PackedRows(Path path_, Isa isa_, int64_t k_, const std::vector<int64
   for (size_t e = 0; e + 1 < offsets.size(); ++e) {
     const int64_t rows = offsets[e + 1] - offsets[e], count = (rows + kTile - 1) / kTile;
     const int64_t parts = (count + kRowBlock / kTile - 1) / (kRowBlock / kTile);
-    for (int64_t i = 0; i < count; ++i) {  // tiles of equal height, or one less; blocks of as many tiles, or one less
+    for (int64_t i = 0; i < count; ++i) {  // the heights of tiles differ by 1 at most, and so the tiles of row blocks
       const int64_t begin = offsets[e] + rows * i / count, end = offsets[e] + rows * (i + 1) / count;
       const int64_t tile = static_cast<int64_t>(tiles.size());
       if (i == 0 || i * parts / count != (i - 1) * parts / count) {
@@ -129,14 +141,21 @@ void PackedRows::place(void* workspace) {
   bias = reinterpret_cast<int32_t*>(at + round_up(total * groups * 4, 64));
 }
 
-void PackedRows::pack(const Rows& x, int64_t first_tile, int64_t last_tile, int64_t column, int64_t columns) {
-  const int64_t size = size_of(x.elem), end = column + columns == k ? runs : (column + columns) / run_columns;
+void PackedRows::pack(const Rows& x, const RowMap& map, Executor& executor) {
+  const int64_t values = std::max<int64_t>(1, kTile * k), grain = std::max<int64_t>(1, kValuesPerRange / values);
+  executor.parallel_for(static_cast<int64_t>(tiles.size()), grain,
+                        [&](int64_t begin, int64_t end) { pack(x, map, begin, end, 0, k); });
+}
+
+void PackedRows::pack(const Rows& x, const RowMap& map, int64_t first_tile, int64_t last_tile, int64_t column,
+                      int64_t columns) {
+  const int64_t size = size_of(x.type), end = column + columns == k ? runs : (column + columns) / run_columns;
   for (int64_t i = first_tile; i < last_tile; ++i) {
     const Tile& t = tiles[i];
     const char* rows[kTile];
     const float* scale[kTile] = {};
     for (int64_t r = 0; r < t.rows; ++r) {
-      const int64_t from = x.index ? x.index[t.row + r] / x.index_divisor : t.row + r - x.first;
+      const int64_t from = map.index ? map.index[t.row + r] / map.divisor : t.row + r - map.first;
       rows[r] = static_cast<const char*>(x.data) + from * x.stride * size;
       if (x.scale) scale[r] = x.scale + from * x.groups;
     }
@@ -146,12 +165,12 @@ void PackedRows::pack(const Rows& x, int64_t first_tile, int64_t last_tile, int6
       uint32_t* out = this->at(t, run);
 #if GROK_X86
       if (path != Path::f32) {
-        kMix[t.rows - 1](rows, from * size, columns * size, last - run, out);
+        kInterleave[t.rows - 1](rows, from * size, columns * size, last - run, out);
         continue;
       }
 #endif
       for (int64_t r = 0; r < t.rows; ++r) {
-        spread_f32(rows[r], x.elem, scale[r], x.groups, from, last - run, columns, t.rows, out + r);
+        spread_f32(rows[r], x.type, scale[r], x.groups, from, last - run, columns, t.rows, out + r);
       }
     }
 #if GROK_X86

@@ -1,7 +1,7 @@
-// int8 rows and weights: vpdpbusd adds the products of four columns to an int32 sum, exactly. Its first factor is
-// unsigned, so the weights go in as w + 128, and each sum starts at −128 times the sum of the row.
+// Path::int8: vpdpbusd adds the products of four columns to an int32 sum, exactly. Its first operand is unsigned, so
+// the weights are taken as w + 128, and each sum starts at −128 · the sum of the row (PackedRows::bias).
 
-#include "gemm_kernels.h"
+#include "cpu/gemm/prefetch.h"
 
 #if GROK_X86
 #include <immintrin.h>
@@ -10,25 +10,26 @@ namespace grok::cpu {
 namespace {
 
 constexpr int64_t kGroupRuns = kScaleGroup / 4;
-constexpr int64_t kFewTiles = 3;  // compute faster than memory gives them weights
-static_assert(kRunsAhead % kGroupRuns == 0, "a group of columns has one scale");
+constexpr int64_t kFewTiles = 3;  // so many tiles compute faster than memory delivers their weights
+static_assert(kRunsAhead % kGroupRuns == 0, "stream() must not cut a group of columns that has one scale");
 
-// With 16 · kWide outputs: c = or += Σ scale · sum, over groups of up to 128 columns. The registers hold the sums of a group
-// and those of all together for 6 rows and 32 outputs, or 3 and 64; of a larger tile the latter are in c.
+// c (+)= Σ over groups of 128 columns of scale · (x · w of the group), of one tile and 16 · kWide outputs. Registers
+// hold the integer sums of a group; they hold the fp32 totals too for 6 rows and 32 outputs, or 3 rows and 64. For a
+// larger tile the totals stay in c.
 template <int kRows, int kWide, Fetch kFetch>
 GROK_AVX512_BF16 void int8_tile_avx512(const uint32_t* x, const uint8_t* w, int64_t runs, const float* scale,
                                        const int32_t* bias, int64_t groups, float* c, bool first, Ahead ahead) {
   const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
-  constexpr bool kHeld = kRows * kWide <= 12;
-  __m512 total[kHeld ? kRows : 1][kHeld ? kWide : 1];
-  const auto so_far = [&](int r, int j) GROK_AVX512_BF16 {
+  constexpr bool kInRegisters = kRows * kWide <= 12;
+  __m512 total[kInRegisters ? kRows : 1][kInRegisters ? kWide : 1];
+  const auto total_so_far = [&](int r, int j) GROK_AVX512_BF16 {
     return first ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * kPanel + j * 16);
   };
-  if constexpr (kHeld) {
+  if constexpr (kInRegisters) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int j = 0; j < kWide; ++j) total[r][j] = so_far(r, j);
+      for (int j = 0; j < kWide; ++j) total[r][j] = total_so_far(r, j);
     }
   }
   while (runs > 0) {
@@ -49,7 +50,7 @@ GROK_AVX512_BF16 void int8_tile_avx512(const uint32_t* x, const uint8_t* w, int6
       for (int r = 0; r < kRows; ++r) {
         const __m512i four = _mm512_set1_epi32(static_cast<int>(x[r]));
 #pragma GCC unroll 4
-        // written out: g++ 12 keeps such sums in memory where the intrinsic is used
+        // in assembly: with the intrinsic, g++ 12 spills the sums to memory
         for (int j = 0; j < kWide; ++j) asm("vpdpbusd %2, %1, %0" : "+v"(sum[r][j]) : "v"(v[j]), "v"(four));
       }
     }
@@ -58,20 +59,20 @@ GROK_AVX512_BF16 void int8_tile_avx512(const uint32_t* x, const uint8_t* w, int6
       const __m512 s = _mm512_set1_ps(scale[r * groups]);
 #pragma GCC unroll 4
       for (int j = 0; j < kWide; ++j) {
-        const __m512 value = _mm512_maskz_cvtepi32_ps(0xffff, sum[r][j]);  // the plain one warns in g++ 12
-        if constexpr (kHeld) {
+        const __m512 value = _mm512_maskz_cvtepi32_ps(0xffff, sum[r][j]);  // without the mask g++ 12 warns
+        if constexpr (kInRegisters) {
           total[r][j] = _mm512_fmadd_ps(value, s, total[r][j]);
         } else {
-          _mm512_storeu_ps(c + r * kPanel + j * 16, _mm512_fmadd_ps(value, s, so_far(r, j)));
+          _mm512_storeu_ps(c + r * kPanel + j * 16, _mm512_fmadd_ps(value, s, total_so_far(r, j)));
         }
       }
     }
     runs -= count;
-    if (!kHeld) first = false;
+    if (!kInRegisters) first = false;
     ++scale;
     ++bias;
   }
-  if constexpr (kHeld) {
+  if constexpr (kInRegisters) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -89,7 +90,7 @@ constexpr TileKernel kTiles[] = {int8_tile_avx512<1, kWide, kFetch>, int8_tile_a
 
 }  // namespace
 
-void int8_block_avx512(const Block& b) {
+void int8_block_avx512(const BlockProduct& b) {
   const int64_t groups = b.x->groups, runs = (b.columns + 3) / 4;
   const int64_t tiles = b.rows->last_tile - b.rows->first_tile;
   if (alone(b)) {

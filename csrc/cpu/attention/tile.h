@@ -5,33 +5,66 @@
 #include <cstring>
 #include <limits>
 
-#include "attention.h"
-#include "fused_math.h"
+#include "cpu/attention/attention.h"
+#include "cpu/fused_math.h"
+#include "cpu/isa.h"
 
-// One tile of rows over blocks of keys, written once for all instruction sets. A Path holds what differs:
-//   load_query   one row of q, in the form `scores` takes
-//   load_block   the keys, transposed, and the values of a block, in the forms `scores` and `accumulate` take
+// Attention of one tile of query rows over blocks of keys (FlashAttention's online softmax), written once for all
+// instruction sets. A Path holds what differs:
+//   load_query   one row of q, in the form that `scores` takes
+//   load_block   the keys of a block, transposed, and its values, in the forms that `scores` and `accumulate` take
 //   scores       q · k of a few rows and all keys of a block
 //   accumulate   out = out · keep + p · v of a few rows and a range of the block's keys
 //   store        one row of the result
-// Every number of a row comes from the same operations in the same order, whatever rows it shares the tile with: keys
-// that it does not see have probability 0, and add exact zeros.
+// Every number of a row comes from the same operations in the same order, whatever rows share its tile: keys that the
+// row does not see have probability 0 and add exact zeros.
 
-namespace grok::cpu {
+namespace grok::cpu::attention {
+
+// Keys are processed in blocks of kBlock, and blocks are summed in spans of kSpan keys, counted from the request's
+// first key. The order of a query's additions, and so its bits, depends on these two alone.
+constexpr int64_t kBlock = 64;
+constexpr int64_t kSpan = 512;
+constexpr int64_t kTileRows = 96;
+
+// The first key that a query at `position` sees, and the first key of its block: the first that is read for it.
+inline int64_t first_key(const PagedAttention& p, int64_t position) {
+  return p.window && position >= p.window ? position - p.window + 1 : 0;
+}
+inline int64_t first_key_read(const PagedAttention& p, int64_t position) {
+  return first_key(p, position) / kBlock * kBlock;
+}
+
+// Work of one thread: a tile of rows of one request and key head, over some spans of its keys. The rows of a request
+// are its queries times the R = H / G query heads that share the key head: query i, head r is row i · R + r.
+struct Piece {
+  int64_t request, group;
+  int64_t row, rows;    // at most kTileRows
+  int64_t span, spans;  // the first, and how many
+  float* partial;       // takes the RunningSums of the span; null: the result goes to `out`
+};
+
+struct Kernel {
+  void (*attend)(const PagedAttention&, const Piece&);
+  void (*merge)(const PagedAttention&, const Piece&);  // of a tile whose spans were pieces of their own
+};
+
+// Of bf16 queries and bf16 or e4m3 pages, for Isa::avx512_bf16.
+Kernel bf16_kernel();
 
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
-constexpr int64_t kRows = 6;  // rows that share a load of keys: with 4 registers of 16 keys they fill 24 of 32
+constexpr int64_t kRows = 6;  // rows that share a load of keys: 6 · 4 sums of 16 keys fill 24 of 32 registers
 
 inline int64_t padded(int64_t head_size) { return (head_size + 31) / 32 * 32; }
 
 inline int64_t partial_size(const PagedAttention& p, int64_t rows) { return rows * (2 + padded(p.head_size)); }
 
-// The running state of the softmax: for each row the largest score, the sum of exp(score − largest), and the values
-// weighted so.
-struct Sums {
+// The state of the online softmax: for each row the largest score so far, the sum of exp(score − largest), and the
+// values weighted by it.
+struct RunningSums {
   float *top, *total, *out;
 
-  Sums(float* memory, int64_t rows) : top(memory), total(memory + rows), out(memory + 2 * rows) {}
+  RunningSums(float* memory, int64_t rows) : top(memory), total(memory + rows), out(memory + 2 * rows) {}
 
   void clear(int64_t rows, int64_t width) const {
     for (int64_t r = 0; r < rows; ++r) top[r] = kMinusInf;
@@ -40,33 +73,34 @@ struct Sums {
   }
 };
 
-// Some keys of one request and key head. Past `count` the last one is repeated, and masked later.
-struct Block {
+// Where a block of keys and values of one request and key head lies. Entries past `count` repeat the last key; they are
+// masked later.
+struct KeyBlock {
   int64_t first, count;
   const void* k[kBlock];
   const void* v[kBlock];
   float k_scale[kBlock], v_scale[kBlock];  // 1 where the pages have none
 };
 
-// What a thread works in; grows, and is kept.
+// The workspace of a thread, kept between calls.
 struct Workspace {
   float* queries;  // kTileRows rows of `width` numbers
   float* keys;     // kBlock rows of `width`, transposed
   float* values;   // kBlock rows of `width`
-  float* staged;   // the same, for keys on their way to `keys`
-  float* sums;     // of a span, and of all
-  float* totals;
+  float* staged;   // kBlock rows of `width`: keys before they are transposed
+  float* sums;     // RunningSums of a span
+  float* totals;   // RunningSums of all spans so far
   alignas(64) float scores[kRows * kBlock];
   float keep[kRows];
-  float factor[kTileRows];                    // the temperature's
+  float factor[kTileRows];                    // the attention temperature of each row
   int32_t first[kTileRows], last[kTileRows];  // the keys that a row sees
-  int64_t element;    // bytes of a number in the pages
-  Block block, next;  // in work, and the one after it
+  int64_t element;                            // bytes of an element of the pages
+  KeyBlock block, next;                       // the current block, and the one to prefetch
 };
 
 Workspace& workspace(int64_t head_size);
 
-inline void find_block(const PagedAttention& p, const Piece& piece, int64_t first, int64_t count, Block& b) {
+inline void find_block(const PagedAttention& p, const Piece& piece, int64_t first, int64_t count, KeyBlock& b) {
   const int32_t* page = p.block_table + piece.request * p.table_stride + first / p.page_size;
   const int64_t element = size_of(p.kv_type);
   int64_t slot = first % p.page_size;
@@ -90,7 +124,7 @@ inline void find_block(const PagedAttention& p, const Piece& piece, int64_t firs
   b.count = count;
 }
 
-// One lane of the widest registers each, so that the order of the additions is the same on all.
+// Reductions run over the lanes of the widest register on every instruction set: one order of the additions.
 constexpr int kLanes = 16;
 
 template <int n>
@@ -111,21 +145,21 @@ GROK_INLINE float fold_sum(float* m) {
   return m[0];
 }
 
-// What the scores of a call have in common: score = outer · factor · tanh(inner · q·k), or without the tanh.
+// score = outer · factor · tanh(inner · q·k), or without the tanh; `factor` is the row's.
 struct Scaling {
   float inner, outer;
   bool capped;
 
   explicit Scaling(const PagedAttention& p) : inner(p.scale), outer(1.0f), capped(p.softcap > 0.0f) {
     if (!capped) return;
-    inner = std::min(p.scale / p.softcap, std::numeric_limits<float>::max());  // tanh is long 1
+    inner = std::min(p.scale / p.softcap, std::numeric_limits<float>::max());  // finite: tanh is 1 there
     outer = p.softcap;
   }
 };
 
-// The scores of keys that a row sees, −inf for the others; and the largest.
+// Makes scores of the products with the keys that a row sees, −inf of the others. Returns the largest.
 template <bool fused, bool capped>
-GROK_INLINE float mask(float* __restrict s, const Block& b, float inner, float outer, int32_t from, int32_t to) {
+GROK_INLINE float mask(float* __restrict s, const KeyBlock& b, float inner, float outer, int32_t from, int32_t to) {
   float m[kLanes];
   for (int j = 0; j < kLanes; ++j) m[j] = kMinusInf;
   for (int32_t i = 0; i < kBlock; i += kLanes) {
@@ -139,8 +173,8 @@ GROK_INLINE float mask(float* __restrict s, const Block& b, float inner, float o
   return fold_max<kLanes>(m);
 }
 
-// Scores to probabilities times v's scales, of rows r..r+n-1; `keep` is what their earlier sums are worth now. Step by
-// step for all rows, so that the steps of one overlap with those of another.
+// Turns the scores of rows r..r+n−1 into probabilities, times the scales of the values; w.keep receives the factors
+// that rescale the rows' earlier sums. All rows take each step together, so that their latencies overlap.
 template <bool fused>
 GROK_INLINE void softmax(Workspace& w, const Scaling& scaling, int64_t r, int64_t n, float* __restrict top,
                          float* __restrict total) {
@@ -153,7 +187,7 @@ GROK_INLINE void softmax(Workspace& w, const Scaling& scaling, int64_t r, int64_
     const float here = scaling.capped ? mask<fused, true>(s, w.block, scaling.inner, outer, from, to)
                                       : mask<fused, false>(s, w.block, scaling.inner, outer, from, to);
     const float new_top = here > top[i] ? here : top[i];
-    shift[i] = new_top == kMinusInf ? 0.0f : new_top;  // nothing seen yet: exp(-inf − 0) is 0, not NaN
+    shift[i] = new_top == kMinusInf ? 0.0f : new_top;  // no key seen yet: exp(−inf − 0) is 0, not NaN
     keep[i] = top[i] - shift[i];
     top[i] = new_top;
   }
@@ -172,8 +206,8 @@ GROK_INLINE void softmax(Workspace& w, const Scaling& scaling, int64_t r, int64_
   }
 }
 
-// Adds a span's sums to those of the spans before it.
-GROK_INLINE void merge(const Sums& into, const Sums& from, int64_t rows, int64_t width) {
+// Adds the sums of a span to those of the spans before it.
+GROK_INLINE void merge(const RunningSums& into, const RunningSums& from, int64_t rows, int64_t width) {
   for (int64_t r = 0; r < rows; ++r) {
     const float top = from.top[r] > into.top[r] ? from.top[r] : into.top[r];
     const float shift = top == kMinusInf ? 0.0f : top;
@@ -188,25 +222,25 @@ GROK_INLINE void merge(const Sums& into, const Sums& from, int64_t rows, int64_t
 
 template <class X>
 GROK_INLINE void divide(const float* __restrict x, float total, int64_t c, X* __restrict y) {
-  // + 0: whether a zero comes out as −0 depends on the exact zeros that were added
+  // + 0 turns −0 into 0: whether a zero is negative depends on how many hidden keys were added
   for (int64_t i = 0; i < c; ++i) y[i] = from_float<X>(x[i] / total + 0.0f);
 }
 
-struct Row {
+struct QueryRow {
   int64_t token, head, position;
 };
 
-inline Row find_row(const PagedAttention& p, const Piece& piece, int64_t r) {
+inline QueryRow find_row(const PagedAttention& p, const Piece& piece, int64_t r) {
   const int64_t shared = p.heads / p.groups, begin = p.query_start[piece.request];
   const int64_t query = (piece.row + r) / shared, count = p.query_start[piece.request + 1] - begin;
   return {begin + query, piece.group * shared + (piece.row + r) % shared, p.seq_lens[piece.request] - count + query};
 }
 
 template <class Path>
-GROK_INLINE void store_rows(const PagedAttention& p, const Piece& piece, const Sums& sums, int64_t width) {
+GROK_INLINE void store_rows(const PagedAttention& p, const Piece& piece, const RunningSums& sums, int64_t width) {
   const int64_t element = p.q_type == DType::f32 ? 4 : 2;
   for (int64_t r = 0; r < piece.rows; ++r) {
-    const Row row = find_row(p, piece, r);
+    const QueryRow row = find_row(p, piece, r);
     char* y = static_cast<char*>(p.out) + (row.token * p.heads + row.head) * p.head_size * element;
     Path::store(p, sums.out + r * width, sums.total[r], y);
   }
@@ -218,7 +252,7 @@ GROK_INLINE void attend(const PagedAttention& p, const Piece& piece) {
   Workspace& w = workspace(p.head_size);
   const int64_t element = p.q_type == DType::f32 ? 4 : 2;
   for (int64_t r = 0; r < rows; ++r) {
-    const Row row = find_row(p, piece, r);
+    const QueryRow row = find_row(p, piece, r);
     const char* q = static_cast<const char*>(p.q);
     Path::load_query(p, q + (row.token * p.q_token_stride + row.head * p.q_head_stride) * element, w.queries, r);
     w.first[r] = static_cast<int32_t>(first_key(p, row.position));
@@ -231,7 +265,7 @@ GROK_INLINE void attend(const PagedAttention& p, const Piece& piece) {
     std::fill_n(scales, kBlock, 1.0f);
   }
   w.element = size_of(p.kv_type);
-  const Sums sums(piece.partial ? piece.partial : w.sums, rows), totals(w.totals, rows);
+  const RunningSums sums(piece.partial ? piece.partial : w.sums, rows), totals(w.totals, rows);
   sums.clear(rows, width);
   totals.clear(rows, width);
   const int64_t start = std::max<int64_t>(piece.span * kSpan, w.first[0] / kBlock * kBlock);
@@ -260,15 +294,12 @@ GROK_INLINE void attend(const PagedAttention& p, const Piece& piece) {
 template <class Path>
 GROK_INLINE void merge_spans(const PagedAttention& p, const Piece& tile) {
   const int64_t width = padded(p.head_size);
-  const Sums totals(workspace(p.head_size).totals, tile.rows);
+  const RunningSums totals(workspace(p.head_size).totals, tile.rows);
   totals.clear(tile.rows, width);
   for (int64_t span = 0; span < tile.spans; ++span) {
-    merge(totals, Sums(tile.partial + span * partial_size(p, tile.rows), tile.rows), tile.rows, width);
+    merge(totals, RunningSums(tile.partial + span * partial_size(p, tile.rows), tile.rows), tile.rows, width);
   }
   store_rows<Path>(p, tile, totals, width);
 }
 
-// The path of bf16 queries and bf16 or e4m3 pages, for Isa::avx512_bf16.
-AttentionKernel attention_bf16_kernel();
-
-}  // namespace grok::cpu
+}  // namespace grok::cpu::attention

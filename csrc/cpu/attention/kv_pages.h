@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "../common/types.h"
+#include "common/types.h"
 
 namespace grok::cpu {
 
@@ -10,7 +10,7 @@ namespace grok::cpu {
 // contiguous. Strides are in elements.
 struct KvPages {
   void* data;
-  float* scale;  // nullptr unless e4m3
+  float* scale;  // null unless e4m3
   int64_t page_stride, group_stride, slot_stride;
   int64_t scale_page_stride, scale_group_stride;
 

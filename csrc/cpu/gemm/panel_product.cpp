@@ -1,30 +1,29 @@
-#include "gemm.h"
+#include "cpu/gemm/panel_product.h"
 
-#include <algorithm>
 #include <cstring>
 
-#include "buffer.h"
-#include "gemm_kernels.h"
-#include "panel_ops.h"
+#include "cpu/buffer.h"
+#include "cpu/gemm/block_product.h"
+#include "cpu/gemm/epilogue.h"
 
 namespace grok::cpu {
 namespace {
 
-// `runs` dwords of a row as they are, `tile` apart; zeros past its last byte.
-void spread(const void* row, int64_t bytes, int64_t runs, int64_t tile, uint32_t* out) {
+// Writes `runs` dwords of a row, `step` dwords apart; zeros past its last byte.
+void spread(const void* row, int64_t bytes, int64_t runs, int64_t step, uint32_t* out) {
   const char* from = static_cast<const char*>(row);
   const int64_t whole = std::clamp<int64_t>(bytes / 4, 0, runs);
-  for (int64_t i = 0; i < whole; ++i) std::memcpy(out + i * tile, from + 4 * i, 4);
+  for (int64_t i = 0; i < whole; ++i) std::memcpy(out + i * step, from + 4 * i, 4);
   for (int64_t i = whole; i < runs; ++i) {
     uint32_t last = 0;
     if (4 * i < bytes) std::memcpy(&last, from + 4 * i, bytes - 4 * i);
-    out[i * tile] = last;
+    out[i * step] = last;
   }
 }
 
-// Columns from..from+columns of 64 outputs of a plain weight, as the runs of a packed one; zeros past n and past them.
+// Gathers columns from..from+columns−1 of a panel of a weight in rows into runs; zeros past these columns and past n.
 void gather_runs(const Weights& w, int64_t expert, int64_t output, int64_t from, int64_t columns, uint32_t* out) {
-  const int64_t size = size_of(w.elem), runs = round_up(columns, 4) * size / 4, bytes = columns * size;
+  const int64_t size = size_of(w.type), runs = round_up(columns, 4) * size / 4, bytes = columns * size;
   const int64_t outputs = std::min(kPanel, w.n - output);
   for (int64_t n = 0; n < kPanel; ++n) {
     if (n >= outputs) {
@@ -38,23 +37,18 @@ void gather_runs(const Weights& w, int64_t expert, int64_t output, int64_t from,
 }
 
 struct Scratch {
-  Buffer result[2], partial, stage, runs;
+  Buffer result[2];  // one for each slot
+  Buffer partial;    // of a group of columns that share scales
+  Buffer stage;      // converted weights
+  Buffer runs;       // gathered weights
 };
 
 thread_local Scratch scratch;
 
 }  // namespace
 
-Path choose_path(Isa isa, DType x, const Weights& w) {
-  const int64_t group = w.groups ? w.k / w.groups : w.k;
-  if (isa != Isa::avx512_bf16 || w.elem == DType::f32) return Path::f32;
-  if (x == DType::bf16 && (w.groups <= 1 || group % 4 == 0)) return Path::bf16;
-  if (x == DType::int8 && w.elem == DType::int8 && (w.groups <= 1 || group % kScaleGroup == 0)) return Path::int8;
-  return Path::f32;
-}
-
 float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::RowBlock& block, int64_t output,
-                     int slot, const uint8_t* then) {
+                     int slot, const uint8_t* next) {
   Scratch& s = scratch;
   const int64_t rows = block.rows, expert = block.expert;
   const int64_t groups = w.scale ? w.groups : 1, group = w.k / groups;
@@ -62,22 +56,22 @@ float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::Ro
   float* sums = groups > 1 ? s.partial.get<float>(rows * kPanel) : result;
   if (group == 0) std::memset(sums, 0, rows * kPanel * 4);
 
-  BlockKernel kernel = f32_block(x.isa);
-  int64_t most = kRunBlock * x.run_columns;  // columns at a time
+  BlockKernel* kernel = f32_block(x.isa);
+  int64_t most = kRunBlock * x.run_columns;  // columns of a block
 #if GROK_X86
   if (x.path == Path::bf16) {
     kernel = bf16_block_avx512;
     const bool alone = block.last_tile - block.first_tile == 1;
-    if (w.packed && w.elem != DType::bf16 && alone) most = w.k;  // in one stream, as the rows lie
+    if (w.layout == Layout::panels && w.type != DType::bf16 && alone) most = w.k;  // a lone tile is contiguous
   } else if (x.path == Path::int8) {
     kernel = int8_block_avx512;
   }
 #endif
-  const PanelOps& ops = panel_ops(x.isa);
-  const int64_t run_columns = 4 / size_of(w.elem);
+  const Epilogue& epilogue = epilogue_for(x.isa);
+  const int64_t run_columns = 4 / size_of(w.type);  // of w
   const uint8_t* panel = w.panel(expert, output);
-  Block b{};
-  b.elem = w.elem;
+  BlockProduct b{};
+  b.type = w.type;
   b.x = &x;
   b.rows = &block;
   b.c = sums;
@@ -87,9 +81,9 @@ float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::Ro
       b.column = from;
       b.columns = std::min((from / most + 1) * most, end) - from;
       b.first = from == g * group;
-      b.then = from + b.columns == w.k ? then : nullptr;
+      b.next = from + b.columns == w.k ? next : nullptr;
       const int64_t run = from / run_columns;
-      if (w.packed) {
+      if (w.layout == Layout::panels) {
         b.w = panel + run * kRunBytes;
       } else {
         const int64_t start = run * run_columns;
@@ -103,7 +97,7 @@ float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::Ro
     float scale[kPanel] = {};
     const float* scales = w.scale + (expert * groups + g) * w.n + output;
     std::copy(scales, scales + std::min(kPanel, w.n - output), scale);
-    ops.scale(sums, scale, rows, groups > 1 && g > 0, result);
+    epilogue.scale(sums, scale, rows, groups > 1 && g > 0, result);
   }
   return result;
 }

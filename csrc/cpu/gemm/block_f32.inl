@@ -1,13 +1,13 @@
-// Included once for each instruction set, with its registers: Vec, kWidth floats wide, kColumns of them a step; load,
-// store, zero, splat, add_product; and GROK_F32, the target.
+// Included once for each instruction set, which defines: the target GROK_F32, the register type Vec of kWidth floats,
+// how many registers of outputs a step uses (kColumns), and load, store, zero, splat and add_product.
 
-GROK_F32 inline void convert(const uint8_t* w, DType elem, int64_t column, int64_t columns, float* out) {
+GROK_F32 inline void convert(const uint8_t* w, DType type, int64_t column, int64_t columns, float* out) {
   for (int64_t k = column; k < column + columns; ++k, out += kPanel) {
-    if (elem == DType::f32) {
+    if (type == DType::f32) {
       convert_run<DType::f32>(w, k, out);
-    } else if (elem == DType::bf16) {
+    } else if (type == DType::bf16) {
       convert_run<DType::bf16>(w, k, out);
-    } else if (elem == DType::int8) {
+    } else if (type == DType::int8) {
       convert_run<DType::int8>(w, k, out);
     } else {
       convert_run<DType::e4m3>(w, k, out);
@@ -46,9 +46,9 @@ GROK_F32 void tile(const float* x, const float* w, int64_t columns, float* c, bo
 using TileKernel = void (*)(const float*, const float*, int64_t, float*, bool);
 constexpr TileKernel kTiles[] = {tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};
 
-GROK_F32 void block(const Block& b) {
+GROK_F32 void block(const BlockProduct& b) {
   float* stage = static_cast<float*>(b.stage);
-  convert(b.w, b.elem, b.column % (4 / size_of(b.elem)), b.columns, stage);
+  convert(b.w, b.type, b.column % (4 / size_of(b.type)), b.columns, stage);
   for (int64_t i = b.rows->first_tile; i < b.rows->last_tile; ++i) {
     const PackedRows::Tile& t = b.x->tiles[i];
     kTiles[t.rows - 1](reinterpret_cast<const float*>(b.x->at(t, b.column)), stage, b.columns,

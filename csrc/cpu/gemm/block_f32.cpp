@@ -1,9 +1,11 @@
-// Any rows and weights, converted to fp32. The machine's vectors multiply and add, fused where it can.
+// Path::f32: rows and weights of any type, converted to fp32, with fused multiply-adds where the instruction set has
+// them.
 
 #include <cstring>
 
-#include "fp8.h"
-#include "gemm_kernels.h"
+#include "cpu/dispatch.h"
+#include "cpu/fp8.h"
+#include "cpu/gemm/block_product.h"
 
 #if GROK_X86
 #include <immintrin.h>
@@ -12,10 +14,10 @@
 namespace grok::cpu {
 namespace {
 
-// Column k of 64 outputs, from the run that holds it; w points to the run of column 0.
-template <DType kElem>
+// Converts column k of the 64 outputs of a panel; w points to the run of column 0.
+template <DType kType>
 GROK_INLINE void convert_run(const uint8_t* w, int64_t k, float* __restrict out) {
-  constexpr int64_t kSize = kElem == DType::f32 ? 4 : kElem == DType::bf16 ? 2 : 1;
+  constexpr int64_t kSize = kType == DType::f32 ? 4 : kType == DType::bf16 ? 2 : 1;
   constexpr int64_t kColumns = 4 / kSize;
   const uint8_t* run = w + k / kColumns * kRunBytes;
   const int shift = static_cast<int>(k % kColumns * kSize * 8);
@@ -23,11 +25,11 @@ GROK_INLINE void convert_run(const uint8_t* w, int64_t k, float* __restrict out)
     uint32_t bits;
     std::memcpy(&bits, run + 4 * n, 4);
     bits >>= shift;
-    if constexpr (kElem == DType::f32) {
+    if constexpr (kType == DType::f32) {
       std::memcpy(out + n, &bits, 4);
-    } else if constexpr (kElem == DType::bf16) {
+    } else if constexpr (kType == DType::bf16) {
       out[n] = to_float(BF16{static_cast<uint16_t>(bits)});
-    } else if constexpr (kElem == DType::int8) {
+    } else if constexpr (kType == DType::int8) {
       out[n] = static_cast<float>(static_cast<int32_t>(bits << 24) >> 24);
     } else {
       out[n] = from_e4m3(static_cast<uint8_t>(bits));
@@ -44,7 +46,7 @@ inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 inline Vec zero() { return Vec{}; }
 inline Vec splat(float x) { return Vec{x, x, x, x}; }
 inline Vec add_product(Vec sum, Vec a, Vec b) { return sum + a * b; }
-#include "gemm_f32.inl"
+#include "cpu/gemm/block_f32.inl"
 #undef GROK_F32
 }  // namespace portable
 
@@ -58,7 +60,7 @@ GROK_AVX2 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 GROK_AVX2 inline Vec zero() { return _mm256_setzero_ps(); }
 GROK_AVX2 inline Vec splat(float x) { return _mm256_set1_ps(x); }
 GROK_AVX2 inline Vec add_product(Vec sum, Vec a, Vec b) { return _mm256_fmadd_ps(a, b, sum); }
-#include "gemm_f32.inl"
+#include "cpu/gemm/block_f32.inl"
 #undef GROK_F32
 }  // namespace avx2
 
@@ -71,22 +73,19 @@ GROK_AVX512 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 GROK_AVX512 inline Vec zero() { return _mm512_setzero_ps(); }
 GROK_AVX512 inline Vec splat(float x) { return _mm512_set1_ps(x); }
 GROK_AVX512 inline Vec add_product(Vec sum, Vec a, Vec b) { return _mm512_fmadd_ps(a, b, sum); }
-#include "gemm_f32.inl"
+#include "cpu/gemm/block_f32.inl"
 #undef GROK_F32
 }  // namespace avx512
 #endif
 
+BlockKernel* const block_portable = portable::block;
+#if GROK_X86
+BlockKernel* const block_avx2 = avx2::block;
+BlockKernel* const block_avx512 = avx512::block;
+#endif
+
 }  // namespace
 
-BlockKernel f32_block(Isa isa) {
-  switch (isa) {
-#if GROK_X86
-    case Isa::avx512_bf16:
-    case Isa::avx512: return avx512::block;
-    case Isa::avx2: return avx2::block;
-#endif
-    default: return portable::block;
-  }
-}
+BlockKernel* f32_block(Isa isa) { return GROK_PICK(isa, block); }
 
 }  // namespace grok::cpu
