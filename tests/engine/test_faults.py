@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from grok_engine import EngineClosedError, LLMEngine, RequestOutput, RequestOutputKind, SamplingParams
+from grok_engine.runtime.plan import StepPlan
 
 FOLDER = Path(__file__).parents[1] / "data" / "goldens" / "g1-b-q48-k128"
 VOCAB, LONGEST = 2048, 32
@@ -31,25 +32,19 @@ def drain(engine: LLMEngine) -> list[RequestOutput]:
 
 def poison(engine: LLMEngine, is_poisoned: Callable[[str, int], bool]) -> None:
     """Make the hidden states NaN of every request for which is_poisoned(request_id, tokens generated so far)."""
-    plain_schedule, plain_run = engine.scheduler.schedule, engine.runner.run
-    entries: list[Any] = []
+    plain = engine.runner.forward
 
-    def schedule() -> Any:
-        made = plain_schedule()
-        entries[:] = made.entries
-        return made
-
-    def run(work: Any) -> torch.Tensor:
-        x_TD = plain_run(work).clone()
+    def forward(plan: StepPlan) -> torch.Tensor:
+        x_RD = plain(plan).clone()
         row = 0
-        for entry in entries:
-            request, _ = engine._by_tokens[entry.seq.seq_id]
-            if is_poisoned(request.request_id, len(entry.seq.output_ids)):
-                x_TD[row : row + entry.count] = float("nan")
-            row += entry.count
-        return x_TD
+        for entry in plan.entries:
+            request, answer = engine._by_seq_id[entry.seq_id]
+            if is_poisoned(request.request_id, len(answer.state.output_ids)):
+                x_RD[row : row + entry.num_logits] = float("nan")
+            row += entry.num_logits
+        return x_RD
 
-    engine.scheduler.schedule, engine.runner.run = schedule, run  # type: ignore[method-assign]
+    engine.runner.forward = forward  # type: ignore[method-assign]
 
 
 class Boom(Exception):
@@ -158,7 +153,7 @@ def test_soak() -> None:
         if rng.random() < 0.05:
             engine.scheduler.check()
     assert not engine.has_unfinished_requests()
-    assert not engine._by_tokens
+    assert not engine._by_seq_id
     assert engine.allocator.available == engine.allocator.num_pages
     engine.scheduler.check()
     engine.allocator.check([])
@@ -190,7 +185,7 @@ def test_nan_in_rows_alike(temperature: float, good: int) -> None:
         assert (last["good"].finish_reason, len(last["good"].token_ids)) == ("length", 3)
 
 
-@pytest.mark.parametrize("where", ["run", "logits", "copy"])
+@pytest.mark.parametrize("where", ["forward", "logits"])
 def test_a_failing_step_closes_the_engine(where: str) -> None:
     engine = make()
     engine.add_request("a", [5, 6, 7], SamplingParams(max_tokens=5))

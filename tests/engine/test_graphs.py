@@ -19,9 +19,10 @@ from grok_engine.config import PRESETS, EngineConfig, ModelConfig
 from grok_engine.layers.weight import Table, Weight
 from grok_engine.loading.random import dummy_weights
 from grok_engine.models.decoder import Decoder
-from grok_engine.runtime.batch import ALIGNED, Batch, Work, flatten, take_rows
+from grok_engine.runtime.batch import ALIGNED, Batch, flatten, take_rows
 from grok_engine.runtime.graphs import Capture, CpuCapture, CudaCapture, DecodeGraphs, Run, rungs, widths
 from grok_engine.runtime.pages import allocate_pages
+from grok_engine.runtime.plan import Entry
 from grok_engine.runtime.runner import GPU_SHARE
 from grok_kernels import registry
 from tests.engine.test_invariance import SHAPES, SMALL, assert_as_alone, make_engine, make_traffic
@@ -97,7 +98,7 @@ def test_widths() -> None:
 
 
 def test_flatten_pads_with_the_shortest_row_written_nowhere() -> None:
-    work = [Work([7], 5, [3, 9]), Work([8], 1, [4]), Work([6], 1, [2])]
+    work = [Entry([7], 5, [3, 9]), Entry([8], 1, [4]), Entry([6], 1, [2])]
     numbers, sizes = flatten(work, 4, rows=6, width=3)
     batch = Batch.of(numbers, sizes, 1)
     assert batch.tokens_T.tolist() == [7, 8, 6, 8, 8, 8]
@@ -108,7 +109,7 @@ def test_flatten_pads_with_the_shortest_row_written_nowhere() -> None:
     assert batch.block_table_BN.tolist() == [[3, 9, 0], [4, 0, 0], [2, 0, 0], *[[4, 0, 0]] * 3]
     for part in (batch.positions_T, batch.slots_T, batch.query_start, batch.seq_lens_B, batch.block_table_BN):
         assert part.storage_offset() % ALIGNED == 0
-    plain = Batch.of(*flatten([Work([7, 1, 2], 5, [3, 9]), Work([8], 0, [4])], 4), 3)
+    plain = Batch.of(*flatten([Entry([7, 1, 2], 5, [3, 9]), Entry([8], 0, [4])], 4), 3)
     assert plain.tokens_T.tolist() == [7, 1, 2, 8]
     assert plain.slots_T.tolist() == [37, 38, 39, 16]
     assert plain.query_start.tolist() == [0, 3, 4]
@@ -117,7 +118,7 @@ def test_flatten_pads_with_the_shortest_row_written_nowhere() -> None:
 
 @pytest.mark.parametrize("lengths", [[8000, 500, 500, 500, 500], [500] * 8 + [8000], [8000, *[500] * 8], [300]])
 def test_padding_reads_no_more_than_the_shortest(lengths: list[int]) -> None:
-    work = [Work([5], n - 1, range(-(-n // 16))) for n in lengths]
+    work = [Entry([5], n - 1, range(-(-n // 16))) for n in lengths]
     rows = next(n for n in rungs(64) if n >= len(lengths))
     padded = Batch.of(*flatten(work, 16, rows=rows), 1).seq_lens_B.tolist()
     assert padded == lengths + [min(lengths)] * (rows - len(lengths))
@@ -142,8 +143,8 @@ def test_padding_reads_and_writes_no_page() -> None:
     for pages in runner.cache:
         pages.k.fill_(nan)
         pages.v.fill_(nan)
-    prompts = [Work([5, 6, 7, 8, 9], 0, [7, 2]), Work([3, 4], 0, [5]), Work([9] * 6, 0, [1, 8])]
-    steps = [Work([11], 5, [7, 2]), Work([12], 2, [5]), Work([13], 6, [1, 8])]
+    prompts = [Entry([5, 6, 7, 8, 9], 0, [7, 2]), Entry([3, 4], 0, [5]), Entry([9] * 6, 0, [1, 8])]
+    steps = [Entry([11], 5, [7, 2]), Entry([12], 2, [5]), Entry([13], 6, [1, 8])]
     runner.run(prompts)
     before = [(p.k.clone(), p.v.clone()) for p in runner.cache]
     expected = runner.run(steps).clone()
@@ -169,15 +170,15 @@ def test_which_steps_have_graphs() -> None:
     assert graphs is not None
     stand_in = capture.capture
     assert isinstance(stand_in, StandIn)
-    one = Work([5], 0, [0])
+    one = Entry([5], 0, [0])
     with torch.inference_mode():
-        assert graphs.run([Work([5, 6], 0, [0])]) is None
-        assert graphs.run([one, Work([5, 6], 0, [1])]) is None
+        assert graphs.run([Entry([5, 6], 0, [0])]) is None
+        assert graphs.run([one, Entry([5, 6], 0, [1])]) is None
         assert graphs.run([one] * 5) is None
-        assert graphs.run([Work([5], 0, range(17))]) is None
+        assert graphs.run([Entry([5], 0, range(17))]) is None
         assert capture.captured == 0
         for n, captured in ((1, 1), (1, 1), (2, 2), (3, 3), (4, 3), (3, 3)):
-            found = graphs.run([Work([5 + i], 0, [i]) for i in range(n)])
+            found = graphs.run([Entry([5 + i], 0, [i]) for i in range(n)])
             assert found is not None
             assert len(found) == n
             assert capture.captured == captured
@@ -243,7 +244,7 @@ def test_no_step_asks_for_a_value(name: str) -> None:
             module.allocate(torch.int8, 1, "meta")
         elif isinstance(module, Table):
             module.allocate(torch.float32, "meta")
-    numbers, sizes = flatten([Work([5], 3, [1]), Work([6], 9, [0])], 16, rows=4, width=4)
+    numbers, sizes = flatten([Entry([5], 3, [1]), Entry([6], 9, [0])], 16, rows=4, width=4)
     with torch.inference_mode():
         x_TD = model(Batch.of(numbers.to("meta"), sizes, 1), allocate_pages(config, 4, 16, torch.bfloat16, "meta"))
         assert model.logits(x_TD).shape == (4, config.vocab_size)
@@ -269,7 +270,7 @@ def test_families_with_dense_layers(name: str, kind: str) -> None:
         pages.v.zero_()
     graphs = DecodeGraphs(model, cache, config, CAPTURES[kind]())
     for tokens in ((5, 6, 7), (8, 9, 10)):
-        work = [Work([tokens[0]], 3, [1]), Work([tokens[1]], 9, [0]), Work([tokens[2]], 0, [2])]
+        work = [Entry([tokens[0]], 3, [1]), Entry([tokens[1]], 9, [0]), Entry([tokens[2]], 0, [2])]
         with torch.inference_mode():
             expected = model(Batch.of(*flatten(work, 16), 1), cache).clone()
             found = graphs.run(work)

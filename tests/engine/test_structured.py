@@ -14,9 +14,10 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from grok_engine.runtime.text import SequenceOutput, begins_text
+from grok_engine.runtime.text import SequenceText, begins_text
 from grok_engine.sampling.params import SamplingParams, StructuredOutput
-from grok_engine.sampling.sampler import SequenceSampler, sample
+from grok_engine.sampling.sampler import sample
+from grok_engine.sampling.state import SamplingState
 from grok_engine.sampling.structured import StructuredCompiler
 from grok_engine.tokenizer.base import HFTokenizer, SentencePieceTokenizer, Tokenizer
 
@@ -87,13 +88,14 @@ def model(request: pytest.FixtureRequest, all_models: dict[str, Model]) -> Model
 
 def generate(
     model: Model, structured: StructuredOutput, seed: int, *, context: list[int] | None = None, close: float = 6.0
-) -> tuple[str, SequenceOutput]:
+) -> tuple[str, SequenceText]:
     """Text sampled from random logits, as an engine does it."""
     params = SamplingParams(structured=structured, max_tokens=400, temperature=1.5, seed=seed)
     context = context or []
     matcher = model.compiler.matcher(structured, at_start=begins_text(model.tokenizer, context))
-    sampler = SequenceSampler(params, seed=seed, eos_token_ids=model.eos, matcher=matcher)
-    output = SequenceOutput(params, model.tokenizer, eos_token_ids=model.eos, context=context)
+    output_ids: list[int] = []
+    sampler = SamplingState(params, output_ids, seed=seed, eos_token_ids=model.eos, matcher=matcher)
+    output = SequenceText(params, model.tokenizer, output_ids, eos_token_ids=model.eos, context=context)
     generator = torch.Generator().manual_seed(seed)
     while output.finish_reason is None:
         logits = torch.randn(1, model.vocab_size, generator=generator) * 2
@@ -102,6 +104,7 @@ def generate(
         (found,) = sample([sampler], logits)
         assert found.error is None, found.error
         assert complete or found.token not in model.eos
+        output_ids.append(found.token)
         output.push(found.token)
     return output.text, output
 
@@ -127,8 +130,8 @@ def test_a_text_matches_its_regex(model: Model, regex: str, all_models: dict[str
         text, output = generate(model, StructuredOutput(regex=regex), seed)
         assert re.fullmatch(regex, text), text
         assert output.finish_reason == "stop"
-        assert output.token_ids[-1] in model.eos
-        assert text == model.tokenizer.decode([t for t in output.token_ids if t < model.tokenizer.vocab_size])
+        assert output.output_ids[-1] in model.eos
+        assert text == model.tokenizer.decode([t for t in output.output_ids if t < model.tokenizer.vocab_size])
         texts.add(text)
     assert len(texts) > 1 or regex in ("", " two  spaces", r"a/b\n\"c\"")
 

@@ -16,9 +16,9 @@ import grok_kernels
 from grok_engine import LLM, LLMEngine, SamplingParams
 from grok_engine.config import PRESETS
 from grok_engine.loading.convert import convert
-from grok_engine.runtime.batch import Work, take_rows
+from grok_engine.runtime.plan import Entry, StepPlan
 from grok_engine.runtime.runner import GPU_SHARE
-from grok_engine.sampling.sampler import token_logprobs
+from grok_engine.sampling.logprobs import token_logprobs
 from grok_engine.tools.chips import CHIPS
 from grok_kernels.tuning import chip_name, multiplies_fp8
 from tests.engine.test_graphs import small
@@ -79,16 +79,15 @@ def test_no_step_waits_for_the_device(name: str, weights: Any) -> None:
     """Neither a prompt nor a decode step, with and without graphs, up to and with the logits."""
     engine = LLMEngine(small(PRESETS[name]), device=DEVICE, weights=weights, num_pages=8, max_num_seqs=4)
     eager = LLMEngine(small(PRESETS[name]), device=DEVICE, weights=weights, num_pages=8, enforce_eager=True)
-    prompt, decode = [Work(list(range(3, 20)), 0, [0, 1])], [Work([5], 17, [0, 1])]
+    prompt = StepPlan((Entry(list(range(3, 20)), 0, [0, 1], num_logits=1),))
+    decode = StepPlan((Entry([5], 17, [0, 1], num_logits=1),), copies=((0, 2), (1, 3)))
     for runner in (engine.runner, eager.runner):
         for _ in range(2):  # the first compiles and captures
-            runner.logits(runner.run(prompt))
-            runner.logits(runner.run(decode))
-            runner.copy([(0, 2), (1, 3)])
+            runner.logits(runner.forward(prompt))
+            runner.logits(runner.forward(decode))
         with no_waiting():
-            runner.logits(take_rows(runner.run(prompt), [16]))
-            runner.logits(runner.run(decode))
-            runner.copy([(0, 2), (1, 3)])
+            runner.logits(runner.forward(prompt))
+            runner.logits(runner.forward(decode))
 
 
 @pytest.mark.parametrize("weights", ["int8", "fp8"])
@@ -175,4 +174,4 @@ def test_a_step_that_cannot_be_captured_is_said(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(grok_kernels, "rms_norm", waits)
     with pytest.raises(RuntimeError, match=r"cannot be captured in a CUDA graph .* enforce_eager=True runs without"):
-        engine.runner.run([Work([5], 0, [0])])
+        engine.runner.run([Entry([5], 0, [0])])
