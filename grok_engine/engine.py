@@ -28,13 +28,14 @@ from .runtime.plan import Entry, StepPlan
 from .runtime.request import Answer, Request, RequestBuilder, RequestOutput
 from .runtime.runner import KV_DTYPES, Runner
 from .runtime.scheduler import Scheduler, SchedulerStats
+from .runtime.sequence import Status
 from .runtime.text import FinishReason
 from .sampling.params import RequestOutputKind, SamplingParams, fresh_seed
 from .sampling.sampler import Sampled, sample
 from .tokenizer.base import Tokenizer, load_tokenizer
 
 Prompt = str | Sequence[int]
-Row = tuple[Request, list[Answer]]  # a request, and those of its answers that take a token from one row of logits
+Taker = tuple[Request, Answer]
 
 
 class EngineClosedError(RuntimeError):
@@ -115,7 +116,7 @@ class LLMEngine:
             max_model_len=c.max_len,
         )
         self._requests: dict[str, Request] = {}
-        self._by_seq_id: dict[int, tuple[Request, Answer]] = {}  # of the sequences that the scheduler has
+        self._by_seq_id: dict[int, Taker] = {}  # of the sequences that the scheduler has
         self._ready: list[RequestOutput] = []  # of aborted requests, for the next step to return
         self._builder = RequestBuilder(self.tokenizer, c.model.vocab_size, c.model.eos_token_ids, c.max_len)
         self._serial = count()
@@ -215,71 +216,73 @@ class LLMEngine:
         if not plan.entries:
             return []
         self._lap("schedule")
-        rows, logits_BV = self._forward(plan)
+        takers, logits_BV = self._forward(plan)
         self._lap("forward")
-        sampled = self._sample(rows, logits_BV)
+        sampled = self._sample(takers, logits_BV)
         self._lap("sample")
-        outputs = self._emit(plan, rows, sampled)
+        outputs = self._emit(plan, takers, sampled)
         self._lap("output")
         return outputs
 
-    def _forward(self, plan: StepPlan) -> tuple[list[Row], Tensor]:
-        """The sequences that get a token, with logits_BV to sample it from. On the way, prompts that ask are scored."""
+    def _forward(self, plan: StepPlan) -> tuple[list[Taker], Tensor]:
+        """Who takes a token, and logits_BV, a row for each. Prompts that ask for log-probabilities are scored."""
         x_RD = self.runner.forward(plan)
-        rows: list[Row] = []
-        places: list[int] = []
+        takers: list[Taker] = []
+        rows: list[int] = []  # of x_RD, to sample from
+        sources: list[int] = []  # which of them each taker reads
         end = 0
-        for entry in plan.entries:
-            if not entry.num_logits:
+        for token_ids, start, _, wanted, seq_id in plan.entries:
+            if not wanted:
                 continue
-            begin, end = end, end + entry.num_logits
-            request, answer = self._by_seq_id[entry.seq_id]
-            if samples := entry.stop == answer.state.length:
-                rows.append((request, request.sampling(answer)))
-                places.append(end - 1)
-            if begin < end - samples:  # the next tokens of these rows are known
-                position = entry.stop - entry.num_logits
-                request.score_prompt(position, x_RD[begin : end - samples], self.runner.logits)
+            end += wanted
+            request, answer = taker = self._by_seq_id[seq_id]
+            stop, samples = start + len(token_ids), 0
+            if stop == answer.state.length:
+                samples = 1
+                if request.forked:
+                    takers.append(taker)
+                    sources.append(len(rows))
+                else:
+                    takers += [(request, each) for each in request.answers]
+                    sources += [len(rows)] * len(request.answers)
+                rows.append(end - 1)
+            if wanted > samples:  # the next tokens of these rows are known
+                request.score_prompt(stop - wanted, x_RD[end - wanted : end - samples], self.runner.logits)
         if not rows:
             return [], x_RD[:0]
-        last_BD = x_RD if len(places) == len(x_RD) else take_rows(x_RD, places)
-        return rows, self.runner.logits(last_BD)
+        logits_BV = self.runner.logits(x_RD if len(rows) == len(x_RD) else take_rows(x_RD, rows))
+        return takers, logits_BV if len(takers) == len(rows) else take_rows(logits_BV, sources)
 
-    def _sample(self, rows: list[Row], logits_BV: Tensor) -> list[Sampled]:
-        """One token for each answer of each row."""
-        if not rows:
+    def _sample(self, takers: list[Taker], logits_BV: Tensor) -> list[Sampled]:
+        """A token or an error for each."""
+        if not takers:
             return []
-        samplers = [answer.sampler for _, answers in rows for answer in answers]
-        if len(samplers) > len(rows):
-            logits_BV = take_rows(logits_BV, [i for i, (_, answers) in enumerate(rows) for _ in answers])
         with torch.inference_mode():
-            return sample(samplers, logits_BV)
+            return sample([answer.sampler for _, answer in takers], logits_BV)
 
-    def _emit(self, plan: StepPlan, rows: list[Row], sampled: list[Sampled]) -> list[RequestOutput]:
+    def _emit(self, plan: StepPlan, takers: list[Taker], sampled: list[Sampled]) -> list[RequestOutput]:
         """Commit the step, append the tokens, and finish what they end."""
         self.scheduler.commit(plan)
-        for request, (first, *others) in rows:
-            if others:  # before a token is appended: they continue from the same place
-                self.scheduler.fork(first.state, [answer.state for answer in others])
-                self._by_seq_id.update({answer.state.seq_id: (request, answer) for answer in others})
-        now, results = time.monotonic(), iter(sampled)
-        for request, answers in rows:
+        for request, answer in takers:
+            if answer.index and answer.state.status is Status.NEW:  # fork it, before its parent gets a token
+                self.scheduler.fork(request.answers[0].state, answer.state)
+                self._by_seq_id[answer.state.seq_id] = (request, answer)
+        now = time.monotonic()
+        changed: dict[str, Request] = {}
+        for (request, answer), result in zip(takers, sampled, strict=True):
             if request.first_token is None:
                 request.first_token = now
-            for answer, result in zip(answers, results, strict=False):
-                if result.error is not None:
-                    answer.error = result.error
-                    self._finish(answer, "error")
-                else:
-                    answer.accept(result)
-                    if answer.text.finish_reason is not None:
-                        self._drop(answer)
+            if result.error is not None:
+                answer.error = result.error
+                self._finish(answer, "error")
+            elif answer.accept(result):
+                self._drop(answer)
+            changed[request.request_id] = request
         self._steps += 1
         self._generated += len(sampled)
-        changed = {request.request_id: request for request, _ in rows}.values()
         return [
             self._output(request, now, ended=done)
-            for request in changed
+            for request in changed.values()
             if (done := request.done) or request.params.output_kind is not RequestOutputKind.FINAL_ONLY
         ]
 

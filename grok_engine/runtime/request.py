@@ -74,13 +74,13 @@ class Answer:
     error: str | None = None
     shown: tuple[int, int] = (0, 0)  # characters and tokens that DELTA outputs have shown
 
-    def accept(self, result: Sampled) -> None:
-        """Append a sampled token. It may finish the answer."""
+    def accept(self, result: Sampled) -> bool:
+        """Append a sampled token. Returns whether it finishes the answer."""
         self.state.output_ids.append(result.token)
         if result.logprob is not None:
             self.logprobs.append({result.token: result.logprob, **dict(result.top_logprobs or ())})
             self.cumulative_logprob += result.logprob
-        self.text.push(result.token)
+        return self.text.push(result.token).finish_reason is not None
 
     def completion(self, delta: bool) -> CompletionOutput:
         """The answer so far, or with `delta` what is new since the last call."""
@@ -115,17 +115,18 @@ class Request:
     prompt_logprobs: list[TopLogprobs | None] | None = None
 
     @property
+    def forked(self) -> bool:
+        """Whether the scheduler has all n sequences: from the first token on."""
+        return self.answers[-1].state.status is not Status.NEW
+
+    @property
     def started(self) -> list[Answer]:
-        """The answers that the scheduler knows."""
-        return [a for a in self.answers if a.state.status is not Status.NEW]
+        """The answers whose sequences the scheduler has."""
+        return self.answers if self.forked else self.answers[:1]
 
     @property
     def done(self) -> bool:
         return all(a.text.finish_reason is not None for a in self.answers)
-
-    def sampling(self, answer: Answer) -> list[Answer]:
-        """The answers that take a token from this one's logits: itself, but all n from the logits of the prompt."""
-        return self.answers if self.answers[-1].state.status is Status.NEW else [answer]
 
     def score_prompt(self, position: int, x_TD: Tensor, logits: Callable[[Tensor], Tensor]) -> None:
         """Take the log-probabilities of the prompt's tokens after `position`, one for each row of hidden states."""

@@ -99,9 +99,10 @@ class Runner:
         them. The keys and values of all of the plan's tokens are in their pages afterwards."""
         if plan.copies:
             copy_pages(self.cache, plan.copies)
-        x_TD, rows = self.run(plan.entries), plan.logit_rows()
-        if len(rows) == len(x_TD):
+        x_TD = self.run(plan.entries)
+        if sum([e.num_logits for e in plan.entries]) == len(x_TD):
             return x_TD
+        rows = plan.logit_rows()
         return take_rows(x_TD, rows) if rows else x_TD[:0]
 
     @torch.inference_mode()

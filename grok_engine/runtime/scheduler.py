@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from array import array
 from bisect import insort
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count, takewhile
 
@@ -146,28 +145,27 @@ class Scheduler:
 
     abort = finish
 
-    def fork(self, seq: SequenceState, children: Sequence[SequenceState]) -> None:
-        """Start new sequences where `seq` stands, on its pages: n samples of one prompt.
+    def fork(self, seq: SequenceState, child: SequenceState) -> None:
+        """Start a new sequence where `seq` stands, on its pages: one of n samples of a prompt.
 
-        Call after `commit`, before a token is appended: `seq` and each child take one from the same logits. Children
-        beyond max_num_seqs wait, and find the full pages in the prefix index later.
+        Call after `commit`, before a token is appended: `seq` and `child` take one from the same logits. A child beyond
+        max_num_seqs waits, and finds the full pages in the prefix index later.
         """
         assert self._pending is None, "fork between schedule and commit"
         assert seq.status in (Status.WAITING, Status.RUNNING), f"sequence {seq.seq_id} is {seq.status.value}"
-        for child in children:
-            assert child.status is Status.NEW, f"sequence {child.seq_id} was added before"
-            assert child.prompt_ids is seq.prompt_ids, f"sequence {child.seq_id} has another prompt"
-            assert child.output_ids == seq.output_ids, f"sequence {child.seq_id} has another output"
-            child.arrival, child.rank = seq.arrival, (seq.rank[0], next(self._serial))
-            child.cached_tokens, child.logits_from = seq.cached_tokens, seq.logits_from
-            if seq.status is Status.RUNNING and len(self.running) < self.max_num_seqs:
-                child.pages = seq.pages[: self.allocator.pages_for(seq.num_computed)]  # pages beyond are unwritten
-                self.allocator.share(child.pages)
-                child.num_computed, child.num_registered = seq.num_computed, seq.num_registered
-                child.status = Status.RUNNING
-                insort(self.running, child, key=lambda s: s.rank)
-            else:
-                self.waiting.push(child)
+        assert child.status is Status.NEW, f"sequence {child.seq_id} was added before"
+        assert child.prompt_ids is seq.prompt_ids, f"sequence {child.seq_id} has another prompt"
+        assert child.output_ids == seq.output_ids, f"sequence {child.seq_id} has another output"
+        child.arrival, child.rank = seq.arrival, (seq.rank[0], next(self._serial))
+        child.cached_tokens, child.logits_from = seq.cached_tokens, seq.logits_from
+        if seq.status is Status.RUNNING and len(self.running) < self.max_num_seqs:
+            child.pages = seq.pages[: self.allocator.pages_for(seq.num_computed)]  # pages beyond are unwritten
+            self.allocator.share(child.pages)
+            child.num_computed, child.num_registered = seq.num_computed, seq.num_registered
+            child.status = Status.RUNNING
+            insort(self.running, child, key=lambda s: s.rank)
+        else:
+            self.waiting.push(child)
 
     # Steps
 
@@ -204,9 +202,11 @@ class Scheduler:
         size, caching = self.allocator.page_size, self.allocator.prefix_caching
         for entry, seq in zip(plan.entries, seqs, strict=True):
             if seq.status is Status.RUNNING:
-                seq.num_computed = entry.stop
-                seq.logits_from = max(seq.logits_from, entry.stop)
-                self.prompt_tokens += len(entry.token_ids) - (entry.start >= len(seq.prompt_ids))  # less who decode
+                tokens = len(entry.token_ids)
+                seq.num_computed = stop = entry.start + tokens
+                if stop > seq.logits_from:
+                    seq.logits_from = stop
+                self.prompt_tokens += tokens - (entry.start >= len(seq.prompt_ids))  # less a decoded one
                 if caching and seq.num_computed // size > seq.num_registered:
                     self._register(seq)
 
@@ -237,8 +237,9 @@ class Scheduler:
             return
         stop, preempted = start + tokens, len(step.preempted)
         if self._reserve(seq, stop, step):
-            logits = max(stop - max(start, seq.logits_from), 0)
-            step.entries.append(Entry(seq.tokens(start, stop), start, seq.pages[:], logits, seq.seq_id))
+            first = max(start, seq.logits_from)
+            num_logits = stop - first if stop > first else 0
+            step.entries.append(Entry(seq.tokens(start, stop), start, seq.pages[:], num_logits, seq.seq_id))
             step.seqs.append(seq)
             step.budget -= tokens
             step.place += 1

@@ -200,8 +200,8 @@ class Engine:
             self.owner[child] = (request, len(request.seqs))
             request.seqs.append(child)
             self.seqs.append(child)
+            self.scheduler.fork(seq, child)
             children.append(child)
-        self.scheduler.fork(seq, children)
         return children
 
     def append(self, seq: SequenceState, reads: SequenceState) -> None:
