@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
-from .engine import EngineClosedError, LLMEngine, Prompt
+from .engine import EngineClosedError, LLMEngine
+from .runtime.builder import Prompt
 from .runtime.request import RequestOutput
 from .sampling.params import SamplingParams
 

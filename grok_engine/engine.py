@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from itertools import count
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -24,18 +23,18 @@ from .loading.random import dummy_weights
 from .models.decoder import Decoder
 from .runtime.allocator import PageAllocator
 from .runtime.batch import take_rows
+from .runtime.builder import Prompt, RequestBuilder
 from .runtime.plan import Entry, StepPlan
-from .runtime.request import Answer, Request, RequestBuilder, RequestOutput
+from .runtime.request import Answer, Request, RequestOutput
 from .runtime.runner import KV_DTYPES, Runner
 from .runtime.scheduler import Scheduler, SchedulerStats
 from .runtime.sequence import Status
 from .runtime.text import FinishReason
-from .sampling.params import RequestOutputKind, SamplingParams, fresh_seed
+from .sampling.params import RequestOutputKind, SamplingParams
 from .sampling.sampler import Sampled, sample
 from .tokenizer.base import Tokenizer, load_tokenizer
 
-Prompt = str | Sequence[int]
-Taker = tuple[Request, Answer]
+Taker = tuple[Request, Answer]  # an answer that takes a token in this step
 
 
 class EngineClosedError(RuntimeError):
@@ -118,9 +117,7 @@ class LLMEngine:
         self._requests: dict[str, Request] = {}
         self._by_seq_id: dict[int, Taker] = {}  # of the sequences that the scheduler has
         self._ready: list[RequestOutput] = []  # of aborted requests, for the next step to return
-        self._builder = RequestBuilder(self.tokenizer, c.model.vocab_size, c.model.eos_token_ids, c.max_len)
-        self._serial = count()
-        self._seq_ids = count()
+        self._builder = RequestBuilder(c, self.tokenizer)
         self._closed: BaseException | None = None
         self._steps = self._generated = 0
         self._lap_began = 0.0
@@ -129,22 +126,8 @@ class LLMEngine:
     # Requests
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, checked: text needs a tokenizer, ids must be in the vocabulary, and it must fit."""
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError(f"prompt {prompt[:40]!r} is text, but the model has no tokenizer: give token ids")
-            token_ids = self.tokenizer.encode(prompt)
-        else:
-            token_ids = list(_as_list(prompt))
-        if not token_ids:
-            raise ValueError(f"prompt {prompt!r} is empty: expected at least one token")
-        vocab, longest = self.config.model.vocab_size, self.config.max_len
-        for t in token_ids:
-            if not isinstance(t, Integral) or isinstance(t, bool) or not 0 <= t < vocab:
-                raise ValueError(f"token id {t!r} is not in the vocabulary: expected an integer in 0..{vocab - 1}")
-        if len(token_ids) > longest:
-            raise ValueError(f"prompt has {len(token_ids)} tokens, expected at most max_model_len={longest}")
-        return [int(t) for t in token_ids]
+        """Token ids of a prompt. ValueError without a tokenizer for text, or if an id or the length is out of range."""
+        return self._builder.encode(prompt)
 
     def add_request(
         self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0
@@ -159,16 +142,7 @@ class LLMEngine:
             raise ValueError(f"params={params!r} is not a SamplingParams")
         if not isinstance(request_id, str) or request_id in self._requests:
             raise ValueError(f"request_id={request_id!r}: expected text that no unfinished request has")
-        prompt_ids = self.encode(prompt)
-        if len(prompt_ids) == self.config.max_len:
-            raise ValueError(f"prompt has {len(prompt_ids)} tokens, all of max_model_len: no room for a new one")
-        params.check_vocabulary(self.config.model.vocab_size)
-        serial = next(self._serial)
-        seed = fresh_seed(params) if params.seed is not None or self.config.seed is None else self.config.seed + serial
-        request = self._builder.build(
-            request_id, prompt if isinstance(prompt, str) else None, prompt_ids, params,
-            priority=priority, seed=seed % 2**63, seq_ids=self._seq_ids, arrival=time.monotonic(),
-        )  # fmt: skip
+        request = self._builder.build(request_id, prompt, params, priority)
         first = request.answers[0]
         self.scheduler.add(first.state)
         self._requests[request_id] = request
@@ -225,11 +199,15 @@ class LLMEngine:
         return outputs
 
     def _forward(self, plan: StepPlan) -> tuple[list[Taker], Tensor]:
-        """Who takes a token, and logits_BV, a row for each. Prompts that ask for log-probabilities are scored."""
+        """The answers that take a token, and logits_BV, one row for each.
+
+        A row of hidden states predicts the token after its own: known ones, of a prompt that asks for log-probabilities,
+        are scored here; the first unknown one is to be sampled, by all n answers at the end of a prompt.
+        """
         x_RD = self.runner.forward(plan)
         takers: list[Taker] = []
-        rows: list[int] = []  # of x_RD, to sample from
-        sources: list[int] = []  # which of them each taker reads
+        rows: list[int] = []  # rows of x_RD to sample from
+        sources: list[int] = []  # which of `rows` each taker reads
         end = 0
         for token_ids, start, _, wanted, seq_id in plan.entries:
             if not wanted:
@@ -246,7 +224,7 @@ class LLMEngine:
                     takers += [(request, each) for each in request.answers]
                     sources += [len(rows)] * len(request.answers)
                 rows.append(end - 1)
-            if wanted > samples:  # the next tokens of these rows are known
+            if wanted > samples:
                 request.score_prompt(stop - wanted, x_RD[end - wanted : end - samples], self.runner.logits)
         if not rows:
             return [], x_RD[:0]
@@ -254,7 +232,7 @@ class LLMEngine:
         return takers, logits_BV if len(takers) == len(rows) else take_rows(logits_BV, sources)
 
     def _sample(self, takers: list[Taker], logits_BV: Tensor) -> list[Sampled]:
-        """A token or an error for each."""
+        """A token or an error for each answer."""
         if not takers:
             return []
         with torch.inference_mode():
@@ -264,7 +242,7 @@ class LLMEngine:
         """Commit the step, append the tokens, and finish what they end."""
         self.scheduler.commit(plan)
         for request, answer in takers:
-            if answer.index and answer.state.status is Status.NEW:  # fork it, before its parent gets a token
+            if answer.index and answer.state.status is Status.NEW:  # fork before the first answer gets its token
                 self.scheduler.fork(request.answers[0].state, answer.state)
                 self._by_seq_id[answer.state.seq_id] = (request, answer)
         now = time.monotonic()
@@ -363,14 +341,6 @@ class LLMEngine:
     def _check_open(self) -> None:
         if self._closed is not None:
             raise EngineClosedError(str(self._closed)) from self._closed.__cause__
-
-
-def _as_list(prompt: Any) -> Sequence[Any]:
-    """Arrays and tensors count as the lists they hold."""
-    values = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-    if not isinstance(values, Sequence):
-        raise ValueError(f"prompt {prompt!r} is neither text nor a list of token ids")
-    return values
 
 
 def _activations(

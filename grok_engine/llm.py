@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from .config import DType, EngineConfig, WeightFormat
-from .engine import LLMEngine, Prompt
+from .engine import LLMEngine
 from .loading.progress import byte_bar, request_bar
 from .models.decoder import Decoder
+from .runtime.builder import Prompt
 from .runtime.request import RequestOutput
 from .runtime.text import FinishReason
 from .sampling.params import RequestOutputKind, SamplingParams

@@ -34,7 +34,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "grok_engine.runtime.batch": ("runtime.plan",),
     "grok_engine.runtime.pages": ("config", "runtime.batch"),
     "grok_engine.runtime.text": ("sampling.params", "tokenizer"),
-    "grok_engine.runtime.request": ("runtime.sequence", "runtime.text", "sampling", "tokenizer"),
+    "grok_engine.runtime.request": ("runtime.sequence", "runtime.text", "sampling"),
+    "grok_engine.runtime.builder": (
+        "config", "runtime.request", "runtime.sequence", "runtime.text", "sampling", "tokenizer",
+    ),
     "grok_engine.runtime.graphs": ("config", "models", "runtime.batch", "runtime.plan", "grok_kernels"),
     "grok_engine.runtime.runner": (
         "config", "models", "runtime.batch", "runtime.graphs", "runtime.pages", "runtime.plan", "grok_kernels",
@@ -48,7 +51,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "checkpoint", "config", "loading", "models", "runtime", "sampling", "tokenizer", "grok_kernels",
     ),
     "grok_engine.llm": ("config", "engine", "loading", "models", "runtime", "sampling", "tokenizer"),
-    "grok_engine.async_llm": ("engine", "runtime.request", "sampling"),
+    "grok_engine.async_llm": ("engine", "runtime.builder", "runtime.request", "sampling"),
     "grok_engine.tools": ("checkpoint", "config"),
     # grok_kernels to say which backends served; grok_bench for `bench`, inside a function: nothing else imports it
     "grok_engine.cli": ("*", "grok_kernels", "grok_bench"),

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from torch import Tensor
 
 from grok_engine.sampling.logprobs import prompt_logprobs
 from grok_engine.sampling.params import RequestOutputKind, SamplingParams
 from grok_engine.sampling.sampler import Sampled
-from grok_engine.sampling.state import SamplingState, bad_word_tokens
-from grok_engine.sampling.structured import StructuredCompiler
-from grok_engine.tokenizer.base import Tokenizer
+from grok_engine.sampling.state import SamplingState
 
 from .sequence import SequenceState, Status
-from .text import FinishReason, SequenceText, begins_text, check_tokenizer
+from .text import FinishReason, SequenceText
 
 TopLogprobs = dict[int, float]  # token id to log probability: the chosen token first, then the most probable ones
 
@@ -150,61 +147,3 @@ class Request:
             cached_tokens=self.answers[0].state.cached_tokens,
             prompt_logprobs=self.prompt_logprobs,
         )
-
-
-class RequestBuilder:
-    """Makes the requests of one model: sequences, samplers, grammars and detokenisers."""
-
-    def __init__(
-        self, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: Sequence[int], max_model_len: int
-    ) -> None:
-        self.tokenizer, self.vocab_size, self.eos_token_ids = tokenizer, vocab_size, eos_token_ids
-        self.max_model_len = max_model_len
-
-    @cached_property
-    def _compiler(self) -> StructuredCompiler:
-        assert self.tokenizer is not None
-        return StructuredCompiler(self.tokenizer, self.vocab_size, self.eos_token_ids)
-
-    def build(
-        self,
-        request_id: str,
-        prompt: str | None,
-        prompt_ids: list[int],
-        params: SamplingParams,
-        *,
-        priority: int,
-        seed: int,
-        seq_ids: Iterable[int],
-        arrival: float,
-    ) -> Request:
-        """A request with all of its answers, none of them started. seq_ids: an endless supply.
-
-        ValueError names what in `params` this model cannot serve.
-        """
-        tokenizer, eos = self.tokenizer, self.eos_token_ids
-        room = self.max_model_len - len(prompt_ids)
-        check_tokenizer(params, tokenizer)
-        bad_words = bad_word_tokens(params.bad_words, tokenizer.encode) if tokenizer else []
-        at_start = tokenizer is not None and begins_text(tokenizer, prompt_ids)
-        scored = params.prompt_logprobs is not None
-        answers = []
-        for index, seq_id in zip(range(params.n), seq_ids, strict=False):
-            state = SequenceState(
-                seq_id, prompt_ids, min(params.max_tokens, room), priority,
-                use_cache=not scored or index > 0,  # a cached prefix has no logits to score
-                logits_from=0 if scored else -1,
-            )  # fmt: skip
-            matcher = self._compiler.matcher(params.structured, at_start=at_start) if params.structured else None
-            sampler = SamplingState(
-                params, state.output_ids, seed=seed, index=index, prompt=prompt_ids, eos_token_ids=eos,
-                bad_words=bad_words, matcher=matcher,
-            )  # fmt: skip
-            text = SequenceText(
-                params, tokenizer, state.output_ids, eos_token_ids=eos, context=prompt_ids, max_tokens=room
-            )
-            answers.append(Answer(index, state, sampler, text))
-        return Request(
-            request_id, prompt, prompt_ids, params, arrival, answers,
-            prompt_logprobs=[None] * len(prompt_ids) if scored else None,
-        )  # fmt: skip

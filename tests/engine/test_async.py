@@ -284,7 +284,7 @@ def test_the_loop_stays_responsive() -> None:
     """A step may take its time: other coroutines run meanwhile, and so they do while a request is handed over."""
 
     async def main(llm: AsyncLLM) -> None:
-        plain_run, plain_encode = llm.engine.runner.run, llm.engine.encode
+        plain_run, plain_encode = llm.engine.runner.run, llm.engine._builder.encode
 
         def slow(function: Any) -> Any:
             def call(*args: Any) -> Any:
@@ -294,7 +294,7 @@ def test_the_loop_stays_responsive() -> None:
             return call
 
         llm.engine.runner.run = slow(plain_run)  # type: ignore[method-assign]
-        llm.engine.encode = slow(plain_encode)  # type: ignore[method-assign]
+        llm.engine._builder.encode = slow(plain_encode)  # type: ignore[method-assign]
         ticks, longest = 0, 0.0
         task = asyncio.create_task(last(llm, 0, greedy(4)))
         while not task.done():
