@@ -91,10 +91,6 @@ class PageAllocator:
         for page in reversed(pages):
             self._drop(page)
 
-    def writable(self, page: int) -> bool:
-        """Whether the one holder of this page may write into it."""
-        return self._refs[page] == 1 and self._keys[page] is None
-
     def make_writable(self, page: int) -> int | None:
         """`page` where its holder may write into it, else a fresh one that replaces it, to copy its content to.
 
@@ -137,38 +133,6 @@ class PageAllocator:
             if parent is not None:
                 self._children[parent] += 1
         return page
-
-    def check(self, holders: Iterable[Sequence[int]] | None = None) -> None:
-        """Assert every invariant; `holders` are the pages of each sequence, and then all of the references."""
-        free, refs = set(self._free), self._refs
-        assert len(free) == len(self._free), "a page is free twice"
-        for page in range(self.num_pages):
-            states = (page in free, page in self._cached, refs[page] > 0)
-            assert sum(states) == 1, f"page {page} is free, cached, held: {states}"
-            assert page not in free or self._keys[page] is None, f"free page {page} is indexed"
-            assert page not in self._cached or self._keys[page] is not None, f"cached page {page} is not indexed"
-        indexed = [page for page, key in enumerate(self._keys) if key is not None]
-        assert all(self._index[key] == page for page, key in enumerate(self._keys) if key is not None)
-        assert len(indexed) == len(self._index), "two pages are indexed with one content"
-        age = {page: place for place, page in enumerate(self._cached)}
-        children, below = [0] * self.num_pages, [0] * self.num_pages
-        for key, page in self._index.items():
-            if (parent := key[0]) != ROOT:
-                assert self._keys[parent] is not None, f"page {page} is indexed behind {parent}, which is not"
-                assert refs[parent] or age.get(page, len(age)) < age[parent], (
-                    f"page {page} would outlive {parent} before it"
-                )
-                children[parent] += 1
-                below[parent] += refs[page]
-        assert children == self._children, (children, self._children)
-        assert all(below[page] <= refs[page] for page in indexed), "a holder lacks the page before an indexed one"
-        if holders is not None:
-            held = [0] * self.num_pages
-            for pages in holders:
-                assert len(set(pages)) == len(pages), f"a sequence holds a page twice: {pages}"
-                for page in pages:
-                    held[page] += 1
-            assert held == refs, f"references held {held} differ from the counts {refs}"
 
     def _hold(self, page: int) -> None:
         if self._refs[page] == 0:

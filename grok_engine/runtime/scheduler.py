@@ -143,8 +143,6 @@ class Scheduler:
         elif seq.status is Status.WAITING:
             self.waiting.discard(seq)
 
-    abort = finish
-
     def fork(self, seq: SequenceState, child: SequenceState) -> None:
         """Start a new sequence where `seq` stands, on its pages: one of n samples of a prompt.
 
@@ -209,17 +207,6 @@ class Scheduler:
                 self.prompt_tokens += tokens - (entry.start >= len(seq.prompt_ids))  # less a decoded one
                 if caching and seq.num_computed // size > seq.num_registered:
                     self._register(seq)
-
-    def check(self) -> None:
-        """Assert every invariant of the queue, of the running sequences and of the allocator."""
-        ranks = [seq.rank for seq in self.running]
-        assert ranks == sorted(ranks), ranks
-        assert len(ranks) <= self.max_num_seqs, ranks
-        self.waiting.check()
-        for seq in self.running:
-            assert seq.status is Status.RUNNING
-            assert seq.num_computed <= len(seq.pages) * self.allocator.page_size
-        self.allocator.check([seq.pages for seq in self.running])
 
     # Tokens for a running sequence
 

@@ -98,9 +98,3 @@ class WaitingQueue:
         if len(self._heap) > 2 * self._size + 64:  # rarely, so that aborted ones do not pile up
             self._heap = [item for item in self._heap if item[1].status is Status.WAITING]
             heapify(self._heap)
-
-    def check(self) -> None:
-        """Assert that every waiting sequence is there once and holds nothing."""
-        waiting = [seq for _, seq in self._heap if seq.status is Status.WAITING]
-        assert len(waiting) == len(set(map(id, waiting))) == self._size
-        assert not any(seq.pages or seq.num_computed for seq in waiting), "a waiting sequence holds pages"

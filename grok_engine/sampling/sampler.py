@@ -46,25 +46,19 @@ def sample(rows: Sequence[SamplingState], logits_BV: Tensor) -> list[Sampled]:
     if not rows:
         return []
     errors: dict[int, str] = {}
-    x_BV = logits_BV
-    if any(row.edits for row in rows):
-        _find_bad(logits_BV.amax(-1), errors, "the model's logits")
-        x_BV = logits_BV.clone()
-        _edit(rows, x_BV, errors)
-        best_B = x_BV.amax(-1)
-        _find_bad(best_B, errors, "the logits left to choose from")
-        drawn = [i for i, row in enumerate(rows) if not row.greedy and i not in errors]
-        tokens = _choose(rows, x_BV, best_B, drawn)
+    edited, drawn = any(row.edits for row in rows), [i for i, row in enumerate(rows) if not row.greedy]
+    if edited or drawn:
+        x_BV, best_B = logits_BV, logits_BV.amax(-1)
+        _find_bad(best_B.tolist(), errors, "the model's logits")
+        if edited:
+            x_BV = logits_BV.clone()
+            _edit(rows, x_BV, errors)
+            best_B = x_BV.amax(-1)
+            _find_bad(best_B.tolist(), errors, "the logits left to choose from")
+        tokens = _choose(rows, x_BV, best_B, [i for i in drawn if i not in errors])
     else:
-        drawn = [i for i, row in enumerate(rows) if not row.greedy]
-        if drawn:  # rows with NaN are not passed on
-            best_B = logits_BV.amax(-1)
-            _find_bad(best_B, errors, "the model's logits")
-            drawn = [i for i in drawn if i not in errors]
-            tokens = _choose(rows, x_BV, best_B, drawn)
-        else:
-            bests, tokens = _largest(x_BV)
-            _name_bad(bests, errors, "the model's logits")
+        bests, tokens = _largest(logits_BV)
+        _find_bad(bests, errors, "the model's logits")
     for i, row in enumerate(rows):
         if i not in errors:
             try:
@@ -193,11 +187,8 @@ def _processed(row: SamplingState, logits_V: Tensor) -> Tensor:
     return logits_V
 
 
-def _find_bad(best_B: Tensor, errors: dict[int, str], what: str) -> None:
-    _name_bad(best_B.tolist(), errors, what)
-
-
-def _name_bad(bests: Sequence[float], errors: dict[int, str], what: str) -> None:
+def _find_bad(bests: Sequence[float], errors: dict[int, str], what: str) -> None:
+    """Add an error for each row whose largest logit is not finite."""
     for i, best in enumerate(bests):
         if not -float("inf") < best < float("inf") and i not in errors:
             has = (

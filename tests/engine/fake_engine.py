@@ -10,6 +10,7 @@ from grok_engine.runtime.allocator import PageAllocator
 from grok_engine.runtime.plan import StepPlan
 from grok_engine.runtime.scheduler import Scheduler
 from grok_engine.runtime.sequence import SequenceState, Status
+from tests.engine.invariants import check_allocator, check_scheduler, is_writable
 
 SCALE = int(os.environ.get("GROK_TEST_SCALE", "1"))  # more examples, for a longer look
 VOCAB = 5
@@ -96,10 +97,10 @@ class Engine:
     def abort(self, seq: SequenceState) -> None:
         if seq.status is not Status.FINISHED:
             self.owner[seq][0].aborted.append(seq)
-        self.scheduler.abort(seq)
+        self.scheduler.finish(seq)
         assert not seq.pages
         assert seq.status is Status.FINISHED
-        self.scheduler.check()
+        check_scheduler(self.scheduler)
 
     def read(self, pages: Sequence[int], position: int) -> int:
         value = self.memory[pages[position // self.size]][position % self.size]
@@ -127,7 +128,9 @@ class Engine:
             before = self.read(entry.pages, entry.start - 1) if entry.start else 0
             for position, token in enumerate(entry.token_ids, entry.start):
                 page = entry.pages[position // self.size]
-                assert self.allocator.writable(page), f"sequence {entry.seq_id} writes page {page}, which others read"
+                assert is_writable(self.allocator, page), (
+                    f"sequence {entry.seq_id} writes page {page}, which others read"
+                )
                 mine.add(page)
                 before = key_of(before, position, token)
                 self.memory[page][position % self.size] = before
@@ -174,22 +177,22 @@ class Engine:
         before = {seq: seq.preemptions for seq in running}
         plan = scheduler.schedule()
         self.preempted = [seq for seq in running if seq.preemptions > before[seq]]
-        scheduler.check()
+        check_scheduler(scheduler)
         self.check_plan(plan, waiting, running)
         self.steps += 1
         if inside is not None:
             inside()
         logits = self.forward(plan)
         scheduler.commit(plan)
-        scheduler.check()
+        check_scheduler(scheduler)
         for seq in logits:
             request, _ = self.owner[seq]
             if request.samples > len(request.seqs) and not seq.output_ids:
                 for child in self.fork(seq, request.samples - 1):
                     self.append(child, child)
-                scheduler.check()
+                check_scheduler(scheduler)
             self.append(seq, seq)
-        scheduler.check()
+        check_scheduler(scheduler)
         return plan
 
     def fork(self, seq: SequenceState, count: int) -> list[SequenceState]:
@@ -230,4 +233,4 @@ class Engine:
         stats = self.scheduler.stats()
         assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)
         assert stats.pages_free == self.allocator.num_pages
-        self.allocator.check([])
+        check_allocator(self.allocator, [])

@@ -14,6 +14,7 @@ import torch
 
 from grok_engine import EngineClosedError, LLMEngine, RequestOutput, RequestOutputKind, SamplingParams
 from grok_engine.runtime.plan import StepPlan
+from tests.engine.invariants import check_allocator, check_scheduler
 
 FOLDER = Path(__file__).parents[1] / "data" / "goldens" / "g1-b-q48-k128"
 VOCAB, LONGEST = 2048, 32
@@ -151,12 +152,12 @@ def test_soak() -> None:
             if not any(a.finish_reason == "abort" for a in output.outputs):
                 assert len(output.outputs) == len(kind.clean)
         if rng.random() < 0.05:
-            engine.scheduler.check()
+            check_scheduler(engine.scheduler)
     assert not engine.has_unfinished_requests()
     assert not engine._by_seq_id
     assert engine.allocator.available == engine.allocator.num_pages
-    engine.scheduler.check()
-    engine.allocator.check([])
+    check_scheduler(engine.scheduler)
+    check_allocator(engine.allocator, [])
     stats = engine.stats()
     assert (stats.requests, stats.scheduler.running, stats.scheduler.waiting) == (0, 0, 0)
     assert min(stats.scheduler.preemptions, stats.scheduler.hit_tokens, stats.scheduler.evictions) >= 100, stats

@@ -17,6 +17,7 @@ import torch
 
 import grok_kernels
 from grok_engine import LLMEngine, RequestOutput, RequestOutputKind, SamplingParams
+from tests.engine.invariants import check_allocator, check_scheduler
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 SMALL, GROUPED, DEEP = "g8-a-emb128-k16", "g1-b-q48-k128", "g8-e-12layers"
@@ -76,10 +77,10 @@ def run(engine: LLMEngine, traffic: list[Request]) -> dict[int, RequestOutput]:
         for output in engine.step():
             assert output.finished
             finished[int(output.request_id)] = output
-        engine.scheduler.check()
+        check_scheduler(engine.scheduler)
         step += 1
     assert engine.allocator.available == engine.allocator.num_pages
-    engine.allocator.check([])
+    check_allocator(engine.allocator, [])
     return finished
 
 

@@ -13,6 +13,7 @@ from grok_engine.runtime.plan import StepPlan
 from grok_engine.runtime.scheduler import Scheduler
 from grok_engine.runtime.sequence import Status
 from tests.engine.fake_engine import Engine
+from tests.engine.invariants import check_scheduler
 
 # Chunks and the budget
 
@@ -133,7 +134,7 @@ def test_a_preempted_sequence_finds_its_own_pages_again() -> None:
     b = engine.prompt(*range(3, 9), max_new=6)
     while not b.preemptions:
         engine.step()
-    engine.scheduler.abort(engine.requests[0].seqs[0])
+    engine.scheduler.finish(engine.requests[0].seqs[0])
     engine.requests[0].aborted.append(engine.requests[0].seqs[0])
     (entry,) = engine.step().entries
     assert entry.seq_id == b.seq_id
@@ -293,7 +294,7 @@ def test_a_fork_in_the_middle_of_a_prompt() -> None:
     assert a.num_computed == 6
     (b,) = engine.fork(a, 1)
     engine.requests[1].samples = 2
-    engine.scheduler.check()
+    check_scheduler(engine.scheduler)
     assert b.pages == a.pages[:2]
     assert counts(engine.step()) == [(1, 6, 9, 1), (2, 6, 5, 0)]  # the half filled page was copied for one
     engine.run()
@@ -335,7 +336,7 @@ def test_a_failed_step_can_be_given_up() -> None:
 def test_aborted_requests_do_not_pile_up_in_the_queue() -> None:
     engine = Engine(4)
     for i in range(5000):
-        engine.scheduler.abort(engine.prompt(1, 2, priority=i))
+        engine.scheduler.finish(engine.prompt(1, 2, priority=i))
     assert len(engine.scheduler.waiting._heap) <= 64
 
 
