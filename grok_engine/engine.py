@@ -201,8 +201,8 @@ class LLMEngine:
     def _forward(self, plan: StepPlan) -> tuple[list[Taker], Tensor]:
         """The answers that take a token, and logits_BV, one row for each.
 
-        A row of hidden states predicts the token after its own: known ones, of a prompt that asks for log-probabilities,
-        are scored here; the first unknown one is to be sampled, by all n answers at the end of a prompt.
+        A row of hidden states predicts the token after its own. Known tokens, of a prompt whose log-probabilities are
+        asked for, are scored here; the first unknown one is to be sampled, by all n answers at the end of a prompt.
         """
         x_RD = self.runner.forward(plan)
         takers: list[Taker] = []

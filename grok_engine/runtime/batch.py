@@ -49,8 +49,8 @@ class Batch:
 def flatten(entries: Sequence[Entry], page_size: int, rows: int = 0, width: int = 0) -> tuple[Tensor, list[int]]:
     """All index tensors of a step in one CPU tensor, for a single transfer, and their sizes, for `Batch.of`.
 
-    rows: pad to this many one-token rows. Padding repeats the row with the fewest keys (activating no extra expert) with
-    slot −1 (writing nothing). width: pad the block table to this many columns.
+    rows: pad to this many one-token rows. Padding repeats the row with the fewest keys (activating no extra expert)
+    with slot −1 (writing nothing). width: pad the block table to this many columns.
     """
     width = max(width, max([len(e.pages) for e in entries]))
     tokens: list[int] = []

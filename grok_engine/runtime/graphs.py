@@ -1,8 +1,8 @@
 """Decode steps as graphs: captured once per number of rows and width of the block table, then replayed.
 
-A decode step is hundreds of small kernels. A GPU finishes them faster than Python launches them; on a CPU, streaming the
-weights evicts the interpreter from cache, so Python between kernels runs cold. A replay makes all of the calls at once,
-on inputs that one transfer has copied to where the graph reads them.
+A decode step is hundreds of small kernels. A GPU finishes them faster than Python launches them; on a CPU, streaming
+the weights evicts the interpreter from cache, so Python between kernels runs cold. A replay makes all of the calls at
+once, on inputs that one transfer has copied to where the graph reads them.
 
 - On a GPU a replay is a CUDA graph. The batch is padded to the next captured number of rows, and the block table to the
   next captured width. Attention launches a program for each split of the keys that the table has room for, so a single
@@ -11,9 +11,9 @@ on inputs that one transfer has copied to where the graph reads them.
   kernels take so long that replaying gains little. Attention there never reads unused columns, so one width is enough.
   A recording keeps all intermediate results, about 10 · d_model values per row and layer.
 
-A graph is captured when its shape first occurs. On a GPU the memory of all graphs is measured before pages get the rest.
-Logits are not part of the graphs: their kernels are launched while the replay runs, and each graph would have to keep a
-result as wide as the vocabulary.
+A graph is captured when its shape first occurs. On a GPU the memory of all graphs is measured before pages get the
+rest. Logits are not part of the graphs: their kernels are launched while the replay runs, and each graph would have to
+keep a result as wide as the vocabulary.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class DecodeGraphs:
         return self._replay(entries, rows, width, key)[: len(entries)]
 
     def bytes_needed(self, free: Callable[[], int]) -> int:
-        """Bytes that the graphs of all shapes will take, measured by capturing the two largest; `free` gives free bytes.
+        """Bytes that the graphs of all shapes will take, measured by capturing the two largest. free: bytes available.
 
         The first takes the memory that all graphs share, the second what each further one takes. Page 0 is written.
         """

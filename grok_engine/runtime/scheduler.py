@@ -24,7 +24,7 @@ from .sequence import SequenceState, Status, WaitingQueue
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerStats:
-    """Sequences and pages now, and counts since the start. `hit_tokens` of `query_tokens` came from the prefix cache."""
+    """Sequences and pages now, counts since the start. `hit_tokens` of `query_tokens` came from the prefix cache."""
 
     running: int
     waiting: int
@@ -120,8 +120,9 @@ class Scheduler:
         if prompt < 1 or new < 1:
             raise ValueError(f"{prompt} prompt tokens and max_new_tokens={new}: expected at least one of each")
         if prompt + new > self.max_model_len:
+            most = self.max_model_len
             raise ValueError(
-                f"{prompt} prompt tokens + {new} new ones = {prompt + new}, more than max_model_len={self.max_model_len}"
+                f"{prompt} prompt tokens + {new} new ones = {prompt + new}, more than max_model_len={most}"
             )
         pages = allocator.pages_for(prompt + new - 1)  # the last token is never fed back
         if pages > allocator.num_pages:

@@ -67,8 +67,9 @@ class SequenceText:
     the token of `stop_token_ids` that ended the sequence, None for the model's own end token.
 
     output_ids: the tokens generated so far, a list that its owner appends to before `push` and that is only read here.
-    context: the prompt that the output continues; it keeps a leading space that a tokenizer drops at the start of a text.
-    max_tokens: fewer than the request's, if the context leaves no room. Without a tokenizer the text is empty.
+    context: the prompt that the output continues, so that it keeps a leading space, which a tokenizer drops at the
+    start of a text. max_tokens: fewer than the request's, if the context leaves no room. Without a tokenizer the text
+    is empty.
     """
 
     def __init__(
@@ -151,7 +152,7 @@ def check_tokenizer(params: SamplingParams, tokenizer: Tokenizer | None) -> None
 
 
 def begins_text(tokenizer: Tokenizer, context: Sequence[int]) -> bool:
-    """Whether an output after this context begins a text: no token of the context has any. Structured outputs need it."""
+    """Whether an output after this context begins a text, because no token of the context has any."""
     at_start = True
     for token in context[-_CONTEXT:]:
         at_start = tokenizer.surface(token, at_start).at_start

@@ -115,9 +115,9 @@ class SamplingState:
 
 
 def bad_word_tokens(words: Iterable[str], encode: Callable[[str], list[int]]) -> list[tuple[int, ...]]:
-    """The token sequences of bad words: each encoded at the start of a text, after a space, and after a punctuation mark.
+    """The token sequences of bad words: each as encoded at the start of a text, after a space, and inside a text.
 
-    The last shows how a word continues without a space, since a tokenizer may put one before any text of its own.
+    Inside: after punctuation, since a tokenizer may put a space before any text of its own.
     """
     found: dict[tuple[int, ...], None] = {}
     for word in words:

@@ -37,6 +37,7 @@ class Pages(RuleBasedStateMachine):
         self.size = page_size
         self.memory: list[list[int | None]] = [[None] * page_size for _ in range(num_pages)]
         self.held: list[Held] = []
+        self.hits = 0  # pages that `match` found
 
     def used(self) -> set[int]:
         return {page for h in self.held for page in h.pages}
@@ -69,6 +70,7 @@ class Pages(RuleBasedStateMachine):
         tokens = bits(number, length)
         found = self.allocator.match(tokens)
         assert len(found) <= (length - 1) // self.size
+        self.hits += len(found)
         h = Held(tokens[: len(found) * self.size], found)
         self.held.append(h)
         self.read(h)
@@ -180,7 +182,7 @@ def test_a_long_random_run_without_shrinking() -> None:
         else:
             machine.end(pick)
         machine.everything_holds()
-    assert machine.allocator.hits > 100
+    assert machine.hits > 100
     assert machine.allocator.evictions > 100
 
 
@@ -332,7 +334,7 @@ def test_without_prefix_caching_nothing_is_kept() -> None:
     pages = filled(allocator, [1, 2, 3])
     assert allocator.match([1, 2, 3, 4]) == []
     allocator.release(pages)
-    assert (allocator.available, allocator.num_cached, allocator.hits) == (4, 0, 0)
+    assert (allocator.available, allocator.num_cached) == (4, 0)
     check_allocator(allocator, [])
 
 

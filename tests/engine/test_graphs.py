@@ -343,7 +343,7 @@ class Driver:
 
 
 def test_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once for real on a stream of its own, before which and after which the streams wait; then captured, and replayed."""
+    """It runs once uncaptured on a side stream, with the streams waiting for each other; then capture, then replays."""
     driver = Driver()
     monkeypatch.setattr(torch, "cuda", driver)
     ran: list[Tensor] = []
