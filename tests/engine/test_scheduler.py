@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -331,6 +332,36 @@ def test_a_failed_step_can_be_given_up() -> None:
     engine.scheduler.commit(plan)
     engine.prompt(*range(9))
     engine.run()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_failed_steps_can_be_undone(seed: int) -> None:
+    """By preempting their sequences, whatever a failed forward pass left in the pages that it may write."""
+    rng = random.Random(seed)
+    engine = Engine(14, page_size=3, seqs=5, budget=12)
+    scheduler, failed = engine.scheduler, 0
+    for _ in range(60):
+        prompt = [1] * rng.choice([0, 6]) + rng.choices(range(3), k=rng.randint(1, 9))
+        engine.prompt(*prompt, max_new=rng.randint(1, 9), samples=rng.choice([1, 1, 3]), priority=rng.choice([0, 1]))
+    while scheduler.has_work:
+        if rng.random() < 0.3:
+            plan = scheduler.schedule()
+            for _, destination in plan.copies:
+                engine.memory[destination] = [-1] * engine.size
+            for entry in plan.entries:
+                for position in range(entry.start, entry.stop):
+                    engine.memory[entry.pages[position // engine.size]][position % engine.size] = -1
+            scheduler._pending = None
+            for entry in reversed(plan.entries):
+                seq = engine.by_id(entry.seq_id)
+                scheduler.running.remove(seq)
+                scheduler._release(seq)
+                scheduler.waiting.push(seq)
+            check_scheduler(scheduler)
+            failed += 1
+        engine.step()
+    engine.check_end()
+    assert failed > 20
 
 
 def test_aborted_requests_do_not_pile_up_in_the_queue() -> None:
