@@ -244,7 +244,7 @@ class Scheduler:
     def _admit(self, seq: SequenceState, step: _Draft) -> None:
         """Take the head of the queue in at `step.place`, with pages for all of its tokens, or end this step's
         admissions: nothing passes one that has to wait."""
-        admitted = step.budget > step.reserved and self._make_room(seq, step)
+        admitted = step.budget > step.reserved and self._start(seq, step)
         step.reserved = self._decoding(step.place)
         step.head = self._next_head(step) if admitted else None
 
@@ -253,7 +253,7 @@ class Scheduler:
         head = self.waiting.head()
         return None if head in step.preempted else head
 
-    def _make_room(self, seq: SequenceState, step: _Draft) -> bool:
+    def _start(self, seq: SequenceState, step: _Draft) -> bool:
         """Start `seq` if there are pages and a seat, preempting sequences of a higher priority number if need be.
 
         A page is left for each running sequence, so that an admission is not what makes the next step preempt one.
