@@ -93,7 +93,6 @@ class Runner:
     def _bytes_of(self, graphs: DecodeGraphs) -> int:
         return graphs.bytes_needed(lambda: torch.cuda.mem_get_info(self.device)[0])
 
-    @torch.inference_mode()
     def forward(self, plan: StepPlan) -> Tensor:
         """x_RD: the hidden states of the rows that want logits, in the order of the plan. The next call may overwrite
         them. The keys and values of all of the plan's tokens are in their pages afterwards."""
