@@ -1,4 +1,4 @@
-"""A stand-in for the engine: a model whose next token is a hash of what it reads back from its simulated pages."""
+"""A fake engine over the real scheduler: its next token is a hash of all keys read back from simulated pages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ END = 0
 
 
 def key_of(before: int, position: int, token: int) -> int:
-    """What a page holds for a token: like a key of a real model, it hangs on all tokens before."""
+    """What a page holds for a token. Like a real key, it depends on all tokens before."""
     return hash((before, position, token))
 
 
@@ -27,7 +27,7 @@ def next_token(keys: list[int], sample: int) -> int:
 
 
 def alone(prompt: list[int], max_new: int, sample: int, ends: bool) -> list[int]:
-    """What a request generates with nothing else in the world."""
+    """What a request generates alone."""
     keys: list[int] = []
     for position, token in enumerate(prompt):
         keys.append(key_of(keys[-1] if keys else 0, position, token))

@@ -1,4 +1,4 @@
-"""The page allocator against a model of its holders and of what is written in each page."""
+"""The page allocator against a model of its holders and of each page's content."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class Pages(RuleBasedStateMachine):
     @precondition(lambda self: self.held)
     @rule(which=st.integers(0, 31), keep=st.integers(0, 6))
     def shrink(self, which: int, keep: int) -> None:
-        """Give back what lies behind the first pages, as a rejected speculation would."""
+        """Release all but the first pages, as rejected draft tokens would."""
         h = self.held[which % len(self.held)]
         if keep < len(h.pages):
             self.allocator.release(h.pages[keep:])
@@ -153,7 +153,7 @@ TestPages.settings = settings(
 
 
 def filled(allocator: PageAllocator, tokens: list[int]) -> list[int]:
-    """A sequence computed from its first page that `match` does not find, its full pages registered."""
+    """A sequence computed behind its cached prefix, with its full pages registered."""
     pages = allocator.match(tokens)
     first, size = len(pages), allocator.page_size
     fresh = allocator.allocate(allocator.pages_for(len(tokens)) - first)
@@ -165,7 +165,7 @@ def filled(allocator: PageAllocator, tokens: list[int]) -> list[int]:
 
 
 def test_a_long_random_run_without_shrinking() -> None:
-    """What the machine does, in one life of many steps."""
+    """The machine's rules in one long random run."""
     rng, machine = random.Random(7), Pages()
     machine.start(14, 2, True)
     for _ in range(20_000 * SCALE):

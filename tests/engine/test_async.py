@@ -1,4 +1,4 @@
-"""The engine inside asyncio programs: many consumers, some of which leave, dawdle or are wrong."""
+"""The engine in asyncio programs: many consumers, of which some leave early, are slow or send invalid requests."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_cancelling_a_consumer_frees_its_pages() -> None:
 
 
 def test_a_name_can_be_taken_again_at_once() -> None:
-    """What a step under way still brings of the one who left is not given to the one who came."""
+    """An output of the aborted request, from a step still running, does not go to the new request of the same id."""
 
     async def main(llm: AsyncLLM) -> None:
         for _ in range(10):
@@ -317,7 +317,7 @@ def test_one_loop_after_another() -> None:
 
 
 def test_a_loop_that_ends_without_close(recwarn: pytest.WarningsRecorder) -> None:
-    """A program that just stops, with requests under way, stops: no warning, no error, no hanging."""
+    """A program that ends with requests running ends cleanly: no warning, no error, no hang."""
     kept: list[AsyncLLM] = []
 
     async def main() -> None:

@@ -42,13 +42,13 @@ def llm() -> LLM:
 
 @pytest.fixture(scope="module")
 def eager() -> LLM:
-    """The same, whose modules are called in every step."""
+    """The same without recordings: every step calls the modules."""
     return LLM(FOLDER, dtype="float32", enforce_eager=True)
 
 
 @pytest.fixture(scope="module")
 def spelling(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    """The same model with a tokenizer of its own, trained here on words that mean nothing, one piece to each token."""
+    """The same model with a tokenizer trained here on meaningless words, with one piece for each token."""
     folder = tmp_path_factory.mktemp("spelling") / "model"
     target = spell(FOLDER, folder, VOCAB, "abcdefghijklmnoprstuvwzäß")
     model = LLM(target, dtype="float32")
@@ -154,7 +154,7 @@ def test_nothing_runs_unless_all_prompts_are_valid(llm: LLM, eager: LLM) -> None
             eager.generate([PROMPT, PROMPT, [3, -5]], GREEDY)
         assert not ran
         eager.generate(PROMPT, GREEDY)
-        assert len(ran) == GREEDY.max_tokens  # the prompt at once, then a step a token but the last
+        assert len(ran) == GREEDY.max_tokens  # one step for the prompt, then one for each token but the last
     finally:
         handle.remove()
     assert tokens(llm, PROMPT, GREEDY) == tokens(eager, PROMPT, GREEDY)
@@ -253,7 +253,7 @@ def test_a_seed_repeats_its_tokens(llm: LLM) -> None:
     first = tokens(llm, PROMPT, sampled(7))
     assert tokens(llm, PROMPT, sampled(7)) == first
     assert len({tuple(tokens(llm, PROMPT, sampled(seed))) for seed in range(6)}) == 6
-    # Neither the other requests of a call nor torch's own generator move it.
+    # neither other requests of the call nor torch's generator change the tokens
     torch.manual_seed(1)
     torch.rand(5)
     others = llm.generate([golden()["p0_tokens"], PROMPT, PROMPT], [sampled(1), sampled(7), sampled(8)])

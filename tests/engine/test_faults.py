@@ -1,4 +1,4 @@
-"""What goes wrong for one request stays with it; what goes wrong in a step closes the engine and says why."""
+"""A request's own failure ends that request alone; a failing step closes the engine and gives the cause."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def make_kinds(rng: random.Random, count: int) -> list[Kind]:
 
 
 def test_soak() -> None:
-    """Thousands of requests, many of them wrong, unlucky or given up: the others get what they get alone."""
+    """Thousands of requests, many of them invalid, failing or aborted: the others get the tokens they get alone."""
     rng = random.Random(1)
     kinds = make_kinds(rng, 60)
     engine = make(page_size=4, num_pages=36, max_num_seqs=24, max_num_batched_tokens=40)
@@ -163,7 +163,7 @@ def test_soak() -> None:
     assert min(stats.scheduler.preemptions, stats.scheduler.hit_tokens, stats.scheduler.evictions) >= 100, stats
     assert min(seen[fate] for fate in ("refused", "discarded", "abort", "error")) >= 50, seen
     assert seen["length"] >= 1500, seen
-    # and nothing of it stayed
+    # nothing of all that affects a later request
     kind = kinds[2]
     engine.add_request("x", kind.prompt, SamplingParams(**kind.options))
     assert [(a.token_ids, a.logprobs) for a in drain(engine)[-1].outputs] == kind.clean

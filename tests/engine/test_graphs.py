@@ -1,5 +1,5 @@
-"""Decode steps by way of a capture: the recordings of a CPU, and, for what a GPU's do, a stand-in, which runs the step
-again on the same tensors as a graph would."""
+"""Captured decode steps: a CPU's recordings, and in place of CUDA graphs a stand-in that reruns the step on the same
+tensors."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Counted:
 
 
 class StandIn:
-    """As a CUDA graph: its own result tensor, overwritten by each replay, and nothing kept but tensors."""
+    """Like a CUDA graph: a replay reads the same inputs and overwrites the same result tensor."""
 
     rungs, widths = staticmethod(rungs), staticmethod(widths)
 
@@ -137,7 +137,7 @@ def test_the_same_bits_as_without(kind: str, shape: str, dtype: str, kv_dtype: s
 
 
 def test_padding_reads_and_writes_no_page() -> None:
-    """All else in the pages is NaN before and after, and what comes out is what a step without padding gives."""
+    """The result equals a step without padding, and pages that are not in use stay NaN."""
     engine = make_engine(SMALL, "float32", "float32", max_num_seqs=16, page_size=4, num_pages=12)
     runner, nan = engine.runner, float("nan")
     for pages in runner.cache:
@@ -216,7 +216,7 @@ def test_a_backend_that_comes_or_goes_is_another_graph(monkeypatch: pytest.Monke
 
 
 def test_memory_of_all_graphs() -> None:
-    """The largest takes what all share, the second what one more takes; there are 5 rungs and 2 widths."""
+    """The largest takes the shared memory, the second what each further one takes; there are 5 rungs and 2 widths."""
     engine = make_engine(SMALL, "float32", "float32", max_num_seqs=16, page_size=1, num_pages=40, max_model_len=128)
     runner, capture = engine.runner, Counted(stand_in := StandIn())
     config = replace(engine.config, model=replace(engine.config.model, max_position=2048), max_model_len=2048)
@@ -236,7 +236,7 @@ def test_memory_of_all_graphs() -> None:
 
 @pytest.mark.parametrize("name", ["grok-1", "grok-2", "mixtral-8x7b", "mistral-7b"])
 def test_no_step_asks_for_a_value(name: str) -> None:
-    """On `meta` there are none: who asked would be refused. So nothing in a step waits for the device."""
+    """`meta` tensors have no values, so reading one would raise. So nothing in a step waits for the device."""
     config = small(PRESETS[name])
     model = Decoder(config, torch.bfloat16, "meta", 64)
     for module in model.modules():
@@ -260,7 +260,7 @@ def small(config: ModelConfig) -> ModelConfig:
 @pytest.mark.parametrize("kind", CAPTURES)
 @pytest.mark.parametrize("name", ["grok-2", "mistral-7b"])
 def test_families_with_dense_layers(name: str, kind: str) -> None:
-    """Whose blocks make tensors of their own in every step."""
+    """Their layers allocate tensors in every step."""
     model = Decoder(small(PRESETS[name]), torch.float32)
     dummy_weights(model, "fp32")
     config = EngineConfig(model=model.config, dtype="float32", num_pages=4, max_num_seqs=4)
@@ -284,7 +284,7 @@ def test_rows_are_taken_as_by_an_index() -> None:
 
 
 class Driver:
-    """Stands in for torch.cuda: writes down what is asked of it, and runs what is captured, since there is no graph."""
+    """A fake torch.cuda that logs calls, and runs what is captured."""
 
     class OutOfMemoryError(RuntimeError): ...
 
@@ -369,7 +369,7 @@ def test_a_step_that_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("eager", [False, True])
 def test_what_is_left_on_a_device(eager: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """0.9 of it, less what was in use beside torch's memory, the largest step, and a MiB for each graph."""
+    """0.9 of the memory, less what others use, what the largest step needs, and a MiB for each graph."""
     engine = make_engine(SMALL, "float32", "float32", max_num_seqs=4, num_pages=40, max_model_len=64)
     runner, driver = engine.runner, Driver()
     driver.free = (1 << 40) - 1000

@@ -31,7 +31,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def cut(text: str, stops: Sequence[str], *, include: bool = False) -> tuple[str, str | None]:
-    """By its definition: the earliest end of any match; of those that end there, the longest."""
+    """By definition: cut at the earliest end of any match, by the longest that ends there."""
     for end in range(1, len(text) + 1):
         found = [s for s in stops if text[:end].endswith(s)]
         if found:
@@ -63,7 +63,7 @@ def test_a_text_in_pieces_is_cut_as_the_whole(parts: list[str], stops: list[str]
         out += stream.push(part)
         seen += part
         if not include:
-            # nothing is held back that could be handed out: what is held begins a stop string
+            # only text that begins a stop string is held back
             held = cut(seen, stops)[0][len(out) :]
             assert expected.startswith(out)
             assert not held or any(s.startswith(held) for s in stops)

@@ -1,4 +1,4 @@
-"""The engine as a program that embeds it meets it: requests, what they ask for, and what they get back."""
+"""The engine's public API: requests, their parameters and their outputs."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def engine() -> LLMEngine:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> LLMEngine:
-    """The same model with a tokenizer, trained here, of a piece for each of its tokens."""
+    """The same model with a tokenizer trained here, with one piece for each token."""
     folder = tmp_path_factory.mktemp("texts") / "model"
     target = spell(FOLDER, folder, VOCAB, "abcdefghijklmnoprstuvwz", ['{"a": [1, 2.5, -3], "b": true}'])
     return LLMEngine(target, dtype="float32")
@@ -200,7 +200,7 @@ def test_two_engines_take_turns() -> None:
 
 
 def test_calls_of_an_llm_take_turns() -> None:
-    """A call's steps serve the others under way; each gets what is its own."""
+    """A call's steps also serve the other calls in progress; each gets its own outputs."""
     llm = LLM(FOLDER, dtype="float32")
     first, second = (llm.stream(PROMPT, greedy(max_tokens=n)) for n in (9, 24))
     found = [next(first).token_id, next(second).token_id, next(first).token_id]
@@ -460,7 +460,7 @@ def test_the_engine_s_seed_repeats_a_run() -> None:
 
 
 def test_fp8_pages_are_close() -> None:
-    """Of one layer, and by the median: behind a router a small difference may choose another expert."""
+    """By the median over tokens of one layer: a router may turn a small difference into another expert."""
     prompt = random.Random(1).choices(range(3, VOCAB), k=90)
     exact_TV, bf16_TV, fp8_TV = (
         LLMEngine(OTHER, dtype="float32", kv_dtype=kv_dtype).logits(prompt)
@@ -473,7 +473,7 @@ def test_fp8_pages_are_close() -> None:
 
 
 def test_random_numbers_follow_from_seed_sequence_and_position() -> None:
-    """On flat logits a token is its random number: that of `uniform`, the same through preemptions."""
+    """With flat logits a token is its random number times V, also after preemptions."""
 
     def flat(output: list[int], logits_V: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(logits_V)

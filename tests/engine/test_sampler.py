@@ -31,7 +31,7 @@ def row(seed: int = 0, *, matcher: Any = None, output: Sequence[int] = (), **opt
 
 
 def sample(rows: Sequence[SamplingState], logits_BV: Tensor) -> list[Sampled]:
-    """As an engine does it, which appends the tokens."""
+    """`sampler.sample`, with the tokens appended as an engine does."""
     found = sampler.sample(rows, logits_BV)
     for state, sampled in zip(rows, found, strict=True):
         if sampled.error is None:

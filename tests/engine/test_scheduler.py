@@ -1,4 +1,4 @@
-"""The scheduler driven as an engine drives it, with a model whose every token hangs on what it reads from the pages."""
+"""The scheduler, driven by a fake engine whose tokens depend on everything it reads from the pages."""
 
 from __future__ import annotations
 
@@ -336,7 +336,7 @@ def test_a_failed_step_can_be_given_up() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_failed_steps_can_be_undone(seed: int) -> None:
-    """By preempting their sequences, whatever a failed forward pass left in the pages that it may write."""
+    """By preempting the plan's sequences, whatever the forward pass left in the pages that it may write."""
     rng = random.Random(seed)
     engine = Engine(14, page_size=3, seqs=5, budget=12)
     scheduler, failed = engine.scheduler, 0
@@ -375,7 +375,7 @@ def test_aborted_requests_do_not_pile_up_in_the_queue() -> None:
 
 
 def lines_run(work: Callable[[], object]) -> int:
-    """Lines of Python that a call executes: a cost that no load on the machine moves."""
+    """Lines of Python that a call executes: a cost that does not depend on the machine's load."""
     lines = 0
 
     def trace(frame: Any, event: str, arg: Any) -> Any:

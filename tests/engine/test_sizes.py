@@ -1,4 +1,4 @@
-"""How much an engine can hold, and what it refuses because of it."""
+"""KV memory, and requests and options that are refused because they do not fit."""
 
 from __future__ import annotations
 

@@ -57,14 +57,14 @@ KINDS = ["dummy", "no dummy", "no bytes", "byte level"]
 
 
 class Model:
-    """What a model brings: a tokenizer, more logits than it has tokens, its end tokens, and the compiler for them."""
+    """A tokenizer, a vocabulary larger than the tokenizer's, end tokens, and a compiler for them."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = tokenizer.vocab_size + 13
         self.eos = (*tokenizer.eos_token_ids, tokenizer.vocab_size + 3)  # one that the tokenizer does not know
         self.compiler = StructuredCompiler(tokenizer, self.vocab_size, self.eos)
-        # Random text ends late: what closes is made likelier.
+        # made likelier, since random text would end late
         self.closing = [
             i for i in range(tokenizer.vocab_size) if tokenizer.surface(i, False).text.strip() in ('"', "}", "]", ")")
         ] + [i for i in range(tokenizer.vocab_size) if tokenizer.surface(i, False).data in (b'"', b"}", b"]", b")")]
@@ -217,7 +217,7 @@ NUMBER: /[0-9]|[1-9][0-9]/
 
 
 def balanced(text: str) -> bool:
-    """By another way than a grammar: rewrite what is inside, until one number is left."""
+    """Without a grammar: rewrite the innermost terms until one number is left."""
     before = None
     while before != text:
         before, text = text, re.sub(r"(?<![\d])([1-9]?\d)( [-+] [1-9]?\d)+(?=\)|$)", "1", text)

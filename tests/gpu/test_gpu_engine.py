@@ -1,4 +1,4 @@
-"""The engine on a GPU: its memory, its graphs, and nothing in a step that waits for the device before sampling."""
+"""The engine on a GPU: memory, graphs, and that no step synchronises with the device before sampling."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_with_graphs_as_without(model: str, dtype: Any, kv_dtype: Any) -> None:
 
 
 def test_the_reference_is_not_captured() -> None:
-    """Though it serves, and gives the same text, in an engine that has graphs."""
+    """It still serves, with the same text, in an engine that has graphs."""
     llm = LLM("tiny", device=DEVICE, dtype="float32", num_pages=40)
     prompt = llm.encode("My dear Watson,")
     (fast,) = llm.generate(prompt, GREEDY)
@@ -61,7 +61,7 @@ def test_the_reference_is_not_captured() -> None:
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """What synchronises with the device inside is an error."""
+    """Makes synchronising with the device an error."""
     if not ON_GPU:
         yield
         return
@@ -76,7 +76,7 @@ def no_waiting() -> Iterator[None]:
 @pytest.mark.parametrize("weights", ["int8", "fp8", "bf16"])
 @pytest.mark.parametrize("name", ["grok-1", "grok-2", "mixtral-8x7b", "mistral-7b"])
 def test_no_step_waits_for_the_device(name: str, weights: Any) -> None:
-    """Neither a prompt nor a decode step, with and without graphs, up to and with the logits."""
+    """Prompts and decode steps, with and without graphs, including logits and page copies."""
     engine = LLMEngine(small(PRESETS[name]), device=DEVICE, weights=weights, num_pages=8, max_num_seqs=4)
     eager = LLMEngine(small(PRESETS[name]), device=DEVICE, weights=weights, num_pages=8, enforce_eager=True)
     prompt = StepPlan((Entry(list(range(3, 20)), 0, [0, 1], num_logits=1),))
@@ -92,7 +92,7 @@ def test_no_step_waits_for_the_device(name: str, weights: Any) -> None:
 
 @pytest.mark.parametrize("weights", ["int8", "fp8"])
 def test_no_kernel_is_compiled_while_serving(weights: Any) -> None:
-    """Whatever the batches: all that Triton compiles it compiles when the engine is made."""
+    """Triton compiles everything when the engine is built, for any batch."""
     triton = pytest.importorskip("triton")
     engine = LLMEngine(small(PRESETS["grok-1"]), device=DEVICE, weights=weights, num_pages=60, max_num_seqs=12)
     compiled: list[str] = []
@@ -112,7 +112,7 @@ def test_no_kernel_is_compiled_while_serving(weights: Any) -> None:
 
 
 def test_pages_are_what_is_left() -> None:
-    """After the largest step and all graphs that were ever needed the device still has what GPU_SHARE leaves it."""
+    """After the largest step and all graphs, the device still has the memory that GPU_SHARE leaves."""
     model = replace(PRESETS["grok-1"], num_layers=1, vocab_size=32768) if ON_GPU else small(PRESETS["grok-1"])
     engine = LLMEngine(model, device=DEVICE, weights="fp8", max_num_seqs=16)
     pages = engine.runner.num_pages
