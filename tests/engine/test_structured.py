@@ -35,7 +35,8 @@ def sentencepiece_model(path: Path, *, dummy: bool, fallback: bool = True) -> Pa
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES), model_writer=model, model_type="bpe", vocab_size=400 if fallback else 180,
         character_coverage=1.0, byte_fallback=fallback, hard_vocab_limit=False, normalization_rule_name="identity",
-        minloglevel=2, remove_extra_whitespaces=False, add_dummy_prefix=dummy, user_defined_symbols=["  "], num_threads=1,
+        minloglevel=2, remove_extra_whitespaces=False, add_dummy_prefix=dummy, user_defined_symbols=["  "],
+        num_threads=1,
     )  # fmt: skip
     path.write_bytes(model.getvalue())
     return path
