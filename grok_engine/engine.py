@@ -28,7 +28,6 @@ from .runtime.plan import Entry, StepPlan
 from .runtime.request import Answer, Request, RequestOutput
 from .runtime.runner import KV_DTYPES, Runner
 from .runtime.scheduler import Scheduler, SchedulerStats
-from .runtime.sequence import Status
 from .runtime.text import FinishReason
 from .sampling.params import RequestOutputKind, SamplingParams
 from .sampling.sampler import Sampled, sample
@@ -242,9 +241,11 @@ class LLMEngine:
         """Commit the step, append the tokens, and finish what they end."""
         self.scheduler.commit(plan)
         for request, answer in takers:
-            if answer.index and answer.state.status is Status.NEW:  # fork before the first answer gets its token
-                self.scheduler.fork(request.answers[0].state, answer.state)
-                self._by_seq_id[answer.state.seq_id] = (request, answer)
+            if not request.forked:  # all its answers are here, the first of them without its token yet
+                if answer.index:
+                    self.scheduler.fork(request.answers[0].state, answer.state)
+                    self._by_seq_id[answer.state.seq_id] = (request, answer)
+                request.forked = answer is request.answers[-1]
         now = time.monotonic()
         changed: dict[str, Request] = {}
         for (request, answer), result in zip(takers, sampled, strict=True):

@@ -84,7 +84,7 @@ class RequestBuilder:
             answers.append(Answer(index, state, sampler, text))
         return Request(
             request_id, prompt if isinstance(prompt, str) else None, prompt_ids, params, time.monotonic(), answers,
-            prompt_logprobs=[None] * len(prompt_ids) if scored else None,
+            forked=params.n == 1, prompt_logprobs=[None] * len(prompt_ids) if scored else None,
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from grok_engine.sampling.params import RequestOutputKind, SamplingParams
 from grok_engine.sampling.sampler import Sampled
 from grok_engine.sampling.state import SamplingState
 
-from .sequence import SequenceState, Status
+from .sequence import SequenceState
 from .text import FinishReason, SequenceText
 
 TopLogprobs = dict[int, float]  # token id to log probability: the chosen token first, then the most probable ones
@@ -107,14 +107,10 @@ class Request:
     params: SamplingParams
     arrival: float
     answers: list[Answer]
+    forked: bool  # whether the scheduler has all n sequences: from the first token on
     first_token: float | None = None
     finished: float | None = None
     prompt_logprobs: list[TopLogprobs | None] | None = None
-
-    @property
-    def forked(self) -> bool:
-        """Whether the scheduler has all n sequences: from the first token on."""
-        return self.answers[-1].state.status is not Status.NEW
 
     @property
     def started(self) -> list[Answer]:
