@@ -26,7 +26,8 @@ from torch import Tensor
 
 import grok_kernels
 from grok_engine import LLMEngine, RequestOutputKind, SamplingParams
-from grok_engine.runtime.runner import Runner, Work
+from grok_engine.runtime.plan import Entry
+from grok_engine.runtime.runner import Runner
 from grok_engine.sampling import sampler
 
 RUNNING = (1, 8, 64, 256)
@@ -53,8 +54,8 @@ class StubRunner(Runner):
         self._logits_BV = torch.randn(rows, c.model.vocab_size, generator=generator)
         self._x_TD = torch.zeros(max(c.max_num_batched_tokens, c.max_num_seqs), c.model.d_model)
 
-    def run(self, work: Sequence[Work]) -> Tensor:
-        batch = self._batch(work)
+    def run(self, entries: Sequence[Entry]) -> Tensor:
+        batch = self._batch(entries)
         return self._x_TD[: batch.tokens_T.shape[0]]
 
     def logits(self, x_TD: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""AsyncLLM: the engine inside an asyncio program. Steps run on one thread of their own; the event loop stays free."""
+"""AsyncLLM: the engine in an asyncio program. Steps run on a thread of their own, so the event loop stays free."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
-from .engine import EngineClosedError, LLMEngine, Prompt
+from .engine import EngineClosedError, LLMEngine
+from .runtime.builder import Prompt
 from .runtime.request import RequestOutput
 from .sampling.params import SamplingParams
 
@@ -15,16 +16,15 @@ from .sampling.params import SamplingParams
 class AsyncLLM:
     """Many concurrent `generate` calls over one engine, which it owns. Use it from one event loop.
 
-    Requests and aborts are handed over between steps and on the steps' thread: the engine is never touched by another,
-    and a long prompt or a grammar does not hold the event loop up either.
-    Every consumer has a queue of its own: a slow one blocks nobody. A step that raises ends every waiting consumer
-    with that error and leaves the engine closed.
+    Requests and aborts reach the engine between steps and on the steps' thread, the only one that touches it, so that
+    encoding a long prompt or compiling a grammar does not block the event loop either. Every consumer has a queue of
+    its own: a slow one blocks nobody. A step that raises ends all consumers with that error and closes the engine.
     """
 
     def __init__(self, engine: LLMEngine) -> None:
         self.engine = engine
         self._queues: dict[str, asyncio.Queue[RequestOutput | BaseException]] = {}
-        self._aborts: set[str] = set()  # and these two wait for the end of the step under way
+        self._aborts: set[str] = set()  # for after the current step, like `_new`
         self._new: dict[str, tuple[Prompt, SamplingParams, int]] = {}
         self._stepper: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grok-engine")
@@ -39,7 +39,7 @@ class AsyncLLM:
         request_id: str | None = None,
         priority: int = 0,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """The request's outputs as its tokens come. Leaving the loop, or cancellation, aborts it and frees its pages."""
+        """The request's outputs as its tokens come. Leaving the loop or cancelling aborts it and frees its pages."""
         if self._error is not None:
             raise EngineClosedError("the engine is closed") from self._error
         request_id = f"async-{next(self._ids)}" if request_id is None else request_id
@@ -69,7 +69,7 @@ class AsyncLLM:
             self._stepper = asyncio.get_running_loop().create_task(self._run())
 
     async def _run(self) -> None:
-        """Steps until there is nothing left to do."""
+        """Step until nothing is left to do."""
         loop = asyncio.get_running_loop()
         busy = True
         try:
@@ -77,7 +77,7 @@ class AsyncLLM:
                 new, self._new = self._new, {}
                 aborts, self._aborts = self._aborts, set()
                 results, busy = await loop.run_in_executor(self._thread, self._step, new, aborts)
-                for request_id, result in results:  # not to one who has since come with the id of one who left
+                for request_id, result in results:  # not to a new consumer that reuses an aborted request's id
                     if request_id in self._queues and request_id not in self._aborts:
                         self._queues[request_id].put_nowait(result)
         except Exception as error:
@@ -86,14 +86,14 @@ class AsyncLLM:
     def _step(
         self, new: dict[str, tuple[Prompt, SamplingParams, int]], aborts: set[str]
     ) -> tuple[list[tuple[str, RequestOutput | Exception]], bool]:
-        """On the thread: give the engine what came in, and step. What each request gets, and whether there is more."""
+        """On the thread: pass on new requests and aborts, and step. Returns results, and whether work is left."""
         results: list[tuple[str, RequestOutput | Exception]] = []
         self.engine.discard_request(aborts)
         for request_id, request in new.items():
             prompt, params, priority = request
             try:
                 self.engine.add_request(request_id, prompt, params, priority)
-            except Exception as error:  # whatever is wrong with it, the others do not notice
+            except Exception as error:  # it fails alone
                 results.append((request_id, error))
         results += [(output.request_id, output) for output in self.engine.step()]
         return results, self.engine.has_unfinished_requests()
@@ -108,7 +108,7 @@ class AsyncLLM:
         """End every request with EngineClosedError and free what the engine holds. A second call does nothing."""
         if self._error is None:
             self._error = EngineClosedError("the engine was closed")
-        if self._stepper is not None:  # the step under way ends before anything is freed
+        if self._stepper is not None:  # let the current step end before anything is freed
             await asyncio.gather(self._stepper, return_exceptions=True)
         self._thread.shutdown()
         self._fail(self._error)

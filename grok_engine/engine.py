@@ -1,12 +1,10 @@
-"""LLMEngine: many requests at once, a step at a time, in one process and on the caller's thread."""
+"""LLMEngine: serves many requests at once, a step at a time, on the caller's thread."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import count
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -19,34 +17,34 @@ from .loading.build import build_model
 from .loading.fill import Progress
 from .loading.resolve import find_model
 from .runtime.allocator import PageAllocator
-from .runtime.batch import Work, take_rows
-from .runtime.request import Answer, Request, RequestOutput, TopLogprobs
+from .runtime.batch import take_rows
+from .runtime.builder import Prompt, RequestBuilder
+from .runtime.plan import Entry, StepPlan
+from .runtime.request import Answer, Request, RequestOutput
 from .runtime.runner import Runner
-from .runtime.scheduler import Entry, Schedule, Scheduler, SchedulerStats
-from .runtime.scheduler import Sequence as Tokens
-from .runtime.text import FinishReason, SequenceOutput, begins_text, check_tokenizer
-from .sampling.params import RequestOutputKind, SamplingParams, fresh_seed
-from .sampling.sampler import Sampled, SequenceSampler, bad_word_tokens, prompt_logprobs, sample
-from .sampling.structured import StructuredCompiler
+from .runtime.scheduler import Scheduler, SchedulerStats
+from .runtime.text import FinishReason
+from .sampling.params import RequestOutputKind, SamplingParams
+from .sampling.sampler import Sampled, sample
 from .tokenizer.base import Tokenizer
 from .tokenizer.load import load_tokenizer
 
-Prompt = str | Sequence[int]
+Taker = tuple[Request, Answer]  # an answer that takes a token in this step
 
 
 class EngineClosedError(RuntimeError):
-    """The engine was closed, by its user or by a step that failed; the cause is chained."""
+    """The engine was closed, by its user or by a step that failed, whose exception is the cause."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """Now: requests, sequences and pages. Since the start: steps, tokens, and seconds by part of a step."""
+    """Requests, sequences and pages now; steps, tokens and seconds by part of a step since the start."""
 
     requests: int
     scheduler: SchedulerStats
     kv_bytes: int
     steps: int
-    prompt_tokens: int  # computed, those of preempted sequences again
+    prompt_tokens: int  # computed; those of preempted sequences count again
     generated_tokens: int
     seconds: dict[str, float]
 
@@ -79,38 +77,24 @@ class LLMEngine:
             max_model_len=c.max_len,
         )
         self._requests: dict[str, Request] = {}
-        self._by_tokens: dict[int, tuple[Request, Answer]] = {}
-        self._ready: list[RequestOutput] = []  # of aborts, for the next step to return
-        self._serial = count()
-        self._seq_ids = count()
+        self._by_seq_id: dict[int, Taker] = {}  # of the sequences that the scheduler has
+        self._ready: list[RequestOutput] = []  # of aborted requests, for the next step to return
+        self._builder = RequestBuilder(c, self.tokenizer)
         self._closed: BaseException | None = None
-        self._steps = self._prompt_tokens = self._generated = 0
+        self._steps = self._generated = 0
+        self._lap_began = 0.0
         self._seconds = dict.fromkeys(("schedule", "forward", "sample", "output"), 0.0)
 
     # Requests
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, checked: text needs a tokenizer, ids must be in the vocabulary, and it must fit."""
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError(f"prompt {prompt[:40]!r} is text, but the model has no tokenizer: give token ids")
-            token_ids = self.tokenizer.encode(prompt)
-        else:
-            token_ids = list(_as_list(prompt))
-        if not token_ids:
-            raise ValueError(f"prompt {prompt!r} is empty: expected at least one token")
-        vocab, longest = self.config.model.vocab_size, self.config.max_len
-        for t in token_ids:
-            if not isinstance(t, Integral) or isinstance(t, bool) or not 0 <= t < vocab:
-                raise ValueError(f"token id {t!r} is not in the vocabulary: expected an integer in 0..{vocab - 1}")
-        if len(token_ids) > longest:
-            raise ValueError(f"prompt has {len(token_ids)} tokens, expected at most max_model_len={longest}")
-        return [int(t) for t in token_ids]
+        """Token ids of a prompt. ValueError without a tokenizer for text, or if an id or the length is out of range."""
+        return self._builder.encode(prompt)
 
     def add_request(
         self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0
     ) -> None:
-        """Queue a request; a lower priority number is more urgent. ValueError where it is wrong or can never fit.
+        """Queue a request; a lower priority number is more urgent. ValueError if it is invalid or can never fit.
 
         Generation ends with finish_reason "length" at max_tokens or where max_model_len is reached.
         """
@@ -120,168 +104,129 @@ class LLMEngine:
             raise ValueError(f"params={params!r} is not a SamplingParams")
         if not isinstance(request_id, str) or request_id in self._requests:
             raise ValueError(f"request_id={request_id!r}: expected text that no unfinished request has")
-        prompt_ids = self.encode(prompt)
-        room = self.config.max_len - len(prompt_ids)
-        if room < 1:
-            raise ValueError(f"prompt has {len(prompt_ids)} tokens, all of max_model_len: no room for a new one")
-        params.check_vocabulary(self.config.model.vocab_size)
-        serial = next(self._serial)
-        seed = fresh_seed(params) if params.seed is not None or self.config.seed is None else self.config.seed + serial
-        make_answer = self._answers(params, prompt_ids, seed % 2**63)
-        tokens = Tokens(next(self._seq_ids), prompt_ids, min(params.max_tokens, room), priority)
-        tokens.use_cache = params.prompt_logprobs is None  # whose logits all have to be computed
-        answer = make_answer(0, tokens)
-        self.scheduler.add(tokens)
-        request = Request(
-            request_id,
-            prompt if isinstance(prompt, str) else None,
-            prompt_ids,
-            params,
-            time.monotonic(),
-            [answer],
-            make_answer,
-            prompt_logprobs=None if params.prompt_logprobs is None else [None] * len(prompt_ids),
-        )
+        request = self._builder.build(request_id, prompt, params, priority)
+        first = request.answers[0]
+        self.scheduler.add(first.state)
         self._requests[request_id] = request
-        self._by_tokens[tokens.seq_id] = (request, answer)
-
-    def _answers(self, params: SamplingParams, prompt_ids: list[int], seed: int) -> Callable[[int, Tokens], Answer]:
-        """What makes each of a request's answers. Here, or at the first of them, all that is wrong in `params` is found."""
-        tokenizer, eos = self.tokenizer, self.config.model.eos_token_ids
-        check_tokenizer(params, tokenizer)
-        words = bad_word_tokens(params.bad_words, tokenizer.encode) if tokenizer else []
-        room = self.config.max_len - len(prompt_ids)
-        structured = params.structured
-        at_start = tokenizer is not None and begins_text(tokenizer, prompt_ids)
-
-        def make(index: int, tokens: Tokens) -> Answer:
-            matcher = self._compiler.matcher(structured, at_start=at_start) if structured else None
-            sampler = SequenceSampler(
-                params, seed=seed, index=index, prompt=prompt_ids, eos_token_ids=eos, bad_words=words, matcher=matcher
-            )
-            text = SequenceOutput(params, tokenizer, eos_token_ids=eos, context=prompt_ids, max_tokens=room)
-            return Answer(index, tokens, sampler, text)
-
-        return make
-
-    @cached_property
-    def _compiler(self) -> StructuredCompiler:
-        assert self.tokenizer is not None
-        return StructuredCompiler(self.tokenizer, self.config.model.vocab_size, self.config.model.eos_token_ids)
+        self._by_seq_id[first.state.seq_id] = (request, first)
 
     def abort_request(self, request_ids: str | Iterable[str]) -> None:
         """End requests, at any time; their pages are free at once. The next step returns what they had, with
-        finish_reason "abort". Unknown and finished ones are passed over."""
+        finish_reason "abort". Unknown and finished requests are ignored."""
         for request_id in [request_ids] if isinstance(request_ids, str) else list(request_ids):
             request = self._requests.get(request_id)
             if request is not None:
-                for answer in request.answers:
+                for answer in request.started:
                     self._finish(answer, "abort")
-                self._ready += self._outputs([request], time.monotonic(), aborted=True)
+                self._ready.append(self._output(request, time.monotonic(), ended=True))
 
     def discard_request(self, request_ids: str | Iterable[str]) -> None:
-        """`abort_request` by one who does not want the outputs."""
+        """`abort_request`, without the outputs."""
         ids = {request_ids} if isinstance(request_ids, str) else set(request_ids)
         self.abort_request(ids)
         self._ready = [output for output in self._ready if output.request_id not in ids]
 
     def has_unfinished_requests(self) -> bool:
-        """Whether `step` has anything to do or to return."""
+        """Whether `step` has anything to compute or to return."""
         return bool(self._requests or self._ready)
 
     # Steps
 
     def step(self) -> list[RequestOutput]:
-        """Compute one batch of tokens; the outputs of every request that has something new to show.
+        """Compute one batch of tokens; returns an output for every request with something new to show.
 
         An exception other than a request's own (which ends that request with finish_reason "error") closes the engine.
         """
         self._check_open()
         ready, self._ready = self._ready, []
-        began = time.perf_counter()
         try:
-            schedule = self.scheduler.schedule()
-            return ready + self._step(schedule, began) if schedule.entries else ready
+            return ready + self._step()
         except BaseException as error:
             self._close(error)
             raise
 
-    def _step(self, schedule: Schedule, began: float) -> list[RequestOutput]:
-        entries = schedule.entries
-        self.runner.copy(schedule.copies)
-        work = [Work(e.seq.tokens(e.start, e.start + e.count), e.start, e.seq.table) for e in entries]
-        scheduled = time.perf_counter()
-        x_TD = self.runner.run(work)
-        rows, row = [], -1
-        for entry in entries:
-            row += entry.count
-            rows.append(row)
-        self._take_prompt_logprobs(entries, rows, x_TD)
-        sampling = [i for i, entry in enumerate(entries) if entry.samples]
-        logits_BV = None
-        if sampling:  # every row does where all of them decode
-            last_BD = x_TD if len(sampling) == len(x_TD) else take_rows(x_TD, [rows[i] for i in sampling])
-            logits_BV = self.runner.logits(last_BD)
-        computed = time.perf_counter()
-
-        self.scheduler.commit(schedule)
-        answers: list[Answer] = []
-        sources: list[int] = []
-        for source, i in enumerate(sampling):
-            forked = self._with_siblings(entries[i].seq)
-            answers += forked
-            sources += [source] * len(forked)
-        sampled: list[Sampled] = []
-        if logits_BV is not None:
-            if len(sources) > len(sampling):
-                logits_BV = take_rows(logits_BV, sources)
-            with torch.inference_mode():
-                sampled = sample([a.sampler for a in answers], logits_BV)
-        chosen = time.perf_counter()
-
-        now = time.monotonic()
-        changed: dict[str, Request] = {}
-        for answer, result in zip(answers, sampled, strict=True):
-            request = self._by_tokens[answer.tokens.seq_id][0]
-            if request.first_token is None:
-                request.first_token = now
-            self._accept(answer, result)
-            changed[request.request_id] = request
-        outputs = self._outputs(changed.values(), now)
-        ended = time.perf_counter()
-        self._steps += 1
-        self._generated += len(sampled)
-        self._prompt_tokens += len(x_TD) - sum([e.start >= len(e.seq.prompt_ids) for e in entries])  # who decode
-        times = (began, scheduled, computed, chosen, ended)
-        for part, start, stop in zip(self._seconds, times, times[1:], strict=False):
-            self._seconds[part] += stop - start
+    def _step(self) -> list[RequestOutput]:
+        """Schedule, forward, sample, emit. Scheduler and sequences change in the first and the last alone."""
+        self._lap_began = time.perf_counter()
+        plan = self.scheduler.schedule()
+        if not plan.entries:
+            return []
+        self._lap("schedule")
+        takers, logits_BV = self._forward(plan)
+        self._lap("forward")
+        sampled = self._sample(takers, logits_BV)
+        self._lap("sample")
+        outputs = self._emit(plan, takers, sampled)
+        self._lap("output")
         return outputs
 
-    def _with_siblings(self, tokens: Tokens) -> list[Answer]:
-        """The answer that these tokens are of and, once their prompt is computed, its n − 1 others."""
-        request, answer = self._by_tokens[tokens.seq_id]
-        if len(request.answers) == request.params.n:
-            return [answer]
-        ids = [next(self._seq_ids) for _ in range(request.params.n - 1)]
-        for child in self.scheduler.fork(tokens, ids):
-            sibling = request.make_answer(len(request.answers), child)
-            request.answers.append(sibling)
-            self._by_tokens[child.seq_id] = (request, sibling)
-        return list(request.answers)
+    def _forward(self, plan: StepPlan) -> tuple[list[Taker], Tensor]:
+        """The answers that take a token, and logits_BV, one row for each.
 
-    def _accept(self, answer: Answer, result: Sampled) -> None:
-        """One more token, or an error, of one answer."""
-        if result.error is not None:
-            answer.error = result.error
-            self._finish(answer, "error")
-            return
-        tokens = answer.tokens
-        tokens.output_ids.append(result.token)
-        if result.logprob is not None:
-            answer.logprobs.append(_as_dict(result.token, result.logprob, result.top_logprobs or []))
-            answer.cumulative_logprob += result.logprob
-        if answer.text.push(result.token).finish_reason:
-            self._drop(answer)
+        A row of hidden states predicts the token after its own. Known tokens, of a prompt whose log-probabilities are
+        asked for, are scored here; the first unknown one is to be sampled, by all n answers at the end of a prompt.
+        """
+        x_RD = self.runner.forward(plan)
+        takers: list[Taker] = []
+        rows: list[int] = []  # rows of x_RD to sample from
+        sources: list[int] = []  # which of `rows` each taker reads
+        end = 0
+        for token_ids, start, _, wanted, seq_id in plan.entries:
+            if not wanted:
+                continue
+            end += wanted
+            request, answer = taker = self._by_seq_id[seq_id]
+            stop, samples = start + len(token_ids), 0
+            if stop == answer.state.length:
+                samples = 1
+                if request.forked:
+                    takers.append(taker)
+                    sources.append(len(rows))
+                else:
+                    takers += [(request, each) for each in request.answers]
+                    sources += [len(rows)] * len(request.answers)
+                rows.append(end - 1)
+            if wanted > samples:
+                request.score_prompt(stop - wanted, x_RD[end - wanted : end - samples], self.runner.logits)
+        if not rows:
+            return [], x_RD[:0]
+        logits_BV = self.runner.logits(x_RD if len(rows) == len(x_RD) else take_rows(x_RD, rows))
+        return takers, logits_BV if len(takers) == len(rows) else take_rows(logits_BV, sources)
+
+    def _sample(self, takers: list[Taker], logits_BV: Tensor) -> list[Sampled]:
+        """A token or an error for each answer."""
+        if not takers:
+            return []
+        with torch.inference_mode():
+            return sample([answer.sampler for _, answer in takers], logits_BV)
+
+    def _emit(self, plan: StepPlan, takers: list[Taker], sampled: list[Sampled]) -> list[RequestOutput]:
+        """Commit the step, append the tokens, and finish what they end."""
+        self.scheduler.commit(plan)
+        for request, answer in takers:
+            if not request.forked:  # all its answers are here, the first of them without its token yet
+                if answer.index:
+                    self.scheduler.fork(request.answers[0].state, answer.state)
+                    self._by_seq_id[answer.state.seq_id] = (request, answer)
+                request.forked = answer is request.answers[-1]
+        now = time.monotonic()
+        changed: dict[str, Request] = {}
+        for (request, answer), result in zip(takers, sampled, strict=True):
+            if request.first_token is None:
+                request.first_token = now
+            if result.error is not None:
+                answer.error = result.error
+                self._finish(answer, "error")
+            elif answer.accept(result):
+                self._drop(answer)
+            changed[request.request_id] = request
+        self._steps += 1
+        self._generated += len(sampled)
+        return [
+            self._output(request, now, ended=done)
+            for request in changed.values()
+            if (done := request.done) or request.params.output_kind is not RequestOutputKind.FINAL_ONLY
+        ]
 
     def _finish(self, answer: Answer, reason: FinishReason) -> None:
         if answer.text.finish_reason is None:
@@ -289,37 +234,19 @@ class LLMEngine:
             self._drop(answer)
 
     def _drop(self, answer: Answer) -> None:
-        self.scheduler.finish(answer.tokens)
-        del self._by_tokens[answer.tokens.seq_id]
+        self.scheduler.finish(answer.state)
+        del self._by_seq_id[answer.state.seq_id]
 
-    def _take_prompt_logprobs(self, entries: Sequence[Entry], rows: Sequence[int], x_TD: Tensor) -> None:
-        for entry, last in zip(entries, rows, strict=True):
-            request, _ = self._by_tokens[entry.seq.seq_id]
-            into = request.prompt_logprobs
-            if into is None or request.params.prompt_logprobs is None:
-                continue
-            targets = request.prompt_ids[entry.start + 1 : entry.start + entry.count + 1]  # the row t foretells t + 1
-            if not targets or into[entry.start + len(targets)] is not None:
-                continue  # known already, from before a preemption
-            first = last - entry.count + 1
-            step = 64  # bounds the logits held at once
-            for at in range(0, len(targets), step):
-                part = targets[at : at + step]
-                logits_TV = self.runner.logits(x_TD[first + at : first + at + len(part)])
-                for i, found in enumerate(prompt_logprobs(logits_TV, part, request.params.prompt_logprobs)):
-                    into[entry.start + 1 + at + i] = _as_dict(part[i], found.logprob, found.top)
+    def _output(self, request: Request, now: float, *, ended: bool) -> RequestOutput:
+        if ended:
+            request.finished = now
+            del self._requests[request.request_id]
+        return request.output()
 
-    # Outputs
-
-    def _outputs(self, requests: Iterable[Request], now: float, *, aborted: bool = False) -> list[RequestOutput]:
-        outputs = []
-        for request in requests:
-            if aborted or request.done:
-                request.finished = now
-                del self._requests[request.request_id]
-            if request.finished or request.params.output_kind is not RequestOutputKind.FINAL_ONLY:
-                outputs.append(request.output())
-        return outputs
+    def _lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self._seconds[part] += now - self._lap_began
+        self._lap_began = now
 
     # The rest
 
@@ -336,7 +263,7 @@ class LLMEngine:
             raise ValueError(f"{len(ids)} tokens need {need} pages, {self.allocator.available} are free")
         try:
             parts = [
-                self.runner.logits(self.runner.run([Work(ids[at : at + chunk], at, pages)]))
+                self.runner.logits(self.runner.run([Entry(ids[at : at + chunk], at, pages)]))
                 for at in range(0, len(ids), chunk)
             ]
         finally:
@@ -351,7 +278,7 @@ class LLMEngine:
             scheduler=self.scheduler.stats(),
             kv_bytes=self.runner.num_pages * self.runner.page_bytes,
             steps=self._steps,
-            prompt_tokens=self._prompt_tokens,
+            prompt_tokens=self.scheduler.prompt_tokens,
             generated_tokens=self._generated,
             seconds=dict(self._seconds),
         )
@@ -371,25 +298,13 @@ class LLMEngine:
             self._closed = EngineClosedError("the engine is closed")
             self._closed.__cause__ = cause
             self._requests.clear()
-            self._by_tokens.clear()
+            self._by_seq_id.clear()
             self._ready.clear()
             del self.model, self.runner, self.scheduler, self.allocator
 
     def _check_open(self) -> None:
         if self._closed is not None:
             raise EngineClosedError(str(self._closed)) from self._closed.__cause__
-
-
-def _as_dict(token: int, logprob: float, top: Sequence[tuple[int, float]]) -> TopLogprobs:
-    return {token: logprob, **dict(top)}
-
-
-def _as_list(prompt: Any) -> Sequence[Any]:
-    """Arrays and tensors count as the lists they hold."""
-    values = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-    if not isinstance(values, Sequence):
-        raise ValueError(f"prompt {prompt!r} is neither text nor a list of token ids")
-    return values
 
 
 def _tokenizer(folder: Path, config: EngineConfig) -> Tokenizer | None:

@@ -1,4 +1,4 @@
-"""LLM: a model loaded from a folder, its logits, and text from it."""
+"""LLM: generate text from a model, synchronously."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .config import DType, EngineConfig, WeightFormat
-from .engine import LLMEngine, Prompt
+from .engine import LLMEngine
 from .models.decoder import Decoder
+from .runtime.builder import Prompt
 from .runtime.request import RequestOutput
 from .runtime.text import FinishReason
 from .sampling.params import RequestOutputKind, SamplingParams
@@ -25,7 +26,7 @@ from .tools.progress import byte_bar, request_bar
 
 @dataclass(frozen=True, slots=True)
 class StreamChunk:
-    """One new token, the text that became final with it, and, on the last one, why generation ended."""
+    """One new token, the text that became final with it, and, with the last token, why generation ended."""
 
     token_id: int
     text: str
@@ -33,13 +34,13 @@ class StreamChunk:
 
 
 class LLM:
-    """A model and an engine of its own: give it prompts, get what they continue to.
+    """A model in an engine of its own.
 
     model: `tiny`, which ships with the package, a folder that holds a release's `ckpt-0`, or one that `grok-engine
-    convert` wrote. dtype: of the computation, bfloat16 or float32. weights: None keeps what the checkpoint holds (the
-    release's int8, bit for bit), bf16 or fp32 dequantise while loading, fp8 rounds to e4m3 with a scale an output
-    channel. The other options are those of `EngineConfig`. Loading and generating show a
-    progress bar on a terminal. Errors are those of `LLMEngine`.
+    convert` wrote. dtype: of the computation, bfloat16 or float32. weights: None keeps the checkpoint's format (the
+    release's int8, bit for bit), bf16 or fp32 dequantise while loading, fp8 rounds to e4m3 with one scale per output
+    channel. The other options are those of `EngineConfig`. Loading and generating show a progress bar on a terminal.
+    Errors are those of `LLMEngine`.
     """
 
     def __init__(
@@ -54,21 +55,21 @@ class LLM:
         with byte_bar("loading") as progress:
             self.engine = LLMEngine(model, progress=progress, dtype=dtype, device=device, weights=weights, **options)
         self._ids = count()
-        self._outputs: dict[str, deque[RequestOutput]] = {}  # of the calls under way: any step may serve them all
+        self._outputs: dict[str, deque[RequestOutput]] = {}  # by request: a step of one call may serve others too
 
     @property
     def config(self) -> EngineConfig:
-        """How the model is run, resolved."""
+        """The engine's options, resolved."""
         return self.engine.config
 
     @property
     def model(self) -> Decoder:
-        """The decoder itself, for those who look inside."""
+        """The decoder."""
         return self.engine.model
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """None where the model has none: it then takes and gives token ids."""
+        """None if the model has none; prompts and outputs are then token ids."""
         return self.engine.tokenizer
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -76,7 +77,7 @@ class LLM:
         return self.engine.encode(prompt)
 
     def logits(self, token_ids: Prompt, *, chunk: int | None = None) -> Tensor:
-        """logits_TV in fp32 after each token. `chunk` of them go through the model at once; no result depends on it."""
+        """logits_TV in fp32 after each token, computed `chunk` tokens at a time; no result depends on `chunk`."""
         return self.engine.logits(token_ids, chunk=chunk)
 
     def score(self, token_ids: Prompt) -> Tensor:
@@ -91,9 +92,9 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Finish every prompt, text or token ids, all of them together; the outputs are in the order of the prompts.
+        """Complete all prompts (text or token ids) in one batch. Outputs are in the order of the prompts.
 
-        Nothing runs unless all of them are valid.
+        Nothing runs unless all prompts are valid.
         """
         requests = _as_requests(prompts)
         if isinstance(sampling_params, Sequence):
@@ -121,7 +122,7 @@ class LLM:
         return [finished[request_id] for request_id in ids]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamChunk]:
-        """Generate token by token. The request is checked at the call; leaving the loop ends it."""
+        """Generate token by token. The request is checked at the call; leaving the loop aborts it."""
         params = SamplingParams() if params is None else params
         if isinstance(params, SamplingParams):
             if params.n != 1:
@@ -130,7 +131,7 @@ class LLM:
         outputs: deque[RequestOutput] = deque()
         request_id = self._add(prompt, params, outputs)
         stream = self._stream(request_id, outputs)
-        weakref.finalize(stream, self._end, [request_id]).atexit = False  # one that is dropped before its first token
+        weakref.finalize(stream, self._end, [request_id]).atexit = False  # if dropped unread
         return stream
 
     def _stream(self, request_id: str, outputs: deque[RequestOutput]) -> Iterator[StreamChunk]:
@@ -152,7 +153,7 @@ class LLM:
         return request_id
 
     def _next(self, outputs: deque[RequestOutput]) -> RequestOutput:
-        """The next output of one call. The steps that it takes serve the other calls too."""
+        """The next output of one call. Its steps serve other calls too."""
         while not outputs:
             for output in self.engine.step():
                 if output.request_id in self._outputs:

@@ -30,14 +30,19 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "grok_engine.checkpoint.xai.writer": ("checkpoint", "config", "models.families"),  # writes xAI's configuration keys
     "grok_engine.runtime": (),
     "grok_engine.runtime.allocator": (),
-    "grok_engine.runtime.scheduler": ("runtime.allocator",),
-    "grok_engine.runtime.batch": (),
+    "grok_engine.runtime.plan": (),
+    "grok_engine.runtime.sequence": (),
+    "grok_engine.runtime.scheduler": ("runtime.allocator", "runtime.plan", "runtime.sequence"),
+    "grok_engine.runtime.batch": ("runtime.plan",),
     "grok_engine.runtime.pages": ("config", "runtime.batch"),
     "grok_engine.runtime.text": ("sampling.params", "tokenizer"),
-    "grok_engine.runtime.request": ("runtime.scheduler", "runtime.text", "sampling"),
-    "grok_engine.runtime.graphs": ("config", "models", "runtime.batch", "grok_kernels"),
+    "grok_engine.runtime.request": ("runtime.sequence", "runtime.text", "sampling"),
+    "grok_engine.runtime.builder": (
+        "config", "runtime.request", "runtime.sequence", "runtime.text", "sampling", "tokenizer",
+    ),
+    "grok_engine.runtime.graphs": ("config", "models", "runtime.batch", "runtime.plan", "grok_kernels"),
     "grok_engine.runtime.runner": (
-        "config", "models", "runtime.batch", "runtime.graphs", "runtime.pages", "grok_kernels",
+        "config", "models", "runtime.batch", "runtime.graphs", "runtime.pages", "runtime.plan", "grok_kernels",
     ),
     "grok_engine.sampling": ("config", "tokenizer", "grok_kernels"),
     "grok_engine.layers": ("config", "runtime.batch", "grok_kernels"),
@@ -47,7 +52,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # where a checkpoint, a model and a runner are put together
     "grok_engine.engine": ("config", "loading", "runtime", "sampling", "tokenizer"),
     "grok_engine.llm": ("config", "engine", "models", "runtime", "sampling", "tokenizer", "tools.progress"),
-    "grok_engine.async_llm": ("engine", "runtime.request", "sampling"),
+    "grok_engine.async_llm": ("engine", "runtime.builder", "runtime.request", "sampling"),
     "grok_engine.tools": ("checkpoint", "config", "loading.resolve", "models.families"),
     "grok_engine.tools.progress": (),
     # grok_kernels to say which backends served; grok_bench for `bench`, inside a function: nothing else imports it
@@ -84,8 +89,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 FORBIDDEN: dict[str, tuple[str, ...]] = {
     "grok_engine": ("triton", "torch.ops", "tests", "benchmarks", "examples"),
     "grok_engine.config": ("io", "json", "os", "pathlib", "torch"),
-    "grok_engine.runtime.scheduler": ("torch",),
     "grok_engine.runtime.allocator": ("torch",),
+    "grok_engine.runtime.plan": ("torch",),
+    "grok_engine.runtime.scheduler": ("torch",),
+    "grok_engine.runtime.sequence": ("torch",),
     "grok_engine.models": ("io", "json", "mmap", "os", "pathlib", "pickle", "safetensors", "shutil", "tempfile"),
     "grok_kernels": ("tests", "benchmarks", "examples"),
 }

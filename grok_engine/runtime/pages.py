@@ -1,4 +1,4 @@
-"""The paged tensors of keys and values: preallocated, sized to the byte, copied page by page."""
+"""The tensors of the KV pages: allocated once, with their exact size in bytes, and copied page by page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .batch import KVPages
 
 
 def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one page over all layers: keys, values and, in e4m3, an fp32 scale a token and head of each."""
+    """Bytes of one page over all layers: keys, values and, for e4m3, one fp32 scale per token and head of each."""
     scale = 4 if dtype == torch.float8_e4m3fn else 0
     a_token = config.num_kv_heads * (config.head_dim * dtype.itemsize + scale)
     return 2 * config.num_layers * page_size * a_token
@@ -39,13 +39,13 @@ def allocate_pages(
 
 
 def copy_pages(cache: Sequence[KVPages], copies: Sequence[tuple[int, int]]) -> None:
-    """Each (source, destination) of `copies`, in all layers. No page is both."""
+    """Copy each (source, destination) page in all layers. All sources are read before a destination is written."""
     device = cache[0].k.device
-    # not waited for, as a list would be at each use
+    # as tensors: indexing with lists would synchronise with the device at each use
     source, destination = (torch.tensor(ids).to(device, non_blocking=True) for ids in zip(*copies, strict=True))
     for pages in cache:
         for tensor in (pages.k, pages.v, pages.k_scale, pages.v_scale):
             if tensor is not None:
-                # e4m3 has no indexed store: the same bytes go as uint8
+                # torch has no indexed store for e4m3, so its bytes are copied as uint8
                 raw = tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
                 raw[destination] = raw[source]

@@ -1,22 +1,26 @@
-"""A request: what a user gets back of it, and what the engine keeps of it while it runs."""
+"""A request: the outputs a user gets of it, and its answers while it runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from grok_engine.sampling.logprobs import prompt_logprobs
 from grok_engine.sampling.params import RequestOutputKind, SamplingParams
-from grok_engine.sampling.sampler import SequenceSampler
+from grok_engine.sampling.sampler import Sampled
+from grok_engine.sampling.state import SamplingState
 
-from .scheduler import Sequence
-from .text import FinishReason, SequenceOutput
+from .sequence import SequenceState
+from .text import FinishReason, SequenceText
 
-TopLogprobs = dict[int, float]  # token id to log probability; the sampled token and the most probable ones
+TopLogprobs = dict[int, float]  # token id to log probability: the chosen token first, then the most probable ones
 
 
 @dataclass(frozen=True, slots=True)
 class RequestMetrics:
-    """Seconds on `time.monotonic`: when the request came, its first token, its end; None while there is none."""
+    """Times on `time.monotonic`, in seconds: arrival, first token, end; None for what has not happened yet."""
 
     arrival: float
     first_token: float | None
@@ -25,9 +29,9 @@ class RequestMetrics:
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
-    """One of a request's `n` answers. An end token is in `token_ids`, not in `text`; without tokenizer `text` is "".
+    """One of a request's `n` answers. An end token is in `token_ids`, not in `text`; without a tokenizer `text` is "".
 
-    With output_kind DELTA, `text`, `token_ids` and `logprobs` are what is new since the output before.
+    With output_kind DELTA, `text`, `token_ids` and `logprobs` hold only what is new since the last output.
     """
 
     index: int
@@ -37,12 +41,12 @@ class CompletionOutput:
     logprobs: list[TopLogprobs] | None = None
     cumulative_logprob: float | None = None
     stop_reason: int | str | None = None  # the stop string, or the token of stop_token_ids, that ended it
-    error: str | None = None  # what went wrong, with finish_reason "error"
+    error: str | None = None  # what failed, with finish_reason "error"
 
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """The state of a request after a step. `cached_tokens`: of the prompt, found in the prefix cache."""
+    """The state of a request after a step. cached_tokens: prompt tokens found in the prefix cache."""
 
     request_id: str
     prompt: str | None
@@ -56,20 +60,28 @@ class RequestOutput:
 
 @dataclass(slots=True, eq=False)
 class Answer:
-    """One of a request's n sequences, while it runs."""
+    """One of a request's n sequences. `state.output_ids` has its tokens; `sampler` and `text` read them there."""
 
     index: int
-    tokens: Sequence
-    sampler: SequenceSampler
-    text: SequenceOutput
+    state: SequenceState
+    sampler: SamplingState
+    text: SequenceText
     logprobs: list[TopLogprobs] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     error: str | None = None
     shown: tuple[int, int] = (0, 0)  # characters and tokens that DELTA outputs have shown
 
+    def accept(self, result: Sampled) -> bool:
+        """Append a sampled token. Returns whether it finishes the answer."""
+        self.state.output_ids.append(result.token)
+        if result.logprob is not None:
+            self.logprobs.append({result.token: result.logprob, **dict(result.top_logprobs or ())})
+            self.cumulative_logprob += result.logprob
+        return self.text.push(result.token).finish_reason is not None
+
     def completion(self, delta: bool) -> CompletionOutput:
-        """What there is of it; with `delta`, since the last call."""
-        text, ids = self.text.text, self.tokens.output_ids
+        """The answer so far, or with `delta` what is new since the last call."""
+        text, ids = self.text.text, self.state.output_ids
         text_from, tokens_from = self.shown if delta else (0, 0)
         self.shown = (len(text), len(ids))
         asked = self.sampler.params.logprobs is not None
@@ -87,7 +99,7 @@ class Answer:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A request while it runs. It has one answer until its prompt is computed, and then all n."""
+    """A request while it runs. The first answer computes the prompt; the others are forked from it then."""
 
     request_id: str
     prompt: str | None
@@ -95,14 +107,28 @@ class Request:
     params: SamplingParams
     arrival: float
     answers: list[Answer]
-    make_answer: Callable[[int, Sequence], Answer]
+    forked: bool  # whether the scheduler has all n sequences: from the first token on
     first_token: float | None = None
     finished: float | None = None
     prompt_logprobs: list[TopLogprobs | None] | None = None
 
     @property
+    def started(self) -> list[Answer]:
+        """The answers whose sequences the scheduler has."""
+        return self.answers if self.forked else self.answers[:1]
+
+    @property
     def done(self) -> bool:
-        return len(self.answers) == self.params.n and all(a.text.finish_reason for a in self.answers)
+        return all(a.text.finish_reason is not None for a in self.answers)
+
+    def score_prompt(self, position: int, x_TD: Tensor, logits: Callable[[Tensor], Tensor]) -> None:
+        """Take the log-probabilities of the prompt's tokens after `position`, one for each row of hidden states."""
+        number = self.params.prompt_logprobs
+        assert number is not None
+        assert self.prompt_logprobs is not None
+        token_ids = self.prompt_ids[position + 1 : position + 1 + len(x_TD)]
+        for i, found in enumerate(prompt_logprobs(x_TD, token_ids, number, logits), position + 1):
+            self.prompt_logprobs[i] = {self.prompt_ids[i]: found.logprob, **dict(found.top)}
 
     def output(self) -> RequestOutput:
         """What the user gets of it now."""
@@ -111,9 +137,9 @@ class Request:
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_ids,
-            outputs=[answer.completion(delta) for answer in self.answers],
+            outputs=[answer.completion(delta) for answer in self.started],
             finished=self.finished is not None,
             metrics=RequestMetrics(self.arrival, self.first_token, self.finished),
-            cached_tokens=self.answers[0].tokens.cached_tokens,
+            cached_tokens=self.answers[0].state.cached_tokens,
             prompt_logprobs=self.prompt_logprobs,
         )

@@ -1,4 +1,4 @@
-"""Tokens of one sequence to the text that is handed out, and the decision that it is finished."""
+"""The text of one sequence as its tokens come, stop strings, and the decision that the sequence is finished."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from grok_engine.sampling.params import Patterns, SamplingParams
 from grok_engine.tokenizer.base import IncrementalDetokenizer, Tokenizer
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-_CONTEXT = 16  # tokens of a prompt that are read again: a character's bytes are at most 4 of them
+_CONTEXT = 16  # prompt tokens to decode again before the output: a character has at most 4 byte tokens
 
 
 class Emitted(NamedTuple):
@@ -20,22 +20,22 @@ class Emitted(NamedTuple):
 
 
 class StopStrings:
-    """Cuts a text, as it comes in pieces, where a stop string is first complete.
+    """Cuts a text that comes in pieces where a stop string is first complete.
 
-    Of several that end at the same character the longest counts. So the result does not depend on how the text was
-    divided. A character costs one step of an automaton, however many and long the stop strings are. Where the match is
-    to be included nothing is held back.
+    Of several that end at the same character the longest counts, so the result does not depend on how the text was
+    divided. A character costs one step of an automaton, however many and long the stop strings are. With `include`
+    the match stays in the text, and nothing is held back.
     """
 
     def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         self.stops, self._include = tuple(stops), include
         self._patterns = Patterns(self.stops)
         self._state = 0
-        self._held = ""  # the longest suffix that begins a stop string: until it cannot become one
+        self._held = ""  # held back: the longest suffix that begins a stop string
         self.matched: str | None = None
 
     def push(self, text: str) -> str:
-        """What may be handed out now that `text` has come. After a match, nothing more."""
+        """The text that became final with `text`; nothing after a match."""
         if self.matched is not None or not text:
             return ""
         if not self.stops:
@@ -54,26 +54,29 @@ class StopStrings:
         return out
 
     def finish(self) -> str:
-        """The rest, when no more text will come."""
+        """The text held back, when no more will come."""
         out, self._held = self._held, ""
         return out
 
 
-class SequenceOutput:
-    """The text of one sequence as its tokens come, with `token_ids`, all of them, and `finish_reason`.
+class SequenceText:
+    """The text of one sequence as its tokens come, and its `finish_reason`.
 
-    `push` and `finish` return what is new; it concatenates to the decoded text, cut at the first stop string. The
-    text of an end token is left out; that of a stop token is not if include_stop_str_in_output is set.
+    `push` and `finish` return the new text; the pieces concatenate to the decoded text, cut at the first stop string.
+    The text of an end token is left out, unless include_stop_str_in_output is set. `stop_reason` is the stop string or
+    the token of `stop_token_ids` that ended the sequence, None for the model's own end token.
 
-    `stop_reason` is the stop string or the token of `stop_token_ids` that ended it, None for the model's own end
-    token. context: the prompt, if the output goes on in its text, keeping a leading space that a tokenizer drops at a
-    start. Without a tokenizer the text is empty. max_tokens: fewer than the request's, where there is no room.
+    output_ids: the tokens generated so far, a list that its owner appends to before `push` and that is only read here.
+    context: the prompt that the output continues, so that it keeps a leading space, which a tokenizer drops at the
+    start of a text. max_tokens: fewer than the request's, if the context leaves no room. Without a tokenizer the text
+    is empty.
     """
 
     def __init__(
         self,
         params: SamplingParams,
         tokenizer: Tokenizer | None,
+        output_ids: Sequence[int],
         *,
         eos_token_ids: Collection[int] = (),
         context: Sequence[int] = (),
@@ -82,7 +85,7 @@ class SequenceOutput:
         check_tokenizer(params, tokenizer)
         self.params = params
         self.max_tokens = params.max_tokens if max_tokens is None else min(max_tokens, params.max_tokens)
-        self.token_ids: list[int] = []
+        self.output_ids = output_ids
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self._ends = params.end_token_ids(eos_token_ids)
@@ -95,30 +98,29 @@ class SequenceOutput:
 
     @property
     def text(self) -> str:
-        """All that was handed out so far."""
+        """All text emitted so far."""
         if len(self._parts) > 1:
             self._parts = ["".join(self._parts)]
         return self._parts[0] if self._parts else ""
 
     def push(self, token: int) -> Emitted:
-        """Take a new token."""
+        """Decode a new token, the last of `output_ids`."""
         assert self.finish_reason is None, f"finished by {self.finish_reason}"
-        self.token_ids.append(token)
         if token in self._ends:
             keeps = self.params.include_stop_str_in_output
             text = self._take(token) if keeps else ""
-            if self._stops.matched is None:  # which the stop token's own text may have completed
+            if self._stops.matched is None:  # the stop token's own text may complete a stop string
                 self.stop_reason = token if token in self.params.stop_token_ids else None
             return Emitted(self._emit(text) + self.finish("stop"), "stop")
         text = self._emit(self._take(token))
         if self._stops.matched is not None:
             self.stop_reason, self.finish_reason = self._stops.matched, "stop"
-        elif len(self.token_ids) >= self.max_tokens:
+        elif len(self.output_ids) >= self.max_tokens:
             text += self.finish("length")
         return Emitted(text, self.finish_reason)
 
     def finish(self, reason: FinishReason = "abort") -> str:
-        """End it here: the text that was held back. A stop string that it completes still cuts it."""
+        """End the sequence here. Returns the text held back, which a stop string that it completes still cuts."""
         if self.finish_reason is not None:
             return ""
         text = ""
@@ -133,7 +135,7 @@ class SequenceOutput:
         return self._search(self._detokenizer.push(token)) if self._detokenizer else ""
 
     def _search(self, text: str) -> str:
-        return self._stops.push(text) if len(self.token_ids) > self.params.min_tokens else text
+        return self._stops.push(text) if len(self.output_ids) > self.params.min_tokens else text
 
     def _emit(self, text: str) -> str:
         if text:
@@ -150,10 +152,7 @@ def check_tokenizer(params: SamplingParams, tokenizer: Tokenizer | None) -> None
 
 
 def begins_text(tokenizer: Tokenizer, context: Sequence[int]) -> bool:
-    """Whether an output after this context stands at the start of a text: `at_start` of a structured output's matcher.
-
-    That is, whether no token of the context has any text.
-    """
+    """Whether an output after this context begins a text, because no token of the context has any."""
     at_start = True
     for token in context[-_CONTEXT:]:
         at_start = tokenizer.surface(token, at_start).at_start

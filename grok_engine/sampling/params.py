@@ -1,4 +1,4 @@
-"""How a request samples its tokens: the parameters, and the two small things that sampling and stopping share."""
+"""How a request samples its tokens: the parameters, its random numbers, and the search for several patterns at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FLOAT32_MAX = 3.4028234663852886e38
 
 
 class RequestOutputKind(Enum):
-    """What an output holds: all of the text so far, what is new in it, or nothing before the request is finished."""
+    """Outputs hold the whole text so far, only what is new in it, or come once, when the request is finished."""
 
     CUMULATIVE = 0
     DELTA = 1
@@ -26,10 +26,10 @@ class RequestOutputKind(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutput:
-    """The form that the text must have: exactly one of a regex, a JSON schema (text or object) and a grammar.
+    """What the text must match: exactly one of a regex, a JSON schema (text or object) and a grammar.
 
-    A regex matches the whole text and has no look-around; its `\\d` is a digit of any script, as in Python. A grammar is
-    GBNF (`root ::= …`) or Lark (`start: …`).
+    A regex matches the whole text and has no look-around; its `\\d` is a digit of any script, as in Python. A grammar
+    is GBNF (`root ::= …`) or Lark (`start: …`).
     """
 
     regex: str | None = None
@@ -51,7 +51,7 @@ class StructuredOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How many tokens, which, and where to stop. The names and the meanings are vLLM's.
+    """How many tokens to generate, how to choose them, and where to stop. Names and meanings are vLLM's.
 
     A token is chosen from the logits in this order:
 
@@ -59,24 +59,24 @@ class SamplingParams:
     2. `logit_bias` is added
     3. `repetition_penalty` r, on tokens of the prompt and the output: positive logits / r, the others · r;
        then `frequency_penalty` · count and `presence_penalty` are subtracted, on tokens of the output alone
-    4. what must not come is masked: all but `allowed_token_ids`; the last token of a bad word; end tokens before
-       `min_tokens`; what `structured` does not allow
-    5. `temperature` divides; 0 takes the largest logit (the lower index of equals), and ignores what follows
+    4. masked are: all but `allowed_token_ids`; the last token of a bad word; end tokens before `min_tokens`; what
+       `structured` does not allow
+    5. `temperature` divides; 0 takes the largest logit (the lower index of equals) and ignores the steps below
     6. `min_p` keeps the tokens of at least min_p times the largest probability
     7. `top_k` keeps the k largest logits, and those equal to the k-th; 0 or -1 keeps all
     8. `top_p` keeps the most probable of the rest until their probabilities, renormalised, sum to top_p
 
-    `seed` None draws a fresh one. A given seed repeats the tokens, whatever else runs: the random number of a token
-    depends on the seed, on which of the `n` sequences it is and on how many tokens came before, on nothing else.
+    `seed` None draws a fresh one. A given seed repeats the tokens, whatever else runs: a token's random number depends
+    only on the seed, on which of the `n` sequences it belongs to, and on the number of tokens before it.
 
     Generation ends with an end token of the model (unless `ignore_eos`) or one of `stop_token_ids`, whose text is not
     emitted, or where the text first completes one of `stop`, which is cut off (unless `include_stop_str_in_output`).
-    The text of the first `min_tokens` tokens is not searched for `stop`. `bad_words` are banned as the tokens that
-    the tokenizer makes of them; other spellings of the same text in tokens can still come.
+    The text of the first `min_tokens` tokens is not searched for `stop`. `bad_words` are banned as the tokens that the
+    tokenizer makes of them; other tokens can still spell the same text.
 
-    `logprobs` n asks for the log-probability of each chosen token and of the n most probable ones, -1 for all of the
-    vocabulary; `prompt_logprobs` the same of the prompt. Both are of the model's own distribution, before any of the
-    steps above.
+    `logprobs` n asks for the log-probabilities of each chosen token and of the n most probable ones (-1: of the whole
+    vocabulary), `prompt_logprobs` n for those of the prompt's tokens. Both refer to the model's own distribution,
+    before the steps above.
 
     ValueError names the field, the value and what was expected.
     """
@@ -92,7 +92,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
-    stop: str | Sequence[str] = ()  # None, too, is taken as (), here and in the next three; resolved to tuples
+    stop: str | Sequence[str] = ()  # here and in the next three, None counts as (); all resolve to tuples
     stop_token_ids: Sequence[int] = ()
     bad_words: Sequence[str] = ()
     logits_processors: Sequence[LogitsProcessor] = ()
@@ -110,7 +110,7 @@ class SamplingParams:
         whole("n", lambda v: v >= 1, "a positive integer")
         whole("max_tokens", lambda v: v >= 1, "a positive integer")
         whole("min_tokens", lambda v: 0 <= v <= self.max_tokens, f"an integer in 0..max_tokens={self.max_tokens}")
-        # beyond fp32 it would become infinite there, and a masked logit over infinity is no number
+        # larger ones are infinite in fp32, and a masked logit divided by infinity is NaN
         number("temperature", lambda v: 0 <= v <= _FLOAT32_MAX, "a finite number of 0 (greedy) or more")
         number("top_p", lambda v: 0 < v <= 1, "a number in (0, 1]")
         whole("top_k", lambda v: v >= -1, "an integer of 0 (off), -1 (off) or more")
@@ -141,11 +141,11 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """No random number is used: of the one token that top_k=1 leaves, too, the lower index of equals is meant."""
+        """Whether the largest logit is taken without a random number; top_k=1 takes the lower index of equals, too."""
         return self.temperature == 0 or self.top_k == 1
 
     def stop_strings(self) -> tuple[str, ...]:
-        """`stop`, as the tuple that it was resolved to."""
+        """`stop`, which `__post_init__` resolved to a tuple."""
         assert isinstance(self.stop, tuple)
         return self.stop
 
@@ -154,7 +154,7 @@ class SamplingParams:
         return frozenset(self.stop_token_ids).union(() if self.ignore_eos else eos_token_ids)
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """ValueError if a token id is not in the vocabulary, or more log-probabilities are asked for than it has."""
+        """ValueError if a token id is not in the vocabulary, or logprobs asks for more tokens than it has."""
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             for token in getattr(self, name) or ():
                 if token >= vocab_size:
@@ -211,18 +211,18 @@ _COUNTER = struct.Struct("<QQQ")
 def uniform(seed: int, sequence: int, position: int) -> float:
     """A random number of [0, 1) for the token at `position` of a request's `sequence`-th sequence, exact in fp32.
 
-    By a hash of the three: any of them can be asked for again, in any order, at half a microsecond, and the numbers
-    are the same on every machine. 24 bits, because fp32 would round more of them up to 1.
+    A hash of the three (half a microsecond): the numbers can be computed in any order and are the same on every
+    machine. It has 24 bits, because fp32 would round more of them up to 1.
     """
     digest = blake2b(_COUNTER.pack(seed, sequence, position), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 40) * 2.0**-24
 
 
 class Patterns:
-    """Aho and Corasick's automaton ("Efficient string matching", 1975): many patterns in one pass, one step a symbol.
+    """Aho and Corasick's automaton ("Efficient string matching", 1975): finds many patterns, one step a symbol.
 
-    A state is the longest suffix of what was read that begins a pattern, `depth` its length; `found` are the patterns
-    that end there, as indices, the longest first. State 0 is the empty suffix, and where reading begins.
+    A state stands for the longest suffix of the input that begins a pattern; `depth` is its length and `found` the
+    indices of the patterns that end there, the longest first. State 0, the start, is the empty suffix.
     """
 
     def __init__(self, patterns: Sequence[Sequence[Hashable]]) -> None:
@@ -245,7 +245,7 @@ class Patterns:
         if self.found[0]:  # an empty pattern ends everywhere
             for state in queue:
                 self.found[state] += self.found[0]
-        for state in queue:  # grows while it is read: by depth, so that a fallback is complete before it is used
+        for state in queue:  # breadth first (the queue grows): a fallback is complete before it is used
             for symbol, child in self.children[state].items():
                 self._fallback[child] = self.step(self._fallback[state], symbol)
                 self.found[child] += self.found[self._fallback[child]]

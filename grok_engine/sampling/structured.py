@@ -1,8 +1,8 @@
-"""Text that must match a regex, a JSON schema or a grammar: which tokens may come next, by the library llguidance.
+"""Structured outputs: which tokens keep a text matching a regex, a JSON schema or a grammar, by llguidance.
 
-The library knows a token as bytes. Ours can spell different bytes at the start of a text, where a tokenizer drops the
-space that it had put before the prompt; so the first token has a table of its own, and the state after it is reached
-byte by byte.
+The library takes a token for fixed bytes. Some tokenizers drop a leading space at the start of a text, so there a token
+can have other bytes than inside. The first token therefore has a table of its own, and after it the library's state is
+advanced byte by byte.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ _CACHED = 64
 
 
 class StructuredMatcher:
-    """Where one sequence stands in its grammar. Both methods raise ValueError where the library gives up."""
+    """One sequence's state in its grammar. Both methods raise ValueError if the library gives up."""
 
     def __init__(self, vocabulary: _Vocabulary, matcher: LLMatcher, first: LLMatcher | None) -> None:
         self._vocabulary, self._matcher, self._first = vocabulary, matcher, first
 
     def allowed(self) -> npt.NDArray[np.uint8]:
-        """One bit a token, lowest first: those after which the text can still be completed, an end token if it is."""
+        """One bit a token, lowest first: whether the text can be completed after it (end tokens: it is complete)."""
         matcher = self._first or self._matcher
         mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-        _check(matcher)  # the mask of a matcher that failed allows the end tokens
+        _check(matcher)  # a failed matcher's mask allows the end tokens
         return mask
 
     def accept(self, token_id: int) -> None:
         """ValueError if the token is not allowed."""
-        if self._vocabulary.ends(token_id):  # which the library takes no more once nothing else can follow
+        if self._vocabulary.ends(token_id):  # the library refuses it once nothing else can follow
             if not self.complete:
                 raise ValueError(f"structured output: end token {token_id} before the text is complete")
             return
@@ -65,10 +65,9 @@ class StructuredMatcher:
 
 
 class StructuredCompiler:
-    """Matchers for one model: its tokenizer, the size of its logits, and the tokens that end a text.
+    """Makes matchers for one model. The tables of its tokens (half a second for 131072) are built at the first use.
 
-    Made once for a model; the tables of its tokens (half a second for 131072) are built at the first use. ImportError
-    names the extra to install where the library is missing.
+    ImportError names the extra to install if the library is missing.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Collection[int]) -> None:
@@ -79,9 +78,9 @@ class StructuredCompiler:
         self._compiled: OrderedDict[tuple[str, bool], LLMatcher] = OrderedDict()
 
     def matcher(self, structured: StructuredOutput, *, at_start: bool = True) -> StructuredMatcher:
-        """A matcher at the beginning. ValueError with the reason if the regex, schema or grammar is not valid.
+        """A matcher at the start of its grammar. ValueError with the reason if the regex, schema or grammar is invalid.
 
-        at_start: whether the output is decoded on its own, so that a tokenizer may drop its leading space.
+        at_start: the output begins a text, so that the tokenizer may drop its leading space.
         """
         grammar = self._grammar(structured)
         first = None
@@ -114,10 +113,10 @@ class StructuredCompiler:
         return template
 
     def _grammar(self, structured: StructuredOutput) -> str:
-        """The library's own form of all three kinds."""
+        """The grammar in the library's own format."""
         if structured.regex is not None:
             wrapped = json.loads(self._library.LLMatcher.grammar_from_regex(structured.regex))
-            lark = wrapped["grammars"][0]["lark_grammar"]  # with the regex quoted as it must be
+            lark = wrapped["grammars"][0]["lark_grammar"]  # the regex, quoted
         elif structured.json_schema is not None:
             schema = structured.json_schema
             try:
@@ -141,9 +140,9 @@ class StructuredCompiler:
 
 
 class _Vocabulary:
-    """The library's tables of tokens: inside a text, and, where it is not the same, at the start of one.
+    """The library's token tables: one for the inside of a text and, if it differs, one for the start.
 
-    The 256 bytes stand behind the model's own tokens, so that any text can be handed over.
+    The 256 bytes follow the model's own tokens, so that any text can be spelled.
     """
 
     def __init__(self, library: ModuleType, tokenizer: Tokenizer, vocab_size: int, eos: tuple[int, ...]) -> None:
@@ -174,17 +173,17 @@ class _Vocabulary:
         return token_id in self._eos
 
     def spelled_at_start(self, token_id: int) -> list[int]:
-        """The token, or, if it spells something else at the start than inside a text, the tokens of those bytes."""
+        """The token, or the byte tokens of its text at the start, if that differs from its text inside."""
         data = self._tokens_at_start[token_id]
         return [token_id] if data == self._tokens_inside[token_id] else [self.size + byte for byte in data]
 
     def _bytes(self, token_id: int, at_start: bool) -> bytes:
         surface = self._tokenizer.surface(token_id, at_start)
         data = surface.data or surface.text.encode()
-        return b"" if 0xFF in data else data  # no text has that byte, with which the library marks special tokens
+        return b"" if 0xFF in data else data  # the library marks special tokens with this byte, which no text has
 
     def _spelled(self, at_start: bool) -> list[bytes]:
-        # A token without text is never allowed: it would add nothing, for ever.
+        # a token without text is never allowed: it could repeat for ever
         return [b"" if i in self._eos else self._bytes(i, at_start) for i in range(self._tokenizer.vocab_size)]
 
     def _table(self, tokens: list[bytes]) -> LLTokenizer:
@@ -192,11 +191,12 @@ class _Vocabulary:
         for token_id in self._eos:
             tokens[token_id] = b"<end %d>" % token_id
         wrapper = _Wrapper(tokens, self._eos, self.size)
-        return self._library.LLTokenizer(wrapper, n_vocab=len(tokens), eos_token=list(self._eos))  # type: ignore[no-any-return]
+        table: LLTokenizer = self._library.LLTokenizer(wrapper, n_vocab=len(tokens), eos_token=list(self._eos))
+        return table
 
 
 class _Wrapper:
-    """The attributes under which the library looks for a tokenizer in Python."""
+    """A tokenizer as the library expects it."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -221,10 +221,10 @@ def _llguidance() -> ModuleType:
 
 
 def _unforced(lark: str) -> str:
-    """The grammar with an option set: else, where the text has one continuation, only one spelling of it is allowed."""
+    """The grammar with `no_forcing` set: by default a forced continuation may be spelled by one token sequence only."""
     options: dict[str, Any] = {}
     before, named, after = lark.partition(_OPTIONS)
-    if named:  # which a grammar may have but once, and a translated one does
+    if named:  # options may occur only once, and a translated grammar has them
         start = len(after) - len(after.lstrip())
         options, end = json.JSONDecoder().raw_decode(after, start)
         lark = before + after[end:]

@@ -1,13 +1,16 @@
-"""A stand-in for the engine: a model whose next token is a hash of what it reads back from its simulated pages."""
+"""A fake engine over the real scheduler: its next token is a hash of all keys read back from simulated pages."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from grok_engine.runtime.allocator import PageAllocator
-from grok_engine.runtime.scheduler import Schedule, Scheduler, Sequence, Status
+from grok_engine.runtime.plan import StepPlan
+from grok_engine.runtime.scheduler import Scheduler
+from grok_engine.runtime.sequence import SequenceState, Status
+from tests.engine.invariants import check_allocator, check_scheduler, is_writable
 
 SCALE = int(os.environ.get("GROK_TEST_SCALE", "1"))  # more examples, for a longer look
 VOCAB = 5
@@ -15,7 +18,7 @@ END = 0
 
 
 def key_of(before: int, position: int, token: int) -> int:
-    """What a page holds for a token: like a key of a real model, it hangs on all tokens before."""
+    """What a page holds for a token. Like a real key, it depends on all tokens before."""
     return hash((before, position, token))
 
 
@@ -24,7 +27,7 @@ def next_token(keys: list[int], sample: int) -> int:
 
 
 def alone(prompt: list[int], max_new: int, sample: int, ends: bool) -> list[int]:
-    """What a request generates with nothing else in the world."""
+    """What a request generates alone."""
     keys: list[int] = []
     for position, token in enumerate(prompt):
         keys.append(key_of(keys[-1] if keys else 0, position, token))
@@ -45,8 +48,8 @@ class Request:
     abort_at: int | None = None  # steps after it arrives
     abort_inside: bool = False  # while the step runs
     abort_child: bool = False  # the last sample alone
-    seqs: list[Sequence] = field(default_factory=list)
-    aborted: list[Sequence] = field(default_factory=list)
+    seqs: list[SequenceState] = field(default_factory=list)
+    aborted: list[SequenceState] = field(default_factory=list)
 
 
 class Engine:
@@ -71,77 +74,87 @@ class Engine:
         )
         self.memory: list[list[int | None]] = [[None] * page_size for _ in range(num_pages)]
         self.requests: list[Request] = []
-        self.owner: dict[Sequence, tuple[Request, int]] = {}
-        self.admitted: list[Sequence] = []
+        self.owner: dict[SequenceState, tuple[Request, int]] = {}
+        self.seqs: list[SequenceState] = []  # by seq_id
+        self.admitted: list[SequenceState] = []
+        self.preempted: list[SequenceState] = []  # by the last step
         self.steps = 0
         self.computed = 0
         self.together = False  # copies: all read, then all written
 
-    def add(self, request: Request) -> Sequence:
-        seq = Sequence(len(self.owner), request.prompt, request.max_new, request.priority)
+    def add(self, request: Request) -> SequenceState:
+        seq = SequenceState(len(self.seqs), request.prompt, request.max_new, request.priority)
         self.scheduler.add(seq)
+        self.seqs.append(seq)
         request.seqs.append(seq)
         self.requests.append(request)
         self.owner[seq] = (request, 0)
         return seq
 
-    def prompt(self, *tokens: int, max_new: int = 4, priority: int = 0, samples: int = 1) -> Sequence:
+    def prompt(self, *tokens: int, max_new: int = 4, priority: int = 0, samples: int = 1) -> SequenceState:
         return self.add(Request(list(tokens), max_new, priority, samples))
 
-    def abort(self, seq: Sequence) -> None:
+    def abort(self, seq: SequenceState) -> None:
         if seq.status is not Status.FINISHED:
             self.owner[seq][0].aborted.append(seq)
-        self.scheduler.abort(seq)
-        assert seq.pages == []
+        self.scheduler.finish(seq)
+        assert not seq.pages
         assert seq.status is Status.FINISHED
-        self.scheduler.check()
+        check_scheduler(self.scheduler)
 
-    def read(self, seq: Sequence, position: int) -> int:
-        value = self.memory[seq.pages[position // self.size]][position % self.size]
-        assert value is not None, f"sequence {seq.seq_id} reads place {position}, never written"
+    def read(self, pages: Sequence[int], position: int) -> int:
+        value = self.memory[pages[position // self.size]][position % self.size]
+        assert value is not None, f"place {position} in {list(pages)} is read, never written"
         return value
 
-    def forward(self, schedule: Schedule) -> dict[Sequence, int]:
-        """Copies, then every key written, then every token from what is read: as layers do it."""
-        destinations = [d for _, d in schedule.copies]
+    def by_id(self, seq_id: int) -> SequenceState:
+        return self.seqs[seq_id]
+
+    def forward(self, plan: StepPlan) -> dict[SequenceState, int]:
+        """Copies, then every key written, then every token from what is read, as layers do it."""
+        destinations = [d for _, d in plan.copies]
         assert len(set(destinations)) == len(destinations)
         if self.together:
-            read = [list(self.memory[s]) for s, _ in schedule.copies]
+            read = [list(self.memory[s]) for s, _ in plan.copies]
             for d, page in zip(destinations, read, strict=True):
                 self.memory[d] = page
         else:
-            for s, d in schedule.copies:
+            for s, d in plan.copies:
                 self.memory[d] = list(self.memory[s])
-        live = [e for e in schedule.entries if e.seq.status is Status.RUNNING]  # others lost their pages in between
+        live = [e for e in plan.entries if self.by_id(e.seq_id).status is Status.RUNNING]  # others lost their pages
         written: set[int] = set()
         for entry in live:
-            seq, mine = entry.seq, set()
-            before = self.read(seq, entry.start - 1) if entry.start else 0
-            tokens = seq.tokens(entry.start, entry.start + entry.count)
-            assert tokens == seq.token_ids[entry.start : entry.start + entry.count]
-            for position, token in enumerate(tokens, entry.start):
-                page = seq.pages[position // self.size]
-                assert self.allocator.writable(page), f"sequence {seq.seq_id} writes page {page}, which others read"
+            mine = set()
+            before = self.read(entry.pages, entry.start - 1) if entry.start else 0
+            for position, token in enumerate(entry.token_ids, entry.start):
+                page = entry.pages[position // self.size]
+                assert is_writable(self.allocator, page), (
+                    f"sequence {entry.seq_id} writes page {page}, which others read"
+                )
                 mine.add(page)
                 before = key_of(before, position, token)
                 self.memory[page][position % self.size] = before
             assert not mine & written, "two sequences write one page"
             written |= mine
-            self.computed += entry.count
+            self.computed += len(entry.token_ids)
         return {
-            e.seq: next_token([self.read(e.seq, i) for i in range(e.start + e.count)], 0) for e in live if e.samples
+            self.by_id(e.seq_id): next_token([self.read(e.pages, i) for i in range(e.stop)], 0)
+            for e in live
+            if e.num_logits
         }
 
-    def check_schedule(self, schedule: Schedule, waiting: list[Sequence], running: list[Sequence]) -> None:
-        scheduler, entries = self.scheduler, schedule.entries
-        assert sum(e.count for e in entries) <= scheduler.max_num_batched_tokens
-        ranks = [e.seq.rank for e in entries]
+    def check_plan(self, plan: StepPlan, waiting: list[SequenceState], running: list[SequenceState]) -> None:
+        scheduler, entries = self.scheduler, plan.entries
+        assert sum(len(e.token_ids) for e in entries) <= scheduler.max_num_batched_tokens
+        chosen = [self.by_id(e.seq_id) for e in entries]
+        ranks = [seq.rank for seq in chosen]
         assert ranks == sorted(set(ranks)), "not in the order of urgency, or twice"
-        for e in entries:
-            assert e.count >= 1
-            assert e.start == e.seq.num_computed
-            assert e.samples == (e.start + e.count == e.seq.length)
-        chosen = {e.seq for e in entries}
+        for seq, e in zip(chosen, entries, strict=True):
+            assert len(e.token_ids) >= 1
+            assert e.token_ids == (seq.prompt_ids + seq.output_ids)[e.start : e.stop]
+            assert list(e.pages) == list(seq.pages)
+            assert e.start == seq.num_computed
+            assert e.num_logits == (e.stop == seq.length)
         for seq in running:  # whoever decodes is not held up by prompts
             if seq.status is Status.RUNNING and seq.length - seq.num_computed == 1:
                 assert seq in chosen, f"sequence {seq.seq_id} decodes and got no token"
@@ -150,44 +163,55 @@ class Engine:
         assert max((s.rank for s in admitted), default=(-(10**9), 0)) < min(
             (s.rank for s in passed), default=(10**9, 0)
         )
-        assert all(s.status is Status.WAITING for s in schedule.preempted), "thrown out and let in again in one step"
-        # what was thrown out is less urgent than all that runs
-        thrown = min((s.rank for s in schedule.preempted), default=(10**9, 0))
-        assert all(s.rank < thrown for s in scheduler.running)
+        assert all(s.status is Status.WAITING for s in self.preempted), "preempted and admitted again in one step"
+        # what was preempted is less urgent than all that runs
+        preempted = min((s.rank for s in self.preempted), default=(10**9, 0))
+        assert all(s.rank < preempted for s in scheduler.running)
         self.admitted += [seq for seq in admitted if seq.preemptions == 0]
 
-    def step(self, inside: Callable[[], None] | None = None) -> Schedule:
+    def step(self, inside: Callable[[], None] | None = None) -> StepPlan:
         """One step of an engine; `inside` is called while the forward pass would run."""
         scheduler = self.scheduler
         waiting = [seq for seq in self.owner if seq.status is Status.WAITING]
         running = list(scheduler.running)
-        schedule = scheduler.schedule()
-        scheduler.check()
-        self.check_schedule(schedule, waiting, running)
+        before = {seq: seq.preemptions for seq in running}
+        plan = scheduler.schedule()
+        self.preempted = [seq for seq in running if seq.preemptions > before[seq]]
+        check_scheduler(scheduler)
+        self.check_plan(plan, waiting, running)
         self.steps += 1
         if inside is not None:
             inside()
-        logits = self.forward(schedule)
-        scheduler.commit(schedule)
-        scheduler.check()
+        logits = self.forward(plan)
+        scheduler.commit(plan)
+        check_scheduler(scheduler)
         for seq in logits:
             request, _ = self.owner[seq]
             if request.samples > len(request.seqs) and not seq.output_ids:
-                first = len(self.owner)
-                for child in scheduler.fork(seq, range(first, first + request.samples - 1)):
-                    self.owner[child] = (request, len(request.seqs))
-                    request.seqs.append(child)
+                for child in self.fork(seq, request.samples - 1):
                     self.append(child, child)
-                scheduler.check()
+                check_scheduler(scheduler)
             self.append(seq, seq)
-        scheduler.check()
-        return schedule
+        check_scheduler(scheduler)
+        return plan
 
-    def append(self, seq: Sequence, reads: Sequence) -> None:
+    def fork(self, seq: SequenceState, count: int) -> list[SequenceState]:
+        request, _ = self.owner[seq]
+        children = []
+        for _ in range(count):
+            child = SequenceState(len(self.seqs), seq.prompt_ids, seq.max_new_tokens, seq.priority)
+            self.owner[child] = (request, len(request.seqs))
+            request.seqs.append(child)
+            self.seqs.append(child)
+            self.scheduler.fork(seq, child)
+            children.append(child)
+        return children
+
+    def append(self, seq: SequenceState, reads: SequenceState) -> None:
         request, sample = self.owner[seq]
         if not reads.pages:  # a child that has to wait: its parent's keys are the same
             reads = request.seqs[0]
-        seq.output_ids.append(next_token([self.read(reads, i) for i in range(seq.length)], sample))
+        seq.output_ids.append(next_token([self.read(reads.pages, i) for i in range(seq.length)], sample))
         if len(seq.output_ids) == request.max_new or (self.ends and seq.output_ids[-1] == END):
             self.scheduler.finish(seq)
             self.scheduler.finish(seq)  # again is no error
@@ -209,4 +233,4 @@ class Engine:
         stats = self.scheduler.stats()
         assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)
         assert stats.pages_free == self.allocator.num_pages
-        self.allocator.check([])
+        check_allocator(self.allocator, [])

@@ -1,4 +1,4 @@
-"""A golden model with a tokenizer, trained on words that mean nothing, one piece to each of its tokens."""
+"""A golden model with a tokenizer trained on meaningless words, with one piece for each of the model's tokens."""
 
 from __future__ import annotations
 

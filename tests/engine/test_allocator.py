@@ -1,4 +1,4 @@
-"""The page allocator against a model of its holders and of what is written in each page."""
+"""The page allocator against a model of its holders and of each page's content."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from grok_engine.runtime.allocator import PageAllocator
+from tests.engine.invariants import check_allocator, is_writable
 
 SCALE = int(os.environ.get("GROK_TEST_SCALE", "1"))  # more examples, for a longer look
 
@@ -36,6 +37,7 @@ class Pages(RuleBasedStateMachine):
         self.size = page_size
         self.memory: list[list[int | None]] = [[None] * page_size for _ in range(num_pages)]
         self.held: list[Held] = []
+        self.hits = 0  # pages that `match` found
 
     def used(self) -> set[int]:
         return {page for h in self.held for page in h.pages}
@@ -54,7 +56,7 @@ class Pages(RuleBasedStateMachine):
 
     def write(self, h: Held, token: int) -> None:
         page = h.pages[len(h.tokens) // self.size]
-        assert self.allocator.writable(page)
+        assert is_writable(self.allocator, page)
         assert [page in other.pages for other in self.held].count(True) == 1, "a shared page is written"
         self.memory[page][len(h.tokens) % self.size] = token
         h.tokens.append(token)
@@ -68,6 +70,7 @@ class Pages(RuleBasedStateMachine):
         tokens = bits(number, length)
         found = self.allocator.match(tokens)
         assert len(found) <= (length - 1) // self.size
+        self.hits += len(found)
         h = Held(tokens[: len(found) * self.size], found)
         self.held.append(h)
         self.read(h)
@@ -118,7 +121,7 @@ class Pages(RuleBasedStateMachine):
     @precondition(lambda self: self.held)
     @rule(which=st.integers(0, 31), keep=st.integers(0, 6))
     def shrink(self, which: int, keep: int) -> None:
-        """Give back what lies behind the first pages, as a rejected speculation would."""
+        """Release all but the first pages, as rejected draft tokens would."""
         h = self.held[which % len(self.held)]
         if keep < len(h.pages):
             self.allocator.release(h.pages[keep:])
@@ -130,7 +133,7 @@ class Pages(RuleBasedStateMachine):
 
     @invariant()
     def everything_holds(self) -> None:
-        self.allocator.check([h.pages for h in self.held])
+        check_allocator(self.allocator, [h.pages for h in self.held])
         for h in self.held:
             self.read(h)
             found = self.allocator.match([*h.tokens, 0])
@@ -150,7 +153,7 @@ TestPages.settings = settings(
 
 
 def filled(allocator: PageAllocator, tokens: list[int]) -> list[int]:
-    """A sequence computed from its first page that `match` does not find, its full pages registered."""
+    """A sequence computed behind its cached prefix, with its full pages registered."""
     pages = allocator.match(tokens)
     first, size = len(pages), allocator.page_size
     fresh = allocator.allocate(allocator.pages_for(len(tokens)) - first)
@@ -162,7 +165,7 @@ def filled(allocator: PageAllocator, tokens: list[int]) -> list[int]:
 
 
 def test_a_long_random_run_without_shrinking() -> None:
-    """What the machine does, in one life of many steps."""
+    """The machine's rules in one long random run."""
     rng, machine = random.Random(7), Pages()
     machine.start(14, 2, True)
     for _ in range(20_000 * SCALE):
@@ -179,7 +182,7 @@ def test_a_long_random_run_without_shrinking() -> None:
         else:
             machine.end(pick)
         machine.everything_holds()
-    assert machine.allocator.hits > 100
+    assert machine.hits > 100
     assert machine.allocator.evictions > 100
 
 
@@ -200,7 +203,7 @@ def test_allocation_is_all_or_nothing() -> None:
     assert allocator.allocate(0) == []
     allocator.release(first)
     assert allocator.available == 4
-    allocator.check([])
+    check_allocator(allocator, [])
 
 
 def test_match_leaves_a_token_to_compute() -> None:
@@ -240,7 +243,7 @@ def test_eviction_takes_the_least_recently_used_and_ends_before_beginnings() -> 
     assert allocator.allocate(2) == [b[1], b[0]]
     assert allocator.allocate(2) == [a[1], a[0]]
     assert allocator.evictions == 5
-    allocator.check()
+    check_allocator(allocator)
 
 
 def test_a_page_reused_for_other_content_is_not_found_as_before() -> None:
@@ -249,7 +252,7 @@ def test_a_page_reused_for_other_content_is_not_found_as_before() -> None:
     other = filled(allocator, [5, 2])
     assert allocator.match([1, 2, 3]) == []
     assert allocator.match([5, 2, 3]) == other
-    allocator.check([other, other])
+    check_allocator(allocator, [other, other])
 
 
 def test_equal_content_computed_twice_comes_to_share_pages() -> None:
@@ -262,7 +265,7 @@ def test_equal_content_computed_twice_comes_to_share_pages() -> None:
         pages[1] = allocator.register(pages[1], pages[0], (3, 4))
     assert a == b
     assert allocator.available == 4
-    allocator.check([a, b])
+    check_allocator(allocator, [a, b])
 
 
 def test_a_page_whose_other_holder_may_lack_the_one_before_is_not_indexed() -> None:
@@ -282,7 +285,7 @@ def test_a_page_whose_other_holder_may_lack_the_one_before_is_not_indexed() -> N
     assert found == a[:1]
     allocator.release(found)
     allocator.release(a)
-    allocator.check()
+    check_allocator(allocator)
 
 
 def test_colliding_hashes_are_told_apart() -> None:
@@ -305,7 +308,7 @@ def test_the_first_to_write_a_shared_page_gets_a_copy_and_the_last_keeps_it() ->
     assert pages[0] not in copies
     assert copies[0] != copies[1]
     assert allocator.make_writable(pages[0]) == pages[0]
-    allocator.check([pages, copies[:1], copies[1:]])
+    check_allocator(allocator, [pages, copies[:1], copies[1:]])
 
 
 def test_a_copy_that_finds_no_page_changes_nothing() -> None:
@@ -314,13 +317,13 @@ def test_a_copy_that_finds_no_page_changes_nothing() -> None:
     assert pages is not None
     allocator.share(pages)
     assert allocator.make_writable(pages[0]) is None
-    allocator.check([pages, pages])
+    check_allocator(allocator, [pages, pages])
 
 
 def test_an_indexed_page_is_never_written() -> None:
     allocator = PageAllocator(2, 2)
     (page,) = filled(allocator, [1, 2])
-    assert not allocator.writable(page)
+    assert not is_writable(allocator, page)
     copy = allocator.make_writable(page)
     assert copy not in (page, None)
     assert allocator.num_cached == 1  # still found
@@ -331,8 +334,8 @@ def test_without_prefix_caching_nothing_is_kept() -> None:
     pages = filled(allocator, [1, 2, 3])
     assert allocator.match([1, 2, 3, 4]) == []
     allocator.release(pages)
-    assert (allocator.available, allocator.num_cached, allocator.hits) == (4, 0, 0)
-    allocator.check([])
+    assert (allocator.available, allocator.num_cached) == (4, 0)
+    check_allocator(allocator, [])
 
 
 def test_releasing_what_is_not_held_is_caught() -> None:
@@ -351,15 +354,15 @@ def test_check_finds_planted_faults() -> None:
     allocator, pages = fresh()
     allocator._free.pop()
     with pytest.raises(AssertionError, match="is free, cached, held"):
-        allocator.check()
+        check_allocator(allocator)
     allocator, pages = fresh()
     allocator._free.append(pages[0])
     with pytest.raises(AssertionError, match="is free, cached, held"):
-        allocator.check()
+        check_allocator(allocator)
     allocator, pages = fresh()
     with pytest.raises(AssertionError, match="differ from the counts"):
-        allocator.check([pages, pages])
+        check_allocator(allocator, [pages, pages])
     allocator, pages = fresh()
     allocator.release(pages[:1])  # the beginning before the end
     with pytest.raises(AssertionError, match=r"would outlive|lacks the page"):
-        allocator.check()
+        check_allocator(allocator)

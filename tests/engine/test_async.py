@@ -1,4 +1,4 @@
-"""The engine inside asyncio programs: many consumers, some of which leave, dawdle or are wrong."""
+"""The engine in asyncio programs: many consumers, of which some leave early, are slow or send invalid requests."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_cancelling_a_consumer_frees_its_pages() -> None:
 
 
 def test_a_name_can_be_taken_again_at_once() -> None:
-    """What a step under way still brings of the one who left is not given to the one who came."""
+    """An output of the aborted request, from a step still running, does not go to the new request of the same id."""
 
     async def main(llm: AsyncLLM) -> None:
         for _ in range(10):
@@ -281,30 +281,29 @@ def test_closing_what_was_never_used() -> None:
 
 
 def test_the_loop_stays_responsive() -> None:
-    """A step may take its time: other coroutines run meanwhile, and so they do while a request is handed over."""
+    """Other coroutines run during a slow step, and while a slow prompt is handed over."""
 
     async def main(llm: AsyncLLM) -> None:
-        plain_run, plain_encode = llm.engine.runner.run, llm.engine.encode
+        ticks, during = 0, list[int]()
 
         def slow(function: Any) -> Any:
             def call(*args: Any) -> Any:
+                before = ticks
                 time.sleep(0.25)
+                during.append(ticks - before)
                 return function(*args)
 
             return call
 
-        llm.engine.runner.run = slow(plain_run)  # type: ignore[method-assign]
-        llm.engine.encode = slow(plain_encode)  # type: ignore[method-assign]
-        ticks, longest = 0, 0.0
+        llm.engine.runner.run = slow(llm.engine.runner.run)  # type: ignore[method-assign]
+        llm.engine._builder.encode = slow(llm.engine._builder.encode)  # type: ignore[method-assign]
         task = asyncio.create_task(last(llm, 0, greedy(4)))
         while not task.done():
-            before = time.perf_counter()
             await asyncio.sleep(0.005)
-            longest = max(longest, time.perf_counter() - before)
             ticks += 1
         assert (await task).outputs[0].token_ids == CONTINUATIONS[0][:4]
-        assert ticks > 30  # of the 200 that fit into the 1.25 s, if the machine were idle
-        assert longest < 0.2
+        assert len(during) == 1 + 4
+        assert min(during) >= 2, during
 
     run(main)
 
@@ -318,7 +317,7 @@ def test_one_loop_after_another() -> None:
 
 
 def test_a_loop_that_ends_without_close(recwarn: pytest.WarningsRecorder) -> None:
-    """A program that just stops, with requests under way, stops: no warning, no error, no hanging."""
+    """A program that ends with requests running ends cleanly: no warning, no error, no hang."""
     kept: list[AsyncLLM] = []
 
     async def main() -> None:

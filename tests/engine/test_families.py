@@ -19,7 +19,8 @@ from grok_engine.config import EngineConfig, ModelConfig
 from grok_engine.layers.weight import Table, Weight
 from grok_engine.models.decoder import Decoder
 from grok_engine.models.families import PRESETS
-from grok_engine.runtime.runner import Runner, Work
+from grok_engine.runtime.plan import Entry
+from grok_engine.runtime.runner import Runner
 
 Weights = dict[str, np.ndarray]  # by name, (in, out), experts in front
 TOKENS = [7, 3, 3, 39, 0, 12, 25, 7, 31, 18, 2, 39, 5]
@@ -159,7 +160,7 @@ def logits(model: Decoder, page_size: int = 16, chunk: int = 1024) -> np.ndarray
     pages = range(-(-len(TOKENS) // page_size))
     config = EngineConfig(model=model.config, dtype="float32", page_size=page_size, num_pages=len(pages))
     runner = Runner(model, config)
-    parts = [Work(TOKENS[at : at + chunk], at, pages) for at in range(0, len(TOKENS), chunk)]
+    parts = [Entry(TOKENS[at : at + chunk], at, pages) for at in range(0, len(TOKENS), chunk)]
     return torch.cat([runner.logits(runner.run([work])) for work in parts]).double().numpy()
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong for one request stays with it; what goes wrong in a step closes the engine and says why."""
+"""A request's own failure ends that request alone; a failing step closes the engine and gives the cause."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from grok_engine import EngineClosedError, LLMEngine, RequestOutput, RequestOutputKind, SamplingParams
+from grok_engine.runtime.plan import StepPlan
+from tests.engine.invariants import check_allocator, check_scheduler
 
 FOLDER = Path(__file__).parents[1] / "data" / "goldens" / "g1-b-q48-k128"
 VOCAB, LONGEST = 2048, 32
@@ -31,25 +33,19 @@ def drain(engine: LLMEngine) -> list[RequestOutput]:
 
 def poison(engine: LLMEngine, is_poisoned: Callable[[str, int], bool]) -> None:
     """Make the hidden states NaN of every request for which is_poisoned(request_id, tokens generated so far)."""
-    plain_schedule, plain_run = engine.scheduler.schedule, engine.runner.run
-    entries: list[Any] = []
+    plain = engine.runner.forward
 
-    def schedule() -> Any:
-        made = plain_schedule()
-        entries[:] = made.entries
-        return made
-
-    def run(work: Any) -> torch.Tensor:
-        x_TD = plain_run(work).clone()
+    def forward(plan: StepPlan) -> torch.Tensor:
+        x_RD = plain(plan).clone()
         row = 0
-        for entry in entries:
-            request, _ = engine._by_tokens[entry.seq.seq_id]
-            if is_poisoned(request.request_id, len(entry.seq.output_ids)):
-                x_TD[row : row + entry.count] = float("nan")
-            row += entry.count
-        return x_TD
+        for entry in plan.entries:
+            request, answer = engine._by_seq_id[entry.seq_id]
+            if is_poisoned(request.request_id, len(answer.state.output_ids)):
+                x_RD[row : row + entry.num_logits] = float("nan")
+            row += entry.num_logits
+        return x_RD
 
-    engine.scheduler.schedule, engine.runner.run = schedule, run  # type: ignore[method-assign]
+    engine.runner.forward = forward  # type: ignore[method-assign]
 
 
 class Boom(Exception):
@@ -97,7 +93,7 @@ def make_kinds(rng: random.Random, count: int) -> list[Kind]:
 
 
 def test_soak() -> None:
-    """Thousands of requests, many of them wrong, unlucky or given up: the others get what they get alone."""
+    """Thousands of requests, many of them invalid, failing or aborted: the others get the tokens they get alone."""
     rng = random.Random(1)
     kinds = make_kinds(rng, 60)
     engine = make(page_size=4, num_pages=36, max_num_seqs=24, max_num_batched_tokens=40)
@@ -156,18 +152,18 @@ def test_soak() -> None:
             if not any(a.finish_reason == "abort" for a in output.outputs):
                 assert len(output.outputs) == len(kind.clean)
         if rng.random() < 0.05:
-            engine.scheduler.check()
+            check_scheduler(engine.scheduler)
     assert not engine.has_unfinished_requests()
-    assert not engine._by_tokens
+    assert not engine._by_seq_id
     assert engine.allocator.available == engine.allocator.num_pages
-    engine.scheduler.check()
-    engine.allocator.check([])
+    check_scheduler(engine.scheduler)
+    check_allocator(engine.allocator, [])
     stats = engine.stats()
     assert (stats.requests, stats.scheduler.running, stats.scheduler.waiting) == (0, 0, 0)
     assert min(stats.scheduler.preemptions, stats.scheduler.hit_tokens, stats.scheduler.evictions) >= 100, stats
     assert min(seen[fate] for fate in ("refused", "discarded", "abort", "error")) >= 50, seen
     assert seen["length"] >= 1500, seen
-    # and nothing of it stayed
+    # nothing of all that affects a later request
     kind = kinds[2]
     engine.add_request("x", kind.prompt, SamplingParams(**kind.options))
     assert [(a.token_ids, a.logprobs) for a in drain(engine)[-1].outputs] == kind.clean
@@ -190,7 +186,7 @@ def test_nan_in_rows_alike(temperature: float, good: int) -> None:
         assert (last["good"].finish_reason, len(last["good"].token_ids)) == ("length", 3)
 
 
-@pytest.mark.parametrize("where", ["run", "logits", "copy"])
+@pytest.mark.parametrize("where", ["forward", "logits"])
 def test_a_failing_step_closes_the_engine(where: str) -> None:
     engine = make()
     engine.add_request("a", [5, 6, 7], SamplingParams(max_tokens=5))

@@ -1,5 +1,5 @@
-"""Decode steps by way of a capture: the recordings of a CPU, and, for what a GPU's do, a stand-in, which runs the step
-again on the same tensors as a graph would."""
+"""Captured decode steps: a CPU's recordings, and in place of CUDA graphs a stand-in that reruns the step on the same
+tensors."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from grok_engine.loading.fill import fill
 from grok_engine.loading.random import random_checkpoint
 from grok_engine.models.decoder import Decoder
 from grok_engine.models.families import PRESETS
-from grok_engine.runtime.batch import ALIGNED, Batch, Work, flatten, take_rows
+from grok_engine.runtime.batch import ALIGNED, Batch, flatten, take_rows
 from grok_engine.runtime.graphs import Capture, CpuCapture, CudaCapture, DecodeGraphs, Run, rungs, widths
 from grok_engine.runtime.pages import allocate_pages
+from grok_engine.runtime.plan import Entry
 from grok_engine.runtime.runner import GPU_SHARE
 from grok_kernels import registry
 from tests.engine.test_invariance import SHAPES, SMALL, assert_as_alone, make_engine, make_traffic
@@ -48,7 +49,7 @@ class Counted:
 
 
 class StandIn:
-    """As a CUDA graph: its own result tensor, overwritten by each replay, and nothing kept but tensors."""
+    """Like a CUDA graph: a replay reads the same inputs and overwrites the same result tensor."""
 
     rungs, widths = staticmethod(rungs), staticmethod(widths)
 
@@ -99,7 +100,7 @@ def test_widths() -> None:
 
 
 def test_flatten_pads_with_the_shortest_row_written_nowhere() -> None:
-    work = [Work([7], 5, [3, 9]), Work([8], 1, [4]), Work([6], 1, [2])]
+    work = [Entry([7], 5, [3, 9]), Entry([8], 1, [4]), Entry([6], 1, [2])]
     numbers, sizes = flatten(work, 4, rows=6, width=3)
     batch = Batch.of(numbers, sizes, 1)
     assert batch.tokens_T.tolist() == [7, 8, 6, 8, 8, 8]
@@ -110,7 +111,7 @@ def test_flatten_pads_with_the_shortest_row_written_nowhere() -> None:
     assert batch.block_table_BN.tolist() == [[3, 9, 0], [4, 0, 0], [2, 0, 0], *[[4, 0, 0]] * 3]
     for part in (batch.positions_T, batch.slots_T, batch.query_start, batch.seq_lens_B, batch.block_table_BN):
         assert part.storage_offset() % ALIGNED == 0
-    plain = Batch.of(*flatten([Work([7, 1, 2], 5, [3, 9]), Work([8], 0, [4])], 4), 3)
+    plain = Batch.of(*flatten([Entry([7, 1, 2], 5, [3, 9]), Entry([8], 0, [4])], 4), 3)
     assert plain.tokens_T.tolist() == [7, 1, 2, 8]
     assert plain.slots_T.tolist() == [37, 38, 39, 16]
     assert plain.query_start.tolist() == [0, 3, 4]
@@ -119,7 +120,7 @@ def test_flatten_pads_with_the_shortest_row_written_nowhere() -> None:
 
 @pytest.mark.parametrize("lengths", [[8000, 500, 500, 500, 500], [500] * 8 + [8000], [8000, *[500] * 8], [300]])
 def test_padding_reads_no_more_than_the_shortest(lengths: list[int]) -> None:
-    work = [Work([5], n - 1, range(-(-n // 16))) for n in lengths]
+    work = [Entry([5], n - 1, range(-(-n // 16))) for n in lengths]
     rows = next(n for n in rungs(64) if n >= len(lengths))
     padded = Batch.of(*flatten(work, 16, rows=rows), 1).seq_lens_B.tolist()
     assert padded == lengths + [min(lengths)] * (rows - len(lengths))
@@ -138,14 +139,14 @@ def test_the_same_bits_as_without(kind: str, shape: str, dtype: str, kv_dtype: s
 
 
 def test_padding_reads_and_writes_no_page() -> None:
-    """All else in the pages is NaN before and after, and what comes out is what a step without padding gives."""
+    """The result equals a step without padding, and pages that are not in use stay NaN."""
     engine = make_engine(SMALL, "float32", "float32", max_num_seqs=16, page_size=4, num_pages=12)
     runner, nan = engine.runner, float("nan")
     for pages in runner.cache:
         pages.k.fill_(nan)
         pages.v.fill_(nan)
-    prompts = [Work([5, 6, 7, 8, 9], 0, [7, 2]), Work([3, 4], 0, [5]), Work([9] * 6, 0, [1, 8])]
-    steps = [Work([11], 5, [7, 2]), Work([12], 2, [5]), Work([13], 6, [1, 8])]
+    prompts = [Entry([5, 6, 7, 8, 9], 0, [7, 2]), Entry([3, 4], 0, [5]), Entry([9] * 6, 0, [1, 8])]
+    steps = [Entry([11], 5, [7, 2]), Entry([12], 2, [5]), Entry([13], 6, [1, 8])]
     runner.run(prompts)
     before = [(p.k.clone(), p.v.clone()) for p in runner.cache]
     expected = runner.run(steps).clone()
@@ -171,15 +172,15 @@ def test_which_steps_have_graphs() -> None:
     assert graphs is not None
     stand_in = capture.capture
     assert isinstance(stand_in, StandIn)
-    one = Work([5], 0, [0])
+    one = Entry([5], 0, [0])
     with torch.inference_mode():
-        assert graphs.run([Work([5, 6], 0, [0])]) is None
-        assert graphs.run([one, Work([5, 6], 0, [1])]) is None
+        assert graphs.run([Entry([5, 6], 0, [0])]) is None
+        assert graphs.run([one, Entry([5, 6], 0, [1])]) is None
         assert graphs.run([one] * 5) is None
-        assert graphs.run([Work([5], 0, range(17))]) is None
+        assert graphs.run([Entry([5], 0, range(17))]) is None
         assert capture.captured == 0
         for n, captured in ((1, 1), (1, 1), (2, 2), (3, 3), (4, 3), (3, 3)):
-            found = graphs.run([Work([5 + i], 0, [i]) for i in range(n)])
+            found = graphs.run([Entry([5 + i], 0, [i]) for i in range(n)])
             assert found is not None
             assert len(found) == n
             assert capture.captured == captured
@@ -217,7 +218,7 @@ def test_a_backend_that_comes_or_goes_is_another_graph(monkeypatch: pytest.Monke
 
 
 def test_memory_of_all_graphs() -> None:
-    """The largest takes what all share, the second what one more takes; there are 5 rungs and 2 widths."""
+    """The largest takes the shared memory, the second what each further one takes; there are 5 rungs and 2 widths."""
     engine = make_engine(SMALL, "float32", "float32", max_num_seqs=16, page_size=1, num_pages=40, max_model_len=128)
     runner, capture = engine.runner, Counted(stand_in := StandIn())
     config = replace(engine.config, model=replace(engine.config.model, max_position=2048), max_model_len=2048)
@@ -237,7 +238,7 @@ def test_memory_of_all_graphs() -> None:
 
 @pytest.mark.parametrize("name", ["grok-1", "grok-2", "mixtral-8x7b", "mistral-7b"])
 def test_no_step_asks_for_a_value(name: str) -> None:
-    """On `meta` there are none: who asked would be refused. So nothing in a step waits for the device."""
+    """`meta` tensors have no values, so reading one would raise. So nothing in a step waits for the device."""
     config = small(PRESETS[name])
     model = Decoder(config, torch.bfloat16, "meta", 64)
     for module in model.modules():
@@ -245,7 +246,7 @@ def test_no_step_asks_for_a_value(name: str) -> None:
             module.allocate(torch.int8, 1, "meta")
         elif isinstance(module, Table):
             module.allocate(torch.float32, "meta")
-    numbers, sizes = flatten([Work([5], 3, [1]), Work([6], 9, [0])], 16, rows=4, width=4)
+    numbers, sizes = flatten([Entry([5], 3, [1]), Entry([6], 9, [0])], 16, rows=4, width=4)
     with torch.inference_mode():
         x_TD = model(Batch.of(numbers.to("meta"), sizes, 1), allocate_pages(config, 4, 16, torch.bfloat16, "meta"))
         assert model.logits(x_TD).shape == (4, config.vocab_size)
@@ -261,7 +262,7 @@ def small(config: ModelConfig) -> ModelConfig:
 @pytest.mark.parametrize("kind", CAPTURES)
 @pytest.mark.parametrize("name", ["grok-2", "mistral-7b"])
 def test_families_with_dense_layers(name: str, kind: str) -> None:
-    """Whose blocks make tensors of their own in every step."""
+    """Their layers allocate tensors in every step."""
     model = Decoder(small(PRESETS[name]), torch.float32)
     fill(model, random_checkpoint(model, "fp32"))
     config = EngineConfig(model=model.config, dtype="float32", num_pages=4, max_num_seqs=4)
@@ -271,7 +272,7 @@ def test_families_with_dense_layers(name: str, kind: str) -> None:
         pages.v.zero_()
     graphs = DecodeGraphs(model, cache, config, CAPTURES[kind]())
     for tokens in ((5, 6, 7), (8, 9, 10)):
-        work = [Work([tokens[0]], 3, [1]), Work([tokens[1]], 9, [0]), Work([tokens[2]], 0, [2])]
+        work = [Entry([tokens[0]], 3, [1]), Entry([tokens[1]], 9, [0]), Entry([tokens[2]], 0, [2])]
         with torch.inference_mode():
             expected = model(Batch.of(*flatten(work, 16), 1), cache).clone()
             found = graphs.run(work)
@@ -285,7 +286,7 @@ def test_rows_are_taken_as_by_an_index() -> None:
 
 
 class Driver:
-    """Stands in for torch.cuda: writes down what is asked of it, and runs what is captured, since there is no graph."""
+    """A fake torch.cuda that logs calls, and runs what is captured."""
 
     class OutOfMemoryError(RuntimeError): ...
 
@@ -344,7 +345,7 @@ class Driver:
 
 
 def test_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once for real on a stream of its own, before which and after which the streams wait; then captured, and replayed."""
+    """It runs once uncaptured on a side stream, with the streams waiting for each other; then capture, then replays."""
     driver = Driver()
     monkeypatch.setattr(torch, "cuda", driver)
     ran: list[Tensor] = []
@@ -370,7 +371,7 @@ def test_a_step_that_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("eager", [False, True])
 def test_what_is_left_on_a_device(eager: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """0.9 of it, less what was in use beside torch's memory, the largest step, and a MiB for each graph."""
+    """0.9 of the memory, less what others use, what the largest step needs, and a MiB for each graph."""
     engine = make_engine(SMALL, "float32", "float32", max_num_seqs=4, num_pages=40, max_model_len=64)
     runner, driver = engine.runner, Driver()
     driver.free = (1 << 40) - 1000

@@ -17,6 +17,7 @@ import torch
 
 import grok_kernels
 from grok_engine import LLMEngine, RequestOutput, RequestOutputKind, SamplingParams
+from tests.engine.invariants import check_allocator, check_scheduler
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 SMALL, GROUPED, DEEP = "g8-a-emb128-k16", "g1-b-q48-k128", "g8-e-12layers"
@@ -51,7 +52,7 @@ def plain_engine(model: str, dtype: str, kv_dtype: str) -> LLMEngine:
 
 
 def facts(output: RequestOutput) -> Any:
-    """All that must not depend on the others, floats as they are and dictionaries with their order."""
+    """All that must not depend on other requests: floats unrounded, dictionaries in their order."""
 
     def listed(logprobs: Any) -> Any:
         return None if logprobs is None else [None if d is None else list(d.items()) for d in logprobs]
@@ -64,7 +65,7 @@ def facts(output: RequestOutput) -> Any:
 
 
 def run(engine: LLMEngine, traffic: list[Request]) -> dict[int, RequestOutput]:
-    """The outputs of what was not aborted, every request having come and gone at the step that it names."""
+    """Final outputs of the requests that were not aborted; each arrives and leaves at its own step."""
     finished: dict[int, RequestOutput] = {}
     step = 0
     while step <= max(r.arrives for r in traffic) or engine.has_unfinished_requests():
@@ -76,23 +77,23 @@ def run(engine: LLMEngine, traffic: list[Request]) -> dict[int, RequestOutput]:
         for output in engine.step():
             assert output.finished
             finished[int(output.request_id)] = output
-        engine.scheduler.check()
+        check_scheduler(engine.scheduler)
         step += 1
     assert engine.allocator.available == engine.allocator.num_pages
-    engine.allocator.check([])
+    check_allocator(engine.allocator, [])
     return finished
 
 
 @cache
 def alone(model: str, dtype: str, kv_dtype: str, backend: str | None, prompt: tuple[int, ...], key: str) -> Any:
-    """What a request gives in an engine that has nothing else to do and computes its prompt in one piece."""
+    """A request's output in an engine without other requests, whose prompt is computed in one piece."""
     params = _params[key]
     with on(backend):
         (output,) = run(plain_engine(model, dtype, kv_dtype), [Request(prompt, params)]).values()
     return facts(output)
 
 
-_params: dict[str, SamplingParams] = {}  # by their text, so that results can be kept by it
+_params: dict[str, SamplingParams] = {}  # by repr, the key of cached results
 
 
 def assert_as_alone(engine: LLMEngine, traffic: list[Request], backend: str | None = None) -> dict[int, RequestOutput]:
@@ -109,7 +110,7 @@ def assert_as_alone(engine: LLMEngine, traffic: list[Request], backend: str | No
 
 
 def make_traffic(seed: int, vocab: int, requests: int = 20, longest: int = 60, last_arrival: int = 12) -> list[Request]:
-    """Requests of every kind, a third of them on shared beginnings."""
+    """Requests of every kind, a third of them with a shared prefix."""
     rng = random.Random(seed)
     tokens = range(3, vocab)
     shared = [tuple(rng.choices(tokens, k=longest // 2)) for _ in range(2)]
@@ -200,7 +201,7 @@ def test_random_traffic_through_random_engines(seed: int) -> None:
 
 
 def test_a_prompt_found_in_the_cache_whole_and_in_part() -> None:
-    """Behind a cached prefix of any length the same bits come as without one."""
+    """A cached prefix of any length leaves the bits as they are without one."""
     rng = random.Random(5)
     prompt = tuple(rng.choices(range(3, 1024), k=49))
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=3)
@@ -254,7 +255,7 @@ def test_chunks_of_a_prompt(model: str, dtype: str, kv_dtype: str, backend: str 
 
 
 def test_several_threads() -> None:
-    """However many threads share an operation, and with whatever remainders."""
+    """For any number of threads, also where work does not divide evenly."""
     engine, before = plain_engine(GROUPED, "float32", "float32"), torch.get_num_threads()
     prompt = random.Random(8).choices(range(3, 2048), k=100)
     try:

@@ -10,7 +10,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grok_engine.runtime.text import Emitted, SequenceOutput, StopStrings, check_tokenizer
+from grok_engine.runtime.text import Emitted, SequenceText, StopStrings, check_tokenizer
 from grok_engine.sampling.params import Patterns, SamplingParams, StructuredOutput
 from grok_engine.tokenizer.base import Tokenizer
 from grok_engine.tokenizer.sentencepiece import SentencePieceTokenizer
@@ -32,7 +32,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def cut(text: str, stops: Sequence[str], *, include: bool = False) -> tuple[str, str | None]:
-    """By its definition: the earliest end of any match; of those that end there, the longest."""
+    """By definition: cut at the earliest end of any match, by the longest that ends there."""
     for end in range(1, len(text) + 1):
         found = [s for s in stops if text[:end].endswith(s)]
         if found:
@@ -64,7 +64,7 @@ def test_a_text_in_pieces_is_cut_as_the_whole(parts: list[str], stops: list[str]
         out += stream.push(part)
         seen += part
         if not include:
-            # nothing is held back that could be handed out: what is held begins a stop string
+            # only text that begins a stop string is held back
             held = cut(seen, stops)[0][len(out) :]
             assert expected.startswith(out)
             assert not held or any(s.startswith(held) for s in stops)
@@ -93,7 +93,19 @@ def test_cut(stops: list[str], text: str, expected: str) -> None:
         assert out == expected
 
 
-def drain(output: SequenceOutput, ids: Sequence[int]) -> list[str]:
+class Output(SequenceText):
+    """A text whose tokens are appended here, as an engine appends them."""
+
+    def __init__(self, params: SamplingParams, tokenizer: Tokenizer | None, **options: Any) -> None:
+        self.token_ids: list[int] = []
+        super().__init__(params, tokenizer, self.token_ids, **options)
+
+    def push(self, token: int) -> Emitted:
+        self.token_ids.append(token)
+        return super().push(token)
+
+
+def drain(output: SequenceText, ids: Sequence[int]) -> list[str]:
     parts = []
     for token in ids:
         text, reason = output.push(token)
@@ -111,7 +123,7 @@ def test_deltas_concatenate_to_the_cut_of_the_decoded_text(tokenizer: Tokenizer,
     @given(ids=pieces(), stops=stop_sets | st.just(["\ufffd"]) | st.just(["a\ufffd"]))
     def check(ids: list[int], stops: list[str]) -> None:
         params = SamplingParams(stop=stops, max_tokens=100, ignore_eos=True, include_stop_str_in_output=include)
-        output = SequenceOutput(params, tokenizer)
+        output = Output(params, tokenizer)
         expected, matched = cut(tokenizer.decode(ids), stops, include=include)
         assert "".join(drain(output, ids)) == expected == output.text
         assert output.stop_reason == matched
@@ -127,7 +139,7 @@ def test_the_first_min_tokens_are_not_searched(tokenizer: Tokenizer) -> None:
     @settings(max_examples=200, deadline=None, derandomize=True)
     @given(ids=st.lists(st.integers(259, 275), min_size=1, max_size=15), least=st.integers(1, 15), stops=stop_sets)
     def check(ids: list[int], least: int, stops: list[str]) -> None:
-        output = SequenceOutput(SamplingParams(stop=stops, max_tokens=50, min_tokens=least), tokenizer)
+        output = Output(SamplingParams(stop=stops, max_tokens=50, min_tokens=least), tokenizer)
         before = tokenizer.decode(ids[:least])
         after = tokenizer.decode(ids)[len(before) :]
         assert "".join(drain(output, ids)) == before + cut(after, stops)[0]
@@ -138,35 +150,35 @@ def test_the_first_min_tokens_are_not_searched(tokenizer: Tokenizer) -> None:
 
 def test_end_and_stop_tokens_and_the_length(tokenizer: Tokenizer) -> None:
     a, b = tokenizer.encode("a")[0], tokenizer.encode("b")[0]
-    output = SequenceOutput(SamplingParams(max_tokens=5), tokenizer, eos_token_ids=(2,))
+    output = Output(SamplingParams(max_tokens=5), tokenizer, eos_token_ids=(2,))
     assert output.push(a) == Emitted("a", None)
     assert output.push(2) == Emitted("", "stop")
     assert (output.stop_reason, output.token_ids, output.finish()) == (None, [a, 2], "")
     with pytest.raises(AssertionError, match="stop"):
         output.push(a)
-    output = SequenceOutput(SamplingParams(max_tokens=3, ignore_eos=True), tokenizer, eos_token_ids=(2,))
+    output = Output(SamplingParams(max_tokens=3, ignore_eos=True), tokenizer, eos_token_ids=(2,))
     assert [output.push(t).finish_reason for t in (a, 2, b)] == [None, None, "length"]
     for include in (False, True):
         params = SamplingParams(stop_token_ids=[b], include_stop_str_in_output=include, stop="a b", max_tokens=9)
-        output = SequenceOutput(params, tokenizer)
+        output = Output(params, tokenizer)
         assert output.push(a) == Emitted("a" if include else "", None)  # held back: "a b" may come
         assert output.push(b) == Emitted(" b" if include else "a", "stop")
         assert output.stop_reason == ("a b" if include else b)
-    output = SequenceOutput(SamplingParams(max_tokens=9), tokenizer, max_tokens=1)
+    output = Output(SamplingParams(max_tokens=9), tokenizer, max_tokens=1)
     assert output.push(3 + 0xE7) == Emitted("\ufffd", "length")
 
 
 def test_an_output_that_goes_on_in_a_prompt_keeps_its_space(tokenizer: Tokenizer) -> None:
     a = tokenizer.encode("a")[0]
-    assert SequenceOutput(SamplingParams(), tokenizer).push(a).text == "a"
-    assert SequenceOutput(SamplingParams(), tokenizer, context=[1]).push(a).text == "a"
-    assert SequenceOutput(SamplingParams(), tokenizer, context=[1, a, *[1] * 9]).push(a).text == " a"
+    assert Output(SamplingParams(), tokenizer).push(a).text == "a"
+    assert Output(SamplingParams(), tokenizer, context=[1]).push(a).text == "a"
+    assert Output(SamplingParams(), tokenizer, context=[1, a, *[1] * 9]).push(a).text == " a"
     whole = [3 + byte for byte in "猫".encode()]
-    assert SequenceOutput(SamplingParams(), tokenizer, context=[a, *whole[:2]]).push(whole[2]).text == "猫"
+    assert Output(SamplingParams(), tokenizer, context=[a, *whole[:2]]).push(whole[2]).text == "猫"
 
 
 def test_without_a_tokenizer(tokenizer: Tokenizer) -> None:
-    output = SequenceOutput(SamplingParams(max_tokens=2), None, eos_token_ids=(2,))
+    output = Output(SamplingParams(max_tokens=2), None, eos_token_ids=(2,))
     assert [output.push(t) for t in (5, 7)] == [Emitted("", None), Emitted("", "length")]
     options: list[dict[str, Any]] = [
         {"stop": "x"}, {"bad_words": ["x"]}, {"structured": StructuredOutput(regex="x")}
@@ -176,7 +188,7 @@ def test_without_a_tokenizer(tokenizer: Tokenizer) -> None:
         with pytest.raises(ValueError, match=next(iter(option))):
             check_tokenizer(params, None)
         with pytest.raises(ValueError, match="no tokenizer"):
-            SequenceOutput(params, None)
+            Output(params, None)
         check_tokenizer(params, tokenizer)
 
 

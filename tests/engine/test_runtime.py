@@ -1,4 +1,4 @@
-"""The engine as a program that embeds it meets it: requests, what they ask for, and what they get back."""
+"""The engine's public API: requests, their parameters and their outputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ import torch
 
 from grok_engine import (
     LLM,
-    ConfigError,
     EngineClosedError,
     LLMEngine,
     RequestOutput,
@@ -58,7 +57,7 @@ def engine() -> LLMEngine:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> LLMEngine:
-    """The same model with a tokenizer, trained here, of a piece for each of its tokens."""
+    """The same model with a tokenizer trained here, with one piece for each token."""
     folder = tmp_path_factory.mktemp("texts") / "model"
     target = spell(FOLDER, folder, VOCAB, "abcdefghijklmnoprstuvwz", ['{"a": [1, 2.5, -3], "b": true}'])
     return LLMEngine(target, dtype="float32")
@@ -201,7 +200,7 @@ def test_two_engines_take_turns() -> None:
 
 
 def test_calls_of_an_llm_take_turns() -> None:
-    """A call's steps serve the others under way; each gets what is its own."""
+    """A call's steps also serve the other calls in progress; each gets its own outputs."""
     llm = LLM(FOLDER, dtype="float32")
     first, second = (llm.stream(PROMPT, greedy(max_tokens=n)) for n in (9, 24))
     found = [next(first).token_id, next(second).token_id, next(first).token_id]
@@ -379,11 +378,13 @@ def test_a_processor_that_raises_ends_its_own_request(engine: LLMEngine) -> None
 
 @pytest.mark.skipif(importlib.util.find_spec("llguidance") is None, reason="the extra `structured` is not installed")
 def test_structured(texts: LLMEngine) -> None:
+    assert texts.tokenizer is not None
+    decode = texts.tokenizer.decode
     for seed in range(4):
         params = drawn(
             structured=StructuredOutput(regex="[a-c]{3}-[0-9]+;"), seed=seed, max_tokens=60, ignore_eos=False
         )
-        params = replace(params, logit_bias={t: 5.0 for t in range(VOCAB) if ";" in texts.tokenizer.decode([t])})  # type: ignore[union-attr]
+        params = replace(params, logit_bias={t: 5.0 for t in range(VOCAB) if ";" in decode([t])})
         found = answer(texts, "wort", params)
         assert (found.finish_reason, found.error) == ("stop", None)
         assert re.fullmatch("[a-c]{3}-[0-9]+;", found.text), found.text
@@ -441,62 +442,6 @@ def test_prompt_logprobs_of_one_token(engine: LLMEngine) -> None:
     assert finish(engine, [5], greedy(prompt_logprobs=2)).prompt_logprobs == [None]
 
 
-# Sizes
-
-# layers · keys and values · heads · head size
-TOKEN = 2 * 2 * 8 * 16
-
-
-@pytest.mark.parametrize(
-    ("kv_dtype", "token_bytes"),
-    [("float32", TOKEN * 4), ("bfloat16", TOKEN * 2), ("fp8_e4m3", TOKEN + 2 * 2 * 8 * 4)],
-)
-@pytest.mark.parametrize("page_size", [1, 16, 24])
-def test_kv_memory(kv_dtype: Any, token_bytes: int, page_size: int) -> None:
-    page = token_bytes * page_size
-    for memory, pages in ((page, 1), (7 * page - 1, 6), (7 * page, 7), (7 * page + 1, 7)):
-        engine = make(kv_dtype=kv_dtype, page_size=page_size, kv_memory=memory)
-        tensors = [t for c in engine.runner.cache for t in (c.k, c.v, c.k_scale, c.v_scale) if t is not None]
-        assert engine.allocator.num_pages == engine.runner.num_pages == pages
-        assert engine.stats().kv_bytes == pages * page == sum(t.nbytes for t in tensors)
-    with pytest.raises(ConfigError, match=f"kv_memory: {page - 1} bytes hold no page, expected {page} or more"):
-        make(kv_dtype=kv_dtype, page_size=page_size, kv_memory=page - 1)
-    assert make(kv_dtype=kv_dtype, page_size=page_size, num_pages=5).stats().kv_bytes == 5 * page
-
-
-def test_what_can_never_fit_is_refused() -> None:
-    engine = make(page_size=4, num_pages=6)
-    assert len(answer(engine, PROMPT, greedy(max_tokens=8)).token_ids) == 8  # 17 + 8 − 1 = 24 in the cache
-    with pytest.raises(ValueError, match="17 prompt tokens \\+ 9 new ones need 7 pages of 4 tokens, there are 6"):
-        engine.add_request("x", PROMPT, greedy(max_tokens=9))
-    with pytest.raises(ValueError, match="prompt has 128 tokens, all of max_model_len"):
-        engine.add_request("x", [5] * 128, greedy())
-    with pytest.raises(ValueError, match="prompt has 129 tokens, expected at most max_model_len=128"):
-        engine.add_request("x", [5] * 129, greedy())
-    with pytest.raises(ValueError, match="25 tokens need 7 pages, 6 are free"):
-        engine.logits([5] * 25)
-    assert not engine.has_unfinished_requests()
-    assert engine.allocator.available == 6
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_num_seq": 4}, "unknown option 'max_num_seq': expected one of .*max_num_seqs"),
-        ({"model_": 4}, "unknown option 'model_'"),
-        ({"num_pages": 0}, "num_pages=0 is not a positive integer"),
-        ({"num_pages": 4, "kv_memory": 4096}, "num_pages=4 and kv_memory=4096: expected one of them"),
-        ({"kv_dtype": "fp8"}, "kv_dtype='fp8' is not one of bfloat16, float32, fp8_e4m3"),
-        ({"seed": -1}, "seed=-1"),
-        ({"max_num_batched_tokens": 1.5}, "max_num_batched_tokens=1.5"),
-    ],
-    ids=str,
-)
-def test_bad_options(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        make(**options)
-
-
 # Seeds, number formats
 
 
@@ -515,7 +460,7 @@ def test_the_engine_s_seed_repeats_a_run() -> None:
 
 
 def test_fp8_pages_are_close() -> None:
-    """Of one layer, and by the median: behind a router a small difference may choose another expert."""
+    """By the median over tokens of one layer: a router may turn a small difference into another expert."""
     prompt = random.Random(1).choices(range(3, VOCAB), k=90)
     exact_TV, bf16_TV, fp8_TV = (
         LLMEngine(OTHER, dtype="float32", kv_dtype=kv_dtype).logits(prompt)
@@ -528,7 +473,7 @@ def test_fp8_pages_are_close() -> None:
 
 
 def test_random_numbers_follow_from_seed_sequence_and_position() -> None:
-    """On flat logits a token is its random number: that of `uniform`, the same through preemptions."""
+    """With flat logits a token is its random number times V, also after preemptions."""
 
     def flat(output: list[int], logits_V: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(logits_V)

@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from grok_engine.sampling import sampler
+from grok_engine.sampling.logprobs import prompt_logprobs, token_logprobs
 from grok_engine.sampling.params import SamplingParams, uniform
-from grok_engine.sampling.sampler import SequenceSampler, bad_word_tokens, prompt_logprobs, sample, token_logprobs
+from grok_engine.sampling.sampler import Sampled
+from grok_engine.sampling.state import SamplingState, bad_word_tokens
 
 NEVER = float("-inf")
 EOS = (2,)
@@ -20,9 +23,20 @@ def logits(rows: int, vocab: int, seed: int = 0, scale: float = 3.0) -> Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def row(seed: int = 0, *, matcher: Any = None, **options: Any) -> SequenceSampler:
-    named = {k: options.pop(k) for k in ("index", "prompt", "bad_words", "output") if k in options}
-    return SequenceSampler(SamplingParams(**options), seed=seed, eos_token_ids=EOS, matcher=matcher, **named)
+def row(seed: int = 0, *, matcher: Any = None, output: Sequence[int] = (), **options: Any) -> SamplingState:
+    named = {k: options.pop(k) for k in ("index", "prompt", "bad_words") if k in options}
+    return SamplingState(
+        SamplingParams(**options), list(output), seed=seed, eos_token_ids=EOS, matcher=matcher, **named
+    )
+
+
+def sample(rows: Sequence[SamplingState], logits_BV: Tensor) -> list[Sampled]:
+    """`sampler.sample`, with the tokens appended as an engine does."""
+    found = sampler.sample(rows, logits_BV)
+    for state, sampled in zip(rows, found, strict=True):
+        if sampled.error is None:
+            state.output_ids.append(sampled.token)
+    return found
 
 
 class Bits:
@@ -40,9 +54,9 @@ class Bits:
         self.accepted.append(token_id)
 
 
-def expected_token(s: SequenceSampler, logits_V: Tensor, prompt: Sequence[int] = ()) -> int:
+def expected_token(s: SamplingState, logits_V: Tensor, prompt: Sequence[int] = ()) -> int:
     """The documented order, step by step in fp64."""
-    p, out = s.params, s.output
+    p, out = s.params, s.output_ids
     x = logits_V.double().numpy().copy()
     for processor in p.logits_processors:
         x = processor(list(out), torch.from_numpy(x)).numpy().copy()
@@ -122,7 +136,7 @@ def test_a_row_depends_on_itself_alone_to_the_bit(vocab: int) -> None:
         ]
         x_SBV = [logits(count, vocab, seed=100 * trial + s) for s in range(steps)]
 
-        def made(options: list[dict[str, Any]]) -> list[SequenceSampler]:
+        def made(options: list[dict[str, Any]]) -> list[SamplingState]:
             return [
                 row(i, prompt=[0], matcher=Bits(2, len(x_SBV[0][0])) if i % 5 == 4 else None, **o)  # noqa: B023
                 for i, o in enumerate(options)
@@ -140,7 +154,7 @@ def test_a_row_depends_on_itself_alone_to_the_bit(vocab: int) -> None:
             noise = logits(len(mixed), vocab, seed=5)
             found = sample(batch, torch.stack([noise[i] if j is None else x_BV[j] for i, j in enumerate(mixed)]))
             assert [found[mixed.index(j)] for j in range(count)] == one
-        assert [r.output for r in together] == [r.output for r in alone] == [r.output for r in shuffled]
+        assert [r.output_ids for r in together] == [r.output_ids for r in alone] == [r.output_ids for r in shuffled]
 
 
 def test_the_random_stream_is_the_seed_and_the_place() -> None:
@@ -149,11 +163,11 @@ def test_the_random_stream_is_the_seed_and_the_place() -> None:
     for r in (whole, n_2, other):
         for _ in range(30):
             sample([r], x_BV)
-    assert len({tuple(r.output) for r in (whole, n_2, other)}) == 3
-    resumed = row(3, output=whole.output[:11], max_tokens=99)  # as after a move to another engine
+    assert len({tuple(r.output_ids) for r in (whole, n_2, other)}) == 3
+    resumed = row(3, output=whole.output_ids[:11], max_tokens=99)  # as after a move to another engine
     for _ in range(19):
         sample([resumed], x_BV)
-    assert resumed.output == whole.output
+    assert resumed.output_ids == whole.output_ids
 
 
 def test_draws_follow_the_distribution() -> None:
@@ -200,7 +214,7 @@ def test_a_bad_row_is_an_error_and_the_others_do_not_notice(
     assert [found[0], found[2]] == [clean[0], clean[2]]
     with pytest.raises(AssertionError, match=word):
         raise AssertionError(found[1].error)
-    assert (found[1].token, found[1].logprob, rows[1].output) == (-1, None, [])
+    assert (found[1].token, found[1].logprob, rows[1].output_ids) == (-1, None, [])
     assert torch.equal(x_BV.nan_to_num(7), before.nan_to_num(7))
 
 
@@ -268,10 +282,10 @@ def test_bad_words_ban_what_would_complete_them() -> None:
         r = row(trial, bad_words=words, max_tokens=99)
         for step in range(40):
             x_BV = logits(1, 5, seed=trial * 40 + step)
-            banned = {w[-1] for w in words if r.output[len(r.output) - len(w) + 1 :] == w[:-1]}
+            banned = {w[-1] for w in words if r.output_ids[len(r.output_ids) - len(w) + 1 :] == w[:-1]}
             assert set(r.banned().tolist()) == banned
             assert sample([r], x_BV)[0].token not in banned
-        text = r.output
+        text = r.output_ids
         assert not any(text[i : i + len(w)] == w for w in words for i in range(len(text)))
 
 
@@ -297,8 +311,8 @@ def test_a_grammar_masks_and_is_told() -> None:
         assert found[1].token == int(x_BV[1].argmax())
         assert found[2].token in (0, 7, 14)
         assert found[3].error == "the grammar is too complex"
-    assert matchers[0].accepted == rows[0].output
-    assert set(rows[0].output) == set(range(0, vocab, 5))
+    assert matchers[0].accepted == rows[0].output_ids
+    assert set(rows[0].output_ids) == set(range(0, vocab, 5))
     assert sample(rows[:1], x_BV[:1])[0].token % 5 == 0  # all of the rows have one
 
 
@@ -321,12 +335,13 @@ def test_logprobs_are_of_the_unprocessed_logits(vocab: int) -> None:
 
 def test_prompt_logprobs_are_the_same_in_parts() -> None:
     x_TV, ids = logits(150, 77), [random.Random(0).randrange(77) for _ in range(150)]
-    whole = prompt_logprobs(x_TV, ids, 4)
-    assert whole == [p for t in range(0, 150, 7) for p in prompt_logprobs(x_TV[t : t + 7], ids[t : t + 7], 4)]
+    whole = list(prompt_logprobs(x_TV, ids, 4, Tensor.float))
+    parts = [prompt_logprobs(x_TV[t : t + 7], ids[t : t + 7], 4, Tensor.float) for t in range(0, 150, 7)]
+    assert whole == [found for part in parts for found in part]
     assert whole[3] == token_logprobs(x_TV[3:4], ids[3:4], [4])[0]
     assert whole[3].logprob == pytest.approx(float(torch.log_softmax(x_TV.double(), -1)[3, ids[3]]), abs=1e-5)
     with pytest.raises(ValueError, match="149 token_ids for 150 rows"):
-        prompt_logprobs(x_TV, ids[1:], 4)
+        next(prompt_logprobs(x_TV, ids[1:], 4, Tensor.float))
 
 
 def test_wrong_logits_are_refused() -> None:

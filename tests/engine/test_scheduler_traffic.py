@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from grok_engine.runtime.scheduler import Status
+from grok_engine.runtime.sequence import Status
 from tests.engine.fake_engine import SCALE, Engine, Request
 
 # The simulation
@@ -28,7 +28,7 @@ requests = st.builds(
 
 
 def play(engine: Engine, plan: list[Request]) -> None:
-    """Requests arrive, some are aborted; until all have ended."""
+    """Requests arrive, some are aborted, until all have ended."""
     clock = 0
     limit = 130 + 30 * sum((len(r.prompt) + r.max_new) * r.samples for r in plan)
     coming = sorted(plan, key=lambda r: r.arrives)
@@ -83,7 +83,7 @@ def test_every_request_ends_with_the_tokens_it_has_alone(
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_long_crowded_run(seed: int) -> None:
-    """Few pages for many requests: thousands of steps with preemptions, forks and shared prefixes in one life."""
+    """Few pages for many requests: thousands of steps with preemption, forks and shared prefixes."""
     rng = random.Random(seed)
     plan = [
         Request(

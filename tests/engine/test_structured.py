@@ -14,9 +14,10 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from grok_engine.runtime.text import SequenceOutput, begins_text
+from grok_engine.runtime.text import SequenceText, begins_text
 from grok_engine.sampling.params import SamplingParams, StructuredOutput
-from grok_engine.sampling.sampler import SequenceSampler, sample
+from grok_engine.sampling.sampler import sample
+from grok_engine.sampling.state import SamplingState
 from grok_engine.sampling.structured import StructuredCompiler
 from grok_engine.tokenizer.base import Tokenizer
 from grok_engine.tokenizer.hf import HFTokenizer
@@ -34,9 +35,10 @@ SENTENCES = [
 def sentencepiece_model(path: Path, *, dummy: bool, fallback: bool = True) -> Path:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES), model_writer=model, model_type="bpe", vocab_size=400 if fallback else 180, character_coverage=1.0,
-        byte_fallback=fallback, hard_vocab_limit=False, normalization_rule_name="identity", minloglevel=2,
-        remove_extra_whitespaces=False, add_dummy_prefix=dummy, user_defined_symbols=["  "], num_threads=1,
+        sentence_iterator=iter(SENTENCES), model_writer=model, model_type="bpe", vocab_size=400 if fallback else 180,
+        character_coverage=1.0, byte_fallback=fallback, hard_vocab_limit=False, normalization_rule_name="identity",
+        minloglevel=2, remove_extra_whitespaces=False, add_dummy_prefix=dummy, user_defined_symbols=["  "],
+        num_threads=1,
     )  # fmt: skip
     path.write_bytes(model.getvalue())
     return path
@@ -58,14 +60,14 @@ KINDS = ["dummy", "no dummy", "no bytes", "byte level"]
 
 
 class Model:
-    """What a model brings: a tokenizer, more logits than it has tokens, its end tokens, and the compiler for them."""
+    """A tokenizer, a vocabulary larger than the tokenizer's, end tokens, and a compiler for them."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = tokenizer.vocab_size + 13
         self.eos = (*tokenizer.eos_token_ids, tokenizer.vocab_size + 3)  # one that the tokenizer does not know
         self.compiler = StructuredCompiler(tokenizer, self.vocab_size, self.eos)
-        # Random text ends late: what closes is made likelier.
+        # made likelier, since random text would end late
         self.closing = [
             i for i in range(tokenizer.vocab_size) if tokenizer.surface(i, False).text.strip() in ('"', "}", "]", ")")
         ] + [i for i in range(tokenizer.vocab_size) if tokenizer.surface(i, False).data in (b'"', b"}", b"]", b")")]
@@ -89,13 +91,14 @@ def model(request: pytest.FixtureRequest, all_models: dict[str, Model]) -> Model
 
 def generate(
     model: Model, structured: StructuredOutput, seed: int, *, context: list[int] | None = None, close: float = 6.0
-) -> tuple[str, SequenceOutput]:
+) -> tuple[str, SequenceText]:
     """Text sampled from random logits, as an engine does it."""
     params = SamplingParams(structured=structured, max_tokens=400, temperature=1.5, seed=seed)
     context = context or []
     matcher = model.compiler.matcher(structured, at_start=begins_text(model.tokenizer, context))
-    sampler = SequenceSampler(params, seed=seed, eos_token_ids=model.eos, matcher=matcher)
-    output = SequenceOutput(params, model.tokenizer, eos_token_ids=model.eos, context=context)
+    output_ids: list[int] = []
+    sampler = SamplingState(params, output_ids, seed=seed, eos_token_ids=model.eos, matcher=matcher)
+    output = SequenceText(params, model.tokenizer, output_ids, eos_token_ids=model.eos, context=context)
     generator = torch.Generator().manual_seed(seed)
     while output.finish_reason is None:
         logits = torch.randn(1, model.vocab_size, generator=generator) * 2
@@ -104,6 +107,7 @@ def generate(
         (found,) = sample([sampler], logits)
         assert found.error is None, found.error
         assert complete or found.token not in model.eos
+        output_ids.append(found.token)
         output.push(found.token)
     return output.text, output
 
@@ -129,8 +133,8 @@ def test_a_text_matches_its_regex(model: Model, regex: str, all_models: dict[str
         text, output = generate(model, StructuredOutput(regex=regex), seed)
         assert re.fullmatch(regex, text), text
         assert output.finish_reason == "stop"
-        assert output.token_ids[-1] in model.eos
-        assert text == model.tokenizer.decode([t for t in output.token_ids if t < model.tokenizer.vocab_size])
+        assert output.output_ids[-1] in model.eos
+        assert text == model.tokenizer.decode([t for t in output.output_ids if t < model.tokenizer.vocab_size])
         texts.add(text)
     assert len(texts) > 1 or regex in ("", " two  spaces", r"a/b\n\"c\"")
 
@@ -216,7 +220,7 @@ NUMBER: /[0-9]|[1-9][0-9]/
 
 
 def balanced(text: str) -> bool:
-    """By another way than a grammar: rewrite what is inside, until one number is left."""
+    """Without a grammar: rewrite the innermost terms until one number is left."""
     before = None
     while before != text:
         before, text = text, re.sub(r"(?<![\d])([1-9]?\d)( [-+] [1-9]?\d)+(?=\)|$)", "1", text)

@@ -1,4 +1,4 @@
-"""The engine on a GPU: its memory, its graphs, and nothing in a step that waits for the device before sampling."""
+"""The engine on a GPU: memory, graphs, and that no step synchronises with the device before sampling."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import grok_kernels
 from grok_engine import LLM, LLMEngine, SamplingParams
 from grok_engine.loading.convert import convert
 from grok_engine.models.families import PRESETS
-from grok_engine.runtime.batch import Work, take_rows
+from grok_engine.runtime.plan import Entry, StepPlan
 from grok_engine.runtime.runner import GPU_SHARE
-from grok_engine.sampling.sampler import token_logprobs
+from grok_engine.sampling.logprobs import token_logprobs
 from grok_engine.tools.chips import CHIPS
 from grok_kernels.tuning import chip_name, multiplies_fp8
 from tests.engine.test_graphs import small
@@ -50,7 +50,7 @@ def test_with_graphs_as_without(model: str, dtype: Any, kv_dtype: Any) -> None:
 
 
 def test_the_reference_is_not_captured() -> None:
-    """Though it serves, and gives the same text, in an engine that has graphs."""
+    """It still serves, with the same text, in an engine that has graphs."""
     llm = LLM("tiny", device=DEVICE, dtype="float32", num_pages=40)
     prompt = llm.encode("My dear Watson,")
     (fast,) = llm.generate(prompt, GREEDY)
@@ -61,7 +61,7 @@ def test_the_reference_is_not_captured() -> None:
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """What synchronises with the device inside is an error."""
+    """Makes synchronising with the device an error."""
     if not ON_GPU:
         yield
         return
@@ -76,24 +76,23 @@ def no_waiting() -> Iterator[None]:
 @pytest.mark.parametrize("weights", ["int8", "fp8", "bf16"])
 @pytest.mark.parametrize("name", ["grok-1", "grok-2", "mixtral-8x7b", "mistral-7b"])
 def test_no_step_waits_for_the_device(name: str, weights: Any) -> None:
-    """Neither a prompt nor a decode step, with and without graphs, up to and with the logits."""
+    """Prompts and decode steps, with and without graphs, including logits and page copies."""
     engine = LLMEngine(small(PRESETS[name]), device=DEVICE, weights=weights, num_pages=8, max_num_seqs=4)
     eager = LLMEngine(small(PRESETS[name]), device=DEVICE, weights=weights, num_pages=8, enforce_eager=True)
-    prompt, decode = [Work(list(range(3, 20)), 0, [0, 1])], [Work([5], 17, [0, 1])]
+    prompt = StepPlan((Entry(list(range(3, 20)), 0, [0, 1], num_logits=1),))
+    decode = StepPlan((Entry([5], 17, [0, 1], num_logits=1),), copies=((0, 2), (1, 3)))
     for runner in (engine.runner, eager.runner):
         for _ in range(2):  # the first compiles and captures
-            runner.logits(runner.run(prompt))
-            runner.logits(runner.run(decode))
-            runner.copy([(0, 2), (1, 3)])
+            runner.logits(runner.forward(prompt))
+            runner.logits(runner.forward(decode))
         with no_waiting():
-            runner.logits(take_rows(runner.run(prompt), [16]))
-            runner.logits(runner.run(decode))
-            runner.copy([(0, 2), (1, 3)])
+            runner.logits(runner.forward(prompt))
+            runner.logits(runner.forward(decode))
 
 
 @pytest.mark.parametrize("weights", ["int8", "fp8"])
 def test_no_kernel_is_compiled_while_serving(weights: Any) -> None:
-    """Whatever the batches: all that Triton compiles it compiles when the engine is made."""
+    """Triton compiles everything when the engine is built, for any batch."""
     triton = pytest.importorskip("triton")
     engine = LLMEngine(small(PRESETS["grok-1"]), device=DEVICE, weights=weights, num_pages=60, max_num_seqs=12)
     compiled: list[str] = []
@@ -113,7 +112,7 @@ def test_no_kernel_is_compiled_while_serving(weights: Any) -> None:
 
 
 def test_pages_are_what_is_left() -> None:
-    """After the largest step and all graphs that were ever needed the device still has what GPU_SHARE leaves it."""
+    """After the largest step and all graphs, the device still has the memory that GPU_SHARE leaves."""
     model = replace(PRESETS["grok-1"], num_layers=1, vocab_size=32768) if ON_GPU else small(PRESETS["grok-1"])
     engine = LLMEngine(model, device=DEVICE, weights="fp8", max_num_seqs=16)
     pages = engine.runner.num_pages
@@ -175,4 +174,4 @@ def test_a_step_that_cannot_be_captured_is_said(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(grok_kernels, "rms_norm", waits)
     with pytest.raises(RuntimeError, match=r"cannot be captured in a CUDA graph .* enforce_eager=True runs without"):
-        engine.runner.run([Work([5], 0, [0])])
+        engine.runner.run([Entry([5], 0, [0])])

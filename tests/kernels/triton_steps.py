@@ -26,9 +26,10 @@ from grok_engine.loading.random import random_checkpoint
 from grok_engine.loading.slots import slots
 from grok_engine.models.decoder import Decoder
 from grok_engine.models.families import PRESETS
-from grok_engine.runtime.batch import Batch, KVPages, Work, flatten
+from grok_engine.runtime.batch import Batch, KVPages, flatten
 from grok_engine.runtime.graphs import rungs, widths
 from grok_engine.runtime.pages import allocate_pages
+from grok_engine.runtime.plan import Entry
 from grok_engine.runtime.runner import KV_DTYPES
 from grok_kernels.triton import OPS, compiled, table
 from grok_kernels.triton.steps import startup
@@ -96,7 +97,7 @@ class Engine:
     def step(self, queries: tuple[int, ...], contexts: tuple[int, ...]) -> None:
         """Requests with so many new tokens, each after so many old ones. A decode step is padded, as for a graph."""
         work = [
-            Work([0] * count, before, range(-(-(before + count) // PAGE)))
+            Entry([0] * count, before, range(-(-(before + count) // PAGE)))
             for count, before in zip(queries, contexts, strict=True)
         ]
         rows = width = 0

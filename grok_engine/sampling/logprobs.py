@@ -1,0 +1,67 @@
+"""Log-probabilities of tokens, and the most probable tokens beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+PART = 64  # rows of a prompt at once: bounds the logits in memory; a row's values are the same in any part
+
+
+class TokenLogprobs(NamedTuple):
+    """One token's log-probability, its rank (1 is the most probable), and the most probable tokens with theirs.
+
+    Tokens of equal probability are listed by id.
+    """
+
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+def token_logprobs(logits_RV: Tensor, token_ids: Sequence[int], numbers: Sequence[int]) -> list[TokenLogprobs]:
+    """log_softmax(logits) at `token_ids`, one a row, with the `numbers` most probable tokens of each row (−1: all)."""
+    vocab = logits_RV.shape[1]
+    if vocab % 16:  # unaligned rows: a GPU's softmax adds in an order that depends on where a row begins
+        logits_RV = torch.nn.functional.pad(logits_RV, (0, -vocab % 16), value=float("-inf"))
+    logprobs_RV = torch.log_softmax(logits_RV, -1)[:, :vocab]
+    counts = [vocab if n == -1 else min(n, vocab) for n in numbers]
+    chosen_R1 = logprobs_RV.gather(1, to_device(np.array(token_ids, np.int64), logits_RV)[:, None])
+    ranks_R = (logprobs_RV > chosen_R1).sum(-1, dtype=torch.int32) + 1
+    tops: list[list[tuple[int, float]]] = [[] for _ in counts]
+    if most := max(counts):
+        # only the values of topk are used: it does not define the order of equals
+        values_RK = logprobs_RV.topk(most).values
+        last_R = to_device(np.maximum(np.array(counts, np.int64) - 1, 0), logits_RV)
+        least_R = torch.where(
+            to_device(np.array(counts) > 0, logits_RV), values_RK.gather(1, last_R[:, None])[:, 0], torch.inf
+        )
+        kept_RV = logprobs_RV >= least_R[:, None]
+        places = kept_RV.nonzero()
+        at = places.cpu().numpy(), logprobs_RV[places[:, 0], places[:, 1]].cpu().numpy()
+        order = np.lexsort((at[0][:, 1], -at[1], at[0][:, 0]))
+        for row, token, value in zip(*at[0][order].T.tolist(), at[1][order].tolist(), strict=True):
+            if len(tops[row]) < counts[row]:
+                tops[row].append((token, value))
+    return [TokenLogprobs(*t) for t in zip(chosen_R1[:, 0].tolist(), ranks_R.tolist(), tops, strict=True)]
+
+
+def prompt_logprobs(
+    x_TD: Tensor, token_ids: Sequence[int], number: int, logits: Callable[[Tensor], Tensor]
+) -> Iterator[TokenLogprobs]:
+    """Those of part of a prompt: `token_ids[t]` is the token after row t. logits: hidden states to fp32 logits."""
+    if len(token_ids) != len(x_TD):
+        raise ValueError(f"{len(token_ids)} token_ids for {len(x_TD)} rows: expected as many")
+    for t in range(0, len(token_ids), PART):
+        part = token_ids[t : t + PART]
+        yield from token_logprobs(logits(x_TD[t : t + PART]), part, [number] * len(part))
+
+
+def to_device(array: npt.NDArray[np.generic], like: Tensor) -> Tensor:
+    """A tensor of the array's values on the device of `like`, without waiting for it."""
+    return torch.from_numpy(np.ascontiguousarray(array)).to(like.device, non_blocking=True)
