@@ -17,16 +17,16 @@ from rich.console import Console
 from rich.table import Table
 
 import grok_kernels
+from grok_kernels.chips import GPUS
 
 from . import __version__
 from .checkpoint.inspect import inspect_checkpoint
 from .checkpoint.inspect import render as render_report
-from .chips import CHIPS, PlanWeights
 from .config import PRESETS, ActFormat, ConfigError, DType, ModelConfig, WeightFormat
 from .llm import LLM
 from .loader import resolve_model
 from .packed import convert
-from .plan import PlanKV, plan
+from .plan import PlanKV, PlanWeights, plan
 from .plan_view import render as render_plan
 from .progress import byte_bar
 from .sampling import SamplingParams
@@ -181,7 +181,7 @@ def inspect(path: str, verify: bool, all_tensors: bool, as_json: bool) -> None:
 
 @app.command(name="plan")
 @click.option("--model", default="grok-1", show_default=True, help=f"{', '.join(PRESETS)}, tiny, or a folder.")
-@click.option("--gpu", type=click.Choice(list(CHIPS)), default="h100-80gb", show_default=True, help="The chip.")
+@click.option("--gpu", type=click.Choice(list(GPUS)), default="h100-80gb", show_default=True, help="The chip.")
 @click.option("--gpus", default=8, show_default=True, help="How many, as one tensor-parallel group.")
 @click.option("--weights", type=_one_of(PlanWeights), default="int8", show_default=True)
 @click.option("--kv", type=_one_of(PlanKV), default="bf16", show_default=True, help="Type of keys and values.")

@@ -11,7 +11,7 @@ from torch import Tensor
 from .config import DType, ModelConfig, WeightFormat
 from .layers.embedding import Embedding
 from .layers.norm import RMSNorm
-from .layers.weight import Table, Weight
+from .layers.weight import FusedWeight, NamedTensor
 from .models.decoder import Decoder
 
 PERIOD = 4_194_301  # numbers drawn, then repeated; a prime, so that no two rows of a matrix are the same
@@ -23,7 +23,7 @@ DTYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
 }
 LIMITS = {torch.int8: 127, torch.float8_e4m3fn: 448}
-_Modules = Iterator[tuple[Table | Weight, torch.dtype, int]]
+_Modules = Iterator[tuple[NamedTensor | FusedWeight, torch.dtype, int]]
 
 
 def dummy_weights(
@@ -42,7 +42,7 @@ def dummy_weights(
     total = dummy_bytes(model, weights)
     done = 0
     for module, dtype, groups in _modules(model, weights):
-        if isinstance(module, Weight):
+        if isinstance(module, FusedWeight):
             module.allocate(dtype, groups, device)
             std = module.k**-0.5
         else:
@@ -51,11 +51,12 @@ def dummy_weights(
         start = int(torch.randint(PERIOD, (), generator=generator))
         if isinstance(module, RMSNorm):
             module.weight.fill_(1.0)
-        elif isinstance(module, Weight) and module.scale is not None:
-            _repeat(values, module.weight, start)
-            module.scale.fill_(std / SPREAD)
+        elif isinstance(module, FusedWeight) and module.weight.scales is not None:
+            _repeat(values, module.weight.values, start)
+            module.weight.scales.fill_(std / SPREAD)
         else:
-            _repeat((normal * std).to(dtype), module.weight, start)
+            weight = module.weight if isinstance(module, NamedTensor) else module.weight.values
+            _repeat((normal * std).to(dtype), weight, start)
         done += sum(p.nbytes for p in module.parameters())
         if progress:
             progress(done, total)
@@ -65,7 +66,7 @@ def dummy_bytes(model: Decoder, weights: WeightFormat | None = None) -> int:
     """Bytes that the weights of `model` take in such a format."""
     total = 0
     for module, dtype, groups in _modules(model, weights):
-        if isinstance(module, Weight):
+        if isinstance(module, FusedWeight):
             total += module.experts * module.n * (module.k * dtype.itemsize + 4 * groups)
         else:
             total += math.prod(module.shape) * dtype.itemsize
@@ -81,12 +82,12 @@ def _modules(model: Decoder, weights: WeightFormat | None) -> _Modules:
     """What holds weights, of what type, in how many groups of scales; 0 is none."""
     dtype = DTYPES[weights or "int8"]
     for module in model.modules():
-        if isinstance(module, Weight):
+        if isinstance(module, FusedWeight):
             groups = 0 if weights in ("bf16", "fp32") else 1
             if dtype == torch.int8 and module.k % 8 == 0 and module.parts[0].name.endswith((".o", ".down")):
                 groups = 8  # as in the release
             yield module, dtype, groups
-        elif isinstance(module, Table):
+        elif isinstance(module, NamedTensor):
             yield module, model.dtype if isinstance(module, Embedding) else torch.float32, 0
 
 

@@ -18,7 +18,7 @@ from .checkpoint.quantize import quantize_matrix
 from .checkpoint.xai import CheckpointError, MappedTensor, TensorInfo, XaiCheckpoint
 from .config import ConfigError, WeightFormat, model_folder
 from .layers.embedding import Embedding
-from .layers.weight import Part, Table, Weight
+from .layers.weight import FusedWeight, NamedTensor, Part
 from .models.decoder import Decoder
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -57,15 +57,15 @@ class Filling:
     """What one module of a model takes from a checkpoint, and as what: `groups` 0 is no scales."""
 
     path: str  # of the module in the model
-    module: Table | Weight
+    module: NamedTensor | FusedWeight
     names: tuple[str, ...]
     dtype: torch.dtype
     groups: int = 0
 
     def fill(self, checkpoint: XaiCheckpoint, device: torch.device | str, packed: bool | None = None) -> None:
-        """Allocate the module's weight and read it, a named tensor at a time. packed: as for `Weight.allocate`."""
+        """Allocate the module's weight and read it, a named tensor at a time. packed: as for `FusedWeight.layout_for`."""
         module = self.module
-        if isinstance(module, Weight):
+        if isinstance(module, FusedWeight):
             module.allocate(self.dtype, self.groups, device, packed)
             for part in module.parts:
                 _fill(module, part, checkpoint.read(part.name))
@@ -77,7 +77,7 @@ class Filling:
 def fillings(model: Decoder, checkpoint: XaiCheckpoint, weights: WeightFormat | None = None) -> list[Filling]:
     """How `model` is filled from `checkpoint`, in the order of its modules. Raises as `load_weights` does."""
     infos = {info.name: info for info in checkpoint.tensors}
-    modules = [(path, m) for path, m in model.named_modules() if isinstance(m, (Table, Weight))]
+    modules = [(path, m) for path, m in model.named_modules() if isinstance(m, (NamedTensor, FusedWeight))]
     wanted = {name for _, m in modules for name in _names(m)}
     if wanted != infos.keys():
         missing, unused = sorted(wanted - infos.keys()), sorted(infos.keys() - wanted)
@@ -85,7 +85,7 @@ def fillings(model: Decoder, checkpoint: XaiCheckpoint, weights: WeightFormat | 
     found = []
     for path, module in modules:
         names = _names(module)
-        if isinstance(module, Table):
+        if isinstance(module, NamedTensor):
             dtype = model.dtype if isinstance(module, Embedding) else torch.float32
             found.append(Filling(path, module, names, dtype))
             continue
@@ -120,8 +120,8 @@ def load_weights(
                 progress(done, checkpoint.total_bytes)
 
 
-def _names(module: Table | Weight) -> tuple[str, ...]:
-    return (module.name,) if isinstance(module, Table) else tuple(part.name for part in module.parts)
+def _names(module: NamedTensor | FusedWeight) -> tuple[str, ...]:
+    return (module.name,) if isinstance(module, NamedTensor) else tuple(part.name for part in module.parts)
 
 
 def _form(infos: Sequence[TensorInfo], weights: WeightFormat | None) -> tuple[torch.dtype, int]:
@@ -138,7 +138,7 @@ def _form(infos: Sequence[TensorInfo], weights: WeightFormat | None) -> tuple[to
     return (torch.bfloat16 if infos[0].dtype == "bfloat16" else torch.float32), 0
 
 
-def _fill(module: Weight, part: Part, source: MappedTensor) -> None:
+def _fill(module: FusedWeight, part: Part, source: MappedTensor) -> None:
     """One named matrix, (in, out) or (E, in, out), into its rows; expert by expert, to bound what is in memory."""
     weight_EKN = as_torch(source.weight).view(module.experts, module.k, -1)
     scales_EGN = (
@@ -146,18 +146,19 @@ def _fill(module: Weight, part: Part, source: MappedTensor) -> None:
     )
     for e in range(module.experts):
         scales_GN = None if scales_EGN is None else scales_EGN[e].float()
+        scales = module.weight.scales
         if module.weight.dtype == torch.int8:
             assert scales_GN is not None
-            assert module.scale is not None
-            repeats = module.scale.shape[1] // scales_GN.shape[0]
-            module.scale[e, :, part.start : part.stop] = scales_GN.repeat_interleave(repeats, dim=0)
-        if module.weight.dtype == torch.int8 or (scales_GN is None and module.scale is None):
+            assert scales is not None
+            repeats = scales.shape[1] // scales_GN.shape[0]
+            scales[e, :, part.start : part.stop] = scales_GN.repeat_interleave(repeats, dim=0)
+        if module.weight.dtype == torch.int8 or (scales_GN is None and scales is None):
             module.write(e, part.start, weight_EKN[e].t())
         else:
             _convert(module, e, part.start, weight_EKN[e], scales_GN)
 
 
-def _convert(module: Weight, expert: int, start: int, matrix_KN: Tensor, scales_GN: Tensor | None) -> None:
+def _convert(module: FusedWeight, expert: int, start: int, matrix_KN: Tensor, scales_GN: Tensor | None) -> None:
     """One stored matrix by way of fp32, as many outputs at once as make `CHUNK`."""
     k, n = matrix_KN.shape
     outputs = max(CHUNK // (4 * k) // 64, 1) * 64  # packed rows come by 64
@@ -166,9 +167,9 @@ def _convert(module: Weight, expert: int, start: int, matrix_KN: Tensor, scales_
         if scales_GN is not None:
             x_KN.view(scales_GN.shape[0], -1, x_KN.shape[1]).mul_(scales_GN[:, None, at : at + outputs])
         first = start + at
-        if module.scale is not None:
+        if module.weight.scales is not None:
             scale_N = x_KN.abs().amax(0).clamp_(min=TINY) / FP8_MAX
-            module.scale[expert, 0, first : first + x_KN.shape[1]] = scale_N
+            module.weight.scales[expert, 0, first : first + x_KN.shape[1]] = scale_N
             x_KN.div_(scale_N).clamp_(-FP8_MAX, FP8_MAX)
         module.write(expert, first, x_KN.to(module.weight.dtype).t())
 
@@ -182,11 +183,11 @@ def export_weights(
     as in the release; otherwise bf16. Norms, router and embedding stay fp32. ValueError for a model held in 8 bits.
     """
     for module in model.modules():
-        if isinstance(module, Table):
+        if isinstance(module, NamedTensor):
             table = module.values().detach().float()
             yield module.name, ((table.t() if module.transposed else table).contiguous().numpy(), None)
-        elif isinstance(module, Weight):
-            if module.scale is not None:
+        elif isinstance(module, FusedWeight):
+            if module.weight.scales is not None:
                 raise ValueError(f"{module.parts[0].name} is {module.weight.dtype} with scales, expected a float model")
             held_ENK = module.matrices().detach()
             for part in module.parts:

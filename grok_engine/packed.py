@@ -13,15 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import grok_kernels
+from grok_kernels.layouts import Layout, unpack
 
 from .checkpoint.packed import FILE, PackedCheckpoint, PackedInfo, arrange, header, is_packed_folder
 from .checkpoint.xai import CheckpointError, XaiCheckpoint
 from .config import ConfigError, DType, ModelConfig, WeightFormat
 from .layers.embedding import Embedding
-from .layers.weight import Table, Weight
+from .layers.weight import FusedWeight, NamedTensor
 from .loader import Filling, Progress, fillings, resolve_model
 from .models.decoder import Decoder
 
@@ -77,8 +78,9 @@ def convert(
 
 def _tensors(filling: Filling) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     module = filling.module
-    yield f"{filling.path}.weight", NAMES[filling.dtype], module.form(filling.dtype, "cpu", packed=True)
-    if isinstance(module, Weight) and filling.groups:
+    layout = module.layout_for(filling.dtype, "cpu", packed=True)
+    yield f"{filling.path}.weight", NAMES[filling.dtype], module.shape_in(layout, filling.dtype)
+    if isinstance(module, FusedWeight) and filling.groups:
         yield f"{filling.path}.scale", "F32", (module.experts, filling.groups, module.n)
 
 
@@ -97,10 +99,10 @@ def _write(
         file.write(start)
         for filling in filled:
             filling.fill(checkpoint, "cpu", packed=True)
-            for name, tensor in filling.module.named_parameters(filling.path):
-                file.seek(len(start) + places[name].start)
+            for name, tensor in zip(("weight", "scale"), filling.module.parameters(), strict=False):
+                file.seek(len(start) + places[f"{filling.path}.{name}"].start)
                 file.write(tensor.view(-1).view(torch.uint8).numpy().data)
-                filling.module.register_parameter(name.rpartition(".")[2], None)
+            filling.module.release()
             done += sum(sizes[name] for name in filling.names)
             if progress:
                 progress(done, checkpoint.total_bytes)
@@ -123,7 +125,7 @@ def load_packed(
     one, tensor by tensor. Raises CheckpointError with everything that does not fit `model`, or is not in `weights`.
     """
     infos = {info.name: info for info in checkpoint.tensors}
-    modules = {path: m for path, m in model.named_modules() if isinstance(m, (Table, Weight))}
+    modules = {path: m for path, m in model.named_modules() if isinstance(m, (NamedTensor, FusedWeight))}
     problems = tuple(_problems(model, modules, infos, weights))
     if problems:
         raise CheckpointError("\n  ".join([f"{checkpoint.path} does not hold the model:", *problems]), problems)
@@ -135,33 +137,56 @@ def load_packed(
     else:
         data = torch.frombuffer(checkpoint.map(), dtype=torch.uint8)
     done = 0
-    for info in sorted(checkpoint.tensors, key=lambda info: info.start):
-        tensor = data[info.start : info.start + info.nbytes].view(DTYPES[info.dtype]).view(info.shape)
-        path, _, name = info.name.rpartition(".")
-        if not as_it_is:
-            tensor = _plain(modules[path], tensor).to(device, copy=True)
-        modules[path].register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        done += info.nbytes
+
+    def read(info: PackedInfo) -> Tensor:
+        return data[info.start : info.start + info.nbytes].view(DTYPES[info.dtype]).view(info.shape)
+
+    for path, module in sorted(modules.items(), key=lambda item: infos[f"{item[0]}.weight"].start):
+        info, scale = infos[f"{path}.weight"], infos.get(f"{path}.scale")
+        _hold(module, read(info), scale and read(scale), _layout(module, info), None if as_it_is else device)
+        done += info.nbytes + (scale.nbytes if scale else 0)
         if progress and not (as_it_is and not mapped):
             progress(done, checkpoint.total_bytes)
 
 
-def _wanted(module: Table | Weight, info: PackedInfo) -> bool:
-    return info.shape == module.form(DTYPES[info.dtype], "cpu")
+def _layout(module: NamedTensor | FusedWeight, info: PackedInfo) -> Layout:
+    dtype = DTYPES[info.dtype]
+    return "rows" if info.shape == module.shape_in("rows", dtype) else "panels"
 
 
-def _plain(module: Table | Weight, tensor: Tensor) -> Tensor:
-    if not grok_kernels.is_packed(tensor):
-        return tensor
-    plain = grok_kernels.unpack_weight(tensor)
-    return plain[0] if isinstance(module, Table) else plain
+def _wanted(module: NamedTensor | FusedWeight, info: PackedInfo) -> bool:
+    return _layout(module, info) == module.layout_for(DTYPES[info.dtype], "cpu")
+
+
+def _hold(
+    module: NamedTensor | FusedWeight,
+    values: Tensor,
+    scales: Tensor | None,
+    layout: Layout,
+    device: torch.device | None,
+) -> None:
+    """Give the module its weight as the file has it or, with a device, a copy in rows there."""
+    if isinstance(module, NamedTensor):
+        if device is not None:
+            values = (unpack(values)[0] if layout == "panels" else values).to(device, copy=True)
+            layout = "rows"
+        module.hold(values, layout)
+        return
+    weight = grok_kernels.Weight.of(values, scales, layout)
+    if device is not None:
+        planes = (plane.to(device, copy=True) for plane in weight.with_layout("rows").planes)
+        weight = grok_kernels.Weight.of(*planes)
+    module.hold(weight)
 
 
 def _problems(
-    model: Decoder, modules: dict[str, Table | Weight], infos: dict[str, PackedInfo], weights: WeightFormat | None
+    model: Decoder,
+    modules: dict[str, NamedTensor | FusedWeight],
+    infos: dict[str, PackedInfo],
+    weights: WeightFormat | None,
 ) -> Iterator[str]:
     wanted = {f"{path}.weight" for path in modules}
-    scales = {f"{path}.scale" for path, m in modules.items() if isinstance(m, Weight)}
+    scales = {f"{path}.scale" for path, m in modules.items() if isinstance(m, FusedWeight)}
     if missing := sorted(wanted - infos.keys()):
         yield f"missing tensors {missing}"
     if unused := sorted(infos.keys() - wanted - scales):
@@ -171,17 +196,18 @@ def _problems(
         if info is None:
             continue
         dtype = NAMES[model.dtype] if isinstance(module, Embedding) else "F32"
-        if isinstance(module, Weight):
+        if isinstance(module, FusedWeight):
             dtype = FORMATS[weights] if weights else info.dtype
             yield from _scale_problems(path, module, info, scale)
         if info.dtype != dtype:
             yield f"{info.name} is {info.dtype}, expected {dtype}: other weights or another dtype take a new conversion"
-        forms = {module.form(DTYPES[info.dtype], "cpu", packed) for packed in (True, False)}
+        dtype = DTYPES[info.dtype]
+        forms = {module.shape_in(module.layout_for(dtype, "cpu", packed), dtype) for packed in (True, False)}
         if info.shape not in forms:
             yield f"{info.name} has shape {info.shape}, expected {' or '.join(map(str, sorted(forms)))}"
 
 
-def _scale_problems(path: str, module: Weight, info: PackedInfo, scale: PackedInfo | None) -> Iterator[str]:
+def _scale_problems(path: str, module: FusedWeight, info: PackedInfo, scale: PackedInfo | None) -> Iterator[str]:
     quantized = info.dtype in ("I8", "F8_E4M3")
     if quantized != (scale is not None):
         yield f"{info.name} is {info.dtype} {'without' if quantized else 'with'} {path}.scale"

@@ -1,6 +1,8 @@
-"""Kernels for models of the Grok-1 kind, usable without the engine. `ops` is the contract."""
+"""Kernels for models of the Grok-1 kind, usable without the engine. `ops` is the contract, `weights` what products take."""
 
 from . import cpu, cuda, reference, triton
+from .chips import multiplies_fp8
+from .layouts import can_pack, pack_into, packed_rows, packed_shape, wants_packed
 from .memory import huge_pages, weight_memory
 from .ops import (
     group_tokens,
@@ -19,22 +21,13 @@ from .ops import (
     sandwich_norm,
     sandwich_norm_fp8,
 )
-from .packing import (
-    can_pack,
-    is_packed,
-    pack_into,
-    pack_weight,
-    packed_rows,
-    packed_shape,
-    unpack_weight,
-    wants_packed,
-)
 from .registry import Status, backends, capturable, chosen, fuses, use_backend
 from .triton.steps import startup as startup_steps
-from .tuning import multiplies_fp8
+from .weights import Weight
 
 __all__ = [
     "Status",
+    "Weight",
     "backends",
     "can_pack",
     "capturable",
@@ -45,12 +38,10 @@ __all__ = [
     "group_tokens",
     "grouped_gemm",
     "huge_pages",
-    "is_packed",
     "moe",
     "moe_fp8",
     "multiplies_fp8",
     "pack_into",
-    "pack_weight",
     "packed_rows",
     "packed_shape",
     "paged_attention",
@@ -67,7 +58,6 @@ __all__ = [
     "sandwich_norm_fp8",
     "startup_steps",
     "triton",
-    "unpack_weight",
     "use_backend",
     "wants_packed",
     "weight_memory",

@@ -17,15 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import packing, registry
+from . import layouts, registry
+from .experts import ExpertLayer
 from .recording import Recorded
 from .recording import record as _record
+from .weights import Weight, unsupported
 
 BUILD = "build it with `python setup.py build_ext --inplace` in the sources, or reinstall where there is a C++ compiler"
 OPS = (
     "group_tokens", "grouped_gemm", "moe", "paged_attention", "quantize_fp8", "quantize_int8", "rms_norm",
     "rope_store_kv", "route_topk", "sample_top_p", "sandwich_norm",
 )  # fmt: skip
+FORMATS = ("fp32", "bf16", "int8", "fp8_e4m3")
 log = logging.getLogger("grok_kernels")
 
 
@@ -98,24 +101,41 @@ def record(run: Callable[[], Any]) -> Recorded:
 
 
 def _supports(*args: Any) -> str | None:
+    if reason := unsupported("cpu", args, FORMATS, ("rows", "panels")):
+        return reason
     where = next(str(a.device) for a in args if isinstance(a, Tensor))
     return None if where == "cpu" else f"its tensors are on {where}, the cpu backend takes those on cpu"
 
 
-def _supports_moe(*args: Any) -> str | None:
-    """A packed w13 holds the gate and the up projection side by side: each must begin with a panel."""
-    if len(args) > 9:
+def _supports_moe(x: Tensor, *args: Any) -> str | None:
+    layer = ExpertLayer(*args)
+    if layer.order is not None:
         return "order and offsets are given, the cpu backend groups rows by itself"
-    w13, w2 = args[3], args[5]
-    f = packing.plain_shape(w2)[2]
-    if packing.is_packed(w13) and f % packing.WIDTH:
-        return f"w13 is packed with F={f}, the cpu backend takes multiples of {packing.WIDTH}"
-    return _supports(*args)
+    f = layer.w2.shape[2]
+    if layer.w13.layout == "panels" and f % layouts.WIDTH:  # gate and up lie side by side, and each begins with a panel
+        return f"w13 is packed with F={f}, the cpu backend takes multiples of {layouts.WIDTH}"
+    return _supports(x, *args)
+
+
+def _planes(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with each weight as the extension takes it: its values, then its scales or None."""
+    flat: list[Any] = []
+    for a in args:
+        flat += (a.values, a.scales) if isinstance(a, Weight) else (a,)
+    return tuple(flat)
+
+
+def _grouped_gemm(*args: Any) -> Any:
+    return _extension().grouped_gemm(*_planes(args))
+
+
+def _moe(*args: Any) -> Any:
+    return _extension().moe(*_planes(args[:7]))  # without order and offsets
 
 
 if _module is not None:
-    registry.take_signatures(_module.signature)
-    packing.take_native(_module)
-    for _op in OPS:  # the extension's own function beside `grok_cpu::<op>`: the same, without the dispatcher
-        _check = _supports_moe if _op == "moe" else _supports
-        registry.register(_op, "cpu", supports=_check)(getattr(_module, _op))
+    registry.set_signature(lambda args: _module.signature(_planes(args)))
+    layouts.set_native(_module)
+    kernels = {op: getattr(_module, op) for op in OPS} | {"grouped_gemm": _grouped_gemm, "moe": _moe}
+    for _op, _kernel in kernels.items():
+        registry.register(_op, "cpu", supports=_supports_moe if _op == "moe" else _supports)(_kernel)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import registry
+from .ops.define import unflatten
 
 Step = Callable[[], object]
 
@@ -66,7 +67,10 @@ class _Recorder(TorchDispatchMode):
         before = self._native.calls
         result = func(*args, **kwargs)
         kept = self._native.calls - before
-        kernel = registry.select(func._opname, args) if func.namespace == "grok" else None
+        kernel = None
+        if func.namespace == "grok":
+            args = unflatten(func._opname, args)
+            kernel = registry.select(func._opname, args)
         if kept != (kernel is not None and kernel.backend == "cpu"):
             raise RuntimeError(f"{func} made {kept} native calls in a way that cannot be recorded")
         if not kept:

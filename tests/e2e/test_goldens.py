@@ -23,7 +23,8 @@ import grok_engine.checkpoint.xai
 from grok_engine import LLM, ModelConfig, SamplingParams
 from grok_engine.layers.attention import Attention
 from grok_engine.layers.moe import Experts, Router
-from grok_engine.layers.weight import Table, Weight
+from grok_engine.layers.weight import FusedWeight, NamedTensor
+from grok_kernels import Weight
 
 FP32 = 2e-5  # ‖ours − theirs‖ / ‖theirs‖; both sum in fp32, in different orders
 COMMITTED = Path(__file__).parents[1] / "data" / "goldens"
@@ -245,21 +246,23 @@ def released(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
 def test_int8_is_kept_bit_for_bit(folder: Path, weights: str | None) -> None:
     left = released(folder)
     for module in model(folder, "float32", weights).model.modules():
-        if isinstance(module, Table):
+        if isinstance(module, NamedTensor):
             value, scales = left.pop(module.name)
             assert scales is None
             np.testing.assert_array_equal(module.values().numpy(), value.T if module.transposed else value)
-        elif isinstance(module, Weight):
+        elif isinstance(module, FusedWeight):
             assert module.weight.dtype == torch.int8
-            assert module.scale is not None
-            assert module.scale.dtype == torch.float32
+            assert module.weight.scales is not None
+            assert module.weight.scales.dtype == torch.float32
             for part in module.parts:
                 value, scales = left.pop(part.name)
                 assert scales is not None
                 value, scales = (a.reshape(module.experts, -1, a.shape[-1]) for a in (value, scales))
                 rows = slice(part.start, part.stop)
                 np.testing.assert_array_equal(module.matrices()[:, rows].numpy(), value.swapaxes(1, 2), part.name)
-                np.testing.assert_array_equal(module.scale[:, :, rows].numpy(), scales.astype(np.float32), part.name)
+                np.testing.assert_array_equal(
+                    module.weight.scales[:, :, rows].numpy(), scales.astype(np.float32), part.name
+                )
     assert not left, f"the model holds none of {sorted(left)}"
 
 
@@ -350,9 +353,9 @@ def test_wrong_scale_groups_are_noticed(which: str, wrong: Callable[[torch.Tenso
     llm = LLM(GROUPED, dtype="float32")
     for module in llm.model.modules():
         if isinstance(module, Attention if which == "o" else Experts):
-            weight = getattr(module, which)
-            assert weight.scale.shape[1] == 8
-            weight.scale.data.copy_(wrong(weight.scale.data).clone())
+            scales = getattr(module, which).weight.scales
+            assert scales.shape[1] == 8
+            scales.data.copy_(wrong(scales.data).clone())
     assert noticed(llm, GROUPED)
 
 
@@ -364,7 +367,7 @@ def test_interleaved_groups_are_noticed() -> None:
         value, scales = raw[f"layers.{i}.attn.o"]
         assert scales is not None
         dequantised = value.astype(np.float32) * np.tile(scales.astype(np.float32), (value.shape[0] // 8, 1))
-        layer.attn.o.weight.data.copy_(torch.from_numpy(dequantised.T.copy())[None])
+        layer.attn.o.weight.values.data.copy_(torch.from_numpy(dequantised.T.copy())[None])
     assert noticed(llm, GROUPED)
 
 
@@ -378,10 +381,10 @@ def test_swapped_weights_are_noticed(swap: str) -> None:
             fused = layer.feed_forward.w13 if swap == "gate_up" else layer.attn.qkv
             a, b = (fused.parts[j] for j in {"gate_up": (0, 1), "q_k": (0, 1), "k_v": (1, 2)}[swap])
             matrices = fused.matrices().clone()
-            fused.weight = torch.nn.Parameter(matrices, requires_grad=False)  # the plain form, to change parts of it
+            fused.hold(Weight.of(matrices, fused.weight.scales))  # in rows, to change parts of it
             pairs = [
                 (t.data[..., a.start : a.stop, :], t.data[..., b.start : b.stop, :])
-                for t in (matrices, fused.scale.transpose(1, 2))
+                for t in (fused.weight.values, fused.weight.scales.transpose(1, 2))
             ]
         for x, y in pairs:
             kept = x.clone()

@@ -20,7 +20,7 @@ from grok_engine.cache.paged import allocate_pages
 from grok_engine.config import PRESETS, EngineConfig, ModelConfig
 from grok_engine.dummy import dummy_weights
 from grok_engine.graphs import Capture, CpuCapture, CudaCapture, DecodeGraphs, Run, rungs, widths
-from grok_engine.layers.weight import Table, Weight
+from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.models.decoder import Decoder
 from grok_engine.runner import GPU_SHARE
 from grok_kernels import registry
@@ -239,9 +239,9 @@ def test_no_step_asks_for_a_value(name: str) -> None:
     config = small(PRESETS[name])
     model = Decoder(config, torch.bfloat16, "meta", 64)
     for module in model.modules():
-        if isinstance(module, Weight):
+        if isinstance(module, FusedWeight):
             module.allocate(torch.int8, 1, "meta")
-        elif isinstance(module, Table):
+        elif isinstance(module, NamedTensor):
             module.allocate(torch.float32, "meta")
     numbers, sizes = flatten([Work([5], 3, [1]), Work([6], 9, [0])], 16, rows=4, width=4)
     with torch.inference_mode():

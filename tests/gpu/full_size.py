@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import grok_kernels
-from grok_kernels.tuning import multiplies_fp8
+from grok_kernels import Weight
+from grok_kernels.chips import multiplies_fp8
 
 DEVICE = torch.device(os.environ.get("GROK_TEST_DEVICE", "cpu"))
 ON_GPU = DEVICE.type == "cuda"
@@ -68,7 +69,7 @@ def _ints(high: int, *shape: int, seed: int) -> Tensor:
 
 
 @lru_cache(maxsize=3)  # those of one layer, in one format
-def matrices(e: int, n: int, k: int, fmt: str, groups: int, seed: int) -> tuple[Tensor, Tensor | None]:
+def matrices(e: int, n: int, k: int, fmt: str, groups: int, seed: int) -> Weight:
     """(e, n, k), with scales that make a product of normal rows about normal."""
     generator, dtype = _random(seed), TYPES[fmt]
     weight = torch.empty(e, n, k, dtype=dtype, device=DEVICE)
@@ -79,10 +80,10 @@ def matrices(e: int, n: int, k: int, fmt: str, groups: int, seed: int) -> tuple[
             size = 64.0 if fmt == "fp8" else k**-0.5
             matrix.copy_((torch.randn(n, k, generator=generator, device=DEVICE) * size).clamp_(-448, 448))
     if fmt == "bf16":
-        return weight, None
+        return Weight.of(weight)
     rms = 73.3 if fmt == "int8" else 64.0
     scale = (torch.rand(e, groups, n, generator=generator, device=DEVICE) + 0.5) / (rms * k**0.5)
-    return weight, scale
+    return Weight.of(weight, scale)
 
 
 def _rows(t: int, k: int, fmt: str, seed: int) -> tuple[Tensor, Tensor | None]:
@@ -203,8 +204,7 @@ def _short(rows: str, weights: str) -> bool:
 def _dense(n: int, k: int, fmt: tuple[str, str, int], out: torch.dtype) -> Callable[[int, int], dict[str, Any]]:
     def make(t: int, seed: int) -> dict[str, Any]:
         x, x_scale = _rows(t, k, fmt[0], seed)
-        weight, scale = matrices(1, n, k, fmt[1], fmt[2], 5)
-        return {"x": x, "weight": weight, "weight_scale": scale, "x_scale": x_scale, "out_dtype": out}
+        return {"x": x, "weight": matrices(1, n, k, fmt[1], fmt[2], 5), "x_scale": x_scale, "out_dtype": out}
 
     return make
 
@@ -212,20 +212,19 @@ def _dense(n: int, k: int, fmt: tuple[str, str, int], out: torch.dtype) -> Calla
 def _experts(n: int, k: int, fmt: tuple[str, str, int]) -> Callable[[int, int], dict[str, Any]]:
     def make(t: int, seed: int) -> dict[str, Any]:
         x, x_scale = _rows(t, k, fmt[0], seed)
-        weight, scale = matrices(E, n, k, fmt[1], fmt[2], 6)  # the expert layer's own
+        weight = matrices(E, n, k, fmt[1], fmt[2], 6)  # the expert layer's own
         _, offsets = grok_kernels.group_tokens(experts(t, seed)[:, :1].contiguous(), E)
-        return {"x": x, "weight": weight, "weight_scale": scale, "offsets": offsets, "x_scale": x_scale, "out_dtype": BF16}  # fmt: skip
+        return {"x": x, "weight": weight, "offsets": offsets, "x_scale": x_scale, "out_dtype": BF16}
 
     return make
 
 
 def _moe(fmt: tuple[str, str, int]) -> Callable[[int, int], dict[str, Any]]:
     def make(t: int, seed: int) -> dict[str, Any]:
-        (w13, w13_scale), (w2, w2_scale) = matrices(E, 2 * F, D, *fmt[1:], 5), matrices(E, D, F, *fmt[1:], 6)
         weights = torch.rand(t, A, generator=_random(seed + 1), device=DEVICE)
         return {
-            "x": _normal(t, D, seed=seed), "topk_weights": weights, "experts": experts(t, seed), "w13": w13,
-            "w13_scale": w13_scale, "w2": w2, "w2_scale": w2_scale, "act_format": fmt[0],
+            "x": _normal(t, D, seed=seed), "topk_weights": weights, "experts": experts(t, seed),
+            "w13": matrices(E, 2 * F, D, *fmt[1:], 5), "w2": matrices(E, D, F, *fmt[1:], 6), "act_format": fmt[0],
         }  # fmt: skip
 
     return make

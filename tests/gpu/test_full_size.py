@@ -14,7 +14,8 @@ from torch import Tensor
 
 import grok_kernels
 from grok_kernels import tuning
-from grok_kernels.tuning import Chip, Gemm, chip_of, default_gemm
+from grok_kernels.chips import Chip, chip_of
+from grok_kernels.tuning import Gemm, default_gemm
 from tests.gpu.full_size import BF16, CALLS, DEVICE, EXACT, FP8, FP32, ON_GPU, TOKENS, Call, experts, matrices
 from tests.gpu.full_size import D as WIDTH
 from tests.gpu.full_size import E as EXPERTS

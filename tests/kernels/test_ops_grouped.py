@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import grok_kernels
+from grok_kernels import Weight
 from tests.kernels.backends import BACKENDS, serving
 from tests.kernels.cases import FP8, Case, assert_refused, ints, of, randint8, randn, refusals
 
@@ -52,15 +53,11 @@ def test_gradients_are_those_of_the_router() -> None:
 
 
 def layer(weight: torch.dtype) -> dict[str, Any]:
-    def scale(n: int) -> Tensor | None:
-        return randn(4, 1, n, seed=5).abs() * 0.05 + 0.01 if weight.itemsize == 1 else None
+    def matrices(n: int, k: int, seed: int) -> Weight:
+        values = randint8(4, n, k, seed=seed) if weight == torch.int8 else randn(4, n, k, seed=seed).to(weight)
+        return Weight.of(values, randn(4, 1, n, seed=5).abs() * 0.05 + 0.01 if weight.itemsize == 1 else None)
 
-    def matrices(n: int, k: int, seed: int) -> Tensor:
-        return randint8(4, n, k, seed=seed) if weight == torch.int8 else randn(4, n, k, seed=seed).to(weight)
-
-    return {
-        "w13": matrices(96, 160, 1), "w13_scale": scale(96), "w2": matrices(160, 48, 2), "w2_scale": scale(160),
-    }  # fmt: skip
+    return {"w13": matrices(96, 160, 1), "w2": matrices(160, 48, 2)}
 
 
 @pytest.mark.parametrize("t", [0, 1, 9])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from grok_kernels import tuning
+from grok_kernels import chips
 from tests.kernels.backends import BACKENDS
 from tests.kernels.compiling import OTHER, OTHER_AT, printed
 
@@ -47,7 +47,7 @@ def check(chip: str, found: list[dict[str, Any]]) -> None:
         most = SPILLED.get((kernel["specimen"], kernel["name"]), 0) if known else 0
         assert kernel["spills"] <= most, kernel
         assert kernel["registers"] <= REGISTERS[chip], kernel
-        assert kernel["shared_bytes"] <= tuning.CHIPS[chip].shared_bytes, kernel
+        assert kernel["shared_bytes"] <= chips.CHIPS[chip].shared_bytes, kernel
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -154,7 +154,7 @@ def test_pages_that_hold_no_words_are_decoded_by_what_prefill_multiplies_with() 
 import torch
 from tests.kernels.triton_specimens import empty, table
 from grok_kernels.triton import compiled
-from grok_kernels.tuning import CHIPS
+from grok_kernels.chips import CHIPS
 for c in (128, 126):
     def call():
         pages, scale = empty(8, 8, 16, c, dtype=torch.float8_e4m3fn), empty(8, 8, 16, dtype=torch.float32)

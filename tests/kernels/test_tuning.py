@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grok_kernels import tuning
-from grok_kernels.tuning import CHIPS, chip_name, chip_of
+from grok_kernels import chips, tuning
+from grok_kernels.chips import CHIPS, chip_name, chip_of
 
 
 @pytest.mark.parametrize(
@@ -36,11 +36,11 @@ def test_a_hopper_is_the_chip_that_it_says(says: str, name: str, monkeypatch: py
         name=says, major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=232448
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
-    tuning._read.cache_clear()
+    chips._read.cache_clear()
     try:
         assert chip_of(torch.device("cuda", 0)) == CHIPS[name]
     finally:
-        tuning._read.cache_clear()
+        chips._read.cache_clear()
 
 
 def test_the_kernels_are_cut_for_an_h200_as_for_an_h100_until_it_is_measured() -> None:

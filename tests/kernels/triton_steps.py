@@ -26,12 +26,12 @@ from grok_engine.cache.paged import allocate_pages
 from grok_engine.config import PRESETS, ActFormat, KVDType, ModelConfig, WeightFormat
 from grok_engine.dummy import _modules
 from grok_engine.graphs import rungs, widths
-from grok_engine.layers.weight import Weight
+from grok_engine.layers.weight import FusedWeight
 from grok_engine.models.decoder import Decoder
 from grok_engine.runner import KV_DTYPES
+from grok_kernels.chips import CHIPS
 from grok_kernels.triton import OPS, compiled, table
 from grok_kernels.triton.steps import startup
-from grok_kernels.tuning import CHIPS
 
 CHIP = CHIPS["h100"]
 LONGEST = 8192  # tokens of a request
@@ -88,7 +88,7 @@ class Engine:
         config: ModelConfig = replace(PRESETS[served.model], num_layers=1)
         self.model = Decoder(config, torch.bfloat16, "meta", LONGEST, served.activations)
         for module, dtype, groups in _modules(self.model, served.weights):
-            if isinstance(module, Weight):
+            if isinstance(module, FusedWeight):
                 module.allocate(dtype, groups, "meta", packed=False)
             else:
                 module.allocate(dtype, "meta", packed=False)

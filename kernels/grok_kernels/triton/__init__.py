@@ -15,11 +15,13 @@ from typing import Any
 import torch
 
 from .. import registry
+from ..weights import unsupported
 
 OPS = (  # the functions of `table`
     "group_tokens", "grouped_gemm", "moe", "moe_fp8", "paged_attention", "quantize_fp8", "quantize_int8", "rms_norm",
     "rope_store_kv", "route_and_group", "route_topk", "sample_top_p", "sandwich_norm", "sandwich_norm_fp8",
 )  # fmt: skip
+FORMATS = ("fp32", "bf16", "int8", "fp8_e4m3")
 OLDEST = (8, 0)  # compute capability: bf16 on the tensor cores
 
 
@@ -28,6 +30,8 @@ def _interpreted() -> bool:
 
 
 def _supports(*args: Any) -> str | None:
+    if reason := unsupported("triton", args, FORMATS, ("rows", "panels")):
+        return reason
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
     if device.type == "cpu" and _interpreted():
         return None

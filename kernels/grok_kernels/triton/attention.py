@@ -24,7 +24,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from ..tuning import attention, chip_of
+from ..chips import chip_of
+from ..tuning import attention
 from .arithmetic import tanh
 from .gemm import as_type
 from .launch import jit, launch

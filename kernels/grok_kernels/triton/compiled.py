@@ -21,7 +21,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from ..tuning import Chip, assume_chip
+from ..chips import Chip, assume_chip
 from .launch import Launch, recording
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

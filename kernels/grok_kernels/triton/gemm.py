@@ -18,8 +18,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..checks import GROUP
-from ..packing import unpack_weight
-from ..tuning import Chip, Gemm, chip_of, gemm
+from ..chips import Chip, chip_of
+from ..dtypes import FLOATS
+from ..tuning import Gemm, gemm
+from ..weights import Weight
 from .launch import jit, launch
 from .quantize import as_known
 
@@ -93,7 +95,7 @@ def _scaled(partial, x_scale, w_scale, SWAP: tl.constexpr):
 
 @triton.jit
 def _multiply(acc, x, w, DOT: tl.constexpr, SWAP: tl.constexpr, FRESH: tl.constexpr):
-    """acc + x wᵀ, or x wᵀ alone where FRESH; transposed where SWAP, which puts the weights on the wide side."""
+    """acc + x wᵀ, or x wᵀ alone where FRESH; transposed where SWAP, the variant with swapped operands."""
     w = as_type(w, DOT)
     if SWAP:
         a, b = w, tl.trans(x)
@@ -230,11 +232,10 @@ def dot_of(x: torch.dtype, w: torch.dtype, chip: Chip) -> str:
     return "int8" if x == w == torch.int8 else "bf16"
 
 
-def operands(
-    x_MK: Tensor, x_scale: Tensor | None, w_ENK: Tensor, w_scale: Tensor | None, rows: int, *, pair: bool = False
-) -> Operands:
-    """The arguments of a product of `rows` rows, some of x's rows perhaps more than once; the weight not packed."""
-    experts, n, k = w_ENK.shape
+def operands(x_MK: Tensor, x_scale: Tensor | None, weight: Weight, rows: int, *, pair: bool = False) -> Operands:
+    """The arguments of a product of `rows` rows, some of which may be the same row of x; the weight in rows."""
+    w_ENK, w_scale = weight.values, weight.scales
+    experts, n, k = weight.shape
     chip = chip_of(x_MK.device)
     span = k if w_scale is None else k // w_scale.shape[1]
     if x_scale is not None and x_scale.shape[1] > 1 and span < k and span % GROUP:
@@ -264,26 +265,25 @@ def operands(
 
 
 def product_into(
-    y: Tensor, x: Tensor, x_scale: Tensor | None, weight: Tensor, weight_scale: Tensor | None,
+    y: Tensor, x: Tensor, x_scale: Tensor | None, weight: Weight,
     offsets: Tensor | None, order: Tensor | None = None, topk: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """y = x · weightᵀ by groups; with an order, rows go there, times their weight in topk."""
-    o = operands(x, x_scale, weight, weight_scale, x.shape[0])
+    """y = x · weightᵀ by groups; with an order, row i times topk[order[i]] goes to row order[i] of y."""
+    o = operands(x, x_scale, weight, x.shape[0])
     grid = o.grid(x.shape[0], weight.shape[0], weight.shape[1])
     launch(_grouped_gemm, grid, y, y.stride(0), offsets, order, topk, x.shape[0], *o.args, **o.meta)
 
 
 def grouped_gemm(
     x_MK: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor | None,
+    weight: Weight,
     offsets: Tensor | None,
     x_scale: Tensor | None,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
-    weight = unpack_weight(weight)
-    default = x_MK.dtype if x_MK.dtype in (torch.float32, torch.bfloat16) else torch.bfloat16
+    weight = weight.with_layout("rows")
+    default = x_MK.dtype if x_MK.dtype in FLOATS else torch.bfloat16
     y_MN = x_MK.new_empty((x_MK.shape[0], weight.shape[1]), dtype=out_dtype or default)
     if y_MN.numel():
-        product_into(y_MN, x_MK, x_scale, weight, weight_scale, offsets)
+        product_into(y_MN, x_MK, x_scale, weight, offsets)
     return y_MN

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tuning import chip_of
+from ..chips import chip_of
 from .launch import launch
 
 GROUPS = 16  # a program

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from grok_engine.config import PRESETS
-from grok_kernels import tune as module
+from grok_kernels import autotune as module
 from grok_kernels import tuning
-from grok_kernels.tune import FORMATS, MODELS, Bench, Product, candidates, main, products, tune
-from grok_kernels.tuning import CHIPS, Gemm, assume_chip, default_gemm, gemm
+from grok_kernels.autotune import FORMATS, MODELS, Bench, Product, candidates, main, products, tune
+from grok_kernels.chips import CHIPS, Chip, assume_chip
+from grok_kernels.tuning import Gemm, default_gemm, gemm
 from tests.kernels.backends import BACKENDS
 
 CPU = torch.device("cpu")
@@ -39,7 +40,7 @@ def test_the_models_are_the_engine_s() -> None:
 
 @pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
-def test_candidates_fit_into_the_chip(chip: tuning.Chip, few: bool) -> None:
+def test_candidates_fit_into_the_chip(chip: Chip, few: bool) -> None:
     for model in MODELS:
         for p in products(model, FORMATS):
             x, w, dot = FORMATS[p.fmt]
@@ -251,21 +252,21 @@ def test_whether_the_cuda_backend_may_choose(tmp_path: Path, monkeypatch: pytest
     file, seen = tmp_path / "h100.json", []
     file.write_text('{"gemm": {"a": 1}}')
 
-    def moe(x: Tensor, *args: Any, tokens: int) -> Tensor:
-        seen.append((args[2].dtype, args[-1], tokens))
-        return x if same or tokens != 64 else x + 1
+    def moe(x: Tensor, *args: Any, tile: int) -> Tensor:
+        seen.append((args[2].dtype, args[-1], tile))
+        return x if same or tile != 64 else x + 1
 
     monkeypatch.setattr(module.cuda, "moe", moe)
     monkeypatch.setattr(
         module.registry, "backends", lambda: {"moe": {"cuda": SimpleNamespace(reason="there is no GPU")}}
     )
-    module.tune_wide(torch.device("cpu"), file)
+    module.tune_swapped(torch.device("cpu"), file)
     assert (json.loads(file.read_text()), seen) == ({"gemm": {"a": 1}}, [])
     monkeypatch.setattr(module.registry, "backends", lambda: {"moe": {"cuda": SimpleNamespace(reason="")}})
     monkeypatch.setattr(module.cuda, "unusable", lambda: "")
-    module.tune_wide(torch.device("cpu"), file)
-    wide = {"float8_e4m3fn": {"same_bits": same}, "int8": {"same_bits": same}}
-    assert json.loads(file.read_text()) == {"gemm": {"a": 1}, "wide": wide}
+    module.tune_swapped(torch.device("cpu"), file)
+    swapped = {"float8_e4m3fn": {"same_bits": same}, "int8": {"same_bits": same}}
+    assert json.loads(file.read_text()) == {"gemm": {"a": 1}, "swapped": swapped}
     assert seen[:2] == [(torch.float8_e4m3fn, "fp8", 0), (torch.float8_e4m3fn, "fp8", 16)]
     assert {n for w, _, n in seen if w == torch.int8} == ({16, 64, 128} if same else {16, 64})
 
@@ -276,14 +277,14 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(lines) == 5
     assert all(len(line.split()) == 3 for line in lines)
     assert main(["--device", "cpu"]) == 2
-    assert capsys.readouterr().err == "tune: cpu is not a GPU that is here\n"
+    assert capsys.readouterr().err == "autotune: cpu is not a GPU that is here\n"
 
 
 def test_candidates_are_compiled_before_they_are_measured(tmp_path: Path) -> None:
     """Without a GPU: into a cache from which a process on the chip takes them."""
     code = (
-        "from grok_kernels.tune import Product, _compile, candidates\n"
-        "from grok_kernels.tuning import CHIPS\n"
+        "from grok_kernels.autotune import Product, _compile, candidates\n"
+        "from grok_kernels.chips import CHIPS\n"
         "for pair in (True, False):\n"
         "    p = Product(256, 256, 'fp8', pair, 8)\n"
         "    _compile(p, CHIPS['h100'], candidates(p, CHIPS['h100'], True)[0])\n"

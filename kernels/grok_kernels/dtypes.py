@@ -1,0 +1,19 @@
+"""The one table of the dtypes that weights, activations and caches come in."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "int8": torch.int8,
+    "fp8_e4m3": torch.float8_e4m3fn,
+}
+FLOATS = (torch.float32, torch.bfloat16)
+FP8_MAX = 448.0  # the largest e4m3
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch's own name, for messages: "float8_e4m3fn"."""
+    return str(dtype).removeprefix("torch.")
