@@ -143,7 +143,8 @@ def load_packed(
 
     for path, module in sorted(modules.items(), key=lambda item: infos[f"{item[0]}.weight"].start):
         info, scale = infos[f"{path}.weight"], infos.get(f"{path}.scale")
-        _hold(module, read(info), scale and read(scale), _layout(module, info), None if as_it_is else device)
+        scales = read(scale) if scale else None
+        _hold(module, read(info), scales, _layout(module, info), None if as_it_is else device)
         done += info.nbytes + (scale.nbytes if scale else 0)
         if progress and not (as_it_is and not mapped):
             progress(done, checkpoint.total_bytes)
@@ -174,8 +175,8 @@ def _hold(
         return
     weight = grok_kernels.Weight.of(values, scales, layout)
     if device is not None:
-        planes = (plane.to(device, copy=True) for plane in weight.with_layout("rows").planes)
-        weight = grok_kernels.Weight.of(*planes)
+        values = weight.with_layout("rows").values.to(device, copy=True)
+        weight = grok_kernels.Weight.of(values, None if scales is None else scales.to(device, copy=True))
     module.hold(weight)
 
 
@@ -201,8 +202,8 @@ def _problems(
             yield from _scale_problems(path, module, info, scale)
         if info.dtype != dtype:
             yield f"{info.name} is {info.dtype}, expected {dtype}: other weights or another dtype take a new conversion"
-        dtype = DTYPES[info.dtype]
-        forms = {module.shape_in(module.layout_for(dtype, "cpu", packed), dtype) for packed in (True, False)}
+        held = DTYPES[info.dtype]
+        forms = {module.shape_in(module.layout_for(held, "cpu", packed), held) for packed in (True, False)}
         if info.shape not in forms:
             yield f"{info.name} has shape {info.shape}, expected {' or '.join(map(str, sorted(forms)))}"
 

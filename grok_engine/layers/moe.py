@@ -49,10 +49,15 @@ class Experts(nn.Module):
 
     def forward(self, x: Normed) -> Tensor:
         topk_weights_TA, experts_TA, *grouping = _whole(x.x_TD) if self.router is None else self.router(x.x_TD)
-        layer = topk_weights_TA, experts_TA, self.w13.weight, self.w2.weight, self.activation
+        weights = self.w13.weight, self.w2.weight
         if x.quantized is None:
-            return grok_kernels.moe(x.x_TD, *layer, self.activations, *grouping)
-        return grok_kernels.moe_fp8(*x.quantized, *layer, x.x_TD.dtype, *grouping)
+            return grok_kernels.moe(
+                x.x_TD, topk_weights_TA, experts_TA, *weights, self.activation, self.activations, *grouping
+            )
+        q_TD, scale = x.quantized
+        return grok_kernels.moe_fp8(
+            q_TD, scale, topk_weights_TA, experts_TA, *weights, self.activation, x.x_TD.dtype, *grouping
+        )
 
 
 def _whole(x_TD: Tensor) -> tuple[Tensor, ...]:

@@ -89,6 +89,7 @@ class FusedWeight(nn.Module):
     """
 
     weight: grok_kernels.Weight
+    values: Tensor
 
     def __init__(self, experts: int, k: int, parts: dict[str, int]) -> None:
         super().__init__()
@@ -137,7 +138,7 @@ class FusedWeight(nn.Module):
         """As of every module; the weight is checked anew, since its planes have other devices or dtypes."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._parameters:
-            self.hold(grok_kernels.Weight.of(*self.parameters(), layout=self.weight.layout))
+            self.hold(grok_kernels.Weight.of(self.values, self._parameters.get("scales"), self.weight.layout))
         return self
 
     def write(self, expert: int, start: int, rows_NK: Tensor) -> None:

@@ -379,7 +379,7 @@ def same_swapped_bits(weight: torch.dtype, device: torch.device) -> bool:
     scales = [normal(EXPERTS, 1, w.shape[1]).abs() / (40 * w.shape[2] ** 0.5) for w in (w13, w2)]
     act_format = "none" if weight == torch.int8 else "fp8"
     weights = [Weight.of(w, scale) for w, scale in zip((w13, w2), scales, strict=True)]
-    args = (x, normal(t, ACTIVE).abs(), experts, *weights, "gelu_tanh", act_format)
+    args: tuple[Any, ...] = (x, normal(t, ACTIVE).abs(), experts, *weights, "gelu_tanh", act_format)
     first, *others = (() if weight == torch.int8 else (0,)) + SWAPPED_TILES[weight]
     expected = cuda.moe(*args, tile=first)
     return all(torch.equal(cuda.moe(*args, tile=tile), expected) for tile in others)

@@ -27,5 +27,4 @@ class ExpertLayer(NamedTuple):
     @staticmethod
     def of_fp8(*args: Any) -> tuple[ExpertLayer, torch.dtype]:
         """From the arguments of `moe_fp8` after its rows and their scales, which have `out_dtype` for `act_format`."""
-        out_dtype: torch.dtype = args[5]
-        return ExpertLayer(*args[:5], "fp8", *args[6:]), out_dtype
+        return ExpertLayer(*(*args[:5], "fp8", *args[6:])), args[5]

@@ -185,7 +185,7 @@ def test_variants_of_triton_s_products(tiles: str, fmt: tuple[str, str, int], re
     from grok_kernels.triton import gemm as module
 
     if tiles == "tuned" and not tuning._tuned(chip_of(DEVICE).name):
-        pytest.skip(f"no tuned/{chip_of(DEVICE).name}.json: `python -m grok_kernels.tune` makes one")
+        pytest.skip(f"no tuned/{chip_of(DEVICE).name}.json: `python -m grok_kernels.autotune` makes one")
     if tiles == "default":
         request.applymarker(pytest.mark.xfail(reason="then `tune` keeps them apart, and nothing rests on it"))
     c = next(c for c in CALLS if c.name == f"moe-{fmt[0]}x{fmt[1]}-{fmt[2]}")

@@ -1,4 +1,4 @@
-"""`python -m grok_kernels.tune` with a clock and, but for one test, products of the tests' own."""
+"""`python -m grok_kernels.autotune` with a clock and, but for one test, products of the tests' own."""
 
 from __future__ import annotations
 
