@@ -40,7 +40,7 @@ class Normed(NamedTuple):
 
 
 class Residual:
-    """The residual stream h. An addition waits for the next norm, so that one pass computes h + post(delta) and its norm."""
+    """The residual stream h. An addition waits for the next norm, and one pass computes both."""
 
     def __init__(self, h_TD: Tensor) -> None:
         self._h_TD = h_TD

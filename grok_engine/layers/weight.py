@@ -101,8 +101,8 @@ class FusedWeight(nn.Module):
         self.experts, self.n, self.k = experts, n, k
 
     def layout_for(self, dtype: torch.dtype, device: torch.device | str, packed: bool | None = None) -> Layout:
-        """The layout of the values: with `packed` panels where possible, with None where the device's kernels are faster
-        for them; in either case only if each part can be packed by itself."""
+        """The layout of the values: panels where possible with `packed`, or with None where the device's kernels are
+        faster for them; in either case only if each part can be packed by itself."""
         packs_all = all(packs(part.stop - part.start, self.k, dtype, device, packed) for part in self.parts)
         return "panels" if packs_all else "rows"
 

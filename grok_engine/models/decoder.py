@@ -67,7 +67,7 @@ class Decoder(nn.Module):
         self.register_buffer("cos_sin", table, persistent=False)
 
     def forward(self, batch: Batch, cache: Sequence[KVPages]) -> Tensor:
-        """x_TD, the final norm's output for every token of the batch; their keys and values are in the cache afterwards."""
+        """x_TD, the final norm's output for every token; their keys and values are in the cache afterwards."""
         h = Residual(self.embed(batch.tokens_T, self.config.embedding_multiplier, self.dtype))
         for layer, pages in zip(self.layers, cache, strict=True):
             layer(h, batch, pages, self.cos_sin)

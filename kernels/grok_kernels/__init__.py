@@ -1,4 +1,4 @@
-"""Kernels for models of the Grok-1 kind, usable without the engine. `ops` is the contract, `weights` what products take."""
+"""Kernels for models of the Grok-1 kind, usable without the engine. The contract is in `ops`."""
 
 from . import cpu, cuda, reference, triton
 from .chips import multiplies_fp8

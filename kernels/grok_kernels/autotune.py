@@ -153,8 +153,8 @@ class Bench:
         return partial(functions[op], *args)
 
     def arguments(self, rows: int) -> tuple[str, tuple[Any, ...]]:
-        """An op and its arguments for so many rows, spread evenly over the experts. A row of gate and up goes through the
-        second product too, whose time is the same for all candidates."""
+        """An op and its arguments for so many rows, spread evenly over the experts. A row of gate and up goes through
+        the second product too, whose time is the same for all candidates."""
         p, weight = self.p, self.weights[0]
         if p.pair:
             active = min(ACTIVE, p.experts, rows)
@@ -212,15 +212,15 @@ def compile_ahead(p: Product, chip: Chip, pool: Executor) -> None:
 def _compile(p: Product, chip: Chip, tile: Gemm) -> None:
     """In a process of its own, with tensors that need no memory. A candidate that does not compile fails again, and is
     reported, when it is run."""
-    from .triton import compiled, table
+    from .triton import cross_compile, table
 
     bench = Bench(p, torch.device("meta"), FEW_ROWS)
     op, args = bench.arguments(FEW_ROWS)
     with forced(p, tile):
-        found = compiled.launches(lambda: getattr(table, op)(*args), chip)
+        found = cross_compile.launches(lambda: getattr(table, op)(*args), chip)
     for launch in found:
         with suppress(Exception):
-            compiled.compile_only(launch, chip)
+            cross_compile.compile_launch(launch, chip)
 
 
 Timer = Callable[[Sequence[Callable[[], Any]]], list[float]]  # the seconds of each call, timed in turns
@@ -289,10 +289,11 @@ def tune_product(p: Product, chip: Chip, bench: Any, timer: Timer, say: Callable
         found[name] = right(bench, candidates(p, chip, few), FEW_ROWS, bound, say)
         if not found[name]:
             raise ValueError(f"{p.key}: no candidate for {name} rows runs and is right on {chip.name}")
+    timed = {"many": FEW + MANY, "few": FEW}
     times = {
-        name: {rows: timer([bench.with_tiles(tile, rows) for tile in tiles]) for rows in (FEW if name == "few" else FEW + MANY)}
+        name: {rows: timer([bench.with_tiles(tile, rows) for tile in tiles]) for rows in timed[name]}
         for name, tiles in found.items()
-    }  # fmt: skip
+    }
     order = {name: _ranked(tiles, times[name]) for name, tiles in found.items()}
     many = order["many"][0]
     alike = next((tile for tile in order["few"] if same_bits(bench, tile, many)), None)

@@ -51,8 +51,8 @@ class Gpu:
     link: float  # bytes/s that one GPU sends to its neighbours
 
     def peak(self, weights: str) -> float:
-        """Operations/s of a product with weights "int8", "fp8" or "bf16". int8 becomes bf16 on the way in (exactly), and
-        so does fp8 where the chip has no fp8 arithmetic."""
+        """Operations/s of a product with weights "int8", "fp8" or "bf16". int8 becomes bf16 on the way in, exactly, and
+        so does fp8 on a chip without fp8 arithmetic."""
         return self.fp8 if weights == "fp8" and self.fp8 else self.bf16
 
 

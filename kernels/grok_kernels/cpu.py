@@ -1,7 +1,7 @@
 """Registers the native CPU kernels of the extension `grok_kernels._C`, or says once why there are none.
 
-The kernels exist for AVX-512 with BF16 and VNNI, for AVX-512, for AVX2 and for any CPU; the best that the machine has
-runs. `GROK_CPU_ISA` (avx512_bf16, avx512, avx2 or portable), read at the first call, or `use_isa` forces one.
+The kernels are compiled for AVX-512 with BF16 and VNNI, for AVX-512, for AVX2 and for any CPU; the best that the machine
+has runs. `GROK_CPU_ISA` (avx512_bf16, avx512, avx2 or portable), read at the first call, or `use_isa` forces one.
 
 Where the extension cannot be used, importing grok_kernels logs one warning, `backends()` gives the reason, and the
 reference serves.
@@ -84,18 +84,18 @@ def use_isa(name: str) -> Iterator[None]:
 
 
 def recordable() -> tuple[str | None, ...] | None:
-    """What a run recorded now will hold: the preferred backend of every op. None where this one serves nothing here."""
+    """The backends that a run recorded now will contain (`preferred_all`). None where this one serves nothing here."""
     found = registry.preferred_all("cpu")
     return found if "cpu" in found else None
 
 
 def record(run: Callable[[], Any]) -> Recorded:
-    """Call `run`, and keep what it does on the CPU so that it can be done again without the Python in it.
+    """Call `run` and record what it does on the CPU, for replays without Python.
 
-    What is returned computes `run`'s result again when called, from what is then in the tensors that `run` read, into
-    the tensors that it made: write new inputs into the old ones, and use a result before the next call. Whatever `run`
-    decides from values of tensors, sizes or Python objects stays as it was. Results have the bits of `run` itself.
-    RuntimeError where `run` asks a tensor for a value; NotImplementedError without the extension.
+    Calling the result computes `run` again, from the current contents of the tensors that `run` read into the tensors
+    that it made: write new inputs into the old tensors, and use a result before the next call. Whatever `run` decided
+    from sizes, Python objects or values of tensors stays as it was. The bits are those of `run` itself. RuntimeError
+    where `run` reads a value out of a tensor; NotImplementedError without the extension.
     """
     return _record(_extension(), run)
 

@@ -1,8 +1,8 @@
-"""Registers the kernels by hand for Hopper (compute capability 9.0), or says why there are none.
+"""Registers the CUDA kernels for Hopper (compute capability 9.0), or says why there are none.
 
-They are in the extension `grok_kernels._CUDA` where the installation built it. Else the first call on such a chip
-compiles them with torch's just-in-time compiler, which needs nvcc and a C++ compiler, and keeps them in its cache
-(`TORCH_EXTENSIONS_DIR`). Calls that no kernel here takes are Triton's.
+They are in the extension `grok_kernels._CUDA` where the installation built it. Otherwise the first call on such a chip
+compiles them with torch's just-in-time compiler, which needs nvcc and a C++ compiler, into its cache
+(`TORCH_EXTENSIONS_DIR`). Triton serves the calls that no kernel here takes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _csrc() -> Path:
 
 
 def _build_arguments() -> dict[str, Any]:
-    """What `torch.utils.cpp_extension.load` compiles, and how."""
+    """The arguments of `torch.utils.cpp_extension.load`."""
     csrc = _csrc()
     patterns = ("bindings/cuda/*.cpp", "cuda/*/instantiations/*.cu")
     return {
@@ -66,7 +66,7 @@ def _nvcc() -> str:
 
 
 def _missing() -> str:
-    """Why no kernel can run here, if so. Looks at the machine without starting CUDA, after which no process may fork."""
+    """Why no kernel can run here, if so. Does not start CUDA, after which no process may fork."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     if torch.cuda.device_count() == 0:
@@ -85,19 +85,19 @@ def _wrong_chip(device: torch.device | int) -> str | None:
 
 
 def _no_chip() -> str:
-    """Why none of the machine's GPUs can serve, if so. Starts CUDA."""
+    """Why none of the machine's GPUs can serve, "" if one can. Starts CUDA."""
     reasons = [_wrong_chip(device) for device in range(torch.cuda.device_count())]
     return "" if None in reasons else "; ".join(map(str, reasons))
 
 
 @cache
 def unusable() -> str:
-    """Loads the kernels, compiling them if need be. What failed, if so, said once."""
+    """Load the kernels, compiling them if need be. Returns, and logs once, what failed; "" if nothing did."""
     try:
         if find_spec(NAME) is None:
             from torch.utils import cpp_extension
 
-            log.warning("compiling the CUDA kernels, once: minutes")
+            log.warning("compiling the CUDA kernels, once: this takes minutes")
             cpp_extension.CUDA_HOME = cuda_home(cpp_extension.CUDA_HOME)
             module = cpp_extension.load(**_build_arguments())
         else:
@@ -109,7 +109,7 @@ def unusable() -> str:
         if built == running:  # the ABI holds within a minor version only
             return ""
         reason = f"the extension {NAME} was built against torch {built}, this is torch {running}; install it again"
-    log.warning("no CUDA kernels by hand, Triton's serve: %s", reason)
+    log.warning("no CUDA kernels, Triton serves: %s", reason)
     return reason
 
 

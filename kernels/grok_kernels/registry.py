@@ -53,7 +53,7 @@ Key = tuple[str, bytes, "str | None"]  # op, signature, backend that `use_backen
 
 # The validated-call cache. An eager step makes hundreds of calls of a few microseconds each, all like those of the step
 # before, and dispatch, checks and selection in Python would take longer than many a kernel. So a plain call that passed
-# is remembered by its signature (types, shapes, strides, numbers), and the next one like it goes straight to its kernel.
+# is remembered by its signature (types, shapes, strides, numbers), and the next such call goes straight to its kernel.
 # A call without a signature (a mode, a tracer, gradients, another device, no extension) always takes the whole way.
 KNOWN = 4096  # calls kept; past that all are dropped, since working sets are far smaller and a repeated check is cheap
 _known: dict[Key, Kernel] = {}
@@ -81,8 +81,8 @@ def signature(args: tuple[Any, ...]) -> bytes | None:
 
 
 def shortcut(op: str, args: tuple[Any, ...]) -> tuple[Kernel | None, Key | None]:
-    """The kernel and the key of a cached call; (None, key) for a call to `remember` once it has passed, (None, None) for
-    one that is not cached."""
+    """The kernel and the key of a cached call; (None, key) for a call to `remember` once it has passed; (None, None) for a
+    call that cannot be cached."""
     found = _signature(args)
     if found is None:
         return None, None
@@ -232,8 +232,8 @@ def fuses(op: str, parts: Sequence[str], device: str) -> bool:
 
 
 def preferred_all(device: str) -> tuple[str | None, ...]:
-    """The preferred backend of every op, in the order of their names, on a device of this type: what a graph captured or
-    a run recorded now will contain."""
+    """The preferred backends of all ops, sorted by name, on a device of this type: what a graph captured or a run recorded
+    now will contain."""
     key = forced_backend(), device
     if key not in _preferred:
         _preferred[key] = tuple(preferred(op, device) for op in sorted({op for op, _ in _kernels}))

@@ -153,14 +153,14 @@ def test_pages_that_hold_no_words_are_decoded_by_what_prefill_multiplies_with() 
     code = """
 import torch
 from tests.kernels.triton_specimens import empty, table
-from grok_kernels.triton import compiled
+from grok_kernels.triton import cross_compile
 from grok_kernels.chips import CHIPS
 for c in (128, 126):
     def call():
         pages, scale = empty(8, 8, 16, c, dtype=torch.float8_e4m3fn), empty(8, 8, 16, dtype=torch.float32)
         ints = [empty(*shape, dtype=torch.int32) for shape in ((2, 4), (3,), (2,))]
         table.paged_attention(empty(2, 48, c), pages, pages, *ints, 1, 0.1, 30.0, 0, 0, scale, scale)
-    splits = compiled.launches(call, CHIPS["h100"])[0]
+    splits = cross_compile.launches(call, CHIPS["h100"])[0]
     print(splits.kernel.__name__, splits.meta["ROWS"], splits.meta["num_warps"])
 """
     env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from grok_kernels import Weight
 from grok_kernels.chips import CHIPS, Chip
-from grok_kernels.triton import compiled, gemm, launch, table
+from grok_kernels.triton import cross_compile, gemm, launch, table
 from grok_kernels.tuning import Gemm, default_gemm
+from tests.kernels import compiled
 
 D = 6144  # of Grok-1
 
@@ -255,8 +256,8 @@ def main() -> None:
     chip = CHIPS[a.chip]
     for name, call in SPECIMENS.items():
         if any(fnmatch(name, pattern) for pattern in a.patterns):
-            for found in compiled.launches(call, chip):
-                kernel = asdict(compiled.compile_launch(found, chip))
+            for found in cross_compile.launches(call, chip):
+                kernel = asdict(compiled.inspect(found, chip))
                 print(json.dumps({"specimen": name, "triton": triton.__version__, **kernel}), flush=True)
 
 

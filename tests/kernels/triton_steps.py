@@ -30,8 +30,9 @@ from grok_engine.layers.weight import FusedWeight
 from grok_engine.models.decoder import Decoder
 from grok_engine.runner import KV_DTYPES
 from grok_kernels.chips import CHIPS
-from grok_kernels.triton import OPS, compiled, table
+from grok_kernels.triton import OPS, cross_compile, table
 from grok_kernels.triton.steps import startup
+from tests.kernels import compiled
 
 CHIP = CHIPS["h100"]
 LONGEST = 8192  # tokens of a request
@@ -133,7 +134,7 @@ def replay(served: Served, steps: int) -> dict[str, Any]:
     engine, chance = Engine(served), random.Random(0)
 
     def run(queries: tuple[int, ...], contexts: tuple[int, ...]) -> set[tuple[str, str]]:
-        return compiled.compiles(compiled.launches(lambda: engine.step(queries, contexts), CHIP), CHIP)
+        return compiled.compiles(cross_compile.launches(lambda: engine.step(queries, contexts), CHIP), CHIP)
 
     first: set[tuple[str, str]] = set()
     with triton_serves(), torch.inference_mode():

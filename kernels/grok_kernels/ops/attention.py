@@ -28,13 +28,13 @@ def rope_store_kv(
     """Rotate q and k by their positions, write k and v into their pages, return the rotated q.
 
     rot(x)_C = [x1 cos − x2 sin, x2 cos + x1 sin], x1 and x2 the halves of C, angles positions · theta^(−2i/C), in fp32,
-    rounded once to x's dtype. Token t goes to page slots[t] // S, place slots[t] % S; a slot of −1 is written nowhere.
+    rounded once to x's dtype. Token t goes to page slots[t] // S, place slots[t] % S; a slot of −1 writes nothing.
 
     q (T, H, C), k and v (T, G, C), one dtype, fp32 or bf16. k_cache, v_cache (P, G, S, C): fp32 or bf16, or e4m3 with
     k_scale, v_scale (P, G, S) fp32, one scale a token and head (amax / 448, nothing saturates). positions, slots (T,)
     int32. cos_sin (L, C) fp32: cos of the C/2 angles, then sin, for positions 0..L−1 (see `rope_table`).
-    The caches and scales are written in place; the cpu backend refuses positions and slots outside them, and writes
-    nothing then. Source: Su et al., RoFormer, 2021 (half-rotation layout).
+    The caches and scales are written in place. The cpu backend refuses positions and slots outside them, before it
+    writes anything. Source: Su et al., RoFormer, 2021 (half-rotation layout).
     """
     c = Checker("rope_store_kv")
     c.tensor("q", q, "T H C", FLOATS)
@@ -83,11 +83,11 @@ def paged_attention(
 
     q (T, H, C) fp32 or bf16; its rows query_start[b]..query_start[b+1] are the last tokens of request b, whose keys are
     the first seq_lens[b] places of its pages block_table[b]. Caches as in `rope_store_kv`. block_table (B, N) int32,
-    entries past a request's last page unread; query_start (B+1,) and seq_lens (B,) int32. max_query_len is the host's
-    bound on the queries of one request, for the launch; it changes no result. A NaN among the keys or values of a
-    request may reach any of its queries, also those that do not see it; never another request's. The cpu backend refuses
-    a query_start that does not ascend from 0 to T, and lengths and pages outside the table and the cache. Returns
-    (T, H, C) of q's dtype.
+    whose entries past a request's last page are not read; query_start (B+1,) and seq_lens (B,) int32. max_query_len
+    bounds the queries of one request, for the launch; it changes no result. A NaN among a request's keys or values may
+    reach any of its queries, even those masked from it, but no other request's. The cpu backend refuses a query_start
+    that does not ascend from 0 to T, and lengths and pages outside the table and the cache. Returns (T, H, C) of q's
+    dtype.
     """
     c = Checker("paged_attention")
     c.tensor("q", q, "T H C", FLOATS)

@@ -30,9 +30,9 @@ def sandwich_norm(
 ) -> tuple[Tensor, Tensor]:
     """h' = h + rms(delta, post_weight); y = rms(h', pre_weight): the norm after a block and the one before the next.
 
-    post_weight None adds delta as it is (models without the norm after a block). All three intermediate results
-    round to h's dtype. h, delta (T, D) fp32 or bf16, of one dtype; weights (D,) fp32 or bf16.
-    Returns (h', y), both new tensors (T, D) of h's dtype: h is not written, so that gradients and graphs stay simple.
+    post_weight None adds delta itself (models without a norm after a block). Each of the three results rounds to h's
+    dtype. h, delta (T, D) fp32 or bf16, of one dtype; weights (D,) fp32 or bf16. Returns (h', y), new tensors (T, D) of
+    h's dtype; h is not written.
     """
     _check_sandwich("sandwich_norm", h, delta, post_weight, pre_weight, eps)
     return result(h.shape, h.dtype), result(h.shape, h.dtype)
@@ -42,10 +42,10 @@ def sandwich_norm(
 def sandwich_norm_fp8(
     h: Tensor, delta: Tensor, post_weight: Tensor | None, pre_weight: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`sandwich_norm`, and `quantize_fp8` of its y in groups of 128: what a router and `moe_fp8` take, in one pass.
+    """`sandwich_norm` and `quantize_fp8` of its y in groups of 128, in one pass: what a router and `moe_fp8` take.
 
-    Arguments as those of `sandwich_norm`. Returns (h', y, q, scale): bit for bit what the backend's two ops return, q
-    (T, D) float8_e4m3fn and scale (T, ⌈D/128⌉) fp32.
+    Arguments as for `sandwich_norm`. Returns (h', y, q, scale), q (T, D) float8_e4m3fn and scale (T, ⌈D/128⌉) fp32:
+    bit for bit what the backend's two ops return.
     """
     _check_sandwich("sandwich_norm_fp8", h, delta, post_weight, pre_weight, eps)
     t, d = h.shape

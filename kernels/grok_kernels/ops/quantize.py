@@ -14,8 +14,8 @@ from .define import op, result
 def quantize_fp8(x: Tensor, group_size: int = GROUP) -> tuple[Tensor, Tensor]:
     """q = e4m3(clamp(x / scale, ±448)), scale = amax / 448 of each token's group of columns.
 
-    x (T, D) fp32 or bf16; group_size 128, or 0 for one scale a token; a last group may be short. An amax below 2⁻¹⁰⁰
-    counts as that, so no scale is 0. Returns q (T, D) float8_e4m3fn and scales (T, groups) fp32.
+    x (T, D) fp32 or bf16; group_size 128, or 0 for one scale a token; the last group may be short. An amax below 2⁻¹⁰⁰
+    counts as 2⁻¹⁰⁰, so no scale is 0. Returns q (T, D) float8_e4m3fn and scales (T, groups) fp32.
     """
     return _check("quantize_fp8", x, group_size, torch.float8_e4m3fn)
 

@@ -27,11 +27,10 @@ def route_topk(
 
 @op()
 def group_tokens(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """The order that brings rows of one expert together, stable, and where each expert's rows start.
+    """Sort the (token, slot) rows by expert, stably: their order, and the offsets at which each expert's rows start.
 
-    experts (T, A) int32 in 0..num_experts−1; the cpu backend checks that, since it writes by them. Returns order (T·A,)
-    int32, whose entry i is the flat index t·A + a of the i-th grouped row, and offsets (num_experts + 1,) int32. No host
-    synchronisation.
+    experts (T, A) int32 in 0..num_experts−1; the cpu backend refuses others. Returns order (T·A,) int32, whose entry i is
+    the flat index t·A + a of the i-th grouped row, and offsets (num_experts + 1,) int32. No host synchronisation.
     """
     c = Checker("group_tokens")
     c.tensor("experts", experts, "T A", INT)
@@ -43,10 +42,10 @@ def group_tokens(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 def route_and_group(
     x: Tensor, router: Tensor, k: int, softcap: float = 0.0, renormalize: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`route_topk`, and `group_tokens` of its experts: all that `moe` takes beside rows and weights, in one pass.
+    """`route_topk` and `group_tokens` of its experts, in one pass: all that `moe` takes beside rows and weights.
 
-    Arguments as those of `route_topk`. Returns weights and experts (T, k), order (T·k,) and offsets (E + 1,): bit for bit
-    what the backend's two ops return.
+    Arguments as for `route_topk`. Returns weights and experts (T, k), order (T·k,) and offsets (E + 1,): bit for bit what
+    the backend's two ops return.
     """
     _check_route("route_and_group", x, router, k, softcap)
     t = x.shape[0]

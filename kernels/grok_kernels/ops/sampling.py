@@ -12,12 +12,12 @@ from .define import op, result
 
 @op()
 def sample_top_p(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
-    """One token a row: softmax(logits / temperature), cut to the smallest set of probability top_p, then by inverse CDF.
+    """One token a row: softmax(logits / temperature), the smallest set that reaches top_p, then the inverse CDF.
 
-    The most probable tokens are kept until their sum reaches top_p (the first always is); the token is the first, in
-    order of falling probability, whose running sum exceeds uniform · the kept sum. Ties go to the lower index. Sums are
-    in fp64. A temperature of 0 is the largest logit, and so is a row without a distribution: one with a NaN, which counts
-    as the largest, or whose largest logit is infinite. A row's token depends on that row alone.
+    The most probable tokens are kept until their sum reaches top_p (the first always is). The result is the first of
+    them, by falling probability, whose running sum exceeds uniform · the kept sum. Ties go to the lower index; sums are
+    in fp64. A temperature of 0 takes the largest logit. So does a row that has no distribution: one with a NaN, which
+    counts as the largest, or with an infinite largest logit. A row's token depends on that row alone.
 
     logits (B, V) fp32 or bf16; temperature, top_p, uniform (B,) fp32, in [0, ∞), (0, 1] and [0, 1). Returns (B,) int64.
     """

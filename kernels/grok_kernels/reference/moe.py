@@ -28,8 +28,8 @@ def moe_fp8(x_TD: Tensor, x_scale: Tensor, *args: Any) -> Tensor:
 
 
 def _layer(x_TD: Tensor, layer: ExpertLayer, dtype: torch.dtype) -> Tensor:
-    """The layer on rows in fp32, already rounded to the activations' format. dtype: of the result, and of act * up where
-    that is not quantised."""
+    """The layer on fp32 rows that are already rounded to the activations' format. dtype: of the result, and of act * up
+    where that is not quantised."""
     w13, w2 = layer.w13.with_layout("rows"), layer.w2.with_layout("rows")
     order, offsets = layer.order, layer.offsets
     if order is None or offsets is None:

@@ -1,4 +1,4 @@
-"""Quantised activations, and both sides of a product back in fp32."""
+"""Quantised activations, and activations and weights dequantised to fp32."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..registry import register
 from ..weights import Weight
 from .invariant import wants_grad
 
-TINY = 2.0**-100  # the least amax: keeps 1 / scale finite
+TINY = 2.0**-100  # the smallest amax, which keeps 1 / scale finite
 
 
 def _groups(x_TD: Tensor, group_size: int) -> Tensor:
@@ -67,7 +67,7 @@ def dequantize_weight(weight: Weight, expert: int) -> Tensor:
 
 
 def quantized_as(x_TD: Tensor, act_format: str) -> Tensor:
-    """x in fp32 after a round trip through `act_format`, per token and group of 128. Its gradient is x's own."""
+    """x in fp32, rounded to `act_format` per token and group of 128. The gradient passes straight through."""
     x = x_TD.float()
     if act_format == "none":
         return x

@@ -1,8 +1,8 @@
 """Registers the Triton kernels: the portable backend for GPUs, and for CPUs under Triton's interpreter.
 
-A module of this package holds the kernels of some ops and one function an op, with the op's arguments in the order of
-its schema. Triton is imported with the first call. With TRITON_INTERPRET=1 in the environment the kernels run on CPU
-tensors, slowly, where the backend is forced: that is how they are tested without a GPU.
+Each module of this package holds the kernels of some ops and one function an op, which takes the op's arguments in
+their order. The first call imports Triton. With TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors,
+slowly, where the backend is forced: that is how they are tested without a GPU.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _kernel(op: str) -> Callable[..., Any]:
 
 
 def _missing() -> str:
-    """Why no kernel can run here, if so. Looks at the machine without starting CUDA, after which no process may fork."""
+    """Why no kernel can run here, if so. Does not start CUDA, after which no process may fork."""
     if find_spec("triton") is None:
         return "the package triton is not installed"
     if not _interpreted() and torch.cuda.device_count() == 0:

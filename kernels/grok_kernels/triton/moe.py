@@ -1,5 +1,5 @@
-"""The expert layer in three products' worth of launches: gate and up with the activation and its quantisation, down
-with each row's routing weight, and the sum over a token's experts in a fixed order."""
+"""The expert layer in three launches: gate and up with the activation and its quantisation, down with each row's routing
+weight, and the sum over a token's experts in a fixed order."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _gate_up(
     DOT: tl.constexpr, XS_GROUPS: tl.constexpr, WS_GROUPS: tl.constexpr, TMA: tl.constexpr, SWAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """y[i] = act(gate) * up of token order[i] // active, by its expert; where ys_ptr, quantised per BLOCK_N columns."""
+    """y[i] = act(gate) * up of token order[i] // active; with ys_ptr, quantised per BLOCK_N columns."""
     tiles_n = tl.cdiv(n, BLOCK_N)
     expert, row, panel, hi, total = find_tile(0, offsets_ptr, m, E, tiles_n, BLOCK_M, GROUP_M, EXPERTS)
     for tile in range(tl.program_id(0), total, tl.num_programs(0)):
@@ -87,7 +87,7 @@ def moe_fp8(x_TD: Tensor, x_scale: Tensor, *args: Any) -> Tensor:
 
 
 def _layer(x_TD: Tensor, x_scale: Tensor | None, layer: ExpertLayer, dtype: torch.dtype) -> Tensor:
-    """The layer on rows that are quantised already, where they are to be; y in `dtype`."""
+    """The layer on rows that are already in the activations' format; the result in `dtype`."""
     w13, w2 = layer.w13.with_layout("rows"), layer.w2.with_layout("rows")
     order, offsets = layer.order, layer.offsets
     (t, d), active = x_TD.shape, layer.experts.shape[1]
@@ -106,8 +106,9 @@ def _layer(x_TD: Tensor, x_scale: Tensor | None, layer: ExpertLayer, dtype: torc
         inner_scale = y_TD.new_empty((t * active, triton.cdiv(f, GROUP)), dtype=torch.float32)
     o = operands(x_TD, x_scale, w13, t * active, pair=True)
     launch(
-        _gate_up, o.grid(t * active, experts, f), as_known(inner), f, inner_scale, triton.cdiv(f, GROUP), offsets, order,
-        t * active, active, LARGEST.get(inner.dtype, 0.0), *o.args, ACTIVATION=layer.activation, **o.meta | quantized_to,
+        _gate_up, o.grid(t * active, experts, f), as_known(inner), f, inner_scale, triton.cdiv(f, GROUP),
+        offsets, order, t * active, active, LARGEST.get(inner.dtype, 0.0), *o.args,
+        ACTIVATION=layer.activation, **o.meta | quantized_to,
     )  # fmt: skip
     parts = y_TD.new_empty((t * active, d), dtype=torch.float32)
     product_into(parts, inner, inner_scale, w2, offsets, order, layer.topk_weights.contiguous())
