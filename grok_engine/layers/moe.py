@@ -23,8 +23,8 @@ class Router(NamedTensor):
         self.config = config
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, ...]:
-        """Weights (T, A) fp32 and experts (T, A) int32; also order and offsets, where the router's pass can group rows by
-        expert for `moe`."""
+        """Weights (T, A) fp32 and experts (T, A) int32; also order and offsets, where the router's pass can group
+        rows by expert for `moe`."""
         c, fuses = self.config, grok_kernels.fuses("route_and_group", ("route_topk", "moe"), x_TD.device.type)
         route: Callable[..., tuple[Tensor, ...]] = grok_kernels.route_and_group if fuses else grok_kernels.route_topk
         return route(x_TD, self.weight, c.num_experts_per_tok, c.router_softcap, c.renormalize)

@@ -16,8 +16,8 @@ _kept: list[Tensor] = []  # the memory of the spare ones, to which graphs hold a
 def counter(device: torch.device) -> Tensor:
     """(1,) int32, 0, for the next launch on the current stream.
 
-    Launches on one stream run one after another and share a counter. A captured launch may be replayed on any stream and
-    gets its own, from a pool made before: filling one during capture would add a launch to every replay.
+    Launches on one stream run one after another and share a counter. A captured launch may be replayed on any stream
+    and gets its own, from a pool made before: filling one during capture would add a launch to every replay.
     """
     if device.type != "cuda":
         return torch.zeros(1, dtype=torch.int32, device=device)

@@ -25,7 +25,8 @@ def weight_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device
 
 
 def huge_pages(size: int) -> Tensor:
-    """`size` bytes of zeros, uint8, freed with the last view of them; on Linux in huge pages where the system has them."""
+    """`size` bytes of zeros, uint8, freed with the last view of them; on Linux in huge pages where the system has
+    them."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(size, dtype=torch.uint8)
     # 2 MiB more, never touched, so that the data can begin at a huge page

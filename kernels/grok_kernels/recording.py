@@ -40,8 +40,8 @@ class Recorded:
 
 
 class _Recorder(TorchDispatchMode):
-    """Sees every op below autograd. An op that the native recording does not capture becomes a Python step: it runs on the
-    same arguments, and its result is copied to the memory of the first one."""
+    """Sees every op below autograd. An op that the native recording does not capture becomes a Python step: it runs
+    on the same arguments, and its result is copied to the memory of the first one."""
 
     def __init__(self, native: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

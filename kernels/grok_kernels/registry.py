@@ -81,8 +81,8 @@ def signature(args: tuple[Any, ...]) -> bytes | None:
 
 
 def shortcut(op: str, args: tuple[Any, ...]) -> tuple[Kernel | None, Key | None]:
-    """The kernel and the key of a cached call; (None, key) for a call to `remember` once it has passed; (None, None) for a
-    call that cannot be cached."""
+    """The kernel and the key of a cached call; (None, key) for a call to `remember` once it has passed; (None, None)
+    for a call that cannot be cached."""
     found = _signature(args)
     if found is None:
         return None, None
@@ -232,8 +232,8 @@ def fuses(op: str, parts: Sequence[str], device: str) -> bool:
 
 
 def preferred_all(device: str) -> tuple[str | None, ...]:
-    """The preferred backends of all ops, sorted by name, on a device of this type: what a graph captured or a run recorded
-    now will contain."""
+    """The preferred backends of all ops, sorted by name, on a device of this type: what a graph captured or a run
+    recorded now will contain."""
     key = forced_backend(), device
     if key not in _preferred:
         _preferred[key] = tuple(preferred(op, device) for op in sorted({op for op, _ in _kernels}))

@@ -39,9 +39,9 @@ _BYTES = {"e4m3": 1, "int8": 1, "bf16": 2, "fp32": 4}
 def gemm(n: int, k: int, dot: str, weight: torch.dtype, chip: Chip, rows: int, *, pair: bool = False) -> Gemm:
     """The tiles of a product (rows, k) x (n, k) in type `dot`; with `pair`, of gate and up at once, n columns each.
 
-    What was measured is in tuned/<chip>.json: {"gemm": {KEY: {"many": GEMM, "few": GEMM, "same_bits": BOOL}}} with KEY
-    from `gemm_key` and GEMM the fields of `Gemm`. "few" serves up to 64 rows, but only where "same_bits" was measured on
-    the chip; otherwise "many" serves all, so that no result depends on the batch.
+    What was measured is in tuned/<chip>.json: {"gemm": {KEY: {"many": GEMM, "few": GEMM, "same_bits": BOOL}}} with
+    KEY from `gemm_key` and GEMM the fields of `Gemm`. "few" serves up to 64 rows, but only where "same_bits" was
+    measured on the chip; otherwise "many" serves all, so that no result depends on the batch.
     """
     measured = _tuned(chip.name).get("gemm", {}).get(gemm_key(n, k, dot, weight, pair))
     if measured is None:
@@ -57,12 +57,12 @@ def default_gemm(dot: str, weight: torch.dtype, chip: Chip, *, few: bool = False
     """The tiles where nothing was measured, counted from registers and shared memory; few: the variant for few rows.
 
     A block of K is 128 bytes of the wider operand: a whole line of the shared memory's swizzle, and never more than
-    the 128 columns that share a scale. A tile of 128 x 128 loads 1 byte of shared memory per 64 operations; with 8 warps
-    a thread has 64 accumulators, and as many again for the partial sums that are promoted. Gate and up at once double
-    the accumulators and leave room for half the rows; so do the scales of int8 weights inside the loop. Weights that
-    are converted (int8 to bf16) take the swapped side, whose operand may come from registers: the converted values
-    never go back to shared memory. Few rows are bound by the bytes of the weights, so a tile of 16 rows suffices, and
-    more blocks of K are in flight.
+    the 128 columns that share a scale. A tile of 128 x 128 loads 1 byte of shared memory per 64 operations; with 8
+    warps a thread has 64 accumulators, and as many again for the partial sums that are promoted. Gate and up at once
+    double the accumulators and leave room for half the rows; so do the scales of int8 weights inside the loop.
+    Weights that are converted (int8 to bf16) take the swapped side, whose operand may come from registers: the
+    converted values never go back to shared memory. Few rows are bound by the bytes of the weights, so a tile of 16
+    rows suffices, and more blocks of K are in flight.
     """
     if dot == "fp32":
         return Gemm(32, 32 if pair else 64, 32, 4, 2, swap=False)
@@ -134,11 +134,11 @@ class Attention:
 def attention(dot: str, cache: torch.dtype, chip: Chip) -> Attention:
     """The tiles for queries and keys that multiply in type `dot`.
 
-    Measured on an H100. bf16, one prompt of 2048 queries and 2048 keys: 246 µs with blocks of 64 keys, 299 with 32; 64
-    requests of 8192 keys decode at the speed of memory with either. e4m3 is bound by its conversion, to which a decoding
-    tile of 64 rows, of which a query fills 6, adds softmax: 16 rows and one warp take 0.50 ms where 64 rows took 0.84
-    (bf16: 0.77). Two or more warps of mma.sync would share the keys of a row, which is another order of sums. Nothing
-    was measured on other chips.
+    Measured on an H100. bf16, one prompt of 2048 queries and 2048 keys: 246 µs with blocks of 64 keys, 299 with 32;
+    64 requests of 8192 keys decode at the speed of memory with either. e4m3 is bound by its conversion, to which a
+    decoding tile of 64 rows, of which a query fills 6, adds softmax: 16 rows and one warp take 0.50 ms where 64 rows
+    took 0.84 (bf16: 0.77). Two or more warps of mma.sync would share the keys of a row, which is another order of
+    sums. Nothing was measured on other chips.
     """
     if dot == "fp32":
         tile = Tile(64, 8 if chip.capability else 4, 2)

@@ -1,5 +1,5 @@
-"""Calls of every op at the sizes of Grok-1, with tensors made on the device. Rows are drawn anew for each seed; weights,
-which would not fit twice, are the same."""
+"""Calls of every op at the sizes of Grok-1, with tensors made on the device. Rows are drawn anew for each seed;
+weights, which would not fit twice, are the same."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ KEYS = 4100 if ON_GPU else 70
 FP8, BF16, FP32 = torch.float8_e4m3fn, torch.bfloat16, torch.float32
 TYPES = {"fp8": FP8, "int8": torch.int8, "bf16": BF16, "none": BF16}
 
-# ‖got − reference‖ / ‖reference‖. Both round to bf16, but not always the same way. A tensor core adds e4m3 products with
-# about 14 bits; and where rows are rounded to 8 bits inside, that may turn a value next to a step, a sixteenth of it.
+# ‖got − reference‖ / ‖reference‖. Both round to bf16, but not always the same way. A tensor core adds e4m3 products
+# with about 14 bits; and where rows are rounded to 8 bits inside, that may turn a value next to a step, a sixteenth of
+# it.
 EXACT, ROUNDED, SHORT_SUMS, TURNED = 0.0, 2e-3, 4e-3, 1.5e-2
 
 
@@ -156,7 +157,8 @@ def _rope(dtype: torch.dtype) -> Callable[[int, int], dict[str, Any]]:
         slots = torch.randperm(pages * PAGE, generator=_random(seed), device=DEVICE)[:t].int()
         slots[-1] = -1
         return {
-            "q": _normal(t, H, C, seed=seed), "k": _normal(t, G, C, seed=seed + 1), "v": _normal(t, G, C, seed=seed + 2),
+            "q": _normal(t, H, C, seed=seed), "k": _normal(t, G, C, seed=seed + 1),
+            "v": _normal(t, G, C, seed=seed + 2),
             "positions": _ints(8192, t, seed=seed), "slots": slots,
             "cos_sin": grok_kernels.rope_table(8192, C, 1e4, DEVICE), **_cache(pages, dtype),
         }  # fmt: skip
@@ -167,7 +169,10 @@ def _rope(dtype: torch.dtype) -> Callable[[int, int], dict[str, Any]]:
 WRITTEN = ("k_cache", "v_cache")
 call("rope_store_kv", "q", "k", "v", "positions", "slots", written=WRITTEN)(_rope(BF16))
 # the rotation rounds differently on the two sides, and then a key may go to the next of e4m3's steps
-call("rope_store_kv-fp8", "q", "k", "v", "positions", "slots", op="rope_store_kv", written=(*WRITTEN, "k_scale", "v_scale"), bound=TURNED)(_rope(FP8))  # fmt: skip
+call(
+    "rope_store_kv-fp8", "q", "k", "v", "positions", "slots",
+    op="rope_store_kv", written=(*WRITTEN, "k_scale", "v_scale"), bound=TURNED,
+)(_rope(FP8))  # fmt: skip
 
 
 def _attention(dtype: torch.dtype, queries: int) -> Callable[[int, int], dict[str, Any]]:
@@ -178,7 +183,9 @@ def _attention(dtype: torch.dtype, queries: int) -> Callable[[int, int], dict[st
         width = -(-KEYS // PAGE) + 1
         pages = min(requests, 16) * width  # several requests may share theirs
         table = _ints(pages, requests, width, seed=seed)
-        lengths = KEYS - _ints(min(KEYS - 1, 3000), requests, seed=seed + 1) if queries == 1 else _ints(1, 1, seed=0) + KEYS  # fmt: skip
+        lengths = _ints(1, 1, seed=0) + KEYS
+        if queries == 1:
+            lengths = KEYS - _ints(min(KEYS - 1, 3000), requests, seed=seed + 1)
         return {
             "q": _normal(t, H, C, seed=seed), **_cache(pages, dtype), "block_table": table,
             "query_start": torch.arange(0, t + 1, each, device=DEVICE, dtype=torch.int32), "seq_lens": lengths,
@@ -194,7 +201,10 @@ for _dtype, _name in ((BF16, ""), (FP8, "-fp8")):
     call(f"paged_attention-prefill{_name}", op="paged_attention")(_attention(_dtype, 2))
 
 # rows, weights, groups of their scales
-FORMATS = [("none", "int8", 1), ("none", "int8", 8), ("fp8", "fp8", 1), ("none", "fp8", 1), ("none", "bf16", 1), ("int8", "int8", 8)]  # fmt: skip
+FORMATS = [
+    ("none", "int8", 1), ("none", "int8", 8), ("fp8", "fp8", 1), ("none", "fp8", 1), ("none", "bf16", 1),
+    ("int8", "int8", 8),
+]  # fmt: skip
 
 
 def _short(rows: str, weights: str) -> bool:
@@ -233,7 +243,8 @@ def _moe(fmt: tuple[str, str, int]) -> Callable[[int, int], dict[str, Any]]:
 for _fmt in FORMATS:
     _label = f"{_fmt[0]}x{_fmt[1]}-{_fmt[2]}"
     _bound = SHORT_SUMS if _short(*_fmt[:2]) else ROUNDED
-    call(f"moe-{_label}", "x", "topk_weights", "experts", op="moe", bound=TURNED if _short(*_fmt[:2]) else ROUNDED)(_moe(_fmt))  # fmt: skip
+    _turned = TURNED if _short(*_fmt[:2]) else ROUNDED
+    call(f"moe-{_label}", "x", "topk_weights", "experts", op="moe", bound=_turned)(_moe(_fmt))
     call(f"down-{_label}", op="grouped_gemm", bound=_bound)(_experts(D, F, _fmt))
     call(f"qkv-{_label}", "x", "x_scale", op="grouped_gemm", bound=_bound)(_dense(X, D, _fmt, BF16))
 

@@ -1,5 +1,5 @@
-"""The cuda backend's swapped-operand GEMM gives the same bits with each of its tiles, on the chip at hand. Only where this
-holds may several serve: `python -m grok_kernels.autotune` measures the same and writes it down."""
+"""The cuda backend's swapped-operand GEMM gives the same bits with each of its tiles, on the chip at hand. Only
+where this holds may several serve: `python -m grok_kernels.autotune` measures the same and writes it down."""
 
 from __future__ import annotations
 

@@ -215,8 +215,10 @@ case("moe", "int8", **MOE)(
     )
 )  # fmt: skip
 case("moe", "fp8", **MOE)(
-    lambda: _moe(Weight.of(fp8(3, 24, 16), randn(3, 1, 24).abs()), Weight.of(fp8(3, 16, 12), randn(3, 1, 16).abs()), "fp8")
-)  # fmt: skip
+    lambda: _moe(
+        Weight.of(fp8(3, 24, 16), randn(3, 1, 24).abs()), Weight.of(fp8(3, 16, 12), randn(3, 1, 16).abs()), "fp8"
+    )
+)
 case("moe", "grouped", **MOE, **GROUPED)(lambda: _grouped(_moe(*map(copied, FLOAT), "none")))
 
 

@@ -50,7 +50,8 @@ def test_candidates_fit_into_the_chip(chip: Chip, few: bool) -> None:
             for tile in found[1:]:
                 if tile.group_m != found[0].group_m:
                     continue  # the default in another order
-                shared = tile.stages * tile.block_k * (tile.block_m * x.itemsize + (1 + p.pair) * tile.block_n * w.itemsize)  # fmt: skip
+                row_bytes = tile.block_m * x.itemsize + (1 + p.pair) * tile.block_n * w.itemsize
+                shared = tile.stages * tile.block_k * row_bytes
                 assert shared + module.RESERVED <= chip.shared_bytes
                 assert tile.block_m * tile.block_n * (1 + p.pair) / (32 * tile.warps) <= module.REGISTERS
                 assert (tile.block_n if tile.swap else tile.block_m) >= 64
@@ -91,10 +92,13 @@ def clock(bench: Pretended, cost: Callable[[Gemm, int], float]) -> module.Timer:
     return timer
 
 
-def tuned(tmp_path: Path, bench: Pretended, cost: Callable[[Gemm, int], float], **options: Any) -> tuple[Any, list[str]]:  # fmt: skip
+def tuned(
+    tmp_path: Path, bench: Pretended, cost: Callable[[Gemm, int], float], **options: Any
+) -> tuple[Any, list[str]]:
     said: list[str] = []
     file = tmp_path / "tuned" / "h100.json"
-    failed = tune([SMALL], CHIPS["h100"], CPU, clock(bench, cost), file, say=said.append, bench=lambda p, d: bench, **options)  # fmt: skip
+    options |= {"say": said.append, "bench": lambda p, d: bench}
+    failed = tune([SMALL], CHIPS["h100"], CPU, clock(bench, cost), file, **options)
     return (json.loads(file.read_text())["gemm"][SMALL.key] if not failed else None), said
 
 
@@ -140,7 +144,7 @@ def test_few_and_many_with_other_bits(tmp_path: Path) -> None:
 def test_a_variant_for_few_rows_that_gains_nothing_does_not_serve(tmp_path: Path) -> None:
     entry, said = tuned(tmp_path, Pretended(), lambda tile, rows: 2.0 if tile.block_m < 64 else 1.0)
     assert entry["same_bits"] or "  many serves all rows" in said
-    few_is_many = {k: entry["few"][k] for k in ("block_m", "block_n")} == {k: entry["many"][k] for k in ("block_m", "block_n")}  # fmt: skip
+    few_is_many = all(entry["few"][k] == entry["many"][k] for k in ("block_m", "block_n"))
     assert few_is_many or not entry["same_bits"]
 
 
@@ -158,7 +162,8 @@ def test_what_is_known_is_not_measured_again(tmp_path: Path) -> None:
 def test_nothing_that_is_right(tmp_path: Path) -> None:
     entry, said = tuned(tmp_path, Pretended(wrong=lambda tile: True), lambda tile, rows: 1.0)
     assert entry is None
-    assert "left out: 256,128,e4m3,float8_e4m3fn,single: no candidate for many rows runs and is right on h100" in said[-1]  # fmt: skip
+    refusal = "left out: 256,128,e4m3,float8_e4m3fn,single: no candidate for many rows runs and is right on h100"
+    assert refusal in said[-1]
 
 
 def test_each_product_is_written_when_it_is_done(tmp_path: Path) -> None:

@@ -61,7 +61,9 @@ def layer(weight: torch.dtype) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("t", [0, 1, 9])
-@pytest.mark.parametrize(("weight", "act_format"), [(torch.int8, "none"), (FP8, "fp8"), (torch.bfloat16, "none")], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("weight", "act_format"), [(torch.int8, "none"), (FP8, "fp8"), (torch.bfloat16, "none")], ids=str
+)
 def test_the_layer_on_grouped_rows(weight: torch.dtype, act_format: str, t: int) -> None:
     x, router, weights = randn(t, 160, dtype=torch.bfloat16), randn(4, 160, seed=1), layer(weight)
     topk, experts, order, offsets = grok_kernels.route_and_group(x, router, 2)

@@ -408,7 +408,10 @@ WRONG = [
     *((ROUTE, "k", k, f"k={k}", "1..E=6") for k in (0, -1, 7)),
     *((ROUTE, "softcap", x, f"softcap={x}") for x in (-1.0, NAN, INF)),
     *((GROUP, "num_experts", n, f"num_experts={n}", "1 or more") for n in (0, -3)),
-    *((c, "group_size", n, f"group_size={n}", "128") for c in of("quantize_fp8", "quantize_int8") for n in (64, -1, 256)),
+    *(
+        (c, "group_size", n, f"group_size={n}", "128")
+        for c in of("quantize_fp8", "quantize_int8") for n in (64, -1, 256)
+    ),
     *((GEMM, "out_dtype", x, f"out_dtype={x}", "torch.bfloat16") for x in (torch.float16, torch.float64, torch.int8)),
     (GEMM, "x_scale", torch.ones(5, 1), "x_scale", "None", "float32"),
     (GEMM_INT8, "x_scale", None, "None", "x of int8"),

@@ -1,8 +1,8 @@
 """What Triton compiles in the steps of an engine, at start-up and after, found without a GPU: the engine's own decoder
 runs on `meta` with one layer of Grok-1 or Grok-2, and Triton's own key of each launch is noted.
 
-`python -m tests.kernels.triton_steps [--steps N]` prints one JSON object a model: kernels compiled at start-up, and those
-after. It runs in a process of its own, since under TRITON_INTERPRET=1 there is nothing to compile.
+`python -m tests.kernels.triton_steps [--steps N]` prints one JSON object a model: kernels compiled at start-up, and
+those after. It runs in a process of its own, since under TRITON_INTERPRET=1 there is nothing to compile.
 """
 
 from __future__ import annotations

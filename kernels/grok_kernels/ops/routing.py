@@ -29,8 +29,9 @@ def route_topk(
 def group_tokens(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Sort the (token, slot) rows by expert, stably: their order, and the offsets at which each expert's rows start.
 
-    experts (T, A) int32 in 0..num_experts−1; the cpu backend refuses others. Returns order (T·A,) int32, whose entry i is
-    the flat index t·A + a of the i-th grouped row, and offsets (num_experts + 1,) int32. No host synchronisation.
+    experts (T, A) int32 in 0..num_experts−1; the cpu backend refuses others. Returns order (T·A,) int32, whose entry
+    i is the flat index t·A + a of the i-th grouped row, and offsets (num_experts + 1,) int32. No host
+    synchronisation.
     """
     c = Checker("group_tokens")
     c.tensor("experts", experts, "T A", INT)
@@ -44,8 +45,8 @@ def route_and_group(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`route_topk` and `group_tokens` of its experts, in one pass: all that `moe` takes beside rows and weights.
 
-    Arguments as for `route_topk`. Returns weights and experts (T, k), order (T·k,) and offsets (E + 1,): bit for bit what
-    the backend's two ops return.
+    Arguments as for `route_topk`. Returns weights and experts (T, k), order (T·k,) and offsets (E + 1,): bit for bit
+    what the backend's two ops return.
     """
     _check_route("route_and_group", x, router, k, softcap)
     t = x.shape[0]

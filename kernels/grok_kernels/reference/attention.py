@@ -100,7 +100,8 @@ def _attend(
     window: int,
     temperature_len: int,
 ) -> Tensor:
-    """Queries at positions first, first + 1, ...: one pass over the keys with a running maximum and sum (online softmax).
+    """Queries at positions first, first + 1, ...: one pass over the keys with a running maximum and sum (online
+    softmax).
 
     A block of keys that is masked for a query adds exact zeros, so the number of such blocks changes no bit.
     """

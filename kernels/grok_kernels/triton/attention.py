@@ -1,12 +1,13 @@
 """Causal attention over paged keys and values: prefill, decode and mixed batches by one chain of additions.
 
 A tile holds a few queries with all heads that share a key head, so that one load of a key serves them all; its shape
-depends on the model alone. Keys are divided into blocks, and blocks into splits, at fixed places. Each split has its own
-running maximum, sum and output, and splits merge from the first to the last. A request with one query has a program for
-each of its splits, and a second kernel merges them; for a request with more, one program goes through all splits of a
-tile. Both do the same operations in the same order, with no fused multiply-add but where the code asks for one, so a
-token's bits depend on neither batch nor chunk. The device assigns work to programs from the lengths, so that a graph may
-be replayed with other lengths, and a block table far wider than the requests are long costs nothing.
+depends on the model alone. Keys are divided into blocks, and blocks into splits, at fixed places. Each split has its
+own running maximum, sum and output, and splits merge from the first to the last. A request with one query has a
+program for each of its splits, and a second kernel merges them; for a request with more, one program goes through
+all splits of a tile. Both do the same operations in the same order, with no fused multiply-add but where the code
+asks for one, so a token's bits depend on neither batch nor chunk. The device assigns work to programs from the
+lengths, so that a graph may be replayed with other lengths, and a block table far wider than the requests are long
+costs nothing.
 
 p is multiplied as the sum of two bf16 numbers, its rounding and the remainder: with the rounding alone the result would
 not be that of fp32, rounded once. On an H100, prefill and decode of bf16 pages multiply by wgmma, whose tiles have 64
@@ -439,8 +440,8 @@ def paged_attention(
     meta = {
         "SOFTCAP": softcap > 0, "WINDOW": window > 0, "WARM": temperature_len > 0, "SCALED": k_scale is not None,
         "DOT": tl.float32 if fp32 else tl.bfloat16, "PAGE": page, **strides, **scales,
-        "UNIT": math.gcd(16, *strides.values()), "KEYS": tile.keys, "SPAN": SPAN, "HEAD": head, "C": c, "PER_GROUP": per_group,
-        "REQUESTS": requests_of(requests), "enable_fp_fusion": False,
+        "UNIT": math.gcd(16, *strides.values()), "KEYS": tile.keys, "SPAN": SPAN, "HEAD": head, "C": c,
+        "PER_GROUP": per_group, "REQUESTS": requests_of(requests), "enable_fp_fusion": False,
     }  # fmt: skip
     if max_query_len != 1 and requests:
         # a single request has all queries, even where that is one

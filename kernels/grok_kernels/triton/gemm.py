@@ -1,9 +1,9 @@
 """Products of rows grouped by expert with the experts' matrices: one tile loop for every product of this package.
 
-The grid is persistent. Its work list, the tiles of the rows that each expert really has, is computed from the offsets on
-the device, so that nothing waits for the host and a graph may replay with other rows. Both operands are K-major. The
-partial sum of each block of K leaves the tensor core wherever a scale changes, and always in e4m3 and int8; the order
-of the additions depends on K alone.
+The grid is persistent. Its work list, the tiles of the rows that each expert really has, is computed from the
+offsets on the device, so that nothing waits for the host and a graph may replay with other rows. Both operands are
+K-major. The partial sum of each block of K leaves the tensor core wherever a scale changes, and always in e4m3 and
+int8; the order of the additions depends on K alone.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def find_tile(
 
 @triton.jit
 def _weights(w, row, k, end, rows_left, stride, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
-    """A block (BLOCK_N, BLOCK_K) of the stacked matrices of all experts. Past the expert's rows it is 0, or with TMA the next
-    expert's rows, which are not stored."""
+    """A block (BLOCK_N, BLOCK_K) of the stacked matrices of all experts. Past the expert's rows it is 0, or with TMA
+    the next expert's rows, which are not stored."""
     if TMA:
         block = w.load([row, k])
     else:
@@ -118,8 +118,8 @@ def tile_product(
     DOT: tl.constexpr, XS_GROUPS: tl.constexpr, WS_GROUPS: tl.constexpr, PAIR: tl.constexpr, TMA: tl.constexpr,
     SWAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """fp32 (BLOCK_M, BLOCK_N) of x[rows] · w[expert, column..]ᵀ with all scales applied. With PAIR also the same for the
-    columns n further on, where n is the width of one product, half of the matrix's rows.
+    """fp32 (BLOCK_M, BLOCK_N) of x[rows] · w[expert, column..]ᵀ with all scales applied. With PAIR also the same for
+    the columns n further on, where n is the width of one product, half of the matrix's rows.
 
     rows (BLOCK_M,) int64; rows not `inside` count as zeros. XS_GROUPS: x has a scale per 128 columns, else one a row.
     WS_GROUPS: the weights have a scale per `span` of K, a multiple of BLOCK_K; any span where x has no groups.

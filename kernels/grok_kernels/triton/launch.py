@@ -1,4 +1,5 @@
-"""The one function that launches this package's kernels, so that launches can be recorded and compiled for other chips."""
+"""The one function that launches this package's kernels, so that launches can be recorded and compiled for other
+chips."""
 
 from __future__ import annotations
 
@@ -20,9 +21,10 @@ if knobs.runtime.interpret:
 def jit(*, batch: tuple[str, ...] = (), unaligned: tuple[str, ...] = ()) -> Callable[[Any], Any]:
     """`triton.jit` of a kernel whose machine code must depend on the model alone, not on the batch.
 
-    Triton specialises integers that are 1 or multiples of 16: as the batch changes it would compile anew, for seconds in
-    the middle of serving, and perhaps with other bits. batch: the integers that depend on the batch. unaligned: the
-    pointers to per-request or per-row numbers, which may be slices, and whose loads gain nothing from alignment.
+    Triton specialises integers that are 1 or multiples of 16: as the batch changes it would compile anew, for
+    seconds in the middle of serving, and perhaps with other bits. batch: the integers that depend on the batch.
+    unaligned: the pointers to per-request or per-row numbers, which may be slices, and whose loads gain nothing from
+    alignment.
     """
     return triton.jit(do_not_specialize=batch, do_not_specialize_on_alignment=unaligned)
 

@@ -1,5 +1,5 @@
-"""The expert layer in three launches: gate and up with the activation and its quantisation, down with each row's routing
-weight, and the sum over a token's experts in a fixed order."""
+"""The expert layer in three launches: gate and up with the activation and its quantisation, down with each row's
+routing weight, and the sum over a token's experts in a fixed order."""
 
 from __future__ import annotations
 

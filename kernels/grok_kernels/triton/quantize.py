@@ -1,4 +1,5 @@
-"""Activations in 8 bits, one program for a token and up to 16 groups of its columns; and the parts for fused epilogues."""
+"""Activations in 8 bits, one program for a token and up to 16 groups of its columns; and the parts for fused
+epilogues."""
 
 from __future__ import annotations
 

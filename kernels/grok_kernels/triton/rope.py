@@ -94,7 +94,8 @@ def rope_store_kv(
     launch(
         _rope_store_kv, (t, triton.cdiv(heads, HEADS) + triton.cdiv(groups, HEADS)),
         q_THC, k_TGC, v_TGC, out_THC, as_known(k_cache), as_known(v_cache), ks, vs,
-        positions_T, slots_T, cos_sin, heads, groups, c, k_cache.shape[2], *q_THC.stride()[:2], *k_TGC.stride()[:2], *v_TGC.stride()[:2], *k_cache.stride()[:3],
+        positions_T, slots_T, cos_sin, heads, groups, c, k_cache.shape[2],
+        *q_THC.stride()[:2], *k_TGC.stride()[:2], *v_TGC.stride()[:2], *k_cache.stride()[:3],
         *v_cache.stride()[:3], *ks.stride()[:3], *vs.stride()[:3], cos_sin.stride(0),
         QUANTIZED=k_scale is not None, HEADS=HEADS, HALF=triton.next_power_of_2(max(c // 2, 1)), num_warps=4,
     )  # fmt: skip

@@ -38,8 +38,8 @@ def _route(
     SOFTCAP: tl.constexpr, RENORMALIZE: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr,
     EXPERTS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """With done_ptr, a counter, the program that ends last groups all rows, of which there are up to BLOCK, and sets the
-    counter back to 0."""
+    """With done_ptr, a counter, the program that ends last groups all rows, of which there are up to BLOCK, and sets
+    the counter back to 0."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     expert = tl.arange(0, EXPERTS)
     products = tl.zeros((TOKENS, EXPERTS, COLUMNS), tl.float32)

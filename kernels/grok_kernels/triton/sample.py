@@ -6,9 +6,9 @@ between two bounds. The tokens between them are listed in the order of their ind
 smallest and largest logit narrow it again, until all its logits are equal; then the token is found by counting. This
 happens twice, for the cut at top_p and for the draw below it.
 
-One program a row. For 131072 logits it issues 1.5 million warp instructions (five passes over all logits, two of them for
-the lists), which is 0.21 ms of an H100's multiprocessor without stalls; 64 rows take 0.50 ms there. A radix search of
-four bits a pass, in sixteen passes over all logits, took 5.8 ms.
+One program a row. For 131072 logits it issues 1.5 million warp instructions (five passes over all logits, two of
+them for the lists), which is 0.21 ms of an H100's multiprocessor without stalls; 64 rows take 0.50 ms there. A radix
+search of four bits a pass, in sixteen passes over all logits, took 5.8 ms.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ def _first(logits, v, largest, nans, BLOCK: tl.constexpr):
 
 @triton.jit
 def _between(bounds, sums, hi, above, target, STRICT: tl.constexpr):
-    """Given falling bounds and the sum of all weights above each: the interval lo..hi of bounds in which the sum reaches
-    the target (or passes it, if STRICT), and the sum above hi. The lowest interval if rounding lets none reach it."""
+    """Given falling bounds and the sum of all weights above each: the interval lo..hi of bounds in which the sum
+    reaches the target (or passes it, if STRICT), and the sum above hi. The lowest interval if rounding lets none
+    reach it."""
     digit = tl.arange(0, BOUNDS)
     reached = (sums > target) if STRICT else (sums >= target)
     # of equal lowest bounds the first, since no token lies between them

@@ -23,9 +23,9 @@ def requests_of(requests: int) -> int:
 def startup(max_requests: int, max_tokens: int) -> list[tuple[int, ...]]:
     """Steps, each given as the number of queries of every request, that together compile every kernel of an engine.
 
-    max_requests and max_tokens bound one step. Run a step of one query a request as decoding does, and sample its tokens.
-    Products that have a tile for few rows (`tuning.FEW_ROWS`) compile it in the first step, and the other tile in the
-    largest prompt, if max_requests of its rows go through the output head.
+    max_requests and max_tokens bound one step. Run a step of one query a request as decoding does, and sample its
+    tokens. Products that have a tile for few rows (`tuning.FEW_ROWS`) compile it in the first step, and the other
+    tile in the largest prompt, if max_requests of its rows go through the output head.
     """
     # the second step's rows are grouped by the router itself in the large block, the third's by kernels of their own
     steps: list[tuple[int, ...]] = [(1,), (min(FEW + 1, max_tokens),), (max_tokens,)]

@@ -1,4 +1,5 @@
-"""Products and the expert layer for Hopper, run by the host emulation: against the oracle, and the same bits however run."""
+"""Products and the expert layer for Hopper, run by the host emulation: against the oracle, and the same bits however
+run."""
 
 from __future__ import annotations
 
@@ -181,7 +182,8 @@ def test_tiles_divide_the_rounds_evenly(emulated: Emulated) -> None:
 @pytest.mark.parametrize(("n", "width"), [(1016, 256), (760, 192), (248, 128)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_width_of_tiles_across_their_borders(emulated: Emulated, dtype: torch.dtype, n: int, width: int) -> None:
-    """Past a tile's rows and columns and the last of K, with experts that have no rows, and rows that have no expert."""
+    """Past a tile's rows and columns and the last of K, with experts that have no rows, and rows that have no
+    expert."""
     m, offsets = 153, [0, 0, 130, 130, 149]
     emulated.library.set_multiprocessors(2)  # one cluster
     assert emulated.library.tile_columns(I64(m), I64(n), I64(4), 1) == width
@@ -279,7 +281,8 @@ def test_parts_are_summed_first_to_last_and_rounded_once(emulated: Emulated) -> 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gate_and_up_with_the_quantisation_of_their_product(emulated: Emulated, activation: str) -> None:
-    """Of 176 columns the second group is short; the rows past it are those of the up projection, and count for nothing."""
+    """Of 176 columns the second group is short; the rows past it are those of the up projection, and count for
+    nothing."""
     c = case(150, 2 * 176, 144, [0, 5, 5, 139, 147])
     c["x"][147:], c["weight"][1] = torch.tensor(NAN).to(FP8), torch.tensor(NAN).to(FP8)
     c["x_scale"] *= 0.1  # gates of about one

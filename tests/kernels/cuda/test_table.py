@@ -32,7 +32,8 @@ def test_the_readme_has_the_table_and_no_kernel_spills() -> None:
     for output, stores in OUTPUTS.items():
         for halves, columns in TILES if output != "ToGated" else TILES[:1]:
             name = f"gemm::fp8_kernel<gemm::{output}, {halves}, {columns}>"
-            # of each half four products of 32; a load of x and one of each half's weights; what is stored, 128 bytes a row
+            # of each half four products of 32; a load of x and one of each half's weights; what is stored, 128 bytes a
+            # row
             stored = int(halves * columns * stores / 128)
             assert counted.pop(name) == (4 * halves, 0, 1 + halves, stored, 0, 0), name
     assert not any("fp8_kernel" in name for name in counted)

@@ -1,4 +1,5 @@
-"""The wide products for Hopper, run by the host emulation: int8 against the oracle, e4m3 with the bits of the other kernels."""
+"""The wide products for Hopper, run by the host emulation: int8 against the oracle, e4m3 with the bits of the other
+kernels."""
 
 from __future__ import annotations
 
@@ -172,7 +173,8 @@ SHAPES = [(16, 136, 2, 8), (16, 136, 5, 16), (64, 96, 2, 24), (64, 200, 4, 32), 
 def test_int8_across_every_border(
     emulated: Wide, tokens: int, n: int, multiprocessors: int, height: int, groups: int
 ) -> None:
-    """Past a tile's rows and columns and the last of K, with experts that have no rows, and rows that have no expert."""
+    """Past a tile's rows and columns and the last of K, with experts that have no rows, and rows that have no
+    expert."""
     last = 40 if tokens == 16 else 150 if height < 128 or tokens == 128 else 270  # of 64 tokens, more than 64 an expert
     m, offsets, k = last + 4, [0, 0, last - 19, last - 19, last], 384 if groups > 1 else 272
     emulated.library.set_multiprocessors(multiprocessors)
