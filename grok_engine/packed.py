@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 import grok_kernels
-from grok_kernels.layouts import Layout, unpack
 
 from .checkpoint.packed import FILE, PackedCheckpoint, PackedInfo, arrange, header, is_packed_folder
 from .checkpoint.xai import CheckpointError, XaiCheckpoint
@@ -150,7 +149,7 @@ def load_packed(
             progress(done, checkpoint.total_bytes)
 
 
-def _layout(module: NamedTensor | FusedWeight, info: PackedInfo) -> Layout:
+def _layout(module: NamedTensor | FusedWeight, info: PackedInfo) -> grok_kernels.Layout:
     dtype = DTYPES[info.dtype]
     return "rows" if info.shape == module.shape_in("rows", dtype) else "panels"
 
@@ -163,15 +162,14 @@ def _hold(
     module: NamedTensor | FusedWeight,
     values: Tensor,
     scales: Tensor | None,
-    layout: Layout,
+    layout: grok_kernels.Layout,
     device: torch.device | None,
 ) -> None:
     """Give the module its weight as the file has it or, with a device, a copy in rows there."""
     if isinstance(module, NamedTensor):
-        if device is not None:
-            values = (unpack(values)[0] if layout == "panels" else values).to(device, copy=True)
-            layout = "rows"
         module.hold(values, layout)
+        if device is not None:
+            module.hold(module.values().to(device, copy=True))
         return
     weight = grok_kernels.Weight.of(values, scales, layout)
     if device is not None:

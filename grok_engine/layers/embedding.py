@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 import grok_kernels
-from grok_kernels.layouts import Layout, unpack, values_shape
 
 from .weight import NamedTensor, packs
 
@@ -20,11 +19,13 @@ class Embedding(NamedTensor):
         super().__init__(name, vocab, d)
         self.vocab, self.d, self.tied = vocab, d, tied
 
-    def layout_for(self, dtype: torch.dtype, device: torch.device | str, packed: bool | None = None) -> Layout:
+    def layout_for(
+        self, dtype: torch.dtype, device: torch.device | str, packed: bool | None = None
+    ) -> grok_kernels.Layout:
         return "panels" if self.tied and packs(self.vocab, self.d, dtype, device, packed) else "rows"
 
-    def shape_in(self, layout: Layout, dtype: torch.dtype) -> tuple[int, ...]:
-        return values_shape(layout, 1, self.vocab, self.d, dtype) if layout == "panels" else self.shape
+    def shape_in(self, layout: grok_kernels.Layout, dtype: torch.dtype) -> tuple[int, ...]:
+        return grok_kernels.values_shape(layout, 1, self.vocab, self.d, dtype) if layout == "panels" else self.shape
 
     def fill(self, source: Tensor) -> None:
         if self.layout == "rows":
@@ -34,7 +35,7 @@ class Embedding(NamedTensor):
             grok_kernels.pack_into(source[None, at : at + ROWS].to(self.weight.dtype), self.weight, at)
 
     def values(self) -> Tensor:
-        return unpack(self.weight)[0] if self.layout == "panels" else self.weight
+        return self.matrix().with_layout("rows").values[0]
 
     def forward(self, tokens_T: Tensor, multiplier: float, dtype: torch.dtype) -> Tensor:
         """weight[token] · multiplier, in fp32, rounded once to `dtype`."""
@@ -45,8 +46,10 @@ class Embedding(NamedTensor):
         # where the types agree, torch's product is that: computed in fp32 and rounded once
         return rows_TD * multiplier if rows_TD.dtype == dtype else (rows_TD.float() * multiplier).to(dtype)
 
+    def matrix(self) -> grok_kernels.Weight:
+        """weight_VD as the products take it, (1, V, D)."""
+        return grok_kernels.Weight.of(self.weight if self.layout == "panels" else self.weight[None], layout=self.layout)
+
     def attend(self, x_TD: Tensor) -> Tensor:
         """x · weightᵀ, (T, V) fp32."""
-        values = self.weight if self.layout == "panels" else self.weight[None]
-        weight = grok_kernels.Weight.of(values, layout=self.layout)
-        return grok_kernels.grouped_gemm(x_TD, weight, out_dtype=torch.float32)
+        return grok_kernels.grouped_gemm(x_TD, self.matrix(), out_dtype=torch.float32)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import grok_kernels
-from grok_kernels.layouts import Layout, values_shape
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
@@ -39,14 +38,16 @@ class NamedTensor(nn.Module):
     def __init__(self, name: str, *shape: int, transposed: bool = False) -> None:
         super().__init__()
         self.name, self.shape, self.transposed = name, shape, transposed
-        self.layout: Layout = "rows"
+        self.layout: grok_kernels.Layout = "rows"
         self.register_parameter("weight", None)
 
-    def layout_for(self, dtype: torch.dtype, device: torch.device | str, packed: bool | None = None) -> Layout:
+    def layout_for(
+        self, dtype: torch.dtype, device: torch.device | str, packed: bool | None = None
+    ) -> grok_kernels.Layout:
         """The layout of `weight` on this device. packed: as for `FusedWeight.layout_for`."""
         return "rows"
 
-    def shape_in(self, layout: Layout, dtype: torch.dtype) -> tuple[int, ...]:
+    def shape_in(self, layout: grok_kernels.Layout, dtype: torch.dtype) -> tuple[int, ...]:
         """The shape of `weight` in this layout."""
         return self.shape
 
@@ -55,7 +56,7 @@ class NamedTensor(nn.Module):
         layout = self.layout_for(dtype, device, packed)
         self.hold(grok_kernels.weight_memory(self.shape_in(layout, dtype), dtype, device), layout)
 
-    def hold(self, weight: Tensor, layout: Layout = "rows") -> None:
+    def hold(self, weight: Tensor, layout: grok_kernels.Layout = "rows") -> None:
         """Take this tensor, which has the shape of `shape_in`, as `weight`."""
         self.layout = layout
         self.weight = _parameter(weight)
@@ -100,15 +101,17 @@ class FusedWeight(nn.Module):
             n += rows
         self.experts, self.n, self.k = experts, n, k
 
-    def layout_for(self, dtype: torch.dtype, device: torch.device | str, packed: bool | None = None) -> Layout:
+    def layout_for(
+        self, dtype: torch.dtype, device: torch.device | str, packed: bool | None = None
+    ) -> grok_kernels.Layout:
         """The layout of the values: panels where possible with `packed`, or with None where the device's kernels are
         faster for them; in either case only if each part can be packed by itself."""
         packs_all = all(packs(part.stop - part.start, self.k, dtype, device, packed) for part in self.parts)
         return "panels" if packs_all else "rows"
 
-    def shape_in(self, layout: Layout, dtype: torch.dtype) -> tuple[int, ...]:
+    def shape_in(self, layout: grok_kernels.Layout, dtype: torch.dtype) -> tuple[int, ...]:
         """The shape of the values in this layout."""
-        return values_shape(layout, self.experts, self.n, self.k, dtype)
+        return grok_kernels.values_shape(layout, self.experts, self.n, self.k, dtype)
 
     def allocate(self, dtype: torch.dtype, groups: int, device: torch.device | str, packed: bool | None = None) -> None:
         """Make room, uninitialised, for values of `dtype` and so many groups of scales; 0 for formats without.

@@ -2,7 +2,7 @@
 
 from . import cpu, cuda, reference, triton
 from .chips import multiplies_fp8
-from .layouts import can_pack, pack_into, packed_rows, packed_shape, wants_packed
+from .layouts import Layout, can_pack, pack_into, packed_rows, values_shape, wants_packed
 from .memory import huge_pages, weight_memory
 from .ops import (
     group_tokens,
@@ -26,6 +26,7 @@ from .triton.steps import startup as startup_steps
 from .weights import Weight
 
 __all__ = [
+    "Layout",
     "Status",
     "Weight",
     "backends",
@@ -43,7 +44,6 @@ __all__ = [
     "multiplies_fp8",
     "pack_into",
     "packed_rows",
-    "packed_shape",
     "paged_attention",
     "quantize_fp8",
     "quantize_int8",
@@ -59,6 +59,7 @@ __all__ = [
     "startup_steps",
     "triton",
     "use_backend",
+    "values_shape",
     "wants_packed",
     "weight_memory",
 ]
