@@ -20,10 +20,13 @@ import pytest
 import torch
 
 import grok_engine.checkpoint.xai
+import grok_kernels
 from grok_engine import LLM, ModelConfig, SamplingParams
 from grok_engine.layers.attention import Attention
 from grok_engine.layers.moe import Experts, Router
+from grok_engine.layers.norm import Residual
 from grok_engine.layers.weight import FusedWeight, NamedTensor
+from grok_engine.models.decoder import DecoderLayer
 from grok_kernels import Weight
 
 FP32 = 2e-5  # ‖ours − theirs‖ / ‖theirs‖; both sum in fp32, in different orders
@@ -82,6 +85,12 @@ class Trace:
     layer: np.ndarray
 
 
+def residual(layer: DecoderLayer, h: Residual) -> torch.Tensor:
+    """h after a layer, whose last addition waits for the next layer's norm."""
+    (delta_TD, post), pre = h._added, layer.pre_attn
+    return grok_kernels.sandwich_norm(h._h_TD, delta_TD, None if post is None else post.weight, pre.weight, pre.eps)[0]
+
+
 def run(llm: LLM, tokens: np.ndarray) -> Trace:
     """One prompt at once, with what every layer put out, in the order of the layers."""
     seen: dict[str, list[np.ndarray]] = {name: [] for name in ("experts", "gates", "attn", "moe", "layer")}
@@ -97,7 +106,7 @@ def run(llm: LLM, tokens: np.ndarray) -> Trace:
             router.register_forward_hook(keep("experts", lambda out: out[1])),
             layer.attn.register_forward_hook(keep("attn")),
             layer.feed_forward.register_forward_hook(keep("moe")),
-            layer.register_forward_hook(keep("layer", lambda out: out[0])),
+            layer.register_forward_hook(lambda layer, args, out: keep("layer")(layer, args, residual(layer, args[0]))),
         ]
     try:
         logits = llm.logits(tokens.tolist()).cpu().numpy()
