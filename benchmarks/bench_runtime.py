@@ -25,8 +25,9 @@ from rich.table import Table
 from torch import Tensor
 
 import grok_kernels
-from grok_engine import LLMEngine, RequestOutputKind, SamplingParams, sampler
-from grok_engine.runner import Runner, Work
+from grok_engine import LLMEngine, RequestOutputKind, SamplingParams
+from grok_engine.runtime.runner import Runner, Work
+from grok_engine.sampling import sampler
 
 RUNNING = (1, 8, 64, 256)
 QUEUED = 10_000

@@ -24,8 +24,8 @@ from rich.table import Table
 
 import grok_kernels
 from grok_engine import LLMEngine, ModelConfig, RequestOutputKind, SamplingParams
-from grok_engine.checkpoint.layout import layout
-from grok_engine.checkpoint.xai import write_xai
+from grok_engine.checkpoint.xai.layout import layout
+from grok_engine.checkpoint.xai.reader import write_xai
 from grok_kernels import registry
 from grok_kernels.recording import Recorded
 

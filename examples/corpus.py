@@ -11,9 +11,9 @@ import sentencepiece as spm
 import torch
 from torch import Tensor
 
-from grok_engine.batch import Batch
-from grok_engine.cache.paged import allocate_pages
 from grok_engine.models.decoder import Decoder
+from grok_engine.runtime.batch import Batch
+from grok_engine.runtime.pages import allocate_pages
 
 BLOCK = 8192  # characters
 HELD_OUT_EVERY = 20  # one block in 20 is held out, spread over each file

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from grok_engine import LLM
 from grok_engine.layers.moe import Router
-from grok_engine.loader import resolve_model
+from grok_engine.loading.load import resolve_model
 
 
 def count_experts(llm: LLM) -> list[Counter[int]]:

@@ -23,12 +23,12 @@ from corpus import bits_per_byte, encode, logits, split, train_tokenizer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from grok_engine.checkpoint.xai import write_xai
+from grok_engine.checkpoint.xai.reader import write_xai
 from grok_engine.config import ModelConfig, ffn_width
 from grok_engine.layers.attention import Attention
 from grok_engine.layers.moe import Experts, Router
 from grok_engine.layers.weight import FusedWeight, NamedTensor
-from grok_engine.loader import export_weights
+from grok_engine.loading.load import export_weights
 from grok_engine.models.decoder import Decoder
 
 

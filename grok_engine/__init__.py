@@ -1,12 +1,12 @@
 """An inference engine for models of the Grok-1 kind: top-2 of 8 experts, 8-bit weights."""
 
 from .async_llm import AsyncLLM
-from .checkpoint.xai import CheckpointError
+from .checkpoint.xai.reader import CheckpointError
 from .config import ConfigError, EngineConfig, ModelConfig
 from .engine import EngineClosedError, EngineStats, LLMEngine
 from .llm import LLM, StreamChunk
-from .request import CompletionOutput, RequestMetrics, RequestOutput
-from .sampling import RequestOutputKind, SamplingParams, StructuredOutput
+from .runtime.request import CompletionOutput, RequestMetrics, RequestOutput
+from .sampling.params import RequestOutputKind, SamplingParams, StructuredOutput
 
 __version__ = "0.1.0"
 

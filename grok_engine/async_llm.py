@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
 from .engine import EngineClosedError, LLMEngine, Prompt
-from .request import RequestOutput
-from .sampling import SamplingParams
+from .runtime.request import RequestOutput
+from .sampling.params import SamplingParams
 
 
 class AsyncLLM:

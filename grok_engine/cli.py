@@ -20,16 +20,16 @@ import grok_kernels
 from grok_kernels.chips import GPUS
 
 from . import __version__
-from .checkpoint.inspect import inspect_checkpoint
-from .checkpoint.inspect import render as render_report
 from .config import PRESETS, ActFormat, ConfigError, DType, ModelConfig, WeightFormat
 from .llm import LLM
-from .loader import resolve_model
-from .packed import convert
-from .plan import PlanKV, PlanWeights, plan
-from .plan_view import render as render_plan
-from .progress import byte_bar
-from .sampling import SamplingParams
+from .loading.convert import convert
+from .loading.load import resolve_model
+from .loading.progress import byte_bar
+from .sampling.params import SamplingParams
+from .tools.inspect import inspect_checkpoint
+from .tools.inspect import render as render_report
+from .tools.plan import PlanKV, PlanWeights, plan
+from .tools.plan_view import render as render_plan
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

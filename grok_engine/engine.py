@@ -16,24 +16,24 @@ from torch import Tensor
 
 import grok_kernels
 
-from .batch import Work, take_rows
-from .cache.allocator import PageAllocator
 from .checkpoint.packed import PackedCheckpoint, is_packed_folder
-from .checkpoint.xai import XaiCheckpoint
+from .checkpoint.xai.reader import XaiCheckpoint
 from .config import ActFormat, ConfigError, DType, EngineConfig, ModelConfig
-from .dummy import dummy_weights
-from .loader import Progress, load_weights, resolve_model
+from .loading.convert import load_packed
+from .loading.load import Progress, load_weights, resolve_model
+from .loading.random import dummy_weights
 from .models.decoder import Decoder
-from .output import FinishReason, SequenceOutput, begins_text, check_tokenizer
-from .packed import load_packed
-from .request import Answer, Request, RequestOutput, TopLogprobs
-from .runner import Runner
-from .sampler import Sampled, SequenceSampler, bad_word_tokens, prompt_logprobs, sample
-from .sampling import RequestOutputKind, SamplingParams, fresh_seed
-from .scheduler import Entry, Schedule, Scheduler, SchedulerStats
-from .scheduler import Sequence as Tokens
-from .structured import StructuredCompiler
-from .tokenizer import Tokenizer, load_tokenizer
+from .runtime.allocator import PageAllocator
+from .runtime.batch import Work, take_rows
+from .runtime.request import Answer, Request, RequestOutput, TopLogprobs
+from .runtime.runner import Runner
+from .runtime.scheduler import Entry, Schedule, Scheduler, SchedulerStats
+from .runtime.scheduler import Sequence as Tokens
+from .runtime.text import FinishReason, SequenceOutput, begins_text, check_tokenizer
+from .sampling.params import RequestOutputKind, SamplingParams, fresh_seed
+from .sampling.sampler import Sampled, SequenceSampler, bad_word_tokens, prompt_logprobs, sample
+from .sampling.structured import StructuredCompiler
+from .tokenizer.base import Tokenizer, load_tokenizer
 
 Prompt = str | Sequence[int]
 _DTYPES: dict[DType, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}

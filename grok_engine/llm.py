@@ -15,12 +15,12 @@ from torch import Tensor
 
 from .config import DType, EngineConfig, WeightFormat
 from .engine import LLMEngine, Prompt
+from .loading.progress import byte_bar, request_bar
 from .models.decoder import Decoder
-from .output import FinishReason
-from .progress import byte_bar, request_bar
-from .request import RequestOutput
-from .sampling import RequestOutputKind, SamplingParams
-from .tokenizer import Tokenizer
+from .runtime.request import RequestOutput
+from .runtime.text import FinishReason
+from .sampling.params import RequestOutputKind, SamplingParams
+from .tokenizer.base import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

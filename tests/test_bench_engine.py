@@ -26,7 +26,7 @@ from grok_bench.engine.workload import Job, arrivals, at, check_jobs, random_job
 from grok_engine import ConfigError, LLMEngine, ModelConfig, RequestOutput
 from grok_engine.cli import main
 from grok_engine.config import PRESETS, WeightFormat
-from grok_engine.dummy import _repeat, dummy_bytes, dummy_weights, weight_bytes
+from grok_engine.loading.random import _repeat, dummy_bytes, dummy_weights, weight_bytes
 from grok_engine.models.decoder import Decoder
 
 ROOT = Path(__file__).resolve().parents[1]

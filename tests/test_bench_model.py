@@ -16,7 +16,7 @@ import torch
 
 import grok_kernels
 from grok_engine import ModelConfig
-from grok_engine.checkpoint.layout import layout
+from grok_engine.checkpoint.xai.layout import layout
 
 STATUS = grok_kernels.backends()["rms_norm"]["cpu"]
 if not STATUS.available:

@@ -25,8 +25,8 @@ from grok_bench.kernels.device import Device
 from grok_bench.kernels.harness import BUSY, NOISE, interval
 from grok_bench.report.units import amount
 from grok_engine import ModelConfig
-from grok_engine.checkpoint.xai import write_xai
-from grok_engine.packed import convert
+from grok_engine.checkpoint.xai.reader import write_xai
+from grok_engine.loading.convert import convert
 
 from .engines import Llama, Load, Ours, Tools, find_llama
 from .gguf_grok import write_gguf

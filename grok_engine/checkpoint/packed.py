@@ -18,7 +18,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from grok_engine.checkpoint.pickles import CheckpointError
+from grok_engine.checkpoint.xai.pickles import CheckpointError
 
 FILE = "weights.safetensors"
 FORMAT = "grok-engine 1"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from grok_engine.checkpoint.pickles import Array
+from grok_engine.checkpoint.xai.pickles import Array
 
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 _SMALLEST = float(np.finfo(np.float32).tiny)  # bf16 has the exponents of fp32; below this it loses precision

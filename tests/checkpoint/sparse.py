@@ -7,8 +7,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from grok_engine.checkpoint.layout import TensorSpec, layout
-from grok_engine.checkpoint.pickle_writer import Data, Described, pickle_pieces
+from grok_engine.checkpoint.xai.layout import TensorSpec, layout
+from grok_engine.checkpoint.xai.pickle_writer import Data, Described, pickle_pieces
 from grok_engine.config import ModelConfig
 
 RELEASE_BYTES = 318_239_886_140

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from grok_engine.checkpoint import verify
-from grok_engine.checkpoint.inspect import Report, inspect_checkpoint, render
-from grok_engine.checkpoint.pickle_writer import write_pickle
-from grok_engine.checkpoint.pickles import CheckpointError, map_pickle, read_header
+from grok_engine.checkpoint.xai.pickle_writer import write_pickle
+from grok_engine.checkpoint.xai.pickles import CheckpointError, map_pickle, read_header
 from grok_engine.config import ModelConfig
+from grok_engine.tools import verify
+from grok_engine.tools.inspect import Report, inspect_checkpoint, render
 from tests.checkpoint.sparse import RELEASE_BYTES, write_sparse_release
 
 BF16 = np.dtype(ml_dtypes.bfloat16)

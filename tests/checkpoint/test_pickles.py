@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import grok_engine.checkpoint
-from grok_engine.checkpoint.pickle_machine import Machine
-from grok_engine.checkpoint.pickle_writer import Data, Described, pickle_pieces, write_pickle
-from grok_engine.checkpoint.pickles import CheckpointError, map_pickle, read_header
+from grok_engine.checkpoint.xai.pickle_machine import Machine
+from grok_engine.checkpoint.xai.pickle_writer import Data, Described, pickle_pieces, write_pickle
+from grok_engine.checkpoint.xai.pickles import CheckpointError, map_pickle, read_header
 
 pytestmark = pytest.mark.filterwarnings("ignore:numpy.core.*:DeprecationWarning")
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -158,7 +158,7 @@ def test_the_writer_agrees_with_pickle(
 
 
 def test_transposed_weights_are_written_in_c_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grok_engine.checkpoint.pickle_writer._CHUNK", 100)
+    monkeypatch.setattr("grok_engine.checkpoint.xai.pickle_writer._CHUNK", 100)
     for array in (
         values((30, 20), np.float32).T,
         values((3, 40, 5), np.int8).transpose(0, 2, 1),
@@ -173,7 +173,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("grok_engine.checkpoint.pickle_writer._stream", full)
+    monkeypatch.setattr("grok_engine.checkpoint.xai.pickle_writer._stream", full)
     with pytest.raises(OSError, match="No space"):
         write_pickle(tmp_path / "t", values((4, 4), np.int8), None)
     assert list(tmp_path.iterdir()) == []

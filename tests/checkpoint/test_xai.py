@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grok_engine.checkpoint.pickle_writer import write_pickle
-from grok_engine.checkpoint.xai import CheckpointError, XaiCheckpoint, layout, quantize_matrix, write_xai
-from grok_engine.checkpoint.xai_writer import reference_config
+from grok_engine.checkpoint.xai.pickle_writer import write_pickle
+from grok_engine.checkpoint.xai.reader import CheckpointError, XaiCheckpoint, layout, quantize_matrix, write_xai
+from grok_engine.checkpoint.xai.writer import reference_config
 from grok_engine.config import ModelConfig
 
 BF16 = np.dtype(ml_dtypes.bfloat16)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-import grok_engine.checkpoint.xai
+import grok_engine.checkpoint.xai.reader
 import grok_kernels
 from grok_engine import LLM, ModelConfig, SamplingParams
 from grok_engine.layers.attention import Attention
@@ -335,7 +335,7 @@ def test_a_wrong_constant_is_noticed(folder: Path, change: dict[str, Any], monke
 
 
 def test_numeric_order_of_layers_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = grok_engine.checkpoint.xai.layout
+    right = grok_engine.checkpoint.xai.reader.layout
 
     def numeric(config: ModelConfig) -> list[Any]:
         specs = right(config)
@@ -343,7 +343,7 @@ def test_numeric_order_of_layers_is_noticed(monkeypatch: pytest.MonkeyPatch) -> 
         names = [f"layers.{layer}.{slot}" for layer in range(config.num_layers) for slot in slots]
         return specs[:2] + [replace(spec, name=name) for spec, name in zip(specs[2:], names, strict=True)]
 
-    monkeypatch.setattr(grok_engine.checkpoint.xai, "layout", numeric)
+    monkeypatch.setattr(grok_engine.checkpoint.xai.reader, "layout", numeric)
     assert noticed(LLM(DEEP, dtype="float32"), DEEP)
     assert not noticed(LLM(GROUPED, dtype="float32"), GROUPED)  # up to ten layers the two orders are one
 

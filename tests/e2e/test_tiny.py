@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from grok_engine import LLM, ModelConfig
-from grok_engine.loader import resolve_model
+from grok_engine.loading.load import resolve_model
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = resolve_model("tiny")

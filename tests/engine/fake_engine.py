@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from grok_engine.cache.allocator import PageAllocator
-from grok_engine.scheduler import Schedule, Scheduler, Sequence, Status
+from grok_engine.runtime.allocator import PageAllocator
+from grok_engine.runtime.scheduler import Schedule, Scheduler, Sequence, Status
 
 SCALE = int(os.environ.get("GROK_TEST_SCALE", "1"))  # more examples, for a longer look
 VOCAB = 5

@@ -15,7 +15,7 @@ import grok_kernels
 from grok_engine import LLM, LLMEngine, SamplingParams
 from grok_engine.cli import main
 from grok_engine.config import PRESETS
-from grok_engine.packed import convert
+from grok_engine.loading.convert import convert
 from tests.e2e.test_goldens import DEEP, GROUPED, WIDE, error, golden, model, prompts
 from tests.engine.test_graphs import small
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from grok_engine.cache.allocator import PageAllocator
+from grok_engine.runtime.allocator import PageAllocator
 
 SCALE = int(os.environ.get("GROK_TEST_SCALE", "1"))  # more examples, for a longer look
 

@@ -18,7 +18,7 @@ import torch
 from grok_engine.config import PRESETS, EngineConfig, ModelConfig
 from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.models.decoder import Decoder
-from grok_engine.runner import Runner, Work
+from grok_engine.runtime.runner import Runner, Work
 
 Weights = dict[str, np.ndarray]  # by name, (in, out), experts in front
 TOKENS = [7, 3, 3, 39, 0, 12, 25, 7, 31, 18, 2, 39, 5]

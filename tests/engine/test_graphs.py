@@ -15,14 +15,14 @@ from torch import Tensor
 
 import grok_kernels
 from grok_engine import LLMEngine
-from grok_engine.batch import ALIGNED, Batch, Work, flatten, take_rows
-from grok_engine.cache.paged import allocate_pages
 from grok_engine.config import PRESETS, EngineConfig, ModelConfig
-from grok_engine.dummy import dummy_weights
-from grok_engine.graphs import Capture, CpuCapture, CudaCapture, DecodeGraphs, Run, rungs, widths
 from grok_engine.layers.weight import FusedWeight, NamedTensor
+from grok_engine.loading.random import dummy_weights
 from grok_engine.models.decoder import Decoder
-from grok_engine.runner import GPU_SHARE
+from grok_engine.runtime.batch import ALIGNED, Batch, Work, flatten, take_rows
+from grok_engine.runtime.graphs import Capture, CpuCapture, CudaCapture, DecodeGraphs, Run, rungs, widths
+from grok_engine.runtime.pages import allocate_pages
+from grok_engine.runtime.runner import GPU_SHARE
 from grok_kernels import registry
 from tests.engine.test_invariance import SHAPES, SMALL, assert_as_alone, make_engine, make_traffic
 

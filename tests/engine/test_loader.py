@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 import torch
 
-import grok_engine.loader
+import grok_engine.loading.load
 import grok_kernels
 from grok_engine import LLM, ModelConfig
-from grok_engine.checkpoint.layout import TensorSpec, layout
 from grok_engine.checkpoint.quantize import quantize_matrix
-from grok_engine.checkpoint.xai import CheckpointError, XaiCheckpoint, write_xai
+from grok_engine.checkpoint.xai.layout import TensorSpec, layout
+from grok_engine.checkpoint.xai.reader import CheckpointError, XaiCheckpoint, write_xai
 from grok_engine.layers.weight import FusedWeight, NamedTensor
-from grok_engine.loader import export_weights, load_weights
+from grok_engine.loading.load import export_weights, load_weights
 from grok_engine.models.decoder import Decoder
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
@@ -150,7 +150,7 @@ def test_fp8_is_the_nearest_to_what_the_checkpoint_means(
     store: Store, form: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Per output channel the scale is amax / 448, so that each value is off by half a step of e4m3 at most."""
-    monkeypatch.setattr(grok_engine.loader, "CHUNK", chunk)
+    monkeypatch.setattr(grok_engine.loading.load, "CHUNK", chunk)
     hold(form, monkeypatch)
     wanted = write_random(tmp_path, store, WIDE)
     model = LLM(tmp_path, dtype="float32", weights="fp8").model
@@ -392,7 +392,7 @@ import gc, json, re, sys
 import numpy as np
 from pathlib import Path
 from grok_engine import LLM
-from grok_engine.checkpoint.xai import MappedTensor, XaiCheckpoint
+from grok_engine.checkpoint.xai.reader import MappedTensor, XaiCheckpoint
 
 def status(key):
     return int(re.search(rf"{key}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10

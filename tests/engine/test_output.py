@@ -10,9 +10,9 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grok_engine.output import Emitted, SequenceOutput, StopStrings, check_tokenizer
-from grok_engine.sampling import Patterns, SamplingParams, StructuredOutput
-from grok_engine.tokenizer import SentencePieceTokenizer, Tokenizer
+from grok_engine.runtime.text import Emitted, SequenceOutput, StopStrings, check_tokenizer
+from grok_engine.sampling.params import Patterns, SamplingParams, StructuredOutput
+from grok_engine.tokenizer.base import SentencePieceTokenizer, Tokenizer
 
 ALPHABET = ["a", "b", "ab", " ", "é", "猫"]
 

@@ -14,13 +14,13 @@ import pytest
 import safetensors
 import torch
 
-import grok_engine.packed
+import grok_engine.loading.convert
 from grok_engine import LLM, CheckpointError, ConfigError, SamplingParams
 from grok_engine.checkpoint import packed as container
 from grok_engine.checkpoint.packed import FILE, PackedCheckpoint, arrange
 from grok_engine.cli import main
 from grok_engine.layers.weight import FusedWeight, NamedTensor
-from grok_engine.packed import convert
+from grok_engine.loading.convert import convert
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 GROUPED = GOLDENS / "g8-a-emb128-k16"
@@ -270,7 +270,7 @@ def test_what_exists_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(grok_engine.packed.shutil, "disk_usage", lambda path: usage(10**6, 10**6, 1234))
+    monkeypatch.setattr(grok_engine.loading.convert.shutil, "disk_usage", lambda path: usage(10**6, 10**6, 1234))
     with pytest.raises(ConfigError, match=r"out needs [\d,]+ bytes, 1,234 are free there"):
         convert(GROUPED, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -310,9 +310,9 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np, ml_dtypes
 from grok_engine import ModelConfig
-from grok_engine.checkpoint.layout import layout
-from grok_engine.checkpoint.xai import write_xai
-from grok_engine.packed import convert
+from grok_engine.checkpoint.xai.layout import layout
+from grok_engine.checkpoint.xai.writer import write_xai
+from grok_engine.loading.convert import convert
 config = replace(ModelConfig.preset("grok-1"), name="m", vocab_size=64, d_model=256, num_layers=12, num_heads=4,
                  num_kv_heads=4, head_dim=64, d_ff=2048, attn_scale=0.125, max_position=64)
 def tensors():

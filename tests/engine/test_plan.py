@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from grok_engine.config import PRESETS, ModelConfig
-from grok_engine.plan import expert_layer_cost, plan, released_bytes, valid_gpu_counts
-from grok_engine.plan_view import render
+from grok_engine.tools.plan import expert_layer_cost, plan, released_bytes, valid_gpu_counts
+from grok_engine.tools.plan_view import render
 from grok_kernels.chips import GPUS
 
 GROK = PRESETS["grok-1"]

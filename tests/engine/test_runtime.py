@@ -25,7 +25,7 @@ from grok_engine import (
     SamplingParams,
     StructuredOutput,
 )
-from grok_engine.sampling import uniform
+from grok_engine.sampling.params import uniform
 from tests.engine.spelled import spell
 
 FOLDER = Path(__file__).parents[1] / "data" / "goldens" / "g8-a-emb128-k16"

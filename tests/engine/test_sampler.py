@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from grok_engine.sampler import SequenceSampler, bad_word_tokens, prompt_logprobs, sample, token_logprobs
-from grok_engine.sampling import SamplingParams, uniform
+from grok_engine.sampling.params import SamplingParams, uniform
+from grok_engine.sampling.sampler import SequenceSampler, bad_word_tokens, prompt_logprobs, sample, token_logprobs
 
 NEVER = float("-inf")
 EOS = (2,)

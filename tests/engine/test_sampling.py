@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from grok_engine.sampling import RequestOutputKind, SamplingParams, StructuredOutput, fresh_seed, uniform
+from grok_engine.sampling.params import RequestOutputKind, SamplingParams, StructuredOutput, fresh_seed, uniform
 
 NAN, INF = float("nan"), float("inf")
 WRONG: dict[str, list[Any]] = {

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from grok_engine.cache.allocator import PageAllocator
-from grok_engine.scheduler import Schedule, Scheduler, Sequence, Status
+from grok_engine.runtime.allocator import PageAllocator
+from grok_engine.runtime.scheduler import Schedule, Scheduler, Sequence, Status
 from tests.engine.fake_engine import Engine
 
 # Chunks and the budget

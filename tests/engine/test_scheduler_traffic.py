@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from grok_engine.scheduler import Status
+from grok_engine.runtime.scheduler import Status
 from tests.engine.fake_engine import SCALE, Engine, Request
 
 # The simulation

@@ -14,11 +14,11 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from grok_engine.output import SequenceOutput, begins_text
-from grok_engine.sampler import SequenceSampler, sample
-from grok_engine.sampling import SamplingParams, StructuredOutput
-from grok_engine.structured import StructuredCompiler
-from grok_engine.tokenizer import HFTokenizer, SentencePieceTokenizer, Tokenizer
+from grok_engine.runtime.text import SequenceOutput, begins_text
+from grok_engine.sampling.params import SamplingParams, StructuredOutput
+from grok_engine.sampling.sampler import SequenceSampler, sample
+from grok_engine.sampling.structured import StructuredCompiler
+from grok_engine.tokenizer.base import HFTokenizer, SentencePieceTokenizer, Tokenizer
 
 pytest.importorskip("llguidance", reason="the extra `structured` is not installed")
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from grok_engine.tokenizer import (
+from grok_engine.tokenizer.base import (
     HFTokenizer,
     IncrementalDetokenizer,
     SentencePieceTokenizer,

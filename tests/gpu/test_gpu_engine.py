@@ -14,11 +14,11 @@ import torch
 
 import grok_kernels
 from grok_engine import LLM, LLMEngine, SamplingParams
-from grok_engine.batch import Work, take_rows
 from grok_engine.config import PRESETS
-from grok_engine.packed import convert
-from grok_engine.runner import GPU_SHARE
-from grok_engine.sampler import token_logprobs
+from grok_engine.loading.convert import convert
+from grok_engine.runtime.batch import Work, take_rows
+from grok_engine.runtime.runner import GPU_SHARE
+from grok_engine.sampling.sampler import token_logprobs
 from grok_kernels.chips import GPUS, chip_name, multiplies_fp8
 from tests.engine.test_graphs import small
 from tests.engine.test_invariance import DEEP, DEVICE, DTYPES, GOLDENS, GROUPED, SMALL, facts, make_traffic, run

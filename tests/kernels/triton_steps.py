@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 import grok_kernels
-from grok_engine.batch import Batch, KVPages, Work, flatten
-from grok_engine.cache.paged import allocate_pages
 from grok_engine.config import PRESETS, ActFormat, KVDType, ModelConfig, WeightFormat
-from grok_engine.dummy import _modules
-from grok_engine.graphs import rungs, widths
 from grok_engine.layers.weight import FusedWeight
+from grok_engine.loading.random import _modules
 from grok_engine.models.decoder import Decoder
-from grok_engine.runner import KV_DTYPES
+from grok_engine.runtime.batch import Batch, KVPages, Work, flatten
+from grok_engine.runtime.graphs import rungs, widths
+from grok_engine.runtime.pages import allocate_pages
+from grok_engine.runtime.runner import KV_DTYPES
 from grok_kernels.chips import CHIPS
 from grok_kernels.triton import OPS, cross_compile, table
 from grok_kernels.triton.steps import startup

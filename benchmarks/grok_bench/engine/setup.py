@@ -11,12 +11,12 @@ from typing import Any
 
 from grok_bench.environment import available_bytes
 from grok_engine import ConfigError, EngineConfig, LLMEngine, ModelConfig
-from grok_engine.cache.paged import page_bytes
 from grok_engine.config import PRESETS
-from grok_engine.dummy import weight_bytes
-from grok_engine.loader import resolve_model
-from grok_engine.progress import byte_bar
-from grok_engine.runner import CPU_KV_BYTES, KV_DTYPES
+from grok_engine.loading.load import resolve_model
+from grok_engine.loading.progress import byte_bar
+from grok_engine.loading.random import weight_bytes
+from grok_engine.runtime.pages import page_bytes
+from grok_engine.runtime.runner import CPU_KV_BYTES, KV_DTYPES
 
 from .workload import Job, check_jobs
 

@@ -20,7 +20,7 @@ from enum import Enum
 from heapq import heapify, heappop, heappush
 from itertools import count, takewhile
 
-from .cache.allocator import PageAllocator
+from .allocator import PageAllocator
 
 Rank = tuple[int, int]
 

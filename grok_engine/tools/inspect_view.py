@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from grok_engine.checkpoint.report import Report, TensorReport
-from grok_engine.checkpoint.verify import Stats
 from grok_engine.config import ModelConfig
+
+from .report import Report, TensorReport
+from .verify import Stats
 
 _SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .output import FinishReason, SequenceOutput
-from .sampler import SequenceSampler
-from .sampling import RequestOutputKind, SamplingParams
+from grok_engine.sampling.params import RequestOutputKind, SamplingParams
+from grok_engine.sampling.sampler import SequenceSampler
+
 from .scheduler import Sequence
+from .text import FinishReason, SequenceOutput
 
 TopLogprobs = dict[int, float]  # token id to log probability; the sampled token and the most probable ones
 

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint.pickles import Array
-from .checkpoint.quantize import quantize_matrix
-from .checkpoint.xai import CheckpointError, MappedTensor, TensorInfo, XaiCheckpoint
-from .config import ConfigError, WeightFormat, model_folder
-from .layers.embedding import Embedding
-from .layers.weight import FusedWeight, NamedTensor, Part
-from .models.decoder import Decoder
+from grok_engine.checkpoint.quantize import quantize_matrix
+from grok_engine.checkpoint.xai.pickles import Array
+from grok_engine.checkpoint.xai.reader import CheckpointError, MappedTensor, TensorInfo, XaiCheckpoint
+from grok_engine.config import ConfigError, WeightFormat, model_folder
+from grok_engine.layers.embedding import Embedding
+from grok_engine.layers.weight import FusedWeight, NamedTensor, Part
+from grok_engine.models.decoder import Decoder
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 _DTYPES: dict[WeightFormat, torch.dtype] = {

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .config import DType, ModelConfig, WeightFormat
-from .layers.embedding import Embedding
-from .layers.norm import RMSNorm
-from .layers.weight import FusedWeight, NamedTensor
-from .models.decoder import Decoder
+from grok_engine.config import DType, ModelConfig, WeightFormat
+from grok_engine.layers.embedding import Embedding
+from grok_engine.layers.norm import RMSNorm
+from grok_engine.layers.weight import FusedWeight, NamedTensor
+from grok_engine.models.decoder import Decoder
 
 PERIOD = 4_194_301  # numbers drawn, then repeated; a prime, so that no two rows of a matrix are the same
 SPREAD = 100.0  # the 8-bit values' standard deviation, about

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple
 
-from .sampling import Patterns, SamplingParams
-from .tokenizer import IncrementalDetokenizer, Tokenizer
+from grok_engine.sampling.params import Patterns, SamplingParams
+from grok_engine.tokenizer.base import IncrementalDetokenizer, Tokenizer
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 _CONTEXT = 16  # tokens of a prompt that are read again: a character's bytes are at most 4 of them

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 import grok_kernels
+from grok_engine.config import EngineConfig
+from grok_engine.models.decoder import Decoder
 
 from .batch import Batch, KVPages, Work, flatten
-from .config import EngineConfig
-from .models.decoder import Decoder
 
 RUNG = 8  # rows from one to the next, above the first few: the least that a tile of the products has
 NARROWEST = 1024  # keys that the narrowest table has room for

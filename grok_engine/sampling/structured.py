@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .sampling import StructuredOutput
-from .tokenizer import Tokenizer
+from grok_engine.tokenizer.base import Tokenizer
+
+from .params import StructuredOutput
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer

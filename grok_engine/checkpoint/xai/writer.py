@@ -12,10 +12,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from grok_engine.checkpoint.layout import layout
-from grok_engine.checkpoint.pickle_writer import write_pickle
-from grok_engine.checkpoint.pickles import Array, CheckpointError
 from grok_engine.config import ConfigError, ModelConfig, ffn_width
+
+from .layout import layout
+from .pickle_writer import write_pickle
+from .pickles import Array, CheckpointError
 
 Tensor: TypeAlias = "tuple[Array, Array | None]"
 

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from grok_engine.checkpoint.pickles import CheckpointError
 from grok_engine.config import ModelConfig
+
+from .pickles import CheckpointError
 
 Kind = Literal["embedding", "attention", "expert", "router", "norm"]
 FLOATS = ("float32", "bfloat16")

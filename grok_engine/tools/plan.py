@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
+from grok_engine.config import PRESETS, ConfigError, ModelConfig
 from grok_kernels.chips import GPUS, Gpu
-
-from .config import PRESETS, ConfigError, ModelConfig
 
 PlanWeights = Literal["int8", "fp8", "bf16"]
 PlanKV = Literal["bf16", "fp8"]

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from grok_engine.checkpoint.pickles import Array
+from .pickles import Array
 
 # CPython closes a frame at the first object that starts past 64 KiB, and writes byte strings of at least that
 # length outside any frame.

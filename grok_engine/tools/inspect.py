@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from grok_engine.checkpoint.layout import Kind
 from grok_engine.checkpoint.packed import is_packed_folder
-from grok_engine.checkpoint.render import render
-from grok_engine.checkpoint.report import Report, TensorReport
-from grok_engine.checkpoint.verify import scan
-from grok_engine.checkpoint.xai import CheckpointError, TensorInfo, XaiCheckpoint
+from grok_engine.checkpoint.xai.layout import Kind
+from grok_engine.checkpoint.xai.reader import CheckpointError, TensorInfo, XaiCheckpoint
 from grok_engine.config import ModelConfig
+
+from .inspect_view import render
+from .report import Report, TensorReport
+from .verify import scan
 
 __all__ = ["Report", "TensorReport", "inspect_checkpoint", "render"]
 

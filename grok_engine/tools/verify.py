@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from grok_engine.checkpoint.pickle_machine import ArrayPlace
-from grok_engine.checkpoint.pickles import Array, CheckpointError
+from grok_engine.checkpoint.xai.pickle_machine import ArrayPlace
+from grok_engine.checkpoint.xai.pickles import Array, CheckpointError
 
 CHUNK = 1 << 24
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)  # of bf16 too: it has the exponents of fp32

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 import grok_kernels
+from grok_engine.config import ConfigError, EngineConfig
+from grok_engine.models.decoder import Decoder
 
 from .batch import Batch, Work, flatten
-from .cache.paged import allocate_pages, copy_pages, page_bytes
-from .config import ConfigError, EngineConfig
 from .graphs import CpuCapture, CudaCapture, DecodeGraphs
-from .models.decoder import Decoder
+from .pages import allocate_pages, copy_pages, page_bytes
 
 KV_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "fp8_e4m3": torch.float8_e4m3fn}
 CPU_KV_BYTES = 2 << 30

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from grok_engine.checkpoint.verify import Stats
-from grok_engine.checkpoint.xai import TensorInfo
+from grok_engine.checkpoint.xai.reader import TensorInfo
 from grok_engine.config import ModelConfig
+
+from .verify import Stats
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Literal, TypeAlias
 
 import numpy as np
 
-from grok_engine.checkpoint.pickle_machine import ArrayPlace, Machine, PickleError
+from .pickle_machine import ArrayPlace, Machine, PickleError
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 

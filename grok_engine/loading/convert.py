@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 import grok_kernels
+from grok_engine.checkpoint.packed import FILE, PackedCheckpoint, PackedInfo, arrange, header, is_packed_folder
+from grok_engine.checkpoint.xai.reader import CheckpointError, XaiCheckpoint
+from grok_engine.config import ConfigError, DType, ModelConfig, WeightFormat
+from grok_engine.layers.embedding import Embedding
+from grok_engine.layers.weight import FusedWeight, NamedTensor
+from grok_engine.models.decoder import Decoder
 
-from .checkpoint.packed import FILE, PackedCheckpoint, PackedInfo, arrange, header, is_packed_folder
-from .checkpoint.xai import CheckpointError, XaiCheckpoint
-from .config import ConfigError, DType, ModelConfig, WeightFormat
-from .layers.embedding import Embedding
-from .layers.weight import FusedWeight, NamedTensor
-from .loader import Filling, Progress, fillings, resolve_model
-from .models.decoder import Decoder
+from .load import Filling, Progress, fillings, resolve_model
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 NAMES = {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.bfloat16: "BF16", torch.float32: "F32"}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import grok_kernels
 
-from .sampling import Patterns, SamplingParams, uniform
+from .params import Patterns, SamplingParams, uniform
 
 Ints = npt.NDArray[np.int64]
 _NOTHING: Ints = np.empty(0, np.int64)

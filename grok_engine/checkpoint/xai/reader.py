@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grok_engine.checkpoint.layout import Kind, TensorSpec, layout
-from grok_engine.checkpoint.pickles import CheckpointError, MappedTensor, PickleHeader, map_pickle, read_header
 from grok_engine.checkpoint.quantize import quantize_matrix
-from grok_engine.checkpoint.xai_writer import write_xai
 from grok_engine.config import ModelConfig
+
+from .layout import Kind, TensorSpec, layout
+from .pickles import CheckpointError, MappedTensor, PickleHeader, map_pickle, read_header
+from .writer import write_xai
 
 __all__ = [
     "CheckpointError",

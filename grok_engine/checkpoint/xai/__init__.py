@@ -1,0 +1,1 @@
+"""The format of xAI's open release."""

@@ -1,0 +1,1 @@
+"""What runs a batch: requests, the scheduler, pages of keys and values, the runner and its graphs, text."""

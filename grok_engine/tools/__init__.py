@@ -1,0 +1,1 @@
+"""Looks at checkpoints and plans deployments; no model is built."""
