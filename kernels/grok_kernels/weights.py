@@ -117,7 +117,10 @@ class Weight:
     @property
     def signature(self) -> bytes | None:
         """What checks and selection depend on, for the validated-call cache; None where a call is never cached."""
-        return None if any(plane.requires_grad for plane in self.planes) else self._signature
+        for plane in self.planes:  # a loop, since this runs at every call
+            if plane.requires_grad:
+                return None
+        return self._signature
 
     @cached_property
     def _signature(self) -> bytes | None:
