@@ -27,7 +27,7 @@ from grok_engine.checkpoint.xai.writer import write_xai
 from grok_engine.config import ModelConfig
 from grok_engine.layers.attention import Attention
 from grok_engine.layers.moe import Experts, Router
-from grok_engine.layers.weight import Table, Weight
+from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.loading.export import export_weights
 from grok_engine.models.decoder import Decoder
 from grok_engine.models.families import preset
@@ -84,10 +84,10 @@ def architecture(a: argparse.Namespace) -> ModelConfig:
 def initialise(model: Decoder) -> None:
     """Every matrix at std 1 / √K, norms at one; all trainable fp32."""
     for module in model.modules():
-        if isinstance(module, Weight):
+        if isinstance(module, FusedWeight):
             module.allocate(torch.float32, 0, "cpu")
-            nn.init.normal_(module.weight, std=module.k**-0.5)
-        elif isinstance(module, Table):
+            nn.init.normal_(module.weight.values, std=module.k**-0.5)
+        elif isinstance(module, NamedTensor):
             module.allocate(torch.float32, "cpu")
             if len(module.shape) == 1:
                 nn.init.ones_(module.weight)

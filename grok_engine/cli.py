@@ -17,19 +17,18 @@ from rich.console import Console
 from rich.table import Table
 
 import grok_kernels
-from grok_engine.loading.resolve import read_config
-from grok_engine.models.families import PRESETS
+from grok_kernels.chips import GPUS
 
 from . import __version__
 from .config import ActFormat, ConfigError, DType, WeightFormat
 from .llm import LLM
 from .loading.convert import convert
-from .loading.resolve import resolve_model
+from .loading.resolve import read_config, resolve_model
+from .models.families import PRESETS
 from .sampling.params import SamplingParams
-from .tools.chips import CHIPS, PlanWeights
 from .tools.inspect import inspect_checkpoint
 from .tools.inspect import render as render_report
-from .tools.plan import PlanKV, plan
+from .tools.plan import PlanKV, PlanWeights, plan
 from .tools.plan_view import render as render_plan
 from .tools.progress import byte_bar
 
@@ -183,7 +182,7 @@ def inspect(path: str, verify: bool, all_tensors: bool, as_json: bool) -> None:
 
 @app.command(name="plan")
 @click.option("--model", default="grok-1", show_default=True, help=f"{', '.join(PRESETS)}, tiny, or a folder.")
-@click.option("--gpu", type=click.Choice(list(CHIPS)), default="h100-80gb", show_default=True, help="The chip.")
+@click.option("--gpu", type=click.Choice(list(GPUS)), default="h100-80gb", show_default=True, help="The chip.")
 @click.option("--gpus", default=8, show_default=True, help="How many, as one tensor-parallel group.")
 @click.option("--weights", type=_one_of(PlanWeights), default="int8", show_default=True)
 @click.option("--kv", type=_one_of(PlanKV), default="bf16", show_default=True, help="Type of keys and values.")

@@ -312,15 +312,15 @@ def test_random_weights_are_as_seeded_and_fill_every_value() -> None:
 
     first, same, other = parameters(0), parameters(0), parameters(1)
     assert all(torch.equal(first[name], same[name]) for name in first)
-    assert not torch.equal(first["layers.0.attn.o.weight"], other["layers.0.attn.o.weight"])
+    assert not torch.equal(first["layers.0.attn.o.values"], other["layers.0.attn.o.values"])
     matrices = [name for name, tensor in first.items() if tensor.dtype == torch.int8]
     assert len(matrices) == 8
     for name in matrices:
         values = first[name].float()
         assert 60 < values.std() < 110, name
         assert values.min() >= -127
-    assert first["layers.0.feed_forward.w2.scale"].shape == (8, 8, 64)  # groups, as in the release
-    assert first["layers.0.feed_forward.w13.scale"].shape == (8, 1, 128)
+    assert first["layers.0.feed_forward.w2.scales"].shape == (8, 8, 64)  # groups, as in the release
+    assert first["layers.0.feed_forward.w13.scales"].shape == (8, 1, 128)
 
 
 # Commands

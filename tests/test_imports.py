@@ -53,7 +53,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "grok_engine.engine": ("config", "loading", "runtime", "sampling", "tokenizer"),
     "grok_engine.llm": ("config", "engine", "models", "runtime", "sampling", "tokenizer", "tools.progress"),
     "grok_engine.async_llm": ("engine", "runtime.builder", "runtime.request", "sampling"),
-    "grok_engine.tools": ("checkpoint", "config", "loading.resolve", "models.families"),
+    "grok_engine.tools": ("checkpoint", "config", "loading.resolve", "models.families", "grok_kernels"),
     "grok_engine.tools.progress": (),
     # grok_kernels to say which backends served; grok_bench for `bench`, inside a function: nothing else imports it
     "grok_engine.cli": ("*", "grok_kernels", "grok_bench"),
@@ -62,17 +62,23 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # the kernels
     "grok_kernels.registry": (),
     "grok_kernels.memory": (),
-    "grok_kernels.packing": ("memory", "registry"),
-    "grok_kernels.checks": ("packing",),
-    "grok_kernels.tuning": (),
+    "grok_kernels.dtypes": (),
+    "grok_kernels.chips": (),
     "grok_kernels.counters": (),
-    "grok_kernels.tune": ("*",),  # a command over all of it
-    "grok_kernels.ops": ("registry", "checks"),
-    "grok_kernels.reference": ("registry", "checks", "packing"),
-    "grok_kernels.triton": ("registry", "checks", "counters", "packing", "tuning"),
-    "grok_kernels.recording": ("registry",),
-    "grok_kernels.cpu": ("registry", "checks", "packing", "recording", "tuning", "_C"),
-    "grok_kernels.cuda": ("registry", "checks", "counters", "packing", "tuning", "cuda_home", "_CUDA"),
+    "grok_kernels.layouts": ("dtypes", "memory", "registry"),
+    "grok_kernels.checks": ("dtypes",),
+    "grok_kernels.weights": ("checks", "dtypes", "layouts", "registry"),
+    "grok_kernels.experts": ("weights",),
+    "grok_kernels.tuning": ("chips", "dtypes"),
+    "grok_kernels.autotune": ("*",),  # a command over all of it
+    "grok_kernels.ops": ("checks", "dtypes", "experts", "registry", "weights"),
+    "grok_kernels.reference": ("checks", "dtypes", "experts", "registry", "weights"),
+    "grok_kernels.triton": ("checks", "chips", "counters", "dtypes", "experts", "registry", "tuning", "weights"),
+    "grok_kernels.recording": ("ops", "registry"),
+    "grok_kernels.cpu": ("experts", "layouts", "recording", "registry", "weights", "_C"),
+    "grok_kernels.cuda": (
+        "checks", "chips", "counters", "cuda_home", "dtypes", "experts", "registry", "tuning", "weights", "_CUDA",
+    ),
     "grok_kernels.cuda_home": (),
     "grok_kernels": ("*",),
     # the benchmarks

@@ -99,7 +99,7 @@ def _load(run: Run) -> Stage:
 
 def _tiles(run: Run) -> Stage:
     """Whether the kernels by hand for few rows give the bits of those for many, which decides who serves decoding."""
-    return Stage("tiles with the same bits", lambda _: [_tune(run, "tune-wide", "--wide")], 25, "none")
+    return Stage("tiles with the same bits", lambda _: [_tune(run, "tune-wide", "--swapped")], 25, "none")
 
 
 def _small(run: Run) -> list[Command]:
@@ -154,7 +154,7 @@ def _decode(run: Run, name: str, outcomes: Sequence[Outcome], *more: str) -> Com
 
 def _tune(run: Run, name: str, *args: str) -> Command:
     """Into the package, where what follows reads it; the archive has a copy."""
-    return run.python(name, "grok_kernels.tune", *(["--list"] if run.rehearse else args))
+    return run.python(name, "grok_kernels.autotune", *(["--list"] if run.rehearse else args))
 
 
 def _full_size(run: Run) -> list[Command]:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grok_engine.dtypes import DTYPES
+from grok_kernels.dtypes import DTYPES
 
 from .base import CheckpointError, TensorInfo, take
 

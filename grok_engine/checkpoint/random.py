@@ -10,7 +10,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from grok_engine.dtypes import DTYPES
+from grok_kernels.dtypes import DTYPES
 
 from .base import CheckpointError, TensorInfo, take
 

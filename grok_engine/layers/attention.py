@@ -22,12 +22,11 @@ class Attention(nn.Module):
         parts = {f"{prefix}.q": query, f"{prefix}.k": kv, f"{prefix}.v": kv}
         self.qkv = Linear(config.d_model, parts, activations)
         self.o = Linear(query, {f"{prefix}.o": config.d_model}, activations)
-        self._steps = (self.qkv, self.o)  # found sooner than by name
 
     def forward(self, x: Normed, batch: Batch, pages: KVPages, cos_sin: Tensor) -> Tensor:
-        c = self.config
-        tokens, (qkv, o) = x.x_TD.shape[0], self._steps
-        heads_TNC = qkv(x.x_TD, quantized=x.quantized).view(tokens, -1, c.head_dim)
+        """x_TD normed → (T, D). The keys and values of the batch's tokens are in their pages afterwards."""
+        c, tokens = self.config, x.x_TD.shape[0]
+        heads_TNC = self.qkv(x.x_TD, quantized=x.quantized).view(tokens, -1, c.head_dim)
         q_THC, k_TGC, v_TGC = heads_TNC.split_with_sizes((c.num_heads, c.num_kv_heads, c.num_kv_heads), 1)
         q_THC = grok_kernels.rope_store_kv(
             q_THC, k_TGC, v_TGC, pages.k, pages.v, batch.positions_T, batch.slots_T, cos_sin,
@@ -38,5 +37,5 @@ class Attention(nn.Module):
             scale=c.attn_scale, softcap=c.attn_softcap, window=c.sliding_window, temperature_len=c.attn_temperature_len,
             k_scale=pages.k_scale, v_scale=pages.v_scale,
         )  # fmt: skip
-        out: Tensor = o(o_THC.view(tokens, -1))
-        return out
+        out_TD: Tensor = self.o(o_THC.view(tokens, -1))
+        return out_TD

@@ -7,46 +7,49 @@ from torch import Tensor, nn
 
 import grok_kernels
 
-from .weight import Table, holds_packed
+from .weight import NamedTensor, packs
 
-ROWS = 4096  # converted at once, so that no second table is ever whole
+ROWS = 4096  # rows converted at once, so that there is never a second whole table in memory
 
 
-class Embedding(Table):
-    """weight_VD, by token or, as the tied output head, whole; as the head it may be held packed."""
+class Embedding(NamedTensor):
+    """weight_VD, looked up by token and, where tied, the matrix of the output head, for which it may be packed."""
 
     def __init__(self, name: str, vocab: int, d: int, *, tied: bool) -> None:
         super().__init__(name, vocab, d)
         self.vocab, self.d, self.tied = vocab, d, tied
 
-    def form(self, dtype: torch.dtype, device: torch.device | str, packed: bool | None = None) -> tuple[int, ...]:
-        if self.tied and holds_packed(self.vocab, self.d, dtype, device, packed):
-            return grok_kernels.packed_shape(1, self.vocab, self.d, dtype)
-        return self.shape
+    def layout_for(
+        self, dtype: torch.dtype, device: torch.device | str, packed: bool | None = None
+    ) -> grok_kernels.Layout:
+        return "panels" if self.tied and packs(self.vocab, self.d, dtype, device, packed) else "rows"
+
+    def shape_in(self, layout: grok_kernels.Layout, dtype: torch.dtype) -> tuple[int, ...]:
+        return grok_kernels.values_shape(layout, 1, self.vocab, self.d, dtype) if layout == "panels" else self.shape
 
     def fill(self, source: Tensor) -> None:
-        if not grok_kernels.is_packed(self.weight):
+        if self.layout == "rows":
             super().fill(source)
             return
         for at in range(0, self.vocab, ROWS):
             grok_kernels.pack_into(source[None, at : at + ROWS].to(self.weight.dtype), self.weight, at)
 
     def values(self) -> Tensor:
-        return grok_kernels.unpack_weight(self.weight)[0] if grok_kernels.is_packed(self.weight) else self.weight
+        return self.matrix().with_layout("rows").values[0]
 
     def forward(self, tokens_T: Tensor, multiplier: float, dtype: torch.dtype) -> Tensor:
         """weight[token] · multiplier, in fp32, rounded once to `dtype`."""
-        weight = self.held()
-        if grok_kernels.is_packed(weight):
-            rows_TD = grok_kernels.packed_rows(weight, tokens_T)
+        if self.layout == "panels":
+            rows_TD = grok_kernels.packed_rows(self.weight, tokens_T)
         else:
-            rows_TD = nn.functional.embedding(tokens_T, weight)
-        # one product does all that where the types agree: it is computed in fp32 and rounded once
+            rows_TD = nn.functional.embedding(tokens_T, self.weight)
+        # where the types agree, torch's product is that: computed in fp32 and rounded once
         return rows_TD * multiplier if rows_TD.dtype == dtype else (rows_TD.float() * multiplier).to(dtype)
+
+    def matrix(self) -> grok_kernels.Weight:
+        """weight_VD as the products take it, (1, V, D)."""
+        return grok_kernels.Weight.of(self.weight if self.layout == "panels" else self.weight[None], layout=self.layout)
 
     def attend(self, x_TD: Tensor) -> Tensor:
         """x · weightᵀ, (T, V) fp32."""
-        weight = self.held()
-        if not grok_kernels.is_packed(weight):
-            weight = weight[None]
-        return grok_kernels.grouped_gemm(x_TD, weight, out_dtype=torch.float32)
+        return grok_kernels.grouped_gemm(x_TD, self.matrix(), out_dtype=torch.float32)

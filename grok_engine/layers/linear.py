@@ -8,11 +8,11 @@ from torch import Tensor
 import grok_kernels
 from grok_engine.config import ActFormat
 
-from .weight import Weight
+from .weight import FusedWeight
 
 
-class Linear(Weight):
-    """y_TN = x_TK · weightᵀ; no bias. activations: what x is rounded to first."""
+class Linear(FusedWeight):
+    """y_TN = x_TK · weightᵀ; no bias. activations: the format that x is rounded to first."""
 
     def __init__(self, k: int, parts: dict[str, int], activations: ActFormat = "none") -> None:
         super().__init__(1, k, parts)
@@ -21,10 +21,9 @@ class Linear(Weight):
     def forward(
         self, x_TK: Tensor, out_dtype: torch.dtype | None = None, quantized: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """quantized: x in the form of `activations`, with its scales, where that is there already."""
-        weight, scale = self.held()
+        """quantized: x in the format of `activations` with its scales, where the caller has it already."""
         if self.activations == "none":
-            return grok_kernels.grouped_gemm(x_TK, weight, scale, out_dtype=out_dtype)
+            return grok_kernels.grouped_gemm(x_TK, self.weight, out_dtype=out_dtype)
         quantize = grok_kernels.quantize_fp8 if self.activations == "fp8" else grok_kernels.quantize_int8
         q_TK, x_scale = quantized or quantize(x_TK)
-        return grok_kernels.grouped_gemm(q_TK, weight, scale, x_scale=x_scale, out_dtype=out_dtype or x_TK.dtype)
+        return grok_kernels.grouped_gemm(q_TK, self.weight, x_scale=x_scale, out_dtype=out_dtype or x_TK.dtype)

@@ -12,79 +12,66 @@ import grok_kernels
 from grok_engine.config import ActFormat, ModelConfig
 
 from .norm import Normed
-from .weight import Table, Weight
+from .weight import FusedWeight, NamedTensor
 
 
-class Router(Table):
-    """weight_ED in fp32 to each token's experts."""
+class Router(NamedTensor):
+    """weight_ED in fp32, from each token to its experts."""
 
     def __init__(self, name: str, config: ModelConfig) -> None:
         super().__init__(name, config.num_experts, config.d_model)
         self.config = config
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, ...]:
-        """Expert weights (T, A) fp32 and experts (T, A) int32; with the rows grouped by expert, as `moe` takes them, where
-        that is one pass here and `moe` would need another for it."""
+        """Weights (T, A) fp32 and experts (T, A) int32; also order and offsets, where the router's pass can group
+        rows by expert for `moe`."""
         c, fuses = self.config, grok_kernels.fuses("route_and_group", ("route_topk", "moe"), x_TD.device.type)
         route: Callable[..., tuple[Tensor, ...]] = grok_kernels.route_and_group if fuses else grok_kernels.route_topk
-        return route(x_TD, self.held(), c.num_experts_per_tok, c.router_softcap, c.renormalize)
-
-
-def _gated(prefix: str, experts: int, d: int, f: int) -> tuple[Weight, Weight]:
-    w13 = Weight(experts, d, {f"{prefix}.gate": f, f"{prefix}.up": f})
-    return w13, Weight(experts, f, {f"{prefix}.down": d})
-
-
-def _layer(
-    x: Normed, routing: tuple[Tensor, ...], w13: Weight, w2: Weight, activation: str, activations: ActFormat
-) -> Tensor:
-    """routing: as a router gives it."""
-    weights_TA, experts_TA, *grouping = routing
-    weights = *w13.held(), *w2.held()
-    if x.quantized is None:
-        return grok_kernels.moe(x.x_TD, weights_TA, experts_TA, *weights, activation, activations, *grouping)
-    q_TD, scale = x.quantized
-    return grok_kernels.moe_fp8(
-        q_TD, scale, weights_TA, experts_TA, *weights, activation, x.x_TD.dtype, *grouping
-    )  # fmt: skip
+        return route(x_TD, self.weight, c.num_experts_per_tok, c.router_softcap, c.renormalize)
 
 
 class Experts(nn.Module):
-    """Σ over a token's experts of weight · down(act(gate x) * up x); both products' rows rounded to `activations`."""
+    """Σ_a weight_a · down(act(gate x) * up x) over the experts that the router chooses for each token.
 
-    def __init__(self, config: ModelConfig, prefix: str, activations: ActFormat) -> None:
+    Without a router, one expert that every token takes whole. activations: the format to which the rows of both
+    products are rounded.
+    """
+
+    def __init__(
+        self, prefix: str, experts: int, d: int, f: int, activation: str, activations: ActFormat,
+        router: Router | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.activation, self.activations = config.activation, activations
-        self.router = Router(f"{prefix}.router", config)
-        self.w13, self.w2 = _gated(prefix, config.num_experts, config.d_model, config.d_ff)
-        self._steps = (self.router, self.w13, self.w2)  # found sooner than by name
+        self.activation, self.activations = activation, activations
+        self.router = router
+        self.w13 = FusedWeight(experts, d, {f"{prefix}.gate": f, f"{prefix}.up": f})
+        self.w2 = FusedWeight(experts, f, {f"{prefix}.down": d})
 
     def forward(self, x: Normed) -> Tensor:
-        router, w13, w2 = self._steps
-        return _layer(x, router(x.x_TD), w13, w2, self.activation, self.activations)
+        topk_weights_TA, experts_TA, *grouping = _whole(x.x_TD) if self.router is None else self.router(x.x_TD)
+        weights = self.w13.weight, self.w2.weight
+        if x.quantized is None:
+            return grok_kernels.moe(
+                x.x_TD, topk_weights_TA, experts_TA, *weights, self.activation, self.activations, *grouping
+            )
+        q_TD, scale = x.quantized
+        return grok_kernels.moe_fp8(
+            q_TD, scale, topk_weights_TA, experts_TA, *weights, self.activation, x.x_TD.dtype, *grouping
+        )
 
 
-class Dense(nn.Module):
-    """down(act(gate x) * up x): one expert that every token takes whole."""
-
-    def __init__(self, config: ModelConfig, prefix: str, activations: ActFormat) -> None:
-        super().__init__()
-        self.activation, self.activations = config.activation, activations
-        self.w13, self.w2 = _gated(prefix, 1, config.d_model, config.dense_d_ff)
-
-    def forward(self, x: Normed) -> Tensor:
-        tokens, device = x.x_TD.shape[0], x.x_TD.device
-        ones_T1 = torch.ones((tokens, 1), device=device)
-        zeros_T1 = torch.zeros((tokens, 1), dtype=torch.int32, device=device)
-        return _layer(x, (ones_T1, zeros_T1), self.w13, self.w2, self.activation, self.activations)
+def _whole(x_TD: Tensor) -> tuple[Tensor, ...]:
+    """Weights and experts as of a router: all of expert 0."""
+    ones_T1 = torch.ones((x_TD.shape[0], 1), device=x_TD.device)
+    return ones_T1, torch.zeros((x_TD.shape[0], 1), dtype=torch.int32, device=x_TD.device)
 
 
 class DenseAndExperts(nn.Module):
     """(dense(x) + experts(x)) / √2."""
 
-    def __init__(self, config: ModelConfig, dense: str, experts: str, activations: ActFormat) -> None:
+    def __init__(self, dense: Experts, experts: Experts) -> None:
         super().__init__()
-        self.dense, self.experts = Dense(config, dense, activations), Experts(config, experts, activations)
+        self.dense, self.experts = dense, experts
 
     def forward(self, x: Normed) -> Tensor:
         y_TD: Tensor = ((self.dense(x).float() + self.experts(x).float()) / math.sqrt(2)).to(x.x_TD.dtype)
@@ -93,8 +80,16 @@ class DenseAndExperts(nn.Module):
 
 def feed_forward(config: ModelConfig, prefix: str, activations: ActFormat = "none") -> nn.Module:
     """The block that `config` describes, its weights named under `prefix`.moe and `prefix`.mlp."""
-    if not config.num_experts:
-        return Dense(config, f"{prefix}.mlp", activations)
-    if not config.dense_d_ff:
-        return Experts(config, f"{prefix}.moe", activations)
-    return DenseAndExperts(config, f"{prefix}.mlp", f"{prefix}.moe", activations)
+    c = config
+    formats = c.activation, activations
+
+    def dense() -> Experts:
+        return Experts(f"{prefix}.mlp", 1, c.d_model, c.dense_d_ff, *formats)
+
+    def experts() -> Experts:
+        router = Router(f"{prefix}.moe.router", c)
+        return Experts(f"{prefix}.moe", c.num_experts, c.d_model, c.d_ff, *formats, router)
+
+    if not c.num_experts:
+        return dense()
+    return DenseAndExperts(dense(), experts()) if c.dense_d_ff else experts()

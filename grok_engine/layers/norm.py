@@ -1,48 +1,63 @@
-"""RMS norms, alone and as the pair around a residual sum."""
+"""RMS norms, and the residual stream that fuses each with the addition before it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 import grok_kernels
 
-from .weight import Table
+from .weight import NamedTensor
+
+Fp8Reader = Literal["linear", "experts"]
 
 
-class RMSNorm(Table):
-    """weight_D in fp32."""
+class RMSNorm(NamedTensor):
+    """y_TD = rms(x, weight_D), the weight in fp32. fp8_for: what reads y, if that multiplies rows in e4m3."""
 
-    def __init__(self, name: str, d: int, eps: float) -> None:
+    def __init__(self, name: str, d: int, eps: float, fp8_for: Fp8Reader | None = None) -> None:
         super().__init__(name, d)
-        self.eps = eps
+        self.eps, self.fp8_for = eps, fp8_for
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return grok_kernels.rms_norm(x_TD, self.held(), self.eps)
+        return grok_kernels.rms_norm(x_TD, self.weight, self.eps)
+
+    def quantizes(self, device: str) -> bool:
+        """Whether the norm is to quantise y too: its backend does both in one pass, and the reader takes e4m3 rows."""
+        if self.fp8_for is None:
+            return False
+        if self.fp8_for == "experts" and not grok_kernels.fuses("moe_fp8", ("moe",), device):
+            return False
+        return grok_kernels.fuses("sandwich_norm_fp8", ("sandwich_norm", "quantize_fp8"), device)
 
 
 class Normed(NamedTuple):
-    """What a norm gives; and the same in e4m3 with scales, for products that take it so, where it was made in that pass."""
+    """The result of a norm and, where the norm quantised it, the same in e4m3 with scales per group of 128."""
 
     x_TD: Tensor
     quantized: tuple[Tensor, Tensor] | None = None
 
 
-def add_and_norm(
-    h_TD: Tensor, delta_TD: Tensor, post: RMSNorm | None, pre: RMSNorm, fp8: bool = False
-) -> tuple[Tensor, Normed]:
-    """h + post(delta), and pre of that: the norm after a block and the one before the next. fp8: quantised, too."""
-    weights = None if post is None else post.held(), pre.held()
-    if fp8:
-        h_TD, x_TD, q_TD, scale = grok_kernels.sandwich_norm_fp8(h_TD, delta_TD, *weights, pre.eps)
-        return h_TD, Normed(x_TD, (q_TD, scale))
-    h_TD, x_TD = grok_kernels.sandwich_norm(h_TD, delta_TD, *weights, pre.eps)
-    return h_TD, Normed(x_TD)
+class Residual:
+    """The residual stream h. An addition waits for the next norm, and one pass computes both."""
 
+    def __init__(self, h_TD: Tensor) -> None:
+        self._h_TD = h_TD
+        self._added: tuple[Tensor, RMSNorm | None] | None = None
 
-def fuses_fp8(device: torch.device) -> tuple[bool, bool]:
-    """Whether norms before the experts, and before attention's projections, are best to quantise for them in e4m3 here."""
-    norm = grok_kernels.fuses("sandwich_norm_fp8", ("sandwich_norm", "quantize_fp8"), device.type)
-    return norm and grok_kernels.fuses("moe_fp8", ("moe",), device.type), norm
+    def add(self, delta_TD: Tensor, post: RMSNorm | None) -> None:
+        """h += post(delta), or delta itself without a norm."""
+        self._added = delta_TD, post
+
+    def normed(self, pre: RMSNorm) -> Normed:
+        """pre(h)."""
+        if self._added is None:
+            return Normed(pre(self._h_TD))
+        (delta_TD, post), self._added = self._added, None
+        args = self._h_TD, delta_TD, None if post is None else post.weight, pre.weight, pre.eps
+        if pre.quantizes(delta_TD.device.type):
+            self._h_TD, x_TD, q_TD, scale = grok_kernels.sandwich_norm_fp8(*args)
+            return Normed(x_TD, (q_TD, scale))
+        self._h_TD, x_TD = grok_kernels.sandwich_norm(*args)
+        return Normed(x_TD)

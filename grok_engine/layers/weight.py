@@ -1,11 +1,12 @@
 """Weights as modules: empty when a model is built, filled by name from a checkpoint.
 
-Large matrices are held in the form that the device's kernels want (`grok_kernels.wants_packed`); `write` takes rows and
-`matrices`, `values` give them back in whichever.
+Matrices lie in memory in the layout that the device's kernels read fastest (`grok_kernels.wants_packed`). `write` takes
+rows and `matrices`, `values` give them back, whatever the layout.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,44 +15,55 @@ from torch import Tensor, nn
 import grok_kernels
 
 
-def parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
-    """Room for one, uninitialised."""
-    return nn.Parameter(grok_kernels.weight_memory(shape, dtype, device), requires_grad=False)
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
 
 
-def holds_packed(n: int, k: int, dtype: torch.dtype, device: torch.device | str, packed: bool | None) -> bool:
-    """Whether to hold matrices (n, k) packed, where `packed` asks for it, or None leaves it to the device's kernels."""
+def packs(n: int, k: int, dtype: torch.dtype, device: torch.device | str, packed: bool | None) -> bool:
+    """Whether matrices (n, k) go into panels: with `packed` wherever they can, with None where the device's kernels are
+    faster for it."""
     if packed is None:
         return grok_kernels.wants_packed(n, k, dtype, device)
     return packed and grok_kernels.can_pack(n, k, dtype)
 
 
-class Table(nn.Module):
-    """One tensor of a checkpoint, taken whole: a norm's weight, the router, the embedding."""
+class NamedTensor(nn.Module):
+    """One tensor of a checkpoint as it stands: a norm's weight, the router, the embedding."""
 
     weight: Tensor
 
     def __init__(self, name: str, *shape: int) -> None:
         super().__init__()
         self.name, self.shape = name, shape
+        self.layout: grok_kernels.Layout = "rows"
         self.register_parameter("weight", None)
 
-    def form(self, dtype: torch.dtype, device: torch.device | str, packed: bool | None = None) -> tuple[int, ...]:
-        """The shape of `weight`: `shape`, or, for a table that can be packed, as for `Weight.form`."""
+    def layout_for(
+        self, dtype: torch.dtype, device: torch.device | str, packed: bool | None = None
+    ) -> grok_kernels.Layout:
+        """The layout of `weight` on this device. packed: as for `FusedWeight.layout_for`."""
+        return "rows"
+
+    def shape_in(self, layout: grok_kernels.Layout, dtype: torch.dtype) -> tuple[int, ...]:
+        """The shape of `weight` in this layout."""
         return self.shape
 
     def allocate(self, dtype: torch.dtype, device: torch.device | str, packed: bool | None = None) -> None:
-        """Make room, uninitialised. packed: as for `form`."""
-        self.weight = parameter(self.form(dtype, device, packed), dtype, device)
+        """Make room, uninitialised, in the layout of `layout_for`."""
+        layout = self.layout_for(dtype, device, packed)
+        self.hold(grok_kernels.weight_memory(self.shape_in(layout, dtype), dtype, device), layout)
 
-    def held(self) -> Tensor:
-        """`weight`, sooner: nn.Module looks for it in three places, at each of the many times in a step."""
-        weight = self._parameters["weight"]
-        assert weight is not None, f"{self.name} was not loaded"
-        return weight
+    def hold(self, weight: Tensor, layout: grok_kernels.Layout = "rows") -> None:
+        """Take this tensor, which has the shape of `shape_in`, as `weight`."""
+        self.layout = layout
+        self.weight = _parameter(weight)
+
+    def release(self) -> None:
+        """Let the memory go."""
+        self.register_parameter("weight", None)
 
     def fill(self, source: Tensor) -> None:
-        """Take the checkpoint's tensor."""
+        """Copy the checkpoint's tensor into `weight`."""
         self.weight.copy_(source)
 
     def values(self) -> Tensor:
@@ -68,12 +80,14 @@ class Part:
     stop: int
 
 
-class Weight(nn.Module):
-    """E matrices (N, K), K-major, of one or more named matrices fused along N; for 8-bit types with scales
-    (E, groups, N), groups of K/groups columns."""
+class FusedWeight(nn.Module):
+    """E matrices (N, K) of one or more named matrices of a checkpoint, fused along N, as one `grok_kernels.Weight`.
 
-    weight: Tensor
-    scale: Tensor | None
+    The planes of `weight` are the module's parameters `values` and, for formats with scales, `scales`.
+    """
+
+    weight: grok_kernels.Weight
+    values: Tensor
 
     def __init__(self, experts: int, k: int, parts: dict[str, int]) -> None:
         super().__init__()
@@ -83,38 +97,58 @@ class Weight(nn.Module):
             self.parts.append(Part(name, n, n + rows))
             n += rows
         self.experts, self.n, self.k = experts, n, k
-        self.register_parameter("weight", None)
-        self.register_parameter("scale", None)
 
-    def form(self, dtype: torch.dtype, device: torch.device | str, packed: bool | None = None) -> tuple[int, ...]:
-        """The shape of `weight`: packed where there is such a form, or, for None, where the device's kernels want it.
+    def layout_for(
+        self, dtype: torch.dtype, device: torch.device | str, packed: bool | None = None
+    ) -> grok_kernels.Layout:
+        """The layout of the values: panels where possible with `packed`, or with None where the device's kernels are
+        faster for them; in either case only if each part can be packed by itself."""
+        packs_all = all(packs(part.stop - part.start, self.k, dtype, device, packed) for part in self.parts)
+        return "panels" if packs_all else "rows"
 
-        Either way only if each part can be packed by itself.
-        """
-        shape = (self.experts, self.n, self.k)
-        if all(holds_packed(part.stop - part.start, self.k, dtype, device, packed) for part in self.parts):
-            return grok_kernels.packed_shape(*shape, dtype)
-        return shape
+    def shape_in(self, layout: grok_kernels.Layout, dtype: torch.dtype) -> tuple[int, ...]:
+        """The shape of the values in this layout."""
+        return grok_kernels.values_shape(layout, self.experts, self.n, self.k, dtype)
 
     def allocate(self, dtype: torch.dtype, groups: int, device: torch.device | str, packed: bool | None = None) -> None:
-        """Make room, uninitialised, for `dtype` values; `groups` 0 is no scales. packed: as for `form`."""
-        self.weight = parameter(self.form(dtype, device, packed), dtype, device)
+        """Make room, uninitialised, for values of `dtype` and so many groups of scales; 0 for formats without.
+
+        packed: as for `layout_for`.
+        """
+        layout = self.layout_for(dtype, device, packed)
+        values = grok_kernels.weight_memory(self.shape_in(layout, dtype), dtype, device)
+        scales = None
         if groups:
-            self.scale = parameter((self.experts, groups, self.n), torch.float32, device)
+            scales = grok_kernels.weight_memory((self.experts, groups, self.n), torch.float32, device)
+        self.hold(grok_kernels.Weight.of(values, scales, layout))
+
+    def hold(self, weight: grok_kernels.Weight) -> None:
+        """Take this weight, of shape (E, N, K)."""
+        self._parameters.clear()
+        for name, plane in zip(("values", "scales"), weight.planes, strict=False):
+            self.register_parameter(name, _parameter(plane))
+        self.weight = grok_kernels.Weight(weight.format, weight.layout, weight.shape, tuple(self.parameters()))
+
+    def release(self) -> None:
+        """Let the memory go."""
+        self._parameters.clear()
+        del self.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedWeight:
+        """As of every module; the weight is checked anew, since its planes have other devices or dtypes."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._parameters:
+            self.hold(grok_kernels.Weight.of(self.values, self._parameters.get("scales"), self.weight.layout))
+        return self
 
     def write(self, expert: int, start: int, rows_NK: Tensor) -> None:
         """Rows of one expert's matrix, from `start` on."""
-        if grok_kernels.is_packed(self.weight):
-            grok_kernels.pack_into(rows_NK[None].to(self.weight.dtype), self.weight[expert : expert + 1], start)
+        values = self.weight.values
+        if self.weight.layout == "panels":
+            grok_kernels.pack_into(rows_NK[None].to(values.dtype), values[expert : expert + 1], start)
         else:
-            self.weight[expert, start : start + rows_NK.shape[0]].copy_(rows_NK)
-
-    def held(self) -> tuple[Tensor, Tensor | None]:
-        """`weight` and `scale`; as for a table."""
-        weight = self._parameters["weight"]
-        assert weight is not None, f"{self.parts[0].name} was not loaded"
-        return weight, self._parameters["scale"]
+            values[expert, start : start + rows_NK.shape[0]].copy_(rows_NK)
 
     def matrices(self) -> Tensor:
-        """(E, N, K)."""
-        return grok_kernels.unpack_weight(self.weight)
+        """The values (E, N, K)."""
+        return self.weight.with_layout("rows").values

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+import grok_kernels
 from grok_engine.checkpoint.base import Checkpoint, total_bytes
 from grok_engine.checkpoint.open import open_checkpoint
 from grok_engine.checkpoint.packed import FILE, Plane, arrange, header, is_packed_folder
@@ -72,7 +73,7 @@ def convert(
 
 
 def _planes(slot: Slot) -> Iterator[Plane]:
-    yield Plane(f"{slot.path}.weight", slot.format, slot.module.form(slot.dtype, "cpu", packed=True))
+    yield Plane(f"{slot.path}.weight", slot.format, slot.module.shape_in(_layout(slot), slot.dtype))
     if slot.groups:
         experts, n, _ = slot.shape
         yield Plane(f"{slot.path}.scale", "fp32", (experts, slot.groups, n))
@@ -80,8 +81,12 @@ def _planes(slot: Slot) -> Iterator[Plane]:
 
 def _panels(found: list[Slot]) -> Iterator[tuple[str, tuple[int, ...]]]:
     for slot in found:
-        if slot.module.form(slot.dtype, "cpu", packed=True) != slot.shape:
+        if _layout(slot) == "panels":
             yield slot.path, slot.shape
+
+
+def _layout(slot: Slot) -> grok_kernels.Layout:
+    return slot.module.layout_for(slot.dtype, "cpu", packed=True)
 
 
 def _write(
@@ -98,10 +103,10 @@ def _write(
         file.write(start)
         for slot in found:
             load(slot, checkpoint, "cpu", packed=True)
-            for name, tensor in slot.module.named_parameters(slot.path):
-                file.seek(starts[name])
+            for name, tensor in zip(("weight", "scale"), slot.module.parameters(), strict=False):
+                file.seek(starts[f"{slot.path}.{name}"])
                 file.write(tensor.view(-1).view(torch.uint8).numpy().data)
-                slot.module.register_parameter(name.rpartition(".")[2], None)
+            slot.module.release()
             done += sum(info.nbytes for info in slot.sources)
             if progress:
                 progress(done, total)

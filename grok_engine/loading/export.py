@@ -9,7 +9,7 @@ import ml_dtypes
 from grok_engine.checkpoint.quantize import quantize_matrix
 from grok_engine.checkpoint.xai.layout import layout, release_groups
 from grok_engine.checkpoint.xai.pickles import Array
-from grok_engine.layers.weight import Table, Weight
+from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.models.decoder import Decoder
 
 
@@ -21,12 +21,12 @@ def export_weights(model: Decoder, *, quantized: bool = True) -> Iterator[tuple[
     """
     specs = {spec.name: spec for spec in layout(model.config)}
     for module in model.modules():
-        if isinstance(module, Table):
+        if isinstance(module, NamedTensor):
             table = module.values().detach().float()
             stored = table.mT if specs[module.name].transposed else table
             yield module.name, (stored.contiguous().numpy(), None)
-        elif isinstance(module, Weight):
-            if module.scale is not None:
+        elif isinstance(module, FusedWeight):
+            if module.weight.scales is not None:
                 raise ValueError(f"{module.parts[0].name} is {module.weight.dtype} with scales, expected a float model")
             matrices_ENK = module.matrices().detach()
             for part in module.parts:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import grok_kernels
 from grok_engine.checkpoint.base import Checkpoint, TensorInfo, total_bytes
 from grok_engine.checkpoint.packed import PackedCheckpoint
 from grok_engine.config import WeightFormat
-from grok_engine.dtypes import FP8_MAX
-from grok_engine.layers.weight import Table, Weight
+from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.models.decoder import Decoder
+from grok_kernels.dtypes import FP8_MAX
 
 from .slots import Slot, slots
 
@@ -64,7 +64,7 @@ def load(slot: Slot, checkpoint: Checkpoint, device: torch.device | str, packed:
     """Fill one module, a named tensor at a time and expert by expert. packed: as for `Slot.allocate`."""
     module = slot.module
     slot.allocate(device, packed)
-    if isinstance(module, Table):
+    if isinstance(module, NamedTensor):
         module.fill(checkpoint.read(slot.sources[0].name)[0])
         return
     for part, info in zip(module.parts, slot.sources, strict=True):
@@ -73,9 +73,11 @@ def load(slot: Slot, checkpoint: Checkpoint, device: torch.device | str, packed:
             _write(slot, module, e, part.start, info, planes)
 
 
-def _write(slot: Slot, module: Weight, expert: int, start: int, info: TensorInfo, planes: tuple[Tensor, ...]) -> None:
+def _write(
+    slot: Slot, module: FusedWeight, expert: int, start: int, info: TensorInfo, planes: tuple[Tensor, ...]
+) -> None:
     """One expert's matrix of a named tensor: bit for bit where format and scales can stay, else by way of fp32."""
-    values_NK, n = planes[0], planes[0].shape[0]
+    values_NK, n, scales_EGN = planes[0], planes[0].shape[0], module.weight.scales
     if info.block is None and not slot.groups:
         module.write(expert, start, values_NK)
         return
@@ -83,9 +85,9 @@ def _write(slot: Slot, module: Weight, expert: int, start: int, info: TensorInfo
     if info.block is not None:
         scales_NG = planes[1].float().repeat_interleave(info.block[0], 0)[:n]
         if info.format == slot.format and slot.groups * info.block[1] % module.k == 0:
-            assert module.scale is not None
+            assert scales_EGN is not None
             repeats = slot.groups // scales_NG.shape[1]
-            module.scale[expert, :, start : start + n] = scales_NG.t().repeat_interleave(repeats, 0)
+            scales_EGN[expert, :, start : start + n] = scales_NG.t().repeat_interleave(repeats, 0)
             module.write(expert, start, values_NK)
             return
     rows = max(CHUNK // (4 * values_NK.shape[1]) // 64, 1) * 64  # panels hold 64 rows
@@ -94,27 +96,30 @@ def _write(slot: Slot, module: Weight, expert: int, start: int, info: TensorInfo
         if scales_NG is not None and info.block is not None:
             for scale_N1, columns_NK in zip(scales_NG.split(1, 1), x_NK.split(info.block[1], 1), strict=True):
                 columns_NK.mul_(scale_N1[at : at + rows])
-        if module.scale is not None:
+        if scales_EGN is not None:
             scale_N = x_NK.abs().amax(1).clamp_(min=TINY) / FP8_MAX
-            module.scale[expert, 0, start + at : start + at + len(x_NK)] = scale_N
+            scales_EGN[expert, 0, start + at : start + at + len(x_NK)] = scale_N
             x_NK.div_(scale_N[:, None]).clamp_(-FP8_MAX, FP8_MAX)
         module.write(expert, start + at, x_NK.to(module.weight.dtype))
 
 
 def _is_wanted(slot: Slot) -> bool:
     """Whether packed values lie as the CPU's kernels want them."""
-    panels = slot.module.form(slot.dtype, "cpu") != slot.shape
-    return panels == (slot.sources[0].layout == "panels")
+    return slot.module.layout_for(slot.dtype, "cpu") == slot.sources[0].layout
 
 
 def _adopt(slot: Slot, checkpoint: PackedCheckpoint, device: torch.device | None) -> None:
     """Let the module have the planes: as they are, or as rows copied to `device`."""
+    module, layout = slot.module, slot.sources[0].layout
     values, *scales = checkpoint.read(slot.path)
+    if isinstance(module, NamedTensor):
+        module.hold(values, layout)
+        if device is not None:
+            module.hold(module.values().to(device, copy=True))
+        return
+    weight = grok_kernels.Weight.of(values, scales[0].mT if scales else None, layout)
     if device is not None:
-        if slot.sources[0].layout == "panels":
-            values = grok_kernels.unpack_weight(values).view(slot.shape)
-        values = values.to(device, copy=True)
-        scales = [scale.mT.to(device, copy=True).mT for scale in scales]
-    slot.module.register_parameter("weight", nn.Parameter(values, requires_grad=False))
-    for scale in scales:
-        slot.module.register_parameter("scale", nn.Parameter(scale.mT, requires_grad=False))
+        rows = weight.with_layout("rows")
+        planes = tuple(plane.to(device, copy=True) for plane in rows.planes)
+        weight = grok_kernels.Weight(rows.format, rows.layout, rows.shape, planes)
+    module.hold(weight)

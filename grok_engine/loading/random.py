@@ -11,10 +11,10 @@ from grok_engine.checkpoint.base import TensorInfo
 from grok_engine.checkpoint.random import RandomCheckpoint
 from grok_engine.checkpoint.xai.layout import release_groups
 from grok_engine.config import DType, ModelConfig, WeightFormat
-from grok_engine.dtypes import DTYPES, NAMES
 from grok_engine.layers.embedding import Embedding
-from grok_engine.layers.weight import Table, Weight
+from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.models.decoder import Decoder
+from grok_kernels.dtypes import DTYPES, NAMES
 
 from .slots import FORMATS, SCALED, slots
 
@@ -36,11 +36,11 @@ def weight_bytes(config: ModelConfig, dtype: DType, weights: WeightFormat | None
 
 def _tensors(model: Decoder, fmt: str) -> Iterator[TensorInfo]:
     for module in model.modules():
-        if isinstance(module, Table):
+        if isinstance(module, NamedTensor):
             dtype = model.dtype if isinstance(module, Embedding) else torch.float32
             size = prod(module.shape) * dtype.itemsize
             yield TensorInfo(name=module.name, shape=module.shape, format=NAMES[dtype], nbytes=size)
-        elif isinstance(module, Weight):
+        elif isinstance(module, FusedWeight):
             for part in module.parts:
                 shape, groups = (module.experts, part.stop - part.start, module.k), 0
                 if fmt in SCALED:

@@ -11,10 +11,10 @@ import torch
 from grok_engine.checkpoint.base import Checkpoint, CheckpointError, TensorInfo
 from grok_engine.checkpoint.packed import PackedCheckpoint
 from grok_engine.config import WeightFormat
-from grok_engine.dtypes import DTYPES, NAMES
 from grok_engine.layers.embedding import Embedding
-from grok_engine.layers.weight import Table, Weight
+from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.models.decoder import Decoder
+from grok_kernels.dtypes import DTYPES, NAMES
 
 FORMATS: dict[WeightFormat, str] = {"int8": "int8", "fp8": "fp8_e4m3", "bf16": "bf16", "fp32": "fp32"}
 SCALED = ("int8", "fp8_e4m3")
@@ -25,7 +25,7 @@ class Slot:
     """What one module takes from a checkpoint, and how it is held: `groups` of scales along K, 0 for none."""
 
     path: str  # of the module in the model
-    module: Table | Weight
+    module: NamedTensor | FusedWeight
     sources: tuple[TensorInfo, ...]
     format: str
     groups: int = 0
@@ -36,7 +36,7 @@ class Slot:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(E, N, K), or a table's shape, whatever the layout."""
+        """(E, N, K), or the shape of a named tensor, whatever the layout."""
         return _shape(self.module)
 
     @property
@@ -47,7 +47,7 @@ class Slot:
 
     def allocate(self, device: torch.device | str, packed: bool | None = None) -> None:
         """Make room, uninitialised. packed: in panels, or None to leave it to the device's kernels."""
-        if isinstance(self.module, Weight):
+        if isinstance(self.module, FusedWeight):
             self.module.allocate(self.dtype, self.groups, device, packed)
         else:
             self.module.allocate(self.dtype, device, packed)
@@ -64,7 +64,7 @@ def slots(model: Decoder, checkpoint: Checkpoint, weights: WeightFormat | None =
     problems: list[str] = []
     names: set[str] = set()
     for path, module in model.named_modules():
-        if not isinstance(module, (Table, Weight)):
+        if not isinstance(module, (NamedTensor, FusedWeight)):
             continue
         wanted = [path] if packed else _names(module)
         names.update(wanted)
@@ -88,19 +88,19 @@ def slots(model: Decoder, checkpoint: Checkpoint, weights: WeightFormat | None =
     return found
 
 
-def _names(module: Table | Weight) -> list[str]:
-    return [module.name] if isinstance(module, Table) else [part.name for part in module.parts]
+def _names(module: NamedTensor | FusedWeight) -> list[str]:
+    return [module.name] if isinstance(module, NamedTensor) else [part.name for part in module.parts]
 
 
-def _shape(module: Table | Weight) -> tuple[int, ...]:
-    return module.shape if isinstance(module, Table) else (module.experts, module.n, module.k)
+def _shape(module: NamedTensor | FusedWeight) -> tuple[int, ...]:
+    return module.shape if isinstance(module, NamedTensor) else (module.experts, module.n, module.k)
 
 
 def _held_as(
-    model: Decoder, module: Table | Weight, infos: Sequence[TensorInfo], weights: WeightFormat | None
+    model: Decoder, module: NamedTensor | FusedWeight, infos: Sequence[TensorInfo], weights: WeightFormat | None
 ) -> tuple[str, int]:
     """Format, and groups of scales along K, of a module made of these tensors."""
-    if isinstance(module, Table):
+    if isinstance(module, NamedTensor):
         dtype = model.dtype if isinstance(module, Embedding) else torch.float32
         return NAMES[dtype], 0
     stored = infos[0].format
@@ -116,7 +116,7 @@ def _misfits(slot: Slot) -> Iterator[str]:
     """What is wrong with the tensors of a slot, one line each."""
     module, infos = slot.module, slot.sources
     places = [slot.shape]
-    if isinstance(module, Weight) and len(infos) == len(module.parts):  # a packed tensor is fused already
+    if isinstance(module, FusedWeight) and len(infos) == len(module.parts):  # a packed tensor is fused already
         places = [(module.experts, part.stop - part.start, module.k) for part in module.parts]
     for info, shape in zip(infos, places, strict=True):
         if info.shape != shape and (1, *info.shape) != shape:  # one matrix may come without an axis of experts
@@ -138,6 +138,6 @@ def _packed_misfits(slot: Slot, checkpoint: PackedCheckpoint) -> Iterator[str]:
     if info.format != slot.format:
         yield f"{info.name} is {info.format}, expected {slot.format}: other weights or dtypes take a new conversion"
     found = tuple(checkpoint.read(info.name)[0].shape)
-    expected = slot.module.form(DTYPES[info.format], "cpu", info.layout == "panels")
+    expected = slot.module.shape_in(info.layout, DTYPES[info.format])
     if found != expected:
         yield f"{info.name} has shape {found} in {info.layout}, expected {expected}"

@@ -13,9 +13,9 @@ from typing import Any, Literal, get_args
 from grok_engine.checkpoint.xai.layout import GROUPS
 from grok_engine.config import ConfigError, ModelConfig
 from grok_engine.models.families import PRESETS
+from grok_kernels.chips import GPUS, Gpu
 
-from .chips import CHIPS, Chip, PlanWeights
-
+PlanWeights = Literal["int8", "fp8", "bf16"]
 PlanKV = Literal["bf16", "fp8"]
 
 RESERVED = 0.10  # the CUDA context, communication buffers, captured graphs, fragmentation: what servers leave free
@@ -172,18 +172,18 @@ def _step_cost(
     return Cost(read, linear, bf16) + expert_layer_cost(c, tokens, weights, n) * c.num_layers
 
 
-def _link_rate(chip: Chip, n: int) -> float:
+def _link_rate(chip: Gpu, n: int) -> float:
     return chip.link if n <= NODE_GPUS else min(chip.link, NETWORK)
 
 
-def _link_s(c: ModelConfig, chip: Chip, n: int, tokens: int, rows: int) -> float:
+def _link_s(c: ModelConfig, chip: Gpu, n: int, tokens: int, rows: int) -> float:
     if n == 1:
         return 0.0
     sent = 2 * c.num_layers * 2 * 2 * tokens * c.d_model + 4 * rows * c.vocab_size
     return sent * (n - 1) / n / _link_rate(chip, n) + (2 * c.num_layers + 1) * START_S
 
 
-def _time(steps: Iterator[tuple[Cost, float]], chip: Chip, weights: PlanWeights, tokens: int) -> StepTime:
+def _time(steps: Iterator[tuple[Cost, float]], chip: Gpu, weights: PlanWeights, tokens: int) -> StepTime:
     memory = compute = link = total = 0.0
     for cost, link_s in steps:
         memory_s, compute_s = cost.floor(bandwidth=chip.bandwidth, peak=chip.peak(weights), bf16=chip.bf16)
@@ -193,7 +193,7 @@ def _time(steps: Iterator[tuple[Cost, float]], chip: Chip, weights: PlanWeights,
 
 
 def _prefill_steps(
-    c: ModelConfig, chip: Chip, weights: PlanWeights, kv: PlanKV, n: int, context: int
+    c: ModelConfig, chip: Gpu, weights: PlanWeights, kv: PlanKV, n: int, context: int
 ) -> Iterator[tuple[Cost, float]]:
     for start in range(0, context, CHUNK):
         end = min(start + CHUNK, context)
@@ -234,7 +234,7 @@ def valid_gpu_counts(c: ModelConfig) -> tuple[int, ...]:
 
 
 def _check(c: ModelConfig, chip: str, gpus: int, weights: str, kv: str, context: int, batch: int) -> None:
-    choices = (("gpu", chip, tuple(CHIPS)), ("weights", weights, get_args(PlanWeights)), ("kv", kv, get_args(PlanKV)))
+    choices = (("gpu", chip, tuple(GPUS)), ("weights", weights, get_args(PlanWeights)), ("kv", kv, get_args(PlanKV)))
     for name, value, known in choices:
         if value not in known:
             raise ConfigError(f"{name}={value!r}: expected one of {', '.join(known)}")
@@ -267,7 +267,7 @@ def plan(
     """
     context = config.max_position if context is None else context
     _check(config, chip, gpus, weights, kv, context, batch)
-    gpu, resident = CHIPS[chip], _window(config, context)
+    gpu, resident = GPUS[chip], _window(config, context)
     usable = int(gpu.memory * (1 - RESERVED))
 
     def free(n: int) -> int:
@@ -315,7 +315,7 @@ def plan(
     )
 
 
-def _assumptions(c: ModelConfig, chip: Chip, n: int, weights: PlanWeights, kv: PlanKV) -> Iterator[str]:
+def _assumptions(c: ModelConfig, chip: Gpu, n: int, weights: PlanWeights, kv: PlanKV) -> Iterator[str]:
     bf16, fp8 = chip.bf16 / 1e12, chip.fp8 / 1e12
     scales = {
         "int8": f"fp32 scales in {GROUPS} groups of rows on attention output and down projections, 1 group elsewhere",

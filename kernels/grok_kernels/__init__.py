@@ -1,6 +1,8 @@
-"""Kernels for models of the Grok-1 kind, usable without the engine. `ops` is the contract."""
+"""Kernels for models of the Grok-1 kind, usable without the engine. The contract is in `ops`."""
 
 from . import cpu, cuda, reference, triton
+from .chips import multiplies_fp8
+from .layouts import Layout, can_pack, pack_into, packed_rows, values_shape, wants_packed
 from .memory import huge_pages, weight_memory
 from .ops import (
     group_tokens,
@@ -19,22 +21,14 @@ from .ops import (
     sandwich_norm,
     sandwich_norm_fp8,
 )
-from .packing import (
-    can_pack,
-    is_packed,
-    pack_into,
-    pack_weight,
-    packed_rows,
-    packed_shape,
-    unpack_weight,
-    wants_packed,
-)
 from .registry import Status, backends, capturable, chosen, fuses, use_backend
 from .triton.steps import startup as startup_steps
-from .tuning import multiplies_fp8
+from .weights import Weight
 
 __all__ = [
+    "Layout",
     "Status",
+    "Weight",
     "backends",
     "can_pack",
     "capturable",
@@ -45,14 +39,11 @@ __all__ = [
     "group_tokens",
     "grouped_gemm",
     "huge_pages",
-    "is_packed",
     "moe",
     "moe_fp8",
     "multiplies_fp8",
     "pack_into",
-    "pack_weight",
     "packed_rows",
-    "packed_shape",
     "paged_attention",
     "quantize_fp8",
     "quantize_int8",
@@ -67,8 +58,8 @@ __all__ = [
     "sandwich_norm_fp8",
     "startup_steps",
     "triton",
-    "unpack_weight",
     "use_backend",
+    "values_shape",
     "wants_packed",
     "weight_memory",
 ]

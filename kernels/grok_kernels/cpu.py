@@ -1,7 +1,8 @@
 """Registers the native CPU kernels of the extension `grok_kernels._C`, or says once why there are none.
 
-The kernels exist for AVX-512 with BF16 and VNNI, for AVX-512, for AVX2 and for any CPU; the best that the machine has
-runs. `GROK_CPU_ISA` (avx512_bf16, avx512, avx2 or portable), read at the first call, or `use_isa` forces one.
+The kernels are compiled for AVX-512 with BF16 and VNNI, for AVX-512, for AVX2 and for any CPU; the best that the
+machine has runs. `GROK_CPU_ISA` (avx512_bf16, avx512, avx2 or portable), read at the first call, or `use_isa` forces
+one.
 
 Where the extension cannot be used, importing grok_kernels logs one warning, `backends()` gives the reason, and the
 reference serves.
@@ -12,20 +13,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import packing, registry
+from . import layouts, registry
+from .experts import ExpertLayer
 from .recording import Recorded
 from .recording import record as _record
+from .weights import Weight, unsupported
 
 BUILD = "build it with `python setup.py build_ext --inplace` in the sources, or reinstall where there is a C++ compiler"
 OPS = (
     "group_tokens", "grouped_gemm", "moe", "paged_attention", "quantize_fp8", "quantize_int8", "rms_norm",
     "rope_store_kv", "route_topk", "sample_top_p", "sandwich_norm",
 )  # fmt: skip
+FORMATS = ("fp32", "bf16", "int8", "fp8_e4m3")
 log = logging.getLogger("grok_kernels")
 
 
@@ -81,69 +85,41 @@ def use_isa(name: str) -> Iterator[None]:
 
 
 def recordable() -> tuple[str | None, ...] | None:
-    """What a run recorded now will hold: the preferred backend of every op. None where this one serves nothing here."""
+    """The backends that a run recorded now will contain (`preferred_all`). None where this one serves nothing here."""
     found = registry.preferred_all("cpu")
     return found if "cpu" in found else None
 
 
 def record(run: Callable[[], Any]) -> Recorded:
-    """Call `run`, and keep what it does on the CPU so that it can be done again without the Python in it.
+    """Call `run` and record what it does on the CPU, for replays without Python.
 
-    What is returned computes `run`'s result again when called, from what is then in the tensors that `run` read, into
-    the tensors that it made: write new inputs into the old ones, and use a result before the next call. Whatever `run`
-    decides from values of tensors, sizes or Python objects stays as it was. Results have the bits of `run` itself.
-    RuntimeError where `run` asks a tensor for a value; NotImplementedError without the extension.
+    Calling the result computes `run` again, from the current contents of the tensors that `run` read into the tensors
+    that it made: write new inputs into the old tensors, and use a result before the next call. Whatever `run` decided
+    from sizes, Python objects or values of tensors stays as it was. The bits are those of `run` itself. RuntimeError
+    where `run` reads a value out of a tensor; NotImplementedError without the extension.
     """
     return _record(_extension(), run)
 
 
 def _supports(*args: Any) -> str | None:
+    if reason := unsupported("cpu", args, FORMATS, ("rows", "panels")):
+        return reason
     where = next(str(a.device) for a in args if isinstance(a, Tensor))
     return None if where == "cpu" else f"its tensors are on {where}, the cpu backend takes those on cpu"
 
 
-def _supports_moe(*args: Any) -> str | None:
-    """A packed w13 holds the gate and the up projection side by side: each must begin with a panel."""
-    w13, w2 = args[3], args[5]
-    f = packing.plain_shape(w2)[2]
-    if packing.is_packed(w13) and f % packing.WIDTH:
-        return f"w13 is packed with F={f}, the cpu backend takes multiples of {packing.WIDTH}"
-    return _supports(*args)
-
-
-class _Weight(NamedTuple):
-    """A weight and its scale as the extension takes them."""
-
-    format: str
-    layout: str
-    shape: tuple[int, int, int]
-    planes: tuple[Tensor, ...]
-
-
-_FORMATS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8_e4m3", torch.bfloat16: "bf16", torch.float32: "fp32"}
-
-
-def _weight(values: Tensor, scale: Tensor | None) -> _Weight:
-    layout = "panels" if packing.is_packed(values) else "rows"
-    planes = (values,) if scale is None else (values, scale)
-    return _Weight(_FORMATS[values.dtype], layout, packing.plain_shape(values), planes)
-
-
-def _grouped_gemm(x: Tensor, weight: Tensor, weight_scale: Tensor | None, *rest: Any) -> Any:
-    return _module.grouped_gemm(x, _weight(weight, weight_scale), *rest)
-
-
-def _moe(
-    x: Tensor, topk_weights: Tensor, experts: Tensor,
-    w13: Tensor, w13_scale: Tensor | None, w2: Tensor, w2_scale: Tensor | None, *rest: Any,
-) -> Any:  # fmt: skip
-    return _module.moe(x, topk_weights, experts, _weight(w13, w13_scale), _weight(w2, w2_scale), *rest)
+def _supports_moe(x: Tensor, *args: Any) -> str | None:
+    layer = ExpertLayer(*args)
+    f = layer.w2.shape[2]
+    if layer.w13.layout == "panels" and f % layouts.WIDTH:  # gate and up lie side by side, and each begins with a panel
+        return f"w13 is packed with F={f}, the cpu backend takes multiples of {layouts.WIDTH}"
+    return _supports(x, *args)
 
 
 if _module is not None:
-    registry.take_signatures(_module.signature)
-    packing.take_native(_module)
-    _adapted = {"grouped_gemm": _grouped_gemm, "moe": _moe}
+    registry.set_signature(_module.signature)
+    layouts.set_native(_module)
+    _module.set_weight_type(Weight)
     for _op in OPS:
         _check = _supports_moe if _op == "moe" else _supports
-        registry.register(_op, "cpu", supports=_check)(_adapted.get(_op) or getattr(_module, _op))
+        registry.register(_op, "cpu", supports=_check)(getattr(_module, _op))

@@ -1,8 +1,8 @@
-"""Registers the kernels by hand for Hopper (compute capability 9.0), or says why there are none.
+"""Registers the CUDA kernels for Hopper (compute capability 9.0), or says why there are none.
 
-They are in the extension `grok_kernels._CUDA` where the installation built it. Else the first call on such a chip
-compiles them with torch's just-in-time compiler, which needs nvcc and a C++ compiler, and keeps them in its cache
-(`TORCH_EXTENSIONS_DIR`). Calls that no kernel here takes are Triton's.
+They are in the extension `grok_kernels._CUDA` where the installation built it. Otherwise the first call on such a chip
+compiles them with torch's just-in-time compiler, which needs nvcc and a C++ compiler, into its cache
+(`TORCH_EXTENSIONS_DIR`). Triton serves the calls that no kernel here takes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from torch import Tensor
 
 from . import registry
 from .checks import GROUP
+from .chips import chip_of
 from .counters import counter
 from .cuda_home import cuda_home
-from .packing import is_packed
-from .tuning import chip_of, wide_tokens
+from .dtypes import dtype_name
+from .experts import ExpertLayer
+from .tuning import swapped_tile
+from .weights import Weight, unsupported
 
 NAME = "grok_kernels._CUDA"
+FORMATS = ("int8", "fp8_e4m3")
 CHIP = (9, 0)
 ARCH = "-gencode=arch=compute_90a,code=sm_90a"
 EXPERTS, CHOSEN = 64, 8  # kMostExperts and kMostChosen of grok/route.h
@@ -41,7 +45,7 @@ def _csrc() -> Path:
 
 
 def _build_arguments() -> dict[str, Any]:
-    """What `torch.utils.cpp_extension.load` compiles, and how."""
+    """The arguments of `torch.utils.cpp_extension.load`."""
     csrc = _csrc()
     patterns = ("bindings/cuda/*.cpp", "cuda/*/instantiations/*.cu")
     return {
@@ -62,7 +66,7 @@ def _nvcc() -> str:
 
 
 def _missing() -> str:
-    """Why no kernel can run here, if so. Looks at the machine without starting CUDA, after which no process may fork."""
+    """Why no kernel can run here, if so. Does not start CUDA, after which no process may fork."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     if torch.cuda.device_count() == 0:
@@ -81,19 +85,19 @@ def _wrong_chip(device: torch.device | int) -> str | None:
 
 
 def _no_chip() -> str:
-    """Why none of the machine's GPUs can serve, if so. Starts CUDA."""
+    """Why none of the machine's GPUs can serve, "" if one can. Starts CUDA."""
     reasons = [_wrong_chip(device) for device in range(torch.cuda.device_count())]
     return "" if None in reasons else "; ".join(map(str, reasons))
 
 
 @cache
 def unusable() -> str:
-    """Loads the kernels, compiling them if need be. What failed, if so, said once."""
+    """Load the kernels, compiling them if need be. Returns, and logs once, what failed; "" if nothing did."""
     try:
         if find_spec(NAME) is None:
             from torch.utils import cpp_extension
 
-            log.warning("compiling the CUDA kernels, once: minutes")
+            log.warning("compiling the CUDA kernels, once: this takes minutes")
             cpp_extension.CUDA_HOME = cuda_home(cpp_extension.CUDA_HOME)
             module = cpp_extension.load(**_build_arguments())
         else:
@@ -105,7 +109,7 @@ def unusable() -> str:
         if built == running:  # the ABI holds within a minor version only
             return ""
         reason = f"the extension {NAME} was built against torch {built}, this is torch {running}; install it again"
-    log.warning("no CUDA kernels by hand, Triton's serve: %s", reason)
+    log.warning("no CUDA kernels, Triton serves: %s", reason)
     return reason
 
 
@@ -140,22 +144,20 @@ def _supports_group(experts: Tensor, num_experts: int) -> str | None:
     return _unusable_on(experts)
 
 
-def _supports_product(name: str, weight: Tensor, scale: Tensor | None) -> str | None:
-    """Why a weight (E, N, K) has no product here, if so."""
-    if weight.dtype not in (torch.float8_e4m3fn, torch.int8):
-        return f"{name} has dtype {_name(weight.dtype)}, the cuda backend takes float8_e4m3fn and int8"
-    if is_packed(weight):
-        return f"{name} is packed, the cuda backend takes plain weights"
+def _supports_product(name: str, weight: Weight) -> str | None:
+    """Why this weight has no product here, if so."""
+    if reason := unsupported("cuda", [weight], FORMATS, ("rows",)):
+        return reason
     e, n, k = weight.shape
-    if not weight.is_contiguous():
-        return f"{name} has strides {tuple(weight.stride())}, the cuda backend takes contiguous weights"
+    if not weight.values.is_contiguous():
+        return f"{name} has strides {weight.values.stride()}, the cuda backend takes contiguous weights"
     if e > EXPERTS:
         return f"{name} has {e} experts, the cuda backend takes {EXPERTS} at most"
     if k < 16 or k % 16:
         return f"K={k} of {name}, the cuda backend takes multiples of 16"
     if n < 8 or n % 8:
         return f"N={n} of {name}, the cuda backend takes multiples of 8"
-    groups = 1 if scale is None else scale.shape[1]
+    groups = weight.planes[1].shape[1]
     if groups > 1 and k % (groups * GROUP):
         return (
             f"{name} has {groups} groups of K={k}, the cuda backend takes one or those of a multiple of {GROUP} columns"
@@ -163,54 +165,30 @@ def _supports_product(name: str, weight: Tensor, scale: Tensor | None) -> str | 
     return None
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _supports_gemm(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor | None,
-    offsets: Tensor | None,
-    x_scale: Tensor | None,
-    out_dtype: torch.dtype | None,
-) -> str | None:
-    reason = _supports_product("weight", weight, weight_scale)
-    if reason:
+def _supports_gemm(x: Tensor, weight: Weight, *rest: Any) -> str | None:
+    if reason := _supports_product("weight", weight):
         return reason
-    wanted = torch.bfloat16 if weight.dtype == torch.int8 else torch.float8_e4m3fn
+    wanted = torch.bfloat16 if weight.format == "int8" else torch.float8_e4m3fn
     if x.dtype != wanted:
-        return (
-            f"x has dtype {_name(x.dtype)} for weights of {_name(weight.dtype)}, the cuda backend takes {_name(wanted)}"
-        )
+        found, wanted_name = dtype_name(x.dtype), dtype_name(wanted)
+        return f"x has dtype {found} for weights of {weight.format}, the cuda backend takes {wanted_name}"
     if x.shape[0] > PRODUCT_ROWS:
         return f"M={x.shape[0]}, the cuda backend takes {PRODUCT_ROWS} at most"
     return _unusable_on(x)
 
 
-def _supports_moe(
-    x: Tensor,
-    topk_weights: Tensor,
-    experts: Tensor,
-    w13: Tensor,
-    w13_scale: Tensor | None,
-    w2: Tensor,
-    w2_scale: Tensor | None,
-    activation: str,
-    act_format: str,
-    *grouping: Tensor | None,
-) -> str | None:
-    for name, weight, scale in (("w13", w13, w13_scale), ("w2", w2, w2_scale)):
-        reason = _supports_product(name, weight, scale)
-        if reason:
+def _supports_moe(x: Tensor, *args: Any) -> str | None:
+    layer = ExpertLayer(*args)
+    for name, weight in (("w13", layer.w13), ("w2", layer.w2)):
+        if reason := _supports_product(name, weight):
             return reason
-    wanted = "none" if w13.dtype == torch.int8 else "fp8"
-    if act_format != wanted:
-        return f"act_format={act_format!r} for weights of {_name(w13.dtype)}, the cuda backend takes {wanted!r}"
+    wanted = "none" if layer.w13.format == "int8" else "fp8"
+    if layer.act_format != wanted:
+        return f"act_format={layer.act_format!r} for weights of {layer.w13.format}, the cuda backend takes {wanted!r}"
     if x.dtype != torch.bfloat16:
-        return f"x has dtype {_name(x.dtype)}, the cuda backend takes bfloat16"
-    if experts.numel() > PRODUCT_ROWS:
-        return f"experts has {experts.numel()} entries, the cuda backend takes {PRODUCT_ROWS} at most"
+        return f"x has dtype {dtype_name(x.dtype)}, the cuda backend takes bfloat16"
+    if layer.experts.numel() > PRODUCT_ROWS:
+        return f"experts has {layer.experts.numel()} entries, the cuda backend takes {PRODUCT_ROWS} at most"
     return _unusable_on(x)
 
 
@@ -229,51 +207,39 @@ def group_tokens(experts: Tensor, num_experts: int) -> Any:
 
 def grouped_gemm(
     x_MK: Tensor,
-    weight_ENK: Tensor,
-    weight_scale: Tensor,
+    weight: Weight,
     offsets: Tensor | None,
     x_scale: Tensor | None,
     out_dtype: torch.dtype | None,
-    tokens: int | None = None,
+    tile: int | None = None,
 ) -> Any:
-    """`tokens`: which kernel serves (`tuning.wide_tokens`), for tests and tuning."""
-    if tokens is None:
+    """tile: for tests and tuning, in place of what `tuning.swapped_tile` chooses."""
+    if tile is None:
         m = x_MK.shape[0]
-        tokens = wide_tokens(weight_ENK.dtype, m, m // weight_ENK.shape[0], chip_of(x_MK.device))
-    # an address that is no multiple of 16 is not known to `supports`; the launcher refuses it, where x alone is copied
-    return torch.ops.grok_cuda.grouped_gemm(
-        x_MK, weight_ENK, weight_scale, offsets, x_scale, out_dtype or torch.bfloat16, tokens
-    )
+        tile = swapped_tile(weight.dtype, m, m // weight.shape[0], chip_of(x_MK.device))
+    # `supports` cannot see whether addresses are multiples of 16; the launcher copies an x that is not aligned so, and
+    # refuses any other operand
+    return torch.ops.grok_cuda.grouped_gemm(x_MK, *weight.planes, offsets, x_scale, out_dtype or torch.bfloat16, tile)
 
 
-def moe(
-    x_TD: Tensor,
-    topk_weights_TA: Tensor,
-    experts_TA: Tensor,
-    w13: Tensor,
-    w13_scale: Tensor,
-    w2: Tensor,
-    w2_scale: Tensor,
-    activation: str,
-    act_format: str,
-    order: Tensor | None = None,
-    offsets: Tensor | None = None,
-    tokens: int | None = None,
-) -> Any:
-    """`tokens` as in `grouped_gemm`."""
-    if not experts_TA.numel():
+def moe(x_TD: Tensor, *args: Any, tile: int | None = None) -> Any:
+    """tile: as in `grouped_gemm`."""
+    layer = ExpertLayer(*args)
+    if not layer.experts.numel():
         return torch.zeros_like(x_TD)
-    if tokens is None:
-        tokens = wide_tokens(w13.dtype, x_TD.shape[0], experts_TA.numel() // len(w13), chip_of(x_TD.device))
+    if tile is None:
+        even = layer.experts.numel() // layer.w13.shape[0]
+        tile = swapped_tile(layer.w13.dtype, x_TD.shape[0], even, chip_of(x_TD.device))
     return torch.ops.grok_cuda.moe(
-        x_TD, topk_weights_TA, experts_TA, w13, w13_scale, w2, w2_scale, ACTIVATIONS[activation], order, offsets, tokens
-    )
+        x_TD, layer.topk_weights, layer.experts, *layer.w13.planes, *layer.w2.planes, ACTIVATIONS[layer.activation],
+        layer.order, layer.offsets, tile,
+    )  # fmt: skip
 
 
 if _reason := _missing():
     registry.mark_missing("cuda", _reason)
 else:
-    registry.ask_later("cuda", _no_chip, unusable)
+    registry.check_late("cuda", _no_chip, unusable)
 registry.register("route_topk", "cuda", supports=_supports_route)(route_topk)
 registry.register("route_and_group", "cuda", supports=_supports_route_and_group)(route_and_group)
 registry.register("group_tokens", "cuda", supports=_supports_group)(group_tokens)

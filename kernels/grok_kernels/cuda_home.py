@@ -1,4 +1,4 @@
-"""Where the CUDA toolkit lies. Uses the standard library alone, since setup.py runs this file before the package exists."""
+"""Finds the CUDA toolkit. Uses only the standard library: setup.py runs this file before the package exists."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def cuda_home(guess: str | None) -> str | None:
-    """The toolkit's folder: `guess`, which is torch's, if CUDA's headers are there, else the one that nvcc itself names.
+    """The toolkit's folder: torch's `guess` if CUDA's headers are in it, else the one that nvcc itself reports.
 
     torch takes the folder above the nvcc on the path. Where that nvcc is a wrapper script in another place, the headers
-    are not there, and nothing compiles. Returns `guess` where there is no nvcc to ask, or it does not answer.
+    are not there, and nothing compiles. Returns `guess` where there is no nvcc, or it does not answer.
     """
     if guess and Path(guess, "include/cuda_runtime.h").is_file():
         return guess

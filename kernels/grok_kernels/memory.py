@@ -14,9 +14,9 @@ HUGE = 2 << 20
 
 
 def weight_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """`torch.empty`; large ones on a CPU under Linux in huge pages, where the system gives such on request.
+    """`torch.empty`, for large tensors on a Linux CPU in huge pages where the system gives them on request.
 
-    Weights are read from end to end in every step: with pages of 4 kB the address translation shows in the time.
+    Every step reads the weights from end to end, and with pages of 4 kB the TLB misses cost time.
     """
     size = math.prod(shape) * dtype.itemsize
     if torch.device(device).type != "cpu" or size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -25,12 +25,13 @@ def weight_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device
 
 
 def huge_pages(size: int) -> Tensor:
-    """`size` bytes of zeros, uint8, that go with the last view of them; on Linux in huge pages where there are such."""
+    """`size` bytes of zeros, uint8, freed with the last view of them; on Linux in huge pages where the system has
+    them."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(size, dtype=torch.uint8)
-    # more than is needed, and never touched, so that a huge page can begin where the data does
+    # 2 MiB more, never touched, so that the data can begin at a huge page
     room = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel built without them
+    with suppress(OSError):  # a kernel built without huge pages
         room.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(room, dtype=torch.uint8)
     start = -whole.data_ptr() % HUGE

@@ -1,7 +1,7 @@
-"""A run on the CPU kept as calls of its kernels on the same tensors: what a CUDA graph is to a GPU.
+"""A run on the CPU, recorded as native calls on the same tensors: what a CUDA graph is to a GPU.
 
-Where weights have streamed through the caches, Python's code and data must come from memory again before each next
-kernel, which takes longer than many a kernel itself. A replay goes from one native call to the next without it.
+Streaming the weights evicts the interpreter from the caches, so Python between kernels runs cold, for longer than many
+a kernel. A replay goes from one native call to the next without it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import registry
+from .ops.define import unflatten
 
 Step = Callable[[], object]
 
 
 class Recorded:
-    """A run that was recorded: calling it computes the same again from what its tensors hold then, and returns the same
-    tensors. For one thread at a time."""
+    """A recorded run. Calling it computes the run again from the current contents of its input tensors, into the same
+    result tensors, which it returns. One thread at a time may call it."""
 
     def __init__(self, native: Any, steps: Sequence[Step], result: Any) -> None:
         self._native, self._steps, self._result = native, steps, result
@@ -34,13 +35,13 @@ class Recorded:
         return self._result
 
     def seconds(self) -> dict[str, float]:
-        """Of every op, the seconds inside its native kernels in all replays so far."""
+        """The seconds spent in each op's native kernel, over all replays so far."""
         return dict(self._native.seconds())
 
 
 class _Recorder(TorchDispatchMode):
-    """Sees every op below autograd. What the native recording does not keep becomes a step of its own: the same op on
-    the same arguments, its result copied to where the first one lay."""
+    """Sees every op below autograd. An op that the native recording does not capture becomes a Python step: it runs
+    on the same arguments, and its result is copied to the memory of the first one."""
 
     def __init__(self, native: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -48,7 +49,7 @@ class _Recorder(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # that would import torch's compiler, for a second
+        return False  # True would import torch's compiler, which takes a second
 
     def steps(self) -> list[Step]:
         """All steps so far, in their order."""
@@ -59,14 +60,17 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        with self:  # one made of others, as reshape is, may be a view or not: its parts are looked at
+        with self:  # a composite op such as reshape may return a view or not: record the ops it is made of
             result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
         before = self._native.calls
         result = func(*args, **kwargs)
         kept = self._native.calls - before
-        kernel = registry.select(func._opname, args) if func.namespace == "grok" else None
+        kernel = None
+        if func.namespace == "grok":
+            args = unflatten(func._opname, args)
+            kernel = registry.select(func._opname, args)
         if kept != (kernel is not None and kernel.backend == "cpu"):
             raise RuntimeError(f"{func} made {kept} native calls in a way that cannot be recorded")
         if not kept:
@@ -78,7 +82,7 @@ class _Recorder(TorchDispatchMode):
         results = _listed(result)
         if not all(isinstance(r, Tensor) for r in results):
             raise RuntimeError(f"{func} gives a value, {result}, that may be another in a replay")
-        fresh = [r.alias_info is None for r in func._schema.returns]  # not an argument or a view of one
+        fresh = [r.alias_info is None for r in func._schema.returns]  # neither an argument nor a view of one
         fresh = fresh * len(results) if isinstance(result, list) else fresh
         if any(fresh):
             self.steps().append(partial(_refill, list(compress(results, fresh)), fresh, again))
@@ -96,7 +100,7 @@ def _listed(result: Any) -> Sequence[Any]:
 
 
 def record(module: Any, run: Callable[[], Any]) -> Recorded:
-    """Calls `run` and keeps what it did, with the native recording of `module`."""
+    """Call `run` under the native recording of `module`."""
     native = module.Recording()
     recorder = _Recorder(native)
     native.start()

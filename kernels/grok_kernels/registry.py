@@ -1,8 +1,8 @@
 """Which backend serves an op: registered kernels, selection at the call, and what was chosen.
 
-A kernel is a backend's function for one op plus a `supports` that looks at the call's arguments and
-answers None, or the reason why not. On a device the first backend of `ORDER` whose kernel supports the
-call serves it. A backend forced by `use_backend` or by `GROK_KERNELS_BACKEND` serves it or raises.
+A kernel is a backend's function for one op, with a `supports` that looks at the call's arguments and returns None, or
+the reason why the kernel cannot run it. On a device the first backend of `ORDER` whose kernel supports the call serves
+it. A backend forced by `use_backend` or by `GROK_KERNELS_BACKEND` serves it or raises.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ class Status:
 
 _kernels: dict[tuple[str, str], Kernel] = {}
 _missing: dict[str, str] = {}  # backend -> why none of its kernels can run here
-_later: dict[str, tuple[Callable[[], str], Callable[[], str]]] = {}  # backend -> as `ask_later` has them
+_late_checks: dict[str, tuple[Callable[[], str], Callable[[], str]]] = {}  # backend -> as given to `check_late`
 _chosen: dict[str, set[str]] = {}
 _forced: ContextVar[str | None] = ContextVar("grok_kernels_backend", default=None)
 
 Key = tuple[str, bytes, "str | None"]  # op, signature, backend that `use_backend` forces
 
-# A decode step is hundreds of calls of a few microseconds each, all like those of the step before: dispatch, checks
-# and selection in Python would take longer than many a kernel. So a plain call that passed is known by its signature,
-# and goes straight to its kernel when one like it comes. What has no signature (a mode, a tracer, gradients, another
-# device, no extension to take one) always goes the whole way.
-KNOWN = 4096  # calls kept; then all are forgotten, since working sets are far smaller and a repeated check is cheap
+# The validated-call cache. An eager step makes hundreds of calls of a few microseconds each, all like those of the step
+# before, and dispatch, checks and selection in Python would take longer than many a kernel. So a plain call that passed
+# is remembered by its signature (types, shapes, strides, numbers), and the next such call goes straight to its kernel.
+# A call without a signature (a mode, a tracer, gradients, another device, no extension) always takes the whole way.
+KNOWN = 4096  # calls kept; past that all are dropped, since working sets are far smaller and a repeated check is cheap
 _known: dict[Key, Kernel] = {}
-_preferred: dict[tuple[str | None, str], tuple[str | None, ...]] = {}  # as `preferred_all` gives it
-_fused: dict[tuple[str | None, str, Sequence[str], str], bool] = {}  # as `fuses` does, asked in every layer of a step
+_preferred: dict[tuple[str | None, str], tuple[str | None, ...]] = {}  # results of `preferred_all`
+_fused: dict[tuple[str | None, str, Sequence[str], str], bool] = {}  # results of `fuses`, which every layer asks for
 
 
 def _no_signature(args: tuple[Any, ...]) -> bytes | None:
@@ -68,18 +68,25 @@ def _no_signature(args: tuple[Any, ...]) -> bytes | None:
 _signature: Callable[[tuple[Any, ...]], bytes | None] = _no_signature
 
 
-def take_signatures(signature: Callable[[tuple[Any, ...]], bytes | None]) -> None:
-    """Use this function: bytes that hold all that checks and selection depend on, or None where the call is not plain."""
+def set_signature(signature: Callable[[tuple[Any, ...]], bytes | None]) -> None:
+    """Install the function that keys a call for the validated-call cache: bytes that hold all that checks and selection
+    depend on, or None where the call is not to be cached."""
     global _signature
     _signature = signature
 
 
+def signature(args: tuple[Any, ...]) -> bytes | None:
+    """The key of these arguments in the validated-call cache, if they have one."""
+    return _signature(args)
+
+
 def shortcut(op: str, args: tuple[Any, ...]) -> tuple[Kernel | None, Key | None]:
-    """The kernel of a plain call that is known, and its key; (None, key) for one to `remember` once it has passed."""
-    signature = _signature(args)
-    if signature is None:
+    """The kernel and the key of a cached call; (None, key) for a call to `remember` once it has passed; (None, None)
+    for a call that cannot be cached."""
+    found = _signature(args)
+    if found is None:
         return None, None
-    key = (op, signature, _forced.get())
+    key = (op, found, _forced.get())
     kernel = _known.get(key)
     if kernel is not None and kernel.backend not in _chosen.get(op, ()):
         _choose(kernel, args)
@@ -87,7 +94,7 @@ def shortcut(op: str, args: tuple[Any, ...]) -> tuple[Kernel | None, Key | None]
 
 
 def remember(key: Key, args: tuple[Any, ...]) -> None:
-    """Know this call, which passed all checks, from now on."""
+    """Cache this call, which has passed all checks."""
     if len(_known) >= KNOWN:
         _known.clear()
     _known[key] = select(key[0], args)
@@ -97,7 +104,7 @@ def register(op: str, backend: str, supports: Supports = lambda *args: None) -> 
     """Decorator: the function is `backend`'s kernel for `op`. A second one for the same pair raises.
 
     `supports` may look at types, shapes, strides, devices and numbers, never at the values in tensors: its answer is
-    kept for the calls that are alike.
+    cached for all calls with the same signature.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
@@ -113,7 +120,7 @@ def register(op: str, backend: str, supports: Supports = lambda *args: None) -> 
 
 
 def _forget() -> None:
-    """What was selected, since there is another choice now."""
+    """Drop every cached selection, since what there is to select from has changed."""
     _known.clear()
     _preferred.clear()
     _fused.clear()
@@ -125,13 +132,13 @@ def mark_missing(backend: str, reason: str) -> None:
     _forget()
 
 
-def ask_later(backend: str, no_chip: Callable[[], str], unusable: Callable[[], str]) -> None:
-    """Reasons why `backend` serves nothing here that are not to be looked for at import; "" for none.
+def check_late(backend: str, no_chip: Callable[[], str], unusable: Callable[[], str]) -> None:
+    """Two checks of `backend` that are too slow for import; each returns why the backend serves nothing, "" if it does.
 
-    `no_chip` may start a device: `backends()` and `preferred` ask it. `unusable` may compile for minutes: `preferred`
-    alone asks, on a device that is about to be used. A call asks its kernel's `supports`.
+    `no_chip` may start a device: `backends()` and `preferred` call it. `unusable` may compile for minutes: `preferred`
+    alone calls it, for a device that is about to be used. A call relies on its kernel's `supports`.
     """
-    _later[backend] = no_chip, unusable
+    _late_checks[backend] = no_chip, unusable
     _forget()
 
 
@@ -143,9 +150,9 @@ def _check(name: str, source: str) -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force every op inside the block onto one backend; what it cannot run raises NotImplementedError.
+    """Force every op inside the block onto one backend; what that cannot run raises NotImplementedError.
 
-    It holds for this thread or asyncio task. For other threads too, as an AsyncLLM's, set `GROK_KERNELS_BACKEND`.
+    It holds for this thread or asyncio task. To force the threads of an AsyncLLM too, set `GROK_KERNELS_BACKEND`.
     """
     token = _forced.set(_check(name, "backend"))
     try:
@@ -155,7 +162,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def forced_backend() -> str | None:
-    """The backend forced here, by `use_backend` or else by the environment; None selects by device."""
+    """The backend that `use_backend`, or else the environment, forces; None where the device decides."""
     name = _forced.get()
     if name is None:
         name = os.environ.get(ENV) or None
@@ -179,7 +186,7 @@ def _place(args: tuple[Any, ...]) -> tuple[str, str]:
 
 
 def select(op: str, args: tuple[Any, ...]) -> Kernel:
-    """The kernel that serves this call of `op`. Raises NotImplementedError where none, or not the forced one, can."""
+    """The kernel that serves this call of `op`. NotImplementedError where none can, or the forced one cannot."""
     device, dtype = _place(args)
     forced = forced_backend()
     reasons = []
@@ -201,18 +208,22 @@ def _choose(kernel: Kernel, args: tuple[Any, ...]) -> None:
 
 
 def preferred(op: str, device: str) -> str | None:
-    """The backend asked first for `op` on a device of this type: the forced one, or the first that has a kernel and can
-    be used on this machine."""
+    """The backend that is tried first for `op` on a device of this type: the forced one, or the first that has a kernel
+    and can be used on this machine."""
     forced = forced_backend()
     for backend in (forced,) if forced else ORDER.get(device, ("reference",)):
-        if (op, backend) in _kernels and backend not in _missing and not any(ask() for ask in _later.get(backend, ())):
+        if (
+            (op, backend) in _kernels
+            and backend not in _missing
+            and not any(check() for check in _late_checks.get(backend, ()))
+        ):
             return backend
     return None
 
 
 def fuses(op: str, parts: Sequence[str], device: str) -> bool:
-    """Whether `op` is one pass in place of `parts` on a device of this type: it is served by the backend that serves them,
-    and not by another, which may be slower than all of them."""
+    """Whether `op` is a faster way to compute `parts` on a device of this type: one backend serves it and all of them.
+    Another backend's `op` may be slower than the parts."""
     key = forced_backend(), op, parts, device
     if key not in _fused:
         backend = preferred(op, device)
@@ -221,8 +232,8 @@ def fuses(op: str, parts: Sequence[str], device: str) -> bool:
 
 
 def preferred_all(device: str) -> tuple[str | None, ...]:
-    """Of every op, in the order of their names, the preferred backend on a device of this type: what is captured or
-    recorded now will hold."""
+    """The preferred backends of all ops, sorted by name, on a device of this type: what a graph captured or a run
+    recorded now will contain."""
     key = forced_backend(), device
     if key not in _preferred:
         _preferred[key] = tuple(preferred(op, device) for op in sorted({op for op, _ in _kernels}))
@@ -230,10 +241,7 @@ def preferred_all(device: str) -> tuple[str | None, ...]:
 
 
 def capturable(device: str) -> tuple[str | None, ...] | None:
-    """`preferred_all`, what a CUDA graph captured now will hold.
-
-    None where one of them is the reference, which waits for values on the device, as no graph can.
-    """
+    """`preferred_all`; None where the reference is among them, which reads values back to the host: no graph can."""
     found = preferred_all(device)
     return None if "reference" in found else found
 
@@ -244,12 +252,12 @@ def call(op: str, *args: Any) -> Any:
 
 
 def chosen() -> dict[str, tuple[str, ...]]:
-    """For every op called so far in this process, the backends that served it."""
+    """The backends that have served each op so far in this process."""
     return {op: tuple(sorted(backends)) for op, backends in sorted(_chosen.items())}
 
 
 def backends() -> dict[str, dict[str, Status]]:
-    """For every op, every backend: available on this machine or, where not, why."""
+    """For every op and backend, whether it is available on this machine and, if not, why."""
     ops = sorted({op for op, backend in _kernels if backend == "reference"})
     return {op: {backend: _status(op, backend) for backend in BACKENDS} for op in ops}
 
@@ -258,6 +266,6 @@ def _status(op: str, backend: str) -> Status:
     reason = _missing.get(backend)
     if reason is None and (op, backend) not in _kernels:
         reason = f"the {backend} backend has no kernel for it"
-    if reason is None and backend in _later:
-        reason = _later[backend][0]() or None
+    if reason is None and backend in _late_checks:
+        reason = _late_checks[backend][0]() or None
     return Status(reason is None, reason or "")

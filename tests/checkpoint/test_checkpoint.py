@@ -171,10 +171,10 @@ def test_scales_of_any_block_are_applied(block: tuple[int, int], weights: str) -
     w13 = model.layers[0].feed_forward.w13
     expected = torch.cat([gate, up], 1)
     if weights == "fp8" and block != (1, 16):
-        found = w13.matrices().float() * w13.scale.mT
+        found = w13.matrices().float() * w13.weight.scales.mT
         assert ((found - expected).abs() <= expected.abs().amax(-1, keepdim=True) / 15).all()
     elif weights == "fp8":
-        assert torch.equal(w13.matrices().float() * w13.scale.mT, expected)
+        assert torch.equal(w13.matrices().float() * w13.weight.scales.mT, expected)
     else:
         assert torch.equal(w13.matrices().float(), expected.to(w13.weight.dtype).float())
     np.testing.assert_array_equal(model.embed.values().numpy(), meant["embed"].numpy())

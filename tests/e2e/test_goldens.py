@@ -21,11 +21,15 @@ import torch
 
 import grok_engine.checkpoint.xai.reader
 import grok_engine.loading.resolve
+import grok_kernels
 from grok_engine import LLM, ModelConfig, SamplingParams
 from grok_engine.layers.attention import Attention
 from grok_engine.layers.moe import Experts, Router
-from grok_engine.layers.weight import Table, Weight
+from grok_engine.layers.norm import Residual
+from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.loading.resolve import read_config
+from grok_engine.models.decoder import DecoderLayer
+from grok_kernels import Weight
 
 FP32 = 2e-5  # ‖ours − theirs‖ / ‖theirs‖; both sum in fp32, in different orders
 COMMITTED = Path(__file__).parents[1] / "data" / "goldens"
@@ -83,6 +87,12 @@ class Trace:
     layer: np.ndarray
 
 
+def residual(layer: DecoderLayer, h: Residual) -> torch.Tensor:
+    """h after a layer, whose last addition waits for the next layer's norm."""
+    (delta_TD, post), pre = h._added, layer.pre_attn
+    return grok_kernels.sandwich_norm(h._h_TD, delta_TD, None if post is None else post.weight, pre.weight, pre.eps)[0]
+
+
 def run(llm: LLM, tokens: np.ndarray) -> Trace:
     """One prompt at once, with what every layer put out, in the order of the layers."""
     seen: dict[str, list[np.ndarray]] = {name: [] for name in ("experts", "gates", "attn", "moe", "layer")}
@@ -98,7 +108,7 @@ def run(llm: LLM, tokens: np.ndarray) -> Trace:
             router.register_forward_hook(keep("experts", lambda out: out[1])),
             layer.attn.register_forward_hook(keep("attn")),
             layer.feed_forward.register_forward_hook(keep("moe")),
-            layer.register_forward_hook(keep("layer", lambda out: out[0])),
+            layer.register_forward_hook(lambda layer, args, out: keep("layer")(layer, args, residual(layer, args[0]))),
         ]
     try:
         logits = llm.logits(tokens.tolist()).cpu().numpy()
@@ -247,23 +257,25 @@ def released(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
 def test_int8_is_kept_bit_for_bit(folder: Path, weights: str | None) -> None:
     left = released(folder)
     for module in model(folder, "float32", weights).model.modules():
-        if isinstance(module, Table):
+        if isinstance(module, NamedTensor):
             value, scales = left.pop(module.name)
             assert scales is None
             np.testing.assert_array_equal(
                 module.values().numpy(), value.T if module.name.endswith(".router") else value
             )
-        elif isinstance(module, Weight):
+        elif isinstance(module, FusedWeight):
             assert module.weight.dtype == torch.int8
-            assert module.scale is not None
-            assert module.scale.dtype == torch.float32
+            assert module.weight.scales is not None
+            assert module.weight.scales.dtype == torch.float32
             for part in module.parts:
                 value, scales = left.pop(part.name)
                 assert scales is not None
                 value, scales = (a.reshape(module.experts, -1, a.shape[-1]) for a in (value, scales))
                 rows = slice(part.start, part.stop)
                 np.testing.assert_array_equal(module.matrices()[:, rows].numpy(), value.swapaxes(1, 2), part.name)
-                np.testing.assert_array_equal(module.scale[:, :, rows].numpy(), scales.astype(np.float32), part.name)
+                np.testing.assert_array_equal(
+                    module.weight.scales[:, :, rows].numpy(), scales.astype(np.float32), part.name
+                )
     assert not left, f"the model holds none of {sorted(left)}"
 
 
@@ -354,9 +366,9 @@ def test_wrong_scale_groups_are_noticed(which: str, wrong: Callable[[torch.Tenso
     llm = LLM(GROUPED, dtype="float32")
     for module in llm.model.modules():
         if isinstance(module, Attention if which == "o" else Experts):
-            weight = getattr(module, which)
-            assert weight.scale.shape[1] == 8
-            weight.scale.data.copy_(wrong(weight.scale.data).clone())
+            scales = getattr(module, which).weight.scales
+            assert scales.shape[1] == 8
+            scales.data.copy_(wrong(scales.data).clone())
     assert noticed(llm, GROUPED)
 
 
@@ -368,7 +380,7 @@ def test_interleaved_groups_are_noticed() -> None:
         value, scales = raw[f"layers.{i}.attn.o"]
         assert scales is not None
         dequantised = value.astype(np.float32) * np.tile(scales.astype(np.float32), (value.shape[0] // 8, 1))
-        layer.attn.o.weight.data.copy_(torch.from_numpy(dequantised.T.copy())[None])
+        layer.attn.o.weight.values.data.copy_(torch.from_numpy(dequantised.T.copy())[None])
     assert noticed(llm, GROUPED)
 
 
@@ -382,10 +394,10 @@ def test_swapped_weights_are_noticed(swap: str) -> None:
             fused = layer.feed_forward.w13 if swap == "gate_up" else layer.attn.qkv
             a, b = (fused.parts[j] for j in {"gate_up": (0, 1), "q_k": (0, 1), "k_v": (1, 2)}[swap])
             matrices = fused.matrices().clone()
-            fused.weight = torch.nn.Parameter(matrices, requires_grad=False)  # the plain form, to change parts of it
+            fused.hold(Weight.of(matrices, fused.weight.scales))  # in rows, to change parts of it
             pairs = [
                 (t.data[..., a.start : a.stop, :], t.data[..., b.start : b.stop, :])
-                for t in (matrices, fused.scale.transpose(1, 2))
+                for t in (fused.weight.values, fused.weight.scales.transpose(1, 2))
             ]
         for x, y in pairs:
             kept = x.clone()

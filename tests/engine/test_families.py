@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from grok_engine.config import EngineConfig, ModelConfig
-from grok_engine.layers.weight import Table, Weight
+from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.models.decoder import Decoder
 from grok_engine.models.families import PRESETS
 from grok_engine.runtime.plan import Entry
@@ -139,19 +139,19 @@ def build(c: ModelConfig) -> tuple[Decoder, Weights]:
     """A decoder in fp32 and its weights, filled by hand: no checkpoint, no loader."""
     model, w = Decoder(c, torch.float32), {}
     for module in model.modules():
-        if isinstance(module, Table):
+        if isinstance(module, NamedTensor):
             module.allocate(torch.float32, "cpu")
             shape = module.shape[::-1] if module.name.endswith(".router") else module.shape
             w[module.name] = draw(module.name, shape)
             value = w[module.name].T if module.name.endswith(".router") else w[module.name]
             module.weight.copy_(torch.from_numpy(value))
-        elif isinstance(module, Weight):
+        elif isinstance(module, FusedWeight):
             module.allocate(torch.float32, 0, "cpu")
             for part in module.parts:
                 shape = (module.experts, module.k, part.stop - part.start)
                 w[part.name] = draw(part.name, shape if ".moe." in part.name else shape[1:])
                 value = w[part.name].reshape(shape).swapaxes(1, 2)
-                module.weight[:, part.start : part.stop].copy_(torch.from_numpy(value))
+                module.weight.values[:, part.start : part.stop].copy_(torch.from_numpy(value))
     return model, w
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import grok_kernels
 from grok_engine import LLMEngine
 from grok_engine.config import EngineConfig, ModelConfig
-from grok_engine.layers.weight import Table, Weight
+from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.loading.fill import fill
 from grok_engine.loading.random import random_checkpoint
 from grok_engine.models.decoder import Decoder
@@ -242,9 +242,9 @@ def test_no_step_asks_for_a_value(name: str) -> None:
     config = small(PRESETS[name])
     model = Decoder(config, torch.bfloat16, "meta", 64)
     for module in model.modules():
-        if isinstance(module, Weight):
+        if isinstance(module, FusedWeight):
             module.allocate(torch.int8, 1, "meta")
-        elif isinstance(module, Table):
+        elif isinstance(module, NamedTensor):
             module.allocate(torch.float32, "meta")
     numbers, sizes = flatten([Entry([5], 3, [1]), Entry([6], 9, [0])], 16, rows=4, width=4)
     with torch.inference_mode():

@@ -25,7 +25,7 @@ from grok_engine.checkpoint.quantize import quantize_matrix
 from grok_engine.checkpoint.xai.layout import TensorSpec, layout
 from grok_engine.checkpoint.xai.reader import XaiCheckpoint
 from grok_engine.checkpoint.xai.writer import write_xai
-from grok_engine.layers.weight import Table, Weight
+from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.loading.export import export_weights
 from grok_engine.loading.fill import fill
 from grok_engine.loading.resolve import read_config
@@ -81,14 +81,15 @@ def held(model: Decoder) -> dict[str, np.ndarray]:
     """What the weights in memory mean, by name, in fp32 and (in, out)."""
     values = {}
     for module in model.modules():
-        if isinstance(module, Table):
+        if isinstance(module, NamedTensor):
             table = module.values().float().numpy()
             values[module.name] = table.T if module.name.endswith(".router") else table
-        elif isinstance(module, Weight):
+        elif isinstance(module, FusedWeight):
             for part in module.parts:
                 rows = slice(part.start, part.stop)
                 weight = module.matrices()[:, rows].float().numpy().swapaxes(1, 2)
-                scales = None if module.scale is None else module.scale[:, :, rows].numpy()
+                scales = module.weight.scales
+                scales = None if scales is None else scales[:, :, rows].numpy()
                 value = dequantised(weight, scales)
                 values[part.name] = value if ".moe." in part.name else value[0]
     return values
@@ -129,12 +130,12 @@ def test_values(store: Store, weights: Any, tmp_path: Path) -> None:
 def test_dtypes(store: Store, weights: Any, dtype: torch.dtype, compute: Any, tmp_path: Path) -> None:
     write_random(tmp_path, store)
     model = LLM(tmp_path, dtype=compute, weights=weights).model
-    assert {m.weight.dtype for m in model.modules() if isinstance(m, Weight)} == {dtype}
+    assert {m.weight.dtype for m in model.modules() if isinstance(m, FusedWeight)} == {dtype}
     assert model.embed.weight.dtype == getattr(torch, compute)
-    assert {m.weight.dtype for m in model.modules() if type(m).__name__ in ("Table", "Router")} == {torch.float32}
+    assert {m.weight.dtype for m in model.modules() if type(m).__name__ in ("NamedTensor", "Router")} == {torch.float32}
     for module in model.modules():
-        if isinstance(module, Weight):
-            assert (module.scale is None) == (dtype.itemsize > 1)
+        if isinstance(module, FusedWeight):
+            assert (module.weight.scales is None) == (dtype.itemsize > 1)
 
 
 def test_bf16_rounds_once(tmp_path: Path) -> None:
@@ -174,9 +175,9 @@ def test_fp8_of_zeros(tmp_path: Path) -> None:
     write_random(tmp_path, lambda spec, x: (x * 0 if spec.quantizable else x, None))
     model = LLM(tmp_path, weights="fp8").model
     for module in model.modules():
-        if isinstance(module, Weight):
+        if isinstance(module, FusedWeight):
             assert not module.matrices().float().any()
-            assert (module.scale > 0).all()
+            assert (module.weight.scales > 0).all()
 
 
 def hold(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,10 +198,10 @@ def test_either_form_holds_and_computes_the_same(
         for form in ("plain", "packed"):
             hold(form, monkeypatch)
             models[form] = LLM(folder, weights=weights)
-        dims = {m.weight.dim() for m in models["packed"].model.modules() if isinstance(m, Weight)}
+        layouts = {m.weight.layout for m in models["packed"].model.modules() if isinstance(m, FusedWeight)}
         can = models["packed"].model.layers[0].attn.qkv.weight.dtype != torch.float32
-        assert dims == ({6} if packable and can else {3})
-        assert models["packed"].model.embed.weight.dim() == (6 if packable else 2)
+        assert layouts == {"panels" if packable and can else "rows"}
+        assert models["packed"].model.embed.layout == ("panels" if packable else "rows")
         a, b = (held(models[form].model) for form in ("plain", "packed"))
         for name in a:
             np.testing.assert_array_equal(a[name], b[name], name)
@@ -208,7 +209,7 @@ def test_either_form_holds_and_computes_the_same(
         assert torch.equal(models["plain"].logits(ids), models["packed"].logits(ids))
         exported = [None, None]
         for i, form in enumerate(("plain", "packed")):
-            if models[form].model.layers[0].attn.qkv.scale is None:
+            if models[form].model.layers[0].attn.qkv.weight.scales is None:
                 exported[i] = {n: w for n, (w, _) in export_weights(models[form].model, quantized=False)}
         for name in exported[0] or ():
             np.testing.assert_array_equal(exported[0][name], exported[1][name], name)
@@ -224,8 +225,8 @@ def test_fused_parts_with_different_groups(tmp_path: Path) -> None:
     wanted = write_random(tmp_path, store)
     model = LLM(tmp_path, dtype="float32").model
     assert_holds(model, wanted)
-    assert model.layers[0].attn.qkv.scale.shape[1] == 8
-    assert model.layers[0].feed_forward.w13.scale.shape[1] == 4
+    assert model.layers[0].attn.qkv.weight.scales.shape[1] == 8
+    assert model.layers[0].feed_forward.w13.weight.scales.shape[1] == 4
 
 
 def test_files_are_not_written_to(tmp_path: Path) -> None:

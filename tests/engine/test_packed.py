@@ -19,7 +19,7 @@ from grok_engine import LLM, CheckpointError, ConfigError, SamplingParams
 from grok_engine.checkpoint import packed as container
 from grok_engine.checkpoint.packed import FILE, PackedCheckpoint, Plane, arrange
 from grok_engine.cli import main
-from grok_engine.layers.weight import Table, Weight
+from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.loading.convert import convert
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
@@ -71,11 +71,11 @@ def test_the_same_logits_bit_for_bit(source: Any, weights: Any, dtype: Any, tmp_
 def test_int8_values_and_scales_are_kept(whole: Path) -> None:
     released, converted = (LLM(path, num_pages=8).model for path in (GROUPED, whole))
     for (name, a), b in zip(released.named_modules(), converted.modules(), strict=True):
-        if isinstance(a, Weight):
+        if isinstance(a, FusedWeight):
             assert a.weight.dtype == b.weight.dtype == torch.int8, name
             assert torch.equal(a.matrices(), b.matrices())
-            assert torch.equal(a.scale, b.scale)
-        elif isinstance(a, Table):
+            assert torch.equal(a.weight.scales, b.weight.scales)
+        elif isinstance(a, NamedTensor):
             assert torch.equal(a.values(), b.values())
 
 
@@ -83,7 +83,9 @@ def test_int8_values_and_scales_are_kept(whole: Path) -> None:
 def test_without_the_packed_form_it_is_unpacked_or_read_in_place(whole: Path, mmap: bool, monkeypatch: Any) -> None:
     monkeypatch.setenv("GROK_KERNELS_BACKEND", "reference")
     llm = LLM(whole, num_pages=8, mmap=mmap)
-    assert {m.weight.dim() for m in llm.model.modules() if isinstance(m, Weight)} == ({3, 6} if mmap else {3})
+    assert {m.weight.layout for m in llm.model.modules() if isinstance(m, FusedWeight)} == (
+        {"rows", "panels"} if mmap else {"rows"}
+    )
     assert torch.equal(llm.logits(IDS), logits(GROUPED))
 
 
@@ -108,7 +110,7 @@ def test_other_tools_can_read_the_file(whole: Path) -> None:
         model = LLM(whole, num_pages=8).model
         assert set(file.keys()) == {name for name, _ in model.named_parameters()}
         for name, parameter in model.named_parameters():
-            other = file.get_tensor(name)
+            other = file.get_tensor(name.replace(".values", ".weight").replace(".scales", ".scale"))
             assert other.dtype == parameter.dtype
             assert torch.equal(other.view(torch.uint8).flatten(), parameter.view(torch.uint8).flatten())
 

@@ -13,10 +13,9 @@ from rich.console import Console
 
 from grok_engine.config import ModelConfig
 from grok_engine.models.families import PRESETS
-from grok_engine.tools.chips import CHIPS
 from grok_engine.tools.plan import expert_layer_cost, plan, released_bytes, valid_gpu_counts
 from grok_engine.tools.plan_view import render
-from grok_kernels import tuning
+from grok_kernels.chips import GPUS
 
 GROK = PRESETS["grok-1"]
 RELEASE = 318_239_886_140  # bytes of the released files
@@ -68,15 +67,10 @@ def test_grok_1_in_int8_fits_eight_h100_and_not_four() -> None:
     assert plan(GROK, chip="h200-141gb", gpus=4).fits
 
 
-def test_the_chips_of_plans_are_those_of_the_kernels() -> None:
-    """A plan's chip is a kernel's with a size of memory, so that a machine's own name finds both."""
-    assert {name.split("-")[0] for name in CHIPS} == set(tuning.CHIPS)
-
-
 def test_an_h200_is_an_h100_with_more_and_faster_memory() -> None:
-    h100, h200 = CHIPS["h100-80gb"], CHIPS["h200-141gb"]
+    h100, h200 = GPUS["h100-80gb"], GPUS["h200-141gb"]
     assert (h200.memory, h200.bandwidth) == (143771 << 20, 4.8e12)
-    assert replace(h200, name=h100.name, memory=h100.memory, bandwidth=h100.bandwidth) == h100
+    assert replace(h200, name=h100.name, chip=h100.chip, memory=h100.memory, bandwidth=h100.bandwidth) == h100
 
 
 def test_grok_1_in_bf16_is_held_by_no_eight_h100() -> None:
@@ -93,7 +87,7 @@ def test_floor_of_an_expert_layer(tokens: int, floor: float) -> None:
 
 
 def test_the_decode_step_is_built_from_that_floor() -> None:
-    h100 = CHIPS["h100-80gb"]
+    h100 = GPUS["h100-80gb"]
     experts = expert_layer_cost(GROK, 1, "fp8", 8) * GROK.num_layers
     step = plan(GROK, chip="h100-80gb", gpus=8, weights="fp8", context=1).decode
     # beside the experts: attention and the output head, 6.5 B of 83.8 B parameters, the head in 2 bytes
@@ -108,7 +102,7 @@ def test_prefill_counts_every_operation() -> None:
     p = plan(one, chip="h100-80gb", gpus=1, weights="bf16", context=5000)
     linear = 2 * (one.active_param_count() - 5 * 6144 - 16 * 6144 + 6 * 6144) * 5000
     scores = 4 * 6144 * 5000 * 5001 // 2
-    assert p.prefill.compute_s == pytest.approx((linear + scores) / CHIPS["h100-80gb"].bf16, rel=1e-3)
+    assert p.prefill.compute_s == pytest.approx((linear + scores) / GPUS["h100-80gb"].bf16, rel=1e-3)
 
 
 def test_prefill_scores_no_more_than_the_window() -> None:
@@ -162,7 +156,7 @@ def test_kv_heads_are_copied_beyond_their_number() -> None:
 
 
 def test_formats_the_chip_cannot_compute_run_at_the_peak_of_bf16() -> None:
-    a100, h100 = CHIPS["a100-80gb"], CHIPS["h100-80gb"]
+    a100, h100 = GPUS["a100-80gb"], GPUS["h100-80gb"]
     assert a100.peak("fp8") == a100.bf16 == a100.peak("int8")
     assert (h100.peak("fp8"), h100.peak("int8"), h100.peak("bf16")) == (1979e12, 989.5e12, 989.5e12)
     assert any(
@@ -201,7 +195,7 @@ def test_bad_values_say_what_was_expected(change: dict[str, Any], message: str) 
 
 CASES = {
     "config": st.sampled_from(list(PRESETS.values())),
-    "chip": st.sampled_from(list(CHIPS)),
+    "chip": st.sampled_from(list(GPUS)),
     "weights": st.sampled_from(["int8", "fp8", "bf16"]),
     "kv": st.sampled_from(["bf16", "fp8"]),
     "context": st.integers(1, 8192),

@@ -1,5 +1,5 @@
-"""These tests need a GPU: GROK_TEST_DEVICE=cuda. With GROK_TEST_DEVICE=cpu:0 they run on the CPU at small sizes, Triton's
-kernels interpreted if TRITON_INTERPRET=1: that shows no more than that the tests themselves work."""
+"""These tests need a GPU: GROK_TEST_DEVICE=cuda. With GROK_TEST_DEVICE=cpu:0 they run on the CPU at small sizes,
+Triton's kernels interpreted if TRITON_INTERPRET=1: that shows no more than that the tests themselves work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ DEVICE = os.environ.get("GROK_TEST_DEVICE", "cpu")
 
 
 def _weights(item: pytest.Item) -> str:
-    """What a test at full size has its weights named by: the rest of its call's name, "fp8xfp8-1" of "moe-fp8xfp8-1"."""
+    """What a test at full size has its weights named by: the rest of its call's name, "fp8xfp8-1" of
+    "moe-fp8xfp8-1"."""
     call = str(getattr(getattr(item, "callspec", None), "params", {}).get("c", ""))
     return call.partition("-")[2] if item.path.parent.name == "gpu" else ""
 

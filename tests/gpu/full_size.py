@@ -1,5 +1,5 @@
-"""Calls of every op at the sizes of Grok-1, with tensors made on the device. Rows are drawn anew for each seed; weights,
-which would not fit twice, are the same."""
+"""Calls of every op at the sizes of Grok-1, with tensors made on the device. Rows are drawn anew for each seed;
+weights, which would not fit twice, are the same."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import grok_kernels
-from grok_kernels.tuning import multiplies_fp8
+from grok_kernels import Weight
+from grok_kernels.chips import multiplies_fp8
 
 DEVICE = torch.device(os.environ.get("GROK_TEST_DEVICE", "cpu"))
 ON_GPU = DEVICE.type == "cuda"
@@ -26,8 +27,9 @@ KEYS = 4100 if ON_GPU else 70
 FP8, BF16, FP32 = torch.float8_e4m3fn, torch.bfloat16, torch.float32
 TYPES = {"fp8": FP8, "int8": torch.int8, "bf16": BF16, "none": BF16}
 
-# ‖got − reference‖ / ‖reference‖. Both round to bf16, but not always the same way. A tensor core adds e4m3 products with
-# about 14 bits; and where rows are rounded to 8 bits inside, that may turn a value next to a step, a sixteenth of it.
+# ‖got − reference‖ / ‖reference‖. Both round to bf16, but not always the same way. A tensor core adds e4m3 products
+# with about 14 bits; and where rows are rounded to 8 bits inside, that may turn a value next to a step, a sixteenth of
+# it.
 EXACT, ROUNDED, SHORT_SUMS, TURNED = 0.0, 2e-3, 4e-3, 1.5e-2
 
 
@@ -68,7 +70,7 @@ def _ints(high: int, *shape: int, seed: int) -> Tensor:
 
 
 @lru_cache(maxsize=3)  # those of one layer, in one format
-def matrices(e: int, n: int, k: int, fmt: str, groups: int, seed: int) -> tuple[Tensor, Tensor | None]:
+def matrices(e: int, n: int, k: int, fmt: str, groups: int, seed: int) -> Weight:
     """(e, n, k), with scales that make a product of normal rows about normal."""
     generator, dtype = _random(seed), TYPES[fmt]
     weight = torch.empty(e, n, k, dtype=dtype, device=DEVICE)
@@ -79,10 +81,10 @@ def matrices(e: int, n: int, k: int, fmt: str, groups: int, seed: int) -> tuple[
             size = 64.0 if fmt == "fp8" else k**-0.5
             matrix.copy_((torch.randn(n, k, generator=generator, device=DEVICE) * size).clamp_(-448, 448))
     if fmt == "bf16":
-        return weight, None
+        return Weight.of(weight)
     rms = 73.3 if fmt == "int8" else 64.0
     scale = (torch.rand(e, groups, n, generator=generator, device=DEVICE) + 0.5) / (rms * k**0.5)
-    return weight, scale
+    return Weight.of(weight, scale)
 
 
 def _rows(t: int, k: int, fmt: str, seed: int) -> tuple[Tensor, Tensor | None]:
@@ -155,7 +157,8 @@ def _rope(dtype: torch.dtype) -> Callable[[int, int], dict[str, Any]]:
         slots = torch.randperm(pages * PAGE, generator=_random(seed), device=DEVICE)[:t].int()
         slots[-1] = -1
         return {
-            "q": _normal(t, H, C, seed=seed), "k": _normal(t, G, C, seed=seed + 1), "v": _normal(t, G, C, seed=seed + 2),
+            "q": _normal(t, H, C, seed=seed), "k": _normal(t, G, C, seed=seed + 1),
+            "v": _normal(t, G, C, seed=seed + 2),
             "positions": _ints(8192, t, seed=seed), "slots": slots,
             "cos_sin": grok_kernels.rope_table(8192, C, 1e4, DEVICE), **_cache(pages, dtype),
         }  # fmt: skip
@@ -166,7 +169,10 @@ def _rope(dtype: torch.dtype) -> Callable[[int, int], dict[str, Any]]:
 WRITTEN = ("k_cache", "v_cache")
 call("rope_store_kv", "q", "k", "v", "positions", "slots", written=WRITTEN)(_rope(BF16))
 # the rotation rounds differently on the two sides, and then a key may go to the next of e4m3's steps
-call("rope_store_kv-fp8", "q", "k", "v", "positions", "slots", op="rope_store_kv", written=(*WRITTEN, "k_scale", "v_scale"), bound=TURNED)(_rope(FP8))  # fmt: skip
+call(
+    "rope_store_kv-fp8", "q", "k", "v", "positions", "slots",
+    op="rope_store_kv", written=(*WRITTEN, "k_scale", "v_scale"), bound=TURNED,
+)(_rope(FP8))  # fmt: skip
 
 
 def _attention(dtype: torch.dtype, queries: int) -> Callable[[int, int], dict[str, Any]]:
@@ -177,7 +183,9 @@ def _attention(dtype: torch.dtype, queries: int) -> Callable[[int, int], dict[st
         width = -(-KEYS // PAGE) + 1
         pages = min(requests, 16) * width  # several requests may share theirs
         table = _ints(pages, requests, width, seed=seed)
-        lengths = KEYS - _ints(min(KEYS - 1, 3000), requests, seed=seed + 1) if queries == 1 else _ints(1, 1, seed=0) + KEYS  # fmt: skip
+        lengths = _ints(1, 1, seed=0) + KEYS
+        if queries == 1:
+            lengths = KEYS - _ints(min(KEYS - 1, 3000), requests, seed=seed + 1)
         return {
             "q": _normal(t, H, C, seed=seed), **_cache(pages, dtype), "block_table": table,
             "query_start": torch.arange(0, t + 1, each, device=DEVICE, dtype=torch.int32), "seq_lens": lengths,
@@ -193,7 +201,10 @@ for _dtype, _name in ((BF16, ""), (FP8, "-fp8")):
     call(f"paged_attention-prefill{_name}", op="paged_attention")(_attention(_dtype, 2))
 
 # rows, weights, groups of their scales
-FORMATS = [("none", "int8", 1), ("none", "int8", 8), ("fp8", "fp8", 1), ("none", "fp8", 1), ("none", "bf16", 1), ("int8", "int8", 8)]  # fmt: skip
+FORMATS = [
+    ("none", "int8", 1), ("none", "int8", 8), ("fp8", "fp8", 1), ("none", "fp8", 1), ("none", "bf16", 1),
+    ("int8", "int8", 8),
+]  # fmt: skip
 
 
 def _short(rows: str, weights: str) -> bool:
@@ -203,8 +214,7 @@ def _short(rows: str, weights: str) -> bool:
 def _dense(n: int, k: int, fmt: tuple[str, str, int], out: torch.dtype) -> Callable[[int, int], dict[str, Any]]:
     def make(t: int, seed: int) -> dict[str, Any]:
         x, x_scale = _rows(t, k, fmt[0], seed)
-        weight, scale = matrices(1, n, k, fmt[1], fmt[2], 5)
-        return {"x": x, "weight": weight, "weight_scale": scale, "x_scale": x_scale, "out_dtype": out}
+        return {"x": x, "weight": matrices(1, n, k, fmt[1], fmt[2], 5), "x_scale": x_scale, "out_dtype": out}
 
     return make
 
@@ -212,20 +222,19 @@ def _dense(n: int, k: int, fmt: tuple[str, str, int], out: torch.dtype) -> Calla
 def _experts(n: int, k: int, fmt: tuple[str, str, int]) -> Callable[[int, int], dict[str, Any]]:
     def make(t: int, seed: int) -> dict[str, Any]:
         x, x_scale = _rows(t, k, fmt[0], seed)
-        weight, scale = matrices(E, n, k, fmt[1], fmt[2], 6)  # the expert layer's own
+        weight = matrices(E, n, k, fmt[1], fmt[2], 6)  # the expert layer's own
         _, offsets = grok_kernels.group_tokens(experts(t, seed)[:, :1].contiguous(), E)
-        return {"x": x, "weight": weight, "weight_scale": scale, "offsets": offsets, "x_scale": x_scale, "out_dtype": BF16}  # fmt: skip
+        return {"x": x, "weight": weight, "offsets": offsets, "x_scale": x_scale, "out_dtype": BF16}
 
     return make
 
 
 def _moe(fmt: tuple[str, str, int]) -> Callable[[int, int], dict[str, Any]]:
     def make(t: int, seed: int) -> dict[str, Any]:
-        (w13, w13_scale), (w2, w2_scale) = matrices(E, 2 * F, D, *fmt[1:], 5), matrices(E, D, F, *fmt[1:], 6)
         weights = torch.rand(t, A, generator=_random(seed + 1), device=DEVICE)
         return {
-            "x": _normal(t, D, seed=seed), "topk_weights": weights, "experts": experts(t, seed), "w13": w13,
-            "w13_scale": w13_scale, "w2": w2, "w2_scale": w2_scale, "act_format": fmt[0],
+            "x": _normal(t, D, seed=seed), "topk_weights": weights, "experts": experts(t, seed),
+            "w13": matrices(E, 2 * F, D, *fmt[1:], 5), "w2": matrices(E, D, F, *fmt[1:], 6), "act_format": fmt[0],
         }  # fmt: skip
 
     return make
@@ -234,7 +243,8 @@ def _moe(fmt: tuple[str, str, int]) -> Callable[[int, int], dict[str, Any]]:
 for _fmt in FORMATS:
     _label = f"{_fmt[0]}x{_fmt[1]}-{_fmt[2]}"
     _bound = SHORT_SUMS if _short(*_fmt[:2]) else ROUNDED
-    call(f"moe-{_label}", "x", "topk_weights", "experts", op="moe", bound=TURNED if _short(*_fmt[:2]) else ROUNDED)(_moe(_fmt))  # fmt: skip
+    _turned = TURNED if _short(*_fmt[:2]) else ROUNDED
+    call(f"moe-{_label}", "x", "topk_weights", "experts", op="moe", bound=_turned)(_moe(_fmt))
     call(f"down-{_label}", op="grouped_gemm", bound=_bound)(_experts(D, F, _fmt))
     call(f"qkv-{_label}", "x", "x_scale", op="grouped_gemm", bound=_bound)(_dense(X, D, _fmt, BF16))
 

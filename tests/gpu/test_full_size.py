@@ -1,5 +1,5 @@
-"""Every op of every backend for a GPU at the sizes of one layer of Grok-1: against the reference on the same device, a row
-alone and among others, and captured in a CUDA graph that is replayed with other inputs."""
+"""Every op of every backend for a GPU at the sizes of one layer of Grok-1: against the reference on the same device,
+a row alone and among others, and captured in a CUDA graph that is replayed with other inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor
 
 import grok_kernels
 from grok_kernels import tuning
-from grok_kernels.tuning import Chip, Gemm, chip_of, default_gemm
+from grok_kernels.chips import Chip, chip_of
+from grok_kernels.tuning import Gemm, default_gemm
 from tests.gpu.full_size import BF16, CALLS, DEVICE, EXACT, FP8, FP32, ON_GPU, TOKENS, Call, experts, matrices
 from tests.gpu.full_size import D as WIDTH
 from tests.gpu.full_size import E as EXPERTS
@@ -99,7 +100,8 @@ def test_a_row_has_the_same_bits_alone_and_among_others(backend: str, c: Call) -
 @over_backends
 @pytest.mark.parametrize("fmt", ["fp8", "int8", "bf16"])
 def test_an_expert_s_row_has_the_same_bits_with_any_number_of_others(fmt: str, backend: str) -> None:
-    c = next(c for c in CALLS if c.name == {"fp8": "down-fp8xfp8-1", "int8": "down-nonexint8-8", "bf16": "down-nonexbf16-1"}[fmt])  # fmt: skip
+    name = {"fp8": "down-fp8xfp8-1", "int8": "down-nonexint8-8", "bf16": "down-nonexbf16-1"}[fmt]
+    c = next(c for c in CALLS if c.name == name)
     args = c.make(MOST, 1)
     bounds = args["offsets"].tolist()
     with serving(backend):
@@ -121,8 +123,8 @@ def test_an_expert_s_row_has_the_same_bits_with_any_number_of_others(fmt: str, b
 @pytest.mark.parametrize("queries", [1, 5, 17])
 @pytest.mark.parametrize("pages", ["", "-fp8"])
 def test_a_query_has_the_same_bits_in_a_prompt_a_chunk_and_alone(pages: str, queries: int, backend: str) -> None:
-    """A prompt's queries, so many a request: alone they are decoded, by a kernel of its own. All of them are compared, since
-    sums of another order round to another bf16 once in ten thousand times."""
+    """A prompt's queries, divided into requests of so many; a single query is decoded, by another kernel. All are
+    compared, since another order of additions rounds to another bf16 only once in ten thousand times."""
     c = next(c for c in CALLS if c.name == f"paged_attention-prefill{pages}")
     args = c.make(MOST, 1)
     requests = MOST // queries
@@ -177,16 +179,18 @@ def few_rows(n: int, k: int, dot: str, weight: torch.dtype, chip: Chip, rows: in
     return default_gemm(dot, weight, chip, few=rows <= tuning.FEW_ROWS, pair=pair)
 
 
-@pytest.mark.parametrize("fmt", [("fp8", "fp8", 1), ("none", "int8", 8), ("none", "bf16", 1), ("int8", "int8", 8)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "fmt", [("fp8", "fp8", 1), ("none", "int8", 8), ("none", "bf16", 1), ("int8", "int8", 8)], ids=str
+)
 @pytest.mark.parametrize("tiles", ["tuned", "default"])
 def test_variants_of_triton_s_products(tiles: str, fmt: tuple[str, str, int], request: pytest.FixtureRequest) -> None:
-    """Those that a tuned file lets serve together, and the defaults, of which only one serves until a chip has shown this."""
+    """The tiles that a tuned file lets serve together, and the defaults, of which only one serves until then."""
     from grok_kernels.triton import gemm as module
 
     if tiles == "tuned" and not tuning._tuned(chip_of(DEVICE).name):
-        pytest.skip(f"no tuned/{chip_of(DEVICE).name}.json: `python -m grok_kernels.tune` makes one")
+        pytest.skip(f"no tuned/{chip_of(DEVICE).name}.json: `python -m grok_kernels.autotune` makes one")
     if tiles == "default":
-        request.applymarker(pytest.mark.xfail(reason="then `tune` keeps them apart, and nothing rests on it"))
+        request.applymarker(pytest.mark.xfail(reason="the autotuner then keeps them apart, and nothing relies on it"))
     c = next(c for c in CALLS if c.name == f"moe-{fmt[0]}x{fmt[1]}-{fmt[2]}")
     args = c.make(MOST, 3)
     with serving("triton"), patch.object(module, "gemm", few_rows if tiles == "default" else module.gemm):

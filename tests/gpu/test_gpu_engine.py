@@ -19,8 +19,7 @@ from grok_engine.models.families import PRESETS
 from grok_engine.runtime.plan import Entry, StepPlan
 from grok_engine.runtime.runner import GPU_SHARE
 from grok_engine.sampling.logprobs import token_logprobs
-from grok_engine.tools.chips import CHIPS
-from grok_kernels.tuning import chip_name, multiplies_fp8
+from grok_kernels.chips import GPUS, chip_name, multiplies_fp8
 from tests.engine.test_graphs import small
 from tests.engine.test_invariance import DEEP, DEVICE, DTYPES, GOLDENS, GROUPED, SMALL, facts, make_traffic, run
 
@@ -157,9 +156,9 @@ def test_e4m3_weights_meet_e4m3_rows_where_the_chip_multiplies_them() -> None:
 @needs_gpu
 def test_the_memory_that_plan_assumes() -> None:
     name, total = torch.cuda.get_device_name(), torch.cuda.get_device_properties(DEVICE).total_memory
-    known = [c for c in CHIPS.values() if c.name.split("-")[0] == chip_name(name)]
+    known = [c for c in GPUS.values() if c.name.split("-")[0] == chip_name(name)]
     if not known:
-        pytest.skip(f"{name} is not among {', '.join(CHIPS)}")
+        pytest.skip(f"{name} is not among {', '.join(GPUS)}")
     assert min(abs(c.memory / total - 1) for c in known) < 0.03, (total, [c.memory for c in known])
 
 

@@ -1,6 +1,6 @@
-"""Every backend of the ops on this machine, for tests that hold each to the same: the cpu's with every instruction set,
-and Triton's under its interpreter. On a GPU (`on_device`) Triton's, and what is selected there: the cuda backend where it
-takes a call."""
+"""Every backend of the ops on this machine, for tests that hold each to the same: the cpu's with every instruction
+set, and Triton's under its interpreter. On a GPU (`on_device`) Triton's, and what is selected there: the cuda
+backend where it takes a call."""
 
 from __future__ import annotations
 

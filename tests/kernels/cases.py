@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 import grok_kernels
+from grok_kernels import Weight
+from grok_kernels.ops.define import flatten
 from tests.kernels import oracle
 
 FP8 = torch.float8_e4m3fn
@@ -39,9 +41,30 @@ def ints(*values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+def mapped(a: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """An argument with every tensor in it changed: itself, or a weight's planes."""
+    if isinstance(a, Weight):
+        return Weight(a.format, a.layout, a.shape, tuple(map(change, a.planes)))
+    return change(a) if isinstance(a, Tensor) else a
+
+
+def copied(weight: Weight) -> Weight:
+    copy: Weight = mapped(weight, Tensor.clone)
+    return copy
+
+
+def tensors(args: dict[str, Any]) -> dict[str, Tensor]:
+    """Every tensor among the arguments, the planes of weights too, by name."""
+    found = {n: a for n, a in args.items() if isinstance(a, Tensor)}
+    for n, a in args.items():
+        if isinstance(a, Weight):
+            found.update({f"{n}.{i}": plane for i, plane in enumerate(a.planes)})
+    return found
+
+
 @dataclass(frozen=True)
 class Case:
-    """A valid call: the arguments in the schema's order, and the dimensions of each tensor among them."""
+    """A valid call: the arguments in their order, and the dimensions of each tensor or weight among them."""
 
     op: str
     name: str
@@ -54,6 +77,10 @@ class Case:
     @property
     def overload(self) -> Any:
         return getattr(torch.ops.grok, self.op).default
+
+    def flat(self, args: dict[str, Any]) -> tuple[Any, ...]:
+        """The arguments as torch's schema has them."""
+        return tuple(flatten(self.op, tuple(args.values())))
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -146,30 +173,30 @@ case("quantize_fp8", x="T D")(lambda: {"x": randn(3, 200), "group_size": 128})
 case("quantize_int8", x="T D")(lambda: {"x": randn(3, 200), "group_size": 128})
 
 
-def _gemm(x: Tensor, x_scale: Tensor | None, weight: Tensor, weight_scale: Tensor | None) -> dict[str, Any]:
+def fp8(*shape: int, seed: int = 0) -> Tensor:
+    return randn(*shape, seed=seed).to(FP8)
+
+
+def _gemm(x: Tensor, x_scale: Tensor | None, weight: Weight) -> dict[str, Any]:
     offsets = ints(0, 2, 2, 5)
-    return {
-        "x": x, "weight": weight, "weight_scale": weight_scale, "offsets": offsets, "x_scale": x_scale,
-        "out_dtype": torch.float32,
-    }  # fmt: skip
+    return {"x": x, "weight": weight, "offsets": offsets, "x_scale": x_scale, "out_dtype": torch.float32}
 
 
 GEMM = {"x": "M K", "weight": "E N K", "offsets": "B_plus_1"}
-SCALED = {**GEMM, "weight_scale": "E groups N", "x_scale": "M groups13"}
-case("grouped_gemm", **GEMM)(lambda: _gemm(randn(5, 256), None, randn(3, 8, 256, seed=1), None))
+SCALED = {**GEMM, "x_scale": "M groups13"}
+case("grouped_gemm", **GEMM)(lambda: _gemm(randn(5, 256), None, Weight.of(randn(3, 8, 256, seed=1))))
 case("grouped_gemm", "int8", **SCALED)(
-    lambda: _gemm(randint8(5, 256), randn(5, 2).abs(), randint8(3, 8, 256, seed=1), randn(3, 4, 8).abs())
+    lambda: _gemm(randint8(5, 256), randn(5, 2).abs(), Weight.of(randint8(3, 8, 256, seed=1), randn(3, 4, 8).abs()))
 )
 case("grouped_gemm", "fp8", **SCALED)(
-    lambda: _gemm(randn(5, 256).to(FP8), randn(5, 2).abs(), randn(3, 8, 256, seed=1).to(FP8), randn(3, 1, 8).abs())
+    lambda: _gemm(fp8(5, 256), randn(5, 2).abs(), Weight.of(fp8(3, 8, 256, seed=1), randn(3, 1, 8).abs()))
 )
 
 
-def _moe(w13: Tensor, w13_scale: Tensor | None, w2: Tensor, w2_scale: Tensor | None, fmt: str) -> dict[str, Any]:
+def _moe(w13: Weight, w2: Weight, fmt: str) -> dict[str, Any]:
     topk = {"topk_weights": randn(5, 2, seed=1).abs(), "experts": ints([1, 0], [2, 1], [0, 2], [1, 2], [0, 1])}
-    weights = {"w13": w13, "w13_scale": w13_scale, "w2": w2, "w2_scale": w2_scale}
     own = {"order": None, "offsets": None}
-    return {"x": randn(5, 16), **topk, **weights, "activation": "gelu_tanh", "act_format": fmt, **own}
+    return {"x": randn(5, 16), **topk, "w13": w13, "w2": w2, "activation": "gelu_tanh", "act_format": fmt, **own}
 
 
 def _grouped(c: dict[str, Any]) -> dict[str, Any]:
@@ -179,28 +206,29 @@ def _grouped(c: dict[str, Any]) -> dict[str, Any]:
 
 MOE = {"x": "T D", "topk_weights": "T A", "experts": "T A", "w13": "E 2F D", "w2": "E D F"}
 GROUPED = {"order": "TA", "offsets": "B_plus_1"}
-MOE_SCALED = {**MOE, "w13_scale": "E groups13 2F", "w2_scale": "E groups2 D"}
-case("moe", **MOE)(lambda: _moe(randn(3, 24, 16), None, randn(3, 16, 12, seed=2), None, "none"))
-case("moe", "int8", **MOE_SCALED)(
-    lambda: _moe(randint8(3, 24, 16), randn(3, 4, 24).abs(), randint8(3, 16, 12), randn(3, 4, 16).abs(), "int8")
-)
-case("moe", "fp8", **MOE_SCALED)(
+FLOAT = Weight.of(randn(3, 24, 16)), Weight.of(randn(3, 16, 12, seed=2))
+case("moe", **MOE)(lambda: _moe(*map(copied, FLOAT), "none"))
+case("moe", "int8", **MOE)(
     lambda: _moe(
-        randn(3, 24, 16).to(FP8), randn(3, 1, 24).abs(), randn(3, 16, 12).to(FP8), randn(3, 1, 16).abs(), "fp8"
+        Weight.of(randint8(3, 24, 16), randn(3, 4, 24).abs()), Weight.of(randint8(3, 16, 12), randn(3, 4, 16).abs()),
+        "int8",
+    )
+)  # fmt: skip
+case("moe", "fp8", **MOE)(
+    lambda: _moe(
+        Weight.of(fp8(3, 24, 16), randn(3, 1, 24).abs()), Weight.of(fp8(3, 16, 12), randn(3, 1, 16).abs()), "fp8"
     )
 )
-case("moe", "grouped", **MOE, **GROUPED)(
-    lambda: _grouped(_moe(randn(3, 24, 16), None, randn(3, 16, 12, seed=2), None, "none"))
-)
+case("moe", "grouped", **MOE, **GROUPED)(lambda: _grouped(_moe(*map(copied, FLOAT), "none")))
 
 
-MOE_FP8 = {"x": "T D", "x_scale": "T groups", **{n: dims for n, dims in MOE_SCALED.items() if n != "x"}}
+MOE_FP8 = {"x": "T D", "x_scale": "T groups", **{n: dims for n, dims in MOE.items() if n != "x"}}
 
 
 def _moe_fp8() -> dict[str, Any]:
-    w13, w2 = randn(3, 24, 200).to(FP8), randn(3, 200, 12).to(FP8)
-    c = _moe(w13, randn(3, 1, 24).abs(), w2, randn(3, 1, 200).abs(), "fp8")
-    x = {"x": randn(5, 200).to(FP8), "x_scale": randn(5, 2, seed=3).abs()}
+    w13, w2 = fp8(3, 24, 200), fp8(3, 200, 12)
+    c = _moe(Weight.of(w13, randn(3, 1, 24).abs()), Weight.of(w2, randn(3, 1, 200).abs()), "fp8")
+    x = {"x": fp8(5, 200), "x_scale": randn(5, 2, seed=3).abs()}
     grouping = {n: c.pop(n) for n in ("order", "offsets")}
     return {**x, **{n: v for n, v in c.items() if n not in ("x", "act_format")}, "out_dtype": torch.float32, **grouping}
 
@@ -242,6 +270,9 @@ def _wrong(c: Case) -> Iterator[tuple[str, str, Any, str]]:
     uses = Counter(symbol for dims in c.dims.values() for symbol in dims.split())
     for name, dims in c.dims.items():
         x = args[name]
+        if isinstance(x, Weight):
+            yield from _wrong_weight(name, x, dims, uses)
+            continue
         yield "ndim+1", name, x.unsqueeze(0), _show(x.unsqueeze(0))
         yield "ndim0", name, torch.zeros((), dtype=x.dtype), "()"
         for dim, symbol in enumerate(dims.split()):
@@ -263,6 +294,21 @@ def _wrong(c: Case) -> Iterator[tuple[str, str, Any, str]]:
         yield "type", name, ["wrong"], "['wrong']"
 
 
+def _wrong_weight(name: str, x: Weight, dims: str, uses: Counter[str]) -> Iterator[tuple[str, str, Any, str]]:
+    """What `Weight.of` cannot know: logical sizes and the device. A weight is refused by what its planes are there."""
+    scales = [None] * len(x.planes[1:]) or [None]
+    for dim, symbol in enumerate(dims.split()):
+        if uses[symbol] > 1 or symbol in TIED:
+            longer = _longer(x.values, dim)
+            if x.scales is not None:
+                scales = [torch.ones(longer.shape[0], 1, longer.shape[1])]
+            yield f"size-{symbol}", name, Weight.of(longer, *scales), str(longer.shape[dim])
+    yield "device", name, mapped(x, lambda t: t.to("meta")), "meta"
+    for wrong in (x.values, "wrong", [1.0], None):
+        kind = type(wrong).__name__
+        yield kind, name, wrong, kind
+
+
 def refusals(*ops: str) -> list[Any]:
     """(case, argument, wrong value, what the message must show of it) for every tensor argument of these ops."""
     return [
@@ -275,14 +321,14 @@ def refusals(*ops: str) -> list[Any]:
 def assert_refused(c: Case, name: str, value: Any, *shown: str) -> None:
     """A ValueError with the op, the argument, its value and what was expected; and nothing is written."""
     args = c.build()
-    kept = {n: a.clone() for n, a in args.items() if isinstance(a, Tensor)}
+    kept = {n: a.clone() for n, a in tensors(args).items()}
     with pytest.raises(ValueError) as caught:
         c.function(**{**args, name: value})
     message = str(caught.value)
     for part in (c.op, name, *shown, "xpected"):
         assert part in message, f"{part!r} is missing from: {message}"
-    for n, before in kept.items():
-        assert torch.equal(before.view(torch.uint8), args[n].view(torch.uint8)), f"{n} was written"
+    for n, after in tensors(args).items():
+        assert torch.equal(kept[n].view(torch.uint8), after.view(torch.uint8)), f"{n} was written"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import grok_kernels
+from tests.kernels.cases import mapped, tensors
 
 DEVICE = os.environ.get("GROK_TEST_DEVICE", "cpu")
 ON_CPU = DEVICE == "cpu"
@@ -26,13 +27,13 @@ def carried(function: Callable[..., Any], device: str = DEVICE) -> Callable[...,
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
-        tensors = [a for a in (*args, *options.values()) if isinstance(a, Tensor)]
-        if any(t.requires_grad for t in tensors):
+        given = dict(enumerate(args)) | options
+        if any(t.requires_grad for t in tensors(given).values()):
             return function(*args, **options)
         there: dict[int, tuple[Tensor, Tensor]] = {}  # of each storage, by its address: its bytes here and there
 
-        def moved(x: Any) -> Any:
-            if not isinstance(x, Tensor) or x.device.type != "cpu":
+        def moved(x: Tensor) -> Tensor:
+            if x.device.type != "cpu":
                 return x
             storage = x.untyped_storage()
             if storage.data_ptr() not in there:
@@ -42,7 +43,8 @@ def carried(function: Callable[..., Any], device: str = DEVICE) -> Callable[...,
             like = torch.empty(0, dtype=x.dtype, device=device)
             return like.set_(copy, x.storage_offset(), x.size(), x.stride())
 
-        result = function(*map(moved, args), **{name: moved(x) for name, x in options.items()})
+        there_too = {name: mapped(x, moved) for name, x in options.items()}
+        result = function(*(mapped(x, moved) for x in args), **there_too)
         for here, copy in there.values():
             here.copy_(copy)
         return tuple(r.cpu() for r in result) if isinstance(result, tuple) else result.cpu()

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 Array = np.ndarray[Any, np.dtype[Any]]
-# A GPU's exponentials and divisions are off by a unit or two, and its tensor cores cut sums off where a CPU rounds them.
+# A GPU's exponentials and divisions are off by a unit or two, and its tensor cores cut sums off where a CPU rounds
+# them.
 SLACK = 1 if os.environ.get("GROK_TEST_DEVICE", "cpu").startswith("cpu") else 5
 BF16_ROUNDING = 2.0**-8  # half a unit in the last place, relative to the smallest number that has it
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import grok_kernels
+from grok_kernels import Weight, layouts
 from tests.kernels.cases import ints, randint8, randn
 
 STATUS = grok_kernels.backends()["grouped_gemm"]["cpu"]
@@ -34,12 +35,16 @@ def rows(m: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 def forms(weight: Tensor) -> list[Tensor]:
     packs = grok_kernels.can_pack(weight.shape[1], weight.shape[2], weight.dtype)
-    return [weight, grok_kernels.pack_weight(weight)] if packs else [weight]
+    return [weight, layouts.pack(weight)] if packs else [weight]
 
 
-def product(*args: Any, backend: str = "cpu") -> Tensor:
+def held(values: Tensor, scales: Tensor | None) -> Weight:
+    return Weight.of(values, scales, "panels" if values.dim() == 6 else "rows")
+
+
+def product(x: Tensor, values: Tensor, scales: Tensor | None, *args: Any, backend: str = "cpu") -> Tensor:
     with grok_kernels.use_backend(backend):
-        return grok_kernels.grouped_gemm(*args, out_dtype=FP32)
+        return grok_kernels.grouped_gemm(x, held(values, scales), *args, out_dtype=FP32)
 
 
 def assert_near(got: Tensor, expected: Tensor, bound: float = 2e-6) -> None:
@@ -66,7 +71,7 @@ def test_products(e: int, n: int, k: int, dtype: torch.dtype, groups: int, x_dty
 def test_every_height_of_tiles_and_blocks(m: int, x_dtype: torch.dtype) -> None:
     weight, scale = matrices(1, 64, 648, INT8, 1)
     x, x_scale = rows(m, 648, x_dtype)
-    packed = grok_kernels.pack_weight(weight)
+    packed = layouts.pack(weight)
     got = product(x, packed, scale, None, x_scale)
     assert_near(got, product(x, weight, scale, None, x_scale, backend="reference"))
     for row in (slice(0, 1), slice(m - 1, m)):  # alone, a row has the same bits
@@ -155,7 +160,7 @@ def test_strided_and_unaligned_arguments(dtype: torch.dtype) -> None:
     assert torch.equal(product(x, unaligned, scale, offsets), expected)
     assert torch.equal(product(wide_x[:, 3:], wide_w[:, :, 3:], wide_scale, offsets), expected)
     if dtype != FP32:
-        packed = grok_kernels.pack_weight(weight)
+        packed = layouts.pack(weight)
         raw.view(torch.uint8)[dtype.itemsize :] = packed.reshape(-1).view(torch.uint8)
         assert torch.equal(product(x, raw[1:].view(packed.shape), scale, offsets), expected)
 
@@ -168,12 +173,12 @@ def layer(t: int, d: int, f: int, e: int, dtype: torch.dtype, weight_dtype: torc
 
 
 def packed(args: list[Any]) -> list[Any]:
-    return [grok_kernels.pack_weight(a) if i in (3, 5) else a for i, a in enumerate(args)]
+    return [layouts.pack(a) if i in (3, 5) else a for i, a in enumerate(args)]
 
 
 def moe(args: list[Any], *more: str, backend: str = "cpu") -> Tensor:
     with grok_kernels.use_backend(backend):
-        return grok_kernels.moe(*args, *more)
+        return grok_kernels.moe(*args[:3], held(*args[3:5]), held(*args[5:7]), *more)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
@@ -246,7 +251,7 @@ def test_refuses_values_that_would_leave_memory() -> None:
 
 def test_a_packed_gate_and_up_that_share_a_panel_are_left_to_the_reference() -> None:
     args = layer(3, 64, 96, 2, BF16, INT8, 1)
-    expected, args[3] = moe(args), grok_kernels.pack_weight(args[3])
+    expected, args[3] = moe(args), layouts.pack(args[3])
     with pytest.raises(NotImplementedError, match="w13 is packed with F=96"):
         moe(args)
     assert_near(moe(args, backend="reference"), expected, 1e-2)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 import grok_kernels
-from grok_kernels import cpu, registry
+from grok_kernels import Weight, cpu, registry
 
 pytestmark = pytest.mark.skipif("cpu" in registry._missing, reason="no native CPU kernels")
 
 T, D, N = 3, 64, 128
 ONES = torch.ones(D)
-W = torch.randn(1, N, D, generator=torch.Generator().manual_seed(0)).bfloat16()
+W = Weight.of(torch.randn(1, N, D, generator=torch.Generator().manual_seed(0)).bfloat16())
 
 
 def assert_again(x: Tensor, run: Callable[[], Any]) -> cpu.Recorded:
@@ -102,7 +102,7 @@ def test_text_and_missing_arguments_are_kept() -> None:
 
     def run() -> Any:
         activation = "".join(["gelu", "_tanh"])  # gone after the call
-        return (grok_kernels.moe(x, weights, experts, w13, None, w2, None, activation, "none"),)
+        return (grok_kernels.moe(x, weights, experts, Weight.of(w13), Weight.of(w2), activation, "none"),)
 
     assert_again(x, run)
 
@@ -110,12 +110,12 @@ def test_text_and_missing_arguments_are_kept() -> None:
 def test_what_a_replay_checks() -> None:
     """A call that fails in a replay says what the op says, and the recording can be replayed again."""
     x, offsets = bf16(T, D), torch.tensor([0, T], dtype=torch.int32)
-    recorded = cpu.record(lambda: grok_kernels.grouped_gemm(x, W, None, offsets))
+    recorded = cpu.record(lambda: grok_kernels.grouped_gemm(x, W, offsets))
     offsets[1] = T + 1
     with pytest.raises(ValueError, match=r"offsets is \[0, 4\], expected to ascend from 0 to M=3"):
         recorded()
     offsets[1] = T
-    assert torch.equal(recorded(), grok_kernels.grouped_gemm(x, W, None, offsets))
+    assert torch.equal(recorded(), grok_kernels.grouped_gemm(x, W, offsets))
     assert grok_kernels.rms_norm(x, ONES) is not grok_kernels.rms_norm(x, ONES)  # new tensors outside of replays
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import grok_kernels
+from grok_kernels import layouts
 
 HUGE = 2 << 20
 
@@ -41,7 +42,6 @@ def test_another_device_has_its_own_memory() -> None:
 
 
 def test_packed_weights_lie_in_it() -> None:
-    weight = torch.zeros(2, 1024, 1024, dtype=torch.int8)
-    packed = grok_kernels.pack_weight(weight)
+    packed = layouts.pack(torch.zeros(2, 1024, 1024, dtype=torch.int8))
     if hasattr(mmap, "MADV_HUGEPAGE"):
         assert packed.data_ptr() % HUGE == 0

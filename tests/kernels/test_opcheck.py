@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import grok_kernels
-from grok_kernels import registry
-from tests.kernels.cases import CASES, FP8, Case, ints, of, randn
+from grok_kernels import Weight, registry
+from tests.kernels.cases import CASES, FP8, Case, ints, mapped, of, randn, tensors
 
 UTILS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 WRITTEN = ("k_cache", "v_cache", "k_scale", "v_scale")
@@ -25,7 +25,7 @@ QUANTISING = ("quantize_fp8", "quantize_int8", "sandwich_norm_fp8")
 
 
 def _marks(c: Case, grad: bool, util: str) -> list[pytest.MarkDecorator]:
-    fp8 = any(isinstance(a, Tensor) and a.dtype == FP8 for a in c.build().values())
+    fp8 = any(a.dtype == FP8 for a in tensors(c.build()).values())
     if util == "test_schema" and (fp8 or (grad and c.op in ("quantize_fp8", "sandwich_norm_fp8"))):
         return [pytest.mark.skip(reason=FP8_SCHEMA)]
     if util == "test_aot_dispatch_dynamic" and grad:
@@ -50,8 +50,8 @@ def _checks() -> Iterator[Any]:
 def build(c: Case, grad: bool) -> dict[str, Any]:
     args = c.build()
     if grad:
-        for name, a in args.items():
-            if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != FP8 and name not in (*WRITTEN, "cos_sin"):
+        for name, a in tensors(args).items():
+            if a.is_floating_point() and a.dtype != FP8 and name not in (*WRITTEN, "cos_sin"):
                 a.requires_grad_()
     return args
 
@@ -59,7 +59,7 @@ def build(c: Case, grad: bool) -> dict[str, Any]:
 @pytest.mark.parametrize(("backend", "c", "grad", "util"), list(_checks()))
 def test_opcheck(backend: str, c: Case, grad: bool, util: str) -> None:
     with grok_kernels.use_backend(backend):
-        torch.library.opcheck(c.overload, tuple(build(c, grad).values()), test_utils=(util,))
+        torch.library.opcheck(c.overload, c.flat(build(c, grad)), test_utils=(util,))
 
 
 def test_every_op_and_argument_has_a_case() -> None:
@@ -68,8 +68,9 @@ def test_every_op_and_argument_has_a_case() -> None:
     assert {c.op for c in CASES} == defined
     for c in CASES:
         args = c.build()
-        assert list(args) == [a.name for a in c.overload._schema.arguments]
-        assert {n for n, a in args.items() if isinstance(a, Tensor)} == set(c.dims)
+        parts = (f"{n}_{part}" for n, a in args.items() if isinstance(a, Weight) for part in ("form", "shape"))
+        assert {*args, *parts} == {a.name for a in c.overload._schema.arguments}
+        assert {n for n, a in args.items() if isinstance(a, (Tensor, Weight))} == set(c.dims)
 
 
 @pytest.mark.parametrize("c", CASES, ids=str)
@@ -77,9 +78,9 @@ def test_only_caches_are_declared_written_and_only_they_are(c: Case) -> None:
     declared = {a.name for a in c.overload._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
     assert declared == (set(WRITTEN) if c.op == "rope_store_kv" else set())
     args = c.build()
-    before = {n: a.clone() for n, a in args.items() if isinstance(a, Tensor)}
+    before = {n: a.clone() for n, a in tensors(args).items()}
     c.function(**args)
-    changed = {n for n, b in before.items() if not torch.equal(args[n].view(torch.uint8), b.view(torch.uint8))}
+    changed = {n for n, a in tensors(args).items() if not torch.equal(a.view(torch.uint8), before[n].view(torch.uint8))}
     assert changed == {n for n in declared if isinstance(args[n], Tensor)}
 
 
@@ -87,7 +88,7 @@ def test_only_caches_are_declared_written_and_only_they_are(c: Case) -> None:
 def test_meta_tensors_give_the_shapes_and_types_of_real_ones(c: Case) -> None:
     args = c.build()
     real = c.function(**args)
-    meta = c.function(**{n: a.to("meta") if isinstance(a, Tensor) else a for n, a in args.items()})
+    meta = c.function(**{n: mapped(a, lambda t: t.to("meta")) for n, a in args.items()})
     real, meta = (x if isinstance(x, tuple) else (x,) for x in (real, meta))
     for a, b in zip(real, meta, strict=True):
         assert b.device.type == "meta"
@@ -96,7 +97,7 @@ def test_meta_tensors_give_the_shapes_and_types_of_real_ones(c: Case) -> None:
 
 @pytest.mark.parametrize("c", [c for c in CASES if c.op in ("rms_norm", "grouped_gemm", "moe")], ids=str)
 def test_meta_tensors_are_checked_too(c: Case) -> None:
-    meta = {n: a.to("meta") if isinstance(a, Tensor) else a for n, a in c.build().items()}
+    meta = {n: mapped(a, lambda t: t.to("meta")) for n, a in c.build().items()}
     with pytest.raises(ValueError, match=f"{c.op}: x has dtype float64"):
         c.function(**{**meta, "x": meta["x"].double()})
 
@@ -109,20 +110,23 @@ def two_norms(x: Tensor, weight: Tensor) -> Tensor:
     return h * y
 
 
-def experts(x: Tensor, router: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+def experts(x: Tensor, router: Tensor, w13: Weight, w2: Weight) -> Tensor:
     weights, chosen = grok_kernels.route_topk(x, router, 2, 30.0)
-    return grok_kernels.moe(x, weights, chosen, w13, None, w2, None) + x
+    return grok_kernels.moe(x, weights, chosen, w13, w2) + x
 
 
 def grouped(x: Tensor, router: Tensor, weight: Tensor) -> Tensor:
     order, offsets = grok_kernels.group_tokens(grok_kernels.route_topk(x, router, 2)[1], router.shape[0])
     q, scale = grok_kernels.quantize_int8(x[order // 2])
-    return grok_kernels.grouped_gemm(q, weight, None, offsets, scale)
+    return grok_kernels.grouped_gemm(q, Weight.of(weight), offsets, scale)
 
 
-FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
+FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor | Weight, ...]]] = {
     "norms": (two_norms, (randn(16, seed=1),)),
-    "moe": (experts, (randn(4, 16, seed=1), randn(4, 12, 16, seed=2), randn(4, 16, 6, seed=3))),
+    "moe": (
+        experts,
+        (randn(4, 16, seed=1), Weight.of(randn(4, 12, 16, seed=2)), Weight.of(randn(4, 16, 6, seed=3))),
+    ),
     "grouped": (grouped, (randn(4, 16, seed=1), randn(4, 8, 16, seed=2))),
 }
 

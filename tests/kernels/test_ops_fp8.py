@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import grok_kernels
+from grok_kernels import Weight
 from tests.kernels.backends import BACKENDS, serving
 from tests.kernels.cases import FP8, Case, assert_refused, ints, of, randint8, randn, refusals
 from tests.kernels.oracle import f64
@@ -52,15 +53,15 @@ def test_rows_of_zeros_and_nan() -> None:
     assert scale[2].isnan().all()
 
 
-def rows_and_weights(weight: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-    def matrices(n: int, k: int, seed: int) -> tuple[Tensor, Tensor | None]:
+def rows_and_weights(weight: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[Weight, ...]]:
+    def matrices(n: int, k: int, seed: int) -> Weight:
         if weight == torch.int8:
-            return randint8(3, n, k, seed=seed), randn(3, 2, n, seed=seed).abs() * 0.02
+            return Weight.of(randint8(3, n, k, seed=seed), randn(3, 2, n, seed=seed).abs() * 0.02)
         w = randn(3, n, k, seed=seed).to(weight)
-        return w, randn(3, 1, n, seed=seed).abs() if weight == FP8 else None
+        return Weight.of(w, randn(3, 1, n, seed=seed).abs() if weight == FP8 else None)
 
     topk, experts = randn(5, 2, seed=7).abs(), ints([1, 0], [2, 1], [0, 2], [1, 2], [0, 1])
-    return (topk, experts), (*matrices(2 * 24, 144, 1), *matrices(144, 24, 2))
+    return (topk, experts), (matrices(2 * 24, 144, 1), matrices(144, 24, 2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -100,7 +101,6 @@ WRONG = [
     ("out_dtype", torch.float16, "out_dtype=torch.float16"),
     ("out_dtype", None, "out_dtype=None"),
     ("activation", "relu", "activation='relu'", "gelu_tanh, gelu, silu"),
-    ("w13_scale", None, "None", "w13 of "),
 ]
 
 

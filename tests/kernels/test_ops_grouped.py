@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import grok_kernels
+from grok_kernels import Weight
 from tests.kernels.backends import BACKENDS, serving
 from tests.kernels.cases import FP8, Case, assert_refused, ints, of, randint8, randn, refusals
 
@@ -52,19 +53,17 @@ def test_gradients_are_those_of_the_router() -> None:
 
 
 def layer(weight: torch.dtype) -> dict[str, Any]:
-    def scale(n: int) -> Tensor | None:
-        return randn(4, 1, n, seed=5).abs() * 0.05 + 0.01 if weight.itemsize == 1 else None
+    def matrices(n: int, k: int, seed: int) -> Weight:
+        values = randint8(4, n, k, seed=seed) if weight == torch.int8 else randn(4, n, k, seed=seed).to(weight)
+        return Weight.of(values, randn(4, 1, n, seed=5).abs() * 0.05 + 0.01 if weight.itemsize == 1 else None)
 
-    def matrices(n: int, k: int, seed: int) -> Tensor:
-        return randint8(4, n, k, seed=seed) if weight == torch.int8 else randn(4, n, k, seed=seed).to(weight)
-
-    return {
-        "w13": matrices(96, 160, 1), "w13_scale": scale(96), "w2": matrices(160, 48, 2), "w2_scale": scale(160),
-    }  # fmt: skip
+    return {"w13": matrices(96, 160, 1), "w2": matrices(160, 48, 2)}
 
 
 @pytest.mark.parametrize("t", [0, 1, 9])
-@pytest.mark.parametrize(("weight", "act_format"), [(torch.int8, "none"), (FP8, "fp8"), (torch.bfloat16, "none")], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("weight", "act_format"), [(torch.int8, "none"), (FP8, "fp8"), (torch.bfloat16, "none")], ids=str
+)
 def test_the_layer_on_grouped_rows(weight: torch.dtype, act_format: str, t: int) -> None:
     x, router, weights = randn(t, 160, dtype=torch.bfloat16), randn(4, 160, seed=1), layer(weight)
     topk, experts, order, offsets = grok_kernels.route_and_group(x, router, 2)

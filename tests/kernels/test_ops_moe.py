@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import grok_kernels
+from grok_kernels import Weight
 from tests.kernels import oracle
 from tests.kernels.backends import BACKENDS, serving
 from tests.kernels.cases import FP8, Case, assert_refused, ints, of, randint8, randn, refusals
@@ -162,17 +163,19 @@ def rows(m: int, k: int, dtype: torch.dtype, per_group: bool = True) -> tuple[Te
     return x, randn(m, -(-k // 128) if per_group else 1, seed=3).abs() + 0.1
 
 
-def matrices(
-    e: int, n: int, k: int, dtype: torch.dtype, groups: int = 1, seed: int = 1
-) -> tuple[Tensor, Tensor | None]:
+def matrices(e: int, n: int, k: int, dtype: torch.dtype, groups: int = 1, seed: int = 1) -> Weight:
     if dtype in FLOATS:
-        return randn(e, n, k, seed=seed, dtype=dtype), None
-    weight = randint8(e, n, k, seed=seed) if dtype == torch.int8 else randn(e, n, k, seed=seed).to(FP8)
-    return weight, randn(e, groups, n, seed=seed + 1).abs() * 0.01 + 0.001
+        return Weight.of(randn(e, n, k, seed=seed, dtype=dtype))
+    values = randint8(e, n, k, seed=seed) if dtype == torch.int8 else randn(e, n, k, seed=seed).to(FP8)
+    return Weight.of(values, randn(e, groups, n, seed=seed + 1).abs() * 0.01 + 0.001)
 
 
 def optional(x: Tensor | None) -> oracle.Array | None:
     return None if x is None else f64(x)
+
+
+def dequantized(weight: Weight) -> oracle.Array:
+    return oracle.dequantize_weight(f64(weight.values), optional(weight.scales))
 
 
 @pytest.mark.parametrize("x_dtype", [*FLOATS, torch.int8, FP8], ids=str)
@@ -181,14 +184,13 @@ def optional(x: Tensor | None) -> oracle.Array | None:
 )
 @pytest.mark.parametrize("out_dtype", [None, *FLOATS], ids=str)
 def test_grouped_gemm(x_dtype: torch.dtype, dtype: torch.dtype, groups: int, out_dtype: torch.dtype | None) -> None:
-    (x, x_scale), (weight, scale) = rows(7, 140, x_dtype), matrices(4, 9, 140, dtype, groups)
+    (x, x_scale), weight = rows(7, 140, x_dtype), matrices(4, 9, 140, dtype, groups)
     offsets = [0, 3, 3, 6, 7]  # one expert without rows
-    got = grok_kernels.grouped_gemm(x, weight, scale, ints(*offsets), x_scale, out_dtype)
+    got = grok_kernels.grouped_gemm(x, weight, ints(*offsets), x_scale, out_dtype)
     assert got.dtype == out_dtype or out_dtype is None
     if out_dtype is None:
         assert got.dtype == (x_dtype if x_dtype in FLOATS else torch.bfloat16)
-    w = oracle.dequantize_weight(f64(weight), optional(scale))
-    exact = oracle.gemm(oracle.dequantize_rows(f64(x), optional(x_scale)), w, offsets)
+    exact = oracle.gemm(oracle.dequantize_rows(f64(x), optional(x_scale)), dequantized(weight), offsets)
     assert_near(got, exact, rel=oracle.product_rel(x_dtype, dtype))
 
 
@@ -205,20 +207,19 @@ def test_grouped_gemm(x_dtype: torch.dtype, dtype: torch.dtype, groups: int, out
 )
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.int8], ids=str)
 def test_grouped_gemm_shapes(m: int, n: int, k: int, offsets: list[int] | None, x_dtype: torch.dtype) -> None:
-    (x, x_scale), (weight, scale) = rows(m, k, x_dtype), matrices(3 if offsets else 1, n, k, torch.int8)
-    got = grok_kernels.grouped_gemm(
-        x, weight, scale, None if offsets is None else ints(*offsets), x_scale, torch.float32
-    )
-    w = oracle.dequantize_weight(f64(weight), optional(scale))
-    assert_near(got, oracle.gemm(oracle.dequantize_rows(f64(x), optional(x_scale)), w, offsets or [0, m]), rel=2e-6)
+    (x, x_scale), weight = rows(m, k, x_dtype), matrices(3 if offsets else 1, n, k, torch.int8)
+    starts = None if offsets is None else ints(*offsets)
+    got = grok_kernels.grouped_gemm(x, weight, starts, x_scale, torch.float32)
+    exact = oracle.dequantize_rows(f64(x), optional(x_scale))
+    assert_near(got, oracle.gemm(exact, dequantized(weight), offsets or [0, m]), rel=2e-6)
 
 
 def test_one_scale_a_row_and_one_for_each_group_of_it() -> None:
     for per_group in (False, True):
-        (x, x_scale), (weight, _) = rows(3, 300, torch.int8, per_group), matrices(1, 4, 300, torch.float32)
+        (x, x_scale), weight = rows(3, 300, torch.int8, per_group), matrices(1, 4, 300, torch.float32)
         exact = oracle.dequantize_rows(f64(x), optional(x_scale))
-        got = grok_kernels.grouped_gemm(columns(x.float()).to(torch.int8), weight, None, None, x_scale, torch.float32)
-        assert_near(got, oracle.gemm(exact, f64(weight), [0, 3]), rel=2e-6)
+        got = grok_kernels.grouped_gemm(columns(x.float()).to(torch.int8), weight, None, x_scale, torch.float32)
+        assert_near(got, oracle.gemm(exact, f64(weight.values), [0, 3]), rel=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, FP8], ids=str)
@@ -226,17 +227,17 @@ def test_one_scale_a_row_and_one_for_each_group_of_it() -> None:
 def test_weights_dequantise_to_the_exact_product(dtype: torch.dtype, groups: int) -> None:
     """Rows of the unit matrix pick single weights, so that nothing but the product of value and scale is rounded."""
     groups = groups if dtype == torch.int8 else 1
-    weight, scale = matrices(2, 5, 16, dtype, groups)
-    got = grok_kernels.grouped_gemm(torch.eye(16).repeat(2, 1), weight, scale, ints(0, 16, 32))
-    exact = oracle.dequantize_weight(f64(weight), optional(scale)).astype(np.float32)
+    weight = matrices(2, 5, 16, dtype, groups)
+    got = grok_kernels.grouped_gemm(torch.eye(16).repeat(2, 1), weight, ints(0, 16, 32))
+    exact = dequantized(weight).astype(np.float32)
     assert np.array_equal(got.view(2, 16, 5).transpose(1, 2).numpy(), exact)
 
 
 def test_extreme_scales() -> None:
-    x, (weight, scale) = randn(3, 8), matrices(1, 4, 8, torch.int8)
+    x, weight = randn(3, 8), matrices(1, 4, 8, torch.int8)
     for factor in (1e-30, 1e30):
-        exact = oracle.gemm(f64(x), oracle.dequantize_weight(f64(weight), f64(scale * factor)), [0, 3])
-        assert_near(grok_kernels.grouped_gemm(x, weight, scale * factor), exact, rel=2e-6)
+        scaled = Weight.of(weight.values, weight.scales * factor)
+        assert_near(grok_kernels.grouped_gemm(x, scaled), oracle.gemm(f64(x), dequantized(scaled), [0, 3]), rel=2e-6)
 
 
 # The expert layer
@@ -250,18 +251,14 @@ def choices(t: int, a: int, e: int) -> Tensor:
 def layer(
     t: int, d: int, f: int, e: int, a: int, dtype: torch.dtype, weight_dtype: torch.dtype, groups: int = 1
 ) -> dict[str, Any]:
-    (w13, w13_scale), (w2, w2_scale) = (
-        matrices(e, 2 * f, d, weight_dtype, groups),
-        matrices(e, d, f, weight_dtype, groups, 5),
-    )
     return {
         "x": randn(t, d, dtype=dtype), "topk_weights": randn(t, a, seed=7).abs(), "experts": choices(t, a, e),
-        "w13": w13, "w13_scale": w13_scale, "w2": w2, "w2_scale": w2_scale,
+        "w13": matrices(e, 2 * f, d, weight_dtype, groups), "w2": matrices(e, d, f, weight_dtype, groups, 5),
     }  # fmt: skip
 
 
 def exact_layer(c: dict[str, Any], activation: str = "gelu_tanh", act_format: str = "none") -> oracle.Array:
-    w13, w2 = (oracle.dequantize_weight(f64(c[n]), optional(c[f"{n}_scale"])) for n in ("w13", "w2"))
+    w13, w2 = dequantized(c["w13"]), dequantized(c["w2"])
     bf16 = c["x"].dtype == torch.bfloat16
     return oracle.moe(f64(c["x"]), f64(c["topk_weights"]), c["experts"].numpy(), w13, w2, activation, act_format, bf16)
 
@@ -296,7 +293,7 @@ def test_moe_with_every_token_on_the_same_experts(experts: list[list[int]]) -> N
     c["experts"] = ints(*experts)
     idle = [e for e in range(4) if e not in experts[0]]
     expected = exact_layer(c)
-    c["w13"][idle], c["w2"][idle] = NAN, NAN  # an expert without rows is not read
+    c["w13"].values[idle], c["w2"].values[idle] = NAN, NAN  # an expert without rows is not read
     assert_near(grok_kernels.moe(**c), expected, rel=3e-6)
 
 
@@ -304,7 +301,7 @@ def test_moe_with_every_token_on_the_same_experts(experts: list[list[int]]) -> N
 @pytest.mark.parametrize("size", [1e-4, 300.0, 1e8])
 def test_moe_where_the_activation_is_flat_or_saturates(size: float, activation: str) -> None:
     c = layer(5, 12, 9, 3, 2, torch.float32, torch.float32)
-    c["w13"][:, :9] *= size
+    c["w13"].values[:, :9] *= size
     assert_near(grok_kernels.moe(**c, activation=activation), exact_layer(c, activation), rel=3e-6)
 
 
@@ -325,14 +322,15 @@ def test_rows_do_not_depend_on_the_batch() -> None:
     c = layer(40, 33, 21, 4, 2, torch.float32, torch.int8)
     router = randn(8, 33, seed=9)
     whole, (weights, experts) = grok_kernels.moe(**c), grok_kernels.route_topk(c["x"], router, 2, 30.0)
-    product = grok_kernels.grouped_gemm(c["x"], c["w13"][:1], c["w13_scale"][:1])
+    one = Weight.of(c["w13"].values[:1], c["w13"].scales[:1])
+    product = grok_kernels.grouped_gemm(c["x"], one)
     for part in (slice(0, 1), slice(39, 40), slice(5, 22)):
         own = {**c, **{n: c[n][part] for n in ("x", "topk_weights", "experts")}}
         torch.testing.assert_close(grok_kernels.moe(**own), whole[part], rtol=1e-5, atol=1e-5)
         got = grok_kernels.route_topk(c["x"][part], router, 2, 30.0)
         torch.testing.assert_close(got[0], weights[part])
         assert torch.equal(got[1], experts[part])
-        alone = grok_kernels.grouped_gemm(c["x"][part], c["w13"][:1], c["w13_scale"][:1])
+        alone = grok_kernels.grouped_gemm(c["x"][part], one)
         torch.testing.assert_close(alone, product[part], rtol=1e-5, atol=1e-5)
         for op in (grok_kernels.quantize_fp8, grok_kernels.quantize_int8):
             assert all(
@@ -370,11 +368,14 @@ def test_gradients_of_route_topk(softcap: float, renormalize: bool) -> None:
 @pytest.mark.parametrize("groups", [None, 1, 2])
 def test_gradients_of_grouped_gemm(groups: int | None) -> None:
     offsets, e_of_row = ints(0, 2, 2, 6), torch.tensor([0, 0, 2, 2, 2, 2])
-    weight, scale = matrices(3, 5, 8, torch.float32 if groups is None else torch.int8, groups or 1)
-    inputs, exact = leaves(randn(6, 8), weight if scale is None else scale)
-    args = (inputs[1], None) if scale is None else (weight, inputs[1])
-    got = torch.ops.grok.grouped_gemm(inputs[0], *args, offsets, None, None)
-    w = exact[1] if groups is None else weight.double() * exact[1].repeat_interleave(8 // groups, 1).transpose(1, 2)
+    weight = matrices(3, 5, 8, torch.float32 if groups is None else torch.int8, groups or 1)
+    inputs, exact = leaves(randn(6, 8), weight.planes[-1])
+    got = grok_kernels.grouped_gemm(inputs[0], Weight.of(*weight.planes[:-1], inputs[1]), offsets)
+    w = (
+        exact[1]
+        if groups is None
+        else weight.values.double() * exact[1].repeat_interleave(8 // groups, 1).transpose(1, 2)
+    )
     assert_same_gradients(got, torch.einsum("mk,mnk->mn", exact[0], w[e_of_row]), inputs, exact)
 
 
@@ -382,8 +383,8 @@ def test_gradients_of_grouped_gemm(groups: int | None) -> None:
 def test_gradients_of_moe(activation: str) -> None:
     c = layer(6, 10, 7, 4, 2, torch.float32, torch.float32)
     c["experts"] %= 3  # the last is idle
-    inputs, exact = leaves(*(c[n] for n in ("x", "topk_weights", "w13", "w2")))
-    got = torch.ops.grok.moe(inputs[0], inputs[1], c["experts"], inputs[2], None, inputs[3], None, activation, "none")
+    inputs, exact = leaves(c["x"], c["topk_weights"], c["w13"].values, c["w2"].values)
+    got = grok_kernels.moe(inputs[0], inputs[1], c["experts"], *map(Weight.of, inputs[2:]), activation)
     x, weights, w13, w2 = exact
     gate, up = torch.einsum("td,tafd->taf", x, w13[c["experts"].long()]).chunk(2, -1)
     act = torch.nn.functional.silu if activation == "silu" else torch.nn.functional.gelu
@@ -407,22 +408,18 @@ WRONG = [
     *((ROUTE, "k", k, f"k={k}", "1..E=6") for k in (0, -1, 7)),
     *((ROUTE, "softcap", x, f"softcap={x}") for x in (-1.0, NAN, INF)),
     *((GROUP, "num_experts", n, f"num_experts={n}", "1 or more") for n in (0, -3)),
-    *((c, "group_size", n, f"group_size={n}", "128") for c in of("quantize_fp8", "quantize_int8") for n in (64, -1, 256)),
+    *(
+        (c, "group_size", n, f"group_size={n}", "128")
+        for c in of("quantize_fp8", "quantize_int8") for n in (64, -1, 256)
+    ),
     *((GEMM, "out_dtype", x, f"out_dtype={x}", "torch.bfloat16") for x in (torch.float16, torch.float64, torch.int8)),
-    (GEMM, "weight_scale", torch.ones(3, 1, 8), "weight_scale", "None", "float32"),
     (GEMM, "x_scale", torch.ones(5, 1), "x_scale", "None", "float32"),
-    (GEMM_INT8, "weight_scale", None, "None", "weight of int8"),
-    (GEMM_INT8, "weight_scale", torch.ones(3, 0, 8), "0 groups", "divisor of K=256"),
     (GEMM_INT8, "x_scale", None, "None", "x of int8"),
     (GEMM_FP8, "x_scale", torch.ones(5, 3), "3 groups", "1 or 2"),
-    (GEMM_FP8, "weight_scale", torch.ones(3, 2, 8), "2 groups", "expected 1"),
     *((c, "activation", x, f"activation={x!r}", "gelu_tanh, gelu, silu") for c in (MOE, MOE_FP8) for x in ("relu", "")),
     (MOE, "act_format", "fp4", "act_format='fp4'", "none, fp8, int8"),
-    (MOE, "w13", randn(3, 25, 16), "(3, 25, 16)", "F=12"),
-    (MOE, "w13", randn(3, 24, 16).bfloat16(), "bfloat16", "float32 as w2"),
-    *((MOE, f"{n}_scale", torch.ones(3, 1, 16), "None", f"{n} of float32") for n in ("w13", "w2")),
-    *((c, f"{n}_scale", None, "None", f"{n} of ") for c in (MOE_INT8, MOE_FP8) for n in ("w13", "w2")),
-    (MOE_INT8, "w2_scale", torch.ones(3, 5, 16), "5 groups", "divisor of F=12"),
+    (MOE, "w13", Weight.of(randn(3, 25, 16)), "(3, 25, 16)", "F=12"),
+    (MOE, "w13", Weight.of(randn(3, 24, 16).bfloat16()), "bf16", "fp32 as w2"),
 ]  # fmt: skip
 
 
@@ -433,7 +430,7 @@ def test_refuses_what_does_not_fit_together(c: Case, name: str, value: Any, show
 
 def test_one_matrix_needs_no_offsets_and_several_do() -> None:
     with pytest.raises(ValueError, match=r"grouped_gemm: offsets is None, expected \(E \+ 1,\) with E=2"):
-        grok_kernels.grouped_gemm(randn(3, 8), randn(2, 4, 8))
+        grok_kernels.grouped_gemm(randn(3, 8), Weight.of(randn(2, 4, 8)))
 
 
 def test_the_oracle_s_e4m3_is_torch_s() -> None:

@@ -28,7 +28,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(registry.ENV, raising=False)
     for name in ("_kernels", "_missing"):
         monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
-    for name in ("_chosen", "_later", "_preferred", "_fused"):
+    for name in ("_chosen", "_late_checks", "_preferred", "_fused"):
         monkeypatch.setattr(registry, name, {})
     registry.register(OP, "reference")(lambda *args: "reference")
 
@@ -116,15 +116,15 @@ def test_what_is_preferred_can_be_used() -> None:
     registry.register("part", "triton")(lambda *args: None)
     registry._missing.clear()
     registry._kernels.pop((OP, "cuda"))
-    registry.ask_later("cuda", asks("chip", ""), asks("load", ""))
+    registry.check_late("cuda", asks("chip", ""), asks("load", ""))
     assert (registry.preferred("part", "cuda"), registry.preferred(OP, "cuda")) == ("cuda", "triton")
     assert not grok_kernels.fuses(OP, ("part",), "cuda")
     assert set(asked) == {"chip", "load"}
     asked.clear()
-    registry.ask_later("cuda", asks("chip", ""), asks("load", "it does not compile"))
+    registry.check_late("cuda", asks("chip", ""), asks("load", "it does not compile"))
     assert registry.preferred("part", "cuda") == "triton"
     assert grok_kernels.fuses(OP, ("part",), "cuda")
-    registry.ask_later("cuda", asks("chip", "an old one"), asks("never", ""))
+    registry.check_late("cuda", asks("chip", "an old one"), asks("never", ""))
     assert registry.preferred("part", "cuda") == "triton"
     assert "never" not in asked
     asked.clear()

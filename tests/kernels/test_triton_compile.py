@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from grok_kernels import tuning
+from grok_kernels import chips
 from tests.kernels.backends import BACKENDS
 from tests.kernels.compiling import OTHER, OTHER_AT, printed
 
@@ -32,8 +32,8 @@ def of(chip: str, specimen: str) -> list[dict[str, Any]]:
     return found
 
 
-# What is known to spill, as (specimen, kernel): its loads and stores. With 3.9 alone: 3.6, with which the chip was measured,
-# has registers enough, and a tile of 64 rows, which does not spill, takes 1.6 times as long.
+# What is known to spill, as (specimen, kernel): its loads and stores. With 3.9 alone: 3.6, with which the chip was
+# measured, has registers enough, and a tile of 64 rows, which does not spill, takes 1.6 times as long.
 SPILLED = {("attention_mixed_fp8", "_splits"): 22, ("attention_mixed_fp8_requests", "_splits"): 6}
 
 
@@ -47,7 +47,7 @@ def check(chip: str, found: list[dict[str, Any]]) -> None:
         most = SPILLED.get((kernel["specimen"], kernel["name"]), 0) if known else 0
         assert kernel["spills"] <= most, kernel
         assert kernel["registers"] <= REGISTERS[chip], kernel
-        assert kernel["shared_bytes"] <= tuning.CHIPS[chip].shared_bytes, kernel
+        assert kernel["shared_bytes"] <= chips.CHIPS[chip].shared_bytes, kernel
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -90,7 +90,8 @@ def test_products_use_wgmma_and_tma(specimen: str, kernel: str, opcode: str) -> 
 
 @pytest.mark.parametrize("specimen", ["grouped_gemm_fp8", "grouped_gemm_fp8_few", "moe_fp8"])
 def test_every_128_of_k_leave_the_fp8_accumulator(specimen: str) -> None:
-    """The four wgmma of a block of K (32 each) start from zero, and an fp32 FMA an accumulator adds what they summed."""
+    """The four wgmma of a block of K (32 each) start from zero, and an fp32 FMA an accumulator adds what they
+    summed."""
     kernel = next(k for k in of("h100", specimen) if "QGMMA" in k["instructions"])
     starts = re.findall(r"wgmma\.mma_async[^;]*, (0|%p\d+), 1, 1;", kernel["ptx"])
     assert len(starts) == kernel["instructions"]["QGMMA"]
@@ -134,7 +135,8 @@ def test_attention_multiplies_on_tensor_cores_and_loads_ahead(specimen: str) -> 
 
 @pytest.mark.parametrize("specimen", ATTENTION)
 def test_attention_multiplies_the_columns_of_k_in_order(specimen: str) -> None:
-    """So that wgmma and mma.sync, of which one may serve prefill and the other decode, add the same 8 products at a time."""
+    """So that wgmma and mma.sync, of which one may serve prefill and the other decode, add the same 8 products at a
+    time."""
     for kernel in of("h100", specimen):
         assert set(kernel["k_widths"]) <= {2}, kernel["name"]
 
@@ -149,18 +151,19 @@ def test_prefill_and_decode_multiply_by_the_same_instruction() -> None:
 
 
 def test_pages_that_hold_no_words_are_decoded_by_what_prefill_multiplies_with() -> None:
-    """126 columns of e4m3 are not read four at a time; byte by byte mma.sync would take them in another order than wgmma."""
+    """126 columns of e4m3 are not read four at a time; byte by byte mma.sync would take them in another order than
+    wgmma."""
     code = """
 import torch
 from tests.kernels.triton_specimens import empty, table
-from grok_kernels.triton import compiled
-from grok_kernels.tuning import CHIPS
+from grok_kernels.triton import cross_compile
+from grok_kernels.chips import CHIPS
 for c in (128, 126):
     def call():
         pages, scale = empty(8, 8, 16, c, dtype=torch.float8_e4m3fn), empty(8, 8, 16, dtype=torch.float32)
         ints = [empty(*shape, dtype=torch.int32) for shape in ((2, 4), (3,), (2,))]
         table.paged_attention(empty(2, 48, c), pages, pages, *ints, 1, 0.1, 30.0, 0, 0, scale, scale)
-    splits = compiled.launches(call, CHIPS["h100"])[0]
+    splits = cross_compile.launches(call, CHIPS["h100"])[0]
     print(splits.kernel.__name__, splits.meta["ROWS"], splits.meta["num_warps"])
 """
     env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 import grok_kernels
-from grok_kernels.tuning import CHIPS, Chip, Gemm, assume_chip, default_gemm
+from grok_kernels import Weight
+from grok_kernels.chips import CHIPS, Chip, assume_chip
+from grok_kernels.tuning import Gemm, default_gemm
 from tests.kernels import oracle
 from tests.kernels.backends import BACKENDS
 from tests.kernels.cases import FP8, ints, randint8, randn
@@ -40,20 +42,24 @@ def values(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return randint8(*shape, seed=seed) if dtype == torch.int8 else randn(*shape, seed=seed).to(dtype)
 
 
+def matrices(e: int, n: int, k: int, w: torch.dtype, groups: int = 1, seed: int = 1) -> Weight:
+    scales = randn(e, groups, n, seed=seed + 1).abs() * 0.05 + 0.01 if w.itemsize == 1 else None
+    return Weight.of(values(e, n, k, dtype=w, seed=seed), scales)
+
+
 def product(
     m: int, n: int, k: int, x: torch.dtype, w: torch.dtype, offsets: list[int], groups: int = 1
 ) -> dict[str, Any]:
     e = len(offsets) - 1
     return {
-        "x": values(m, k, dtype=x), "weight": values(e, n, k, dtype=w, seed=1), "offsets": ints(*offsets),
-        "weight_scale": randn(e, groups, n, seed=2).abs() + 0.01 if w.itemsize == 1 else None,
+        "x": values(m, k, dtype=x), "weight": matrices(e, n, k, w, groups), "offsets": ints(*offsets),
         "x_scale": randn(m, -(-k // 128), seed=3).abs() + 0.1 if x.itemsize == 1 else None,
     }  # fmt: skip
 
 
 def exact(c: dict[str, Any]) -> oracle.Array:
-    scale, x_scale = (None if c[n] is None else f64(c[n]) for n in ("weight_scale", "x_scale"))
-    w = oracle.dequantize_weight(f64(c["weight"]), scale)
+    scales, x_scale = (None if x is None else f64(x) for x in (c["weight"].scales, c["x_scale"]))
+    w = oracle.dequantize_weight(f64(c["weight"].values), scales)
     return oracle.gemm(oracle.dequantize_rows(f64(c["x"]), x_scale), w, c["offsets"].tolist())
 
 
@@ -70,12 +76,11 @@ PAIRS = [
 def test_both_variants_across_the_borders_of_tiles(few: bool, x: torch.dtype, w: torch.dtype, groups: int) -> None:
     """Through descriptors (K is a multiple of 256), past a tile's rows and outputs, with experts that have none."""
     c = product(150, 133, 256, x, w, [0, 0, 131, 131, 150], groups)
-    c["weight"][[0, 2]] = torch.tensor(NAN).to(w) if w != torch.int8 else 127
+    c["weight"].values[[0, 2]] = torch.tensor(NAN).to(w) if w != torch.int8 else 127
     with patch.object(gemm_module, "gemm", few_rows if few else gemm_module.gemm):
         got = grok_kernels.grouped_gemm(**c, out_dtype=torch.float32)
-    idle = {**c, "weight": c["weight"].clone()}
-    idle["weight"][[0, 2]] = torch.zeros((), dtype=torch.float32).to(w)
-    assert_near(got, exact(idle), rel=oracle.product_rel(x, w))
+    c["weight"].values[[0, 2]] = torch.zeros((), dtype=torch.float32).to(w)
+    assert_near(got, exact(c), rel=oracle.product_rel(x, w))
 
 
 @pytest.mark.parametrize(("x", "w", "groups"), PAIRS, ids=str)
@@ -101,7 +106,7 @@ def test_chips_without_descriptors_or_e4m3(chip: str, x: torch.dtype, w: torch.d
 def test_bytes_are_read_as_every_value_of_e4m3() -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(FP8)
     with assume_chip(CHIPS["a100"]):
-        got = grok_kernels.grouped_gemm(torch.ones(1, 1), codes.view(1, 256, 1), torch.ones(1, 1, 256))
+        got = grok_kernels.grouped_gemm(torch.ones(1, 1), Weight.of(codes.view(1, 256, 1), torch.ones(1, 1, 256)))
     assert np.array_equal(f64(got)[0], f64(codes), equal_nan=True)
 
 
@@ -112,14 +117,10 @@ def test_scales_that_cross() -> None:
 
 
 def layer(t: int, d: int, f: int, w: torch.dtype) -> dict[str, Any]:
-    def scale(n: int) -> Tensor | None:
-        return randn(4, 1, n, seed=5).abs() * 0.05 + 0.01 if w.itemsize == 1 else None
-
     return {
         "x": randn(t, d).bfloat16(), "topk_weights": randn(t, 2, seed=7).abs(),
         "experts": torch.stack((torch.arange(t) % 4, (torch.arange(t) * 3 + 1) % 4), 1).int(),
-        "w13": values(4, 2 * f, d, dtype=w, seed=1), "w13_scale": scale(2 * f),
-        "w2": values(4, d, f, dtype=w, seed=2), "w2_scale": scale(d),
+        "w13": matrices(4, 2 * f, d, w, seed=1), "w2": matrices(4, d, f, w, seed=2),
     }  # fmt: skip
 
 
@@ -132,7 +133,8 @@ def test_the_layer_as_the_reference_and_with_the_same_bits_alone(w: torch.dtype,
     c = layer(30, 256, 200, w)
     with assume_chip(CHIPS[chip]):
         got = grok_kernels.moe(**c, act_format=act_format)
-        alone = grok_kernels.moe(**{n: v if v is None or n.startswith("w") else v[7:8] for n, v in c.items()}, act_format=act_format)  # fmt: skip
+        own = {n: v if n.startswith("w") else v[7:8] for n, v in c.items()}
+        alone = grok_kernels.moe(**own, act_format=act_format)
     with grok_kernels.use_backend("reference"):
         expected = grok_kernels.moe(**c, act_format=act_format)
     assert torch.equal(alone, got[7:8])

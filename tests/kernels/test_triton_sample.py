@@ -15,14 +15,14 @@ from tests.kernels.oracle import f64
 if "triton" not in BACKENDS:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-V = 2 * kernel.WIDE + 1027
+V = 2 * kernel.LONG_BLOCK + 1027
 UNIFORM = (0.3, 0.77, 1 - 2.0**-24)
 
 
 def rows() -> dict[str, Tensor]:
     normal = torch.randn(V, generator=torch.Generator().manual_seed(0))
     few = torch.full((V,), -float("inf"))
-    few[[5, kernel.BLOCK, kernel.WIDE + 3, V - 1]] = torch.tensor([1.0, 1.0, 1.5, 1.0])
+    few[[5, kernel.BLOCK, kernel.LONG_BLOCK + 3, V - 1]] = torch.tensor([1.0, 1.0, 1.5, 1.0])
     return {
         "normal": normal,
         "spread as a model's": normal * 3 - normal.abs() * 4,
@@ -32,7 +32,7 @@ def rows() -> dict[str, Tensor]:
         "zeros of both signs": torch.where(normal > 0, 0.0, -0.0),
         "few": few,
         "neighbours in fp32": 1 + torch.randint(3, (V,), generator=torch.Generator().manual_seed(1)) * 2.0**-23,
-        "one far above": torch.where(torch.arange(V) == kernel.WIDE, 1e30, normal),
+        "one far above": torch.where(torch.arange(V) == kernel.LONG_BLOCK, 1e30, normal),
         "far apart": normal * 1e30,
     }
 

@@ -1,4 +1,5 @@
-"""After an engine's start-up Triton compiles nothing: a kernel's machine code depends on the model, not on the batch."""
+"""After an engine's start-up Triton compiles nothing: a kernel's machine code depends on the model, not on the
+batch."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grok_kernels import tuning
-from grok_kernels.tuning import CHIPS, chip_name, chip_of
+from grok_kernels import chips, tuning
+from grok_kernels.chips import CHIPS, chip_name, chip_of
 
 
 @pytest.mark.parametrize(
@@ -36,15 +36,16 @@ def test_a_hopper_is_the_chip_that_it_says(says: str, name: str, monkeypatch: py
         name=says, major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=232448
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
-    tuning._read.cache_clear()
+    chips._read.cache_clear()
     try:
         assert chip_of(torch.device("cuda", 0)) == CHIPS[name]
     finally:
-        tuning._read.cache_clear()
+        chips._read.cache_clear()
 
 
 def test_the_kernels_are_cut_for_an_h200_as_for_an_h100_until_it_is_measured() -> None:
     h100, h200 = CHIPS["h100"], CHIPS["h200"]
-    assert tuning.default_gemm("e4m3", torch.float8_e4m3fn, h100) == tuning.default_gemm("e4m3", torch.float8_e4m3fn, h200)  # fmt: skip
+    gemms = [tuning.default_gemm("e4m3", torch.float8_e4m3fn, chip) for chip in (h100, h200)]
+    assert gemms[0] == gemms[1]
     assert tuning.attention("bf16", torch.bfloat16, h100) == tuning.attention("bf16", torch.bfloat16, h200)
     assert (h100.arch, h100.multiprocessors, h100.shared_bytes) == (h200.arch, h200.multiprocessors, h200.shared_bytes)

@@ -19,8 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grok_kernels.triton import compiled, gemm, launch, table
-from grok_kernels.tuning import CHIPS, Chip, Gemm, default_gemm
+from grok_kernels import Weight
+from grok_kernels.chips import CHIPS, Chip
+from grok_kernels.triton import cross_compile, gemm, launch, table
+from grok_kernels.tuning import Gemm, default_gemm
+from tests.kernels import compiled
 
 D = 6144  # of Grok-1
 
@@ -105,9 +108,9 @@ E, F, T = 8, 32768, 64  # Grok-1's experts and their width; tokens
 FP8 = torch.float8_e4m3fn
 
 
-def _weight(e: int, n: int, k: int, dtype: torch.dtype, groups: int = 1) -> tuple[Tensor, Tensor | None]:
-    scale = empty(e, groups, n, dtype=torch.float32) if dtype.itemsize == 1 else None
-    return empty(e, n, k, dtype=dtype), scale
+def _weight(e: int, n: int, k: int, dtype: torch.dtype, groups: int = 1) -> Weight:
+    scales = empty(e, groups, n, dtype=torch.float32) if dtype.itemsize == 1 else None
+    return Weight.of(empty(e, n, k, dtype=dtype), scales)
 
 
 def few_rows(n: int, k: int, dot: str, weight: torch.dtype, chip: Chip, rows: int, *, pair: bool) -> Gemm:
@@ -117,9 +120,8 @@ def few_rows(n: int, k: int, dot: str, weight: torch.dtype, chip: Chip, rows: in
 
 def _down(x: torch.dtype, w: torch.dtype, groups: int = 1) -> Any:
     x_scale = empty(T, F // 128, dtype=torch.float32) if x.itemsize == 1 else None
-    weight, scale = _weight(E, D, F, w, groups)
     offsets = empty(E + 1, dtype=torch.int32)
-    return table.grouped_gemm(empty(T, F, dtype=x), weight, scale, offsets, x_scale, None)
+    return table.grouped_gemm(empty(T, F, dtype=x), _weight(E, D, F, w, groups), offsets, x_scale, None)
 
 
 @specimen
@@ -155,10 +157,9 @@ def grouped_gemm_int8() -> Any:
 
 
 def _moe(dtype: torch.dtype, groups: int, act_format: str) -> Any:
-    w13, w13_scale = _weight(E, 2 * F, D, dtype, groups)
-    w2, w2_scale = _weight(E, D, F, dtype, groups)
+    weights = _weight(E, 2 * F, D, dtype, groups), _weight(E, D, F, dtype, groups)
     topk, experts = empty(T, 2, dtype=torch.float32), empty(T, 2, dtype=torch.int32)
-    return table.moe(empty(T, D), topk, experts, w13, w13_scale, w2, w2_scale, "gelu_tanh", act_format)
+    return table.moe(empty(T, D), topk, experts, *weights, "gelu_tanh", act_format)
 
 
 @specimen
@@ -255,8 +256,8 @@ def main() -> None:
     chip = CHIPS[a.chip]
     for name, call in SPECIMENS.items():
         if any(fnmatch(name, pattern) for pattern in a.patterns):
-            for found in compiled.launches(call, chip):
-                kernel = asdict(compiled.compile_launch(found, chip))
+            for found in cross_compile.launches(call, chip):
+                kernel = asdict(compiled.inspect(found, chip))
                 print(json.dumps({"specimen": name, "triton": triton.__version__, **kernel}), flush=True)
 
 

@@ -1,8 +1,8 @@
 """What Triton compiles in the steps of an engine, at start-up and after, found without a GPU: the engine's own decoder
 runs on `meta` with one layer of Grok-1 or Grok-2, and Triton's own key of each launch is noted.
 
-`python -m tests.kernels.triton_steps [--steps N]` prints one JSON object a model: kernels compiled at start-up, and those
-after. It runs in a process of its own, since under TRITON_INTERPRET=1 there is nothing to compile.
+`python -m tests.kernels.triton_steps [--steps N]` prints one JSON object a model: kernels compiled at start-up, and
+those after. It runs in a process of its own, since under TRITON_INTERPRET=1 there is nothing to compile.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from grok_engine.runtime.graphs import rungs, widths
 from grok_engine.runtime.pages import allocate_pages
 from grok_engine.runtime.plan import Entry
 from grok_engine.runtime.runner import KV_DTYPES
-from grok_kernels.triton import OPS, compiled, table
+from grok_kernels.chips import CHIPS
+from grok_kernels.triton import OPS, cross_compile, table
 from grok_kernels.triton.steps import startup
-from grok_kernels.tuning import CHIPS
+from tests.kernels import compiled
 
 CHIP = CHIPS["h100"]
 LONGEST = 8192  # tokens of a request
@@ -132,7 +133,7 @@ def replay(served: Served, steps: int) -> dict[str, Any]:
     engine, chance = Engine(served), random.Random(0)
 
     def run(queries: tuple[int, ...], contexts: tuple[int, ...]) -> set[tuple[str, str]]:
-        return compiled.compiles(compiled.launches(lambda: engine.step(queries, contexts), CHIP), CHIP)
+        return compiled.compiles(cross_compile.launches(lambda: engine.step(queries, contexts), CHIP), CHIP)
 
     first: set[tuple[str, str]] = set()
     with triton_serves(), torch.inference_mode():

@@ -10,6 +10,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+import grok_kernels
+
 BLOCK = 128  # outputs that share a scale: what a scale per channel and a scale per block can both say
 BYTES = {"int8": 1, "fp8": 1, "bf16": 2}
 T = TypeVar("T")
@@ -51,6 +53,11 @@ class Weights:
         rms = 73.3 if fmt == "int8" else 64.0
         blocks = (torch.rand(experts, 1, -(-n // BLOCK), device=device) + 0.5) / (rms * k**0.5)
         return cls(values, blocks.repeat_interleave(BLOCK, dim=2)[..., :n].contiguous())
+
+    @cached_property
+    def weight(self) -> grok_kernels.Weight:
+        """As the ops of grok_kernels take it."""
+        return grok_kernels.Weight.of(self.values, self.scale)
 
     @property
     def count(self) -> int:

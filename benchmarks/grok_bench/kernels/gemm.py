@@ -36,7 +36,7 @@ class Product:
     @property
     def args(self) -> tuple[Any, ...]:
         x, x_scale = self.quantized or (self.x_MK, None)
-        return x, self.weights.values, self.weights.scale, self.rows.offsets, x_scale, torch.bfloat16
+        return x, self.weights.weight, self.rows.offsets, x_scale, torch.bfloat16
 
 
 _last: Last[list[Weights]] = Last()

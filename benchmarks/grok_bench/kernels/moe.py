@@ -39,11 +39,8 @@ class Layer:
     @property
     def args(self) -> tuple[Any, ...]:
         act_format = parts(self.fmt)[1] if self.fmt.endswith("dyn") else "none"
-        w13, w2 = self.w13, self.w2
-        return (
-            self.x_TD, self.topk_weights, self.experts, w13.values, w13.scale, w2.values, w2.scale, self.activation,
-            act_format,
-        )  # fmt: skip
+        weights = self.w13.weight, self.w2.weight
+        return (self.x_TD, self.topk_weights, self.experts, *weights, self.activation, act_format)
 
     @cached_property
     def order(self) -> Tensor:

@@ -58,19 +58,19 @@ def _bind(op: str, packs: bool, inputs: Any) -> Call:
         if inputs.fmt.endswith("dyn"):
             return partial(_quantized_product, parts(inputs.fmt)[1], args)
     elif isinstance(inputs, Layer):
-        held = {id(w.values): _weight(w, packs) for w in (inputs.w13, inputs.w2)}
-        args = tuple(held.get(id(a), a) for a in args)
+        own = {id(w.weight): _weight(w, packs) for w in (inputs.w13, inputs.w2)}
+        args = tuple(own.get(id(a), a) for a in args)
     return partial(function, *args)
 
 
-def _weight(weights: Weights, packs: bool) -> Tensor:
+def _weight(weights: Weights, packs: bool) -> grok_kernels.Weight:
     _, n, k = weights.values.shape
     if not packs or not grok_kernels.can_pack(n, k, weights.values.dtype):
-        return weights.values
-    return weights.once("grok_kernels", lambda w: grok_kernels.pack_weight(w.values))
+        return weights.weight
+    return weights.once("grok_kernels", lambda w: w.weight.with_layout("panels"))
 
 
 def _quantized_product(fmt: str, args: tuple[Any, ...]) -> Tensor:
-    x, weight, weight_scale, offsets, _, out = args
+    x, weight, offsets, _, out = args
     q, x_scale = quantize(x, fmt)
-    return grok_kernels.grouped_gemm(q, weight, weight_scale, offsets, x_scale, out)
+    return grok_kernels.grouped_gemm(q, weight, offsets, x_scale, out)

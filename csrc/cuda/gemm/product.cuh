@@ -5,7 +5,7 @@
 #include "../include/grok/gemm.h"
 #include "../sm90.cuh"
 
-// What the kernels of products have in common: fp8.cuh for many rows, wide.cuh with the weights on the wide side.
+// What the kernels of products share: fp8.cuh, for many rows, and swapped.cuh, with swapped operands.
 
 namespace grok::cuda::gemm {
 
@@ -20,7 +20,7 @@ struct Parameters {
   int64_t x_scale_row, x_scale_group;
   const int32_t* offsets;
   int32_t rows, n, k, experts;
-  int32_t step;   // rows of the weights from the first half of a tile (wide: part of a stage) to the second
+  int32_t step;   // rows of the weights from the first half of a tile (swapped: part of a stage) to the second
   int32_t width;  // columns of y
   void* y;
   // of a GroupedGemm

@@ -29,7 +29,7 @@ inline int tile_columns(int64_t rows, int64_t n, int64_t experts, int64_t cluste
   return best;
 }
 
-// How many rows of the weights a warpgroup has of an `Even` block of wide.cuh: so that the rounds of blocks over the
+// How many rows of the weights a warpgroup has of an `Even` block of swapped.cuh: so that the rounds of blocks over the
 // multiprocessors come out even, whatever number of experts is hit, which the host does not know. The worst of those
 // numbers counts, and a taller block wins where it loses no more than a fiftieth.
 inline int even_height(int64_t n, int64_t experts, int64_t multiprocessors) {

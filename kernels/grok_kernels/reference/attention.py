@@ -11,13 +11,12 @@ from torch.nn import functional
 from ..registry import register
 from .quantize import quantize_fp8
 
-QUERIES = 16  # queries and keys meet in blocks of this shape, so that a query's bits do not depend on its batch
-KEYS = 64
-QUERY_BLOCKS = 16  # bounds the scores held at once
+QUERIES, KEYS = 16, 64  # one fixed block shape, so that a query's bits do not depend on its batch
+QUERY_BLOCKS = 16  # at once, which bounds the memory for scores
 
 
 def rotate(x_TNC: Tensor, cos_sin_TC: Tensor) -> Tensor:
-    """Each half of C turned against the other, in fp32."""
+    """The half-rotation of `rope_store_kv`, in fp32."""
     cos, sin = cos_sin_TC.unsqueeze(1).chunk(2, dim=-1)
     x1, x2 = x_TNC.float().chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x_TNC.dtype)
@@ -46,15 +45,15 @@ def rope_store_kv(
             cache[page, :, place] = x.to(cache.dtype)
             continue
         q, s = quantize_fp8(x.flatten(0, 1), 0)
-        # e4m3 has no indexed store: the same bytes go in as uint8
+        # torch has no indexed store of e4m3: the same bytes are stored as uint8
         cache.view(torch.uint8)[page, :, place] = q.view(torch.uint8).view(x.shape)
         scale[page, :, place] = s.view(x.shape[:2])
     return rotate(q_THC, cos_sin_TC)
 
 
 def _gather(cache: Tensor, scale: Tensor | None, pages: Tensor, length: int) -> Tensor:
-    """One request's keys or values, (G, length, C) fp32, zeros up to a multiple of KEYS. What lies past `length` in
-    its last page is not read."""
+    """One request's keys or values, (G, length, C) fp32, padded with zeros to a multiple of KEYS. Nothing past `length`
+    in the last page reaches the result."""
     x = cache[pages].float()
     if scale is not None:
         x = x * scale[pages].unsqueeze(-1)
@@ -101,9 +100,10 @@ def _attend(
     window: int,
     temperature_len: int,
 ) -> Tensor:
-    """Queries at positions first, first + 1, ...: one pass over the keys with a running maximum and sum.
+    """Queries at positions first, first + 1, ...: one pass over the keys with a running maximum and sum (online
+    softmax).
 
-    A block of keys that a query does not see adds exact zeros, so it does not matter how many such blocks there are.
+    A block of keys that is masked for a query adds exact zeros, so the number of such blocks changes no bit.
     """
     n, heads, c = q_NHC.shape
     groups = k_GLC.shape[0]

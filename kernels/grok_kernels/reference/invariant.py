@@ -1,9 +1,9 @@
-"""Arithmetic whose bits for a row do not depend on how many rows there are.
+"""Batch-invariant arithmetic: a row's bits do not depend on how many rows there are.
 
-A matrix product picks its kernel, and with it the order of its additions, by its shape, and a vectorised function may
-round differently in its last few elements. So products run in blocks of one fixed shape, with the rows as the second
-operand (as the first one their place in the block can show), and functions that differ are spelled out in others that
-do not. Where gradients are wanted, in training, the plain forms run.
+torch picks a matrix product's kernel, and so the order of its additions, by shape, and a vectorised function may round
+differently in the scalar tail. So products run in blocks of one fixed shape, with the rows as the second operand (as
+the first, the bits could depend on the place within the block), and functions whose tail differs are composed of
+functions whose tail does not. In training, where gradients are wanted, torch's own functions run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROWS = 16
 
 
 def wants_grad(*tensors: Tensor) -> bool:
-    """Whether the result of an operation on these is to be differentiated."""
+    """Whether autograd would differentiate an operation on these."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 

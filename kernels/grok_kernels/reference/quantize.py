@@ -1,4 +1,4 @@
-"""Quantised activations, and both sides of a product back in fp32."""
+"""Quantised activations, and activations and weights dequantised to fp32."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from ..checks import GROUP
+from ..dtypes import FP8_MAX
 from ..registry import register
+from ..weights import Weight
 from .invariant import wants_grad
 
-TINY = 2.0**-100  # the least amax: keeps 1 / scale finite
+TINY = 2.0**-100  # the smallest amax, which keeps 1 / scale finite
 
 
 def _groups(x_TD: Tensor, group_size: int) -> Tensor:
@@ -21,17 +23,16 @@ def _groups(x_TD: Tensor, group_size: int) -> Tensor:
 
 def _scales(x_TNK: Tensor, largest: float) -> Tensor:
     amax = x_TNK.abs().amax(-1) if x_TNK.shape[2] else x_TNK.new_zeros(x_TNK.shape[:2])
-    return amax.clamp(min=TINY) / amax.new_full(
-        (), largest
-    )  # on a GPU torch multiplies by a number's reciprocal instead
+    # by a tensor: on a GPU torch would multiply by a number's reciprocal instead
+    return amax.clamp(min=TINY) / amax.new_full((), largest)
 
 
 @register("quantize_fp8", "reference")
 @torch.no_grad()
 def quantize_fp8(x_TD: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     x = _groups(x_TD, group_size)
-    scale = _scales(x, 448.0)
-    q = (x / scale[..., None]).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+    scale = _scales(x, FP8_MAX)
+    q = (x / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     return q.flatten(1)[:, : x_TD.shape[1]].contiguous(), scale
 
 
@@ -54,18 +55,19 @@ def dequantize_rows(q_TD: Tensor, scale_TN: Tensor | None) -> Tensor:
     return x * scale_TN
 
 
-def dequantize_weight(w_NK: Tensor, scale_GN: Tensor | None) -> Tensor:
-    """One matrix in fp32: w[n, k] · scale[k // (K / groups), n]."""
-    w = w_NK.float()
-    if scale_GN is None:
-        return w
-    n, k = w.shape
+def dequantize_weight(weight: Weight, expert: int) -> Tensor:
+    """One matrix (N, K) in fp32 of a weight in rows: values[n, k] · scales[k // (K / groups), n]."""
+    w_NK = weight.values[expert].float()
+    if weight.scales is None:
+        return w_NK
+    scale_GN = weight.scales[expert]
+    n, k = w_NK.shape
     groups = scale_GN.shape[0]
-    return (w.view(n, groups, k // groups) * scale_GN.t().unsqueeze(-1)).view(n, k)
+    return (w_NK.view(n, groups, k // groups) * scale_GN.t().unsqueeze(-1)).view(n, k)
 
 
 def quantized_as(x_TD: Tensor, act_format: str) -> Tensor:
-    """x in fp32 after a round trip through `act_format`, per token and group of 128. Its gradient is x's own."""
+    """x in fp32, rounded to `act_format` per token and group of 128. The gradient passes straight through."""
     x = x_TD.float()
     if act_format == "none":
         return x

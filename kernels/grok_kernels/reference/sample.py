@@ -10,7 +10,7 @@ from ..registry import register
 
 @register("sample_top_p", "reference")
 def sample_top_p(logits_BV: Tensor, temperature_B: Tensor, top_p_B: Tensor, uniform_B: Tensor) -> Tensor:
-    # stable, so that ties go to the lower index; of logits, since exp makes equal what is barely not
+    # stable, so that ties go to the lower index; by logits, since nearly equal ones can have equal exponentials
     logits, tokens = logits_BV.double().sort(dim=-1, descending=True, stable=True)
     greedy = temperature_B == 0
     probs = torch.softmax(logits / torch.where(greedy, 1.0, temperature_B)[:, None], -1)

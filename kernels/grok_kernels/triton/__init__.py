@@ -1,8 +1,8 @@
 """Registers the Triton kernels: the portable backend for GPUs, and for CPUs under Triton's interpreter.
 
-A module of this package holds the kernels of some ops and one function an op, with the op's arguments in the order of
-its schema. Triton is imported with the first call. With TRITON_INTERPRET=1 in the environment the kernels run on CPU
-tensors, slowly, where the backend is forced: that is how they are tested without a GPU.
+Each module of this package holds the kernels of some ops and one function an op, which takes the op's arguments in
+their order. The first call imports Triton. With TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors,
+slowly, where the backend is forced: that is how they are tested without a GPU.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import Any
 import torch
 
 from .. import registry
+from ..weights import unsupported
 
 OPS = (  # the functions of `table`
     "group_tokens", "grouped_gemm", "moe", "moe_fp8", "paged_attention", "quantize_fp8", "quantize_int8", "rms_norm",
     "rope_store_kv", "route_and_group", "route_topk", "sample_top_p", "sandwich_norm", "sandwich_norm_fp8",
 )  # fmt: skip
+FORMATS = ("fp32", "bf16", "int8", "fp8_e4m3")
 OLDEST = (8, 0)  # compute capability: bf16 on the tensor cores
 
 
@@ -28,6 +30,8 @@ def _interpreted() -> bool:
 
 
 def _supports(*args: Any) -> str | None:
+    if reason := unsupported("triton", args, FORMATS, ("rows", "panels")):
+        return reason
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
     if device.type == "cpu" and _interpreted():
         return None
@@ -54,7 +58,7 @@ def _kernel(op: str) -> Callable[..., Any]:
 
 
 def _missing() -> str:
-    """Why no kernel can run here, if so. Looks at the machine without starting CUDA, after which no process may fork."""
+    """Why no kernel can run here, if so. Does not start CUDA, after which no process may fork."""
     if find_spec("triton") is None:
         return "the package triton is not installed"
     if not _interpreted() and torch.cuda.device_count() == 0:

@@ -1,16 +1,17 @@
 """Causal attention over paged keys and values: prefill, decode and mixed batches by one chain of additions.
 
 A tile holds a few queries with all heads that share a key head, so that one load of a key serves them all; its shape
-depends on the model alone. Keys lie in blocks, and blocks in splits, at fixed places: each split has its own running
-maximum, sum and output, and splits merge from the first to the last. A request with one query has a program for each of
-its splits, and a second kernel merges them; of one with more, a program goes through all splits of a tile. The two do
-the same operations in the same order, no multiply and add fused but where the code says so: a token's bits depend on
-neither batch nor chunk. Who computes what is found from the lengths on the device, so that a graph may be replayed with
-others, and a table far wider than the requests are long costs nothing.
+depends on the model alone. Keys are divided into blocks, and blocks into splits, at fixed places. Each split has its
+own running maximum, sum and output, and splits merge from the first to the last. A request with one query has a
+program for each of its splits, and a second kernel merges them; for a request with more, one program goes through
+all splits of a tile. Both do the same operations in the same order, with no fused multiply-add but where the code
+asks for one, so a token's bits depend on neither batch nor chunk. The device assigns work to programs from the
+lengths, so that a graph may be replayed with other lengths, and a block table far wider than the requests are long
+costs nothing.
 
-p is multiplied as two bf16 numbers, what it rounds to and what that leaves: by the first alone the result would not be
-that of fp32, rounded once. On an H100 prefill, and decode of bf16 pages, multiply by wgmma, whose tiles have 64 rows. Decode
-of e4m3 pages, where a query fills 6 of them and conversion is the bound, multiplies 16 by mma.sync.
+p is multiplied as the sum of two bf16 numbers, its rounding and the remainder: with the rounding alone the result would
+not be that of fp32, rounded once. On an H100, prefill and decode of bf16 pages multiply by wgmma, whose tiles have 64
+rows. Decode of e4m3 pages, where a query fills 6 rows and conversion is the bound, multiplies 16 rows by mma.sync.
 """
 
 from __future__ import annotations
@@ -24,26 +25,27 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from ..tuning import attention, chip_of
+from ..chips import chip_of
+from ..tuning import attention
 from .arithmetic import tanh
 from .gemm import as_type
 from .launch import jit, launch
 from .quantize import as_known
 from .steps import requests_of
 
-SPAN = 512  # keys of a split: a request of 4096 fills half of an H100, and a merge is a fortieth of the work
+SPAN = 512  # keys of a split: a request of 4096 keys fills half of an H100, and merging is a fortieth of the work
 LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
 def _safe(top):
-    """A maximum to subtract: 0 where nothing was seen, so that exp2(-inf - it) is 0 and not NaN."""
+    """The maximum to subtract: 0 where all keys so far were masked, so that exp2(-inf - 0) is 0 and not NaN."""
     return tl.where(top == -float("inf"), 0.0, top)
 
 
 @triton.jit
 def _merge(top, total, out, top2, total2, out2):
-    """Two splits as one. One that saw nothing (-inf, 0, 0) changes no bit of the other."""
+    """Merge two splits. One in which all keys were masked (-inf, 0, 0) changes no bit of the other."""
     new = tl.maximum(top, top2)
     a, b = tl.exp2(top - _safe(new)), tl.exp2(top2 - _safe(new))
     return new, total * a + total2 * b, out * a[:, None] + out2 * b[:, None]
@@ -72,7 +74,7 @@ def _queries(starts_ptr, requests, REQUESTS: tl.constexpr):
 
 @triton.jit
 def _find(item, items):
-    """Whose an item is, where requests have `items` each, in turn; and which of its own."""
+    """The request that a work item belongs to, where request b has items[b], and the item's number within it."""
     ends = tl.cumsum(items, 0)
     b = tl.sum((ends <= item).to(tl.int32))
     return b, item - tl.sum(tl.where(tl.arange(0, items.shape[0]) < b, items, 0))
@@ -95,15 +97,15 @@ mul.rn.bf16x2 v, v, m;
 mov.b32 {$0, $1}, u;
 mov.b32 {$2, $3}, v;
 }
-""")  # each byte's exponent and fraction to where bf16 has them; times 2**120, from one exponent bias to the other
+""")  # move each byte's exponent and fraction to their places in bf16; times 2**120, the difference of the biases
 
 
 @triton.jit
 def _converted(x, always, DOT: tl.constexpr):
-    """`as_type`; or of words of four e4m3 each, a fourth of the instructions, but a NaN becomes 480: see `_block`.
+    """`as_type`. Words of four e4m3 take a fourth of the instructions, but their NaN becomes 480: see `_block`.
 
-    `always` is true. Behind a branch Triton does not see the joins, for which it would have mma.sync multiply the columns of
-    K in another order than wgmma does, and prefill and decode would differ in the last bit.
+    `always` is true, and hides the joins from Triton behind a branch: seeing them, it would make mma.sync multiply the
+    columns of K in another order than wgmma does, and prefill and decode would differ in the last bit.
     """
     if x.dtype == tl.int32:
         y = tl.zeros((x.shape[0], x.shape[1] * 4), DOT)
@@ -119,7 +121,7 @@ def _converted(x, always, DOT: tl.constexpr):
 
 @triton.jit
 def _pages(at, end, table_ptr, PAGE: tl.constexpr, KEYS: tl.constexpr):
-    """The page of each key of a block, or the one of all."""
+    """The page of each key of a block, or the one page of all its keys."""
     if PAGE % KEYS == 0:
         page = tl.load(table_ptr + at // PAGE, mask=at < end, other=0)
     else:
@@ -135,7 +137,7 @@ def _block(
     V_SLOT: tl.constexpr, KS_PAGE: tl.constexpr, KS_SLOT: tl.constexpr, VS_PAGE: tl.constexpr, VS_SLOT: tl.constexpr,
     UNIT: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Keys, values and their scales from `at` on. What is not used of it is not loaded."""
+    """The block of keys and values from `at` on, and their scales; what is masked is not loaded."""
     WORD: tl.constexpr = 4 if k_ptr.dtype.element_ty == tl.int32 else 1
     ZERO: tl.constexpr = 0 if WORD == 4 else 0.0
     column = tl.arange(0, HEAD // WORD)
@@ -153,7 +155,7 @@ def _block(
     if SCALED:
         ks = tl.load(ks_ptr + page * KS_PAGE + slot * KS_SLOT, mask=inside, other=0.0)
         vs = tl.load(vs_ptr + page * VS_PAGE + slot * VS_SLOT, mask=inside, other=0.0)
-        if WORD == 4:  # a NaN is stored with a scale that is NaN, or infinite: with one that is NaN it needs no code
+        if WORD == 4:  # a NaN is stored with a scale that is NaN or infinite; make it NaN, since the code became 480
             ks += ks - ks
             vs += vs - vs
     return k, v, ks, vs
@@ -169,9 +171,8 @@ def _attend(
     UNIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, AHEAD: tl.constexpr, SPAN: tl.constexpr,
     HEAD: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Keys first..end−1 of one request, from the start of a split: maximum, sum and output of each row, over those that
-    it sees. They are those of one split, or where SPLITS of several, merged. AHEAD is what is held from one block to the
-    next, as `tuning.Tile` says."""
+    """Keys first..end−1 of one request, from the start of a split: each row's maximum, sum and output over its unmasked
+    keys. The keys are those of one split or, with SPLITS, of several, which are merged. AHEAD: as in `tuning.Tile`."""
     top = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     out = tl.zeros((ROWS, HEAD), tl.float32)
@@ -254,7 +255,7 @@ def _attend(
 
 @triton.jit
 def _whose(tile, tiles, queries, starts_ptr):
-    """The request of a tile, its first query, and how many of the request there are from it on."""
+    """The request of a tile, the tile's first query, and the number of the request's queries from that one on."""
     b, tile = _find(tile, tiles)
     start, end = tl.load(starts_ptr + b), tl.load(starts_ptr + b + 1)
     first = start + tile * queries
@@ -266,7 +267,7 @@ def _rows(
     zero, left, q_row, q_head,
     PER_GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile: the query of each row, and places and mask of its columns."""
+    """For a tile: the query of each row, and the offsets and mask of its columns."""
     row, column = zero + tl.arange(0, ROWS), tl.arange(0, HEAD)
     index = row // PER_GROUP
     at = (index * q_row + row % PER_GROUP * q_head)[:, None] + column[None, :]
@@ -276,15 +277,16 @@ def _rows(
 @jit(batch=("least", "requests", "table_row"), unaligned=("table_ptr", "starts_ptr", "lengths_ptr"))
 def _tiles(
     q_ptr, out_ptr, least, k_ptr, v_ptr, ks_ptr, vs_ptr, table_ptr, starts_ptr, lengths_ptr, requests,
-    heads, table_row, q_row, q_head, k_group, v_group, ks_group, vs_group, scale, softcap, window, temperature_len, log2_len,
+    heads, table_row, q_row, q_head, k_group, v_group, ks_group, vs_group,
+    scale, softcap, window, temperature_len, log2_len,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, WARM: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr,
     PAGE: tl.constexpr, K_PAGE: tl.constexpr, K_SLOT: tl.constexpr, V_PAGE: tl.constexpr, V_SLOT: tl.constexpr,
     KS_PAGE: tl.constexpr, KS_SLOT: tl.constexpr, VS_PAGE: tl.constexpr, VS_SLOT: tl.constexpr,
     UNIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, AHEAD: tl.constexpr, SPAN: tl.constexpr,
     HEAD: tl.constexpr, C: tl.constexpr, PER_GROUP: tl.constexpr, REQUESTS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries and all of its keys, of the requests that have at least `least` queries."""
-    tile, group = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # those with the most keys begin
+    """A tile of queries and all of their keys, for the requests that have at least `least` queries."""
+    tile, group = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # tiles with the most keys start first
     count = _queries(starts_ptr, requests, REQUESTS)
     queries = ROWS // PER_GROUP
     tiles = tl.where(count >= least, (count + queries - 1) // queries, 0)
@@ -300,16 +302,18 @@ def _tiles(
             k_ptr + group * k_group, v_ptr + group * v_group, ks_ptr + group * ks_group, vs_ptr + group * vs_group,
             table_ptr + b.to(tl.int64) * table_row,
             scale, softcap, window, temperature_len, log2_len, True, SOFTCAP, WINDOW, WARM, SCALED,
-            DOT, PAGE, K_PAGE, K_SLOT, V_PAGE, V_SLOT, KS_PAGE, KS_SLOT, VS_PAGE, VS_SLOT, UNIT, ROWS, KEYS, AHEAD, SPAN, HEAD, C,
+            DOT, PAGE, K_PAGE, K_SLOT, V_PAGE, V_SLOT, KS_PAGE, KS_SLOT, VS_PAGE, VS_SLOT,
+            UNIT, ROWS, KEYS, AHEAD, SPAN, HEAD, C,
         )  # fmt: skip
-        zero = tl.program_id(2)  # as no compiler knows: places found again take no registers while keys go by
+        # a zero that the compiler cannot see: offsets computed again take no registers during the loop over keys
+        zero = tl.program_id(2)
         _index, at, mask = _rows(zero, left, heads * C, C, PER_GROUP, ROWS, HEAD, C)
         _store(out_ptr + (token * heads + group * PER_GROUP) * C, at, total, out, mask)
 
 
 @triton.jit
 def _items(starts_ptr, lengths_ptr, requests, window, SPAN: tl.constexpr, REQUESTS: tl.constexpr):
-    """How many splits each request with one query has."""
+    """The number of splits of each request with one query; 0 for the others."""
     request = tl.arange(0, REQUESTS)
     lengths = tl.load(lengths_ptr + request, mask=request < requests, other=0)
     one = _queries(starts_ptr, requests, REQUESTS) == 1
@@ -319,18 +323,21 @@ def _items(starts_ptr, lengths_ptr, requests, window, SPAN: tl.constexpr, REQUES
 @jit(batch=("parts", "requests", "table_row"), unaligned=("table_ptr", "starts_ptr", "lengths_ptr"))
 def _splits(
     q_ptr, part_ptr, sums_ptr, parts, k_ptr, v_ptr, ks_ptr, vs_ptr, table_ptr, starts_ptr, lengths_ptr, requests,
-    heads, table_row, q_row, q_head, k_group, v_group, ks_group, vs_group, scale, softcap, window, temperature_len, log2_len,
+    heads, table_row, q_row, q_head, k_group, v_group, ks_group, vs_group,
+    scale, softcap, window, temperature_len, log2_len,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, WARM: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr,
     PAGE: tl.constexpr, K_PAGE: tl.constexpr, K_SLOT: tl.constexpr, V_PAGE: tl.constexpr, V_SLOT: tl.constexpr,
     KS_PAGE: tl.constexpr, KS_SLOT: tl.constexpr, VS_PAGE: tl.constexpr, VS_SLOT: tl.constexpr,
     UNIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, AHEAD: tl.constexpr, SPAN: tl.constexpr,
     HEAD: tl.constexpr, C: tl.constexpr, PER_GROUP: tl.constexpr, REQUESTS: tl.constexpr,
 ):  # fmt: skip
-    """The splits of the requests with one query: part (B, H, parts, HEAD), and maximum and sum in sums (B, H, parts, 2)."""
+    """The splits of the requests with one query: outputs in part (B, H, parts, HEAD), maxima and sums in sums
+    (B, H, parts, 2)."""
     groups = heads // PER_GROUP
     items = tl.sum(_items(starts_ptr, lengths_ptr, requests, window, SPAN, REQUESTS)) * groups
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        zero = tl.minimum(item, tl.program_id(2))  # as no compiler knows: what is found again takes no registers
+        # a zero that the compiler cannot see: what is computed again takes no registers meanwhile
+        zero = tl.minimum(item, tl.program_id(2))
         b, split = _find(item // groups, _items(starts_ptr + zero, lengths_ptr, requests, window, SPAN, REQUESTS))
         group = item % groups
         length = tl.load(lengths_ptr + b)
@@ -342,11 +349,13 @@ def _splits(
         q_at = (token * q_row + head * q_head)[:, None] + column[None, :]
         q = as_type(tl.load(q_ptr + q_at, mask=used[:, None] & (column < C)[None, :], other=0.0), DOT)
         top, total, out = _attend(
-            q, length - 1, tl.zeros((ROWS,), tl.int32) + length - 1, split * SPAN, tl.minimum(split * SPAN + SPAN, length),
+            q, length - 1, tl.zeros((ROWS,), tl.int32) + length - 1,
+            split * SPAN, tl.minimum(split * SPAN + SPAN, length),
             k_ptr + group * k_group, v_ptr + group * v_group, ks_ptr + group * ks_group, vs_ptr + group * vs_group,
             table_ptr + b.to(tl.int64) * table_row,
             scale, softcap, window, temperature_len, log2_len, False, SOFTCAP, WINDOW, WARM, SCALED,
-            DOT, PAGE, K_PAGE, K_SLOT, V_PAGE, V_SLOT, KS_PAGE, KS_SLOT, VS_PAGE, VS_SLOT, UNIT, ROWS, KEYS, AHEAD, SPAN, HEAD, C,
+            DOT, PAGE, K_PAGE, K_SLOT, V_PAGE, V_SLOT, KS_PAGE, KS_SLOT, VS_PAGE, VS_SLOT,
+            UNIT, ROWS, KEYS, AHEAD, SPAN, HEAD, C,
         )  # fmt: skip
         row, column = zero + tl.arange(0, ROWS), tl.arange(0, HEAD)
         used = row < PER_GROUP
@@ -361,7 +370,7 @@ def _combine(
     part_ptr, sums_ptr, out_ptr, starts_ptr, lengths_ptr, heads, parts, window,
     SPAN: tl.constexpr, HEAD: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The splits of one head of a request with one query, from the first to the last."""
+    """Merge the splits of one head of a request with one query, from the first to the last."""
     b, head = tl.program_id(0), tl.program_id(1)
     token = tl.load(starts_ptr + b).to(tl.int64)
     if tl.load(starts_ptr + b + 1) == token + 1:
@@ -379,7 +388,7 @@ def _combine(
 
 
 def _are_words(*caches: Tensor) -> bool:
-    """Whether e4m3 may be read four at a time."""
+    """Whether e4m3 can be loaded as words of four."""
     return all(
         x.dtype == torch.float8_e4m3fn and not any(n % 4 for n in (x.shape[3], x.storage_offset(), *x.stride()[:3]))
         for x in caches
@@ -413,7 +422,7 @@ def paged_attention(
     if tile.words and not knobs.runtime.interpret:
         if _are_words(k_cache, v_cache):
             k_cache, v_cache = k_cache.view(torch.int32), v_cache.view(torch.int32)
-        else:  # mma.sync would multiply the columns of single bytes in another order than wgmma does
+        else:  # of single bytes, mma.sync would multiply the columns in another order than wgmma does
             tile = replace(tile, decode=tile.prefill, resident=1)
     rows, one = (max(x.rows, triton.next_power_of_2(per_group)) for x in (tile.prefill, tile.decode))
     args = (
@@ -422,21 +431,22 @@ def paged_attention(
         scale, softcap, window, temperature_len, math.log2(max(temperature_len, 2)),
     )  # fmt: skip
     strides = {
-        "K_PAGE": k_cache.stride(0), "K_SLOT": k_cache.stride(2), "V_PAGE": v_cache.stride(0), "V_SLOT": v_cache.stride(2),
+        "K_PAGE": k_cache.stride(0), "K_SLOT": k_cache.stride(2),
+        "V_PAGE": v_cache.stride(0), "V_SLOT": v_cache.stride(2),
     }  # fmt: skip
     scales = {
         "KS_PAGE": ks.stride(0), "KS_SLOT": ks.stride(2), "VS_PAGE": vs.stride(0), "VS_SLOT": vs.stride(2),
     }  # fmt: skip
     meta = {
         "SOFTCAP": softcap > 0, "WINDOW": window > 0, "WARM": temperature_len > 0, "SCALED": k_scale is not None,
-        "DOT": tl.float32 if fp32 else tl.bfloat16, "PAGE": page, **strides, **scales, "UNIT": math.gcd(16, *strides.values()),
-        "KEYS": tile.keys, "SPAN": SPAN, "HEAD": head, "C": c, "PER_GROUP": per_group,
-        "REQUESTS": requests_of(requests), "enable_fp_fusion": False,
+        "DOT": tl.float32 if fp32 else tl.bfloat16, "PAGE": page, **strides, **scales,
+        "UNIT": math.gcd(16, *strides.values()), "KEYS": tile.keys, "SPAN": SPAN, "HEAD": head, "C": c,
+        "PER_GROUP": per_group, "REQUESTS": requests_of(requests), "enable_fp_fusion": False,
     }  # fmt: skip
     if max_query_len != 1 and requests:
-        # where there is one request it has all queries, be it one
+        # a single request has all queries, even where that is one
         tiles = triton.cdiv(t, rows // per_group) + requests
-        # ptxas of Triton 3.6, left alone, aims at 128 registers in fp32, and spills
+        # unbounded, the ptxas of Triton 3.6 aims at 128 registers in fp32, and spills
         bound = {"maxnreg": 248} if chip.capability and fp32 else {}
         launch(
             _tiles, (tiles, groups), q_THC, out_THC, 1 if requests == 1 else 2, *args, **meta, **bound, ROWS=rows,
@@ -448,7 +458,7 @@ def paged_attention(
     part = torch.empty((requests, heads, parts, head), dtype=torch.float32, device=q_THC.device)
     sums = torch.empty((requests, heads, parts, 2), dtype=torch.float32, device=q_THC.device)
     programs = min(requests * parts * groups, tile.resident * chip.multiprocessors)
-    if chip.capability and not (fp32 and chip.capability == 90):  # where ptxas of Triton 3.6 spills if bounded
+    if chip.capability and not (fp32 and chip.capability == 90):  # there the ptxas of Triton 3.6 spills if bounded
         meta["maxnreg"] = min(65536 // (32 * tile.decode.warps * tile.resident) // 8 * 8, 255)
     launch(
         _splits, (programs,), q_THC, part, sums, parts, *args, **meta, ROWS=one,

@@ -1,9 +1,9 @@
 """Products of rows grouped by expert with the experts' matrices: one tile loop for every product of this package.
 
-The grid is persistent. Its work list is the tiles of the rows that each expert really has, found from the offsets on
-the device, so that nothing waits for the host and a graph may replay with other rows. Both operands are K-major. The
-partial sum of each block of K leaves the tensor core wherever a scale changes, and always in e4m3 and int8; the order
-of the additions is fixed by K alone.
+The grid is persistent. Its work list, the tiles of the rows that each expert really has, is computed from the
+offsets on the device, so that nothing waits for the host and a graph may replay with other rows. Both operands are
+K-major. The partial sum of each block of K leaves the tensor core wherever a scale changes, and always in e4m3 and
+int8; the order of the additions depends on K alone.
 """
 
 from __future__ import annotations
@@ -18,22 +18,26 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..checks import GROUP
-from ..packing import unpack_weight
-from ..tuning import Chip, Gemm, chip_of, gemm
+from ..chips import Chip, chip_of
+from ..dtypes import FLOATS
+from ..tuning import Gemm, gemm
+from ..weights import Weight
 from .launch import jit, launch
 from .quantize import as_known
 
-# Which type the tensor cores multiply in. All 8-bit values are exact in bf16.
+# The type in which the tensor cores multiply. All 8-bit values are exact in bf16.
 _DOTS = {"e4m3": tl.float8e4nv, "int8": tl.int8, "bf16": tl.bfloat16, "fp32": tl.float32}
 
 
 @triton.jit
 def as_type(v, DOT: tl.constexpr):
-    """v in the type of the product. Bytes are e4m3, on chips that do not know it; a NaN stays one."""
+    """v in the type of the product. uint8 holds e4m3 on chips whose compiler lacks that type; a NaN stays one."""
     if v.dtype == tl.uint8:
         bits = v.to(tl.uint32)
         value = (((bits & 0x80) << 24) | ((bits & 0x7F) << 20)).to(tl.float32, bitcast=True) * 1.329227995784916e36
-        v = tl.where((bits & 0x7F) == 0x7F, float("nan"), value)  # 2**120 above: from one exponent bias to the other
+        v = tl.where(
+            (bits & 0x7F) == 0x7F, float("nan"), value
+        )  # the factor above is 2**120, the difference of the exponent biases
     return v.to(DOT)
 
 
@@ -41,7 +45,7 @@ def as_type(v, DOT: tl.constexpr):
 def find_tile(
     tile, offsets_ptr, m, E: tl.constexpr, tiles_n, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr, EXPERTS: tl.constexpr
 ):
-    """The expert of a tile, the tile's first row and column tile, the end of the expert's rows, the number of tiles.
+    """For a tile: its expert, first row and column tile, the end of the expert's rows, and the number of all tiles.
 
     GROUP_M tiles of rows take turns at one panel of weights before the next, so that both stay in L2.
     """
@@ -70,7 +74,8 @@ def find_tile(
 
 @triton.jit
 def _weights(w, row, k, end, rows_left, stride, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
-    """(BLOCK_N, BLOCK_K) of the matrices, all experts' rows under one another; zeros outside, by TMA others' rows."""
+    """A block (BLOCK_N, BLOCK_K) of the stacked matrices of all experts. Past the expert's rows it is 0, or with TMA
+    the next expert's rows, which are not stored."""
     if TMA:
         block = w.load([row, k])
     else:
@@ -93,7 +98,7 @@ def _scaled(partial, x_scale, w_scale, SWAP: tl.constexpr):
 
 @triton.jit
 def _multiply(acc, x, w, DOT: tl.constexpr, SWAP: tl.constexpr, FRESH: tl.constexpr):
-    """acc + x wᵀ, or x wᵀ alone where FRESH; transposed where SWAP, which puts the weights on the wide side."""
+    """acc + x wᵀ, or x wᵀ alone where FRESH; transposed where SWAP, the variant with swapped operands."""
     w = as_type(w, DOT)
     if SWAP:
         a, b = w, tl.trans(x)
@@ -113,11 +118,11 @@ def tile_product(
     DOT: tl.constexpr, XS_GROUPS: tl.constexpr, WS_GROUPS: tl.constexpr, PAIR: tl.constexpr, TMA: tl.constexpr,
     SWAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """fp32 (BLOCK_M, BLOCK_N) of x[rows] · w[expert, column..]ᵀ with all scales applied; and where PAIR the same for the
-    columns n further on: n is the width of one product, half the matrix's rows then.
+    """fp32 (BLOCK_M, BLOCK_N) of x[rows] · w[expert, column..]ᵀ with all scales applied. With PAIR also the same for
+    the columns n further on, where n is the width of one product, half of the matrix's rows.
 
-    rows (BLOCK_M,) int64, those not `inside` count as zeros. XS_GROUPS: a scale per 128 columns, else one a row;
-    WS_GROUPS: a scale per `span` of K, a multiple of BLOCK_K or of anything where x has no groups.
+    rows (BLOCK_M,) int64; rows not `inside` count as zeros. XS_GROUPS: x has a scale per 128 columns, else one a row.
+    WS_GROUPS: the weights have a scale per `span` of K, a multiple of BLOCK_K; any span where x has no groups.
     """
     matrix = expert * (2 * n if PAIR else n) + column
     FRESH: tl.constexpr = WS_GROUPS or tl.float8e4nv == DOT or tl.int8 == DOT or (XS_GROUPS and xs_ptr is not None)
@@ -137,7 +142,7 @@ def tile_product(
             x_ptr + rows[:, None] * x_stride + at[None, :], mask=inside[:, None] & (at[None, :] < end), other=0.0
         )
         x = as_type(x, DOT)
-        # scales are loaded before the products that they wait for
+        # scales are loaded ahead of the product, to hide their latency
         x_scale = row_scale
         if FRESH and XS_GROUPS and xs_ptr is not None:
             x_scale = tl.load(xs_ptr + rows * xs_stride + start // 128, mask=inside, other=0.0)
@@ -208,7 +213,7 @@ def _grouped_gemm(
 
 @dataclass(frozen=True)
 class Operands:
-    """One product as its kernel takes it: arguments from x_ptr to span, compile-time values, and the shape of the grid."""
+    """A kernel's arguments for one product (from x_ptr to span), its compile-time values, and its grid."""
 
     args: tuple[Any, ...]
     meta: dict[str, Any]
@@ -216,7 +221,7 @@ class Operands:
     chip: Chip
 
     def grid(self, rows: int, experts: int, n: int) -> tuple[int]:
-        """One program a multiprocessor, or fewer where there can never be as many tiles."""
+        """One program a multiprocessor, or fewer where there cannot be as many tiles."""
         most = (triton.cdiv(rows, self.tile.block_m) + experts - 1) * triton.cdiv(n, self.tile.block_n)
         return (min(self.chip.multiprocessors, most),)
 
@@ -230,15 +235,14 @@ def dot_of(x: torch.dtype, w: torch.dtype, chip: Chip) -> str:
     return "int8" if x == w == torch.int8 else "bf16"
 
 
-def operands(
-    x_MK: Tensor, x_scale: Tensor | None, w_ENK: Tensor, w_scale: Tensor | None, rows: int, *, pair: bool = False
-) -> Operands:
-    """The arguments of a product of `rows` rows, some of x's rows perhaps more than once; the weight not packed."""
-    experts, n, k = w_ENK.shape
+def operands(x_MK: Tensor, x_scale: Tensor | None, weight: Weight, rows: int, *, pair: bool = False) -> Operands:
+    """The arguments of a product of `rows` rows, some of which may be the same row of x; the weight in rows."""
+    w_ENK, w_scale = weight.values, weight.scales
+    experts, n, k = weight.shape
     chip = chip_of(x_MK.device)
     span = k if w_scale is None else k // w_scale.shape[1]
     if x_scale is not None and x_scale.shape[1] > 1 and span < k and span % GROUP:
-        # the two kinds of groups cross each other: rare enough to be spelled out
+        # the two kinds of groups overlap in part: rare, so x is dequantised first
         x_MK, x_scale = x_MK.float() * x_scale.repeat_interleave(GROUP, 1)[:, :k], None
     dot = dot_of(x_MK.dtype, w_ENK.dtype, chip)
     tile = gemm(n // 2 if pair else n, k, dot, w_ENK.dtype, chip, rows, pair=pair)
@@ -264,26 +268,25 @@ def operands(
 
 
 def product_into(
-    y: Tensor, x: Tensor, x_scale: Tensor | None, weight: Tensor, weight_scale: Tensor | None,
+    y: Tensor, x: Tensor, x_scale: Tensor | None, weight: Weight,
     offsets: Tensor | None, order: Tensor | None = None, topk: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """y = x · weightᵀ by groups; with an order, rows go there, times their weight in topk."""
-    o = operands(x, x_scale, weight, weight_scale, x.shape[0])
+    """y = x · weightᵀ by groups; with an order, row i times topk[order[i]] goes to row order[i] of y."""
+    o = operands(x, x_scale, weight, x.shape[0])
     grid = o.grid(x.shape[0], weight.shape[0], weight.shape[1])
     launch(_grouped_gemm, grid, y, y.stride(0), offsets, order, topk, x.shape[0], *o.args, **o.meta)
 
 
 def grouped_gemm(
     x_MK: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor | None,
+    weight: Weight,
     offsets: Tensor | None,
     x_scale: Tensor | None,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
-    weight = unpack_weight(weight)
-    default = x_MK.dtype if x_MK.dtype in (torch.float32, torch.bfloat16) else torch.bfloat16
+    weight = weight.with_layout("rows")
+    default = x_MK.dtype if x_MK.dtype in FLOATS else torch.bfloat16
     y_MN = x_MK.new_empty((x_MK.shape[0], weight.shape[1]), dtype=out_dtype or default)
     if y_MN.numel():
-        product_into(y_MN, x_MK, x_scale, weight, weight_scale, offsets)
+        product_into(y_MN, x_MK, x_scale, weight, offsets)
     return y_MN

@@ -1,4 +1,5 @@
-"""The one way by which this package starts a kernel, so that launches can be recorded and compiled for other chips."""
+"""The one function that launches this package's kernels, so that launches can be recorded and compiled for other
+chips."""
 
 from __future__ import annotations
 
@@ -18,18 +19,19 @@ if knobs.runtime.interpret:
 
 
 def jit(*, batch: tuple[str, ...] = (), unaligned: tuple[str, ...] = ()) -> Callable[[Any], Any]:
-    """`triton.jit` of a kernel whose machine code is to depend on the model alone, not on what a step holds.
+    """`triton.jit` of a kernel whose machine code must depend on the model alone, not on the batch.
 
-    Triton compiles a kernel anew where an integer becomes 1 or a multiple of 16, or ceases to be: in the middle of
-    serving, for seconds, and perhaps with other bits. batch: the integers that follow the batch. unaligned: the pointers
-    to numbers of requests or rows, which may be slices, and whose loads gain nothing from an alignment of 16 bytes.
+    Triton specialises integers that are 1 or multiples of 16: as the batch changes it would compile anew, for
+    seconds in the middle of serving, and perhaps with other bits. batch: the integers that depend on the batch.
+    unaligned: the pointers to per-request or per-row numbers, which may be slices, and whose loads gain nothing from
+    alignment.
     """
     return triton.jit(do_not_specialize=batch, do_not_specialize_on_alignment=unaligned)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A call that was recorded: a kernel, its grid, its arguments and its compile-time values, options among them."""
+    """A recorded launch: kernel, grid, arguments, and compile-time values and options."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -41,8 +43,8 @@ _recorded: ContextVar[list[Launch] | None] = ContextVar("grok_kernels_launches",
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """kernel[grid](*args, **meta), on the current stream; an empty grid starts nothing."""
-    meta = {"enable_fp_fusion": True, **meta}  # said, since Triton's default is about to change
+    """kernel[grid](*args, **meta) on the current stream; an empty grid launches nothing."""
+    meta = {"enable_fp_fusion": True, **meta}  # explicit, since Triton's default will change
     recorded = _recorded.get()
     if recorded is not None:
         recorded.append(Launch(kernel, grid, args, meta))
@@ -52,7 +54,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Inside the block nothing starts: the list gets every launch. Ops take tensors on `meta`, so that no memory is needed."""
+    """Inside the block launches go to the list and do not run. Ops may be called with `meta` tensors, which take no
+    memory."""
     launches: list[Launch] = []
     token = _recorded.set(launches)
     try:

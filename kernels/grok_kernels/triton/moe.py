@@ -1,7 +1,9 @@
-"""The expert layer in three products' worth of launches: gate and up with the activation and its quantisation, down
-with each row's routing weight, and the sum over a token's experts in a fixed order."""
+"""The expert layer in three launches: gate and up with the activation and its quantisation, down with each row's
+routing weight, and the sum over a token's experts in a fixed order."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -9,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import GROUP
-from ..packing import unpack_weight
+from ..experts import ExpertLayer
 from .arithmetic import tanh
 from .gemm import find_tile, operands, product_into, tile_product
 from .launch import jit, launch
@@ -38,7 +40,7 @@ def _gate_up(
     DOT: tl.constexpr, XS_GROUPS: tl.constexpr, WS_GROUPS: tl.constexpr, TMA: tl.constexpr, SWAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """y[i] = act(gate) * up of token order[i] // active, by its expert; where ys_ptr, quantised per BLOCK_N columns."""
+    """y[i] = act(gate) * up of token order[i] // active; with ys_ptr, quantised per BLOCK_N columns."""
     tiles_n = tl.cdiv(n, BLOCK_N)
     expert, row, panel, hi, total = find_tile(0, offsets_ptr, m, E, tiles_n, BLOCK_M, GROUP_M, EXPERTS)
     for tile in range(tl.program_id(0), total, tl.num_programs(0)):
@@ -73,56 +75,22 @@ def _combine(parts_ptr, y_ptr, d, ACTIVE: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(y_ptr + token * d + at, total.to(y_ptr.dtype.element_ty), mask=at < d)
 
 
-def moe(
-    x_TD: Tensor,
-    topk_weights_TA: Tensor,
-    experts_TA: Tensor,
-    w13: Tensor,
-    w13_scale: Tensor | None,
-    w2: Tensor,
-    w2_scale: Tensor | None,
-    activation: str,
-    act_format: str,
-    order: Tensor | None = None,
-    offsets: Tensor | None = None,
-) -> Tensor:
-    x_scale = None
-    dtype = x_TD.dtype
-    if act_format != "none" and x_TD.numel():
-        x_TD, x_scale = _QUANTIZED[act_format][0](x_TD, GROUP)
-    return _layer(
-        x_TD, x_scale, topk_weights_TA, experts_TA, w13, w13_scale, w2, w2_scale, activation, act_format, dtype,
-        order, offsets,
-    )  # fmt: skip
+def moe(x_TD: Tensor, *args: Any) -> Tensor:
+    layer, x_scale, dtype = ExpertLayer(*args), None, x_TD.dtype
+    if layer.act_format != "none" and x_TD.numel():
+        x_TD, x_scale = _QUANTIZED[layer.act_format][0](x_TD, GROUP)
+    return _layer(x_TD, x_scale, layer, dtype)
 
 
-def moe_fp8(
-    x_TD: Tensor,
-    x_scale: Tensor,
-    topk_weights_TA: Tensor,
-    experts_TA: Tensor,
-    w13: Tensor,
-    w13_scale: Tensor | None,
-    w2: Tensor,
-    w2_scale: Tensor | None,
-    activation: str,
-    out_dtype: torch.dtype,
-    order: Tensor | None = None,
-    offsets: Tensor | None = None,
-) -> Tensor:
-    return _layer(
-        x_TD, x_scale, topk_weights_TA, experts_TA, w13, w13_scale, w2, w2_scale, activation, "fp8", out_dtype,
-        order, offsets,
-    )  # fmt: skip
+def moe_fp8(x_TD: Tensor, x_scale: Tensor, *args: Any) -> Tensor:
+    return _layer(x_TD, x_scale, *ExpertLayer.of_fp8(*args))
 
 
-def _layer(
-    x_TD: Tensor, x_scale: Tensor | None, topk_weights_TA: Tensor, experts_TA: Tensor,
-    w13: Tensor, w13_scale: Tensor | None, w2: Tensor, w2_scale: Tensor | None,
-    activation: str, act_format: str, dtype: torch.dtype, order: Tensor | None, offsets: Tensor | None,
-) -> Tensor:  # fmt: skip
-    w13, w2 = unpack_weight(w13), unpack_weight(w2)
-    (t, d), active = x_TD.shape, experts_TA.shape[1]
+def _layer(x_TD: Tensor, x_scale: Tensor | None, layer: ExpertLayer, dtype: torch.dtype) -> Tensor:
+    """The layer on rows that are already in the activations' format; the result in `dtype`."""
+    w13, w2 = layer.w13.with_layout("rows"), layer.w2.with_layout("rows")
+    order, offsets = layer.order, layer.offsets
+    (t, d), active = x_TD.shape, layer.experts.shape[1]
     experts, _, f = w2.shape
     y_TD = x_TD.new_empty((t, d), dtype=dtype)
     if not y_TD.numel():
@@ -130,18 +98,19 @@ def _layer(
     if not active:
         return y_TD.zero_()
     if order is None or offsets is None:
-        order, offsets = group_tokens(experts_TA, experts)
+        order, offsets = group_tokens(layer.experts, experts)
     inner, inner_scale = y_TD.new_empty((t * active, f)), None
-    if act_format != "none":
-        inner = inner.new_empty(inner.shape, dtype=_QUANTIZED[act_format][1])
+    quantized_to = {} if layer.act_format == "none" else {"BLOCK_N": GROUP}
+    if quantized_to:
+        inner = inner.new_empty(inner.shape, dtype=_QUANTIZED[layer.act_format][1])
         inner_scale = y_TD.new_empty((t * active, triton.cdiv(f, GROUP)), dtype=torch.float32)
-    o = operands(x_TD, x_scale, w13, w13_scale, t * active, pair=True)
+    o = operands(x_TD, x_scale, w13, t * active, pair=True)
     launch(
-        _gate_up, o.grid(t * active, experts, f), as_known(inner), f, inner_scale, triton.cdiv(f, GROUP), offsets, order,
-        t * active, active, LARGEST.get(inner.dtype, 0.0), *o.args, ACTIVATION=activation,
-        **{**o.meta, **({} if act_format == "none" else {"BLOCK_N": GROUP})},
+        _gate_up, o.grid(t * active, experts, f), as_known(inner), f, inner_scale, triton.cdiv(f, GROUP),
+        offsets, order, t * active, active, LARGEST.get(inner.dtype, 0.0), *o.args,
+        ACTIVATION=layer.activation, **o.meta | quantized_to,
     )  # fmt: skip
     parts = y_TD.new_empty((t * active, d), dtype=torch.float32)
-    product_into(parts, inner, inner_scale, w2, w2_scale, offsets, order, topk_weights_TA.contiguous())
+    product_into(parts, inner, inner_scale, w2, offsets, order, layer.topk_weights.contiguous())
     launch(_combine, (t, triton.cdiv(d, 1024)), parts, y_TD, d, ACTIVE=active, BLOCK=1024, num_warps=4)
     return y_TD

@@ -33,7 +33,7 @@ def _sandwich_norm(
     h_ptr, delta_ptr, post_ptr, pre_ptr, sum_ptr, y_ptr, q_ptr, scale_ptr, d, groups, h_stride, delta_stride, eps,
     HAS_POST: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Where q_ptr, y also in e4m3, GROUP columns to a scale."""
+    """With q_ptr, y also in e4m3, with a scale per GROUP columns."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < d
@@ -54,7 +54,7 @@ def _sandwich_norm(
 
 
 def _warps(block: int) -> int:
-    """Of 32 threads with 16 values each, within what a block may have."""
+    """Warps for 16 values a thread, within the limits of a block."""
     return min(max(block // 512, 1), 16)
 
 

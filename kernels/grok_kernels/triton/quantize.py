@@ -1,4 +1,5 @@
-"""Activations in 8 bits: one program a token and up to 16 groups of its columns, and what fused epilogues need of it."""
+"""Activations in 8 bits, one program for a token and up to 16 groups of its columns; and the parts for fused
+epilogues."""
 
 from __future__ import annotations
 
@@ -7,19 +8,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tuning import chip_of
+from ..chips import chip_of
 from .launch import launch
 
-GROUPS = 16  # a program
+GROUPS = 16  # of one program
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 
 
 @triton.jit
 def _code_of_e4m3(x):
-    """The byte of the nearest value of e4m3, ties to even, of an |x| up to 448, for chips that do not know the type."""
+    """The byte of the nearest e4m3, ties to even, for |x| up to 448, on chips whose compiler lacks the type."""
     bits = x.to(tl.uint32, bitcast=True)
     size = bits & 0x7FFFFFFF
-    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - 960  # 120 << 3: from one exponent bias to the other
+    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - 960  # 120 << 3, the difference of the exponent biases
     small = ((tl.abs(x) + 16384.0) - 16384.0) * 512.0  # a sum in [2**14, 2**15) has steps of 2**-9
     code = tl.where(tl.abs(x) < 0.015625, small.to(tl.uint32), normal)
     return (tl.where(x == x, code, 0x7F) | ((bits >> 24) & 0x80)).to(tl.uint8)
@@ -27,15 +28,15 @@ def _code_of_e4m3(x):
 
 @triton.jit
 def quantized(x, largest, DTYPE: tl.constexpr):
-    """Rows of x (M, N) in e4m3, its bytes, or int8, and the scale of each: amax / largest. A NaN makes its row NaN."""
+    """Rows of x (M, N) as e4m3, e4m3 bytes or int8, and each row's scale, amax / largest. A NaN makes its row NaN."""
     amax = tl.maximum(tl.max(tl.abs(x), axis=1), 7.888609052210118e-31)  # 2**-100
-    amax = tl.where(tl.max((x != x).to(tl.int32), axis=1) > 0, float("nan"), amax)  # max passes over a NaN
+    amax = tl.where(tl.max((x != x).to(tl.int32), axis=1) > 0, float("nan"), amax)  # max skips a NaN
     scale = tl.div_rn(amax, tl.zeros_like(amax) + largest)
     x = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
     x = tl.where(x > largest, largest, tl.where(x < -largest, -largest, x))
     if tl.int8 == DTYPE:
         whole = tl.floor(x)
-        rest = x - whole  # exact: halves go to the even neighbour
+        rest = x - whole  # exact; halves round to even
         up = (rest > 0.5) | ((rest == 0.5) & ((whole.to(tl.int32) & 1) == 1))
         q = (whole + tl.where(up, 1.0, 0.0)).to(tl.int8)
     elif tl.uint8 == DTYPE:
@@ -75,7 +76,7 @@ def _quantized_as(x_TD: Tensor, group_size: int, dtype: torch.dtype) -> tuple[Te
 
 
 def as_known(x: Tensor) -> Tensor:
-    """x, as bytes if it is e4m3 and its chip's compiler does not know the type."""
+    """x, viewed as bytes if it is e4m3 and its chip's compiler lacks the type."""
     if x.dtype == torch.float8_e4m3fn and not chip_of(x.device).has_fp8:
         return x.view(torch.uint8)
     return x

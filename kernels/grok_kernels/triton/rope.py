@@ -1,4 +1,4 @@
-"""Rotary embedding of q and k, and the writing of k and v into their pages: one launch for all heads."""
+"""Rotates q and k and writes k and v into their pages, in one launch for all heads."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 from .launch import jit, launch
 from .quantize import as_known, quantized
 
-HEADS = 8  # a program
+HEADS = 8  # of one program
 
 
 @triton.jit
 def _rotated(x_ptr, at, half, inside, cos, sin):
-    """Both halves of rows, turned and rounded to their type, in fp32."""
+    """Both halves of the rotated rows, rounded to x's type, in fp32."""
     x1 = tl.load(x_ptr + at, mask=inside, other=0.0)
     x2 = tl.load(x_ptr + at + half, mask=inside, other=0.0)
     dtype = x1.dtype
@@ -61,7 +61,7 @@ def _rope_store_kv(
         own = (block - q_blocks) * HEADS + tl.arange(0, HEADS)
         head = own[:, None]
         slot = tl.load(slots_ptr + token).to(tl.int64)
-        stored = tl.where(slot >= 0, groups, 0)  # heads: none of them where the slot is -1
+        stored = tl.where(slot >= 0, groups, 0)  # heads to store: none where the slot is -1
         inside = (head < stored) & (column < half)
         where, place = slot // page, slot % page
         k1, k2 = _rotated(k_ptr, token * k_row + head * k_head + column, half, inside, cos, sin)
@@ -93,8 +93,9 @@ def rope_store_kv(
     ks, vs = (k_cache, v_cache) if k_scale is None or v_scale is None else (k_scale, v_scale)
     launch(
         _rope_store_kv, (t, triton.cdiv(heads, HEADS) + triton.cdiv(groups, HEADS)),
-        q_THC, k_TGC, v_TGC, out_THC, as_known(k_cache), as_known(v_cache), ks, vs, positions_T, slots_T, cos_sin, heads, groups, c,
-        k_cache.shape[2], *q_THC.stride()[:2], *k_TGC.stride()[:2], *v_TGC.stride()[:2], *k_cache.stride()[:3],
+        q_THC, k_TGC, v_TGC, out_THC, as_known(k_cache), as_known(v_cache), ks, vs,
+        positions_T, slots_T, cos_sin, heads, groups, c, k_cache.shape[2],
+        *q_THC.stride()[:2], *k_TGC.stride()[:2], *v_TGC.stride()[:2], *k_cache.stride()[:3],
         *v_cache.stride()[:3], *ks.stride()[:3], *vs.stride()[:3], cos_sin.stride(0),
         QUANTIZED=k_scale is not None, HEADS=HEADS, HALF=triton.next_power_of_2(max(c // 2, 1)), num_warps=4,
     )  # fmt: skip

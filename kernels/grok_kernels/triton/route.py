@@ -1,4 +1,4 @@
-"""The experts of each token, and the order that brings rows of one expert together."""
+"""The router, and the order of rows by expert."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from .arithmetic import tanh
 from .launch import jit, launch
 from .steps import FEW
 
-TOKENS = 2  # a program of the router; one number for all batches, since a sum's order depends on the tile
+TOKENS = 2  # of one program of the router; the same for all batches, since the order of additions depends on the tile
 COLUMNS = 1024
-ONE_HOT = 8192  # entries of a block's table of rows by experts, bounded by the registers
+ONE_HOT = 8192  # entries of a block's one-hot table (rows, experts), which registers bound
 
 
 @triton.jit
 def _write_order(own, row, one_hot, before, total, order_ptr, offsets_ptr, e, first, EXPERTS: tl.constexpr):
-    """Where each row goes: after those of lower experts, `before` of its own, and those earlier in its block."""
+    """Store each row at its place: after all rows of lower experts, `before` rows of its own expert in earlier blocks,
+    and those earlier in this block."""
     expert = tl.arange(0, EXPERTS)
     start = tl.cumsum(total, 0) - total
     if first:
@@ -37,7 +38,8 @@ def _route(
     SOFTCAP: tl.constexpr, RENORMALIZE: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr,
     EXPERTS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Where done_ptr, a zero that is left as one, the program that ends last groups the BLOCK rows of all."""
+    """With done_ptr, a counter, the program that ends last groups all rows, of which there are up to BLOCK, and sets
+    the counter back to 0."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     expert = tl.arange(0, EXPERTS)
     products = tl.zeros((TOKENS, EXPERTS, COLUMNS), tl.float32)
@@ -62,7 +64,7 @@ def _route(
         left = tl.where(free, probs, -1.0)
         best = tl.max(left, 1)
         chosen = tl.min(tl.where(left == best[:, None], expert[None, :], EXPERTS), 1)
-        first = tl.min(tl.where(free, expert[None, :], EXPERTS), 1)  # for rows of NaN, where nothing is equal
+        first = tl.min(tl.where(free, expert[None, :], EXPERTS), 1)  # for rows of NaN, where no comparison holds
         chosen = tl.where(chosen < EXPERTS, chosen, first)
         hit = expert[None, :] == chosen[:, None]
         weight = tl.sum(tl.where(hit, probs, 0.0), 1)
@@ -76,7 +78,7 @@ def _route(
     tl.store(weights_ptr + at, weights, mask=used)
     tl.store(experts_ptr + at, experts, mask=used)
     if done_ptr is not None:
-        tl.debug_barrier()  # all of this program's experts are written before it counts itself
+        tl.debug_barrier()  # write all of this program's experts before counting it
         if tl.atomic_add(done_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
             row = tl.arange(0, BLOCK)
             own = tl.load(experts_ptr + row, mask=row < t * k, other=-1, cache_modifier=".cg")
@@ -110,7 +112,7 @@ def route_topk(x_TD: Tensor, router_ED: Tensor, k: int, softcap: float, renormal
 def route_and_group(
     x_TD: Tensor, router_ED: Tensor, k: int, softcap: float, renormalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights, experts, order and offsets: one launch where a block holds all rows, else those of the two ops."""
+    """One launch where a block holds all rows, else the launches of the two ops."""
     e, rows, device = router_ED.shape[0], x_TD.shape[0] * k, x_TD.device
     if not 0 < rows <= _rows_of_a_block(triton.next_power_of_2(e)):
         weights, experts = route_topk(x_TD, router_ED, k, softcap, renormalize)
@@ -121,12 +123,12 @@ def route_and_group(
 
 
 def _rows_of_a_block(experts: int) -> int:
-    """At most: a power of two, where `experts` is one."""
+    """The most rows of a block; a power of two if `experts` is one."""
     return max(min(ONE_HOT // experts, 1024), 1)
 
 
 def _block(rows: int, experts: int) -> int:
-    """Rows of a block: one of two sizes, since a kernel is compiled for each."""
+    """The rows of a block: one of only two sizes, since each is a compile."""
     most = _rows_of_a_block(experts)
     return min(FEW, most) if rows <= FEW else most
 
@@ -144,7 +146,7 @@ def _place(
     experts_ptr, counts_ptr, order_ptr, offsets_ptr, n, e, blocks,
     EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The one block that there may be counts for itself; `counts` is not read then."""
+    """A single block counts its rows itself and does not read `counts`."""
     block = tl.program_id(0)
     row, expert = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, EXPERTS)
     own = tl.load(experts_ptr + row, mask=row < n, other=-1)

@@ -1,35 +1,33 @@
-"""How the size of a step enters what is compiled: in a few classes, all of which an engine can meet before it serves.
+"""The few ways in which the size of a step selects compiled code, so that an engine can compile all before it serves.
 
-Everything else that the kernels are compiled for is the model's. What follows the batch is passed as a number that no
-machine code depends on (`launch.jit`). Does not import Triton.
+All other compile-time values depend on the model. What depends on the batch is passed as a number that is not
+specialised (`launch.jit`). Does not import Triton.
 """
 
 from __future__ import annotations
 
-REQUESTS = 256  # of attention's searches, at least: two a thread
-FEW = (
-    128  # rows by experts that the small block takes of `group_tokens`: 64 requests that decode, with two experts each
-)
+REQUESTS = 256  # the smallest size of attention's searches over requests: two a thread
+FEW = 128  # rows that the small block of `group_tokens` takes: 64 decoding requests with two experts each
 
 
 def _power_of_two(n: int) -> int:
-    """The next, from n up."""
+    """The smallest that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def requests_of(requests: int) -> int:
-    """For how many requests attention is compiled, where there are so many."""
+    """The number of requests that attention is compiled for, where a step has so many."""
     return max(_power_of_two(requests), REQUESTS)
 
 
 def startup(max_requests: int, max_tokens: int) -> list[tuple[int, ...]]:
-    """Steps, each the number of queries by request, that meet every compile of an engine's steps.
+    """Steps, each given as the number of queries of every request, that together compile every kernel of an engine.
 
-    max_requests and max_tokens are the most of one step. A step of one query a request is to run as decoding does, and its
-    tokens are to be sampled. Products that have a tile of their own for up to `tuning.FEW_ROWS` rows meet it in the first,
-    the other in the largest prompt, if as many of its rows as there may be requests go through the head.
+    max_requests and max_tokens bound one step. Run a step of one query a request as decoding does, and sample its
+    tokens. Products that have a tile for few rows (`tuning.FEW_ROWS`) compile it in the first step, and the other
+    tile in the largest prompt, if max_requests of its rows go through the output head.
     """
-    # the second's rows are grouped in the large block by the router itself, the third's by kernels of their own
+    # the second step's rows are grouped by the router itself in the large block, the third's by kernels of their own
     steps: list[tuple[int, ...]] = [(1,), (min(FEW + 1, max_tokens),), (max_tokens,)]
     requests = REQUESTS + 1
     while requests <= max_requests:

@@ -1,4 +1,4 @@
-"""The function of every op that this backend serves, by the op's name. Imports Triton."""
+"""The backend's function for every op, by the op's name. Importing this imports Triton."""
 
 from .attention import paged_attention
 from .gemm import grouped_gemm

@@ -15,8 +15,9 @@ import torch
 from torch.utils import cpp_extension
 
 import grok_kernels
-from grok_kernels import cuda, registry, tuning
+from grok_kernels import Weight, chips, cuda, registry, tuning
 from grok_kernels.cuda_home import cuda_home
+from grok_kernels.weights import FORMATS
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -63,23 +64,26 @@ def route(d: int = 6144, e: int = 8, k: int = 2) -> str | None:
     return cuda._supports_route(on_gpu(5, d), on_gpu(e, d), k, 30.0, False)
 
 
-def gemm(
-    *weight: int, x: torch.dtype = FP8, w: torch.dtype = FP8, m: int = 5, k: int = 6144, groups: int = 1,
-    contiguous: bool = True,
-) -> str | None:  # fmt: skip
-    weight = weight or (8, 6144, k)
-    scale = on_gpu(weight[0], groups, weight[1])
-    return cuda._supports_gemm(
-        on_gpu(m, k, dtype=x), on_gpu(*weight, dtype=w, contiguous=contiguous), scale, None, on_gpu(1), None
-    )
+def weight(
+    e: int, n: int, k: int, format: str = "fp8_e4m3", groups: int = 1, layout: Any = "rows", contiguous: bool = True
+) -> Weight:
+    dtype = FORMATS[format].dtype
+    planes = (on_gpu(e, n, k, dtype=dtype, contiguous=contiguous), on_gpu(e, groups, n))
+    return Weight(format, layout, (e, n, k), planes)
+
+
+def gemm(*size: int, x: torch.dtype = FP8, m: int = 5, **more: Any) -> str | None:
+    size = size or (8, 6144, 6144)
+    return cuda._supports_gemm(on_gpu(m, size[2], dtype=x), weight(*size, **more), None, on_gpu(1), None)
 
 
 def moe(
-    x: torch.dtype = torch.bfloat16, d: int = 6144, f: int = 32768, w: torch.dtype = FP8, form: str = "fp8", t: int = 5
+    x: torch.dtype = torch.bfloat16, d: int = 6144, f: int = 32768, w: str = "fp8_e4m3", form: str = "fp8", t: int = 5
 ) -> str | None:
-    w13, w2 = on_gpu(8, 2 * f, d, dtype=w), on_gpu(8, d, f, dtype=w)
-    rows, scale13, scale2 = on_gpu(t, 2), on_gpu(8, 1, 2 * f), on_gpu(8, 1, d)
-    return cuda._supports_moe(on_gpu(t, d, dtype=x), rows, rows, w13, scale13, w2, scale2, "gelu_tanh", form)
+    rows = on_gpu(t, 2)
+    return cuda._supports_moe(
+        on_gpu(t, d, dtype=x), rows, rows, weight(8, 2 * f, d, w), weight(8, d, f, w), "gelu_tanh", form
+    )
 
 
 def test_a_hopper_is_served_after_one_compilation(compiled: list[dict[str, Any]]) -> None:
@@ -87,8 +91,8 @@ def test_a_hopper_is_served_after_one_compilation(compiled: list[dict[str, Any]]
     assert cuda._supports_group(on_gpu(5, 2, dtype=torch.int32), 8) is None
     assert gemm() is None
     assert moe() is None
-    assert gemm(x=torch.bfloat16, w=torch.int8, groups=8) is None
-    assert moe(w=torch.int8, form="none") is None
+    assert gemm(x=torch.bfloat16, format="int8", groups=8) is None
+    assert moe(w="int8", form="none") is None
     (arguments,) = compiled
     sources = [Path(source).relative_to(ROOT).as_posix() for source in arguments["sources"]]
     assert {"csrc/bindings/cuda/gemm.cpp", "csrc/cuda/gemm/instantiations/fp8.cu"} <= set(sources)
@@ -104,20 +108,20 @@ def test_a_hopper_is_served_after_one_compilation(compiled: list[dict[str, Any]]
         (lambda: route(e=16, k=9), "k=9, the cuda backend takes 8 at most"),
         (lambda: cuda._supports_group(on_gpu(5, 2), 65), "num_experts=65, the cuda backend takes 64 at most"),
         (lambda: cuda._supports_group(on_gpu(2**30, 2), 8), "experts has 2147483648 entries"),
-        (lambda: gemm(x=torch.bfloat16), "x has dtype bfloat16 for weights of float8_e4m3fn, the cuda backend takes"),
-        (lambda: gemm(w=torch.int8), "x has dtype float8_e4m3fn for weights of int8, the cuda backend takes bfloat16"),
-        (lambda: gemm(w=torch.bfloat16), "weight has dtype bfloat16, the cuda backend takes float8_e4m3fn and int8"),
-        (lambda: gemm(x=torch.bfloat16, w=torch.int8, groups=32), "weight has 32 groups of K=6144, the cuda backend"),
-        (lambda: gemm(1, 2, 3, 4, 16, 4), "weight is packed, the cuda backend takes plain weights"),
+        (lambda: gemm(x=torch.bfloat16), "x has dtype bfloat16 for weights of fp8_e4m3, the cuda backend takes"),
+        (lambda: gemm(format="int8"), "x has dtype float8_e4m3fn for weights of int8, the cuda backend takes bfloat16"),
+        (lambda: gemm(format="bf16"), "a weight has format bf16, the cuda backend takes int8, fp8_e4m3"),
+        (lambda: gemm(x=torch.bfloat16, format="int8", groups=32), "weight has 32 groups of K=6144, the cuda backend"),
+        (lambda: gemm(layout="panels"), "a weight has layout panels, the cuda backend takes rows"),
         (lambda: gemm(contiguous=False), "weight has strides (7, 7, 7), the cuda backend takes contiguous weights"),
         (lambda: gemm(65, 8, 16), "weight has 65 experts, the cuda backend takes 64 at most"),
         (lambda: gemm(8, 8, 24), "K=24 of weight, the cuda backend takes multiples of 16"),
         (lambda: gemm(8, 12, 32), "N=12 of weight, the cuda backend takes multiples of 8"),
         (lambda: gemm(m=2**30), "M=1073741824, the cuda backend takes 1073741823 at most"),
-        (lambda: moe(form="int8"), "act_format='int8' for weights of float8_e4m3fn, the cuda backend takes 'fp8'"),
-        (lambda: moe(w=torch.int8), "act_format='fp8' for weights of int8, the cuda backend takes 'none'"),
+        (lambda: moe(form="int8"), "act_format='int8' for weights of fp8_e4m3, the cuda backend takes 'fp8'"),
+        (lambda: moe(w="int8"), "act_format='fp8' for weights of int8, the cuda backend takes 'none'"),
         (lambda: moe(x=torch.float32), "x has dtype float32, the cuda backend takes bfloat16"),
-        (lambda: moe(w=torch.bfloat16), "w13 has dtype bfloat16, the cuda backend takes float8_e4m3fn and int8"),
+        (lambda: moe(w="bf16"), "a weight has format bf16, the cuda backend takes int8, fp8_e4m3"),
         (lambda: moe(f=40), "K=40 of w2, the cuda backend takes multiples of 16"),
         (lambda: moe(t=2**29), "experts has 1073741824 entries"),
         (lambda: cuda._supports_group(torch.zeros(5, 2), 8), "its tensors are on cpu, the cuda backend takes"),
@@ -134,7 +138,7 @@ def test_another_chip_is_named(compiled: list[dict[str, Any]], monkeypatch: pyte
     assert cuda._no_chip() == route()
     assert compiled == []
     monkeypatch.setattr(registry, "_missing", {})
-    monkeypatch.setattr(registry, "_later", {"cuda": (cuda._no_chip, cuda.unusable)})
+    monkeypatch.setattr(registry, "_late_checks", {"cuda": (cuda._no_chip, cuda.unusable)})
     status = registry.backends()["route_topk"]["cuda"]
     assert (status.available, status.reason) == (False, route())
 
@@ -171,7 +175,7 @@ def test_what_triton_serves_alone_is_fused(
 
     monkeypatch.delenv(registry.ENV, raising=False)
     monkeypatch.setattr(registry, "_missing", {})
-    monkeypatch.setattr(registry, "_later", {"cuda": (cuda._no_chip, cuda.unusable)})
+    monkeypatch.setattr(registry, "_late_checks", {"cuda": (cuda._no_chip, cuda.unusable)})
     for name in ("_preferred", "_fused"):
         monkeypatch.setattr(registry, name, {})
     assert registry.preferred("moe", "cuda") == "cuda"
@@ -212,23 +216,23 @@ def test_one_tile_serves_any_number_of_rows_until_a_chip_has_shown_the_same_bits
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rows of a layer with top-2 of 8 experts: tokens of a tile, and 0 for the kernel of many rows."""
-    h100, rows = tuning.CHIPS["h100"], (1, 16, 17, 64, 65, 256, 257, 4096)
+    h100, rows = chips.CHIPS["h100"], (1, 16, 17, 64, 65, 256, 257, 4096)
 
     def tokens(weight: torch.dtype) -> list[int]:
-        return [tuning.wide_tokens(weight, t, t // 4, h100) for t in rows]
+        return [tuning.swapped_tile(weight, t, t // 4, h100) for t in rows]
 
     monkeypatch.setattr(tuning, "_tuned", lambda chip: {})
     assert tokens(FP8) == [0] * len(rows)
     assert tokens(torch.int8) == [64] * len(rows)
-    shown = {"wide": {"float8_e4m3fn": {"same_bits": True}, "int8": {"same_bits": True}}}
+    shown = {"swapped": {"float8_e4m3fn": {"same_bits": True}, "int8": {"same_bits": True}}}
     monkeypatch.setattr(tuning, "_tuned", lambda chip: shown)
     assert tokens(FP8) == [16, 16, 16, 0, 0, 0, 0, 0]
     assert tokens(torch.int8) == [16, 16, 16, 64, 64, 64, 64, 128]
-    dense = [tuning.wide_tokens(weight, m, m, h100) for weight in (FP8, torch.int8) for m in (16, 17, 64, 65, 256, 257)]
+    dense = [
+        tuning.swapped_tile(weight, m, m, h100) for weight in (FP8, torch.int8) for m in (16, 17, 64, 65, 256, 257)
+    ]
     assert dense == [16, 64, 64, 0, 0, 0, 16, 64, 64, 64, 64, 128]
-    dense = [tuning.wide_tokens(weight, m, m, h100) for weight in (FP8, torch.int8) for m in (16, 17, 64, 65, 256, 257)]
-    assert dense == [16, 64, 64, 0, 0, 0, 16, 64, 64, 64, 64, 128]
-    assert all(set(tokens(weight)) - {0} <= set(kept) for weight, kept in tuning.WIDE_TOKENS.items())
+    assert all(set(tokens(weight)) - {0} <= set(kept) for weight, kept in tuning.SWAPPED_TILES.items())
 
 
 def cuda_headers() -> Path | None:

@@ -1,4 +1,5 @@
-"""Products and the expert layer for Hopper, run by the host emulation: against the oracle, and the same bits however run."""
+"""Products and the expert layer for Hopper, run by the host emulation: against the oracle, and the same bits however
+run."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 import grok_kernels
+from grok_kernels import Weight
 from tests.kernels import oracle
 from tests.kernels.cases import FP8, ints, randn
 from tests.kernels.cuda.emulation import call
@@ -180,7 +182,8 @@ def test_tiles_divide_the_rounds_evenly(emulated: Emulated) -> None:
 @pytest.mark.parametrize(("n", "width"), [(1016, 256), (760, 192), (248, 128)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_width_of_tiles_across_their_borders(emulated: Emulated, dtype: torch.dtype, n: int, width: int) -> None:
-    """Past a tile's rows and columns and the last of K, with experts that have no rows, and rows that have no expert."""
+    """Past a tile's rows and columns and the last of K, with experts that have no rows, and rows that have no
+    expert."""
     m, offsets = 153, [0, 0, 130, 130, 149]
     emulated.library.set_multiprocessors(2)  # one cluster
     assert emulated.library.tile_columns(I64(m), I64(n), I64(4), 1) == width
@@ -278,7 +281,8 @@ def test_parts_are_summed_first_to_last_and_rounded_once(emulated: Emulated) -> 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gate_and_up_with_the_quantisation_of_their_product(emulated: Emulated, activation: str) -> None:
-    """Of 176 columns the second group is short; the rows past it are those of the up projection, and count for nothing."""
+    """Of 176 columns the second group is short; the rows past it are those of the up projection, and count for
+    nothing."""
     c = case(150, 2 * 176, 144, [0, 5, 5, 139, 147])
     c["x"][147:], c["weight"][1] = torch.tensor(NAN).to(FP8), torch.tensor(NAN).to(FP8)
     c["x_scale"] *= 0.1  # gates of about one
@@ -327,7 +331,8 @@ def test_the_layer_as_the_reference(emulated: Emulated, t: int, d: int, f: int, 
         c["experts"][:] = 2
     got = emulated.moe(**c)
     with grok_kernels.use_backend("reference"):
-        expected = grok_kernels.moe(**c, act_format="fp8")
+        weights = Weight.of(c["w13"], c["w13_scale"]), Weight.of(c["w2"], c["w2_scale"])
+        expected = grok_kernels.moe(c["x"], c["topk_weights"], c["experts"], *weights, act_format="fp8")
     assert distance(got, expected) < 2e-3  # a sum next to a rounding step may go either way
     emulated.library.set_seed(5)
     assert torch.equal(emulated.moe(**c), got)

@@ -1,4 +1,5 @@
-"""The header for C++ programs compiles alone, and the example that embeds the kernels links without Python and torch."""
+"""The header for C++ programs compiles alone, and the example that embeds the kernels links without Python and
+torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Router and grouping for Hopper, run by the host emulation: against the float64 oracle, and the same bits however run."""
+"""Router and grouping for Hopper, run by the host emulation: against the float64 oracle, and the same bits however
+run."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ FORMS: dict[str, dict[str, tuple[int, ...]]] = {  # by the type of the weights, 
     "E4m3": {"Gated": (16, 64), "Even": (16, 64)},
     "Int8": {"Gated": (16, 64, 128), "Even": (16, 64), "Tall": (64, 128)},
 }
-WIDE = [(w, form, n) for w, forms in FORMS.items() for form, tokens in forms.items() for n in tokens]
+SWAPPED = [(w, form, n) for w, forms in FORMS.items() for form, tokens in forms.items() for n in tokens]
 pytestmark = pytest.mark.skipif(bool(cuda_table.missing()), reason=cuda_table.missing() or "all tools are there")
 
 
@@ -32,14 +32,15 @@ def test_the_readme_has_the_table_and_no_kernel_spills() -> None:
     for output, stores in OUTPUTS.items():
         for halves, columns in TILES if output != "ToGated" else TILES[:1]:
             name = f"gemm::fp8_kernel<gemm::{output}, {halves}, {columns}>"
-            # of each half four products of 32; a load of x and one of each half's weights; what is stored, 128 bytes a row
+            # of each half four products of 32; a load of x and one of each half's weights; what is stored, 128 bytes a
+            # row
             stored = int(halves * columns * stores / 128)
             assert counted.pop(name) == (4 * halves, 0, 1 + halves, stored, 0, 0), name
     assert not any("fp8_kernel" in name for name in counted)
-    for weight, form, tokens in WIDE:
-        name = f"gemm::wide::wide_kernel<gemm::wide::{weight}, gemm::wide::{form}, {tokens}>"
+    for weight, form, tokens in SWAPPED:
+        name = f"gemm::swapped::swapped_kernel<gemm::swapped::{weight}, gemm::swapped::{form}, {tokens}>"
         # of each part of the weights 128 columns, by 32 of e4m3 or 16 of bf16; their load, and those of x, by 128 bytes
         columns, loads = 2 if form == "Even" else 1, 1 if weight == "E4m3" else 2
         products = (8, 0) if weight == "E4m3" else (0, 16)
         assert counted.pop(name) == (*products, 2 + columns * loads, 0, 0, 0), name
-    assert not any("wide_kernel" in name for name in counted)
+    assert not any("swapped_kernel" in name for name in counted)

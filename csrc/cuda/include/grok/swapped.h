@@ -1,23 +1,23 @@
 #pragma once
 
-// The products of gemm.h with the weights on the tensor core's side of 64 rows and the rows of x on the other, for C++
-// programs. Few rows fill it, so that the bytes of the weights are all that a product waits for; int8 weights, which
-// become bf16 in registers, have no other kernels.
+// The products of gemm.h with swapped operands, for C++ programs: the weights are the tensor core's operand of 64 rows,
+// and the rows of x the other. A tile then needs few rows of x, so that a product waits for the bytes of the weights
+// alone. int8 weights, which become bf16 in registers, have no other kernels.
 //
-// `tokens` is how many rows of x a tile has: 16 or 64, of bf16 rows 128 too. A result is the same chain of additions
-// for each, and for e4m3 the chain of gemm.h's kernels, and on an H100 the same bits. Where no test has shown that the
-// tensor core rounds alike, choose one for a model, never one by the batch.
+// `tokens` is the number of rows of x in a tile: 16 or 64, for bf16 rows also 128. Each adds in the same order, for e4m3
+// that of gemm.h's kernels, and on an H100 gives the same bits. Where no test has shown that the tensor core rounds
+// alike, choose one number for a model, never by the batch.
 
 #include "gemm.h"
 
 namespace grok::cuda {
 
 // As grouped_gemm. bf16 rows of x have the order and width of `gather_rows`.
-void wide_grouped_gemm(const GroupedGemm& p, int64_t tokens, Stream stream);
+void swapped_grouped_gemm(const GroupedGemm& p, int64_t tokens, Stream stream);
 
 // As gate_up for e4m3. For int8 weights y is bf16, in the order and width that `gather_rows` gives rows of n / 2 columns;
 // its scales are not used.
-void wide_gate_up(const GateUp& p, int64_t tokens, Stream stream);
+void swapped_gate_up(const GateUp& p, int64_t tokens, Stream stream);
 
 // Columns of a row in the order of gather_rows: dim, rounded up to a multiple of 128. What lies past dim is 0.
 constexpr int64_t gathered_width(int64_t dim) { return (dim + 127) / 128 * 128; }

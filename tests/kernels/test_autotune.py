@@ -1,4 +1,4 @@
-"""`python -m grok_kernels.tune` with a clock and, but for one test, products of the tests' own."""
+"""`python -m grok_kernels.autotune` with a clock and, but for one test, products of the tests' own."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from grok_engine.models.families import PRESETS
-from grok_kernels import tune as module
+from grok_kernels import autotune as module
 from grok_kernels import tuning
-from grok_kernels.tune import FORMATS, MODELS, Bench, Product, candidates, main, products, tune
-from grok_kernels.tuning import CHIPS, Gemm, assume_chip, default_gemm, gemm
+from grok_kernels.autotune import FORMATS, MODELS, Bench, Product, candidates, main, products, tune
+from grok_kernels.chips import CHIPS, Chip, assume_chip
+from grok_kernels.tuning import Gemm, default_gemm, gemm
 from tests.kernels.backends import BACKENDS
 
 CPU = torch.device("cpu")
@@ -39,7 +40,7 @@ def test_the_models_are_the_engine_s() -> None:
 
 @pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
-def test_candidates_fit_into_the_chip(chip: tuning.Chip, few: bool) -> None:
+def test_candidates_fit_into_the_chip(chip: Chip, few: bool) -> None:
     for model in MODELS:
         for p in products(model, FORMATS):
             x, w, dot = FORMATS[p.fmt]
@@ -49,7 +50,8 @@ def test_candidates_fit_into_the_chip(chip: tuning.Chip, few: bool) -> None:
             for tile in found[1:]:
                 if tile.group_m != found[0].group_m:
                     continue  # the default in another order
-                shared = tile.stages * tile.block_k * (tile.block_m * x.itemsize + (1 + p.pair) * tile.block_n * w.itemsize)  # fmt: skip
+                row_bytes = tile.block_m * x.itemsize + (1 + p.pair) * tile.block_n * w.itemsize
+                shared = tile.stages * tile.block_k * row_bytes
                 assert shared + module.RESERVED <= chip.shared_bytes
                 assert tile.block_m * tile.block_n * (1 + p.pair) / (32 * tile.warps) <= module.REGISTERS
                 assert (tile.block_n if tile.swap else tile.block_m) >= 64
@@ -90,10 +92,13 @@ def clock(bench: Pretended, cost: Callable[[Gemm, int], float]) -> module.Timer:
     return timer
 
 
-def tuned(tmp_path: Path, bench: Pretended, cost: Callable[[Gemm, int], float], **options: Any) -> tuple[Any, list[str]]:  # fmt: skip
+def tuned(
+    tmp_path: Path, bench: Pretended, cost: Callable[[Gemm, int], float], **options: Any
+) -> tuple[Any, list[str]]:
     said: list[str] = []
     file = tmp_path / "tuned" / "h100.json"
-    failed = tune([SMALL], CHIPS["h100"], CPU, clock(bench, cost), file, say=said.append, bench=lambda p, d: bench, **options)  # fmt: skip
+    options |= {"say": said.append, "bench": lambda p, d: bench}
+    failed = tune([SMALL], CHIPS["h100"], CPU, clock(bench, cost), file, **options)
     return (json.loads(file.read_text())["gemm"][SMALL.key] if not failed else None), said
 
 
@@ -139,7 +144,7 @@ def test_few_and_many_with_other_bits(tmp_path: Path) -> None:
 def test_a_variant_for_few_rows_that_gains_nothing_does_not_serve(tmp_path: Path) -> None:
     entry, said = tuned(tmp_path, Pretended(), lambda tile, rows: 2.0 if tile.block_m < 64 else 1.0)
     assert entry["same_bits"] or "  many serves all rows" in said
-    few_is_many = {k: entry["few"][k] for k in ("block_m", "block_n")} == {k: entry["many"][k] for k in ("block_m", "block_n")}  # fmt: skip
+    few_is_many = all(entry["few"][k] == entry["many"][k] for k in ("block_m", "block_n"))
     assert few_is_many or not entry["same_bits"]
 
 
@@ -157,7 +162,8 @@ def test_what_is_known_is_not_measured_again(tmp_path: Path) -> None:
 def test_nothing_that_is_right(tmp_path: Path) -> None:
     entry, said = tuned(tmp_path, Pretended(wrong=lambda tile: True), lambda tile, rows: 1.0)
     assert entry is None
-    assert "left out: 256,128,e4m3,float8_e4m3fn,single: no candidate for many rows runs and is right on h100" in said[-1]  # fmt: skip
+    refusal = "left out: 256,128,e4m3,float8_e4m3fn,single: no candidate for many rows runs and is right on h100"
+    assert refusal in said[-1]
 
 
 def test_each_product_is_written_when_it_is_done(tmp_path: Path) -> None:
@@ -251,21 +257,21 @@ def test_whether_the_cuda_backend_may_choose(tmp_path: Path, monkeypatch: pytest
     file, seen = tmp_path / "h100.json", []
     file.write_text('{"gemm": {"a": 1}}')
 
-    def moe(x: Tensor, *args: Any, tokens: int) -> Tensor:
-        seen.append((args[2].dtype, args[-1], tokens))
-        return x if same or tokens != 64 else x + 1
+    def moe(x: Tensor, *args: Any, tile: int) -> Tensor:
+        seen.append((args[2].dtype, args[-1], tile))
+        return x if same or tile != 64 else x + 1
 
     monkeypatch.setattr(module.cuda, "moe", moe)
     monkeypatch.setattr(
         module.registry, "backends", lambda: {"moe": {"cuda": SimpleNamespace(reason="there is no GPU")}}
     )
-    module.tune_wide(torch.device("cpu"), file)
+    module.tune_swapped(torch.device("cpu"), file)
     assert (json.loads(file.read_text()), seen) == ({"gemm": {"a": 1}}, [])
     monkeypatch.setattr(module.registry, "backends", lambda: {"moe": {"cuda": SimpleNamespace(reason="")}})
     monkeypatch.setattr(module.cuda, "unusable", lambda: "")
-    module.tune_wide(torch.device("cpu"), file)
-    wide = {"float8_e4m3fn": {"same_bits": same}, "int8": {"same_bits": same}}
-    assert json.loads(file.read_text()) == {"gemm": {"a": 1}, "wide": wide}
+    module.tune_swapped(torch.device("cpu"), file)
+    swapped = {"float8_e4m3fn": {"same_bits": same}, "int8": {"same_bits": same}}
+    assert json.loads(file.read_text()) == {"gemm": {"a": 1}, "swapped": swapped}
     assert seen[:2] == [(torch.float8_e4m3fn, "fp8", 0), (torch.float8_e4m3fn, "fp8", 16)]
     assert {n for w, _, n in seen if w == torch.int8} == ({16, 64, 128} if same else {16, 64})
 
@@ -276,14 +282,14 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(lines) == 5
     assert all(len(line.split()) == 3 for line in lines)
     assert main(["--device", "cpu"]) == 2
-    assert capsys.readouterr().err == "tune: cpu is not a GPU that is here\n"
+    assert capsys.readouterr().err == "autotune: cpu is not a GPU that is here\n"
 
 
 def test_candidates_are_compiled_before_they_are_measured(tmp_path: Path) -> None:
     """Without a GPU: into a cache from which a process on the chip takes them."""
     code = (
-        "from grok_kernels.tune import Product, _compile, candidates\n"
-        "from grok_kernels.tuning import CHIPS\n"
+        "from grok_kernels.autotune import Product, _compile, candidates\n"
+        "from grok_kernels.chips import CHIPS\n"
         "for pair in (True, False):\n"
         "    p = Product(256, 256, 'fp8', pair, 8)\n"
         "    _compile(p, CHIPS['h100'], candidates(p, CHIPS['h100'], True)[0])\n"

@@ -11,4 +11,10 @@ DTYPES: dict[str, torch.dtype] = {
     "fp8_e4m3": torch.float8_e4m3fn,
 }
 NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+FLOATS = (torch.float32, torch.bfloat16)
 FP8_MAX = 448.0  # the largest e4m3
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch's own name, for messages: "float8_e4m3fn"."""
+    return str(dtype).removeprefix("torch.")

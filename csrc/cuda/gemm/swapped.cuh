@@ -4,7 +4,7 @@
 #include <type_traits>
 
 #include "pipeline.cuh"
-#include "wide_store.cuh"
+#include "swapped_store.cuh"
 
 // Products with the weights on the side of 64 rows: e4m3 × e4m3 for few rows, where nothing but the bytes of the weights
 // should cost time, and int8 × bf16 for any number.
@@ -14,7 +14,7 @@
 // the scale of the row of x (e4m3) or of the weights and their group of K (int8), into fp32. Nobody waits for more than
 // its own part, and int8 is converted while the part before is multiplied.
 
-namespace grok::cuda::gemm::wide {
+namespace grok::cuda::gemm::swapped {
 
 // The upper bytes of bf16 from 128 on, and of those from -128 on. They are read from shared memory: constants would be
 // carried by the instruction, which then cannot carry the selector of permute_bytes, and that would be brought into a
@@ -67,7 +67,7 @@ struct Config {
   };
   static_assert(sizeof(Shared) <= kMostShared && kStages >= 3, "stages that cover the way to memory");
 
-  static __host__ __device__ int block_rows(const Wide& p) {  // of y's columns
+  static __host__ __device__ int block_rows(const Swapped& p) {  // of y's columns
     return kGated ? 128 : kEven ? 2 * p.height : 256;
   }
 };
@@ -77,7 +77,7 @@ struct Config {
 template <class Config>
 class RowScales {
  public:
-  __device__ __forceinline__ RowScales(const Wide& p, const Place<Config>& me, const Tile& tile)
+  __device__ __forceinline__ RowScales(const Swapped& p, const Place<Config>& me, const Tile& tile)
       : p_(p), me_(me), tile_(tile) {
     if (kAhead) load(0);
   }
@@ -109,7 +109,7 @@ class RowScales {
     }
   }
 
-  const Wide& p_;
+  const Swapped& p_;
   const Place<Config>& me_;
   const Tile& tile_;
   int change_ = 0;  // where the next group begins
@@ -151,13 +151,13 @@ __device__ __forceinline__ void load_operands(const uint8_t* tile, int half, Upp
 
 // The tile of this number; false where there are no more.
 template <class Config>
-__device__ __forceinline__ bool find(const Wide& p, const Schedule& schedule, int32_t index, Tile& tile) {
+__device__ __forceinline__ bool find(const Swapped& p, const Schedule& schedule, int32_t index, Tile& tile) {
   return Walk<Config::kTokens>(schedule, p.experts, index, 0).next(tile);
 }
 
 // One warp: a thread of it the tiles, all the scales of x.
 template <class Config>
-__device__ __forceinline__ void load(const Wide& p, typename Config::Shared& shared) {
+__device__ __forceinline__ void load(const Swapped& p, typename Config::Shared& shared) {
   const bool leads = sm90::elect_one();
   const int rows = Config::kEven ? 2 * p.height : Config::kPartRows;
   Position<Config::kStages> at;
@@ -246,7 +246,7 @@ __device__ __forceinline__ void promote(const Place<Config>& me, const float* x_
 
 // The sums of a tile.
 template <class Config>
-__device__ __forceinline__ void multiply_tile(const Wide& p, typename Config::Shared& shared,
+__device__ __forceinline__ void multiply_tile(const Swapped& p, typename Config::Shared& shared,
                                               Position<Config::kStages>& at, const Tile& tile,
                                               float (&sums)[Config::kWhole][Config::kSums]) {
 #pragma unroll
@@ -292,7 +292,7 @@ __device__ __forceinline__ void multiply_tile(const Wide& p, typename Config::Sh
 }
 
 template <class Config>
-__device__ __forceinline__ void multiply_tiles(const Wide& p, typename Config::Shared& shared) {
+__device__ __forceinline__ void multiply_tiles(const Swapped& p, typename Config::Shared& shared) {
   Position<Config::kStages> at;
   [[maybe_unused]] int turn = 0;
   Tile tile;
@@ -324,7 +324,7 @@ __device__ __forceinline__ void multiply_tiles(const Wide& p, typename Config::S
 }
 
 template <class Weight, class Form, int kTokens>
-__global__ void __launch_bounds__(kThreads, 1) wide_kernel(const __grid_constant__ Wide p) {
+__global__ void __launch_bounds__(kThreads, 1) swapped_kernel(const __grid_constant__ Swapped p) {
   using C = Config<Weight, Form, kTokens>;
   auto& shared = sm90::shared_memory<typename C::Shared>();
   fill<kTokens>(shared.schedule, p.offsets, p.rows, p.experts, tiles(p.width, C::block_rows(p)));
@@ -345,4 +345,4 @@ __global__ void __launch_bounds__(kThreads, 1) wide_kernel(const __grid_constant
   }
 }
 
-}  // namespace grok::cuda::gemm::wide
+}  // namespace grok::cuda::gemm::swapped

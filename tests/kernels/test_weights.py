@@ -1,4 +1,4 @@
-"""The packed form of weights: the same values, taken by the products like the plain form."""
+"""Weights: what `Weight.of` takes and refuses, and the layout in panels, which holds the same values as rows."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 import grok_kernels
-from grok_kernels import packing, registry
-from grok_kernels.packing import plain_shape
+from grok_kernels import Weight, cpu, layouts, registry
 from tests.kernels.cases import randint8, randn
 
 FP8 = torch.float8_e4m3fn
@@ -20,7 +19,7 @@ DTYPES = (torch.int8, FP8, torch.bfloat16)
 STATUS = grok_kernels.backends()["rms_norm"]["cpu"]
 
 
-def weight(e: int, n: int, k: int, dtype: torch.dtype) -> Tensor:
+def values(e: int, n: int, k: int, dtype: torch.dtype) -> Tensor:
     return randint8(e, n, k) if dtype == torch.int8 else randn(e, n, k).to(dtype)
 
 
@@ -31,11 +30,11 @@ def raw(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("e", "n", "k"), [(1, 64, 4), (3, 128, 12), (2, 192, 256)])
 def test_packs_and_unpacks_every_bit(e: int, n: int, k: int, dtype: torch.dtype) -> None:
-    plain = weight(e, n, k, dtype)
-    packed = grok_kernels.pack_weight(plain)
+    plain = values(e, n, k, dtype)
+    packed = layouts.pack(plain)
     assert packed.is_contiguous()
-    assert (packed.dtype, plain_shape(packed)) == (dtype, (e, n, k))
-    assert torch.equal(raw(grok_kernels.unpack_weight(packed)), raw(plain))
+    assert (packed.dtype, layouts.logical_shape(packed)) == (dtype, (e, n, k))
+    assert torch.equal(raw(layouts.unpack(packed)), raw(plain))
     run = 4 // dtype.itemsize
     value = packed.float()[e - 1, n // 64 - 1, k // run - 1, 2, 5, run - 1]
     assert value == plain.float()[e - 1, n - 64 + 2 * 16 + 5, k - 1]
@@ -43,9 +42,9 @@ def test_packs_and_unpacks_every_bit(e: int, n: int, k: int, dtype: torch.dtype)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_packs_a_transposed_view(dtype: torch.dtype) -> None:
-    stored = weight(2, 8, 64, dtype)  # (E, K, N)
-    expected = grok_kernels.pack_weight(stored.transpose(1, 2).contiguous())
-    assert torch.equal(raw(grok_kernels.pack_weight(stored.transpose(1, 2))), raw(expected))
+    stored = values(2, 8, 64, dtype)  # (E, K, N)
+    expected = layouts.pack(stored.transpose(1, 2).contiguous())
+    assert torch.equal(raw(layouts.pack(stored.transpose(1, 2))), raw(expected))
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -54,10 +53,10 @@ def test_packs_a_transposed_view(dtype: torch.dtype) -> None:
 def test_packs_ranges_of_rows(layout: str, dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Part by part, of any strides and alignment, by the extension and without it."""
     if not native:
-        monkeypatch.setattr(packing, "_native", None)
+        monkeypatch.setattr(layouts, "_native", None)
     e, n, k = 2, 192, 4 * 67
-    whole = weight(e, n, k, dtype)
-    packed = grok_kernels.pack_weight(torch.zeros_like(whole))
+    whole = values(e, n, k, dtype)
+    packed = layouts.pack(torch.zeros_like(whole))
     raw(packed).fill_(77)
     for first, last in ((64, 192), (0, 64)):
         part = whole[:, first:last]
@@ -77,18 +76,18 @@ def test_packs_ranges_of_rows(layout: str, dtype: torch.dtype, native: bool, mon
                 part = torch.from_numpy(array.view(np.int16)).view(dtype).view(part.shape)
             assert part.data_ptr() % 2
         grok_kernels.pack_into(part, packed, first)
-    assert torch.equal(raw(grok_kernels.unpack_weight(packed)), raw(whole))
+    assert torch.equal(raw(layouts.unpack(packed)), raw(whole))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("transposed", [True, False])
 def test_packs_in_parallel(transposed: bool, threads: int) -> None:
-    stored = weight(2, 2112, 516, torch.int8)
+    stored = values(2, 2112, 516, torch.int8)
     plain = stored if not transposed else stored.transpose(1, 2).contiguous().transpose(1, 2)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        assert torch.equal(grok_kernels.unpack_weight(grok_kernels.pack_weight(plain)), stored)
+        assert torch.equal(layouts.unpack(layouts.pack(plain)), stored)
     finally:
         torch.set_num_threads(before)
 
@@ -106,16 +105,15 @@ def test_packs_in_parallel(transposed: bool, threads: int) -> None:
     ],
 )
 def test_refuses_what_does_not_fit(shape: tuple[int, ...], dtype: torch.dtype, row: int, error: str) -> None:
-    packed = grok_kernels.pack_weight(randint8(1, 128, 8))
+    packed = layouts.pack(randint8(1, 128, 8))
     with pytest.raises(ValueError, match=error):
         grok_kernels.pack_into(torch.zeros(shape, dtype=dtype), packed, row)
 
 
 @pytest.mark.skipif(not STATUS.available, reason=STATUS.reason)
 def test_the_native_functions_check_what_memory_safety_needs() -> None:
-    from grok_kernels import _C as native
-
-    packed = grok_kernels.pack_weight(randint8(1, 128, 8))
+    native = cpu._module
+    packed = layouts.pack(randint8(1, 128, 8))
     for args in (
         (randint8(1, 64, 12), packed, 0),
         (randint8(1, 64, 8), packed, 128),
@@ -134,19 +132,19 @@ def test_the_native_functions_check_what_memory_safety_needs() -> None:
         with pytest.raises(ValueError, match="packed_rows"):
             native.packed_rows(packed, index)
     with pytest.raises(ValueError, match="packed_rows"):
-        native.packed_rows(grok_kernels.pack_weight(randint8(2, 64, 8)), torch.zeros(1, dtype=torch.int32))
+        native.packed_rows(layouts.pack(randint8(2, 64, 8)), torch.zeros(1, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_come_back(dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not native:
-        monkeypatch.setattr(packing, "_native", None)
-    plain = weight(1, 192, 20, dtype)
+        monkeypatch.setattr(layouts, "_native", None)
+    plain = values(1, 192, 20, dtype)
     rows = torch.tensor([0, 191, 64, 63, 17, 17], dtype=torch.int32)
-    found = grok_kernels.packed_rows(grok_kernels.pack_weight(plain), rows)
+    found = grok_kernels.packed_rows(layouts.pack(plain), rows)
     assert torch.equal(raw(found), raw(plain[0])[rows])
-    assert grok_kernels.packed_rows(grok_kernels.pack_weight(plain), rows[:0]).shape == (0, 20)
+    assert grok_kernels.packed_rows(layouts.pack(plain), rows[:0]).shape == (0, 20)
 
 
 def test_what_wants_the_packed_form(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,42 +161,102 @@ def test_what_wants_the_packed_form(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not grok_kernels.wants_packed(64, 8, torch.int8, "cpu")
 
 
-def test_a_plain_weight_unpacks_to_itself() -> None:
-    plain = randn(1, 3, 5)
-    assert grok_kernels.unpack_weight(plain) is plain
-
-
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [((1, 60, 4), torch.int8), ((1, 64, 6), torch.int8), ((64, 4), torch.int8), ((1, 64, 4), torch.float32)],
 )
 def test_refuses_what_has_no_packed_form(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match=re.escape(f"shape {shape}")):
-        grok_kernels.pack_weight(torch.zeros(shape, dtype=dtype))
+        layouts.pack(torch.zeros(shape, dtype=dtype))
 
 
-def scaled(dtype: torch.dtype, e: int, groups: int, n: int) -> Tensor | None:
+def scales(dtype: torch.dtype, e: int, groups: int, n: int) -> Tensor | None:
     return None if dtype == torch.bfloat16 else randn(e, groups, n, seed=3).abs()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_products_take_either_form(dtype: torch.dtype) -> None:
-    w13, w2 = weight(2, 128, 64, dtype), weight(2, 64, 64, dtype)
+def test_products_take_either_layout(dtype: torch.dtype) -> None:
     groups = 4 if dtype == torch.int8 else 1
-    s13, s2 = scaled(dtype, 2, groups, 128), scaled(dtype, 2, groups, 64)
+    w13 = Weight.of(values(2, 128, 64, dtype), scales(dtype, 2, groups, 128))
+    w2 = Weight.of(values(2, 64, 64, dtype), scales(dtype, 2, groups, 64))
+    packed13, packed2 = w13.with_layout("panels"), w2.with_layout("panels")
     x, offsets = randn(5, 64, dtype=torch.bfloat16), torch.tensor([0, 2, 5], dtype=torch.int32)
-    pack = grok_kernels.pack_weight
-    assert torch.equal(
-        grok_kernels.grouped_gemm(x, pack(w13), s13, offsets), grok_kernels.grouped_gemm(x, w13, s13, offsets)
-    )
-    weights, experts = grok_kernels.route_topk(x, randn(2, 64), 2)
-    args: list[Any] = [x, weights, experts]
-    assert torch.equal(grok_kernels.moe(*args, pack(w13), s13, pack(w2), s2), grok_kernels.moe(*args, w13, s13, w2, s2))
+    assert torch.equal(grok_kernels.grouped_gemm(x, packed13, offsets), grok_kernels.grouped_gemm(x, w13, offsets))
+    routing = grok_kernels.route_topk(x, randn(2, 64), 2)
+    assert torch.equal(grok_kernels.moe(x, *routing, packed13, packed2), grok_kernels.moe(x, *routing, w13, w2))
 
 
-def test_refuses_a_packed_weight_of_another_shape() -> None:
-    x, packed = randn(2, 8), grok_kernels.pack_weight(randint8(1, 64, 12))
+# The object
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("int8", torch.int8), ("fp8_e4m3", FP8), ("bf16", torch.bfloat16)])
+def test_what_a_weight_says_of_itself(name: str, dtype: torch.dtype) -> None:
+    plain, scale = values(2, 64, 8, dtype), scales(dtype, 2, 1, 64)
+    rows = Weight.of(plain, scale)
+    panels = rows.with_layout("panels")
+    for weight, layout in ((rows, "rows"), (panels, "panels")):
+        assert (weight.format, weight.layout, weight.shape, weight.dtype) == (name, layout, (2, 64, 8), dtype)
+        assert weight.scales is scale
+        assert weight.nbytes == 2 * 64 * 8 * dtype.itemsize + (0 if scale is None else 2 * 64 * 4)
+        assert weight.with_layout(layout) is weight
+    assert torch.equal(raw(panels.with_layout("rows").values), raw(plain))
+    assert Weight.of(panels.values, scale, "panels").shape == rows.shape
+    with pytest.raises(AttributeError):
+        rows.layout = "panels"
+
+
+PACKED = layouts.pack(randint8(1, 64, 8))
+
+
+@pytest.mark.parametrize(
+    ("args", "error"),
+    [
+        ((randn(1, 4, 8).half(),), "values has dtype float16, expected float32 or bfloat16 or int8"),
+        ((randn(4, 8),), r"values has shape \(4, 8\), expected 3 dimensions \(E, N, K\)"),
+        ((randn(1, 4, 8).transpose(1, 2),), r"values has strides .*, expected its last dimension contiguous"),
+        (("values",), r"values is values, expected a tensor \(E, N, K\)"),
+        ((randn(1, 4, 8), torch.ones(1, 1, 4)), "scales is given, expected None for values of float32"),
+        ((randint8(1, 4, 8),), r"scales is None, expected \(E, groups, N\) for values of int8"),
+        ((randn(1, 4, 8).to(FP8),), r"scales is None, expected \(E, groups, N\) for values of float8_e4m3fn"),
+        ((randint8(1, 4, 8), torch.ones(1, 0, 4)), "scales has 0 groups, expected a divisor of K=8"),
+        ((randint8(1, 4, 8), torch.ones(1, 3, 4)), "scales has 3 groups, expected a divisor of K=8"),
+        ((randn(1, 4, 8).to(FP8), torch.ones(1, 2, 4)), "scales has 2 groups, expected 1 for values of float8_e4m3fn"),
+        ((randint8(1, 4, 8), torch.ones(1, 1, 5)), r"scales has shape \(1, 1, 5\), .* with N=4 from values"),
+        ((randint8(2, 4, 8), torch.ones(1, 1, 4)), r"scales has shape \(1, 1, 4\), .* with E=2 from values"),
+        ((randint8(1, 4, 8), torch.ones(1, 4)), r"scales has shape \(1, 4\), expected 3 dimensions"),
+        ((randint8(1, 4, 8), torch.ones(1, 1, 4).double()), "scales has dtype float64, expected float32"),
+        ((randint8(1, 4, 8), torch.ones(1, 1, 4, device="meta")), "scales is on meta, expected cpu as values"),
+        ((randn(1, 4, 8), None, "columns"), "layout='columns', expected one of rows, panels"),
+        ((randint8(1, 64, 8), torch.ones(1, 1, 64), "panels"), r"values have shape \(1, 64, 8\), .*expected what"),
+        ((PACKED.transpose(3, 4), torch.ones(1, 1, 64), "panels"), ".*expected what packed_shape gives, contiguous"),
+        ((PACKED, torch.ones(1, 1, 128), "panels"), r"scales has shape \(1, 1, 128\), .* with N=64 from values"),
+    ],
+)  # fmt: skip
+def test_refuses_tensors_that_are_no_weight(args: Any, error: str) -> None:
+    with pytest.raises(ValueError, match=f"^Weight: {error}"):
+        Weight.of(*args)
+
+
+def test_refuses_a_weight_of_another_shape() -> None:
+    packed = Weight.of(randint8(1, 64, 12), torch.ones(1, 1, 64)).with_layout("panels")
     with pytest.raises(ValueError, match=r"weight has shape \(1, 64, 12\), expected \(E, N, K\) with K=8"):
-        grok_kernels.grouped_gemm(x, packed, torch.ones(1, 1, 64))
-    with pytest.raises(ValueError, match=r"neither \(E N K\) nor what pack_weight returns"):
-        grok_kernels.grouped_gemm(x, packed.transpose(3, 4), torch.ones(1, 1, 64))
+        grok_kernels.grouped_gemm(randn(2, 8), packed)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
+def test_a_backend_refuses_by_name_a_format_that_it_lacks(backend: str) -> None:
+    kernel = registry._kernels["grouped_gemm", backend]
+    weight = Weight("q4_k", "rows", (1, 64, 256), (randn(1, 64, 256),))
+    reason = kernel.supports(randn(2, 256), weight, None, None, None)
+    assert reason is not None
+    assert reason.startswith(f"a weight has format q4_k, the {backend} backend takes ")
+
+
+def test_a_weight_that_requires_grad_is_not_cached() -> None:
+    weight = Weight.of(randn(1, 4, 8))
+    if not STATUS.available:
+        pytest.skip(STATUS.reason)
+    assert weight.signature is not None
+    weight.values.requires_grad_()
+    assert weight.signature is None
+    assert grok_kernels.grouped_gemm(randn(2, 8), weight).requires_grad

@@ -1,0 +1,134 @@
+"""How the values of a weight lie in memory: "rows", (E, N, K) as it stands, or "panels", which the CPU kernels stream.
+
+In panels a matrix (N, K) becomes (N/64, K/run, 4, 16, run), a run being the 4 bytes that hold `run` neighbouring values
+along K. 256 bytes in a row hold one run of each of a panel's 64 outputs, 16 outputs to a 64-byte register, so that a
+kernel reads a panel from end to end. The memory is contiguous: it may be written to a file and mapped as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from . import registry
+from .dtypes import dtype_name
+from .memory import weight_memory
+
+Layout = Literal["rows", "panels"]
+WIDTH = 64  # outputs of a panel
+_BLOCKS, _LANES = 4, 16
+PACKABLE = (torch.int8, torch.float8_e4m3fn, torch.bfloat16)
+
+
+def can_pack(n: int, k: int, dtype: torch.dtype) -> bool:
+    """Whether matrices (n, k) of `dtype` can lie in panels: int8, e4m3 or bf16, n a multiple of 64 and k of 4."""
+    return dtype in PACKABLE and n % WIDTH == 0 and k % 4 == 0
+
+
+def packed_shape(experts: int, n: int, k: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """The shape of the values (experts, n, k) in panels."""
+    run = 4 // dtype.itemsize
+    return (experts, n // WIDTH, k // run, _BLOCKS, _LANES, run)
+
+
+def values_shape(layout: Layout, experts: int, n: int, k: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """The shape of the values (experts, n, k) in this layout."""
+    return packed_shape(experts, n, k, dtype) if layout == "panels" else (experts, n, k)
+
+
+def logical_shape(packed: Tensor) -> tuple[int, int, int]:
+    """(E, N, K) of values in panels. ValueError where `packed` has no such shape, type or strides."""
+    if packed.dim() == 6:
+        experts, panels, runs, _, _, run = packed.shape
+        shape = experts, panels * WIDTH, runs * run
+        fits = packed.dtype in PACKABLE and tuple(packed.shape) == packed_shape(*shape, packed.dtype)
+        if fits and packed.is_contiguous():
+            return shape
+    raise ValueError(
+        f"values have shape {tuple(packed.shape)}, strides {packed.stride()} and dtype {dtype_name(packed.dtype)}, "
+        f"expected what packed_shape gives, contiguous, of {' or '.join(map(dtype_name, PACKABLE))}"
+    )
+
+
+def wants_packed(n: int, k: int, dtype: torch.dtype, device: torch.device | str) -> bool:
+    """Whether panels are the faster layout of matrices (n, k) for the backend that serves the products on `device`.
+
+    Every backend takes rows; the cuda backend alone refuses panels.
+    """
+    serving = {registry.preferred(op, torch.device(device).type) for op in ("grouped_gemm", "moe")}
+    return can_pack(n, k, dtype) and serving == {"cpu"}
+
+
+class Native(Protocol):
+    """The extension's `pack_into` and `packed_rows`, for tensors on the CPU."""
+
+    def pack_into(self, weight: Tensor, packed: Tensor, row: int) -> None: ...
+    def packed_rows(self, packed: Tensor, rows: Tensor) -> Tensor: ...
+
+
+_native: Native | None = None
+
+
+def set_native(native: Native) -> None:
+    """Pack and read rows on the CPU by the extension from now on."""
+    global _native
+    _native = native
+
+
+def pack_into(weight_ENK: Tensor, packed: Tensor, row: int = 0) -> None:
+    """Write weight (E, N, K), of any strides, to rows row..row+N−1 of values in panels; N and row multiples of 64.
+
+    ValueError where the two do not fit.
+    """
+    experts, rows, k = logical_shape(packed)
+    fits = weight_ENK.dim() == 3 and (weight_ENK.shape[0], weight_ENK.shape[2]) == (experts, k)
+    if not fits or weight_ENK.dtype != packed.dtype or not can_pack(weight_ENK.shape[1], k, packed.dtype):
+        raise ValueError(
+            f"pack_into: weight has shape {tuple(weight_ENK.shape)} and dtype {dtype_name(weight_ENK.dtype)}, expected "
+            f"({experts}, N, {k}) with N a multiple of {WIDTH}, of {dtype_name(packed.dtype)}"
+        )
+    if row % WIDTH or not 0 <= row <= rows - weight_ENK.shape[1]:
+        raise ValueError(f"pack_into: row={row}, expected a multiple of {WIDTH} in 0..{rows - weight_ENK.shape[1]}")
+    if _native is not None and packed.device.type == weight_ENK.device.type == "cpu":
+        _native.pack_into(weight_ENK, packed, row)
+        return
+    run = 4 // packed.dtype.itemsize
+    blocks = _raw(weight_ENK).unflatten(1, (-1, _BLOCKS, _LANES)).unflatten(4, (-1, run))
+    panels = slice(row // WIDTH, (row + weight_ENK.shape[1]) // WIDTH)
+    _raw(packed)[:, panels].copy_(blocks.permute(0, 1, 4, 2, 3, 5))
+
+
+def pack(weight_ENK: Tensor) -> Tensor:
+    """A copy of (E, N, K), of any strides, in panels. ValueError for one that cannot be packed (`can_pack`).
+
+    On a CPU it lies in huge pages, where the system has them (`weight_memory`).
+    """
+    if weight_ENK.dim() != 3 or not can_pack(weight_ENK.shape[1], weight_ENK.shape[2], weight_ENK.dtype):
+        raise ValueError(
+            f"pack: weight has shape {tuple(weight_ENK.shape)} and dtype {dtype_name(weight_ENK.dtype)}, expected "
+            f"(E, N, K) with N a multiple of {WIDTH}, K of 4, of int8, float8_e4m3fn or bfloat16"
+        )
+    experts, n, k = weight_ENK.shape
+    packed = weight_memory(packed_shape(experts, n, k, weight_ENK.dtype), weight_ENK.dtype, weight_ENK.device)
+    pack_into(weight_ENK, packed)
+    return packed
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """(E, N, K), a copy, of values in panels."""
+    return _raw(packed).permute(0, 1, 3, 4, 2, 5).reshape(logical_shape(packed)).view(packed.dtype)
+
+
+def packed_rows(packed: Tensor, rows: Tensor) -> Tensor:
+    """Rows (R,), int32, of the one matrix of values in panels, as (R, K)."""
+    if _native is not None and packed.device.type == rows.device.type == "cpu":
+        return _native.packed_rows(packed, rows)
+    panels = packed[0].flatten(2, 3)  # (N / 64, K / run, 64, run)
+    panel, output = rows // WIDTH, rows % WIDTH
+    return panels[panel, :, output].flatten(1)
+
+
+def _raw(x: Tensor) -> Tensor:
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x  # torch copies e4m3 in some layouts only
