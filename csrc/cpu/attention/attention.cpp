@@ -23,7 +23,8 @@ GROK_INLINE void widen(DType type, const void* row, int64_t c, int64_t width, fl
   switch (type) {
     case DType::f32: return widen<float>(row, c, width, y);
     case DType::bf16: return widen<BF16>(row, c, width, y);
-    default: return widen<E4M3>(row, c, width, y);
+    case DType::e4m3: return widen<E4M3>(row, c, width, y);
+    case DType::int8: return;  // no pages are of it
   }
 }
 
