@@ -1,4 +1,4 @@
-// The launchers of the wide products under the host emulation, for ctypes, beside those of gemm_emulated.cpp.
+// The launchers of the products with swapped operands under the host emulation, for ctypes.
 
 #include "cuda/gemm/tile_sizes.h"
 #include "cuda/gemm/wide.cuh"
@@ -14,7 +14,9 @@ int even_height(int64_t n, int64_t experts, int64_t multiprocessors) {
   return gemm::even_height(n, experts, multiprocessors);
 }
 
-void convert(uint32_t bytes, uint32_t* pairs) { gemm::wide::convert(bytes, gemm::wide::kUpperBytes, pairs[0], pairs[1]); }
+void convert(uint32_t bytes, uint32_t* pairs) {
+  gemm::wide::convert(bytes, gemm::wide::kUpperBytes, pairs[0], pairs[1]);
+}
 
 int column_at(int place) { return gemm::column_at(place); }
 
