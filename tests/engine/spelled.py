@@ -1,4 +1,4 @@
-"""A golden model with a tokenizer, trained on words that mean nothing, one piece to each of its tokens."""
+"""Gives a golden model a tokenizer, trained on random words, with as many pieces as the model has tokens."""
 
 from __future__ import annotations
 
