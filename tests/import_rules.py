@@ -100,7 +100,6 @@ PEERS = ("deep_gemm", "flashinfer", "sgl_kernel", "vllm")
 # The extras whose packages a package may import. Outside grok_bench, whose commands are imported on demand, such an
 # import stands inside a function: the distribution works without its extras.
 EXTRAS: Table = {"grok_engine": ("structured",), "grok_kernels": (), "grok_bench": ("bench",)}
-PYTEST_PLUGINS = {"pytest_benchmark": "--benchmark-only"}  # not imported: named by an option in the Makefile
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # In a string: "cpu" and "cuda" are devices too, so a layer may say those.
@@ -350,8 +349,7 @@ def dependency_errors(root: Path, project: Mapping[str, object]) -> list[str]:
     make = "".join((root / name).read_text() for name in ("Makefile", ".ci/run") if (root / name).exists())
     for extra, names in extras.items():
         for name in names - used:
-            called = PYTEST_PLUGINS.get(name, f"/{name}")  # a tool is run from the environment's bin/
-            if extra != "dev" or called not in make:
+            if extra != "dev" or f"/{name}" not in make:  # a tool is run from the environment's bin/
                 errors.add(f"nothing imports {name}, of the extra {extra}")
     return sorted(errors)
 
