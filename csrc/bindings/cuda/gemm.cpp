@@ -1,7 +1,7 @@
 // torch bindings of the Hopper GEMMs, in the library grok_cuda::. grok_kernels/ops has the contract of each op and the
 // rest of its checks; grok_kernels/cuda.py decides which calls come here.
 
-#include "cuda/include/grok/wide.h"
+#include "cuda/include/grok/swapped.h"
 
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -66,11 +66,11 @@ void set_x(cuda::Product& p, const at::Tensor& x, const at::Tensor& scale) {
 
 // tokens: 0 for the kernels for many rows, else the tile of those with swapped operands.
 void launch(const cuda::GroupedGemm& p, int64_t tokens, cuda::Stream stream) {
-  tokens ? cuda::wide_grouped_gemm(p, tokens, stream) : cuda::grouped_gemm(p, stream);
+  tokens ? cuda::swapped_grouped_gemm(p, tokens, stream) : cuda::grouped_gemm(p, stream);
 }
 
 void launch(const cuda::GateUp& p, int64_t tokens, cuda::Stream stream) {
-  tokens ? cuda::wide_gate_up(p, tokens, stream) : cuda::gate_up(p, stream);
+  tokens ? cuda::swapped_gate_up(p, tokens, stream) : cuda::gate_up(p, stream);
 }
 
 at::Tensor grouped_gemm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,

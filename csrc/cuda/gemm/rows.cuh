@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "../include/grok/wide.h"
+#include "../include/grok/swapped.h"
 #include "product.cuh"
 #include "quantize.cuh"
 #include "schedule.cuh"

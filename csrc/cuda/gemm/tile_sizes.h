@@ -28,7 +28,7 @@ inline int tile_columns(int64_t rows, int64_t n, int64_t experts, int64_t cluste
   return best;
 }
 
-// Weight rows of a warpgroup in an `Even` block of wide.cuh, chosen so that the last round of blocks is well filled.
+// Weight rows of a warpgroup in an `Even` block of swapped.cuh, chosen so that the last round of blocks is well filled.
 // The host does not know how many experts are hit, so the worst number of them counts; a shorter block wins only if it
 // is more than 2% better.
 inline int even_height(int64_t n, int64_t experts, int64_t multiprocessors) {

@@ -12,5 +12,5 @@ from tests.kernels.cuda.emulation import CSRC, HERE, compiled
 @pytest.fixture(scope="session")
 def products(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     sources = sorted((CSRC / "cuda/gemm/instantiations").glob("*.cu"))
-    emulated = (HERE / "gemm_emulated.cpp", HERE / "wide_emulated.cpp")
+    emulated = (HERE / "gemm_emulated.cpp", HERE / "swapped_emulated.cpp")
     return compiled(tmp_path_factory.mktemp("products") / "products.so", *sources, *emulated)

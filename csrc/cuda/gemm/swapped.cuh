@@ -4,7 +4,7 @@
 #include <type_traits>
 
 #include "pipeline.cuh"
-#include "wide_store.cuh"
+#include "swapped_store.cuh"
 
 // GEMMs with swapped operands: the weights are the tensor core's operand of 64 rows, x is the narrow one. e4m3 × e4m3
 // for few rows of x, where only the weights' bytes should cost time, and int8 × bf16 for any number of rows.
@@ -14,7 +14,7 @@
 // then promoted to fp32 times the scale of the row of x (e4m3), or of the weight row and its group of K (int8). A
 // warpgroup waits only for its own part of a stage, and converts int8 while the part before is being multiplied.
 
-namespace grok::cuda::gemm::wide {
+namespace grok::cuda::gemm::swapped {
 
 // The upper bytes of the bf16 numbers 128..255, and of -128 and -256. They are read from shared memory: as a constant
 // they would be PRMT's immediate operand, and the selector, which must then be in a register, would be loaded for each
@@ -69,7 +69,7 @@ struct Config {
   };
   static_assert(sizeof(Shared) <= kMostShared && kStages >= 3, "stages that cover the way to memory");
 
-  static __host__ __device__ int block_rows(const Wide& p) {  // weight rows of a block, that is, columns of y
+  static __host__ __device__ int block_rows(const Swapped& p) {  // weight rows of a block, that is, columns of y
     return kGated ? 128 : kEven ? 2 * p.height : 256;
   }
 };
@@ -79,7 +79,7 @@ struct Config {
 template <class Config>
 class RowScales {
  public:
-  __device__ __forceinline__ RowScales(const Wide& p, const Place<Config>& me, const Tile& tile)
+  __device__ __forceinline__ RowScales(const Swapped& p, const Place<Config>& me, const Tile& tile)
       : p_(p), me_(me), tile_(tile) {
     if (kAhead) load(0);
   }
@@ -111,7 +111,7 @@ class RowScales {
     }
   }
 
-  const Wide& p_;
+  const Swapped& p_;
   const Place<Config>& me_;
   const Tile& tile_;
   int change_ = 0;  // first column of the next group
@@ -154,13 +154,13 @@ __device__ __forceinline__ void load_operands(const uint8_t* tile, int half, Upp
 
 // The tile with this index; false when there are no more.
 template <class Config>
-__device__ __forceinline__ bool find(const Wide& p, const Schedule& schedule, int32_t index, Tile& tile) {
+__device__ __forceinline__ bool find(const Swapped& p, const Schedule& schedule, int32_t index, Tile& tile) {
   return Walk<Config::kTokens>(schedule, p.experts, index, 0).next(tile);
 }
 
 // Run by one warp: one of its threads loads the tiles, all of them the scales of x.
 template <class Config>
-__device__ __forceinline__ void load(const Wide& p, typename Config::Shared& shared) {
+__device__ __forceinline__ void load(const Swapped& p, typename Config::Shared& shared) {
   const bool leads = sm90::elect_one();
   const int rows = Config::kEven ? 2 * p.height : Config::kPartRows;
   Position<Config::kStages> at;
@@ -249,7 +249,7 @@ __device__ __forceinline__ void promote(const Place<Config>& me, const float* x_
 
 // Computes the sums of a tile.
 template <class Config>
-__device__ __forceinline__ void multiply_tile(const Wide& p, typename Config::Shared& shared,
+__device__ __forceinline__ void multiply_tile(const Swapped& p, typename Config::Shared& shared,
                                               Position<Config::kStages>& at, const Tile& tile,
                                               float (&sums)[Config::kWhole][Config::kSums]) {
 #pragma unroll
@@ -295,7 +295,7 @@ __device__ __forceinline__ void multiply_tile(const Wide& p, typename Config::Sh
 }
 
 template <class Config>
-__device__ __forceinline__ void multiply_tiles(const Wide& p, typename Config::Shared& shared) {
+__device__ __forceinline__ void multiply_tiles(const Swapped& p, typename Config::Shared& shared) {
   Position<Config::kStages> at;
   [[maybe_unused]] int turn = 0;
   Tile tile;
@@ -327,7 +327,7 @@ __device__ __forceinline__ void multiply_tiles(const Wide& p, typename Config::S
 }
 
 template <class Weight, class Form, int kTokens>
-__global__ void __launch_bounds__(kThreads, 1) wide_kernel(const __grid_constant__ Wide p) {
+__global__ void __launch_bounds__(kThreads, 1) swapped_kernel(const __grid_constant__ Swapped p) {
   using C = Config<Weight, Form, kTokens>;
   auto& shared = sm90::shared_memory<typename C::Shared>();
   fill<kTokens>(shared.schedule, p.offsets, p.rows, p.experts, tiles(p.width, C::block_rows(p)));
@@ -348,4 +348,4 @@ __global__ void __launch_bounds__(kThreads, 1) wide_kernel(const __grid_constant
   }
 }
 
-}  // namespace grok::cuda::gemm::wide
+}  // namespace grok::cuda::gemm::swapped

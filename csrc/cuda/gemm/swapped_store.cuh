@@ -7,11 +7,11 @@
 #include "quantize.cuh"
 #include "schedule.cuh"
 
-// The epilogue of wide.cuh. With swapped operands a row of y lies across threads: eight neighbours in lanes 4 apart.
+// The epilogue of swapped.cuh. With swapped operands a row of y lies across threads: eight neighbours in lanes 4 apart.
 
-namespace grok::cuda::gemm::wide {
+namespace grok::cuda::gemm::swapped {
 
-struct Wide : Parameters {
+struct Swapped : Parameters {
   int32_t groups, span;  // int8: groups of K with a scale of their own, and columns of each
   int32_t height;        // Even: weight rows of a warpgroup
   bool y_is_float;
@@ -23,7 +23,7 @@ template <class Config>
 struct Place {
   int group, warp, row, token, height;
 
-  __device__ __forceinline__ Place(const Wide& p, int lane)
+  __device__ __forceinline__ Place(const Swapped& p, int lane)
       : group(sm90::warp_index() / 4 - 1),
         warp(sm90::warp_index() % 4),
         row(lane / 4),
@@ -43,7 +43,7 @@ struct Place {
 };
 
 template <class Config>
-__device__ __forceinline__ void store_fp32(const Wide& p, const Place<Config>& me, const Tile& tile, int column,
+__device__ __forceinline__ void store_fp32(const Swapped& p, const Place<Config>& me, const Tile& tile, int column,
                                            const float (&sums)[Config::kSums]) {
 #pragma unroll
   for (int i = 0; i < Config::kSums; i += 4) {
@@ -66,7 +66,7 @@ __device__ __forceinline__ void store_fp32(const Wide& p, const Place<Config>& m
 // Transposes 16 tokens at a time through the warp's staging buffer: four 8 × 8 matrices, at (token, column) (0, 0), (0,
 // 8), (8, 0), (8, 8). Two lanes then hold 16 neighbouring columns of y, a whole sector of memory.
 template <class Config>
-__device__ __forceinline__ void store_bf16(const Wide& p, const Place<Config>& me, const Tile& tile, int column,
+__device__ __forceinline__ void store_bf16(const Swapped& p, const Place<Config>& me, const Tile& tile, int column,
                                            const float (&sums)[Config::kSums], uint8_t* buffer) {
   const int lane = sm90::lane_index(), h = lane % 2, token = lane / 16 * 8 + lane / 2 % 8;
   const int at = column + me.output(h) - me.row;
@@ -87,7 +87,7 @@ __device__ __forceinline__ void store_bf16(const Wide& p, const Place<Config>& m
 
 // gate = act(gate) · up, and 0 past the last column.
 template <class Config>
-__device__ __forceinline__ void multiply_gate(const Wide& p, const Place<Config>& me, int column,
+__device__ __forceinline__ void multiply_gate(const Swapped& p, const Place<Config>& me, int column,
                                               float (&gate)[Config::kSums], const float (&up)[Config::kSums]) {
   apply_gate<Config::kSums>(p.activation, gate, up);
 #pragma unroll
@@ -97,7 +97,7 @@ __device__ __forceinline__ void multiply_gate(const Wide& p, const Place<Config>
 
 // Stores e4m3, with one scale for a token and the 128 columns of the two warpgroups.
 template <class Config>
-__device__ __forceinline__ void store_e4m3(const Wide& p, const Place<Config>& me, const Tile& tile, int column,
+__device__ __forceinline__ void store_e4m3(const Swapped& p, const Place<Config>& me, const Tile& tile, int column,
                                            const float (&v)[Config::kSums], uint32_t (&amax)[Config::kTokens][8]) {
 #pragma unroll
   for (int i = 0; i < Config::kSums; i += 4)
@@ -128,4 +128,4 @@ __device__ __forceinline__ void store_e4m3(const Wide& p, const Place<Config>& m
     }
 }
 
-}  // namespace grok::cuda::gemm::wide
+}  // namespace grok::cuda::gemm::swapped

@@ -1,8 +1,8 @@
-#include "../wide.cuh"
+#include "../swapped.cuh"
 
 #include <algorithm>
 
-#include "../../include/grok/wide.h"
+#include "../../include/grok/swapped.h"
 #include "../check.h"
 #include "../tile_sizes.h"
 
@@ -12,8 +12,8 @@ namespace {
 using namespace gemm;
 
 template <class Weight>
-void add_groups(const char* op, const std::string& shape, const Product& p, int64_t tokens, wide::Wide& k) {
-  constexpr bool kInt8 = std::is_same_v<Weight, wide::Int8>;
+void add_groups(const char* op, const std::string& shape, const Product& p, int64_t tokens, swapped::Swapped& k) {
+  constexpr bool kInt8 = std::is_same_v<Weight, swapped::Int8>;
   check(p.x_type == (kInt8 ? Type::bf16 : Type::e4m3), op, " of ", shape, ": x is not ", kInt8 ? "bf16" : "e4m3",
         ", the only type of rows for such weights");
   check(tokens == 16 || tokens == 64 || (kInt8 && tokens == 128), op, " of ", shape, ": tokens=", tokens,
@@ -26,8 +26,8 @@ void add_groups(const char* op, const std::string& shape, const Product& p, int6
 }
 
 template <class Weight, class Form, int kTokens>
-void launch_tiles(const char* op, const std::string& shape, const Product& p, wide::Wide k, Stream stream) {
-  using C = wide::Config<Weight, Form, kTokens>;
+void launch_tiles(const char* op, const std::string& shape, const Product& p, swapped::Swapped k, Stream stream) {
+  using C = swapped::Config<Weight, Form, kTokens>;
   const auto columns = static_cast<uint64_t>(C::kInt8 ? gathered_width(p.k) : p.k);
   const uint64_t bytes = columns * (C::kInt8 ? 2 : 1);
   k.x = tensor_map(op, shape,
@@ -37,55 +37,55 @@ void launch_tiles(const char* op, const std::string& shape, const Product& p, wi
   const int64_t most = most_tiles(op, shape, p, kTokens, tiles(k.width, C::block_rows(k)));
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(most, multiprocessors()));
   const Launch how = {op, shape, {blocks, 1, 1}, {kThreads, 1, 1}, sizeof(typename C::Shared), 1, stream};
-  launch_kernel(how, wide::wide_kernel<Weight, Form, kTokens>, k);
+  launch_kernel(how, swapped::swapped_kernel<Weight, Form, kTokens>, k);
 }
 
 // Every block of weight rows reads all rows of x from L2 again. With few rows of x that is cheap, and the block's
 // height is chosen for even rounds; with many, tall blocks win. e4m3 has only few rows here.
 template <class Weight>
 void choose_block(const char* op, const std::string& shape, const GroupedGemm& p, int64_t tokens, Stream stream) {
-  auto k = params_of<wide::Wide>(op, shape, p);
+  auto k = params_of<swapped::Swapped>(op, shape, p);
   add_groups<Weight>(op, shape, p.product, tokens, k);
   if (p.product.rows == 0) return;
   k.y_is_float = p.y_is_float;
-  if constexpr (std::is_same_v<Weight, wide::Int8>) {
+  if constexpr (std::is_same_v<Weight, swapped::Int8>) {
     k.step = 128;
-    if (tokens == 128) return launch_tiles<Weight, wide::Tall, 128>(op, shape, p.product, k, stream);
+    if (tokens == 128) return launch_tiles<Weight, swapped::Tall, 128>(op, shape, p.product, k, stream);
     if (tokens == 64 && p.product.rows > tokens * p.product.experts)
-      return launch_tiles<Weight, wide::Tall, 64>(op, shape, p.product, k, stream);
+      return launch_tiles<Weight, swapped::Tall, 64>(op, shape, p.product, k, stream);
   }
   k.height = even_height(p.product.n, p.product.experts, multiprocessors());
-  tokens == 64 ? launch_tiles<Weight, wide::Even, 64>(op, shape, p.product, k, stream)
-               : launch_tiles<Weight, wide::Even, 16>(op, shape, p.product, k, stream);
+  tokens == 64 ? launch_tiles<Weight, swapped::Even, 64>(op, shape, p.product, k, stream)
+               : launch_tiles<Weight, swapped::Even, 16>(op, shape, p.product, k, stream);
 }
 
 template <class Weight>
 void choose_tokens(const char* op, const std::string& shape, const GateUp& p, int64_t tokens, Stream stream) {
-  auto k = params_of<wide::Wide>(op, shape, p);
+  auto k = params_of<swapped::Swapped>(op, shape, p);
   add_groups<Weight>(op, shape, p.product, tokens, k);
   if (p.product.rows == 0) return;
-  if constexpr (std::is_same_v<Weight, wide::Int8>) {
+  if constexpr (std::is_same_v<Weight, swapped::Int8>) {
     k.width = static_cast<int32_t>(gathered_width(k.width));
-    if (tokens == 128) return launch_tiles<Weight, wide::Gated, 128>(op, shape, p.product, k, stream);
+    if (tokens == 128) return launch_tiles<Weight, swapped::Gated, 128>(op, shape, p.product, k, stream);
   }
-  tokens == 64 ? launch_tiles<Weight, wide::Gated, 64>(op, shape, p.product, k, stream)
-               : launch_tiles<Weight, wide::Gated, 16>(op, shape, p.product, k, stream);
+  tokens == 64 ? launch_tiles<Weight, swapped::Gated, 64>(op, shape, p.product, k, stream)
+               : launch_tiles<Weight, swapped::Gated, 16>(op, shape, p.product, k, stream);
 }
 
 }  // namespace
 
-void wide_grouped_gemm(const GroupedGemm& p, int64_t tokens, Stream stream) {
-  const char* op = "wide_grouped_gemm";
+void swapped_grouped_gemm(const GroupedGemm& p, int64_t tokens, Stream stream) {
+  const char* op = "swapped_grouped_gemm";
   const std::string shape = shape_of(p.product);
-  p.product.weight_type == Type::int8 ? choose_block<wide::Int8>(op, shape, p, tokens, stream)
-                                      : choose_block<wide::E4m3>(op, shape, p, tokens, stream);
+  p.product.weight_type == Type::int8 ? choose_block<swapped::Int8>(op, shape, p, tokens, stream)
+                                      : choose_block<swapped::E4m3>(op, shape, p, tokens, stream);
 }
 
-void wide_gate_up(const GateUp& p, int64_t tokens, Stream stream) {
-  const char* op = "wide_gate_up";
+void swapped_gate_up(const GateUp& p, int64_t tokens, Stream stream) {
+  const char* op = "swapped_gate_up";
   const std::string shape = shape_of(p.product);
-  p.product.weight_type == Type::int8 ? choose_tokens<wide::Int8>(op, shape, p, tokens, stream)
-                                      : choose_tokens<wide::E4m3>(op, shape, p, tokens, stream);
+  p.product.weight_type == Type::int8 ? choose_tokens<swapped::Int8>(op, shape, p, tokens, stream)
+                                      : choose_tokens<swapped::E4m3>(op, shape, p, tokens, stream);
 }
 
 }  // namespace grok::cuda

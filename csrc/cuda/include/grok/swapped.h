@@ -14,11 +14,11 @@
 namespace grok::cuda {
 
 // As grouped_gemm. bf16 rows of x have the column order and width of `gather_rows`.
-void wide_grouped_gemm(const GroupedGemm& p, int64_t tokens, Stream stream);
+void swapped_grouped_gemm(const GroupedGemm& p, int64_t tokens, Stream stream);
 
 // As gate_up for e4m3. For int8 weights y is bf16, in the column order and width that `gather_rows` gives rows of n / 2
 // columns, and y_scale is not used.
-void wide_gate_up(const GateUp& p, int64_t tokens, Stream stream);
+void swapped_gate_up(const GateUp& p, int64_t tokens, Stream stream);
 
 // Columns of a row that `gather_rows` wrote: dim rounded up to a multiple of 128, padded with zeros.
 constexpr int64_t gathered_width(int64_t dim) { return (dim + 127) / 128 * 128; }

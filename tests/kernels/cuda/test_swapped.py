@@ -1,4 +1,5 @@
-"""The wide products for Hopper, run by the host emulation: int8 against the oracle, e4m3 with the bits of the other kernels."""
+"""The swapped-operand products for Hopper, run by the host emulation: int8 against the oracle, e4m3 with the bits of the other
+kernels."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 import grok_kernels
+from grok_kernels import Weight
 from tests.kernels import oracle
 from tests.kernels.cases import FP8, ints, randint8, randn
 from tests.kernels.cuda import test_gemm as many
@@ -49,9 +51,9 @@ def product(x: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor | N
     )
 
 
-class Wide(many.Emulated):
-    def wide(self, params: Any, tokens: int) -> None:
-        name = "wide_gate_up" if isinstance(params, GateUp) else "wide_grouped_gemm"
+class Swapped(many.Emulated):
+    def swapped(self, params: Any, tokens: int) -> None:
+        name = "swapped_gate_up" if isinstance(params, GateUp) else "swapped_grouped_gemm"
         call(getattr(self.library, name), ctypes.byref(params), I64(tokens))
 
     def gather(self, x: Tensor, order: Tensor | None = None, offsets: Tensor | None = None, active: int = 1) -> Tensor:
@@ -70,7 +72,7 @@ class Wide(many.Emulated):
         """Rows that the kernel did not write are 7, one row past the last among them."""
         y, rows = torch.full((len(x) + 1, weight.shape[1]), 7.0, dtype=out_dtype), self.gather(x)
         operands = product(rows, weight, weight_scale, offsets, x.shape[1])
-        self.wide(GroupedGemm(operands, at(y), out_dtype == FP32, at(order), at(row_weights)), tokens)
+        self.swapped(GroupedGemm(operands, at(y), out_dtype == FP32, at(order), at(row_weights)), tokens)
         assert (y[-1] == 7).all()
         return y[:-1]
 
@@ -79,7 +81,7 @@ class Wide(many.Emulated):
     ) -> Tensor:
         """In the order of gather_rows, as are `rows`."""
         y = torch.full((len(rows) + 1, padded(weight.shape[1] // 2)), 7.0, dtype=torch.bfloat16)
-        self.wide(
+        self.swapped(
             GateUp(product(rows, weight, weight_scale, offsets, k), ACTIVATIONS[activation], at(y), None, 0, 0), tokens
         )
         assert (y[-1] == 7).all()
@@ -95,17 +97,17 @@ class Wide(many.Emulated):
         inner = self.gate_up_int8(rows, w13, w13_scale, offsets, tokens, activation, x.shape[1])
         parts = torch.full((len(order), x.shape[1]), NAN)
         operands = product(inner, w2, w2_scale, offsets, w2.shape[2])
-        self.wide(GroupedGemm(operands, at(parts), True, at(order), at(topk_weights)), tokens)
+        self.swapped(GroupedGemm(operands, at(parts), True, at(order), at(topk_weights)), tokens)
         return self.combine(parts, experts.shape[1])
 
 
 @pytest.fixture(scope="module")
-def machine(products: ctypes.CDLL) -> Wide:
-    return Wide(products)
+def machine(products: ctypes.CDLL) -> Swapped:
+    return Swapped(products)
 
 
 @pytest.fixture
-def emulated(machine: Wide) -> Iterator[Wide]:
+def emulated(machine: Swapped) -> Iterator[Swapped]:
     yield machine
     machine.library.set_seed(0)
     machine.library.set_multiprocessors(4)
@@ -127,7 +129,7 @@ def exact(c: dict[str, Any]) -> oracle.Array:
 # The parts
 
 
-def test_every_int8_becomes_bf16_exactly(machine: Wide) -> None:
+def test_every_int8_becomes_bf16_exactly(machine: Swapped) -> None:
     pairs = (ctypes.c_uint32 * 2)()
     for value in range(256):
         word = [value, value ^ 0xFF, 255 - value, value * 7 % 256]
@@ -137,7 +139,7 @@ def test_every_int8_becomes_bf16_exactly(machine: Wide) -> None:
         assert torch.equal(got.view(torch.int16), expected.view(torch.int16))  # and no zero is negative
 
 
-def test_blocks_of_few_rows_come_out_even_for_every_number_of_experts_hit(machine: Wide) -> None:
+def test_blocks_of_few_rows_come_out_even_for_every_number_of_experts_hit(machine: Swapped) -> None:
     height = machine.library.even_height
     height.argtypes = (I64, I64, I64)
     assert height(6144, 8, 132) == 24
@@ -149,7 +151,7 @@ def test_blocks_of_few_rows_come_out_even_for_every_number_of_experts_hit(machin
 
 
 @pytest.mark.parametrize("d", [2, 128, 130, 1100])
-def test_rows_are_gathered_in_the_order_of_the_product(emulated: Wide, d: int) -> None:
+def test_rows_are_gathered_in_the_order_of_the_product(emulated: Swapped, d: int) -> None:
     x, order, offsets = randn(7, d + 6).bfloat16()[:, :d], ints(*torch.randperm(14).tolist()), ints(0, 5, 5, 12)
     assert [emulated.library.column_at(i) for i in range(128)] == places(128).tolist()
     zeros = torch.zeros(7, padded(d), dtype=torch.bfloat16)
@@ -169,9 +171,10 @@ SHAPES = [(16, 136, 2, 8), (16, 136, 5, 16), (64, 96, 2, 24), (64, 200, 4, 32), 
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize(("tokens", "n", "multiprocessors", "height"), SHAPES)
 def test_int8_across_every_border(
-    emulated: Wide, tokens: int, n: int, multiprocessors: int, height: int, groups: int
+    emulated: Swapped, tokens: int, n: int, multiprocessors: int, height: int, groups: int
 ) -> None:
-    """Past a tile's rows and columns and the last of K, with experts that have no rows, and rows that have no expert."""
+    """Past a tile's rows and columns and the last of K, with experts that have no rows, and rows that have no
+    expert."""
     last = 40 if tokens == 16 else 150 if height < 128 or tokens == 128 else 270  # of 64 tokens, more than 64 an expert
     m, offsets, k = last + 4, [0, 0, last - 19, last - 19, last], 384 if groups > 1 else 272
     emulated.library.set_multiprocessors(multiprocessors)
@@ -190,13 +193,13 @@ def test_int8_across_every_border(
 
 @pytest.mark.parametrize("tokens", [16, 64, 128])
 @pytest.mark.parametrize("offsets", [None, [0, 1], [0, 16], [0, 17], [0, 0, 40, 129]])
-def test_groups_of_any_size(emulated: Wide, offsets: list[int] | None, tokens: int) -> None:
+def test_groups_of_any_size(emulated: Swapped, offsets: list[int] | None, tokens: int) -> None:
     c = case(33 if offsets is None else offsets[-1], 40, 144, offsets or [0, 33])
     given = {**c, "offsets": None if offsets is None else c["offsets"]}
     assert_near(emulated.int8(**given, tokens=tokens, out_dtype=torch.bfloat16), exact(c), rel=2e-6)
 
 
-def test_every_value_of_int8_and_of_the_scales(emulated: Wide) -> None:
+def test_every_value_of_int8_and_of_the_scales(emulated: Swapped) -> None:
     c = case(9, 16, 256, [0, 9], groups=2)
     c["weight"][0, :, :] = torch.arange(256).byte().view(torch.int8)
     c["weight"][0, 1] = c["weight"][0, 1].flip(0)
@@ -210,7 +213,7 @@ def test_every_value_of_int8_and_of_the_scales(emulated: Wide) -> None:
     assert got.isnan().any(1).tolist() == [row == 6 for row in range(9)]
 
 
-def test_a_row_has_the_same_bits_in_any_batch_any_tile_and_any_order_of_threads(emulated: Wide) -> None:
+def test_a_row_has_the_same_bits_in_any_batch_any_tile_and_any_order_of_threads(emulated: Swapped) -> None:
     c = case(150, 136, 256, [0, 110, 150], groups=2)
     whole = emulated.int8(**c, tokens=64)
     for row in (0, 109, 110, 149):
@@ -223,7 +226,7 @@ def test_a_row_has_the_same_bits_in_any_batch_any_tile_and_any_order_of_threads(
 
 
 @pytest.mark.parametrize(("tokens", "activation"), [(16, "gelu_tanh"), (64, "silu"), (128, "gelu")])
-def test_gate_and_up_in_the_order_of_the_next_product(emulated: Wide, tokens: int, activation: str) -> None:
+def test_gate_and_up_in_the_order_of_the_next_product(emulated: Swapped, tokens: int, activation: str) -> None:
     """Of 176 columns the second block is short; past them y is 0, though the weights go on."""
     c, f = case(150, 2 * 176, 128, [0, 5, 5, 139, 147]), 176
     c["x"][147:], c["weight_scale"][1] = NAN, NAN
@@ -251,13 +254,14 @@ def layer(t: int, d: int, f: int, groups13: int = 1, groups2: int = 1, e: int = 
 @pytest.mark.parametrize(
     ("t", "d", "f", "groups", "tokens"), [(1, 144, 48, 1, 16), (37, 256, 256, 2, 64), (130, 128, 272, 1, 128)]
 )
-def test_the_layer_as_the_reference(emulated: Wide, t: int, d: int, f: int, groups: int, tokens: int) -> None:
+def test_the_layer_as_the_reference(emulated: Swapped, t: int, d: int, f: int, groups: int, tokens: int) -> None:
     c = layer(t, d, f, groups, groups)
     if tokens == 128:
         c["experts"][:, 0] = 2  # more than a tile of one expert
     got = emulated.layer(**c, tokens=tokens)
     with grok_kernels.use_backend("reference"):
-        expected = grok_kernels.moe(**c)
+        weights = Weight.of(c["w13"], c["w13_scale"]), Weight.of(c["w2"], c["w2_scale"])
+        expected = grok_kernels.moe(c["x"], c["topk_weights"], c["experts"], *weights)
     assert distance(got, expected) < 3e-3  # a value next to a rounding step may go either way
     emulated.library.set_seed(5)
     assert torch.equal(emulated.layer(**c, tokens=tokens), got)
@@ -265,7 +269,7 @@ def test_the_layer_as_the_reference(emulated: Wide, t: int, d: int, f: int, grou
     assert torch.equal(emulated.layer(**some, tokens=tokens), got[t // 2 : t // 2 + 1])
 
 
-def test_a_nan_reaches_its_own_token_alone(emulated: Wide) -> None:
+def test_a_nan_reaches_its_own_token_alone(emulated: Swapped) -> None:
     c = layer(6, 144, 64)
     c["x"][2, 5] = NAN
     assert emulated.layer(**c, tokens=16).isnan().any(1).tolist() == [row == 2 for row in range(6)]
@@ -281,7 +285,7 @@ def fp8_params(c: dict[str, Any], y: Tensor, order: Tensor | None, row_weights: 
 
 @pytest.mark.parametrize("tokens", [16, 64])
 @pytest.mark.parametrize(("n", "k", "multiprocessors"), [(136, 272, 2), (96, 256, 2), (200, 144, 4)])
-def test_few_rows_have_the_bits_of_many(emulated: Wide, n: int, k: int, multiprocessors: int, tokens: int) -> None:
+def test_few_rows_have_the_bits_of_many(emulated: Swapped, n: int, k: int, multiprocessors: int, tokens: int) -> None:
     m, offsets = 76, [0, 0, 67, 67, 72]
     c = many.case(m, n, k, offsets)
     c["weight"][[0, 2]], c["weight_scale"][[0, 2]] = torch.tensor(NAN).to(FP8), NAN
@@ -294,15 +298,15 @@ def test_few_rows_have_the_bits_of_many(emulated: Wide, n: int, k: int, multipro
         emulated.library.set_seed(seed)
         for dtype, bits in expected.items():
             y = torch.full((m, n), 7.0, dtype=dtype)
-            emulated.wide(fp8_params(c, y, None, None), tokens)
+            emulated.swapped(fp8_params(c, y, None, None), tokens)
             assert torch.equal(y, bits)
     y = torch.full((m, n), 7.0)
-    emulated.wide(fp8_params(c, y, order, row_weights), tokens)
+    emulated.swapped(fp8_params(c, y, order, row_weights), tokens)
     assert torch.equal(y, scattered)
 
 
 @pytest.mark.parametrize(("tokens", "activation"), [(16, "gelu"), (64, "gelu_tanh"), (16, "silu")])
-def test_few_rows_of_gate_and_up_have_the_bits_of_many(emulated: Wide, tokens: int, activation: str) -> None:
+def test_few_rows_of_gate_and_up_have_the_bits_of_many(emulated: Swapped, tokens: int, activation: str) -> None:
     c = many.case(90, 2 * 176, 272, [0, 5, 5, 79, 87])
     c["x"][87:], c["weight"][1] = torch.tensor(NAN).to(FP8), torch.tensor(NAN).to(FP8)
     c["x_scale"] *= 0.1
@@ -311,31 +315,31 @@ def test_few_rows_of_gate_and_up_have_the_bits_of_many(emulated: Wide, tokens: i
         emulated.library.set_seed(seed)
         y, y_scale = torch.full((90, 176), 7.0).to(FP8), torch.full((2, 90), 7.0)
         operands = many.product(c["x"], c["x_scale"], c["weight"], c["weight_scale"], c["offsets"])
-        emulated.wide(GateUp(operands, ACTIVATIONS[activation], at(y), at(y_scale), 1, 90), tokens)
+        emulated.swapped(GateUp(operands, ACTIVATIONS[activation], at(y), at(y_scale), 1, 90), tokens)
         assert torch.equal(y.view(torch.uint8), q.view(torch.uint8))
         assert torch.equal(y_scale.t(), scale)
 
 
-def test_one_scale_a_row_of_few(emulated: Wide) -> None:
+def test_one_scale_a_row_of_few(emulated: Swapped) -> None:
     c = many.case(20, 40, 400, [0, 11, 20])
     c["x_scale"] = c["x_scale"][:, :1].contiguous()
     y = torch.full((20, 40), 7.0)
-    emulated.wide(fp8_params(c, y, None, None), 16)
+    emulated.swapped(fp8_params(c, y, None, None), 16)
     assert torch.equal(y, emulated.gemm(**c))
 
 
-def int8_wrong(**changes: Any) -> Callable[[Wide], object]:
+def int8_wrong(**changes: Any) -> Callable[[Swapped], object]:
     c = {**case(4, 16, 256, [0, 4]), "tokens": 16, **changes}
     return lambda m: m.int8(**c)
 
 
-def fp8_wrong(tokens: int) -> Callable[[Wide], object]:
+def fp8_wrong(tokens: int) -> Callable[[Swapped], object]:
     c = many.case(4, 16, 16, [0, 4])
-    return lambda m: m.wide(fp8_params(c, torch.zeros(4, 16), None, None), tokens)
+    return lambda m: m.swapped(fp8_params(c, torch.zeros(4, 16), None, None), tokens)
 
 
-BAD: list[tuple[str, Callable[[Wide], object]]] = [
-    ("wide_grouped_gemm of M=4 N=16 K=256 E=1: tokens=32, expected 16 or 64, or 128", int8_wrong(tokens=32)),
+BAD: list[tuple[str, Callable[[Swapped], object]]] = [
+    ("swapped_grouped_gemm of M=4 N=16 K=256 E=1: tokens=32, expected 16 or 64, or 128", int8_wrong(tokens=32)),
     ("weight_groups=4, expected 1, or groups of a multiple of 128", int8_wrong(weight_scale=torch.ones(1, 4, 16))),
     ("order without row_weights, or y in bf16", int8_wrong(order=ints(0, 1, 2, 3))),
     ("no offsets, expected them for more than", int8_wrong(**{**case(4, 16, 256, [0, 2, 4]), "offsets": None})),
@@ -345,6 +349,8 @@ BAD: list[tuple[str, Callable[[Wide], object]]] = [
 
 
 @pytest.mark.parametrize(("message", "wrong"), BAD)
-def test_the_launchers_refuse_with_the_shape(emulated: Wide, message: str, wrong: Callable[[Wide], object]) -> None:
+def test_the_launchers_refuse_with_the_shape(
+    emulated: Swapped, message: str, wrong: Callable[[Swapped], object]
+) -> None:
     with pytest.raises(RuntimeError, match=message):
         wrong(emulated)
