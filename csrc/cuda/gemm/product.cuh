@@ -20,7 +20,7 @@ struct Parameters {
   int64_t x_scale_row, x_scale_group;
   const int32_t* offsets;
   int32_t rows, n, k, experts;
-  int32_t step;   // weight rows from the first half of a tile to the second (swapped.cuh: first part of a stage to second)
+  int32_t step;   // weight rows from the first half of a tile to the second (swapped.cuh: between the parts of a stage)
   int32_t width;  // columns of y
   void* y;
   // of a GroupedGemm
