@@ -1,6 +1,6 @@
 """Lines of at most 120 columns, in what ruff does not read: C++, CUDA, Markdown, make, shell, TOML.
 
-In Markdown, tables, code blocks and the targets of links may be longer.
+In Markdown, tables, code blocks and the targets of links may be longer. Generated pages, which say so, are left out.
 """
 
 import re
@@ -16,8 +16,10 @@ long_lines = []
 for name in subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True).stdout.splitlines():
     if not READ.search(name) or not Path(name).exists():
         continue
-    fenced = False
-    for number, line in enumerate(Path(name).read_text(encoding="utf-8").splitlines(), 1):
+    text, fenced = Path(name).read_text(encoding="utf-8"), False
+    if name.endswith(".md") and "do not edit" in text[:200]:
+        continue
+    for number, line in enumerate(text.splitlines(), 1):
         if name.endswith(".md"):
             fenced ^= line.lstrip().startswith("```")
             line = "" if fenced or line.startswith(("|", "    ")) else LINK.sub("", line)

@@ -12,6 +12,7 @@ FILES = {
     "Makefile": LONG,
     "src/kernel.cuh": f"{FULL}\n{LONG}",
     "docs/page.md": f"{LONG}\n| {LONG} |\n```\n{LONG}\n```\n[a link]({LONG}) and https://{LONG}\n{LONG}",
+    "docs/made.md": f"# Results\n\nMade by a command; do not edit.\n{LONG}",
     "module.py": LONG,  # ruff's
     "untracked.h": LONG,
 }
