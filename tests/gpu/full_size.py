@@ -166,7 +166,7 @@ def _rope(dtype: torch.dtype) -> Callable[[int, int], dict[str, Any]]:
 
 WRITTEN = ("k_cache", "v_cache")
 call("rope_store_kv", "q", "k", "v", "positions", "slots", written=WRITTEN)(_rope(BF16))
-# the rotation may round differently, and then a key may round to the next e4m3 too
+# the rotation rounds differently on the two sides, and then a key may go to the next of e4m3's steps
 call("rope_store_kv-fp8", "q", "k", "v", "positions", "slots", op="rope_store_kv", written=(*WRITTEN, "k_scale", "v_scale"), bound=TURNED)(_rope(FP8))  # fmt: skip
 
 
@@ -193,7 +193,7 @@ for _dtype, _name in ((BF16, ""), (FP8, "-fp8")):
     call(f"paged_attention-decode{_name}", *_rows_of, op="paged_attention")(_attention(_dtype, 1))
     call(f"paged_attention-prefill{_name}", op="paged_attention")(_attention(_dtype, 2))
 
-# (format of the rows, format of the weights, groups of their scales)
+# rows, weights, groups of their scales
 FORMATS = [("none", "int8", 1), ("none", "int8", 8), ("fp8", "fp8", 1), ("none", "fp8", 1), ("none", "bf16", 1), ("int8", "int8", 8)]  # fmt: skip
 
 
