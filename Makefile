@@ -15,11 +15,11 @@ INSTALLED := $(VENV)/.installed
 OTHER_TRITON := $(VENV)/triton-3.6
 BUILT := $(VENV)/.built
 
-# ninja lies in the environment, and the build looks for it on the path
+# The build finds ninja, which is installed in the environment, by the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test sanitize bench bench-cpu bench-gpu lint clean
+.PHONY: help setup demo test more sanitize bench bench-cpu bench-gpu lint clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -32,11 +32,15 @@ demo: $(BUILT) ## generate text with the small model that ships with the project
 test: $(BUILT) $(OTHER_TRITON) ## run the tests (PYTEST_ARGS="-k name" to choose)
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
-# The module is built anew, beside a copy of its package. libstdc++ too is loaded first, or exceptions go past the checks.
+more: sanitize ## run what is too slow for `make test`
+
+# Builds the module again, beside a copy of its package. libstdc++ is preloaded too: without it, the sanitizers do not
+# intercept the exceptions that the module throws.
 sanitize: $(BUILT) ## run the tests of the native kernels with the address and undefined-behaviour sanitizers
 	rm -rf $(SANITIZED)/grok_kernels && mkdir -p $(SANITIZED)
 	CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" $(BIN)/python -W ignore setup.py -q build_ext \
-	  --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects > $(SANITIZED)/build.log || { cat $(SANITIZED)/build.log; exit 1; }
+	  --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects > $(SANITIZED)/build.log \
+	  || { cat $(SANITIZED)/build.log; exit 1; }
 	cp -r $$(ls -d kernels/grok_kernels/* | grep -v "\.so$$") $(SANITIZED)/grok_kernels/
 	LD_PRELOAD="$$(for lib in asan ubsan stdc++; do c++ -print-file-name=lib$$lib.so; done | xargs)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
@@ -50,13 +54,14 @@ bench: $(BUILT) ## run the benchmarks
 bench-cpu: $(BUILT) ## measure the CPU's kernels beside its ceilings and peers (BENCH_ARGS="'moe/*' --json FILE")
 	$(BIN)/grok-engine bench kernels --device cpu $(BENCH_ARGS)
 
-# With the machine's own Python, which has torch for the GPU: nothing is installed, what is not built is built in place.
+# Uses the machine's own Python, whose torch supports the GPU. It installs nothing, and builds what is missing in place.
 bench-gpu: ## on a machine with a GPU: PART=first (4 minutes), then PART=second (7) (BENCH_ARGS="--list")
 	$(PYTHON) -m benchmarks.gpu $(PART) $(BENCH_ARGS)
 
-lint: $(BUILT) ## check format, lint and types
+lint: $(BUILT) ## check format, lint, length of lines and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/python .ci/line_length.py
 	$(BIN)/mypy
 
 clean: ## remove what was built; .venv stays
@@ -64,13 +69,13 @@ clean: ## remove what was built; .venv stays
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 	rm -f kernels/grok_kernels/_C.*.so kernels/grok_kernels/_CUDA.*.so $(BUILT)
 
-# --clear: what an interrupted creation left behind is not repaired, but made anew. A whole environment is kept.
+# --clear: an environment whose creation was interrupted is created again.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v < (3, 14) else \
 	"$(PYTHON) is Python %d.%d, this project needs 3.10 to 3.13: make PYTHON=python3.12 ..." % v)'
 	$(PYTHON) -m venv --clear $(VENV)
 
-# The build requirements first, by hand: without build isolation the extension is built against the torch it runs with.
+# Build requirements come first: without build isolation, the extension is built against the torch that it runs with.
 $(INSTALLED): pyproject.toml setup.py | $(BIN)/python
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing torch and the tools into $(VENV) (minutes, the first time)"
@@ -78,12 +83,12 @@ $(INSTALLED): pyproject.toml setup.py | $(BIN)/python
 	@GROK_BUILD_NATIVE=0 $(PIP) --no-build-isolation --editable ".[dev]"
 	@touch $@
 
-# The Triton of torch 2.11, which a machine with a GPU may have: the kernels are compiled with it too.
+# The Triton that belongs to torch 2.11, the oldest that we support: tests compile the kernels with it too.
 $(OTHER_TRITON): | $(INSTALLED)
 	@$(PIP) --no-deps --target $@ triton==3.6.0
 
-# Apart from the installation, so that a change under csrc/ compiles and no more. Without a module there is no stamp:
-# the next call tries again, since a compiler may have come.
+# Separate from the installation, so that a change under csrc/ only compiles. If the build gave no module there is no
+# stamp, and the next call tries again.
 $(BUILT): $(INSTALLED) $(NATIVE_SOURCES)
 	@echo "building the native kernels"
 	@$(BIN)/python -W ignore setup.py -q build_ext --inplace > $(VENV)/native.log || { cat $(VENV)/native.log; exit 1; }

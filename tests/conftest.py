@@ -1,4 +1,4 @@
-"""Read before any test imports torch."""
+"""Settings that must hold before any test imports torch or Triton."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import signal
 
 import pytest
 
-# A shell starts what runs in its background with interrupts ignored, and so would all that the tests start and interrupt.
+# A shell starts background jobs with SIGINT ignored. Processes that the tests start and interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The tests' products are small: beside other load, threads that spin while they wait take several times as long.
+# The tests' products are small. On a loaded machine, threads that spin while waiting make them several times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Triton's kernels run on the CPU, interpreted, unless the tests are to run on a GPU. Triton reads this at import.
+# Unless the tests run on a GPU, Triton's kernels run in its interpreter. Triton reads this variable at import.
 if os.environ.get("GROK_TEST_DEVICE", "cpu") == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -27,7 +27,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GROK_TEST_SHARD=i/n leaves the i-th of n parts, from 0 on: on a GPU most of the time goes into compiling kernels, which
-    several processes do sooner."""
+    """GROK_TEST_SHARD=i/n keeps every n-th test, from the i-th on (i from 0): on a GPU most of the time goes into
+    compiling kernels, which several processes do in parallel."""
     part, _, parts = os.environ.get("GROK_TEST_SHARD", "0/1").partition("/")
     items[:] = items[int(part) :: int(parts)]

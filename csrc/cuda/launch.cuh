@@ -7,22 +7,22 @@
 #include "../common/check.h"
 #include "sm90.cuh"
 
-// The host's side of a kernel: tensor maps, the launch, and errors that name the op, its shape and CUDA's reason.
+// The host side: tensor maps, launches, and errors that name the op, its shape and CUDA's reason.
 
 namespace grok::cuda {
 
 using sm90::TensorMap;
 
-enum class Element { byte, bf16 };  // a byte: e4m3 or int8
+enum class Element { byte, bf16 };  // byte: e4m3 or int8
 
-// A tensor in global memory as tiles are copied of it. Dimensions innermost first.
+// A tensor in global memory that tiles are copied from or to. Dimensions innermost first.
 struct Tiles {
   const void* data;  // aligned to 16 bytes
   Element element;
   int rank;                // 2 or 3
-  uint64_t size[3];        // elements; copies see zeros outside, and do not write there
+  uint64_t size[3];        // elements; outside, loads give zeros and stores write nothing
   uint64_t stride[3];      // bytes between neighbours of a dimension, multiples of 16; [0] is not read
-  uint32_t box[3];         // elements of a copy: 1 to 256 each, the innermost 128 bytes in whole
+  uint32_t box[3];         // elements of a tile: 1 to 256 in each dimension, the innermost exactly 128 bytes
 };
 
 struct Launch {
@@ -58,7 +58,7 @@ inline int multiprocessors() {
   return count;
 }
 
-// The driver's encoder, asked for by name: nothing links with libcuda.
+// The driver's encoder, looked up by name, so that nothing links against libcuda.
 inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   static const auto encode = [] {
     void* function = nullptr;

@@ -14,7 +14,7 @@ MODELS = ("g8-a-emb128-k16", "g1-b-q48-k128", "g8-e-12layers")
 
 
 class QuantizedWeight8bit:
-    """What the release's pickles refer to; made a class of __main__ so that pickle writes and finds it there."""
+    """The class that the release's pickles refer to. pickle looks for it in __main__, so it claims to be from there."""
 
     def __init__(self, weight: Any, scales: Any) -> None:
         self.weight = weight
@@ -33,7 +33,7 @@ def quantized(monkeypatch: pytest.MonkeyPatch) -> type[QuantizedWeight8bit]:
 
 @pytest.fixture
 def unpickled(quantized: type[QuantizedWeight8bit]) -> Callable[[bytes], tuple[Any, Any]]:
-    """Weight and scales as the standard library reads them: the judge of our own reader."""
+    """Weight and scales as the standard library's pickle reads them, which our reader is compared with."""
 
     def load(data: bytes) -> tuple[Any, Any]:
         value = pickle.loads(data)

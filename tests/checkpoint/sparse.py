@@ -1,4 +1,4 @@
-"""A synthetic Grok-1 release at its full size: every header and trailer in place, a hole where the data would be."""
+"""A synthetic Grok-1 release of the real size: real headers and trailers, and sparse files with a hole for the data."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ RELEASE_BYTES = 318_239_886_140
 
 
 def write_sparse_release(folder: Path) -> int:
-    """Writes `ckpt-0/` below `folder`, occupying a few MB at most. Returns the length of all files together.
+    """Writes `ckpt-0/` in `folder`, a few MB on disk. Returns the length of all files together.
 
-    The data reads as zeros, scales included, so the result passes for a checkpoint by its headers only.
+    Data and scales read as zeros, so only the headers are those of a valid checkpoint.
     """
     target = folder / "ckpt-0"
     target.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""A golden model with a tokenizer trained on meaningless words, with one piece for each of the model's tokens."""
+"""Gives a golden model a tokenizer, trained on random words, with as many pieces as the model has tokens."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""These tests need a GPU: GROK_TEST_DEVICE=cuda. With GROK_TEST_DEVICE=cpu:0 they run on the CPU at small sizes,
-Triton's kernels interpreted if TRITON_INTERPRET=1: that shows no more than that the tests themselves work."""
+"""These tests need a GPU and GROK_TEST_DEVICE=cuda. With cpu:0 instead they run on the CPU at small sizes, with
+Triton's interpreter if TRITON_INTERPRET=1, which only shows that the tests themselves work."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ DEVICE = os.environ.get("GROK_TEST_DEVICE", "cpu")
 
 
 def _weights(item: pytest.Item) -> str:
-    """What a test at full size has its weights named by: the rest of its call's name, "fp8xfp8-1" of
-    "moe-fp8xfp8-1"."""
+    """The weights that a full-size test uses: the rest of its call's name, "fp8xfp8-1" of "moe-fp8xfp8-1"."""
     call = str(getattr(getattr(item, "callspec", None), "params", {}).get("c", ""))
     return call.partition("-")[2] if item.path.parent.name == "gpu" else ""
 
@@ -26,9 +25,9 @@ def why_not() -> str:
     return ""
 
 
-@pytest.hookimpl(tryfirst=True)  # before the tests are cut into parts
+@pytest.hookimpl(tryfirst=True)  # before the tests are sharded
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=_weights)  # those of one format in a row, or nearly every test would make gigabytes anew
+    items.sort(key=_weights)  # tests with the same weights in a row, so that these gigabytes are made once
     reason = why_not()
     for item in items:
         if reason and item.path.parent.name == "gpu":

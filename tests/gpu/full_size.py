@@ -1,5 +1,5 @@
-"""Calls of every op at the sizes of Grok-1, with tensors made on the device. Rows are drawn anew for each seed;
-weights, which would not fit twice, are the same."""
+"""Calls of every op at Grok-1's sizes, with tensors made on the device. Rows depend on the seed; weights do not, since
+they would not fit into memory twice."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from grok_kernels.chips import multiplies_fp8
 
 DEVICE = torch.device(os.environ.get("GROK_TEST_DEVICE", "cpu"))
 ON_GPU = DEVICE.type == "cuda"
-# The sizes are divided by that where the tests themselves are tested, or a first run wants to be done soon.
+# Divides the sizes, for testing the tests themselves and for a quick first run.
 BY = int(os.environ.get("GROK_TEST_SHRINK", 1 if ON_GPU else 48))
 D, F, V, X = (size // BY // 128 * 128 for size in (6144, 32768, 131072, 8192))
 E, A, H, G, C, PAGE = 8, 2, 48, 8, 128, 16
@@ -27,15 +27,15 @@ KEYS = 4100 if ON_GPU else 70
 FP8, BF16, FP32 = torch.float8_e4m3fn, torch.bfloat16, torch.float32
 TYPES = {"fp8": FP8, "int8": torch.int8, "bf16": BF16, "none": BF16}
 
-# ‖got − reference‖ / ‖reference‖. Both round to bf16, but not always the same way. A tensor core adds e4m3 products
-# with about 14 bits; and where rows are rounded to 8 bits inside, that may turn a value next to a step, a sixteenth of
-# it.
+# Bounds of ‖got − reference‖ / ‖reference‖. ROUNDED: both round to bf16, not always alike. SHORT_SUMS: a tensor core
+# adds e4m3 products with about 14 bits. TURNED: rows are quantised inside, and a value beside a rounding boundary may
+# go to the neighbouring step, a sixteenth away.
 EXACT, ROUNDED, SHORT_SUMS, TURNED = 0.0, 2e-3, 4e-3, 1.5e-2
 
 
 @dataclass(frozen=True)
 class Call:
-    """`op` with the arguments that `make(t, seed)` gives; `rows` are those of which each token has its own."""
+    """`op` with the arguments `make(t, seed)`; `rows` names the arguments that have a row for each token."""
 
     name: str
     op: str
@@ -48,7 +48,7 @@ class Call:
         return self.name
 
     def __call__(self, args: dict[str, Any]) -> tuple[Tensor, ...]:
-        """The results, and what was written in place."""
+        """The results, followed by the tensors written in place."""
         found = getattr(grok_kernels, self.op)(**args)
         return (*(found if isinstance(found, tuple) else (found,)), *(args[name] for name in self.written))
 
@@ -95,7 +95,7 @@ def _rows(t: int, k: int, fmt: str, seed: int) -> tuple[Tensor, Tensor | None]:
 
 
 def experts(t: int, seed: int) -> Tensor:
-    """(t, A), different for each token, and uneven."""
+    """Experts (t, A), distinct for each token, and unevenly chosen."""
     noise = torch.rand(t, E, generator=_random(seed), device=DEVICE) * torch.arange(1, E + 1, device=DEVICE)
     return noise.topk(A).indices.int()
 
@@ -116,7 +116,7 @@ def _(t: int, seed: int) -> dict[str, Any]:
     return {"x": _normal(t, D, seed=seed), "weight": _normal(D, seed=1, dtype=FP32)}
 
 
-@call("sandwich_norm_fp8", "h", "delta", bound=TURNED)  # a y that rounds to the next bf16 may take the next of e4m3
+@call("sandwich_norm_fp8", "h", "delta", bound=TURNED)  # y may round to the next bf16, then to the next e4m3
 @call("sandwich_norm", "h", "delta")
 def _sandwich(t: int, seed: int) -> dict[str, Any]:
     weights = {"post_weight": _normal(D, seed=1, dtype=FP32), "pre_weight": _normal(D, seed=2, dtype=FP32)}
@@ -176,12 +176,12 @@ call(
 
 
 def _attention(dtype: torch.dtype, queries: int) -> Callable[[int, int], dict[str, Any]]:
-    """`t` requests of about KEYS keys with one query each; or one request whose last t tokens are queries."""
+    """With queries == 1, t requests of about KEYS keys with one query each; else one request with t queries."""
 
     def make(t: int, seed: int) -> dict[str, Any]:
         requests, each = (t, 1) if queries == 1 else (1, t)
         width = -(-KEYS // PAGE) + 1
-        pages = min(requests, 16) * width  # several requests may share theirs
+        pages = min(requests, 16) * width  # requests may share pages
         table = _ints(pages, requests, width, seed=seed)
         lengths = _ints(1, 1, seed=0) + KEYS
         if queries == 1:

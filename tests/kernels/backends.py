@@ -1,6 +1,5 @@
-"""Every backend of the ops on this machine, for tests that hold each to the same: the cpu's with every instruction
-set, and Triton's under its interpreter. On a GPU (`on_device`) Triton's, and what is selected there: the cuda
-backend where it takes a call."""
+"""Every backend on this machine, for tests that all of them must pass: cpu with each instruction set, and Triton in its
+interpreter. On a GPU (`on_device`): Triton, and the one that is selected there, which is cuda where it takes a call."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ BACKENDS = (
 
 @contextmanager
 def serving(backend: str, *ops: str) -> Iterator[None]:
-    """One of `BACKENDS` serves inside the block. Where it lacks an op of `ops`, the reference serves."""
+    """Forces one of `BACKENDS` inside the block, or the reference if that backend lacks one of `ops`."""
     name, _, isa = backend.partition("-")
     with ExitStack() as stack:
         if name == SELECTED:

@@ -1,4 +1,4 @@
-"""A small valid call of every op, and every way of getting one tensor argument of it wrong."""
+"""A small valid call of every op, and every way in which one of its tensor arguments can be wrong."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TIED = (
     "groups2",
     "2F",
     "H",
-)  # sizes that one argument has alone, yet are checked
+)  # sizes that only one argument has, and that are checked all the same
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -200,7 +200,7 @@ def _moe(w13: Weight, w2: Weight, fmt: str) -> dict[str, Any]:
 
 
 def _grouped(c: dict[str, Any]) -> dict[str, Any]:
-    """With what `group_tokens` gives of the experts."""
+    """The case with `order` and `offsets`, as `group_tokens` returns them for its experts."""
     return {**c, "order": ints(1, 4, 8, 0, 3, 6, 9, 2, 5, 7), "offsets": ints(0, 3, 7, 10)}
 
 
@@ -248,7 +248,7 @@ def of(*ops: str) -> list[Case]:
 
 
 def _strided(x: Tensor) -> Tensor:
-    """The same values, the last dimension not contiguous."""
+    """The same values with a last dimension that is not contiguous."""
     wide = torch.empty(*x.shape[:-1], x.shape[-1] * 2, dtype=x.dtype)
     wide[..., ::2].copy_(x)
     return wide[..., ::2]
@@ -265,7 +265,7 @@ def _show(x: Tensor) -> str:
 
 
 def _wrong(c: Case) -> Iterator[tuple[str, str, Any, str]]:
-    """What is wrong, the argument, its value, and what the message shows of it."""
+    """Yields (what is wrong, argument, its value, what the message must show)."""
     args = c.build()
     uses = Counter(symbol for dims in c.dims.values() for symbol in dims.split())
     for name, dims in c.dims.items():
@@ -287,7 +287,7 @@ def _wrong(c: Case) -> Iterator[tuple[str, str, Any, str]]:
         yield "strides", name, _strided(x), str(tuple(_strided(x).stride()))
         yield "str", name, "wrong", "str"
         yield "list", name, [1.0], "list"
-        if name != "post_weight":  # the one tensor that may always be left out
+        if name != "post_weight":  # the one tensor that is always optional
             yield "None", name, None, "None"
     scalars = [n for n in args if n not in c.dims and not (n.endswith(("_scale", "_weight")) and args[n] is None)]
     for name in scalars:
@@ -310,7 +310,7 @@ def _wrong_weight(name: str, x: Weight, dims: str, uses: Counter[str]) -> Iterat
 
 
 def refusals(*ops: str) -> list[Any]:
-    """(case, argument, wrong value, what the message must show of it) for every tensor argument of these ops."""
+    """Parameters (case, argument, wrong value, what the message must show) for every tensor argument of these ops."""
     return [
         pytest.param(c, name, value, shown, id=f"{c}-{name}-{what}".replace("torch.", ""))
         for c in of(*ops)
@@ -319,7 +319,7 @@ def refusals(*ops: str) -> list[Any]:
 
 
 def assert_refused(c: Case, name: str, value: Any, *shown: str) -> None:
-    """A ValueError with the op, the argument, its value and what was expected; and nothing is written."""
+    """The call raises a ValueError with the op, the argument, its value and what was expected, and writes nothing."""
     args = c.build()
     kept = {n: a.clone() for n, a in tensors(args).items()}
     with pytest.raises(ValueError) as caught:
@@ -333,15 +333,15 @@ def assert_refused(c: Case, name: str, value: Any, *shown: str) -> None:
 
 @dataclass(frozen=True)
 class Batch:
-    """Requests over scrambled pages. What no kernel may read is NaN, or a page id out of range."""
+    """Requests over shuffled pages. What no kernel may read is poisoned: NaN, or a page id out of range."""
 
     args: dict[str, Any]
     lengths: list[tuple[int, int]]  # queries, keys
-    keys: list[Tensor]  # (L, G, C) fp64 a request, as the cache holds them
+    keys: list[Tensor]  # of each request, (L, G, C) fp64, as the cache rounds them
     values: list[Tensor]
 
     def expected(self, **flags: Any) -> Any:
-        """Attention of every request by the oracle, (T, H, C)."""
+        """The oracle's attention of every request, (T, H, C)."""
         parts, start = [], 0
         for (n, _), k, v in zip(self.lengths, self.keys, self.values, strict=True):
             q_NHC = oracle.f64(self.args["q"][start : start + n])

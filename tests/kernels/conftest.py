@@ -1,5 +1,5 @@
-"""Carries the ops to the device that GROK_TEST_DEVICE names, before a test module looks for them; and what tests of the
-native CPU kernels share."""
+"""Redirects the ops to the device of GROK_TEST_DEVICE before test modules import them; fixtures of the CPU kernels'
+tests."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if not on_device.ON_CPU:
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The CPU backend serves, with each instruction set in turn."""
+    """Forces the CPU backend, with each instruction set in turn."""
     with cpu.use_isa(request.param), grok_kernels.use_backend("cpu"):
         yield request.param
 
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Puts back the number of threads."""
+    """Restores the number of threads after the test."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

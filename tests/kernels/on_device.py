@@ -1,8 +1,8 @@
-"""The tests of the ops on another device: their tensors stay on the CPU, and each call is carried there and back.
+"""Runs the ops' tests on another device. The tests keep their tensors on the CPU and know nothing of the device.
 
-With GROK_TEST_DEVICE=cuda, every function of `grok_kernels` that is an op copies the storages behind its tensors, calls
-on views of the copies of the same shapes, strides and offsets, and copies the storages back. So a test sees what was
-written where, what lies between the columns of a view is carried too, and no test knows of the device.
+With GROK_TEST_DEVICE=cuda, each op of `grok_kernels` copies the storages behind its tensors to the device, runs on
+views of the copies with the same shapes, strides and offsets, and copies the storages back. So a test sees every write,
+those between the columns of a view too.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ ON_CPU = DEVICE == "cpu"
 
 
 def carried(function: Callable[..., Any], device: str = DEVICE) -> Callable[..., Any]:
-    """The same function, its CPU tensors on `device` while it runs. Gradients and tensors elsewhere go as they are."""
+    """The same function, run on copies of its CPU tensors on `device`. Calls with gradients run as they are."""
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
         given = dict(enumerate(args)) | options
         if any(t.requires_grad for t in tensors(given).values()):
             return function(*args, **options)
-        there: dict[int, tuple[Tensor, Tensor]] = {}  # of each storage, by its address: its bytes here and there
+        there: dict[int, tuple[Tensor, Tensor]] = {}  # by the storage's address: its bytes here and there
 
         def moved(x: Tensor) -> Tensor:
             if x.device.type != "cpu":
@@ -53,6 +53,6 @@ def carried(function: Callable[..., Any], device: str = DEVICE) -> Callable[...,
 
 
 def install() -> None:
-    """Carry every op to `DEVICE`, for all tests that find it in `grok_kernels` from now on."""
+    """Redirects every op of `grok_kernels` to `DEVICE`, for all later look-ups of the op."""
     for op in grok_kernels.backends():
         setattr(grok_kernels, op, carried(getattr(grok_kernels, op)))

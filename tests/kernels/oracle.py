@@ -1,6 +1,6 @@
-"""Every op as its docstring states it, in float64, one token at a time: what the definitions in torch are tested by.
+"""Every op as its docstring states it, in float64 and one token at a time. The reference in torch is tested against it.
 
-Nothing here is shared with `grok_kernels`: no torch arithmetic, no paging, no grouping of rows.
+It shares nothing with `grok_kernels`: no torch arithmetic, no paging, no grouping of rows.
 """
 
 from __future__ import annotations
@@ -16,20 +16,19 @@ import torch
 from torch import Tensor
 
 Array = np.ndarray[Any, np.dtype[Any]]
-# A GPU's exponentials and divisions are off by a unit or two, and its tensor cores cut sums off where a CPU rounds
-# them.
+# On a GPU, exponentials and divisions are off by 1 or 2 ulp, and tensor cores truncate sums that a CPU rounds.
 SLACK = 1 if os.environ.get("GROK_TEST_DEVICE", "cpu").startswith("cpu") else 5
-BF16_ROUNDING = 2.0**-8  # half a unit in the last place, relative to the smallest number that has it
+BF16_ROUNDING = 2.0**-8  # half an ulp, relative to the smallest number with that ulp
 
 
 def f64(x: Tensor) -> Array:
-    """The exact values of a tensor of any type here."""
+    """The exact values of a tensor of any type."""
     exact: Array = x.detach().to(torch.float64).numpy()
     return exact
 
 
 def assert_near(got: Tensor, exact: Array, rel: float = 1e-6, size: Any = None) -> None:
-    """`got` within rel · size of `exact` and, in bf16, half a unit more. size: by default each row's largest."""
+    """`got` is within rel · size of `exact`, plus half an ulp for bf16. size: by default the largest of each row."""
     assert tuple(got.shape) == exact.shape
     assert np.array_equal(np.isnan(f64(got)), np.isnan(exact))
     if not exact.size:
@@ -43,7 +42,7 @@ def assert_near(got: Tensor, exact: Array, rel: float = 1e-6, size: Any = None) 
 
 
 def product_rel(x: torch.dtype, w: torch.dtype) -> float:
-    """What `assert_near` is to grant a product of such types: tensor cores add those of e4m3 with about 14 bits."""
+    """`rel` for a product of these types: tensor cores accumulate e4m3 with about 14 bits."""
     return 5e-4 if SLACK > 1 and x == w == torch.float8_e4m3fn else 2e-6
 
 
@@ -74,7 +73,7 @@ def attend(
     window: int = 0,
     temperature_len: int = 0,
 ) -> Array:
-    """One request: its last N tokens over all its L keys."""
+    """Attention of one request: its last N tokens over its L keys."""
     n, heads, _ = q_NHC.shape
     length, groups, _ = k_LGC.shape
     o_NHC = np.empty_like(q_NHC)
@@ -121,7 +120,7 @@ def group(experts_TA: Array, num_experts: int) -> tuple[list[int], list[int]]:
 
 
 def quantize(x_TD: Array, group_size: int, largest: int, dtype: Any) -> tuple[Array, Array]:
-    """q and scales in the fp32 arithmetic of the definition, one group at a time."""
+    """q and scales, in the fp32 arithmetic that the op defines, one group at a time."""
     x_TD = x_TD.astype(np.float32)
     t, d = x_TD.shape
     width = group_size or d
@@ -176,7 +175,7 @@ def gemm(x_MK: Array, weight_ENK: Array, offsets: Sequence[int]) -> Array:
 
 def activate(x: float, name: str) -> float:
     if name == "silu":
-        return x / 2 * (1 + math.tanh(x / 2))  # x · sigmoid(x), and no overflow
+        return x / 2 * (1 + math.tanh(x / 2))  # x · sigmoid(x) without overflow
     if name == "gelu":
         return x / 2 * (1 + math.erf(x / math.sqrt(2)))
     return x / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
@@ -192,7 +191,7 @@ def moe(
     act_format: str,
     bf16: bool,
 ) -> Array:
-    """The weights come dequantised; `bf16` is x's type, and so that of the second product's input."""
+    """w13 and w2 are dequantised; `bf16`: x, and so the second product's input, is bf16."""
 
     def rounded(row: Array) -> Array:
         if act_format == "none":

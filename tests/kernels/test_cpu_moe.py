@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import grok_kernels
-from grok_kernels import registry
+from grok_kernels import layouts, registry
 from tests.kernels.cases import ints, randint8, randn
 
 pytestmark = [
@@ -36,7 +35,7 @@ class Weight(NamedTuple):
         return of(*(plane[experts] for plane in self.planes))
 
     def panels(self) -> Weight:
-        packed = grok_kernels.pack_weight(self.planes[0])
+        packed = layouts.pack(self.planes[0])
         return self._replace(layout="panels", planes=(packed, *self.planes[1:]))
 
 

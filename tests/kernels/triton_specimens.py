@@ -1,7 +1,7 @@
-"""Launches of every Triton kernel at the real sizes of Grok-1, for the checks of what the compiler makes of them.
+"""Launches of every Triton kernel at Grok-1's sizes, to check what the compiler makes of them.
 
 `python -m tests.kernels.triton_specimens [--chip NAME] [PATTERN ...]` compiles them without a GPU and prints one JSON
-object a kernel; it runs in a process of its own, since under TRITON_INTERPRET=1 nothing is compiled.
+object per kernel. It runs in a process of its own, since under TRITON_INTERPRET=1 nothing is compiled.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SPECIMENS: dict[str, Callable[[], Any]] = {}
 
 
 def specimen(function: Callable[[], Any]) -> Callable[[], Any]:
-    """One call of an op, with tensors on `meta`: named by its function, every launch in it is compiled."""
+    """Registers a call of an op on `meta` tensors, by the function's name. Every launch in it is compiled."""
     SPECIMENS[function.__name__] = function
     return function
 
@@ -104,7 +104,7 @@ def sample_top_p() -> Any:
     return table.sample_top_p(empty(64, 131072, dtype=torch.float32), row, row, row)
 
 
-E, F, T = 8, 32768, 64  # Grok-1's experts and their width; tokens
+E, F, T = 8, 32768, 64  # Grok-1's experts, their width, and a number of tokens
 FP8 = torch.float8_e4m3fn
 
 
@@ -114,7 +114,7 @@ def _weight(e: int, n: int, k: int, dtype: torch.dtype, groups: int = 1) -> Weig
 
 
 def few_rows(n: int, k: int, dot: str, weight: torch.dtype, chip: Chip, rows: int, *, pair: bool) -> Gemm:
-    """The variant for few rows, which serves only where a chip has shown the same bits."""
+    """The variant for few rows. It is used only on chips where it was shown to give the same bits."""
     return default_gemm(dot, weight, chip, few=True, pair=pair)
 
 
@@ -175,7 +175,7 @@ def moe_int8_weights() -> Any:
 def _attention(
     queries: tuple[int, ...], keys: int, cache: torch.dtype = torch.bfloat16, page: int = 16, **flags: Any
 ) -> Any:
-    """The launch of requests with so many queries each, or up to so many."""
+    """Attention of requests with this many queries each, or, for a tuple, with the given numbers."""
     pages, scale = empty(4096, 8, page, 128, dtype=cache), None
     if cache.itemsize == 1:
         scale = empty(4096, 8, page, dtype=torch.float32)
@@ -204,7 +204,7 @@ def attention_prefill() -> Any:
 
 @specimen
 def attention_mixed_fp8() -> Any:
-    """Prompts and single queries at once, pages of 64, everything on."""
+    """Prompts and single queries in one batch, with pages of 64 and every option on."""
     return _attention((2048, *(1,) * 63), 8192, FP8, 64, window=4096, temperature_len=1024)
 
 
@@ -220,7 +220,7 @@ def attention_prefill_fp8_wide_pages() -> Any:
 
 @specimen
 def attention_mixed_fp8_requests() -> Any:
-    """More requests than the least that attention is compiled for."""
+    """More requests than the smallest variant of the kernel takes."""
     return _attention((2048, *(1,) * 299), 8192, FP8)
 
 
@@ -243,7 +243,7 @@ def _spills(x_ptr, y_ptr, N: tl.constexpr):
 
 @specimen
 def spills() -> None:
-    """Not ours to run: a thread holds 512 values until their sum is known, so that the check is seen to fail."""
+    """A kernel that must spill, since a thread holds 512 values at once. It shows that the check can fail."""
     x = empty(16384, dtype=torch.float32)
     launch.launch(_spills, (1,), x, x, N=16384, num_warps=1)
 

@@ -1,8 +1,8 @@
-"""What Triton compiles in the steps of an engine, at start-up and after, found without a GPU: the engine's own decoder
-runs on `meta` with one layer of Grok-1 or Grok-2, and Triton's own key of each launch is noted.
+"""Which kernels Triton compiles at an engine's start-up and in its steps, found without a GPU: the engine's decoder
+runs on `meta` tensors with one layer of Grok-1 or Grok-2, and Triton's cache key of each launch is recorded.
 
-`python -m tests.kernels.triton_steps [--steps N]` prints one JSON object a model: kernels compiled at start-up, and
-those after. It runs in a process of its own, since under TRITON_INTERPRET=1 there is nothing to compile.
+`python -m tests.kernels.triton_steps [--steps N]` prints one JSON object per model: the kernels compiled at start-up,
+and those after it. It runs in a process of its own, since under TRITON_INTERPRET=1 nothing is compiled.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from tests.kernels import compiled
 
 CHIP = CHIPS["h100"]
 LONGEST = 8192  # tokens of a request
-TOKENS, PAGE = 1024, 16  # of a step, of a page
+TOKENS, PAGE = 1024, 16  # tokens of a step, tokens of a page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Served:
     weights: WeightFormat
     activations: ActFormat
     kv: KVDType
-    requests: int = 64  # the most of one step
+    requests: int = 64  # in a step, at most
 
 
 SERVED = (
@@ -63,7 +63,7 @@ SERVED = (
 
 @contextmanager
 def triton_serves() -> Iterator[None]:
-    """Inside the block the engine's calls of ops start Triton's functions, whatever device their tensors are on."""
+    """Inside the block, the engine's calls of ops run Triton's functions, whatever device their tensors are on."""
 
     def served(op: str) -> Callable[..., Any]:
         signature, function = inspect.signature(getattr(grok_kernels, op)), getattr(table, op)
@@ -84,7 +84,7 @@ def triton_serves() -> Iterator[None]:
 
 
 class Engine:
-    """The steps of an engine, without the engine."""
+    """The forward passes of an engine's steps."""
 
     def __init__(self, served: Served) -> None:
         self.most = served.requests
@@ -96,7 +96,7 @@ class Engine:
         self.rungs, self.widths = rungs(served.requests), widths(LONGEST, PAGE)
 
     def step(self, queries: tuple[int, ...], contexts: tuple[int, ...]) -> None:
-        """Requests with so many new tokens, each after so many old ones. A decode step is padded, as for a graph."""
+        """One step. Each request has `queries` new tokens after `contexts` old ones; a decode step is padded."""
         work = [
             Entry([0] * count, before, range(-(-(before + count) // PAGE)))
             for count, before in zip(queries, contexts, strict=True)
@@ -115,7 +115,7 @@ class Engine:
         grok_kernels.sample_top_p(logits_BV, *draw)
 
     def mixed(self, random: random.Random) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Queries and contexts of a step such as an engine may meet."""
+        """Queries and contexts of a random step."""
         requests = random.choice((1, 2, random.randint(1, self.most), self.most))
         queries = [1] * requests
         if random.random() < 0.6:
@@ -129,7 +129,7 @@ class Engine:
 
 
 def replay(served: Served, steps: int) -> dict[str, Any]:
-    """The kernels that are compiled at start-up, and in so many mixed steps after it."""
+    """The kernels compiled at start-up, and those compiled in `steps` mixed steps after it."""
     engine, chance = Engine(served), random.Random(0)
 
     def run(queries: tuple[int, ...], contexts: tuple[int, ...]) -> set[tuple[str, str]]:

@@ -1,5 +1,5 @@
-// The Hopper kernels' products in torch, under grok_cuda::. The contract of each op, and the rest of its checks, is in
-// grok_kernels/ops.py; which calls come here is said by grok_kernels/cuda.py.
+// torch bindings of the Hopper GEMMs, in the library grok_cuda::. grok_kernels/ops has the contract of each op and the
+// rest of its checks; grok_kernels/cuda.py decides which calls come here.
 
 #include "cuda/include/grok/swapped.h"
 
@@ -18,7 +18,7 @@ int64_t groups(int64_t columns) { return (columns + kGroup - 1) / kGroup; }
 
 bool is_int8(const at::Tensor& weight) { return weight.scalar_type() == at::kChar; }
 
-// Weights are not copied to be readable: that would take as long as the product.
+// Weights must be contiguous: copying them would take as long as the product.
 void check_weight(const char* op, const char* name, const at::Tensor& weight, const char* scale_name,
                   const at::Tensor& scale, const at::Tensor& x) {
   check_tensor(op, name, weight, 3, is_int8(weight) ? at::kChar : at::kFloat8_e4m3fn);
@@ -30,7 +30,7 @@ void check_weight(const char* op, const char* name, const at::Tensor& weight, co
         " has shape ", scale.sizes(), ", expected (E, groups, N) with E=", weight.size(0), " and N=", weight.size(1));
 }
 
-// x and its scales are set by the caller.
+// A Product without x and its scales, which the caller sets.
 cuda::Product product(const at::Tensor& weight, const at::Tensor& scale, const int32_t* offsets, int64_t rows) {
   cuda::Product p{};
   p.x_type = is_int8(weight) ? cuda::Type::bf16 : cuda::Type::e4m3;
@@ -46,13 +46,13 @@ cuda::Product product(const at::Tensor& weight, const at::Tensor& scale, const i
   return p;
 }
 
-// Rows of `dim` columns as a product with these weights takes them: e4m3, or bf16 in the order of cuda::gather_rows.
+// Memory for rows of `dim` columns, as a product with these weights reads them: e4m3, or bf16 in `gather_rows` order.
 at::Tensor rows_for(const at::Tensor& weight, int64_t rows, int64_t dim) {
   return is_int8(weight) ? scratch(weight, {rows, cuda::gathered_width(dim)}, at::kBFloat16)
                          : scratch(weight, {rows, dim}, at::kFloat8_e4m3fn);
 }
 
-// Their scales, of which bf16 has none.
+// Memory for the scales of such rows; empty for bf16.
 at::Tensor scales_for(const at::Tensor& weight, int64_t rows, int64_t dim) {
   return scratch(weight, {is_int8(weight) ? 0 : groups(dim), rows}, at::kFloat);
 }
@@ -64,7 +64,7 @@ void set_x(cuda::Product& p, const at::Tensor& x, const at::Tensor& scale) {
   p.x_scale_group = scale.size(1);
 }
 
-// `tokens` 0 stands for the kernels for many rows.
+// tokens: 0 for the kernels for many rows, else the tile of those with swapped operands.
 void launch(const cuda::GroupedGemm& p, int64_t tokens, cuda::Stream stream) {
   tokens ? cuda::swapped_grouped_gemm(p, tokens, stream) : cuda::grouped_gemm(p, stream);
 }
@@ -120,7 +120,7 @@ at::Tensor grouped_gemm(const at::Tensor& x, const at::Tensor& weight, const at:
   return y;
 }
 
-// What group_tokens gives: order or offsets, `size` numbers.
+// order or offsets, as `group_tokens` returns them.
 void check_grouping(const char* op, const char* name, const at::Tensor& tensor, int64_t size, const at::Tensor& x) {
   check_tensor(op, name, tensor, 1, at::kInt);
   check_device(op, name, tensor, x);
@@ -128,8 +128,8 @@ void check_grouping(const char* op, const char* name, const at::Tensor& tensor, 
         size, ",), contiguous");
 }
 
-// Rows are grouped here where `given_order` and `given_offsets` do not say how.
-// What is allocated here, torch frees at the end and reuses on the stream only after the kernels.
+// Groups the rows itself unless given_order and given_offsets are set. The scratch tensors are freed on return, which
+// is safe: torch reuses their memory on this stream only, after the kernels.
 at::Tensor moe(const at::Tensor& x, const at::Tensor& topk_weights, const at::Tensor& experts, const at::Tensor& w13,
                const at::Tensor& w13_scale, const at::Tensor& w2, const at::Tensor& w2_scale, int64_t activation,
                const std::optional<at::Tensor>& given_order, const std::optional<at::Tensor>& given_offsets,

@@ -1,5 +1,5 @@
-// The Hopper kernels' ops in torch, under grok_cuda::. The contract of each op, and the rest of its checks, is in
-// grok_kernels/ops.py; which calls come here is said by grok_kernels/cuda.py.
+// torch bindings of Hopper's router and grouping, in the library grok_cuda::. grok_kernels/ops has the contract of each
+// op and the rest of its checks; grok_kernels/cuda.py decides which calls come here.
 
 #include "cuda/include/grok/route.h"
 
@@ -18,7 +18,7 @@ namespace {
 
 at::Tensor ints(const at::Tensor& like, at::IntArrayRef shape) { return scratch(like, shape, at::kInt); }
 
-// The tensors of a routing, kept alive until its launch; what torch frees then, the stream reuses only after it.
+// The tensors of a routing, alive until its launch. torch reuses their memory on this stream only, after the kernels.
 struct Routing {
   at::Tensor x, router, weights, chosen;
   cuda::RouteTopk params{};
@@ -93,5 +93,5 @@ TORCH_LIBRARY_IMPL(grok_cuda, CUDA, library) {
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  module.attr("torch_version") = TORCH_VERSION;  // of the headers it was compiled against
+  module.attr("torch_version") = TORCH_VERSION;  // of the headers that this was compiled against
 }

@@ -5,7 +5,7 @@
 
 #include "common/check.h"
 
-// What the bindings of the Hopper kernels share: checks of a tensor, and tensors of scratch memory.
+// Checks and scratch tensors that the bindings of the Hopper kernels share.
 
 namespace grok {
 
@@ -21,7 +21,7 @@ inline void check_device(const char* op, const char* name, const at::Tensor& ten
   check(tensor.device() == x.device(), op, ": ", name, " is on ", tensor.device(), ", expected ", x.device(), " as x");
 }
 
-// The tensor, or a copy of it that vector loads can read: rows side by side, aligned to 16 bytes.
+// The tensor, or a copy, such that vector loads can read it: contiguous and aligned to 16 bytes.
 inline at::Tensor readable(const at::Tensor& tensor) {
   const bool aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
   return aligned ? tensor.contiguous() : tensor.clone(at::MemoryFormat::Contiguous);

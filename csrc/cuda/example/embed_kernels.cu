@@ -1,5 +1,5 @@
-// The kernels in a program without Python: routes 64 tokens, shows where each expert's rows start, and runs the expert
-// layer over them.
+// The kernels in a program without Python: routes 64 tokens, prints where each expert's rows start, and runs the expert
+// layer on them.
 //
 //   nvcc -std=c++17 -gencode=arch=compute_90a,code=sm_90a -I csrc csrc/cuda/example/embed_kernels.cu \
 //     csrc/cuda/*/instantiations/*.cu -o embed_kernels
@@ -18,13 +18,13 @@ namespace {
 using namespace grok::cuda;
 
 constexpr int64_t kTokens = 64, kDim = 6144, kExperts = 8, kChosen = 2, kRows = kTokens * kChosen;
-constexpr int64_t kWidth = 4096;  // of an expert; Grok-1 has 32768
+constexpr int64_t kWidth = 4096;  // F, the width of an expert; Grok-1 has 32768
 
 void must(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
 
-// Zeros on the device; the process keeps them until its end.
+// Zeros on the device, freed when the process exits.
 template <class T>
 T* zeros(size_t count) {
   T* data = nullptr;
@@ -33,7 +33,7 @@ T* zeros(size_t count) {
   return data;
 }
 
-// e4m3 weights (kExperts, n, k) with a scale an output, and rows of k columns with a scale for each 128.
+// e4m3 weights (kExperts, n, k) with a scale per output, and rows of k columns with a scale for each 128.
 Product product(const uint8_t* x, const float* x_scale, const int32_t* offsets, int64_t n, int64_t k) {
   Product p{};
   p.x_type = p.weight_type = Type::e4m3;
@@ -69,7 +69,7 @@ RouteAndGroup route(const uint16_t* x, Stream stream) {
   return p;
 }
 
-// The sum over a token's experts of weight · down(gelu(gate x) · up x), in bf16.
+// y = Σ over a token's experts of weight · down(gelu(gate x) · up x), in bf16.
 const uint16_t* expert_layer(const uint16_t* x, const RouteAndGroup& routed, Stream stream) {
   GatherQuantize rows{};
   rows.x = x;

@@ -7,12 +7,12 @@
 
 namespace grok::cuda::gemm {
 
-// x / (1 + 2⁻ᶻ). Where the power overflows the quotient is 0, and NaN for an infinite x, as it should be.
+// x / (1 + 2⁻ᶻ). If the power overflows, the quotient is 0 for a finite x and NaN for an infinite one, as required.
 __device__ __forceinline__ float logistic(float x, float z) {
   return x * sm90::reciprocal(1.0f + sm90::power_of_two(-z));
 }
 
-// silu is x · sigmoid(x), and gelu by tanh, ½x(1 + tanh u), the same as x · sigmoid(2u): seven instructions.
+// silu is x · sigmoid(x). gelu_tanh, ½x(1 + tanh u), equals x · sigmoid(2u), which takes seven instructions.
 template <Activation kActivation>
 __device__ __forceinline__ float activate(float x) {
   constexpr float kLog2e = 1.4426950408889634f, kRoot = 1.5957691216057308f * kLog2e;  // 2 √(2 / π) and log₂ e
@@ -27,8 +27,8 @@ __device__ __forceinline__ void gate(float* gate, const float* up) {
   for (int i = 0; i < kCount; ++i) gate[i] = activate<kActivation>(gate[i]) * up[i];
 }
 
-// values = act(values) · up, kCount times. The branch is taken for every 8 again: those hide what each waits for, and
-// of more at a time the compiler would keep the intermediate values in more registers than there are.
+// values[i] = act(values[i]) · up[i]. The branch is repeated for every 8 values: 8 hide the latency of each
+// instruction, and for more the compiler keeps so many intermediate values in flight that registers spill.
 template <int kCount>
 __device__ __forceinline__ void apply_gate(Activation activation, float* values, const float* up) {
 #pragma unroll

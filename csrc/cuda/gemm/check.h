@@ -6,7 +6,7 @@
 #include "../include/grok/gemm.h"
 #include "../launch.cuh"
 
-// What the launchers of products check, and how they name a problem.
+// The checks that the launchers of products share, and how their messages name a shape.
 
 namespace grok::cuda::gemm {
 
@@ -20,7 +20,7 @@ inline void check_aligned(const char* op, const std::string& shape, const char* 
         " bytes");
 }
 
-// The parameters that all products have, checked.
+// Checks and fills the parameters that all products have.
 template <class Params>
 Params params_of(const char* op, const std::string& shape, const Product& p, void* y) {
   check(p.rows >= 0 && p.rows < 1ll << 30, op, " of ", shape, ": M=", p.rows, ", expected 0..2^30-1");
@@ -69,7 +69,7 @@ Params params_of(const char* op, const std::string& shape, const GateUp& p) {
   return k;
 }
 
-// The map of the weights, by boxes of `rows` rows.
+// The tensor map of the weights, in boxes of `rows` rows by 128 bytes.
 inline TensorMap weight_map(const char* op, const std::string& shape, const Product& p, int rows) {
   const auto n = static_cast<uint64_t>(p.n), k = static_cast<uint64_t>(p.k);
   return tensor_map(op, shape,
@@ -81,7 +81,7 @@ inline TensorMap weight_map(const char* op, const std::string& shape, const Prod
                      {128, static_cast<uint32_t>(rows), 1}});
 }
 
-// How many tiles of `rows` rows there are at most, with `columns` tiles for each.
+// The most tiles that any routing can need: tiles of `rows` rows, times `columns` tiles along N.
 inline int64_t most_tiles(const char* op, const std::string& shape, const Product& p, int64_t rows, int64_t columns) {
   const int64_t most = (p.rows / rows + (p.experts < p.rows ? p.experts : p.rows)) * columns;
   check(most < 1ll << 31, op, " of ", shape, ": ", most, " tiles, expected fewer than 2^31");

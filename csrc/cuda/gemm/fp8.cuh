@@ -6,27 +6,26 @@
 #include "pipeline.cuh"
 
 // e4m3 × e4m3 for many rows. A block of three warpgroups computes tiles of 128 rows by kHalves · kColumns columns: one
-// warpgroup loads, two multiply 64 rows each. Of every 128 columns of K a warpgroup takes first one half of its
-// columns, then the other, through one set of partial sums: four products of 32, then the sum times the row's scale
-// goes into fp32. While one warpgroup does that, the other may have the tensor core.
+// warpgroup loads, two multiply 64 rows each. For every 128 columns of K, a warpgroup computes its columns in halves
+// that share one set of partial sums: four wgmma of 32 columns of K, then the partial sums, times the scale of the row,
+// are added to totals in fp32 (promotion). While one warpgroup promotes, the other can use the tensor core.
 //
-// Two blocks of a cluster take the same rows and neighbouring columns; each loads one half of the rows for both.
+// The two blocks of a cluster compute the same rows and neighbouring columns; each loads half of the rows for both.
 
 namespace grok::cuda::gemm {
 
-// What becomes of the sums: rows of bf16; rows of fp32, in their place or weighted and scattered; act(gate) · up, in
-// e4m3.
+// The output: bf16 rows; fp32 rows, in place or weighted and scattered; or act(gate) · up in e4m3.
 struct ToBf16 {};
 struct ToFp32 {};
 struct ToGated {};
 
-constexpr int kRows = 128, kCluster = 2;  // of a tile; blocks
+constexpr int kRows = 128, kCluster = 2;  // rows of a tile; blocks of a cluster
 
 template <class Output, int kHalves, int kColumns>
 struct Fp8Tile {
-  static constexpr int kWidth = std::is_same_v<Output, ToGated> ? kColumns : kHalves * kColumns;  // of y
-  static constexpr int kSums = kColumns / 2;  // a thread, of one half
-  // Tiles of 128 bytes that a warpgroup fills while those before are still being stored.
+  static constexpr int kWidth = std::is_same_v<Output, ToGated> ? kColumns : kHalves * kColumns;  // columns of y
+  static constexpr int kSums = kColumns / 2;  // of one half, per thread
+  // Staging tiles of a warpgroup: it fills one while the copy engine still stores the other.
   static constexpr int kBuffers = std::is_same_v<Output, ToFp32> ? 0 : 2;
 
   struct Stage {
@@ -34,7 +33,7 @@ struct Fp8Tile {
     uint8_t weight[kHalves][kColumns * kDepth];
   };
   static constexpr int kStageBytes = sizeof(Stage) + kRows * sizeof(float);
-  static constexpr int kOther = 1024 + 2 * kBuffers * kTileBytes;  // bytes of shared memory
+  static constexpr int kOther = 1024 + 2 * kBuffers * kTileBytes;  // bytes of shared memory beside the stages
   static constexpr int kStages = (kMostShared - kOther) / kStageBytes;
 
   struct Shared {
@@ -47,7 +46,7 @@ struct Fp8Tile {
   static_assert(sizeof(Shared) <= kMostShared && kStages >= 4, "stages that cover the way to memory");
 };
 
-// The tiles of a block: of a pair of neighbouring ones it has that of its rank.
+// The tiles of a block. Indices count pairs of tiles along N; a block takes the tile of its rank in the cluster.
 __device__ __forceinline__ Walk<kRows> walk(const Fp8& p, const Schedule& schedule) {
   return {schedule, p.experts, static_cast<int32_t>(blockIdx.x / kCluster), static_cast<int32_t>(gridDim.x / kCluster)};
 }
@@ -57,7 +56,7 @@ __device__ __forceinline__ int first_column(const Tile& tile) {
   return (tile.column * kCluster + static_cast<int>(sm90::cluster_rank())) * Config::kWidth;
 }
 
-// One thread: the tiles of x and of the weights.
+// Run by one thread: loads the tiles of x and of the weights.
 template <class Config, int kHalves, int kColumns>
 __device__ __forceinline__ void load_tiles(const Fp8& p, typename Config::Shared& shared) {
   const int rank = static_cast<int>(sm90::cluster_rank());
@@ -80,7 +79,7 @@ __device__ __forceinline__ void load_tiles(const Fp8& p, typename Config::Shared
   }
 }
 
-// One warp: the scales of x.
+// Run by one warp: loads the scales of x.
 template <class Config>
 __device__ __forceinline__ void load_scales(const Fp8& p, typename Config::Shared& shared) {
   auto list = walk(p, shared.schedule);
@@ -99,9 +98,9 @@ __device__ __forceinline__ void load_scales(const Fp8& p, typename Config::Share
     }
 }
 
-// Multiplies one stage: kSums partial sums in registers, kHalves · kSums whole ones, and the rows, which are read once
-// for all columns: each product that reads them from shared memory again would take of its bandwidth, which is scarce
-// here.
+// Multiplies one stage. Registers hold kSums partial sums, kHalves · kSums totals, and the rows of x, which are loaded
+// once for all columns: reading them from shared memory in each wgmma would cost bandwidth that is scarce here
+// (NOTES.md).
 template <class Config, int kHalves, int kColumns>
 __device__ __forceinline__ void multiply_stage(typename Config::Shared& shared, Position<Config::kStages>& at,
                                                const Place& me, float (&sums)[kHalves * kColumns / 2]) {
@@ -110,7 +109,7 @@ __device__ __forceinline__ void multiply_stage(typename Config::Shared& shared, 
   const auto& stage = shared.stages[at.stage];
   const float scale[2] = {shared.scale[at.stage][me.row], shared.scale[at.stage][me.row + 8]};
   uint32_t x[kDepth / 32][4];
-  // its addresses would else occupy registers from one stage to the next
+  // opaque: otherwise the compiler keeps the addresses in registers from one stage to the next
   const int lane = sm90::opaque(sm90::lane_index());
 #pragma unroll
   for (int k = 0; k < kDepth; k += 32)
@@ -126,7 +125,7 @@ __device__ __forceinline__ void multiply_stage(typename Config::Shared& shared, 
     sm90::commit_products();
     sm90::wait_products<0>(partial);
     if (half == kHalves - 1) {
-      __syncwarp();  // all lanes have their scales
+      __syncwarp();  // all lanes have read their scales
       if (sm90::lane_index() < kCluster) sm90::arrive_at(shared.ring.empty[at.stage], sm90::lane_index());
     }
 #pragma unroll
@@ -154,7 +153,7 @@ __device__ __forceinline__ void multiply_tiles(const Fp8& p,
     for (int half = 0; half < kHalves; ++half) {
       scale_columns<kSums>(p, tile.expert, column + half * p.step + me.pair,
                            std::is_same_v<Output, ToGated> ? (half + 1) * p.step : p.n, sums + half * kSums);
-      // or the compiler would load the scales of both halves first, and lack registers
+      // keeps the compiler from loading the scales of both halves first, for which registers do not suffice
       if constexpr (std::is_same_v<Output, ToGated>) __syncwarp();
     }
     if constexpr (std::is_same_v<Output, ToBf16>) store_bf16(p, me, tile, column, sums, shared.y[me.group], buffer);
@@ -174,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, 1) fp8_kernel(const __grid_constant_
     sm90::prefetch(p.x);
     sm90::prefetch(p.weight);
     if (!std::is_same_v<Output, ToFp32>) sm90::prefetch(p.y_tiles);
-    shared.ring.init(1 + 32, kCluster * 8);  // the thread and the warp that load; the warps that multiply
+    shared.ring.init(1 + 32, kCluster * 8);  // the loading thread and warp; the multiplying warps of the cluster
     sm90::fence_barrier_init();
   }
   sm90::cluster_sync();
@@ -187,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, 1) fp8_kernel(const __grid_constant_
     multiply_tiles<Output, kHalves, kColumns>(p, shared);
   }
   __syncwarp();
-  sm90::cluster_sync();  // no block may end while another arrives at its barriers
+  sm90::cluster_sync();  // a block must not exit while the other may still arrive at its barriers
 }
 
 }  // namespace grok::cuda::gemm

@@ -5,19 +5,19 @@
 #include "quantize.cuh"
 #include "schedule.cuh"
 
-// What becomes of a tile's sums. A warpgroup whose 64 rows all belong to the expert hands them to the copy engine; of
-// others each thread stores what it has, and nothing past the last row.
+// The epilogue of fp8.cuh. A warpgroup whose 64 rows all belong to the expert stores them by TMA; otherwise each thread
+// stores its own values, and none past the expert's last row.
 
 namespace grok::cuda::gemm {
 
-constexpr int kTileBytes = 64 * 128;  // 64 rows of a result's tile
+constexpr int kTileBytes = 64 * 128;  // a staging tile: 64 rows of 128 bytes
 
 struct Fp8 : Parameters {
-  sm90::TensorMap y_tiles;  // y, but of fp32
+  sm90::TensorMap y_tiles;  // of y, unless y is fp32
 };
 
-// A thread of a warpgroup that multiplies: its two rows of the tile are `row` and `row` + 8; its columns come in pairs,
-// 8i + `pair` and the next.
+// The accumulators of a thread in a multiplying warpgroup: rows `row` and `row` + 8 of the tile, columns 8i + `pair`
+// and 8i + `pair` + 1.
 struct Place {
   int group, warp, row, pair;
   __device__ __forceinline__ Place()
@@ -27,7 +27,7 @@ struct Place {
         pair(sm90::lane_index() % 4 * 2) {}
 };
 
-// The thread's sums, of columns from `column` on, times the scales of the weights. There are none from `last` on.
+// Multiplies the thread's sums by the scales of the weights, from `column` on; columns from `last` on have none.
 template <int kSums>
 __device__ __forceinline__ void scale_columns(const Fp8& p, int32_t expert, int column, int last, float* sums) {
   const float* scale = p.weight_scale + static_cast<int64_t>(expert) * p.n;
@@ -42,7 +42,7 @@ __device__ __forceinline__ void scale_columns(const Fp8& p, int32_t expert, int 
   }
 }
 
-// Before a warpgroup fills a tile of y again: the store before the last has read its tile.
+// Call before a warpgroup fills a staging tile again: waits until the store before the last has read that tile.
 __device__ __forceinline__ void reuse_buffer(const Place& me) {
   if (threadIdx.x % 128 == 0) sm90::wait_stores_read<1>();
   sm90::named_barrier(1 + me.group, 128);
@@ -61,7 +61,7 @@ template <int kCount, class Buffers>
 __device__ __forceinline__ void store_bf16(const Fp8& p, const Place& me, const Tile& tile, int column,
                                            const float (&sums)[kCount], Buffers& buffers, int& next) {
   if (tile.row + 64 * me.group + 64 <= tile.end) {
-    // its addresses would else occupy registers through the products
+    // opaque: otherwise the compiler computes the addresses early and keeps them in registers during the products
     const int lane = sm90::opaque(sm90::lane_index()), row = 16 * me.warp + lane % 16;
 #pragma unroll
     for (int c = 0; c < 2 * kCount; c += 64, next ^= 1) {
@@ -69,7 +69,7 @@ __device__ __forceinline__ void store_bf16(const Fp8& p, const Place& me, const 
       reuse_buffer(me);
       uint8_t* buffer = buffers[next];
 #pragma unroll
-      for (int j = 0; j < 64; j += 16) {  // columns: a matrix of 8 for each half of the rows, and the next
+      for (int j = 0; j < 64; j += 16) {  // 16 columns: four 8 × 8 matrices
         const float* v = sums + (c + j) / 2;
         sm90::store_matrices(buffer + in_tile(row, 2 * j + lane / 16 * 16), sm90::pack_bf16(v[0], v[1]),
                              sm90::pack_bf16(v[2], v[3]), sm90::pack_bf16(v[4], v[5]), sm90::pack_bf16(v[6], v[7]));
@@ -110,11 +110,11 @@ __device__ __forceinline__ void store_fp32(const Fp8& p, const Place& me, const 
   }
 }
 
-// act(gate) · up of the thread's 2 rows and 32 columns of each, in e4m3 with a scale a row.
+// Stores act(gate) · up in e4m3 with a scale per row; a thread has 32 columns of 2 rows.
 template <class Buffers>
 __device__ __forceinline__ void store_gate_up(const Fp8& p, const Place& me, const Tile& tile, int column,
                                               float (&sums)[128], Buffers& buffers, int& next) {
-  if (column >= p.width) return;  // the second block of the last pair may have no columns
+  if (column >= p.width) return;  // N may have an odd number of tiles; then the last pair's second block has none
   apply_gate<64>(p.activation, sums, sums + 64);
   uint32_t amax[2] = {};
   if (column + 128 > p.width) {
@@ -125,7 +125,7 @@ __device__ __forceinline__ void store_gate_up(const Fp8& p, const Place& me, con
 #pragma unroll
   for (int i = 0; i < 64; ++i) amax[i / 2 % 2] = max(amax[i / 2 % 2], magnitude(sums[i]));
 #pragma unroll
-  for (uint32_t& largest : amax) {  // the row's other columns are in the lanes beside
+  for (uint32_t& largest : amax) {  // the four lanes that share the row
     largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
     largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
   }
@@ -141,7 +141,7 @@ __device__ __forceinline__ void store_gate_up(const Fp8& p, const Place& me, con
     uint8_t* buffer = buffers[next];
     const int row = sm90::opaque(me.row % 64);
 #pragma unroll
-    for (int i = 0; i < 64; i += 8) {  // 16 columns: one chunk of each row
+    for (int i = 0; i < 64; i += 8) {  // 16 columns: one swizzled chunk of each row
       uint8_t* chunk = buffer + in_tile(row, 2 * i);
 #pragma unroll
       for (int j = 0; j < 8; j += 2)

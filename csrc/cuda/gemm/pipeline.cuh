@@ -2,8 +2,8 @@
 
 #include "../sm90.cuh"
 
-// Stages between those who load tiles and those who multiply them. A loader waits until the stage is empty, a
-// multiplier until it is full; both walk around the ring with their own Position.
+// A ring of stages between the threads that load tiles and those that multiply them. A loader waits until a stage is
+// empty, a multiplier until it is full; each keeps its own Position in the ring.
 
 namespace grok::cuda::gemm {
 
@@ -11,7 +11,7 @@ template <int kStages>
 struct Ring {
   sm90::Barrier full[kStages], empty[kStages];
 
-  // One thread calls, then fence_barrier_init, and the cluster meets.
+  // Called by one thread, followed by fence_barrier_init and a barrier of the whole cluster.
   __device__ __forceinline__ void init(uint32_t loaders, uint32_t multipliers) {
     for (int i = 0; i < kStages; ++i) {
       sm90::init(full[i], loaders, "full");
@@ -38,7 +38,7 @@ __device__ __forceinline__ void wait_full(Ring<kStages>& ring, const Position<kS
   sm90::wait(ring.full[at.stage], at.parity);
 }
 
-// The first round finds every stage empty: the phase before the first counts as complete.
+// In the first round every stage is empty: waiting for the phase before the first returns at once.
 template <int kStages>
 __device__ __forceinline__ void wait_empty(Ring<kStages>& ring, const Position<kStages>& at) {
   sm90::wait(ring.empty[at.stage], at.parity ^ 1);

@@ -7,19 +7,19 @@
 #include "quantize.cuh"
 #include "schedule.cuh"
 
-// What goes before and after the products of the expert layer, row by row. All are bound by the bytes they move.
+// The row-wise kernels before and after the products of the expert layer. All are bound by memory bandwidth.
 
 namespace grok::cuda::gemm {
 
 constexpr int kRowThreads = 256, kRowWarps = kRowThreads / 32;
 
-// A division of 64 bits would be half of a kernel's instructions.
+// In 32 bits: a 64-bit division would be half of a kernel's instructions.
 __device__ __forceinline__ int64_t token_of(const int32_t* order, int64_t row, int64_t active) {
   return static_cast<uint32_t>(order[row]) / static_cast<uint32_t>(active);
 }
 
-// A warp takes 256 columns of a row, eight a lane: 16 bytes, so that few instructions go with them. Half a warp has the
-// columns of a scale.
+// A warp takes 256 columns of a row, eight per lane: 16-byte loads need few instructions. The 16 lanes of half a warp
+// hold the 128 columns of one scale.
 __global__ void __launch_bounds__(kRowThreads) gather_quantize_kernel(const GatherQuantize p) {
   const int64_t row = blockIdx.x;
   const int column = static_cast<int>(8 * (blockIdx.y * kRowThreads + threadIdx.x));
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kRowThreads) gather_quantize_kernel(const Gath
   *reinterpret_cast<uint2*>(p.q + row * p.dim + column) = make_uint2(q[0], q[1]);
 }
 
-// A warp takes 128 columns of a row. A lane writes four neighbours, which it finds in two pairs.
+// A warp takes 128 columns of a row. A lane writes four neighbouring places, which are two pairs of neighbours in x.
 __global__ void __launch_bounds__(kRowThreads) gather_rows_kernel(const GatherRows p) {
   const int64_t row = blockIdx.x, group = int64_t{blockIdx.y} * kRowWarps + sm90::warp_index();
   if (128 * group >= p.dim || (p.order && row >= p.offsets[p.experts])) return;

@@ -5,10 +5,9 @@
 #include "../include/grok/gemm.h"
 #include "../sm90.cuh"
 
-// Which tile a block computes next. The groups of rows are known on the device alone, so every block reads the offsets
-// and walks over the same list of tiles: expert by expert, in each the tiles of kBand neighbouring tiles of rows,
-// column after column. Blocks that run at the same time then share some rows and some columns, and read most of both
-// from L2.
+// Which tile a block computes next. Only the device knows the groups of rows, so every block reads the offsets and
+// walks over the same list of tiles: expert by expert, in bands of kBand tiles along M, column by column within a band.
+// Blocks that run at the same time then share rows and columns, and read most of both from L2.
 
 namespace grok::cuda::gemm {
 
@@ -16,23 +15,23 @@ constexpr int kBand = 16;
 
 struct Tile {
   int32_t expert;
-  int32_t row, end;  // its first row, and where the rows of its expert end
+  int32_t row, end;  // its first row; one past the last row of its expert
   int32_t column;    // counted in tiles
 };
 
 // In shared memory.
 struct Schedule {
   int32_t offsets[kMostExperts + 1];
-  int32_t before[kMostExperts + 1];  // tiles of all experts before
-  int32_t columns;                   // tiles
+  int32_t before[kMostExperts + 1];  // tiles of all earlier experts
+  int32_t columns;                   // tiles along N
 };
 
 __host__ __device__ constexpr int32_t tiles(int64_t count, int64_t each) {
   return static_cast<int32_t>((count + each - 1) / each);
 }
 
-// Every thread of the block calls, and the block meets before any looks. The offsets are read at once, since every read
-// takes as long as the way to memory.
+// Called by every thread; a barrier must follow before the schedule is read. All offsets are loaded in parallel, so
+// that their memory latency is paid once.
 template <int kRows>
 __device__ __forceinline__ void fill(Schedule& s, const int32_t* offsets, int32_t rows, int32_t experts,
                                      int32_t columns) {
@@ -46,14 +45,14 @@ __device__ __forceinline__ void fill(Schedule& s, const int32_t* offsets, int32_
   s.before[e] = count;
 }
 
-// The list of tiles from `first` on, in steps.
+// Every `step`-th tile of the list, from `first` on.
 template <int kRows>
 class Walk {
  public:
   __device__ __forceinline__ Walk(const Schedule& schedule, int32_t experts, int32_t first, int32_t step)
       : s_(schedule), experts_(experts), index_(first), step_(step) {}
 
-  // False where there are no more.
+  // False when there are no more tiles.
   __device__ __forceinline__ bool next(Tile& tile) {
     while (expert_ < experts_ && index_ >= s_.before[expert_ + 1]) ++expert_;
     if (expert_ == experts_) return false;

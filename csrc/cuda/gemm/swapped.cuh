@@ -6,48 +6,50 @@
 #include "pipeline.cuh"
 #include "swapped_store.cuh"
 
-// Products with the weights on the side of 64 rows: e4m3 × e4m3 for few rows, where nothing but the bytes of the weights
-// should cost time, and int8 × bf16 for any number.
+// GEMMs with swapped operands: the weights are the tensor core's operand of 64 rows, x is the narrow one. e4m3 × e4m3
+// for few rows of x, where only the weights' bytes should cost time, and int8 × bf16 for any number of rows.
 //
-// One thread keeps the tiles of as many stages under way as shared memory holds. Two warpgroups multiply other rows of
-// the weights with the same rows of x; of every 128 columns of K, a chain of products into a partial sum, and that, times
-// the scale of the row of x (e4m3) or of the weights and their group of K (int8), into fp32. Nobody waits for more than
-// its own part, and int8 is converted while the part before is multiplied.
+// One thread keeps the loads of as many stages in flight as shared memory holds. Two warpgroups multiply different
+// weight rows with the same rows of x. For every 128 columns of K, a chain of wgmma adds to a partial sum, which is
+// then promoted to fp32 times the scale of the row of x (e4m3), or of the weight row and its group of K (int8). A
+// warpgroup waits only for its own part of a stage, and converts int8 while the part before is being multiplied.
 
 namespace grok::cuda::gemm::swapped {
 
-// The upper bytes of bf16 from 128 on, and of those from -128 on. They are read from shared memory: constants would be
-// carried by the instruction, which then cannot carry the selector of permute_bytes, and that would be brought into a
-// register each time.
+// The upper bytes of the bf16 numbers 128..255, and of -128 and -256. They are read from shared memory: as a constant
+// they would be PRMT's immediate operand, and the selector, which must then be in a register, would be loaded for each
+// PRMT.
 struct alignas(8) UpperBytes {
   uint32_t plus, minus;
 };
 constexpr UpperBytes kUpperBytes = {0x43434343u, 0xc3c3c3c3u};
 
-// What the weights are; rows of x are e4m3 too, or bf16.
+// The type of the weights. Rows of x are e4m3 for E4m3, bf16 for Int8.
 struct E4m3 {};
 struct Int8 {};
 
-// A stage has two parts of the weights: of 128 columns of K rows of the gate and those of the up projection (Gated), or
-// 128 rows and the next (Tall). Or they are the same rows, 64 at most, and the next 128 columns (Even), so that the rows
-// of a block can be chosen to come out even, and a short block still has work for two rounds of the barriers.
+// A stage holds two parts of the weights:
+//   Gated  128 columns of K of 128 gate rows, and of the 128 up rows that belong to them
+//   Tall   128 columns of K of 128 rows, and of the next 128 rows
+//   Even   256 columns of K of the same rows, at most 32 per warpgroup: their number can be chosen for even rounds, and
+//          a short block still pays the latency of the barriers only once for twice the bytes
 struct Gated {};
 struct Tall {};
 struct Even {};
 
 template <class Weight, class Form, int kRows>
 struct Config {
-  static constexpr int kTokens = kRows, kSums = kTokens / 2;  // of a tile; a thread's, of a part's rows
+  static constexpr int kTokens = kRows, kSums = kTokens / 2;  // rows of x in a tile; sums of a part, per thread
   static constexpr bool kInt8 = std::is_same_v<Weight, Int8>;
   static constexpr bool kGated = std::is_same_v<Form, Gated>, kEven = std::is_same_v<Form, Even>;
-  static constexpr bool kShort = kInt8 && kEven;         // 8 rows a warp, so that all convert: not 16 for two of four
-  static constexpr int kWhole = kEven ? 1 : 2;           // sets of sums
-  static constexpr int kDepths = kEven ? 2 : 1;          // times kDepth that a stage has of K
+  static constexpr bool kShort = kInt8 && kEven;         // 8 rows in each of 4 warps rather than 16 in 2: all convert
+  static constexpr int kWhole = kEven ? 1 : 2;           // sets of totals
+  static constexpr int kDepths = kEven ? 2 : 1;          // columns of K in a stage, in units of kDepth
   static constexpr int kPartRows = kEven ? 64 : 128;
-  static constexpr int kFlights = kTokens > 64 ? 1 : 2;  // parts whose products run while others are converted
-  static constexpr int kXTiles = kDepths * (kInt8 ? 2 : 1), kXColumns = kInt8 ? 64 : 128;  // of a tile of 128 bytes
+  static constexpr int kFlights = kTokens > 64 ? 1 : 2;  // parts in flight: multiply one, convert the next
+  static constexpr int kXTiles = kDepths * (kInt8 ? 2 : 1), kXColumns = kInt8 ? 64 : 128;  // of 128 bytes each
 
-  struct Stage {  // an operand may reach past the rows of its part, 32 at most: into what follows
+  struct Stage {  // an operand may extend past the rows of its part, by up to 32, into what follows
     uint8_t weight[2][kPartRows * 128];
     uint8_t x[kXTiles][kTokens * 128];
   };
@@ -58,8 +60,8 @@ struct Config {
 
   struct Shared {
     alignas(1024) Stage stages[kStages];
-    alignas(16) uint8_t y[8][512];  // a warp's, on the way to y
-    alignas(16) uint32_t amax[2][kGated && !kInt8 ? kTokens : 1][8];  // by token and warp
+    alignas(16) uint8_t y[8][512];  // a staging buffer per warp
+    alignas(16) uint32_t amax[2][kGated && !kInt8 ? kTokens : 1][8];  // by token and warp; two tiles take turns
     float scale[kStages][kScales];  // of x
     UpperBytes upper;
     Ring<kStages> ring;
@@ -67,13 +69,13 @@ struct Config {
   };
   static_assert(sizeof(Shared) <= kMostShared && kStages >= 3, "stages that cover the way to memory");
 
-  static __host__ __device__ int block_rows(const Swapped& p) {  // of y's columns
+  static __host__ __device__ int block_rows(const Swapped& p) {  // weight rows of a block, that is, columns of y
     return kGated ? 128 : kEven ? 2 * p.height : 256;
   }
 };
 
-// The scales of the thread's rows of the weights, for the group of K that has come. Those of the next are on their way,
-// where there are registers for them.
+// The scales of the thread's weight rows for the current group of K. Those of the next group are prefetched where there
+// are registers for them.
 template <class Config>
 class RowScales {
  public:
@@ -82,7 +84,7 @@ class RowScales {
     if (kAhead) load(0);
   }
 
-  // For the columns from k on, a multiple of kDepth that grows from call to call.
+  // Makes `now` the scales of column k, a multiple of kDepth that does not fall from call to call.
   __device__ __forceinline__ void advance(int k) {
     if (k != change_) return;
     const int group = k / p_.span;
@@ -93,12 +95,12 @@ class RowScales {
     change_ += p_.span;
   }
 
-  float now[2 * Config::kWhole] = {};  // of each part, the row of each half
+  float now[2 * Config::kWhole] = {};  // [2 · part + half]
 
  private:
   static constexpr bool kAhead = Config::kFlights > 1;
 
-  // 0 where there is no such row.
+  // A row that does not exist has scale 0.
   __device__ __forceinline__ void load(int group) {
     const float* scale = p_.weight_scale + (static_cast<int64_t>(tile_.expert) * p_.groups + group) * p_.n;
 #pragma unroll
@@ -112,26 +114,27 @@ class RowScales {
   const Swapped& p_;
   const Place<Config>& me_;
   const Tile& tile_;
-  int change_ = 0;  // where the next group begins
+  int change_ = 0;  // first column of the next group
   float next_[2 * Config::kWhole];
 };
 
-// Two numbers of int8 as bf16: with seven bits 128 + x % 128 is exact, the sign chooses between -128 and -256, and so is
-// the sum of both.
+// Two int8 numbers as bf16, exactly: x = (128 + low seven bits) + (sign ? -256 : -128). Either term is one byte below
+// an upper byte of bf16.
 __device__ __forceinline__ uint32_t to_bf16(uint32_t low_bits, uint32_t signs, uint32_t selector, UpperBytes upper) {
   return sm90::add_bf16(sm90::permute_bytes(low_bits, upper.plus, selector),
                         sm90::permute_bytes(signs, upper.minus, selector));
 }
 
-// Four neighbours, to the operand's registers of columns 2t and 2t + 1, and of 2t + 8 and 2t + 9.
+// Four neighbouring columns, as the operand's registers of places 2t, 2t + 1 and 2t + 8, 2t + 9.
 __device__ __forceinline__ void convert(uint32_t bytes, UpperBytes upper, uint32_t& left, uint32_t& right) {
   const uint32_t low_bits = bytes & 0x7f7f7f7fu, signs = bytes & 0x80808080u;
   left = to_bf16(low_bits, signs, 0x4140, upper);
   right = to_bf16(low_bits, signs, 0x4342, upper);
 }
 
-// The thread's operands of 4 steps of 16 columns, the first or the second half of a tile's 128 bytes, from its rows. Of
-// the 128 it has 32t to 32t + 31; neighbouring rows, whose chunks the swizzle moves by one, meet no bank twice.
+// The thread's operands for 4 steps of 16 columns: the first or second half of its part of each row, which is bytes 32t
+// to 32t + 31 of the tile's 128. The swizzle shifts the chunks of neighbouring rows by one, so that no bank is read
+// twice.
 template <class Config>
 __device__ __forceinline__ void load_operands(const uint8_t* tile, int half, UpperBytes upper,
                                               const Place<Config>& me, uint32_t (&a)[4][4]) {
@@ -149,13 +152,13 @@ __device__ __forceinline__ void load_operands(const uint8_t* tile, int half, Upp
   }
 }
 
-// The tile of this number; false where there are no more.
+// The tile with this index; false when there are no more.
 template <class Config>
 __device__ __forceinline__ bool find(const Swapped& p, const Schedule& schedule, int32_t index, Tile& tile) {
   return Walk<Config::kTokens>(schedule, p.experts, index, 0).next(tile);
 }
 
-// One warp: a thread of it the tiles, all the scales of x.
+// Run by one warp: one of its threads loads the tiles, all of them the scales of x.
 template <class Config>
 __device__ __forceinline__ void load(const Swapped& p, typename Config::Shared& shared) {
   const bool leads = sm90::elect_one();
@@ -191,10 +194,10 @@ __device__ __forceinline__ void load(const Swapped& p, typename Config::Shared& 
       }
     }
   }
-  for (int i = 0; i < Config::kStages; ++i, at.advance()) wait_empty(shared.ring, at);  // no copy outlives its thread
+  for (int i = 0; i < Config::kStages; ++i, at.advance()) wait_empty(shared.ring, at);  // no copy may outlive the warp
 }
 
-// The products of one part of a stage, under way; done, where one part's are all that registers hold.
+// Issues the products of one part of a stage. Waits for them only if registers hold no second set of partial sums.
 template <class Config>
 __device__ __forceinline__ void start_part(const typename Config::Shared& shared, int at, int part,
                                            const Place<Config>& me, float (&partial)[Config::kSums]) {
@@ -211,7 +214,7 @@ __device__ __forceinline__ void start_part(const typename Config::Shared& shared
 #pragma unroll
       for (int step = 0; step < 4; ++step)
         sm90::multiply<Config::kTokens>(partial, a[step], sm90::advance(b, 32 * step), half + step > 0);
-      sm90::commit_products();  // of each half: ptxas counts them so, and one for both would be waited for too long
+      sm90::commit_products();  // one group per half: ptxas counts groups like this, and would wait too long for one
       if (Config::kFlights == 1) sm90::wait_products<0>(partial);
     }
   } else {
@@ -224,13 +227,13 @@ __device__ __forceinline__ void start_part(const typename Config::Shared& shared
   }
 }
 
-// A partial sum into the whole. Its scale is that of its token, or of its row.
+// sums += scale · partial, with the scale of the row of x (e4m3) or of the weight row (int8).
 template <class Config>
 __device__ __forceinline__ void promote(const Place<Config>& me, const float* x_scale, const float* weight_scale,
                                         const float (&partial)[Config::kSums], float (&sums)[Config::kSums]) {
 #pragma unroll
   for (int i = 0; i < Config::kSums; i += 4) {
-    float scale[4];  // of the accumulators (half, token)
+    float scale[4];  // of accumulator 2 · half + token
     if constexpr (Config::kInt8) {
       scale[0] = scale[1] = weight_scale[0];
       scale[2] = scale[3] = weight_scale[1];
@@ -244,7 +247,7 @@ __device__ __forceinline__ void promote(const Place<Config>& me, const float* x_
   }
 }
 
-// The sums of a tile.
+// Computes the sums of a tile.
 template <class Config>
 __device__ __forceinline__ void multiply_tile(const Swapped& p, typename Config::Shared& shared,
                                               Position<Config::kStages>& at, const Tile& tile,
@@ -259,7 +262,7 @@ __device__ __forceinline__ void multiply_tile(const Swapped& p, typename Config:
     wait_full(shared.ring, at);
     float partial[Config::kFlights][Config::kSums];
     const auto add = [&](int part) {
-      if (Config::kEven && part && k + kDepth >= p.k) return;  // past the last column
+      if (Config::kEven && part && k + kDepth >= p.k) return;  // the second part is past the last column
       if (Config::kInt8) scales.advance(Config::kEven ? k + part * kDepth : k);
       const int whole = Config::kEven ? 0 : part, depth = Config::kEven ? part : 0;
       promote(me, shared.scale[at.stage] + depth * Config::kTokens, scales.now + 2 * whole,
@@ -268,7 +271,7 @@ __device__ __forceinline__ void multiply_tile(const Swapped& p, typename Config:
     if constexpr (Config::kFlights == 2) {
       start_part<Config>(shared, at.stage, 0, me, partial[0]);
       start_part<Config>(shared, at.stage, 1, me, partial[1]);
-      sm90::wait_products<Config::kInt8 ? 2 : 1>(partial[0]);  // the groups of the second part
+      sm90::wait_products<Config::kInt8 ? 2 : 1>(partial[0]);  // the second part's groups stay in flight
       add(0);
       sm90::wait_products<0>(partial[1]);
       add(1);
@@ -279,7 +282,7 @@ __device__ __forceinline__ void multiply_tile(const Swapped& p, typename Config:
         add(part);
       }
     }
-    __syncwarp();  // all lanes have read
+    __syncwarp();  // all lanes have read the stage
     if (sm90::lane_index() == 0) sm90::arrive(shared.ring.empty[at.stage]);
   }
   if constexpr (!Config::kInt8) {
@@ -300,7 +303,7 @@ __device__ __forceinline__ void multiply_tiles(const Swapped& p, typename Config
        index += static_cast<int32_t>(gridDim.x), turn ^= 1) {
     float sums[Config::kWhole][Config::kSums];
     multiply_tile<Config>(p, shared, at, tile, sums);
-    find<Config>(p, shared.schedule, sm90::opaque(index), tile);  // again: through the products it would occupy registers
+    find<Config>(p, shared.schedule, sm90::opaque(index), tile);  // recomputed: kept, it would take registers all along
     const Place<Config> me(p, sm90::opaque(sm90::lane_index()));
     const int column = tile.column * Config::block_rows(p);
     uint8_t* buffer = shared.y[4 * me.group + me.warp];
@@ -331,7 +334,7 @@ __global__ void __launch_bounds__(kThreads, 1) swapped_kernel(const __grid_const
   if (threadIdx.x == 0) {
     sm90::prefetch(p.x);
     sm90::prefetch(p.weight);
-    shared.ring.init(C::kInt8 ? 1 : 1 + 32, 8);  // who loads; the warps that multiply
+    shared.ring.init(C::kInt8 ? 1 : 1 + 32, 8);  // loading threads; multiplying warps
     sm90::fence_barrier_init();
     shared.upper = kUpperBytes;
   }

@@ -7,18 +7,18 @@
 #include "quantize.cuh"
 #include "schedule.cuh"
 
-// What becomes of the sums of a tile: a row of y lies across the accumulators, eight neighbours in lanes 4 apart.
+// The epilogue of swapped.cuh. With swapped operands a row of y lies across threads: eight neighbours in lanes 4 apart.
 
 namespace grok::cuda::gemm::swapped {
 
 struct Swapped : Parameters {
-  int32_t groups, span;  // int8: scales of a row of the weights, and the columns of K of each
-  int32_t height;        // rows of the weights that a warpgroup has of one part of a stage
+  int32_t groups, span;  // int8: groups of K with a scale of their own, and columns of each
+  int32_t height;        // Even: weight rows of a warpgroup
   bool y_is_float;
 };
 
-// A thread of a warpgroup that multiplies: its accumulator 4j + 2h + i is of row `output(h)` of the block's rows of y's
-// columns and of token 8j + `token` + i.
+// The accumulators of a thread in a multiplying warpgroup: 4j + 2h + i is column `output(h)` of the block's columns of
+// y, and token 8j + `token` + i of the tile.
 template <class Config>
 struct Place {
   int group, warp, row, token, height;
@@ -30,13 +30,13 @@ struct Place {
         token(lane % 4 * 2),
         height(Config::kEven ? p.height : 64) {}
 
-  // The first of the 8 rows of a half of the warp's, in the warpgroup's.
+  // The first of the 8 rows of one half of the warp, counted within the warpgroup.
   __device__ __forceinline__ int first(int h) const { return Config::kShort ? 8 * warp : 16 * warp + 8 * h; }
   __device__ __forceinline__ bool has(int h) const {
     return !Config::kEven || (first(h) < height && !(Config::kShort && h));
   }
   __device__ __forceinline__ int output(int h) const { return group * height + first(h) + row; }
-  // The same row in the weights' tile: y of int8 is an x of the next product, in its order.
+  // The weight row that gives this column. With int8, gate_up's y is the next product's x, in `gather_rows` order.
   __device__ __forceinline__ int weight_row(int h) const {
     return Config::kInt8 && Config::kGated ? column_at(output(h)) : output(h);
   }
@@ -63,8 +63,8 @@ __device__ __forceinline__ void store_fp32(const Swapped& p, const Place<Config>
   }
 }
 
-// Sixteen tokens at a time: matrices (tokens, rows) of (0, 0), (0, 8), (8, 0), (8, 8) through the warp's shared memory.
-// Two lanes then have 16 neighbours of y, a whole sector.
+// Transposes 16 tokens at a time through the warp's staging buffer: four 8 × 8 matrices, at (token, column) (0, 0), (0,
+// 8), (8, 0), (8, 8). Two lanes then hold 16 neighbouring columns of y, a whole sector of memory.
 template <class Config>
 __device__ __forceinline__ void store_bf16(const Swapped& p, const Place<Config>& me, const Tile& tile, int column,
                                            const float (&sums)[Config::kSums], uint8_t* buffer) {
@@ -85,7 +85,7 @@ __device__ __forceinline__ void store_bf16(const Swapped& p, const Place<Config>
   }
 }
 
-// gate = act(gate) · up, 0 past the last column.
+// gate = act(gate) · up, and 0 past the last column.
 template <class Config>
 __device__ __forceinline__ void multiply_gate(const Swapped& p, const Place<Config>& me, int column,
                                               float (&gate)[Config::kSums], const float (&up)[Config::kSums]) {
@@ -95,7 +95,7 @@ __device__ __forceinline__ void multiply_gate(const Swapped& p, const Place<Conf
     if (column + me.weight_row(i / 2 % 2) >= p.n / 2) gate[i] = 0.0f;
 }
 
-// In e4m3, with one scale for a token and the 128 columns that the two warpgroups have.
+// Stores e4m3, with one scale for a token and the 128 columns of the two warpgroups.
 template <class Config>
 __device__ __forceinline__ void store_e4m3(const Swapped& p, const Place<Config>& me, const Tile& tile, int column,
                                            const float (&v)[Config::kSums], uint32_t (&amax)[Config::kTokens][8]) {

@@ -4,16 +4,15 @@
 #include <cstdint>
 #include <initializer_list>
 
-// How the launchers cut a product, by its shape and the chip.
+// How the launchers tile a product, as functions of its shape and the chip.
 
 namespace grok::cuda::gemm {
 
 inline int64_t parts(int64_t count, int64_t each) { return (count + each - 1) / each; }
 
-// How many columns a tile has. Of 128 columns of K, 128 rows of x are written to shared memory and read once, and each
-// column of weights is written once and read by both warpgroups: 256 + 3 · columns, in units of 128 bytes, a clock
-// each. That is as long as the products take, or longer, and so long lasts a round of tiles; so many rounds the
-// clusters need.
+// Columns of a tile in fp8.cuh: those that minimise rounds · clocks of a tile. A tile is bound by shared memory, which
+// moves 128 bytes a clock: for 128 columns of K, 128 rows of x are written and read once, and every column of weights
+// is written once and read by both warpgroups, 256 + 3 · columns clocks in all.
 inline int tile_columns(int64_t rows, int64_t n, int64_t experts, int64_t clusters) {
   constexpr int64_t kHeight = 128, kPair = 2;
   const int64_t groups = std::max<int64_t>(1, std::min(experts, rows));
@@ -29,9 +28,9 @@ inline int tile_columns(int64_t rows, int64_t n, int64_t experts, int64_t cluste
   return best;
 }
 
-// How many rows of the weights a warpgroup has of an `Even` block of swapped.cuh: so that the rounds of blocks over the
-// multiprocessors come out even, whatever number of experts is hit, which the host does not know. The worst of those
-// numbers counts, and a taller block wins where it loses no more than a fiftieth.
+// Weight rows of a warpgroup in an `Even` block of swapped.cuh, chosen so that the last round of blocks is well filled.
+// The host does not know how many experts are hit, so the worst number of them counts; a shorter block wins only if it
+// is more than 2% better.
 inline int even_height(int64_t n, int64_t experts, int64_t multiprocessors) {
   int best = 0;
   double least = 0;

@@ -7,7 +7,7 @@
 
 #include "machine.h"
 
-// What a kernel finds in the language: included before a kernel's source where g++ compiles it.
+// The parts of the CUDA language that kernels use, for g++. Included before a kernel's source.
 
 #define __global__
 #define __device__
@@ -49,12 +49,12 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
-extern uint3 threadIdx, blockIdx;  // of the fiber that runs
+extern uint3 threadIdx, blockIdx;  // of the running fiber
 extern dim3 blockDim, gridDim;
 
 using cudaStream_t = struct CUstream_st*;
 
-// Barriers and the exchange of registers in a warp
+// Barriers, and exchanges between the lanes of a warp
 
 inline void __syncthreads() {
   namespace emu = grok::emulation;
@@ -68,13 +68,14 @@ inline void __syncwarp(unsigned mask = 0xffffffffu) {
 
 namespace grok::emulation {
 
-// The lane's value as 64 bits through the warp, and what `source` of it comes back.
+// Publishes the lane's value to the warp and returns that of lane `source`.
 template <class T>
 T shuffle(unsigned mask, T value, int source, const char* operation) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "a shuffle moves 4 or 8 bytes");
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof value);
-  if (!(mask >> source & 1)) fail(std::string(operation) + ": reads lane " + std::to_string(source) + ", not in its mask");
+  if (!(mask >> source & 1))
+    fail(std::string(operation) + ": reads lane " + std::to_string(source) + ", not in its mask");
   const uint64_t got = exchange(mask, bits, operation, [source](const uint64_t* slot) { return slot[source]; });
   std::memcpy(&value, &got, sizeof value);
   return value;
@@ -109,18 +110,19 @@ T __shfl_down_sync(unsigned mask, T value, int delta, int width = 32) {
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  return static_cast<unsigned>(grok::emulation::exchange(mask, predicate != 0, "__ballot_sync", [mask](const uint64_t* slot) {
+  const auto votes_of = [mask](const uint64_t* slot) {
     uint64_t votes = 0;
     for (int lane = 0; lane < 32; ++lane)
       if (mask >> lane & 1) votes |= slot[lane] << lane;
     return votes;
-  }));
+  };
+  return static_cast<unsigned>(grok::emulation::exchange(mask, predicate != 0, "__ballot_sync", votes_of));
 }
 
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 
-// Memory. Fibers do not interleave within an operation, so these are plain.
+// Memory. Fibers switch only where they wait, so plain accesses are atomic.
 
 template <class T>
 T __ldg(const T* pointer) {

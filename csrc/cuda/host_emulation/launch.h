@@ -4,11 +4,11 @@
 
 #include "builtins.h"
 
-// The second implementation of launch.cuh's host side.
+// The host side of launch.cuh, for the emulation.
 
 namespace grok::cuda {
 
-// A small chip by default, so that persistent kernels walk over several tiles.
+// Few multiprocessors by default, so that persistent kernels process several tiles per block.
 inline int& multiprocessor_count() {
   static int count = 4;
   return count;

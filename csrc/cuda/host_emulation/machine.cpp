@@ -37,8 +37,8 @@ std::byte* map_memory(size_t bytes) {
   return static_cast<std::byte*>(memory);
 }
 
-// Memory that lives as long as the process, so that a launch of many blocks maps it once. Every piece lies between
-// pages without access: an access past its end faults, and the fault is reported with the shared address.
+// Memory that is mapped once and kept until the process exits. Every piece lies between inaccessible pages: an access
+// past its end faults, and the fault is reported with its offset.
 class Pool {
  public:
   explicit Pool(size_t bytes) : bytes_(bytes) {}
@@ -109,7 +109,7 @@ void resume(Thread& thread) {
 
 std::string deadlock() {
   std::string text = "deadlock:";
-  std::map<std::string, std::vector<const Thread*>> waiters;  // many threads wait for the same
+  std::map<std::string, std::vector<const Thread*>> waiters;  // by what they wait for
   for (const Block& block : running->blocks)
     for (const Thread& thread : block.threads)
       if (!thread.done) waiters[thread.waits_for->describe()].push_back(&thread);
@@ -121,8 +121,8 @@ std::string deadlock() {
   return text;
 }
 
-// The threads that a pass visits: now and then, for a while, only one half, quarter or eighth of them, so that those run
-// ahead of the others as far as the waits allow.
+// The threads that a pass visits. Now and then, for a while, these are only a half, quarter or eighth of all, which
+// then run ahead of the others as far as the waits allow.
 std::pair<size_t, size_t> part_of(size_t count) {
   Machine& m = *running;
   if (m.ahead_passes == 0 && m.random() % 4 == 0) {
@@ -135,7 +135,7 @@ std::pair<size_t, size_t> part_of(size_t count) {
   return {m.ahead_first, m.ahead_count};
 }
 
-// One pass over threads, from anywhere on and in either direction. False where no thread could run.
+// One pass over threads, from a random start and in a random direction. False if no thread could run.
 bool pass(const std::vector<Thread*>& threads, size_t& left) {
   const size_t count = threads.size();
   const auto [first, visited] = running->lazy() ? part_of(count) : std::pair<size_t, size_t>{0, count};
@@ -151,7 +151,7 @@ bool pass(const std::vector<Thread*>& threads, size_t& left) {
     ran = true;
   }
   if (ran || visited == count) return ran;
-  running->ahead_passes = 0;  // those wait for others
+  running->ahead_passes = 0;  // the threads ahead wait for others
   return true;
 }
 
@@ -166,8 +166,8 @@ void deliver_one() {
 void check_block_finished(const Block& block) {
   for (size_t i = block.shared_bytes; i < whole_pages(block.shared_bytes); ++i)
     if (block.shared[i] != std::byte{0xff}) {
-      running->error = "a thread wrote past its shared memory, at shared address " + hex(kSharedBase + i) + " (block of " +
-                       std::to_string(block.shared_bytes) + " bytes from " + hex(kSharedBase) + " on)";
+      running->error = "a thread wrote past its shared memory, at shared address " + hex(kSharedBase + i) +
+                       " (block of " + std::to_string(block.shared_bytes) + " bytes from " + hex(kSharedBase) + " on)";
       return;
     }
 }
@@ -183,13 +183,13 @@ void run_cluster(const Dim3& first) {
     block.rank = rank;
     block.index = Dim3(first.x + rank % m.cluster.x, first.y + rank / m.cluster.x % m.cluster.y, first.z);
     block.shared_bytes = bytes;
-    // The map ends at the first whole page after the block's memory; what lies between is checked at the end.
+    // Access ends at a page boundary; the bytes between the block's memory and that boundary are checked at the end.
     block.shared = shared_memories().get(rank);
     const size_t mapped = whole_pages(bytes);
     mprotect(block.shared, kSharedMap, PROT_NONE);
     if (mapped) {
       mprotect(block.shared, mapped, PROT_READ | PROT_WRITE);
-      std::memset(block.shared, 0xff, mapped);  // NaN in every type: what is read before it is written shows
+      std::memset(block.shared, 0xff, mapped);  // NaN in every type, so that reads before writes show
     }
     block.unfenced.assign(bytes / 2 + 1, 0);
     block.threads.resize(count);
@@ -232,7 +232,7 @@ void on_fault(int, siginfo_t* info, void*) {
   fail("invalid access to global memory at " + hex(reinterpret_cast<uint64_t>(address)));
 }
 
-// Faults are reports while a launch runs, and Python's own business otherwise.
+// While a launch runs, memory faults are reported as its error; at other times the process's own handlers stay.
 class FaultReports {
  public:
   FaultReports() {
@@ -255,9 +255,11 @@ void check_shape(const LaunchShape& shape) {
   auto refuse = [](const std::string& what) { throw std::runtime_error("host emulation: " + what); };
   if (shape.block.count() < 1 || shape.block.count() > 1024)
     refuse("blocks of " + std::to_string(shape.block.count()) + " threads, expected 1..1024");
-  if (shape.block.count() % kWarp) refuse("blocks of " + std::to_string(shape.block.count()) + " threads, no whole warps");
+  if (shape.block.count() % kWarp)
+    refuse("blocks of " + std::to_string(shape.block.count()) + " threads, no whole warps");
   if (shape.shared_bytes > kSharedLimit)
-    refuse(std::to_string(shape.shared_bytes) + " bytes of shared memory, expected at most " + std::to_string(kSharedLimit));
+    refuse(std::to_string(shape.shared_bytes) + " bytes of shared memory, expected at most " +
+           std::to_string(kSharedLimit));
   if (shape.grid.count() < 1) refuse("an empty grid");
   if (shape.grid.x % shape.cluster.x || shape.grid.y % shape.cluster.y || shape.cluster.z != 1)
     refuse("a grid that clusters do not divide");
@@ -291,12 +293,13 @@ void Machine::defer(std::function<void()> run, std::string what) {
 std::string name_of(const Thread& thread) {
   const Dim3& index = thread.block->index;
   std::string block = std::to_string(index.x);
-  if (running->grid.y > 1 || running->grid.z > 1) block += "," + std::to_string(index.y) + "," + std::to_string(index.z);
+  if (running->grid.y > 1 || running->grid.z > 1)
+    block += "," + std::to_string(index.y) + "," + std::to_string(index.z);
   return "block " + block + " thread " + std::to_string(thread.index) + " (warp " + std::to_string(thread.warp()) + ")";
 }
 
 void fail(const std::string& message) {
-  if (!running->current) throw std::runtime_error(message);  // of a deferred effect, on the scheduler's own stack
+  if (!running->current) throw std::runtime_error(message);  // in a deferred effect, on the scheduler's own stack
   running->error = name_of(self()) + ": " + message;
   leave();
 }
@@ -347,7 +350,7 @@ Meeting& warp_meeting(uint32_t mask) {
 uint64_t exchange(uint32_t mask, uint64_t value, const char* operation,
                   const std::function<uint64_t(const uint64_t*)>& read) {
   Meeting& meeting = warp_meeting(mask);
-  uint64_t* slot = meeting.slot[meeting.round & 1];  // the other one is still read by lanes of the round before
+  uint64_t* slot = meeting.slot[meeting.round & 1];  // lanes of the round before may still read the other one
   slot[self().lane()] = value;
   meet(meeting, static_cast<uint32_t>(__builtin_popcount(mask)), operation,
        std::string(operation) + " of warp " + std::to_string(self().warp()) + " with mask " + hex(mask));

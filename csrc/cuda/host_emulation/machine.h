@@ -9,14 +9,14 @@
 #include <string>
 #include <vector>
 
-// The emulated multiprocessor: blocks of a cluster whose threads are fibers of one host thread, and a scheduler that
-// resumes any fiber whose condition is met. What a fiber does between two waits is atomic.
+// The emulated multiprocessor: the threads of a cluster's blocks are fibers of one host thread, and a scheduler resumes
+// any fiber whose condition is met. What a fiber does between two waits is atomic.
 
 namespace grok::emulation {
 
 constexpr uint32_t kWarp = 32;
 constexpr uint32_t kSharedBase = 1024;  // where dynamic shared memory starts on the chip
-constexpr size_t kSharedLimit = 232448;  // what a block may ask for on sm_90, beside the reserved kilobyte
+constexpr size_t kSharedLimit = 232448;  // most that a block may use on sm_90, beside the reserved kilobyte
 
 struct Dim3 {
   uint32_t x = 1, y = 1, z = 1;
@@ -24,9 +24,9 @@ struct Dim3 {
   uint32_t count() const { return x * y * z; }
 };
 
-// How a launch is scheduled. Seed 0: threads in order, and copies and products done when issued. Any other seed: threads
-// in a random order, some for a while ahead of the others, products done as late as the waits for them allow, and of the copies one half too, in any order the
-// chip may take, the other half when issued.
+// How a launch is scheduled. Seed 0: threads run in order, and copies and products are done when issued. Any other
+// seed: threads run in random order, some of them ahead of the others for a while; products, and a random half of the
+// copies, are done as late as the waits for them allow, the copies in any order that the chip might take.
 struct Options {
   uint64_t seed = 0;
 };
@@ -41,7 +41,7 @@ struct Condition {
   ~Condition() = default;
 };
 
-// A meeting of a fixed set of threads of a block, again and again. `slot` holds what they exchange.
+// A reusable barrier of a fixed number of threads, which may exchange values through `slot`.
 struct Meeting {
   uint32_t expected = 0, arrived = 0;
   uint64_t round = 0;
@@ -57,19 +57,19 @@ struct Deferred {
   std::string what;
 };
 
-// Products of a warpgroup in flight, as one thread sees them.
+// One thread's part of a product of its warpgroup (wgmma) that is in flight.
 struct Product {
-  float* d;                          // the thread's accumulators in its registers
-  std::shared_ptr<std::vector<float>> values;  // the same while in flight; d holds NaN until the last wait
+  float* d;                          // the thread's accumulators
+  std::shared_ptr<std::vector<float>> values;  // their values while in flight; d holds NaN until the last wait
   std::function<void(float*)> run;
 };
 
-// A product as the threads of a warpgroup issue it: all must say the same.
+// A product as a warpgroup issues it; all of its threads must pass the same arguments.
 struct Issued {
   uint64_t a, b;
   uint32_t n;
   bool accumulate;
-  std::vector<double> sums[4];  // of the warps that have computed theirs
+  std::vector<double> sums[4];  // by warp; empty until computed
   uint32_t done;                // threads that have waited for it
 };
 
@@ -84,12 +84,12 @@ struct Thread {
   std::vector<Product> open_products;                 // issued, not yet committed
   std::vector<std::vector<Product>> product_groups;   // committed, oldest first
   uint64_t products_issued = 0, products_done = 0;
-  bool products_fenced = false;                       // a wgmma fence since the registers were last touched
+  bool products_fenced = false;                       // wgmma.fence was called since the last wait for products
   std::vector<Deferred> open_stores;
   std::vector<std::vector<Deferred>> store_groups;
-  std::vector<Deferred> open_copies;                  // cp.async, no arrival after them yet
+  std::vector<Deferred> open_copies;                  // cp.async with no arrival after them yet
   std::shared_ptr<uint32_t> copies = std::make_shared<uint32_t>(0);  // cp.async of this thread in flight
-  std::vector<uint32_t> unfenced;                     // where `Block::unfenced` has this thread
+  std::vector<uint32_t> unfenced;                     // indices at which Block::unfenced names this thread
 
   uint32_t warp() const { return index / kWarp; }
   uint32_t lane() const { return index % kWarp; }
@@ -105,18 +105,18 @@ struct Block {
   std::map<std::pair<uint32_t, uint32_t>, Meeting> warps;  // by warp and mask
   std::map<uint32_t, std::string> barrier_names;           // by shared address
   Meeting warpgroups[8];
-  std::vector<int> registers;                              // a thread, by warpgroup; empty before the first setmaxnreg
+  std::vector<int> registers;                              // per thread, by warpgroup; empty before setmaxnreg
   std::map<std::pair<uint32_t, uint64_t>, Issued> products;  // in flight, by warpgroup and number
-  std::vector<uint32_t> unfenced;  // by 2 bytes: thread + 1 whose write no fence has shown to the async proxy; 0 none
+  std::vector<uint32_t> unfenced;  // for each 2 bytes: 1 + the thread that wrote them without fence_async since, or 0
 
   // The bytes at a shared address of this block; fails where [address, address + bytes) leaves it.
   std::byte* at(uint32_t address, size_t bytes, const char* operation);
 };
 
-// The state of one launch. There is one at a time.
+// The state of a launch. Only one runs at a time.
 struct Machine {
   Dim3 grid, block_dim, cluster;
-  std::vector<Block> blocks;      // of the cluster that runs
+  std::vector<Block> blocks;      // of the running cluster
   std::vector<Deferred> pending;  // copies in flight
   Meeting cluster_meeting;
   Thread* current = nullptr;
@@ -124,24 +124,24 @@ struct Machine {
   std::string error;
   const std::function<void()>* body = nullptr;
   uint64_t random_state = 0;
-  size_t ahead_first = 0, ahead_count = 0, ahead_passes = 0;  // threads that alone run, for so many passes
-
+  size_t ahead_first = 0, ahead_count = 0, ahead_passes = 0;  // only these threads run, for so many passes
 
   bool lazy() const { return random_state != 0; }
   uint64_t random();
-  void defer(std::function<void()> run, std::string what);  // or at once
+  void defer(std::function<void()> run, std::string what);  // runs it later, or at once
 };
 
 Machine& machine();
 inline Thread& self() { return *machine().current; }
 
-[[noreturn]] void fail(const std::string& message);  // of the running thread: ends the launch with an error
+[[noreturn]] void fail(const std::string& message);  // ends the launch with an error of the running thread
 void wait_until(const Condition& condition);
 void meet(Meeting& meeting, uint32_t expected, const char* operation, const std::string& name);
 Meeting& warp_meeting(uint32_t mask);
-uint64_t exchange(uint32_t mask, uint64_t value, const char* operation, const std::function<uint64_t(const uint64_t*)>& read);
+uint64_t exchange(uint32_t mask, uint64_t value, const char* operation,
+                  const std::function<uint64_t(const uint64_t*)>& read);
 
-uint32_t shared_address(const void* pointer, size_t bytes, const char* operation);  // of the running thread's block
+uint32_t shared_address(const void* pointer, size_t bytes, const char* operation);  // in the running thread's block
 std::string name_of(const Thread& thread);
 
 struct LaunchShape {

@@ -8,7 +8,7 @@ namespace grok::emulation {
 
 constexpr uint32_t kWarpgroup = 128;
 constexpr int kRegisters = 65536;
-constexpr uint32_t kInFlight = 0x7fc0dead;  // the NaN that accumulators hold while products are in flight
+constexpr uint32_t kInFlight = 0x7fc0dead;  // the NaN in accumulators while products are in flight
 
 namespace {
 
@@ -29,7 +29,7 @@ void check_alive(const Block& block, const char* operation) {
   fail(std::string(operation) + ": block " + text(block.rank) + " of the cluster has ended");
 }
 
-// What a kernel wrote by ordinary stores, and no fence has shown to the copy engine and the tensor core.
+// Tracking of ordinary stores that no fence has yet made visible to the copy engine and the tensor core.
 
 constexpr uint32_t kGrain = 2;
 
@@ -53,7 +53,7 @@ struct State {
   uint64_t valid : 2, phase : 1, expected : 20, left : 20;
   int64_t bytes : 21;
 };
-constexpr uint64_t kValid = 1;  // memory not yet written has 3
+constexpr uint64_t kValid = 1;  // memory that was never written has 3
 
 struct At {  // a barrier of a block
   Block& block;
@@ -79,7 +79,7 @@ struct At {  // a barrier of a block
     return now;
   }
 
-  // `arrivals` come, `expected` bytes are waited for, `came` bytes have come.
+  // Counts `arrivals` arrivals, `expected` more bytes to wait for, and `came` bytes that have come.
   void count(const char* operation, uint32_t arrivals, int64_t expected, int64_t came) const {
     State now = checked(operation);
     if (arrivals > now.left)
@@ -125,7 +125,7 @@ uint32_t tile_address(const void* tile, uint32_t bytes, const char* operation) {
   return address;
 }
 
-// Calls each(offset in the tile, byte of the tensor or null) for every 16 bytes of a box.
+// Calls each(offset in the tile, column, row of the tensor or null if outside) for every 16 bytes of a box.
 template <class Each>
 void for_chunks(const sm90::TensorMap& map, int x, int y, int z, const Each& each) {
   const uint32_t chunk = 16 / map.element_bytes;
@@ -139,7 +139,7 @@ void for_chunks(const sm90::TensorMap& map, int x, int y, int z, const Each& eac
       }
 }
 
-int64_t inside(const sm90::TensorMap& map, int64_t column) {  // bytes of a chunk at this column, 0..16
+int64_t inside(const sm90::TensorMap& map, int64_t column) {  // bytes of the chunk at this column that exist, 0..16
   const int64_t left = (map.size[0] - column) * map.element_bytes;
   return left < 0 ? 0 : left > 16 ? 16 : left;
 }
@@ -185,9 +185,9 @@ const double* e4m3_values() {
   return table.data();
 }
 
-constexpr int kDepth = 32;  // bytes of K that a product takes
+constexpr int kDepth = 32;  // bytes of K in one wgmma
 
-// `rows` rows of an operand from `first` on, 32 bytes each, as its descriptor says.
+// `rows` rows of 32 bytes of an operand, from row `first` on, addressed by its descriptor.
 class Rows {
  public:
   Rows(Block& block, uint64_t operand, uint32_t first, uint32_t rows) : block_(block), first_(first), rows_(rows) {
@@ -219,7 +219,7 @@ class Rows {
   uint32_t first_, rows_, start_, groups_;
 };
 
-// The numbers of an operand's first rows, row by row.
+// The values of the first `count` rows, row by row.
 template <class Rows>
 std::vector<double> e4m3_rows(const Rows& rows, uint32_t count) {
   std::vector<double> values;
@@ -237,7 +237,7 @@ std::vector<double> bf16_rows(const Rows& rows, uint32_t count) {
   return values;
 }
 
-// The warp's 16 rows of a times the n rows of b, exactly.
+// The warp's 16 rows of a times the n rows of b, in double precision.
 std::vector<double> multiplied(const std::vector<double>& a, const std::vector<double>& b, uint32_t n) {
   const size_t depth = b.size() / n;
   std::vector<double> columns(b.size()), sums(size_t{16} * n);
@@ -276,7 +276,8 @@ void finish(Thread& thread, const Product& product) {
   }
 }
 
-// The thread's part of a product of its warpgroup; `sums` gives those of the warp, once, when the product is done.
+// Issues the thread's part of a product of its warpgroup. `sums` returns the warp's sums; it is called when the product
+// is done.
 void issue(float* d, uint32_t n, bool accumulate, std::function<const std::vector<double>&()> sums) {
   Thread& thread = self();
   std::shared_ptr<std::vector<float>> values;
@@ -489,7 +490,8 @@ void fence_products() {
 
 namespace {
 
-// A product of the warpgroup: all its threads must say the same. `rows_a` gives the warp's rows of a, as numbers.
+// A product of the warpgroup, whose threads must pass the same arguments. `rows_a` returns the values of the warp's
+// rows of a.
 template <class RowsA>
 void multiply(float* d, uint32_t n, uint64_t a, uint64_t b, bool accumulate, RowsA rows_a,
               std::vector<double> (*values)(const Rows&, uint32_t)) {
@@ -524,8 +526,8 @@ void multiply_e4m3(float* d, int n, uint64_t a, uint64_t b, bool accumulate) {
 
 namespace {
 
-// A warp's 16 rows of 32 bytes, of which every lane holds four pieces of 4: of row lane / 4, the piece lane % 4 of the
-// first half, then that of row lane / 4 + 8, then those of the second half.
+// A warp's 16 rows of 32 bytes in registers. A lane holds four pieces of 4 bytes: piece lane % 4 of the first half of
+// row lane / 4, the same of row lane / 4 + 8, then both of the second half.
 struct WarpRows {
   uint32_t pieces[4][kWarp];
 
@@ -570,7 +572,7 @@ void wait_product_groups(size_t groups) {
     const std::vector<Product> done = std::move(thread.product_groups.front());
     thread.product_groups.erase(thread.product_groups.begin());
     for (size_t i = 0; i < done.size(); ++i) {
-      // those of the same group after it still use their accumulators
+      // later products of the same group may use the same accumulators
       bool again = false;
       for (size_t j = i + 1; j < done.size(); ++j) again |= done[j].values == done[i].values;
       again ? done[i].run(done[i].values->data()) : finish(thread, done[i]);

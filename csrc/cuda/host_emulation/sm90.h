@@ -5,11 +5,11 @@
 #include "builtins.h"
 #include "machine.h"
 
-// The second implementation of sm90.cuh: the same names, for the host. See README.md for what it does not model.
+// sm90.cuh for the emulation: the same functions on the host. README.md says what they do not model.
 
 namespace grok::emulation {
 
-void note_tile_write(const void* to, uint32_t bytes);  // an ordinary store, which a fence must show to copies and products
+void note_tile_write(const void* to, uint32_t bytes);  // records an ordinary store, which needs a fence_async
 
 }  // namespace grok::emulation
 
@@ -34,23 +34,24 @@ template <class T>
 T& shared_memory() {
   const emu::Block& block = *emu::self().block;
   if (block.shared_bytes != sizeof(T))
-    emu::fail("shared memory of " + std::to_string(sizeof(T)) + " bytes, launched with " + std::to_string(block.shared_bytes));
+    emu::fail("shared memory of " + std::to_string(sizeof(T)) + " bytes, launched with " +
+              std::to_string(block.shared_bytes));
   return *reinterpret_cast<T*>(block.shared);
 }
 
-// Who am I
+// Identity
 
 inline int lane_index() { return static_cast<int>(emu::self().lane()); }
 inline int warp_index() { return static_cast<int>(emu::self().warp()); }
 inline int opaque(int value) { return value; }
 inline bool elect_one() {
-  __syncwarp();  // elect.sync meets the whole warp
+  __syncwarp();  // elect.sync synchronises the warp
   return lane_index() == 0;
 }
 inline uint32_t cluster_rank() { return emu::self().block->rank; }
 void cluster_sync();
 void named_barrier(int id, int threads);
-void resize_registers(const char* operation, int registers);  // checks, and meets the warpgroup
+void resize_registers(const char* operation, int registers);  // checks, and synchronises the warpgroup
 template <int kRegisters>
 void release_registers() {
   resize_registers("setmaxnreg.dec", kRegisters);

@@ -7,20 +7,21 @@
 #include "../launch.cuh"
 
 // Router and grouping. A block multiplies kTokens tokens with all experts, its threads side by side along D, so that
-// the router is read once for kTokens tokens. Then a warp a token takes the softmax and the top k.
+// the router is read once for kTokens tokens. Then one warp per token computes softmax and top k.
 //
-// The order of the additions over D: thread i of a block adds columns 4·i..4·i+3 of each kStep, step after step, by
-// fused multiply-adds; then lanes at distance 16, 8, 4, 2, 1; then warps in order. It depends on neither T nor kTokens.
+// The order of additions over D: thread i of a block adds columns 4·i..4·i+3 of each kStep, step after step, by fused
+// multiply-adds; then lanes at distance 16, 8, 4, 2, 1 are added; then the warps in order. It depends on neither T nor
+// kTokens.
 
 namespace grok::cuda::route {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kExperts = 8;           // multiplied at a time
+constexpr int kExperts = 8;           // experts multiplied at a time
 constexpr int kStep = 4 * kThreads;   // columns of D that a block takes at a time
 constexpr int kChunk = 4096;          // rows that one block of `group_tokens` places
-constexpr int32_t kNone = 0x7fffffff;  // an expert that loses against any other
+constexpr int32_t kNone = 0x7fffffff;  // no expert: loses every tie
 
-// Where a kernel's blocks each count all rows, and then place those of their chunk.
+// Shared memory of grouping: every block counts all rows, then places those of its own chunk.
 struct Grouping {
   int32_t before[kWarps][kMostExperts];  // rows of an expert before the chunk, as each warp counted
   int32_t all[kWarps][kMostExperts];
@@ -28,13 +29,13 @@ struct Grouping {
 };
 
 struct Shared {
-  float partial[kWarps][8 * kExperts];  // of each warp, by token and expert of the tile
+  float partial[kWarps][8 * kExperts];  // partial sums by warp, then by token and expert
   float logits[8][kMostExperts];
   Grouping grouping;
   bool last;
 };
 
-// Four neighbours of a row, in fp32, which loses nothing.
+// Four neighbouring columns, in fp32.
 __device__ __forceinline__ float4 load4(const float* x) { return *reinterpret_cast<const float4*>(x); }
 __device__ __forceinline__ float4 load4(const uint16_t* x) {
   const uint2 two = *reinterpret_cast<const uint2*>(x);
@@ -42,8 +43,9 @@ __device__ __forceinline__ float4 load4(const uint16_t* x) {
                      __uint_as_float(two.y & 0xffff0000u));
 }
 
-// Sums kCount values over the lanes of a warp. Each step sends one half of the values away and keeps the other, while
-// there are two; value i ends in the lanes whose lane · kCount / 32 is i, or, of more than 32, in a row of two.
+// Sums kCount values over the lanes of a warp. While a lane holds several, each step sends half of them to the partner
+// and keeps the other half. Value i ends in the lanes with lane · kCount / 32 = i; if kCount is 64, lane i holds values
+// 2i and 2i + 1.
 template <int kCount, int kBit = 16>
 __device__ __forceinline__ void sum_lanes(float* v) {
   if constexpr (kBit > 0) {
@@ -63,8 +65,8 @@ __device__ __forceinline__ void sum_lanes(float* v) {
   }
 }
 
-// logits[m][e] of the block's tokens, for kExperts experts from `expert` on. What lies past the last token or expert is
-// computed from the last one, and not used.
+// logits[m][e] of the block's tokens for kExperts experts from `expert` on. Tokens and experts past the last repeat it
+// (padding), and their logits are not used.
 template <class X, int kTokens>
 __device__ __forceinline__ void products(const RouteTopk& p, int64_t token, int expert, Shared& shared) {
   const X* rows = static_cast<const X*>(p.x) + token * p.x_stride;
@@ -113,10 +115,10 @@ struct Candidate {
 __device__ __forceinline__ Candidate better(Candidate a, Candidate b) {
   if (a.p > b.p) return a;
   if (b.p > a.p) return b;
-  return a.expert < b.expert ? a : b;  // NaNs too: a softmax is all NaN or has none
+  return a.expert < b.expert ? a : b;  // for NaN too: a softmax is all NaN or has none
 }
 
-// Softmax and top k of one token by one warp; a lane has experts lane and lane + 32.
+// Softmax and top k of one token, by one warp; a lane has experts `lane` and `lane` + 32.
 __device__ __forceinline__ void choose(const RouteTopk& p, int64_t token, const float* logits) {
   const int lane = sm90::lane_index();
   float value[2], largest = -INFINITY, sum = 0.0f;
@@ -136,7 +138,7 @@ __device__ __forceinline__ void choose(const RouteTopk& p, int64_t token, const 
 #pragma unroll
   for (int i = 0; i < 2; ++i)
     mine[i] = lane + 32 * i < p.experts ? Candidate{value[i] / sum, lane + 32 * i} : Candidate{-1.0f, kNone};
-  Candidate kept{};  // of the lane whose number is the place
+  Candidate kept{};  // lane i keeps the i-th best
   float total = 0.0f;
   for (int place = 0; place < p.k; ++place) {
     Candidate best = better(mine[0], mine[1]);
@@ -153,7 +155,7 @@ __device__ __forceinline__ void choose(const RouteTopk& p, int64_t token, const 
   p.chosen[token * p.k + lane] = kept.expert;
 }
 
-// The lanes whose row has this expert, for the calling lane's; each lane may ask for another. All lanes call.
+// Which lanes hold a row of a given expert; each lane may ask for a different expert. Called by all lanes.
 struct Votes {
   unsigned bit[6], valid;
   __device__ __forceinline__ Votes(int32_t expert, int64_t experts)
@@ -169,7 +171,7 @@ struct Votes {
   }
 };
 
-// Counts all rows, and places those of `begin`..`end`-1; begin is a multiple of 32. Every thread of the block calls.
+// Counts all rows and places those of `begin`..`end`-1; begin is a multiple of 32. Called by every thread of the block.
 __device__ __forceinline__ void group(const GroupTokens& p, int64_t begin, int64_t end, Grouping& shared) {
   const int lane = sm90::lane_index(), warp = sm90::warp_index(), thread = threadIdx.x;
   int32_t before[2] = {}, all[2] = {};
@@ -212,11 +214,11 @@ __device__ __forceinline__ void group(const GroupTokens& p, int64_t begin, int64
     __syncthreads();
     if (thread < p.experts)
       for (int w = 0; w < kWarps; ++w) shared.next[thread] += shared.all[w][thread];
-    __syncthreads();  // before the counts are written again
+    __syncthreads();  // before the counts are overwritten
   }
 }
 
-// Block b takes tokens kTokens·b and following. With an order to fill, the last block to end groups.
+// Block b takes tokens kTokens·b and following. If p.order is set, the last block to finish groups the rows.
 template <class X, int kTokens>
 __global__ void __launch_bounds__(kThreads, kTokens > 1 ? 2 : 1) route_kernel(const RouteAndGroup p) {
   Shared& shared = sm90::shared_memory<Shared>();
@@ -226,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, kTokens > 1 ? 2 : 1) route_kernel(co
   const int warp = sm90::warp_index();
   if (warp < kTokens && token + warp < p.route.tokens) choose(p.route, token + warp, shared.logits[warp]);
   if (!p.order) return;
-  __threadfence();  // what this block chose is seen by whoever sees its count
+  __threadfence();  // a block that sees this one's count also sees what it chose
   __syncthreads();
   if (threadIdx.x == 0) shared.last = atomicAdd(p.counter, 1u) == gridDim.x - 1;
   __syncthreads();

@@ -1,4 +1,4 @@
-"""The products for Hopper under the host emulation, compiled once for all tests."""
+"""The GEMM launchers for Hopper, compiled for the host emulation once per session."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiles kernels for the host emulation, and calls what they export."""
+"""Compiles kernels for the host emulation and calls the functions that they export."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 
 
 def compiled(library: Path, *sources: Path, optimise: str = "-O2") -> ctypes.CDLL:
-    """The sources, with the emulated machine, as a library."""
+    """A library of the sources and the emulated machine."""
     command = ["g++", "-std=c++17", optimise, "-shared", "-fPIC", "-Wall", "-DGROK_HOST_EMULATION", f"-I{CSRC}"]
     machine = sorted((CSRC / "cuda/host_emulation").glob("*.cpp"))
     objects = [library.with_name(f"{i}-{path.stem}.o") for i, path in enumerate([*sources, *machine])]
@@ -33,7 +33,7 @@ def compiled(library: Path, *sources: Path, optimise: str = "-O2") -> ctypes.CDL
 
 
 def call(function: Any, *args: Any) -> None:
-    """Calls a function whose last two arguments take a message; RuntimeError with it."""
+    """Calls a function whose last two arguments receive an error message; raises RuntimeError with that message."""
     error = ctypes.create_string_buffer(8192)
     if function(*args, error, len(error)):
         raise RuntimeError(error.value.decode())

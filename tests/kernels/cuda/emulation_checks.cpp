@@ -1,4 +1,4 @@
-// Small kernels that use the emulated hardware as it is meant, or break one rule of it, for ctypes.
+// Small kernels for ctypes that use the emulated hardware correctly, or break one of its rules.
 
 #include <map>
 #include <string>
@@ -15,13 +15,14 @@ using grok::cuda::Tiles;
 
 struct Memory {
   alignas(1024) uint8_t a[2][64 * 128], b[2][64 * 128];
-  alignas(1024) uint8_t y[64 * 128];  // a tile of bf16
+  alignas(1024) uint8_t y[64 * 128];  // bf16
   float scale[32];
   Barrier full[2], other;
 };
 
-// y (64, 64) bf16 and sums (64, 64) fp32 of a (64, K) and b (64, K), K at most 256: two tiles of K, both in flight. The
-// second warpgroup loads, the first multiplies. With a cluster of two, each block loads one half of both blocks' tiles.
+// sums = a bᵀ in fp32 and y = sums in bf16, both (64, 64), of e4m3 a (64, K) and b (64, K) with K at most 256: two
+// tiles along K, both in flight. The second warpgroup loads, the first multiplies. In a cluster of two, each block
+// loads one half of both blocks' tiles.
 struct Multiply {
   TensorMap a, b, y;
   float* sums;
@@ -46,7 +47,7 @@ void load(const Multiply& p, Memory& m, bool cluster) {
       arrive_after_copies(m.full[i]);
     }
   }
-  if (warp_index() == 5) wait(m.full[0], 0);  // no thread ends while its copies are in flight
+  if (warp_index() == 5) wait(m.full[0], 0);  // a thread must not exit while its copies are in flight
 }
 
 void multiply_kernel(const Multiply p, bool cluster) {
@@ -76,7 +77,7 @@ void multiply_kernel(const Multiply p, bool cluster) {
       d[i] *= m.scale[column % 32];
       p.sums[(64 * cluster_rank() + row) * 64 + column] = d[i];
     }
-    for (int j = 0; j < 4; ++j) {  // 16 columns: matrices (rows, columns), (rows + 8, columns), then 8 columns on
+    for (int j = 0; j < 4; ++j) {  // 16 columns: matrices at (row, column) (0, 0), (8, 0), (0, 8), (8, 8)
       const int row = 16 * warp + lane % 16, chunk = 2 * j + lane / 16;
       store_matrices(m.y + row * 128 + (chunk ^ row % 8) * 16, pack_bf16(d[8 * j], d[8 * j + 1]),
                      pack_bf16(d[8 * j + 2], d[8 * j + 3]), pack_bf16(d[8 * j + 4], d[8 * j + 5]),
@@ -93,8 +94,8 @@ void multiply_kernel(const Multiply p, bool cluster) {
   cluster_sync();
 }
 
-// y (16, 64) bf16 = b aᵀ: a (64, 64) bf16 from registers, b (16, 64) a tile of bf16, the product's 16 x 64 columns stored
-// across.
+// y (16, 64) = b aᵀ, all bf16: a (64, 64) from registers, b (16, 64) from a tile, and the product, which lies
+// transposed in the accumulators, stored by store_transposed.
 struct MultiplyRegisters {
   TensorMap b;
   const uint16_t* a;
@@ -122,7 +123,7 @@ void multiply_registers_kernel(const MultiplyRegisters p) {
   for (int step = 0; step < 4; ++step) multiply<16>(d, a[step], advance(operand(m.b[0]), 32 * step), step > 0);
   commit_products();
   wait_products<0>();
-  uint8_t* tile = m.y + warp * 512;  // matrices (rows of a, of b): (0, 0), (8, 0), (0, 8), (8, 8)
+  uint8_t* tile = m.y + warp * 512;  // matrices at (row of a, row of b) (0, 0), (8, 0), (0, 8), (8, 8)
   store_transposed(tile + lane * 16, pack_bf16(d[0], d[1]), pack_bf16(d[2], d[3]), pack_bf16(d[4], d[5]),
                    pack_bf16(d[6], d[7]));
   __syncwarp();
@@ -130,7 +131,7 @@ void multiply_registers_kernel(const MultiplyRegisters p) {
   for (int i = 0; i < 8; ++i) p.y[(lane / 16 * 8 + lane % 8) * 64 + 16 * warp + lane / 8 % 2 * 8 + i] = rows[i];
 }
 
-// Kernels of one warpgroup that break a rule
+// Kernels of one warpgroup that break one rule each
 
 void begin(Memory& m, uint32_t arrivals = 1) {
   if (threadIdx.x == 0) init(m.full[0], arrivals, "full");
@@ -313,6 +314,6 @@ int break_rule(const char* name, uint64_t seed, char* error, int size) {
 uint32_t sum_bf16(uint32_t x, uint32_t y) { return add_bf16(x, y); }
 uint32_t permuted(uint32_t low, uint32_t high, uint32_t selector) { return permute_bytes(low, high, selector); }
 
-// The conversions, one value at a time: bf16 in the upper half, e4m3 in the lower.
+// Converts one value: bf16 in the upper half of the result, e4m3 in the lower.
 uint32_t converted(float x) { return pack_bf16(0.0f, x) | pack_e4m3(x, 0.0f); }
 }

@@ -3,7 +3,7 @@
 #include <cstring>
 #include <exception>
 
-// A call for ctypes: 0, or 1 with the message of what it threw in `error`.
+// Calls from ctypes: returns 0, or 1 with the message of the exception in `error`.
 template <class Call>
 int guarded(char* error, int size, const Call& call) {
   try {

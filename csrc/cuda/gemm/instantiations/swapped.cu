@@ -40,8 +40,8 @@ void launch_tiles(const char* op, const std::string& shape, const Product& p, sw
   launch_kernel(how, swapped::swapped_kernel<Weight, Form, kTokens>, k);
 }
 
-// Rows of x bring their bytes from L2 once for every block of rows of the weights: few rows leave its height free, many
-// want it large. e4m3 has few.
+// Every block of weight rows reads all rows of x from L2 again. With few rows of x that is cheap, and the block's
+// height is chosen for even rounds; with many, tall blocks win. e4m3 has only few rows here.
 template <class Weight>
 void choose_block(const char* op, const std::string& shape, const GroupedGemm& p, int64_t tokens, Stream stream) {
   auto k = params_of<swapped::Swapped>(op, shape, p);

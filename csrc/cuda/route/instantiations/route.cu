@@ -7,7 +7,7 @@ namespace {
 
 using namespace route;
 
-// Few tokens go one to a block, so that more multiprocessors read the router; a token's bits are the same either way.
+// Up to kFew tokens, a block takes one, so that more multiprocessors read the router; the bits are the same either way.
 constexpr int kManyTokens = 8;
 constexpr int64_t kFew = 256;
 
@@ -70,7 +70,7 @@ void group_tokens(const GroupTokens& p, Stream stream) {
         ", expected 0..2^31-4097");
   check(p.experts >= 1 && p.experts <= kMostExperts, "group_tokens of ", shape, ": E=", p.experts, ", expected 1..",
         kMostExperts);
-  const unsigned grid = std::max(1u, blocks(p.rows, kChunk));  // without rows the offsets are still written
+  const unsigned grid = std::max(1u, blocks(p.rows, kChunk));  // the offsets are written even without rows
   const Launch how = {"group_tokens", shape, {grid, 1, 1}, {kThreads, 1, 1}, sizeof(Grouping), 1, stream};
   launch_kernel(how, group_kernel, p);
 }
