@@ -27,54 +27,81 @@ Table = Mapping[str, tuple[str, ...]]
 ALLOWED: Table = {
     # the engine, from its leaves up
     "grok_engine.config": (),
+    "grok_engine.dtypes": (),
     "grok_engine.tokenizer": (),
-    "grok_engine.checkpoint": ("config",),
+    "grok_engine.tools.progress": (),
+    "grok_engine.models.families": ("config",),
+    "grok_engine.checkpoint": ("config", "dtypes", "models.families"),
     "grok_engine.runtime": (),
     "grok_engine.runtime.allocator": (),
-    "grok_engine.runtime.scheduler": ("runtime.allocator",),
-    "grok_engine.runtime.batch": (),
+    "grok_engine.runtime.plan": (),
+    "grok_engine.runtime.sequence": (),
+    "grok_engine.runtime.scheduler": ("runtime.allocator", "runtime.plan", "runtime.sequence"),
+    "grok_engine.runtime.batch": ("runtime.plan",),
     "grok_engine.runtime.pages": ("config", "runtime.batch"),
     "grok_engine.runtime.text": ("sampling", "tokenizer"),
-    "grok_engine.runtime.request": ("runtime.scheduler", "runtime.text", "sampling"),
-    "grok_engine.runtime.graphs": ("config", "models", "runtime.batch", "grok_kernels"),
+    "grok_engine.runtime.request": ("runtime.sequence", "runtime.text", "sampling"),
+    "grok_engine.runtime.builder": (
+        "config", "runtime.request", "runtime.sequence", "runtime.text", "sampling", "tokenizer",
+    ),
+    "grok_engine.runtime.graphs": ("config", "models", "runtime.batch", "runtime.plan", "grok_kernels"),
     "grok_engine.runtime.runner": (
-        "config", "models", "runtime.batch", "runtime.graphs", "runtime.pages", "grok_kernels",
+        "config", "models", "runtime.batch", "runtime.graphs", "runtime.pages", "runtime.plan", "grok_kernels",
     ),
     "grok_engine.sampling": ("tokenizer", "grok_kernels"),
     "grok_engine.layers": ("config", "runtime.batch", "grok_kernels"),
     "grok_engine.models": ("config", "layers", "runtime.batch"),
-    "grok_engine.loading": ("checkpoint", "config", "layers", "models", "grok_kernels"),
+    "grok_engine.loading": ("checkpoint", "config", "dtypes", "layers", "models", "grok_kernels"),
     # the orchestrator, and the faces over it
-    "grok_engine.engine": (
-        "checkpoint", "config", "loading", "models", "runtime", "sampling", "tokenizer", "grok_kernels",
+    "grok_engine.engine": ("config", "loading", "runtime", "sampling", "tokenizer"),
+    "grok_engine.llm": (
+        "config", "engine", "models", "runtime.builder", "runtime.request", "runtime.text", "sampling", "tokenizer",
+        "tools.progress",
     ),
-    "grok_engine.llm": ("config", "engine", "loading", "models", "runtime", "sampling", "tokenizer"),
-    "grok_engine.async_llm": ("engine", "runtime.request", "sampling"),
-    "grok_engine.tools": ("checkpoint", "config"),
-    "grok_engine.cli": (".", "config", "llm", "loading", "sampling", "tools", "grok_kernels", "grok_bench"),
-    "grok_engine": ("async_llm", "checkpoint", "config", "engine", "llm", "runtime.request", "sampling"),
+    "grok_engine.async_llm": ("engine", "runtime.builder", "runtime.request", "sampling"),
+    "grok_engine.tools": ("checkpoint", "config", "loading", "models.families", "grok_kernels"),
+    "grok_engine.cli": (
+        ".", "config", "llm", "loading", "models.families", "sampling", "tools", "grok_kernels", "grok_bench",
+    ),
+    "grok_engine": (
+        "async_llm", "checkpoint", "config", "engine", "llm", "loading", "models.families", "runtime.request",
+        "sampling",
+    ),
     # the kernels
     "grok_kernels.registry": (),
     "grok_kernels.memory": (),
-    "grok_kernels.packing": ("memory", "registry"),
-    "grok_kernels.checks": ("packing",),
-    "grok_kernels.tuning": (),
+    "grok_kernels.dtypes": (),
+    "grok_kernels.chips": (),
     "grok_kernels.counters": (),
     "grok_kernels.cuda_home": (),
-    "grok_kernels.ops": ("registry", "checks"),
-    "grok_kernels.recording": ("registry",),
-    "grok_kernels.reference": ("registry", "checks", "packing"),
-    "grok_kernels.triton": ("registry", "checks", "counters", "packing", "tuning"),
-    "grok_kernels.cpu": ("registry", "packing", "recording", "_C"),
-    "grok_kernels.cuda": ("registry", "checks", "counters", "packing", "tuning", "cuda_home", "_CUDA"),
-    "grok_kernels.tune": (".", "cuda", "ops", "registry", "triton", "tuning"),  # a command
-    "grok_kernels": ("cpu", "cuda", "memory", "ops", "packing", "reference", "registry", "triton", "tuning"),
+    "grok_kernels.checks": ("dtypes",),
+    "grok_kernels.layouts": ("dtypes", "memory", "registry"),
+    "grok_kernels.weights": ("checks", "dtypes", "layouts", "registry"),
+    "grok_kernels.experts": ("weights",),
+    "grok_kernels.tuning": ("chips", "dtypes"),
+    "grok_kernels.ops": ("checks", "dtypes", "experts", "registry", "weights"),
+    "grok_kernels.recording": ("ops", "registry"),
+    "grok_kernels.reference": ("checks", "dtypes", "experts", "registry", "weights"),
+    "grok_kernels.triton": (
+        "checks", "chips", "counters", "dtypes", "experts", "registry", "tuning", "weights",
+    ),
+    "grok_kernels.cpu": ("experts", "layouts", "recording", "registry", "weights", "_C"),
+    "grok_kernels.cuda": (
+        "checks", "chips", "counters", "cuda_home", "dtypes", "experts", "registry", "tuning", "weights", "_CUDA",
+    ),
+    "grok_kernels.autotune": (  # a command
+        "chips", "cuda", "dtypes", "ops", "registry", "triton", "tuning", "weights",
+    ),
+    "grok_kernels": (
+        "chips", "cpu", "cuda", "layouts", "memory", "ops", "reference", "registry", "triton", "weights",
+    ),
     # the benchmarks
     "grok_bench.schema": (),
+    "grok_bench.spread": (),
     "grok_bench.environment": ("schema", "grok_kernels"),
-    "grok_bench.engine": ("schema", "environment", "grok_engine"),
-    "grok_bench.report": ("schema",),
-    "grok_bench.kernels": ("schema", "environment", "report", "grok_engine", "grok_kernels"),
+    "grok_bench.report": ("schema", "spread"),
+    "grok_bench.engine": ("schema", "spread", "environment", "report", "grok_engine"),
+    "grok_bench.kernels": ("schema", "spread", "environment", "report", "grok_engine", "grok_kernels"),
     "grok_bench.cli": ("engine", "kernels", "report"),
     "grok_bench": ("kernels",),  # the decorator that makes a function a contestant
 }  # fmt: skip
@@ -96,7 +123,7 @@ LAZY = {"grok_engine": "grok_bench"}  # imported inside functions alone
 
 # Third-party packages that pyproject.toml need not declare: the contestants that the benchmarks measure where they are
 # installed. Imported inside functions alone; one that nothing imports is an error.
-PEERS = ("deep_gemm", "flashinfer", "sgl_kernel", "vllm")
+PEERS = ("deep_gemm", "flashinfer")
 # The extras whose packages a package may import. Outside grok_bench, whose commands are imported on demand, such an
 # import stands inside a function: the distribution works without its extras.
 EXTRAS: Table = {"grok_engine": ("structured",), "grok_kernels": (), "grok_bench": ("bench",)}
