@@ -25,12 +25,12 @@ from .llm import LLM
 from .loading.convert import convert
 from .loading.resolve import read_config, resolve_model
 from .models.families import PRESETS
+from .progress import byte_bar
 from .sampling.params import SamplingParams
 from .tools.inspect import inspect_checkpoint
 from .tools.inspect import render as render_report
 from .tools.plan import PlanKV, PlanWeights, plan
 from .tools.plan_view import render as render_plan
-from .tools.progress import byte_bar
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -16,12 +16,12 @@ from torch import Tensor
 from .config import DType, EngineConfig, WeightFormat
 from .engine import LLMEngine
 from .models.decoder import Decoder
+from .progress import byte_bar, request_bar
 from .runtime.builder import Prompt
 from .runtime.request import RequestOutput
 from .runtime.text import FinishReason
 from .sampling.params import RequestOutputKind, SamplingParams
 from .tokenizer.base import Tokenizer
-from .tools.progress import byte_bar, request_bar
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,11 +27,10 @@ Table = Mapping[str, tuple[str, ...]]
 ALLOWED: Table = {
     # the engine, from its leaves up
     "grok_engine.config": (),
-    "grok_engine.dtypes": (),
     "grok_engine.tokenizer": (),
-    "grok_engine.tools.progress": (),
+    "grok_engine.progress": (),
     "grok_engine.models.families": ("config",),
-    "grok_engine.checkpoint": ("config", "dtypes", "models.families"),
+    "grok_engine.checkpoint": ("config", "models.families", "grok_kernels.dtypes"),
     "grok_engine.runtime": (),
     "grok_engine.runtime.allocator": (),
     "grok_engine.runtime.plan": (),
@@ -51,12 +50,12 @@ ALLOWED: Table = {
     "grok_engine.sampling": ("tokenizer", "grok_kernels"),
     "grok_engine.layers": ("config", "runtime.batch", "grok_kernels"),
     "grok_engine.models": ("config", "layers", "runtime.batch"),
-    "grok_engine.loading": ("checkpoint", "config", "dtypes", "layers", "models", "grok_kernels"),
+    "grok_engine.loading": ("checkpoint", "config", "layers", "models", "grok_kernels"),
     # the orchestrator, and the faces over it
     "grok_engine.engine": ("config", "loading", "runtime", "sampling", "tokenizer"),
     "grok_engine.llm": (
         "config", "engine", "models", "runtime.builder", "runtime.request", "runtime.text", "sampling", "tokenizer",
-        "tools.progress",
+        "progress",
     ),
     "grok_engine.async_llm": ("engine", "runtime.builder", "runtime.request", "sampling"),
     "grok_engine.tools": ("checkpoint", "config", "loading", "models.families", "grok_kernels"),

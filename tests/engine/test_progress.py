@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from grok_engine.tools.progress import byte_bar, request_bar
+from grok_engine.progress import byte_bar, request_bar
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, *, terminal: bool) -> io.StringIO:

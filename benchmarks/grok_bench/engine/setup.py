@@ -14,9 +14,9 @@ from grok_engine import ConfigError, EngineConfig, LLMEngine, ModelConfig
 from grok_engine.loading.random import weight_bytes
 from grok_engine.loading.resolve import read_config, resolve_model
 from grok_engine.models.families import PRESETS
+from grok_engine.progress import byte_bar
 from grok_engine.runtime.pages import page_bytes
 from grok_engine.runtime.runner import CPU_KV_BYTES, KV_DTYPES
-from grok_engine.tools.progress import byte_bar
 
 from .workload import Job, check_jobs
 
