@@ -30,7 +30,7 @@ ALLOWED: Table = {
     "grok_engine.tokenizer": (),
     "grok_engine.progress": (),
     "grok_engine.models.families": ("config",),
-    "grok_engine.checkpoint": ("config", "models.families", "grok_kernels.dtypes"),
+    "grok_engine.checkpoint": ("config", "models.families", "grok_kernels"),
     "grok_engine.runtime": (),
     "grok_engine.runtime.allocator": (),
     "grok_engine.runtime.plan": (),
@@ -60,7 +60,7 @@ ALLOWED: Table = {
     "grok_engine.async_llm": ("engine", "runtime.builder", "runtime.request", "sampling"),
     "grok_engine.tools": ("checkpoint", "config", "loading", "models.families", "grok_kernels"),
     "grok_engine.cli": (
-        ".", "config", "llm", "loading", "models.families", "sampling", "tools", "grok_kernels", "grok_bench",
+        ".", "config", "llm", "loading", "models.families", "progress", "sampling", "tools", "grok_kernels", "grok_bench",
     ),
     "grok_engine": (
         "async_llm", "checkpoint", "config", "engine", "llm", "loading", "models.families", "runtime.request",

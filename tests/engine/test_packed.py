@@ -108,9 +108,13 @@ def test_other_tools_can_read_the_file(whole: Path) -> None:
     with safetensors.safe_open(whole / FILE, "pt") as file:
         assert file.metadata()["format"] == "grok-engine 2"
         model = LLM(whole, num_pages=8).model
-        assert set(file.keys()) == {name for name, _ in model.named_parameters()}
-        for name, parameter in model.named_parameters():
-            other = file.get_tensor(name.replace(".values", ".weight").replace(".scales", ".scale"))
+        parameters = {
+            name.replace(".values", ".weight").replace(".scales", ".scale"): parameter
+            for name, parameter in model.named_parameters()
+        }
+        assert set(file.keys()) == parameters.keys()
+        for name, parameter in parameters.items():
+            other = file.get_tensor(name)
             assert other.dtype == parameter.dtype
             assert torch.equal(other.view(torch.uint8).flatten(), parameter.view(torch.uint8).flatten())
 
