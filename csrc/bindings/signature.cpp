@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "bindings.h"
 
@@ -101,13 +102,18 @@ bool plain_thread() {
 // kind), or an argument is of another type.
 pybind11::object signature(const pybind11::tuple& args) {
   if (!plain_thread()) return pybind11::none();
-  static thread_local std::string key;
+  // The buffer is kept for the next call, but belongs to this one: a Weight that is keyed for the first time calls this
+  // function again.
+  static thread_local std::string kept;
+  std::string key = std::move(kept);
   key.clear();
   for (const auto& arg : args) {
     if (!put_argument(key, arg.ptr())) return pybind11::none();
   }
   if (const char* forced = std::getenv("GROK_KERNELS_BACKEND")) put_text(key, 's', forced, std::strlen(forced));
-  return pybind11::bytes(key);
+  pybind11::bytes bytes(key);
+  kept = std::move(key);
+  return bytes;
 }
 
 // Returns the class that was set before, or None.

@@ -118,6 +118,19 @@ def test_a_weight_is_keyed_by_its_own_signature() -> None:
     assert _C.signature((X, Weight(b"a"))) is None
 
 
+def test_a_weight_that_is_new_is_keyed_with_all_else_of_its_call() -> None:
+    """It computes its signature in the middle of the call's, which must not lose what came before."""
+
+    def key(x: Tensor, weight: grok_kernels.Weight) -> bytes | None:
+        return registry.signature((x, weight, 1.0))
+
+    def new() -> grok_kernels.Weight:
+        return grok_kernels.Weight.of(randn(1, 4, 8))
+
+    known = new()
+    assert len({key(X, new()), key(X[:2], new()), key(X, known), key(X, known), key(X[:2], known)}) == 2
+
+
 def test_the_number_of_known_calls_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "KNOWN", 5)
     for t in range(1, 40):
