@@ -1,6 +1,8 @@
-"""The result file that every benchmark of the suite writes and every report reads: "grok-bench/1", JSON.
+"""The result file that every benchmark of the suite writes and every report reads: "grok-bench/2", JSON.
 
-Times are seconds, sizes bytes, rates per second. A value that does not exist is null, never NaN or infinite.
+A file is a summary: medians with 95% intervals, counts, ratios, ceilings and the environment. Samples, requests and
+timelines are written only where they are asked for. Times are seconds, sizes bytes, rates per second. A missing value
+is null or left out, never NaN or infinite; a member that equals its default is left out.
 """
 
 from __future__ import annotations
@@ -8,14 +10,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
-SCHEMA = "grok-bench/1"
-LATER = ("gpu",)  # members that files written before them lack
+SCHEMA = "grok-bench/2"
+SAMPLES = ("samples", "timeline", "requests")  # members that only `save(samples=True)` writes
 Scalar: TypeAlias = str | int | float | bool | None
 Status = Literal["ok", "wrong", "failed", "missing", "timeout"]
 
@@ -26,13 +28,13 @@ class SchemaError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
-    """What a number depends on."""
+    """The machine and the software that a number depends on."""
 
     chip: str
     device: Literal["cpu", "cuda"]
     cores: int
     threads: int
-    isa: str | None  # of the native CPU kernels; None where there are none
+    isa: str | None  # of the native CPU kernels; None where they were not built
     clock_mhz: float | None
     driver: str | None
     python: str
@@ -46,7 +48,7 @@ class Environment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ceiling:
-    """The best rate that this machine was seen to reach: bytes read or copied, or operations of one arithmetic."""
+    """The best measured rate of this machine: bytes read or copied, or operations of one arithmetic."""
 
     unit: Literal["B/s", "FLOP/s"]
     rate: float
@@ -54,28 +56,35 @@ class Ceiling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """One contestant on one problem. `seconds` is the median, `low` and `high` its 95 % interval; None unless "ok"."""
+    """One contestant on one problem.
+
+    `seconds` is the median over the problem's rounds and `low`, `high` its 95% interval; None unless "ok".
+    `speedup` is the median over rounds of (best peer's time / own time); ours have its 95% interval, too.
+    """
 
     contestant: str
-    ours: bool
-    status: Status
+    ours: bool = False
+    status: Status = "ok"
     message: str = ""
     error: float | None = None
-    tolerance: float | None = None
     seconds: float | None = None
     low: float | None = None
     high: float | None = None
+    roofline: float | None = None
+    speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+    bytes: float | None = None  # what it reads and writes, where that differs from the problem's
+    tolerance: float | None = None  # of the error, where that differs from the problem's
     samples: list[float] = field(default_factory=list)
-    bytes_per_second: float | None = None
-    operations_per_second: float | None = None
-    share_of_roofline: float | None = None
-    times_best_peer: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuState:
-    """A GPU during the rounds of one problem: medians, but for those that are named most or least, and `celsius`, the highest.
-    `held_back` is the share of readings in which power or heat kept the clock down."""
+    """A GPU during the rounds of one problem: medians, extremes where the name says so, and the highest temperature.
+
+    `held_back` is the share of readings in which power or heat kept the clock down.
+    """
 
     watts: float
     most_watts: float
@@ -89,36 +98,41 @@ class GpuState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelResult:
-    """One problem. `floor_seconds` is the roofline's: bytes over the read ceiling or operations over the arithmetic's."""
+    """One problem. `floor_seconds` is the roofline's: bytes over the memory ceiling, or operations over the peak's."""
 
     problem: str
     op: str
-    family: str
     parameters: dict[str, Scalar]
     operations: float
     bytes: float
     arithmetic: str
-    floor_seconds: float | None
+    tolerance: float | None = None
+    floor_seconds: float | None = None
     rounds: int
-    thrown_away: int
-    best_peer: str | None
+    thrown_away: int = 0
+    best_peer: str | None = None
     scores: list[Score]
     gpu: GpuState | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Percentiles:
-    """Of one latency over all requests (of `itl`, over all pairs of neighbouring tokens)."""
+    """Of one latency over all requests (of `itl`, over all pairs of neighbouring tokens).
+
+    `low`, `high`: the 95% interval of p50.
+    """
 
     mean: float
     p50: float
     p90: float
     p99: float
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moment:
-    """The engine's own counts, `t` seconds after the start. `prefix_hit_tokens` and `tokens` are since the start."""
+    """The engine's counters, `t` seconds after the start. `prefix_hit_tokens` and `tokens` count from the start."""
 
     t: float
     running: int
@@ -131,7 +145,7 @@ class Moment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestTimes:
-    """One request: when it came, and the seconds from then to its first and to its last token; None if never."""
+    """One request: its arrival, and the seconds from then to its first and last token; None if there was none."""
 
     arrival: float
     ttft: float | None
@@ -154,18 +168,18 @@ class EngineResult:
     requests_per_second: float
     output_tokens_per_second: float
     total_tokens_per_second: float
-    goodput_per_second: float | None
-    slo: dict[str, float] | None
+    goodput_per_second: float | None = None
+    slo: dict[str, float] | None = None
     metrics: dict[str, Percentiles | None]
     load_seconds: float
     peak_memory_bytes: int
-    timeline: list[Moment]
-    requests: list[RequestTimes]
+    timeline: list[Moment] = field(default_factory=list)
+    requests: list[RequestTimes] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResultFile:
-    """A file: where, how and when, and the results of one kind."""
+    """A file: where, how and when it was measured, and results of one kind."""
 
     kind: Literal["kernels", "engine"]
     command: str
@@ -175,16 +189,56 @@ class ResultFile:
     interrupted: bool = False
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"))
 
-    def save(self, path: str | Path) -> None:
-        """Write it whole or not at all."""
+    @property
+    def kernels(self) -> list[KernelResult]:
+        return [r for r in self.results if isinstance(r, KernelResult)]
+
+    @property
+    def runs(self) -> list[EngineResult]:
+        return [r for r in self.results if isinstance(r, EngineResult)]
+
+    def save(self, path: str | Path, samples: bool = False) -> None:
+        """Write the whole file or none of it."""
         path = Path(path)
-        text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, allow_nan=False)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            partial.write_text(text + "\n", encoding="utf-8")
+            partial.write_text(_text({"schema": SCHEMA, **_plain(self, () if samples else SAMPLES)}), encoding="utf-8")
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _plain(value: Any, skip: tuple[str, ...]) -> Any:
+    """`value` as JSON has it, without the members in `skip` and those that equal their default."""
+    if isinstance(value, list):
+        return [_plain(item, skip) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item, skip) for key, item in value.items()}
+    if not is_dataclass(value):
+        return value
+    found = {}
+    for f in fields(value):
+        member = getattr(value, f.name)
+        if f.name not in skip and (f.default is MISSING or member != f.default):
+            found[f.name] = _plain(member, skip)
+    return found
+
+
+def _text(values: dict[str, Any]) -> str:
+    """One line for each member, result and score, so that a file is short and a diff of two can be read."""
+
+    def line(value: Any) -> str:
+        return json.dumps(value, allow_nan=False, ensure_ascii=False)
+
+    def result(values: dict[str, Any]) -> str:
+        members = {name: line(value) for name, value in values.items()}
+        if "scores" in values:
+            members["scores"] = "[\n  " + ",\n  ".join(map(line, values["scores"])) + "]"
+        return " {" + ", ".join(f"{line(name)}: {text}" for name, text in members.items()) + "}"
+
+    members = {name: line(value) for name, value in values.items()}
+    members["results"] = "[\n" + ",\n".join(map(result, values["results"])) + "]"
+    return "{" + ",\n".join(f"{line(name)}: {text}" for name, text in members.items()) + "}\n"
 
 
 def load(path: str | Path) -> ResultFile:
@@ -219,7 +273,8 @@ def _members(cls: type, values: Any, hints: Mapping[str, Any], at: str) -> dict[
     if not isinstance(values, dict):
         raise SchemaError(f"{at or 'the file'} is {_shown(values)}, expected an object")
     names = [f.name for f in fields(cls)]
-    missing = [name for name in names if name not in values and name not in LATER]
+    optional = [f.name for f in fields(cls) if not (f.default is MISSING and f.default_factory is MISSING)]
+    missing = [name for name in names if name not in values and name not in optional]
     unknown = [name for name in values if name not in names]
     if missing or unknown:
         what = [f"lacks {', '.join(missing)}"] if missing else []

@@ -76,9 +76,8 @@ MODEL = _options(
     click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=True, show_default=True),
     click.option("--enforce-eager", is_flag=True, help="Decode without CUDA graphs."),
     click.option("--seed", type=AMOUNT, default=0, show_default=True, help="Of prompts, lengths and arrivals."),
-    click.option(
-        "--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write the result there, too."
-    ),
+    click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write a summary there."),
+    click.option("--samples", is_flag=True, help="With --json: write each request's times and the timeline, too."),
     click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."),
 )
 LENGTHS = _options(

@@ -25,12 +25,12 @@ INTERRUPTED = 130
 
 
 class Measurement:
-    """What is wrong with the options is said by the constructor, or by `start` before anything is loaded."""
+    """The constructor refuses bad options; `start` refuses what needs the jobs, before it loads anything."""
 
-    def __init__(self, *, model: str, seed: int, file: Path | None, **options: Any) -> None:
+    def __init__(self, *, model: str, seed: int, file: Path | None, samples: bool, **options: Any) -> None:
         if file is not None and not file.absolute().parent.is_dir():
             raise ValueError(f"--json {file}: there is no folder {file.absolute().parent}")
-        self.seed, self.file = seed, file
+        self.seed, self.file, self.samples = seed, file, samples
         self.setup = find_model(model, **options)
         self.load_seconds = 0.0
 
@@ -74,7 +74,7 @@ class Measurement:
             file = ResultFile(
                 kind="engine", command=_command(), environment=where, results=[result], interrupted=run.interrupted
             )
-            file.save(self.file)
+            file.save(self.file, self.samples)
         if run.interrupted:
             raise click.exceptions.Exit(INTERRUPTED)
 

@@ -14,6 +14,7 @@ from itertools import pairwise
 import numpy as np
 
 from grok_bench.schema import Percentiles, RequestTimes
+from grok_bench.spread import interval
 
 SLOS = ("ttft", "tpot", "e2el")
 
@@ -52,12 +53,13 @@ class Record:
 
 
 def percentiles(values: Iterable[float | None]) -> Percentiles | None:
-    """Of the values that are there, between two of them linearly; None where there is none."""
+    """Of the values that are not None, interpolated linearly, with the 95% interval of the median; None without any."""
     found = [value for value in values if value is not None]
     if not found:
         return None
     p50, p90, p99 = (float(p) for p in np.percentile(found, (50, 90, 99)))
-    return Percentiles(mean=math.fsum(found) / len(found), p50=p50, p90=p90, p99=p99)
+    low, high = interval(found)
+    return Percentiles(mean=math.fsum(found) / len(found), p50=p50, p90=p90, p99=p99, low=low, high=high)
 
 
 def latencies(records: Sequence[Record]) -> dict[str, Percentiles | None]:

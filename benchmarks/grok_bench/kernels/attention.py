@@ -134,6 +134,10 @@ def footprint(p: Problem) -> float:
     return int(values) * (2 if p["kv"] == "bf16" else 3)  # fp8 is made of bf16
 
 
+def capped(p: Problem) -> bool:
+    return bool(p.shape.attn_softcap or p.shape.attn_temperature_len)
+
+
 def plain(inputs: Attend) -> Attend:
     """The same without what torch's own attention has not: no softcap, no temperature."""
     return replace(inputs, softcap=0.0, temperature_len=0)

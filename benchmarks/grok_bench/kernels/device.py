@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import grok_kernels
-
 from ..environment import available_bytes
 from ..schema import Ceiling as Kept
 from ..schema import GpuState
+from . import ours
 from .monitor import Monitor
 
 SETTLE = 1.5  # seconds to see each ceiling once without whatever else runs
@@ -112,15 +111,15 @@ class Device:
 
     def _new_scratch(self) -> Tensor:
         size = 1 << 16 if self.small else 4 * last_cache_bytes()
-        return grok_kernels.weight_memory((size,), torch.int8, "cpu").zero_()
+        return ours.memory(size)
 
     def _probes(self) -> dict[str, Callable[[], float]]:
-        if _native() is None:
+        if ours.probes() is None:
             return {"copy": self._copy(PROBE_BYTES), **{k: self._product(k, 1024) for k in ("bf16", "fp32", "int8")}}
         steps = 100 if self.small else PROBE_STEPS
         probes: dict[str, Callable[[], float]] = {"read": self._read()}
         for kind in ("fp32", "bf16", "int8"):
-            probes[kind] = partial(self._rate, partial(_native().probe_peak, kind, steps))
+            probes[kind] = partial(self._rate, partial(ours.probes().probe_peak, kind, steps))
         return probes
 
     def _read(self) -> Callable[[], float]:
@@ -132,7 +131,7 @@ class Device:
         def read() -> int:
             nonlocal turn
             turn += 1
-            _native().probe_read(parts[turn % len(parts)])
+            ours.probes().probe_read(parts[turn % len(parts)])
             return size
 
         return partial(self._rate, read)
@@ -263,15 +262,6 @@ def device(name: str, small: bool = False, probed: bool = True) -> Device:
         return Device(found, small, probed)
     torch.cuda.set_device(found)
     return Cuda(found, small, probed)
-
-
-def _native() -> Any:
-    """The extension with the CPU's probes; None where it was not built."""
-    if not grok_kernels.backends()["rms_norm"]["cpu"].available:
-        return None
-    from grok_kernels import _C
-
-    return _C
 
 
 def last_cache_bytes() -> int:

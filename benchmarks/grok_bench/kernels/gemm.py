@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import grok_kernels
-
 from .case import BF16_ERROR, EIGHT_BIT_ERROR, TURNS, Case, copies
 from .data import BYTES, Last, Rows, Weights, routing
+from .ours import quantize
 from .problems import Problem
 
 
@@ -25,18 +24,23 @@ def parts(fmt: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Product:
-    """One call: rows x (M, K) bf16 in the order of their experts, and what the format wants them quantised to."""
+    """One call: rows (M, K) bf16 in the order of their experts, and the same quantised where the format wants that."""
 
     x_MK: Tensor
     weights: Weights
     rows: Rows
     fmt: str
-    quantized: tuple[Tensor, Tensor] | None  # with scales for each row and group of 128, where they are given so
+    quantized: tuple[Tensor, Tensor] | None  # with scales for each row and group of 128
 
     @property
     def args(self) -> tuple[Any, ...]:
         x, x_scale = self.quantized or (self.x_MK, None)
-        return x, self.weights.values, self.weights.scale, self.rows.offsets, x_scale, torch.bfloat16
+        return x, self.weights, self.rows.offsets, x_scale, torch.bfloat16
+
+    @property
+    def dynamic(self) -> str:
+        """The format that rows are to be quantised to within the call; empty if they are not."""
+        return parts(self.fmt)[1] if self.fmt.endswith("dyn") else ""
 
 
 _last: Last[list[Weights]] = Last()
@@ -91,11 +95,6 @@ def footprint(p: Problem) -> float:
     weight = BYTES[parts(str(p["format"]))[0]]
     # with what our packed copy takes, and one matrix in fp32, twice
     return 2 * e * n * k * weight + 8 * n * k + TURNS * 3 * rows * k + 6 * rows * n
-
-
-def quantize(x_MK: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
-    """Rows in int8 or e4m3, with scales (M, groups of 128)."""
-    return grok_kernels.quantize_int8(x_MK) if fmt == "int8" else grok_kernels.quantize_fp8(x_MK)
 
 
 def exact(inputs: Product) -> Tensor:

@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from .case import BF16_ERROR, EIGHT_BIT_ERROR, TURNS, Case, copies
 from .data import BYTES, Last, Rows, Weights, routing
-from .gemm import parts, quantize
+from .gemm import parts
+from .ours import quantize
 from .problems import Problem
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -25,8 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Layer:
-    """One call. Rows, their tokens and weights in the order of the experts are made outside of the times, to the good
-    of those that cannot group."""
+    """One call. The grouped rows, their tokens and weights are computed outside the time, for peers that cannot group."""
 
     x_TD: Tensor
     topk_weights: Tensor
@@ -39,11 +39,7 @@ class Layer:
     @property
     def args(self) -> tuple[Any, ...]:
         act_format = parts(self.fmt)[1] if self.fmt.endswith("dyn") else "none"
-        w13, w2 = self.w13, self.w2
-        return (
-            self.x_TD, self.topk_weights, self.experts, w13.values, w13.scale, w2.values, w2.scale, self.activation,
-            act_format,
-        )  # fmt: skip
+        return self.x_TD, self.topk_weights, self.experts, self.w13, self.w2, self.activation, act_format
 
     @cached_property
     def order(self) -> Tensor:

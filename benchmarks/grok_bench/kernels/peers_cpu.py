@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import Attend, Cache, plain
+from .attention import Attend, Cache, capped, plain
 from .case import BF16_ERROR, ONE_SCALE_ERROR
 from .contestant import Call, Contestant, register
 from .data import BLOCK, Weights
 from .moe import Layer, with_silu
-from .ours import capped
 from .peers_torch import loop, products
 from .problems import Problem
 

@@ -1,11 +1,12 @@
-"""Other people's kernels on a GPU: DeepGEMM, FlashInfer, vLLM and sgl-kernel, where they are installed.
+"""Other people's kernels on a GPU: DeepGEMM and FlashInfer, where they are installed.
 
-Written by their published interfaces, which move from release to release, and not yet run on a chip: one that has
-changed is reported as failed, with what it raised.
+Written by their published interfaces and tested with stand-ins; on the chip they have not been timed yet. One whose
+interface has changed is reported as failed, with what it raised.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from functools import cache, partial
@@ -18,90 +19,37 @@ from .attention import Attend
 from .contestant import Call, Contestant, register
 from .data import BLOCK, Weights
 from .gemm import Product
-from .moe import Layer
 from .problems import Problem
 
-
-def _deep_gemm() -> Any:
-    import deep_gemm
-
-    return deep_gemm
-
-
-def _flashinfer() -> Any:
-    import flashinfer
-
-    return flashinfer
-
-
-def _flashinfer_norm() -> Any:
-    import flashinfer.norm
-
-    return flashinfer.norm
-
-
-def _sgl_kernel() -> Any:
-    import sgl_kernel
-
-    return sgl_kernel
-
-
-def _vllm() -> Any:
-    import vllm._custom_ops
-
-    return vllm._custom_ops
-
-
-# What it is called, how to get it, and what shows that it can be had.
-PACKAGES: dict[str, tuple[str, str, Callable[[], Any]]] = {
-    "deep_gemm": ("DeepGEMM", "pip install sgl-deep-gemm==0.1.4.post1 apache-tvm-ffi==0.1.11", _deep_gemm),
-    "flashinfer": ("FlashInfer", "pip install flashinfer-python", _flashinfer),
-    "vllm": ("vLLM", "pip install vllm", _vllm),
-    "sgl_kernel": ("sgl-kernel", "pip install sgl-kernel", _sgl_kernel),
+PACKAGES = {  # its name, and how to get it
+    "deep_gemm": ("DeepGEMM", "pip install sgl-deep-gemm==0.1.4.post1 apache-tvm-ffi==0.1.11"),
+    "flashinfer": ("FlashInfer", "pip install flashinfer-python"),
 }
-COMPILED = ("deep_gemm", "flashinfer")  # just in time, by nvcc
-FP8_MOST, WORKSPACE = 448.0, 256 << 20
+WORKSPACE = 256 << 20  # bytes, FlashInfer's own
 
 
 def add() -> None:
-    peer("deep_gemm", "fp8, contiguous", "grouped_gemm", _contiguous, _takes("fp8xfp8"))
-    peer("deep_gemm", "fp8, masked", "grouped_gemm", _masked, _takes("fp8xfp8"))
-    peer("flashinfer", "decode", "paged_attention", _flashinfer_decode, _pages("decode"))
-    peer("flashinfer", "prefill", "paged_attention", _flashinfer_prefill, _pages("prefill"))
-    for package in ("flashinfer", "sgl_kernel"):
-        peer(package, "rmsnorm", "rms_norm", partial(_rms_norm, package))
-        peer(
-            package, "fused_add_rmsnorm", "sandwich_norm", partial(_add_norm, package), lambda p: not p.shape.post_norms
-        )
-    peer("sgl_kernel", "topk_softmax", "route_topk", _sgl_topk, lambda p: not p.shape.router_softcap)
-    for op, dtype, most in (("quantize_fp8", torch.float8_e4m3fn, FP8_MOST), ("quantize_int8", torch.int8, 127.0)):
-        peer("sgl_kernel", "per_token_group_quant_8bit", op, partial(_sgl_quantize, dtype, most))
-    peer("vllm", "rms_norm", "rms_norm", _vllm_norm)
-    peer("vllm", "topk_softmax", "route_topk", _vllm_topk, lambda p: not p.shape.router_softcap)
-    peer("vllm", "per_token_group_quant_fp8", "quantize_fp8", _vllm_quantize)
-    for fmt in ("bf16", "fp8dyn", "int8"):
-        peer("vllm", "fused_experts", "moe", _vllm_experts, _takes(fmt), suffix=f", {fmt}")
-
-
-def peer(
-    package: str, what: str, op: str, bind: Callable[[Any], Call], enters: Callable[[Problem], bool] = lambda p: True,
-    suffix: str = "",
-) -> None:  # fmt: skip
-    register(
-        Contestant(
-            name=f"{PACKAGES[package][0]} {what}{suffix}", op=op, bind=bind, devices=("cuda",), enters=enters,
-            missing=partial(missing, package), compiles=package in COMPILED,
-        )
-    )  # fmt: skip
+    for package, what, op, bind, enters in (
+        ("deep_gemm", "fp8, contiguous", "grouped_gemm", _contiguous, _takes("fp8xfp8")),
+        ("deep_gemm", "fp8, masked", "grouped_gemm", _masked, _takes("fp8xfp8")),
+        ("flashinfer", "decode", "paged_attention", _flashinfer_decode, _pages("decode")),
+        ("flashinfer", "prefill", "paged_attention", _flashinfer_prefill, _pages("prefill")),
+    ):
+        register(
+            Contestant(
+                name=f"{PACKAGES[package][0]} {what}", op=op, bind=bind, devices=("cuda",), enters=enters,
+                missing=partial(missing, package), compiles=True,
+            )
+        )  # fmt: skip
 
 
 @cache
 def missing(package: str) -> str:
-    name, how, load = PACKAGES[package]
+    name, how = PACKAGES[package]
     if importlib.util.find_spec(package) is None:
         return f"{name} is not installed: {how}"
     try:
-        load()
+        importlib.import_module(package)
     except Exception as error:  # a build for another torch or CUDA raises what it likes
         reason = (str(error).splitlines() or [""])[0]
         return f"{name} does not load ({type(error).__name__}: {reason}): {how}"
@@ -113,7 +61,7 @@ def _takes(fmt: str) -> Callable[[Problem], bool]:
 
 
 def _pages(phase: str) -> Callable[[Problem], bool]:
-    """Of bf16: a scale for each token and head is nobody else's."""
+    """bf16 alone: no peer has a scale for each token and head."""
     return lambda p: p.family.phase == phase and p["kv"] == "bf16" and not p.shape.attn_temperature_len
 
 
@@ -128,8 +76,8 @@ def _blocks(weights: Weights) -> Tensor:
 
 
 def _contiguous(inputs: Product) -> Call:
-    """Each expert's rows begin at a multiple of its block of rows; rows in between belong to none."""
-    dg, rows = _deep_gemm(), inputs.rows
+    """Each expert's rows start at a multiple of the alignment; the padding between belongs to no expert."""
+    dg, rows = importlib.import_module("deep_gemm"), inputs.rows
     assert inputs.quantized is not None
     block = int(dg.get_mk_alignment_for_contiguous_layout())
     counts = [b - a for a, b in zip(rows.bounds, rows.bounds[1:], strict=False)]
@@ -158,8 +106,8 @@ def _contiguous(inputs: Product) -> Call:
 
 
 def _masked(inputs: Product) -> Call:
-    """A room for each expert as large as the largest group."""
-    dg, rows = _deep_gemm(), inputs.rows
+    """Each expert has room for the largest group."""
+    dg, rows = importlib.import_module("deep_gemm"), inputs.rows
     assert inputs.quantized is not None
     e, n, k = inputs.weights.values.shape
     counts = torch.tensor([b - a for a, b in zip(rows.bounds, rows.bounds[1:], strict=False)], dtype=torch.int32)
@@ -188,12 +136,12 @@ def _masked(inputs: Product) -> Call:
 
 
 def _planned(wrapper: str, a: Attend, plan: Callable[[Any, tuple[Tensor, ...]], None]) -> Call:
-    """`plan` is made here, once, as for all the layers of a step."""
+    """The plan is made once, untimed, as it serves all the layers of a step."""
     cache = a.cache
     batch, each = cache.table.shape
     page = cache.k_pages.shape[2]
     device = a.q_THC.device
-    made = getattr(_flashinfer(), wrapper)
+    made = getattr(importlib.import_module("flashinfer"), wrapper)
     buffer = torch.zeros(WORKSPACE, dtype=torch.uint8, device=device)
     indptr = torch.arange(0, batch * each + 1, each, dtype=torch.int32, device=device)
     last = torch.full((batch,), cache.length - (each - 1) * page, dtype=torch.int32, device=device)
@@ -232,113 +180,3 @@ def _flashinfer_prefill(a: Attend) -> Call:
         )  # fmt: skip
 
     return _planned("BatchPrefillWithPagedKVCacheWrapper", a, plan)
-
-
-# Norms, routing and quantising
-
-
-def _rms_norm(package: str, inputs: Any) -> Call:
-    x, weight, eps = inputs.args
-    module = _flashinfer_norm() if package == "flashinfer" else _sgl_kernel()
-    return partial(module.rmsnorm, x, weight.to(x.dtype), eps)
-
-
-def _add_norm(package: str, inputs: Any) -> Call:
-    """It writes over both of its inputs, which are copies here."""
-    h, delta, _, weight, eps = inputs.args
-    module = _flashinfer_norm() if package == "flashinfer" else _sgl_kernel()
-    residual, y, weight = h.clone(), delta.clone(), weight.to(h.dtype)
-
-    def run() -> tuple[Tensor, Tensor]:
-        module.fused_add_rmsnorm(y, residual, weight, eps)
-        return residual, y
-
-    return run
-
-
-def _vllm_norm(inputs: Any) -> Call:
-    x, weight, eps = inputs.args
-    ops, out, weight = _vllm(), torch.empty_like(x), weight.to(x.dtype)
-
-    def run() -> Tensor:
-        ops.rms_norm(out, x, weight, eps)
-        return out
-
-    return run
-
-
-def _topk(inputs: Any, gate: Callable[[Tensor, Tensor, Tensor, bool], None]) -> Call:
-    """The product in torch, and theirs from there."""
-    x, router, k, _, renormalize = inputs.args
-    weights = torch.empty(x.shape[0], k, device=x.device)
-    experts = torch.empty(x.shape[0], k, dtype=torch.int32, device=x.device)
-
-    def run() -> tuple[Tensor, Tensor]:
-        gate(weights, experts, x.float() @ router.t(), renormalize)
-        return weights, experts
-
-    return run
-
-
-def _sgl_topk(inputs: Any) -> Call:
-    return _topk(inputs, lambda w, e, logits, renormalize: _sgl_kernel().topk_softmax(w, e, logits, renormalize))
-
-
-def _vllm_topk(inputs: Any) -> Call:
-    ops = _vllm()
-    t, k = inputs.args[0].shape[0], inputs.args[2]
-    source = torch.empty(t, k, dtype=torch.int32, device=inputs.args[0].device)
-    return _topk(inputs, lambda w, e, logits, renormalize: ops.topk_softmax(w, e, source, logits, renormalize))
-
-
-def _sgl_quantize(dtype: torch.dtype, most: float, inputs: Any) -> Call:
-    x, group = inputs.args
-    q = torch.empty(x.shape, dtype=dtype, device=x.device)
-    scale = torch.empty(x.shape[0], x.shape[1] // group, device=x.device)
-    function = _sgl_kernel().sgl_per_token_group_quant_8bit
-
-    def run() -> tuple[Tensor, Tensor]:
-        function(x, q, scale, group, 1e-10, -most, most)
-        return q, scale
-
-    return run
-
-
-def _vllm_quantize(inputs: Any) -> Call:
-    from vllm.model_executor.layers.quantization.utils.fp8_utils import per_token_group_quant_fp8
-
-    return partial(per_token_group_quant_fp8, *inputs.args)
-
-
-# vLLM's expert layer
-
-
-def _vllm_experts(layer: Layer) -> Call:
-    """Since 0.11 the scales come in a configuration; weights are as ours are."""
-    from vllm.model_executor.layers.fused_moe import config, fused_experts
-
-    options: dict[str, Any] = {"inplace": False, "activation": _vllm_activation(layer.activation)}
-    if layer.fmt == "fp8dyn":
-        scales = [w.once("blocks", _blocks) for w in (layer.w13, layer.w2)]
-        options["quant_config"] = config.fp8_w8a8_moe_quant_config(*scales, block_shape=[BLOCK, BLOCK])
-    elif layer.fmt == "int8":
-        scales = [w.scale[:, 0] for w in (layer.w13, layer.w2) if w.scale is not None]
-        options["quant_config"] = config.int8_w8a16_moe_quant_config(*scales, None, None)
-    return partial(
-        fused_experts,
-        layer.x_TD,
-        layer.w13.values,
-        layer.w2.values,
-        layer.topk_weights,
-        layer.experts,
-        **options,
-    )
-
-
-def _vllm_activation(name: str) -> Any:
-    """In newer releases a member of an enumeration."""
-    try:
-        from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-    except ModuleNotFoundError:
-        return name
-    return MoEActivation(name)

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .attention import Attend, Cache, plain
+from .attention import Attend, Cache, capped, plain
 from .contestant import Call, Contestant, register
 from .data import Rows, Weights
 from .gemm import Product
 from .moe import ACTIVATIONS, Layer
-from .ours import capped
 from .problems import Problem
 
 Pack = Callable[[Weights], Any]
@@ -30,25 +29,20 @@ def add() -> None:
         register(eager, *(() if op in ("group_tokens", "rope_store_kv") else (compiled,)))
     products("torch F.linear, bf16, a loop", Weights.bf16, loop(functional.linear), 2)
     products("torch _grouped_mm, bf16", Weights.bf16, _grouped_mm, 2)
-    for name, bind in (("_scaled_grouped_mm", _scaled_grouped_mm), ("_scaled_mm, a loop", _scaled_mm)):
-        register(
-            Contestant(
-                name=f"torch {name}, a scale a row", op="grouped_gemm", bind=bind, devices=("cuda",),
-                enters=lambda p: p["format"] == "fp8xfp8",
-            )
-        )  # fmt: skip
+    register(
+        Contestant(
+            name="torch _scaled_grouped_mm, a scale a row", op="grouped_gemm", bind=_scaled_grouped_mm,
+            devices=("cuda",), enters=lambda p: p["format"] == "fp8xfp8",
+        )
+    )  # fmt: skip
     _attention("torch sdpa, no pages", _sdpa)
     _attention("torch sdpa, the heads of a group as queries", _sdpa_heads_as_queries, decode=True)
     register(
         Contestant(
-            name="torch FlexAttention, no pages",
-            op="paged_attention",
-            bind=_flex,
-            devices=("cuda",),
-            compiles=True,
+            name="torch FlexAttention, no pages", op="paged_attention", bind=_flex, devices=("cuda",), compiles=True,
             weight_bytes=2,
         )
-    )
+    )  # fmt: skip
 
 
 def products(
@@ -109,29 +103,11 @@ def _scaled_grouped_mm(inputs: Product) -> Call:
     )  # fmt: skip
 
 
-def _scaled_mm(inputs: Product) -> Call:
-    (q, scale), w, rows = by_row(inputs.x_MK), inputs.weights, inputs.rows
-    assert w.scale is not None
-    scales = w.scale
-
-    def run() -> Tensor:
-        out = [
-            torch._scaled_mm(
-                q[rows.part(e)], w.values[e].t(), scale[rows.part(e), None], scales[e], out_dtype=torch.bfloat16,
-                use_fast_accum=True,
-            )
-            for e in rows.hit
-        ]  # fmt: skip
-        return torch.cat(out)
-
-    return run
-
-
 # Attention
 
 
 def _attention(name: str, bind: Callable[[Attend], Call], decode: bool = False) -> None:
-    """A contestant without softcap and temperature: where a model has them it does without, and is called so."""
+    """A contestant without softcap and temperature, named so where the model has them."""
 
     def fits(p: Problem) -> bool:
         return p["kv"] == "bf16" and (not decode or p.family.phase == "decode")
@@ -157,7 +133,7 @@ def _sdpa(a: Attend) -> Call:
 
 
 def _sdpa_heads_as_queries(a: Attend) -> Call:
-    """Of one token: the heads that share keys are as good as so many queries of one head."""
+    """One token: the heads that share keys are passed as queries of one head."""
     k, v = a.cache.contiguous()
     q_BGRC = a.q_THC.unflatten(1, (k.shape[1], -1))
     attend = partial(functional.scaled_dot_product_attention, q_BGRC, k, v, scale=a.scale)
@@ -201,7 +177,7 @@ def _mask(make: Callable[..., Any], seen: Callable[..., Tensor], queries: int, c
     return make(seen, None, None, queries, cache.length, device=str(cache.table.device))
 
 
-# Ops of one token at a time, as one writes them in torch
+# Row-wise ops in plain torch
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -4,31 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import grok_kernels
-
 from .case import TURNS, Case, Plain, copies
 from .data import routing
+from .ours import reference, rope_table
 from .problems import Problem
 
 EPS, GROUP = 1e-5, 128
 
 
-def reference(op: str, inputs: Any) -> Any:
-    """The definition's result, from the same values in fp32."""
-    args = [a.float() if isinstance(a, Tensor) and a.dtype == torch.bfloat16 else a for a in inputs.args]
-    with grok_kernels.use_backend("reference"):
-        return getattr(grok_kernels, op)(*args)
-
-
 def _case(p: Problem, cold: int, make: Callable[[int], Any], operations: float, size: float, **options: Any) -> Case:
     inputs = [make(turn) for turn in range(max(TURNS, copies(size, cold)))]
-    options = {"arithmetic": "fp32", "expected": partial(reference, p.op), **options}
+    options = {"arithmetic": "fp32", "expected": lambda inputs: reference(p.op, inputs.args), **options}
     return Case(inputs=inputs, operations=operations, bytes=size, **options)
 
 
@@ -60,7 +51,7 @@ def sandwich_norm_fp8(p: Problem, device: str, cold: int) -> Case:
     t, d = p.number("tokens"), p.shape.d_model
 
     def expected(inputs: Plain) -> tuple[Tensor, Tensor, Tensor]:
-        h, y = reference("sandwich_norm", inputs)
+        h, y = reference("sandwich_norm", inputs.args)
         return h, y, y
 
     return sandwich_norm(
@@ -103,7 +94,7 @@ def rope_store_kv(p: Problem, device: str, cold: int) -> Case:
     t, page, m = p.number("tokens"), p.number("page"), p.shape
     h, g, c = m.num_heads, m.num_kv_heads, m.head_dim
     fp8 = p["kv"] == "fp8"
-    cos_sin = grok_kernels.rope_table(max(t, 4096), c, m.rope_theta, device)
+    cos_sin = rope_table(max(t, 4096), c, m.rope_theta, device)
     pages = -(-t // page)
 
     def make(turn: int) -> Stored:
@@ -117,7 +108,7 @@ def rope_store_kv(p: Problem, device: str, cold: int) -> Case:
         return Stored((q, k, v, *caches, positions, slots, cos_sin, *scales))
 
     def expected(inputs: Stored) -> Any:
-        return reference(p.op, inputs), *inputs.written
+        return reference(p.op, inputs.args), *inputs.written
 
     values = t * (h + 2 * g) * c
     return _case(
