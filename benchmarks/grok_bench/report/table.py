@@ -55,11 +55,12 @@ def _block(block: Block, console: Console) -> None:
     console.print(Text(block.title, style="bold").append(f"  {block.sizes}", style="not bold dim"))
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="cyan")
     table.add_column("", min_width=14, overflow="fold")
-    for column in block.columns:
-        table.add_column(column, justify="right", overflow="fold")
+    filled = [i for i in range(len(block.columns)) if any(row.cells and row.cells[i] for row in block.rows)]
+    for i in filled:
+        table.add_column(block.columns[i], justify="right", overflow="fold")
     for row in block.rows:
         if row.cells:
-            table.add_row(Text(row.name, style="bold" if row.ours else ""), *map(Text, row.cells))
+            table.add_row(Text(row.name, "bold" if row.ours else ""), *(Text(row.cells[i]) for i in filled))
     if table.row_count:
         console.print(table)
     for row in block.rows:
