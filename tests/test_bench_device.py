@@ -6,13 +6,14 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from grok_bench.kernels import cases, contestant, device, harness
+from grok_bench.kernels import cases, contestant, device, harness, lineup, ours
 from grok_bench.kernels.device import Cuda, Device
 from grok_bench.kernels.entrant import Local
 from grok_bench.kernels.monitor import Monitor
@@ -35,7 +36,7 @@ def test_the_ceiling_that_takes_longer_binds() -> None:
 
 
 def test_without_native_kernels_torch_itself_is_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "_native", lambda: None)
+    monkeypatch.setattr(ours, "probes", lambda: None)
     cpu = Device(small=True)
     assert {"copy", "bf16", "fp32"} <= cpu.ceilings.keys()
     assert all(ceiling.rate() > 0 for ceiling in cpu.ceilings.values())
@@ -117,7 +118,7 @@ def test_a_gpu_is_flushed_timed_by_events_and_replays_graphs(driver: Driver, mon
         flush(self)
 
     monkeypatch.setattr(Cuda, "flush", flushed)
-    contestant.load()
+    lineup.load()
     (problem,) = (p.small() for p in select(["rms_norm/grok-1/decode/t4"]))
     case = cases.build(problem, "cpu")
     (eager,) = contestant.entrants(problem, "cuda", ["torch eager"])
@@ -155,16 +156,16 @@ def test_a_gpu_that_is_lost_says_so(driver: Driver, monkeypatch: pytest.MonkeyPa
 
 def test_a_whole_race_on_the_stand_in(driver: Driver) -> None:
     gpu = Cuda("cpu", small=True)
-    contestant.load()
+    lineup.load()
     (problem,) = (p.small() for p in select(["moe/grok-1/decode/int8-even-t4"]))
     case = cases.build(problem, "cpu")
     everyone = contestant.entrants(problem, "cuda", ["grok_kernels reference", "torch *bf16*"], compiles=False)
     limits = harness.Limits(seconds=60, rounds=2, call=5, pick=False)
-    result = harness.run(problem, case, everyone, gpu, lambda c: Local(c, case, gpu, 5), limits)
+    work = harness.Work(problem="p", op="moe", parameters={}, operations=1, bytes=1, arithmetic="bf16", tolerance=0.1)
+    lanes = [harness.Lane(c.name, c.ours, partial(Local, c, case, gpu, 5)) for c in everyone]
+    result = harness.run(work, lanes, gpu, limits)
     assert [s.status for s in result.scores] == ["ok", "ok", "ok"]
     assert result.floor_seconds
-    missing = contestant.entrants(problem, "cuda", ["grok_kernels *", "vLLM *"], compiles=False)
-    assert {c.name for c in missing} >= {"grok_kernels triton", "grok_kernels cuda", "vLLM fused_experts, int8"}
 
 
 NVML = r"""

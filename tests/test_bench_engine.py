@@ -8,10 +8,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -25,9 +24,8 @@ from grok_bench.engine.summary import summarize
 from grok_bench.engine.workload import Job, arrivals, at, check_jobs, random_jobs, read_trace, trace_jobs, warmup_jobs
 from grok_engine import ConfigError, LLMEngine, ModelConfig, RequestOutput
 from grok_engine.cli import main
-from grok_engine.config import PRESETS, WeightFormat
-from grok_engine.loading.random import _repeat, dummy_bytes, dummy_weights, weight_bytes
-from grok_engine.models.decoder import Decoder
+from grok_engine.config import PRESETS
+from grok_engine.loading.random import weight_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 Captured = pytest.CaptureFixture[str]
@@ -48,7 +46,7 @@ def bench(*arguments: str) -> int:
 
 def measured(tmp_path: Path, *arguments: str, status: int = 0) -> tuple[schema.ResultFile, schema.EngineResult]:
     file = tmp_path / "result.json"
-    assert bench(*arguments, "--json", str(file)) == status
+    assert bench(*arguments, "--samples", "--json", str(file)) == status
     whole = schema.load(file)
     (result,) = whole.results
     assert isinstance(result, schema.EngineResult)
@@ -61,10 +59,10 @@ def measured(tmp_path: Path, *arguments: str, status: int = 0) -> tuple[schema.R
 def test_percentiles_lie_between_values() -> None:
     found = percentiles([4.0, None, 1.0, 2.0, 3.0, 5.0])
     assert found is not None
-    assert (found.mean, found.p50) == (3.0, 3.0)
+    assert (found.mean, found.p50, found.low, found.high) == (3.0, 3.0, 1.0, 5.0)
     assert found.p90 == pytest.approx(4.6, rel=1e-12)  # place 3.6 of 0..4
     assert found.p99 == pytest.approx(4.96, rel=1e-12)
-    assert percentiles([7.0]) == schema.Percentiles(mean=7.0, p50=7.0, p90=7.0, p99=7.0)
+    assert percentiles([7.0]) == schema.Percentiles(mean=7.0, p50=7.0, p90=7.0, p99=7.0, low=7.0, high=7.0)
     assert percentiles([None]) is None
 
 
@@ -105,10 +103,6 @@ def test_goodput_counts_requests_that_keep_every_limit(slo: str, count: int) -> 
     assert good(RECORDS, parse_slo([slo])) == count
 
 
-def test_goodput_limits_are_milliseconds_by_name() -> None:
-    assert parse_slo(["ttft:500", "tpot:50.5 e2el:1e3"]) == {"ttft_ms": 500.0, "tpot_ms": 50.5, "e2el_ms": 1000.0}
-
-
 def test_a_summary_adds_up() -> None:
     run = Run(records=RECORDS, seconds=8.0)
     slo = parse_slo(["ttft:500"])
@@ -122,7 +116,7 @@ def test_a_summary_adds_up() -> None:
     assert result.requests[0] == schema.RequestTimes(arrival=1.0, ttft=0.5, e2e=1.5, output_tokens=3)
     assert result.requests[4] == schema.RequestTimes(arrival=6.0, ttft=None, e2e=None, output_tokens=0)
     batches = summarize("latency", "m", {}, run, load_seconds=1.0, peak_memory_bytes=5, batch_seconds=[2.0, 4.0])
-    assert batches.metrics["e2e"] == schema.Percentiles(mean=3.0, p50=3.0, p90=3.8, p99=3.98)
+    assert batches.metrics["e2e"] == schema.Percentiles(mean=3.0, p50=3.0, p90=3.8, p99=3.98, low=2.0, high=4.0)
     assert batches.goodput_per_second is None
 
 
@@ -274,53 +268,6 @@ def test_a_request_that_fails_is_counted(engine: LLMEngine, monkeypatch: pytest.
     assert [r.finished for r in run.records] == [True, False, True]
 
 
-# Random weights
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("weights", get_args(WeightFormat))
-def test_random_weights_give_finite_logits_that_depend_on_the_tokens(preset: str, weights: str) -> None:
-    config = small(preset)
-    engine = LLMEngine(config, weights=weights, dtype="float32", num_pages=8)
-    logits = engine.logits([5, 6, 7, 8])
-    assert logits.isfinite().all()
-    assert logits.std() > 1e-3
-    assert logits.argmax(-1).unique().numel() > 1
-    held = sum(p.nbytes for p in engine.model.parameters())
-    assert held == dummy_bytes(engine.model, engine.config.weights)
-    assert held == weight_bytes(config, "float32", engine.config.weights)
-    assert torch.equal(logits, LLMEngine(config, weights=weights, dtype="float32", num_pages=8).logits([5, 6, 7, 8]))
-
-
-@pytest.mark.parametrize(("size", "start"), [(20, 3), (20, 0), (3, 5), (7, 6)])
-def test_a_block_is_repeated_to_the_last_element(size: int, start: int) -> None:
-    out = torch.full((1, size), -1)
-    _repeat(torch.arange(7), out, start)
-    assert out.tolist() == [[(start + i) % 7 for i in range(size)]]
-
-
-def test_random_weights_are_as_seeded_and_fill_every_value() -> None:
-    def parameters(seed: int) -> dict[str, torch.Tensor]:
-        model = Decoder(small(), torch.bfloat16)
-        calls: list[tuple[int, int]] = []
-        dummy_weights(model, seed=seed, progress=lambda done, total: calls.append((done, total)))
-        assert [done for done, _ in calls] == sorted(done for done, _ in calls)
-        assert calls[-1] == (dummy_bytes(model),) * 2
-        return dict(model.named_parameters())
-
-    first, same, other = parameters(0), parameters(0), parameters(1)
-    assert all(torch.equal(first[name], same[name]) for name in first)
-    assert not torch.equal(first["layers.0.attn.o.weight"], other["layers.0.attn.o.weight"])
-    matrices = [name for name, tensor in first.items() if tensor.dtype == torch.int8]
-    assert len(matrices) == 8
-    for name in matrices:
-        values = first[name].float()
-        assert 60 < values.std() < 110, name
-        assert values.min() >= -127
-    assert first["layers.0.feed_forward.w2.scale"].shape == (8, 8, 64)  # groups, as in the release
-    assert first["layers.0.feed_forward.w13.scale"].shape == (8, 1, 128)
-
-
 # Commands
 
 
@@ -384,12 +331,6 @@ def test_serve(tmp_path: Path, capsys: Captured) -> None:
         assert word in out
 
 
-def test_serve_sends_all_at_once_by_default(tmp_path: Path) -> None:
-    _, result = measured(tmp_path, "serve", "--num-prompts", "3", "--output-len", "2", *DUMMY)
-    assert [r.arrival for r in result.requests] == [0.0] * 3
-    assert result.parameters["request_rate"] == "inf"
-
-
 def test_serve_follows_a_trace(tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     lines = [{"arrival": 0.02 * i, "input_len": 3 + i, "output_len": 1 + i} for i in range(4)]
@@ -400,14 +341,6 @@ def test_serve_follows_a_trace(tmp_path: Path) -> None:
     assert result.input_tokens == 12
     _, result = measured(tmp_path, "throughput", "--trace", str(trace), *DUMMY)
     assert [r.arrival for r in result.requests] == [0.0] * 4
-
-
-@pytest.mark.parametrize("caching", [True, False])
-def test_a_shared_prefix_is_found_in_the_cache(tmp_path: Path, caching: bool) -> None:
-    options = ["--num-prompts", "5", "--prefix-len", "32", "--input-len", "4", "--output-len", "2", "--page-size", "8"]
-    switch = [] if caching else ["--no-enable-prefix-caching"]
-    _, result = measured(tmp_path, "serve", *options, "--max-concurrency", "1", *switch, *DUMMY)
-    assert result.timeline[-1].prefix_hit_tokens == (32 * 4 if caching else 0)
 
 
 @pytest.mark.parametrize("protocol", ["latency", "throughput", "serve"])
@@ -526,117 +459,3 @@ def test_help_does_not_import_the_benchmarks() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
     assert all(word in done.stdout for word in ("bench", "latency", "throughput", "serve"))
-
-
-# The file
-
-
-def engine_file() -> schema.ResultFile:
-    slo = {"ttft_ms": 500.0}
-    result = summarize("serve", "m", {"seed": 0, "rate": "inf", "x": 0.5, "none": None, "yes": True},
-                       Run(RECORDS, seconds=8.0), load_seconds=1.0, peak_memory_bytes=5, slo=slo)  # fmt: skip
-    moment = schema.Moment(t=0.5, running=1, waiting=2, kv_pages_used=3, kv_pages=4, prefix_hit_tokens=5, tokens=6)
-    result = replace(result, timeline=[moment])
-    return schema.ResultFile(kind="engine", command="c", environment=environment.environment(), results=[result])
-
-
-def kernels_file() -> schema.ResultFile:
-    scores = [
-        schema.Score(contestant="ours", ours=True, status="ok", seconds=1.0, samples=[1.0, 2.0]),
-        schema.Score(contestant="peer", ours=False, status="missing", message="not installed"),
-    ]
-    result = schema.KernelResult(
-        problem="p", op="moe", family="grok-1", parameters={"tokens": 16}, operations=1e9, bytes=3e8, arithmetic="bf16",
-        floor_seconds=0.001, rounds=21, thrown_away=2, best_peer=None, scores=scores,
-    )  # fmt: skip
-    ceilings = {"read": schema.Ceiling(unit="B/s", rate=4.5e10)}
-    return schema.ResultFile(
-        kind="kernels", command="c", environment=environment.environment(), results=[result], ceilings=ceilings
-    )
-
-
-@pytest.mark.parametrize("make", [engine_file, kernels_file])
-def test_a_file_comes_back_as_it_was(tmp_path: Path, make: Callable[[], schema.ResultFile]) -> None:
-    file = make()
-    file.save(tmp_path / "result.json")
-    assert schema.load(tmp_path / "result.json") == file
-    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
-    assert json.loads((tmp_path / "result.json").read_text())["schema"] == "grok-bench/1"
-
-
-def test_a_number_that_is_none_is_not_written(tmp_path: Path) -> None:
-    file = kernels_file()
-    file.save(tmp_path / "result.json")
-    broken = replace(file, ceilings={"read": schema.Ceiling(unit="B/s", rate=math.nan)})
-    with pytest.raises(ValueError, match="JSON"):
-        broken.save(tmp_path / "result.json")
-    assert schema.load(tmp_path / "result.json") == file
-
-
-def _change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
-    def change(values: dict[str, Any]) -> None:
-        *way, last = (int(step) if step.isdigit() else step for step in path.split("."))
-        place: Any = values
-        for step in way:
-            place = place[step]
-        if value is KeyError:
-            del place[last]
-        else:
-            place[last] = value
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (_change("schema", "grok-bench/2"), "has schema 'grok-bench/2', expected 'grok-bench/1'"),
-        (_change("schema", KeyError), "has schema None"),
-        (_change("kind", "kernel"), "kind is 'kernel', expected one of kernels, engine"),
-        (_change("kind", "kernels"), "results[0] lacks problem"),
-        (_change("results", {}), "results is {}, expected a list"),
-        (_change("results.0.completed", KeyError), "results[0] lacks completed"),
-        (_change("results.0.complete", 1), "results[0] has unknown complete"),
-        (_change("results.0.completed", 1.5), "results[0].completed is 1.5, expected int"),
-        (_change("results.0.completed", True), "results[0].completed is True, expected int"),
-        (_change("results.0.protocol", "server"), "results[0].protocol is 'server', expected one of latency"),
-        (_change("results.0.metrics.ttft.p50", "x"), "results[0].metrics.ttft.p50 is 'x', expected float"),
-        (_change("results.0.parameters.seed", []), "results[0].parameters.seed is [], expected str or int"),
-        (_change("results.0.timeline.0", 3), "results[0].timeline[0] is 3, expected an object"),
-        (_change("environment.cores", None), "environment.cores is None, expected int"),
-    ],
-)
-def test_a_bad_file_is_named_with_the_place(
-    tmp_path: Path, change: Callable[[dict[str, Any]], None], named: str
-) -> None:
-    path = tmp_path / "result.json"
-    engine_file().save(path)
-    values = json.loads(path.read_text())
-    change(values)
-    path.write_text(json.dumps(values))
-    with pytest.raises(schema.SchemaError, match=r"result\.json") as caught:
-        schema.load(path)
-    assert named in str(caught.value)
-
-
-def test_what_is_no_json_is_named(tmp_path: Path) -> None:
-    with pytest.raises(schema.SchemaError, match="cannot be read: No such file"):
-        schema.load(tmp_path / "missing.json")
-    for text in (b"{", b"\xff", b'{"schema": NaN}'):
-        (tmp_path / "bad.json").write_bytes(text)
-        with pytest.raises(schema.SchemaError, match=r"bad\.json is not valid JSON"):
-            schema.load(tmp_path / "bad.json")
-    (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(schema.SchemaError, match="has schema None"):
-        schema.load(tmp_path / "list.json")
-
-
-def test_the_environment_names_the_machine() -> None:
-    found = environment.environment()
-    assert found.device == "cpu"
-    assert found.chip.endswith(f"({found.cores} cores)")
-    assert found.threads == torch.get_num_threads()
-    assert found.torch == torch.__version__
-    available = environment.available_bytes()
-    assert available is None or available > 1 << 20
-    assert environment.peak_bytes() > 50 << 20

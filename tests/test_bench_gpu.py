@@ -187,12 +187,12 @@ def test_the_slowest(tmp_path: Path) -> None:
 
     def result(name: str, floor: float, *shares: tuple[str, bool, float | None]) -> schema.KernelResult:
         scores = [
-            schema.Score(contestant=c, ours=ours, status="ok" if share else "failed", share_of_roofline=share)
+            schema.Score(contestant=c, ours=ours, status="ok" if share else "failed", roofline=share)
             for c, ours, share in shares
         ]
         return schema.KernelResult(
-            problem=name, op="moe", family="grok-1", parameters={}, operations=1.0, bytes=1.0, arithmetic="bf16",
-            floor_seconds=floor, rounds=9, thrown_away=0, best_peer=None, scores=scores,
+            problem=name, op="moe", parameters={}, operations=1.0, bytes=1.0, arithmetic="bf16",
+            floor_seconds=floor, rounds=9, scores=scores,
         )  # fmt: skip
 
     results = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,16 @@ from grok_bench.kernels.case import Case, Plain
 from grok_bench.kernels.contestant import Contestant
 from grok_bench.kernels.device import Ceiling, Device
 from grok_bench.kernels.entrant import Entrant, Failed, Local, TooLong
-from grok_bench.kernels.problems import OPS, select
+from grok_bench.kernels.harness import Lane, Work
+from grok_bench.kernels.problems import OPS
 from grok_bench.schema import KernelResult, load
+from grok_bench.spread import interval
 from grok_engine.cli import main
 
-(PROBLEM,) = select(["rms_norm/grok-1/decode/t1"])
+WORK = Work(
+    problem="rms_norm/grok-1/decode/t1", op="rms_norm", parameters={}, operations=1, bytes=1, arithmetic="fp32",
+    tolerance=0.01,
+)  # fmt: skip
 
 
 class Scripted(Ceiling):
@@ -69,17 +75,17 @@ def run(
     def local(c: Contestant) -> Entrant:
         return (enter or (lambda c, case, device: Local(c, case, device, 5.0)))(c, case, device)
 
-    chosen = harness.Limits(**{"seconds": 60.0, "rounds": 6, **limits})
-    return harness.run(PROBLEM, case, contestants, device, local, chosen), calls
+    lanes = [Lane(c.name, c.ours, partial(local, c)) for c in contestants]
+    return harness.run(WORK, lanes, device, harness.Limits(**{"seconds": 60.0, "rounds": 6, **limits})), calls
 
 
 ONES = torch.ones(4)
 
 
 def test_the_interval_of_a_median() -> None:
-    assert harness.interval([3.0]) == (3.0, 3.0)
-    assert harness.interval(list(range(100))) == (40, 60)
-    assert harness.interval([5, 1, 3, 2, 4]) == (1, 5)
+    assert interval([3.0]) == (3.0, 3.0)
+    assert interval(list(range(100))) == (40, 60)
+    assert interval([5, 1, 3, 2, 4]) == (1, 5)
 
 
 def test_what_is_wrong_or_fails_is_said_and_never_timed() -> None:
@@ -101,7 +107,7 @@ def test_a_result_may_be_taken_apart_after_the_time() -> None:
 def test_the_best_peer_has_the_ratio_one() -> None:
     result, _ = run(ONES, ONES, ONES)
     assert result.best_peer in ("1", "2")
-    assert result.scores[int(result.best_peer)].times_best_peer == 1.0
+    assert result.scores[int(result.best_peer)].speedup == 1.0
     assert (result.rounds, result.thrown_away) == (6, 0)
 
 

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from grok_bench.kernels import cases, contestant
+from grok_bench.kernels import cases, contestant, lineup
 from grok_bench.kernels.device import device
 from grok_bench.kernels.problems import select
 
@@ -24,7 +24,7 @@ def main() -> int:
     if a.device == "cuda" and not torch.cuda.is_available():
         print("there is no GPU")
         return SKIPPED
-    contestant.load()
+    lineup.load()
     (found,) = select([a.problem])
     where = device(a.device, probed=False)
     (c,) = (c for c in contestant.entrants(found, where.kind, ["*"]) if c.name == a.contestant)

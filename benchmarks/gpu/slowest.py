@@ -16,10 +16,10 @@ def slowest(file: Path, count: int = COUNT) -> list[tuple[str, str]]:
     for result in schema.load(file).results:
         assert isinstance(result, schema.KernelResult), f"{file} holds results of the engine"
         ours = [
-            s for s in result.scores if s.ours and s.share_of_roofline is not None and "reference" not in s.contestant
+            s for s in result.scores if s.ours and s.roofline is not None and "reference" not in s.contestant
         ]
         if not ours or (result.floor_seconds or 0.0) < LEAST:
             continue
-        best = max(ours, key=lambda s: s.share_of_roofline or 0.0)
-        found.append((best.share_of_roofline or 0.0, result.problem, best.contestant))
+        best = max(ours, key=lambda s: s.roofline or 0.0)
+        found.append((best.roofline or 0.0, result.problem, best.contestant))
     return [(problem, contestant) for _, problem, contestant in sorted(found)[:count]]
