@@ -71,9 +71,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # the benchmarks
     "grok_bench.schema": (),
     "grok_bench.environment": ("schema", "grok_kernels"),
-    "grok_bench.engine": ("schema", "environment", "grok_engine"),
-    "grok_bench.report": ("schema",),
-    "grok_bench.kernels": ("schema", "environment", "report", "grok_engine", "grok_kernels"),
+    "grok_bench.spread": (),
+    "grok_bench.engine": ("schema", "spread", "environment", "grok_engine"),
+    "grok_bench.report": ("schema", "spread"),
+    "grok_bench.kernels": ("schema", "spread", "environment", "report", "grok_engine", "grok_kernels"),
     "grok_bench.cli": ("*",),
     "grok_bench": ("kernels.contestant",),  # the decorator, for users
 }  # fmt: skip

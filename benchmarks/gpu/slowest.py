@@ -15,9 +15,7 @@ def slowest(file: Path, count: int = COUNT) -> list[tuple[str, str]]:
     found: list[tuple[float, str, str]] = []
     for result in schema.load(file).results:
         assert isinstance(result, schema.KernelResult), f"{file} holds results of the engine"
-        ours = [
-            s for s in result.scores if s.ours and s.roofline is not None and "reference" not in s.contestant
-        ]
+        ours = [s for s in result.scores if s.ours and s.roofline is not None and "reference" not in s.contestant]
         if not ours or (result.floor_seconds or 0.0) < LEAST:
             continue
         best = max(ours, key=lambda s: s.roofline or 0.0)

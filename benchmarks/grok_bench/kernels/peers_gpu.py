@@ -6,7 +6,6 @@ interface has changed is reported as failed, with what it raised.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Callable
 from functools import cache, partial
@@ -21,9 +20,22 @@ from .data import BLOCK, Weights
 from .gemm import Product
 from .problems import Problem
 
-PACKAGES = {  # its name, and how to get it
-    "deep_gemm": ("DeepGEMM", "pip install sgl-deep-gemm==0.1.4.post1 apache-tvm-ffi==0.1.11"),
-    "flashinfer": ("FlashInfer", "pip install flashinfer-python"),
+
+def _deep_gemm() -> Any:
+    import deep_gemm
+
+    return deep_gemm
+
+
+def _flashinfer() -> Any:
+    import flashinfer
+
+    return flashinfer
+
+
+PACKAGES = {  # its name, how to get it, and its import
+    "deep_gemm": ("DeepGEMM", "pip install sgl-deep-gemm==0.1.4.post1 apache-tvm-ffi==0.1.11", _deep_gemm),
+    "flashinfer": ("FlashInfer", "pip install flashinfer-python", _flashinfer),
 }
 WORKSPACE = 256 << 20  # bytes, FlashInfer's own
 
@@ -45,11 +57,11 @@ def add() -> None:
 
 @cache
 def missing(package: str) -> str:
-    name, how = PACKAGES[package]
+    name, how, load = PACKAGES[package]
     if importlib.util.find_spec(package) is None:
         return f"{name} is not installed: {how}"
     try:
-        importlib.import_module(package)
+        load()
     except Exception as error:  # a build for another torch or CUDA raises what it likes
         reason = (str(error).splitlines() or [""])[0]
         return f"{name} does not load ({type(error).__name__}: {reason}): {how}"
@@ -77,7 +89,7 @@ def _blocks(weights: Weights) -> Tensor:
 
 def _contiguous(inputs: Product) -> Call:
     """Each expert's rows start at a multiple of the alignment; the padding between belongs to no expert."""
-    dg, rows = importlib.import_module("deep_gemm"), inputs.rows
+    dg, rows = _deep_gemm(), inputs.rows
     assert inputs.quantized is not None
     block = int(dg.get_mk_alignment_for_contiguous_layout())
     counts = [b - a for a, b in zip(rows.bounds, rows.bounds[1:], strict=False)]
@@ -107,7 +119,7 @@ def _contiguous(inputs: Product) -> Call:
 
 def _masked(inputs: Product) -> Call:
     """Each expert has room for the largest group."""
-    dg, rows = importlib.import_module("deep_gemm"), inputs.rows
+    dg, rows = _deep_gemm(), inputs.rows
     assert inputs.quantized is not None
     e, n, k = inputs.weights.values.shape
     counts = torch.tensor([b - a for a, b in zip(rows.bounds, rows.bounds[1:], strict=False)], dtype=torch.int32)
@@ -141,7 +153,7 @@ def _planned(wrapper: str, a: Attend, plan: Callable[[Any, tuple[Tensor, ...]], 
     batch, each = cache.table.shape
     page = cache.k_pages.shape[2]
     device = a.q_THC.device
-    made = getattr(importlib.import_module("flashinfer"), wrapper)
+    made = getattr(_flashinfer(), wrapper)
     buffer = torch.zeros(WORKSPACE, dtype=torch.uint8, device=device)
     indptr = torch.arange(0, batch * each + 1, each, dtype=torch.int32, device=device)
     last = torch.full((batch,), cache.length - (each - 1) * page, dtype=torch.int32, device=device)
