@@ -18,9 +18,9 @@ import torch
 from grok_bench import environment, schema
 from grok_bench.engine import setup as bench_setup
 from grok_bench.engine.drive import Run, drive, joined
+from grok_bench.engine.measurement import summarize
 from grok_bench.engine.metrics import Record, good, latencies, parse_slo, percentiles
 from grok_bench.engine.setup import check_memory, find_model, kv_bytes
-from grok_bench.engine.summary import summarize
 from grok_bench.engine.workload import Job, arrivals, at, check_jobs, random_jobs, read_trace, trace_jobs, warmup_jobs
 from grok_engine import ConfigError, LLMEngine, ModelConfig, RequestOutput
 from grok_engine.cli import main

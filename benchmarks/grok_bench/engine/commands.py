@@ -13,7 +13,7 @@ from grok_bench.schema import Scalar
 from grok_engine.config import ActFormat, DType, KVDType, WeightFormat
 
 from .drive import Run, drive, joined
-from .measurement import Measurement
+from .measurement import Measurement, Protocol
 from .metrics import parse_slo
 from .view import request_progress
 from .workload import Job, arrivals, at, random_jobs, read_trace, trace_jobs, warmup_jobs
@@ -23,7 +23,7 @@ INPUT_LEN, OUTPUT_LEN, NUM_PROMPTS = 32, 128, 100
 
 
 class Number(click.FloatRange):
-    """A number in a range, and not NaN, which is in every range that click knows; finite, unless `infinite`."""
+    """A number in a range; finite, unless `infinite`, and never NaN, which click's ranges let through."""
 
     def __init__(self, *, infinite: bool = False, **limits: Any) -> None:
         super().__init__(**limits)
@@ -38,6 +38,8 @@ class Number(click.FloatRange):
 
 COUNT, AMOUNT = click.IntRange(min=1), click.IntRange(min=0)
 POSITIVE, RATE = Number(min=0, min_open=True), Number(min=0, min_open=True, infinite=True)
+RATIO = Number(min=0, max=1, max_open=True)
+INPUT = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -52,21 +54,13 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 MODEL = _options(
     click.option("--model", default="tiny", show_default=True, help="`tiny`, a folder, or with --dummy a preset."),
     click.option("--dummy", is_flag=True, help="Random weights, of the model's architecture."),
-    click.option("--layers", type=COUNT, help="With --dummy: so many in place of all."),
-    click.option(
-        "--set", "overrides", multiple=True, metavar="NAME=VALUE", help="With --dummy: another size, d_model=512."
-    ),
+    click.option("--layers", type=COUNT, help="With --dummy: the number of layers."),
+    click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="With --dummy: as in d_model=512."),
     click.option("--dtype", type=click.Choice(get_args(DType)), default="bfloat16", show_default=True),
-    click.option(
-        "--weights", type=click.Choice(get_args(WeightFormat)), help="By default as stored; random ones int8."
-    ),
-    click.option(
-        "--activations",
-        type=click.Choice(get_args(ActFormat)),
-        help="Of the rows; by default as weights and device are.",
-    ),
+    click.option("--weights", type=click.Choice(get_args(WeightFormat)), help="Default: as stored; random ones int8."),
+    click.option("--activations", type=click.Choice(get_args(ActFormat)), help="Default: by weights and device."),
     click.option("--device", default="cpu", show_default=True, help="As torch names them."),
-    click.option("--kv-dtype", type=click.Choice(get_args(KVDType)), help="Of keys and values; by default as --dtype."),
+    click.option("--kv-dtype", type=click.Choice(get_args(KVDType)), help="Of keys and values; default: --dtype."),
     click.option("--max-model-len", type=COUNT, help="Tokens of a request, at most."),
     click.option("--max-num-seqs", type=COUNT, help="Requests that run at once."),
     click.option("--max-num-batched-tokens", type=COUNT, help="Tokens of one step."),
@@ -86,18 +80,15 @@ LENGTHS = _options(
     click.option("--prefix-len", type=AMOUNT, help="Tokens that all prompts begin with.  [default: 0]"),
 )
 TRAFFIC = _options(
-    click.option("--num-prompts", type=COUNT, help=f"Requests; of a trace the first.  [default: {NUM_PROMPTS}, or all]"),
+    click.option(
+        "--num-prompts", type=COUNT, help=f"Requests; of a trace the first.  [default: {NUM_PROMPTS}, or all]"
+    ),
     LENGTHS,
-    click.option(
-        "--random-range-ratio", type=Number(min=0, max=1, max_open=True), help="Lengths from (1 - r) to (1 + r) times."
-    ),
-    click.option(
-        "--trace", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        help='JSONL: {"arrival": s, "input_len": n, "output_len": m}, or "prompt_token_ids" for "input_len".',
-    ),
+    click.option("--random-range-ratio", type=RATIO, help="Lengths from (1 - r) to (1 + r) times the given ones."),
+    click.option("--trace", type=INPUT, help='JSONL: {"arrival": s, "input_len" or "prompt_token_ids", "output_len"}.'),
     click.option("--num-warmups", type=AMOUNT, default=1, show_default=True, help="Requests before the measurement."),
     click.option("--sample-interval", type=POSITIVE, default=0.25, show_default=True, help="Seconds, of the timeline."),
-)  # fmt: skip
+)
 
 
 @click.command()
@@ -106,26 +97,18 @@ TRAFFIC = _options(
 @click.option("--num-iters-warmup", type=AMOUNT, default=2, show_default=True, help="Iterations not measured.")
 @click.option("--num-iters", type=COUNT, default=10, show_default=True, help="Iterations measured.")
 @MODEL
-def latency(
-    input_len: int | None,
-    output_len: int | None,
-    prefix_len: int | None,
-    batch_size: int,
-    num_iters_warmup: int,
-    num_iters: int,
-    **options: Any,
-) -> None:
+def latency(batch_size: int, num_iters_warmup: int, num_iters: int, **options: Any) -> None:
     """The time of one batch of equal requests, again and again.
 
     E2E is the time of a whole batch; TTFT, TPOT and ITL are of its requests. Every iteration has prompts of its own.
     """
+    lengths = _lengths(options)
     measurement = Measurement(**options)
     largest = measurement.setup.config.max_num_seqs
     if batch_size > largest:
         raise ValueError(
             f"--batch-size {batch_size} is more than --max-num-seqs {largest}, the requests that run at once"
         )
-    lengths = _lengths(input_len, output_len, prefix_len)
     count, warmup = batch_size * (num_iters_warmup + num_iters), batch_size * num_iters_warmup
     jobs = random_jobs(count, vocab_size=measurement.model.vocab_size, seed=measurement.seed, **lengths)
     engine = measurement.start(jobs[warmup:], jobs[:warmup], at_once=batch_size)
@@ -145,14 +128,9 @@ def latency(
 @TRAFFIC
 @MODEL
 def throughput(num_warmups: int, sample_interval: float, **options: Any) -> None:
-    """The rate at which many requests, there from the start, are worked off. A trace's arrivals do not count."""
-    measurement, jobs, parameters = _traffic(**options)
-    jobs = at(jobs, [0.0] * len(jobs))
-    warmup = warmup_jobs(jobs, num_warmups, vocab_size=measurement.model.vocab_size, seed=measurement.seed)
-    engine = measurement.start(jobs, warmup)
-    with request_progress(len(jobs)) as show:
-        run = drive(engine, jobs, interval=sample_interval, progress=show)
-    measurement.finish("throughput", {**parameters, "num_warmups": num_warmups}, run)
+    """The rate at which many requests, there from the start, are completed. A trace's arrivals do not count."""
+    measurement, jobs, parameters = _traffic(options)
+    _run(measurement, "throughput", at(jobs, [0.0] * len(jobs)), parameters, num_warmups, sample_interval)
 
 
 @click.command()
@@ -180,56 +158,60 @@ def serve(
     if more_goodput and not goodput:
         raise ValueError(f"unexpected argument {more_goodput[0]!r}")
     slo = parse_slo([*goodput, *more_goodput]) or None
-    measurement, jobs, parameters = _traffic(**options)
+    trace = options["trace"]
+    measurement, jobs, parameters = _traffic(options)
     if parameters.get("trace_arrivals"):
         for name, value in (("request-rate", request_rate), ("burstiness", burstiness)):
             if value is not None:
-                raise ValueError(f"--{name} {value:g} with --trace {options['trace']}, which says when requests come")
+                raise ValueError(f"--{name} {value:g} with --trace {trace}, which says when requests come")
     else:
         rate, shape = request_rate or math.inf, burstiness or 1.0
         if math.isinf(rate) and burstiness is not None:
             raise ValueError(f"--burstiness {burstiness:g} without --request-rate: all requests come at once")
         jobs = at(jobs, arrivals(len(jobs), rate, shape, measurement.seed))
         parameters |= {"request_rate": "inf" if math.isinf(rate) else rate, "burstiness": shape}
+    parameters["max_concurrency"] = max_concurrency
+    _run(measurement, "serve", jobs, parameters, num_warmups, sample_interval, max_concurrency, slo)
+
+
+def _run(
+    measurement: Measurement,
+    protocol: Protocol,
+    jobs: list[Job],
+    parameters: dict[str, Scalar],
+    num_warmups: int,
+    sample_interval: float,
+    max_concurrency: int | None = None,
+    slo: dict[str, float] | None = None,
+) -> None:
     warmup = warmup_jobs(jobs, num_warmups, vocab_size=measurement.model.vocab_size, seed=measurement.seed)
     engine = measurement.start(jobs, warmup)
     with request_progress(len(jobs)) as show:
         run = drive(engine, jobs, max_concurrency=max_concurrency, interval=sample_interval, progress=show)
-    parameters |= {"max_concurrency": max_concurrency, "num_warmups": num_warmups}
-    measurement.finish("serve", parameters, run, slo=slo)
+    measurement.finish(protocol, {**parameters, "num_warmups": num_warmups}, run, slo=slo)
 
 
-def _lengths(input_len: int | None, output_len: int | None, prefix_len: int | None) -> dict[str, int]:
-    return {
-        "input_len": input_len or INPUT_LEN,
-        "output_len": output_len or OUTPUT_LEN,
-        "prefix_len": prefix_len or 0,
-    }
+def _lengths(options: dict[str, Any]) -> dict[str, int]:
+    """The options of LENGTHS, taken out of `options`, with their defaults."""
+    defaults = {"input_len": INPUT_LEN, "output_len": OUTPUT_LEN, "prefix_len": 0}
+    return {name: options.pop(name) or default for name, default in defaults.items()}
 
 
-def _traffic(
-    *,
-    num_prompts: int | None,
-    input_len: int | None,
-    output_len: int | None,
-    prefix_len: int | None,
-    random_range_ratio: float | None,
-    trace: Path | None,
-    **options: Any,
-) -> tuple[Measurement, list[Job], dict[str, Scalar]]:
-    """The requests that the options of `throughput` and `serve` describe, and how they are described in the result."""
+def _traffic(options: dict[str, Any]) -> tuple[Measurement, list[Job], dict[str, Scalar]]:
+    """The requests that the options of `throughput` and `serve` describe, and their description in the result."""
+    trace, count, ratio = (options.pop(name) for name in ("trace", "num_prompts", "random_range_ratio"))
+    given = {"input-len": options["input_len"], "prefix-len": options["prefix_len"], "random-range-ratio": ratio}
+    lengths = _lengths(options)
     measurement = Measurement(**options)
     vocab_size, seed = measurement.model.vocab_size, measurement.seed
     if trace is None:
-        lengths = _lengths(input_len, output_len, prefix_len)
-        count, ratio = num_prompts or NUM_PROMPTS, random_range_ratio or 0.0
+        count, ratio = count or NUM_PROMPTS, ratio or 0.0
         jobs = random_jobs(count, vocab_size=vocab_size, range_ratio=ratio, seed=seed, **lengths)
         return measurement, jobs, {**lengths, "random_range_ratio": ratio, "num_requests": count}
-    given = {"input-len": input_len, "prefix-len": prefix_len, "random-range-ratio": random_range_ratio}
     for name, value in given.items():
         if value is not None:
             raise ValueError(f"--{name} {value} with --trace {trace}, which says how long its requests are")
-    lines = read_trace(trace)[:num_prompts]
-    jobs = trace_jobs(lines, output_len=output_len or OUTPUT_LEN, vocab_size=vocab_size, seed=seed)
+    lines = read_trace(trace)[:count]
+    jobs = trace_jobs(lines, output_len=lengths["output_len"], vocab_size=vocab_size, seed=seed)
     timed = lines[0].arrival is not None
     return measurement, jobs, {"trace": trace.name, "trace_arrivals": timed, "num_requests": len(jobs)}

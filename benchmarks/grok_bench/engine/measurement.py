@@ -1,4 +1,4 @@
-"""One measurement from the options that all of them share to its tables and its file."""
+"""One measurement, from the options that all protocols share to the result, its tables and its file."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 from rich.console import Console
 
 from grok_bench.environment import environment, peak_bytes
-from grok_bench.schema import ResultFile, Scalar
+from grok_bench.schema import EngineResult, ResultFile, Scalar
 from grok_engine import LLMEngine, ModelConfig
 
 from .drive import Run, drive
+from .metrics import good, latencies, percentiles
 from .setup import find_model
-from .summary import Protocol, summarize
 from .view import render
 from .workload import Job
 
-INTERRUPTED = 130
+INTERRUPTED = 130  # exit status
+Protocol = Literal["latency", "throughput", "serve"]
 
 
 class Measurement:
@@ -97,6 +98,48 @@ class Measurement:
             "enforce_eager": c.enforce_eager,
             "seed": self.seed,
         }
+
+
+def summarize(
+    protocol: Protocol,
+    model: str,
+    parameters: dict[str, Scalar],
+    run: Run,
+    *,
+    load_seconds: float,
+    peak_memory_bytes: int,
+    batch_seconds: Sequence[float] | None = None,
+    slo: dict[str, float] | None = None,
+) -> EngineResult:
+    """The result of a run. E2E is of `batch_seconds` where they are given, else of the requests."""
+    records = run.records
+    metrics = latencies(records)
+    if batch_seconds is not None:
+        metrics["e2e"] = percentiles(batch_seconds)
+    completed = sum(r.finished for r in records)
+    inputs = sum(r.input_tokens for r in records if r.times)
+    outputs = sum(len(r.times) for r in records)
+    seconds = max(run.seconds, 1e-9)
+    return EngineResult(
+        protocol=protocol,
+        model=model,
+        parameters=parameters,
+        duration_seconds=run.seconds,
+        completed=completed,
+        failed=sum(r.error is not None for r in records),
+        input_tokens=inputs,
+        output_tokens=outputs,
+        requests_per_second=completed / seconds,
+        output_tokens_per_second=outputs / seconds,
+        total_tokens_per_second=(inputs + outputs) / seconds,
+        goodput_per_second=good(records, slo) / seconds if slo else None,
+        slo=slo,
+        metrics=metrics,
+        load_seconds=load_seconds,
+        peak_memory_bytes=peak_memory_bytes,
+        timeline=run.timeline,
+        requests=[record.shown() for record in records],
+    )
 
 
 def _command() -> str:

@@ -13,12 +13,10 @@ from rich.table import Table
 
 from grok_bench.schema import EngineResult, Environment
 
-NAMES = {"ttft": "TTFT", "itl": "ITL", "tpot": "TPOT", "e2e": "E2E"}
-
 
 @contextmanager
 def request_progress(total: int, what: str = "requests") -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, drawn twice a second at most and by the caller: no thread runs beside a measurement."""
+    """A progress bar on a terminal, drawn by the caller, twice a second at most: no thread disturbs a measurement."""
     console = Console(stderr=True)
     columns = (TextColumn(f"{{task.completed}}/{{task.total}} {what}"), BarColumn(), TimeRemainingColumn())
     shown = console.is_terminal
@@ -35,58 +33,54 @@ def request_progress(total: int, what: str = "requests") -> Iterator[Callable[[i
         yield show
 
 
-def render(result: EngineResult, environment: Environment, *, interrupted: bool = False) -> Group:
+def render(r: EngineResult, environment: Environment, *, interrupted: bool = False) -> Group:
     """Two tables: the run, and its latencies in milliseconds."""
-    p = result.parameters
+    p = r.parameters
     weights = f"{'random ' if p['dummy'] else ''}{p['weights'] or 'stored'} weights"
-    table = Table(
-        title=f"{result.protocol}: {result.model}, {p['layers']} layers, {weights}, {p['dtype']} on {p['device']}",
-        title_justify="left",
-        box=None,
-        show_header=False,
-        pad_edge=False,
-    )
+    title = f"{r.protocol}: {r.model}, {p['layers']} layers, {weights}, {p['dtype']} on {p['device']}"
+    isa = f", {environment.isa}" if environment.isa and environment.device == "cpu" else ""
+    failed = f", {r.failed} failed" if r.failed else ""
+    rows = {
+        "machine": f"{environment.chip}, {environment.threads} threads{isa}",
+        "requests": f"{r.completed} completed{failed}{', interrupted' if interrupted else ''}",
+        "tokens": f"{r.input_tokens:,} in, {r.output_tokens:,} out",
+        "duration": f"{r.duration_seconds:.2f} s, after {r.load_seconds:.2f} s of loading",
+        "requests/s": f"{r.requests_per_second:.2f}",
+        "output tokens/s": f"{r.output_tokens_per_second:,.1f}",
+        "total tokens/s": f"{r.total_tokens_per_second:,.1f}",
+    }
+    if r.goodput_per_second is not None and r.slo is not None:
+        limits = ", ".join(f"{name.removesuffix('_ms')} ≤ {limit:g} ms" for name, limit in r.slo.items())
+        rows["goodput"] = f"{r.goodput_per_second:.2f} requests/s with {limits}"
+    rows |= _timeline(r) | {"peak memory": f"{r.peak_memory_bytes / 1e6:,.0f} MB"}
+    table = Table(title=title, title_justify="left", box=None, show_header=False, pad_edge=False)
     table.add_column(style="cyan")
     table.add_column()
-    clock = f", {environment.isa}" if environment.isa and environment.device == "cpu" else ""
-    table.add_row("machine", f"{environment.chip}, {environment.threads} threads{clock}")
-    failed = f", {result.failed} failed" if result.failed else ""
-    table.add_row("requests", f"{result.completed} completed{failed}{', interrupted' if interrupted else ''}")
-    table.add_row("tokens", f"{result.input_tokens:,} in, {result.output_tokens:,} out")
-    table.add_row("duration", f"{result.duration_seconds:.2f} s, after {result.load_seconds:.2f} s of loading")
-    table.add_row("requests/s", f"{result.requests_per_second:.2f}")
-    table.add_row("output tokens/s", f"{result.output_tokens_per_second:,.1f}")
-    table.add_row("total tokens/s", f"{result.total_tokens_per_second:,.1f}")
-    if result.goodput_per_second is not None and result.slo is not None:
-        limits = ", ".join(f"{name.removesuffix('_ms')} ≤ {limit:g} ms" for name, limit in result.slo.items())
-        table.add_row("goodput", f"{result.goodput_per_second:.2f} requests/s with {limits}")
-    _add_timeline(table, result)
-    table.add_row("peak memory", f"{result.peak_memory_bytes / 1e6:,.0f} MB")
-    return Group(table, "", _latencies(result))
+    for row in rows.items():
+        table.add_row(*row)
+    return Group(table, "", _latencies(r))
 
 
-def _add_timeline(table: Table, result: EngineResult) -> None:
-    moments = result.timeline
+def _timeline(r: EngineResult) -> dict[str, str]:
+    moments, rows = r.timeline, dict[str, str]()
     if not moments:
-        return
+        return rows
     spans = [after.t - m.t for m, after in pairwise(moments)]  # the last moment has none
     for name, counts in (("running", [m.running for m in moments]), ("waiting", [m.waiting for m in moments])):
         mean = sum(n * span for n, span in zip(counts, spans, strict=False)) / (sum(spans) or 1.0)
-        table.add_row(name, f"{mean:.1f} on average, {max(counts)} at most")
-    used, pages = max(m.kv_pages_used for m in moments), moments[-1].kv_pages
-    table.add_row("pages of keys, values", f"{used} of {pages} at most, {used / pages:.0%}")
-    hits = moments[-1].prefix_hit_tokens
-    share = f", {hits / result.input_tokens:.0%} of the prompts" if result.input_tokens else ""
-    table.add_row("prefix hits", f"{hits:,} tokens{share}")
+        rows[name] = f"{mean:.1f} on average, {max(counts)} at most"
+    used, pages, hits = max(m.kv_pages_used for m in moments), moments[-1].kv_pages, moments[-1].prefix_hit_tokens
+    share = f", {hits / r.input_tokens:.0%} of the prompts" if r.input_tokens else ""
+    rows["pages of keys, values"] = f"{used} of {pages} at most, {used / pages:.0%}"
+    return rows | {"prefix hits": f"{hits:,} tokens{share}"}
 
 
-def _latencies(result: EngineResult) -> Table:
+def _latencies(r: EngineResult) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("ms", style="cyan")
     for name in ("mean", "p50", "p90", "p99"):
         table.add_column(name, justify="right")
-    for key, name in NAMES.items():
-        found = result.metrics[key]
+    for key, found in r.metrics.items():
         values = (found.mean, found.p50, found.p90, found.p99) if found else ()
-        table.add_row(name, *([f"{value * 1e3:,.2f}" for value in values] or ["–"] * 4))
+        table.add_row(key.upper(), *([f"{value * 1e3:,.2f}" for value in values] or ["–"] * 4))
     return table
