@@ -1,4 +1,4 @@
-"""paged_attention: one query each of many requests, or the last queries of one, over scattered pages."""
+"""paged_attention: one query for each of many requests, or the last queries of one, over scattered pages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .problems import Problem
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values (P, G, S, C) in scattered pages, table (B, N), and the same in one piece for who needs that."""
+    """Keys and values (P, G, S, C) in scattered pages and their table (B, N); contiguous for peers that need that."""
 
     k_pages: Tensor
     v_pages: Tensor
@@ -44,7 +44,7 @@ class Cache:
         return cls(k, v, k_scale, v_scale, table, length, {})
 
     def request(self, which: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values of one request, (G, L, C)."""
+        """One request's keys and values, (G, L, C)."""
         pages = self.table[which].long()
         found = []
         for cache, scale in ((self.k_pages, self.k_scale), (self.v_pages, self.v_scale)):
@@ -57,7 +57,7 @@ class Cache:
         return found[0], found[1]
 
     def contiguous(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of all requests, (B, G, L, C) bf16."""
+        """All requests' keys and values, (B, G, L, C) bf16."""
         return self.once("contiguous", lambda cache: cache._contiguous())
 
     def _contiguous(self) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ class Cache:
         return torch.stack([k for k, _ in every]), torch.stack([v for _, v in every])
 
     def once(self, name: str, pack: Callable[[Cache], T]) -> T:
-        """`pack` of these, made once for all calls and problems that want it under that name."""
+        """`pack(self)`, computed once under that name for all calls and problems."""
         if name not in self._made:
             self._made[name] = pack(self)
         found: T = self._made[name]
@@ -74,7 +74,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class Attend:
-    """One call. Every request has `queries` of its last tokens."""
+    """One call: the last `queries` tokens of every request attend."""
 
     q_THC: Tensor
     cache: Cache
@@ -131,7 +131,7 @@ def build(p: Problem, device: str, cold: int) -> Case:
 def footprint(p: Problem) -> float:
     m = p.shape
     values = 2 * p.number("context") * m.num_kv_heads * m.head_dim * dict(p.values).get("batch", 1)
-    return int(values) * (2 if p["kv"] == "bf16" else 3)  # fp8 is made of bf16
+    return int(values) * (2 if p["kv"] == "bf16" else 3)  # fp8 values are converted from bf16 ones
 
 
 def capped(p: Problem) -> bool:
@@ -139,12 +139,12 @@ def capped(p: Problem) -> bool:
 
 
 def plain(inputs: Attend) -> Attend:
-    """The same without what torch's own attention has not: no softcap, no temperature."""
+    """The same without softcap and temperature, which torch's own attention lacks."""
     return replace(inputs, softcap=0.0, temperature_len=0)
 
 
 def exact(a: Attend) -> Tensor:
-    """In fp32, head by head."""
+    """Attention in fp32, head by head, which needs little memory."""
     tokens, heads, c = a.q_THC.shape
     length, t = a.cache.length, a.queries
     out = torch.empty(tokens, heads, c, device=a.q_THC.device)

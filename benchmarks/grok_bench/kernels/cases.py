@@ -1,4 +1,4 @@
-"""From a problem's name to its data: which module builds what, and whether it fits."""
+"""From a problem to its data: which function builds it, and whether it fits into memory."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class TooLarge(ValueError):
 
 
 def build(p: Problem, device: str, cold: int = 0, free: float | None = None) -> Case:
-    """The data of a problem. TooLarge where `free` bytes do not hold it.
+    """The data of a problem; successive calls take other data until they have gone through `cold` bytes.
 
-    Successive calls take other data, until they have been through `cold` bytes.
+    TooLarge where `free` bytes do not hold it.
     """
     forget(but=BUILD[p.op])
     need = cold + (FOOTPRINT[p.op](p) if p.op in FOOTPRINT else 0.0)
@@ -56,7 +56,7 @@ def build(p: Problem, device: str, cold: int = 0, free: float | None = None) -> 
 
 
 def forget(but: Build | None = None) -> None:
-    """Drop the weights and keys that are kept for the next problem, but those of the ones that `but` builds."""
+    """Drop the weights and keys kept for the next problem, except what `but` builds."""
     for module in (attention, gemm, moe):
         if module.build is not but:
             module._last.clear()

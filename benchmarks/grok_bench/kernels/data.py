@@ -10,13 +10,13 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-BLOCK = 128  # outputs that share a scale: what a scale per channel and a scale per block can both say
+BLOCK = 128  # outputs that share a scale, so that scales per channel and per block can both express it
 BYTES = {"int8": 1, "fp8": 1, "bf16": 2}
 T = TypeVar("T")
 
 
 class Last(Generic[T]):
-    """What was made last, kept for a problem that wants the same: those that differ in their rows come in a row."""
+    """Keeps what was made last: successive problems often differ in their rows alone."""
 
     def __init__(self) -> None:
         self._key: Hashable = None
@@ -24,7 +24,7 @@ class Last(Generic[T]):
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         if self._value is None or key != self._key:
-            self._value = None  # before the next is made: two may not fit
+            self._value = None  # freed before the next is made: two may not fit
             self._key, self._value = key, make()
         return self._value
 
@@ -34,8 +34,10 @@ class Last(Generic[T]):
 
 @dataclass(frozen=True)
 class Weights:
-    """Matrices (E, N, K) of int8, e4m3 or bf16, and scales (E, 1, N) with which a product of normal rows is about
-    normal; bf16 has none."""
+    """Random matrices (E, N, K) in int8, e4m3 or bf16, with scales (E, 1, N), or None for bf16.
+
+    A product with normal rows is about normal.
+    """
 
     values: Tensor
     scale: Tensor | None
@@ -62,13 +64,13 @@ class Weights:
         return values if self.scale is None else values * self.scale[expert].t()
 
     def bf16(self) -> Tensor:
-        """All of them, (E, N, K), rounded."""
+        """All matrices, (E, N, K), rounded to bf16."""
         if self.scale is None:
             return self.values
         return torch.stack([self.float(e).bfloat16() for e in range(self.count)])
 
     def once(self, name: str, pack: Callable[[Weights], T]) -> T:
-        """`pack` of these weights, made once for all calls and problems that want it under that name."""
+        """`pack(self)`, computed once under that name for all calls and problems."""
         if name not in self._packed:
             self._packed[name] = pack(self)
         found: T = self._packed[name]
@@ -85,14 +87,14 @@ def _random_fp8(n: int, k: int, device: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows in the order of their experts: expert e has bounds[e]..bounds[e + 1]."""
+    """Grouped rows: expert e has those from bounds[e] to bounds[e + 1]."""
 
     bounds: list[int]
     device: str = "cpu"
 
     @classmethod
     def of(cls, experts: Tensor, count: int) -> Rows:
-        """Of experts (T, A)."""
+        """The rows of experts (T, A)."""
         counts = torch.bincount(experts.flatten().long(), minlength=count)
         return cls([0, *counts.cumsum(0).tolist()], str(experts.device))
 
@@ -114,9 +116,9 @@ class Rows:
 
 
 def routing(kind: str, tokens: int, experts: int, active: int, turn: int, device: str = "cpu") -> Tensor:
-    """Experts (T, A) int32 of the `turn`-th call. Each turn has the same loads on other experts.
+    """Experts (T, A) int32 of the `turn`-th call; each turn puts the same loads on other experts.
 
-    even: as many rows for each; zipf: probability 1 / rank, an expert at most once a token; one: every row on one.
+    even: the same rows for each; zipf: probability 1 / rank, an expert at most once a token; one: every row on one.
     """
     if kind == "even":
         chosen = torch.arange(tokens * active).view(tokens, active)[torch.randperm(tokens)]

@@ -1,4 +1,4 @@
-"""grouped_gemm: the experts' products and the dense ones, of weights and rows in the formats of `problems`."""
+"""grouped_gemm: the experts' products and the dense ones, in the formats of `problems`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .problems import Problem
 
 
 def parts(fmt: str) -> tuple[str, str]:
-    """Of a format's name: that of the weights, and that of the rows in the products. int8dyn is (int8, int8)."""
+    """The formats of the weights and of the rows in a format's name: int8dyn is (int8, int8), fp8 is (fp8, bf16)."""
     if fmt.endswith("dyn"):
         return fmt.removesuffix("dyn"), fmt.removesuffix("dyn")
     weight, _, rows = fmt.partition("x")
@@ -93,11 +93,11 @@ def footprint(p: Problem) -> float:
     e, n, k = size(p)
     rows = p.number("tokens") * (p.shape.num_experts_per_tok if e > 1 else 1)
     weight = BYTES[parts(str(p["format"]))[0]]
-    # with what our packed copy takes, and one matrix in fp32, twice
+    # twice the weights, for our packed copy, and one matrix in fp32, twice
     return 2 * e * n * k * weight + 8 * n * k + TURNS * 3 * rows * k + 6 * rows * n
 
 
 def exact(inputs: Product) -> Tensor:
-    """In fp32, of the rows as they were before any quantising."""
+    """The product in fp32, of the rows before they were quantised."""
     w = inputs.weights
     return torch.cat([inputs.x_MK[inputs.rows.part(e)].float() @ w.float(e).t() for e in inputs.rows.hit])

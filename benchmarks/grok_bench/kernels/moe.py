@@ -51,18 +51,18 @@ class Layer:
 
     @cached_property
     def tokens(self) -> Tensor:
-        """Of each grouped row."""
+        """The token of each grouped row."""
         return self.order // self.experts.shape[1]
 
     @cached_property
     def weights(self) -> Tensor:
-        """Of each grouped row."""
+        """The weight of each grouped row."""
         return self.topk_weights.flatten()[self.order]
 
 
 @dataclass(frozen=True)
 class QuantizedLayer(Layer):
-    """The same of `moe_fp8`: the rows are in e4m3 before the call."""
+    """One call of `moe_fp8`: the rows are in e4m3 before it."""
 
     @cached_property
     def quantized(self) -> tuple[Tensor, Tensor]:
@@ -117,7 +117,7 @@ def footprint(p: Problem) -> float:
     rows = p.number("tokens") * m.num_experts_per_tok
     weight = BYTES[parts(str(p["format"]))[0]]
     stored = 3 * m.num_experts * m.d_model * m.d_ff
-    # with what our packed copy takes, and one matrix in fp32, twice
+    # twice the weights, for our packed copy, and one matrix in fp32, twice
     return 2 * stored * weight + 16 * m.d_model * m.d_ff + TURNS * 2 * rows * m.d_model + 12 * rows * m.d_ff
 
 
@@ -126,7 +126,7 @@ def with_silu(inputs: Layer) -> Layer:
 
 
 def exact(layer: Layer) -> Tensor:
-    """In fp32."""
+    """The layer in fp32."""
     y_TD = torch.zeros(layer.x_TD.shape, device=layer.x_TD.device)
     for e in layer.rows.hit:
         part = layer.rows.part(e)

@@ -1,4 +1,4 @@
-"""Other people's kernels on a CPU: oneDNN, FBGEMM, and vLLM's build for CPUs."""
+"""Other people's kernels on a CPU: oneDNN, FBGEMM, torch's int8 product, and vLLM's build for CPUs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _takes(fmt: str) -> Callable[[Problem], bool]:
 
 
 def _works(pack: Callable[[Weights], Any], linear: Callable[[Tensor, Any], Tensor]) -> Callable[[], str]:
-    """Missing where a small product fails: what torch has differs by version and machine."""
+    """Why a small product fails, if it does: what torch has differs by version and machine."""
 
     @cache
     def why() -> str:
@@ -93,7 +93,7 @@ def _dynamic_pack(weights: Weights) -> list[Any]:
     zeros = torch.zeros(weights.values.shape[1], dtype=torch.long)
     make, pack = torch._make_per_channel_quantized_tensor, torch.ops.quantized.linear_prepack
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch means to drop its quantised tensors; while they last, they are a peer
+        warnings.simplefilter("ignore")  # torch deprecates its quantised tensors
         return [pack(make(w, s.double(), zeros, 0), None) for w, s in zip(weights.values, _scale(weights), strict=True)]
 
 
@@ -107,7 +107,7 @@ def _dynamic_linear(x_MK: Tensor, packed: Any) -> Tensor:
 
 @cache
 def load_vllm() -> str:
-    """Loads the ops of vLLM's build for CPUs, and nothing else of it. The reason where that is not possible."""
+    """Load the ops of vLLM's CPU build and nothing else of it; return the reason where that fails."""
     spec = importlib.util.find_spec("vllm")
     if spec is None or not spec.submodule_search_locations:
         return f"vLLM is not installed: {VLLM}"
@@ -136,7 +136,7 @@ def _layer(
     name: str, pack: Callable[[Weights], Any], run: Callable[[Layer, Any, Any], Tensor], weight_bytes: float,
     enters: Callable[[Problem], bool], silu: bool = False,
 ) -> None:  # fmt: skip
-    """A whole expert layer. `silu`: it has no other activation, and is checked against that one."""
+    """Register a whole expert layer. `silu`: it has no other activation, and is checked against that one."""
 
     def bind(layer: Layer) -> Call:
         return partial(run, layer, layer.w13.once(name, pack), layer.w2.once(name, pack))
@@ -167,7 +167,7 @@ def _fused_bf16(layer: Layer, w13: Tensor, w2: Tensor) -> Tensor:
 
 def _pack_quantized(weights: Weights) -> tuple[Tensor, Tensor]:
     scale = _scale(weights)
-    if weights.values.dtype != torch.int8:  # a scale for each block of 128 x 128, here the same along the inputs
+    if weights.values.dtype != torch.int8:  # a scale for each block of 128 x 128, constant along K
         scale = scale[:, ::BLOCK, None].expand(-1, -1, -(-weights.values.shape[2] // BLOCK))
     return torch.ops._C.convert_weight_packed(weights.values), scale.contiguous()
 
@@ -197,7 +197,7 @@ def _attention() -> None:
 
 
 def _pages(cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values in scattered pages, in the order in which it wants them; and the table of pages."""
+    """Keys and values in scattered pages in vLLM's layout, and the table of pages."""
     k_BGLC, v_BGLC = cache.contiguous()
     batch, groups, length, c = k_BGLC.shape
     each = length // PAGE
@@ -211,7 +211,7 @@ def _pages(cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _attend(a: Attend) -> Call:
-    """Its plan of the work is made here, once, as it makes one for all the layers of a step."""
+    """The plan is made once, untimed, as vLLM makes one for all the layers of a step."""
     k, v, table = a.cache.once("vLLM", _pages)
     batch, heads, c = table.shape[0], a.q_THC.shape[1], a.q_THC.shape[2]
     plan = torch.ops._C.get_scheduler_metadata(

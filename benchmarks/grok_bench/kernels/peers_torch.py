@@ -1,4 +1,4 @@
-"""What torch has for each op, on either device: eager, compiled, its grouped products, its attention."""
+"""torch's own for each op, on either device: eager, compiled, grouped products, attention."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def products(
     name: str, pack: Pack, run: Run, weight_bytes: float, *, formats: tuple[str, ...] = (),
     devices: tuple[str, ...] = ("cpu", "cuda"), tolerance: float | None = None, missing: Callable[[], str] = lambda: "",
 ) -> None:  # fmt: skip
-    """A contestant of one grouped product, and the expert layer composed of two of them. No formats: all."""
+    """Register a grouped product, and the expert layer composed of two of them. No formats: all."""
 
     def enters(p: Problem) -> bool:
         return not formats or p["format"] in formats
@@ -68,7 +68,7 @@ def products(
 
 
 def loop(linear: Callable[[Tensor, Any], Tensor]) -> Run:
-    """One product after another, of the experts that have rows."""
+    """A loop over the experts that have rows."""
 
     def run(x_MK: Tensor, packed: Any, rows: Rows) -> Tensor:
         return torch.cat([linear(x_MK[rows.part(e)], packed[e]) for e in rows.hit])
@@ -89,7 +89,7 @@ def _grouped_mm(x_MK: Tensor, weight_ENK: Tensor, rows: Rows) -> Tensor:
 
 
 def by_row(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 with one scale a row, (M,)."""
+    """Rows in e4m3 and their scales (M,)."""
     scale = x_MK.float().abs().amax(1).clamp(min=1e-12) / 448
     return (x_MK.float() / scale[:, None]).to(torch.float8_e4m3fn), scale
 
@@ -148,7 +148,7 @@ def _flex_compiled() -> Callable[..., Any]:
 
 
 def _flex(a: Attend) -> Call:
-    """With softcap and temperature in its score_mod."""
+    """FlexAttention, with softcap and temperature in its score_mod."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     length, t = a.cache.length, a.queries

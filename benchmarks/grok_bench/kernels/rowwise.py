@@ -1,4 +1,4 @@
-"""The ops that look at one token at a time: norms, rotation, routing, grouping, quantising, sampling."""
+"""The row-wise ops: norms, rotation, routing, grouping, quantisation, sampling."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ def sandwich_norm_fp8(p: Problem, device: str, cold: int) -> Case:
 
 @dataclass(frozen=True)
 class Stored:
-    """Tokens to be written behind one another, into pages in a random order."""
+    """Tokens to be written to successive slots, in pages of a random order."""
 
     args: tuple[Any, ...]
 
     @property
     def written(self) -> tuple[Tensor, ...]:
-        """Keys and values where they should be now, (T, G, C) fp32."""
+        """Keys and values read back from where they should be, (T, G, C) fp32."""
         _, _, _, k_cache, v_cache, _, slots, _, k_scale, v_scale = self.args
         page, place = (slots // k_cache.shape[2]).long(), (slots % k_cache.shape[2]).long()
         found = []
@@ -125,7 +125,7 @@ def rope_store_kv(p: Problem, device: str, cold: int) -> Case:
 
 
 def route(p: Problem, device: str, cold: int) -> Case:
-    """Of `route_topk`, and of `route_and_group`, which writes the grouping too."""
+    """`route_topk`, and `route_and_group`, which also writes the grouping."""
     t, m = p.number("tokens"), p.shape
     d, e, a = m.d_model, m.num_experts, m.num_experts_per_tok
     router = torch.randn(e, d, device=device) * d**-0.5
