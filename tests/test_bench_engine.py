@@ -327,7 +327,7 @@ def test_serve(tmp_path: Path, capsys: Captured) -> None:
     assert max(m.running + m.waiting for m in result.timeline) <= 4
     assert result.parameters["request_rate"] == 200.0
     out = capsys.readouterr().out
-    for word in ("goodput", "ttft ≤ 60000 ms", "running", "waiting", "pages of keys, values", "prefix hits"):
+    for word in ("goodput", "ttft ≤ 60000 ms", "running", "waiting", "pages", "prefix hits"):
         assert word in out
 
 
@@ -365,7 +365,8 @@ def test_ctrl_c_keeps_what_was_measured(
     assert file.interrupted
     assert (result.completed, result.output_tokens) == (1, 6)
     assert result.metrics["tpot"] is not None
-    assert "1 completed, interrupted" in capsys.readouterr().out
+    assert "1 request completed" in (out := " ".join(capsys.readouterr().out.split()))
+    assert "interrupted" in out
 
 
 def test_ctrl_c_before_the_measurement_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

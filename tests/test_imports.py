@@ -72,7 +72,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "grok_bench.schema": (),
     "grok_bench.environment": ("schema", "grok_kernels"),
     "grok_bench.spread": (),
-    "grok_bench.engine": ("schema", "spread", "environment", "grok_engine"),
+    "grok_bench.engine": ("schema", "spread", "environment", "report", "grok_engine"),
     "grok_bench.report": ("schema", "spread"),
     "grok_bench.kernels": ("schema", "spread", "environment", "report", "grok_engine", "grok_kernels"),
     "grok_bench.cli": ("*",),

@@ -225,19 +225,13 @@ def _plain(value: Any, skip: tuple[str, ...]) -> Any:
 
 
 def _text(values: dict[str, Any]) -> str:
-    """One line for each member, result and score, so that a file is short and a diff of two can be read."""
+    """One line for each member and each result, so that a file is short and two can be compared line by line."""
 
     def line(value: Any) -> str:
         return json.dumps(value, allow_nan=False, ensure_ascii=False)
 
-    def result(values: dict[str, Any]) -> str:
-        members = {name: line(value) for name, value in values.items()}
-        if "scores" in values:
-            members["scores"] = "[\n  " + ",\n  ".join(map(line, values["scores"])) + "]"
-        return " {" + ", ".join(f"{line(name)}: {text}" for name, text in members.items()) + "}"
-
     members = {name: line(value) for name, value in values.items()}
-    members["results"] = "[\n" + ",\n".join(map(result, values["results"])) + "]"
+    members["results"] = "[\n" + ",\n".join(map(line, values["results"])) + "]"
     return "{" + ",\n".join(f"{line(name)}: {text}" for name, text in members.items()) + "}\n"
 
 

@@ -15,7 +15,7 @@ from grok_engine.config import ActFormat, DType, KVDType, WeightFormat
 from .drive import Run, drive, joined
 from .measurement import Measurement, Protocol
 from .metrics import parse_slo
-from .view import request_progress
+from .progress import request_progress
 from .workload import Job, arrivals, at, random_jobs, read_trace, trace_jobs, warmup_jobs
 
 Command = TypeVar("Command", bound=Callable[..., Any])

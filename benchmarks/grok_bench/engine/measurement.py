@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import click
-from rich.console import Console
 
 from grok_bench.environment import environment, peak_bytes
+from grok_bench.report import table
 from grok_bench.schema import EngineResult, ResultFile, Scalar
 from grok_engine import LLMEngine, ModelConfig
 
 from .drive import Run, drive
 from .metrics import good, latencies, percentiles
 from .setup import find_model
-from .view import render
 from .workload import Job
 
 INTERRUPTED = 130  # exit status
@@ -69,12 +68,13 @@ class Measurement:
             batch_seconds=batch_seconds,
             slo=slo,
         )
-        where = environment(c.device)
-        Console(highlight=False).print(render(result, where, interrupted=run.interrupted))
+        file = ResultFile(
+            kind="engine", command=_command(), environment=environment(c.device), results=[result],
+            interrupted=run.interrupted,
+        )  # fmt: skip
+        table.about(file, table.terminal())
+        table.one(file, result, table.terminal())
         if self.file is not None:
-            file = ResultFile(
-                kind="engine", command=_command(), environment=where, results=[result], interrupted=run.interrupted
-            )
             file.save(self.file, self.samples)
         if run.interrupted:
             raise click.exceptions.Exit(INTERRUPTED)

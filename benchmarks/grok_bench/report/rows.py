@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import geometric_mean, median
 from typing import Any
 
 from ..schema import EngineResult, KernelResult, ResultFile, Score
-from .units import amount, count, digits, duration, interval, pair
+from .units import amount, count, digits, duration, interval
 
 BAD = ("wrong", "failed", "timeout")
-METRICS = ("ttft", "tpot", "e2e")
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Block:
 
 
 def blocks(file: ResultFile) -> list[Block]:
-    """One for each problem, or one for all runs of an engine."""
-    return [kernel_block(r, *flop_unit(file)) for r in file.kernels] + ([_engine_block(file.runs)] if file.runs else [])
+    """One for each problem or run."""
+    return [kernel_block(r, *flop_unit(file)) for r in file.kernels] + list(map(run_block, file.runs))
 
 
 def flop_unit(file: ResultFile) -> tuple[float, str]:
@@ -139,25 +139,37 @@ def _score(r: KernelResult, s: Score, scale: float) -> Row:
     return Row(s.contestant, s.ours, s.status, note=notes[s.status])
 
 
-def shared_parameters(runs: Sequence[EngineResult]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The parameters that all runs share, and those of each run that they do not."""
-    every = [{"model": r.model, "protocol": r.protocol, **r.parameters} for r in runs]
-    shared = {k: v for k, v in every[0].items() if all(k in p and p[k] == v for p in every)}
-    return shared, [{k: v for k, v in p.items() if k not in shared} for p in every]
+def run_block(r: EngineResult) -> Block:
+    """The latencies of a run in milliseconds, under its rates."""
+    failed = f", {r.failed} FAILED" if r.failed else ""
+    sizes = [
+        parameters(r.parameters),
+        f"{count(r.completed, 'request')} completed{failed}",
+        f"{r.input_tokens:,} tokens in, {r.output_tokens:,} out, in {duration(r.duration_seconds)}",
+        f"{digits(r.requests_per_second)} requests/s, {digits(r.output_tokens_per_second)} output tokens/s, "
+        f"{digits(r.total_tokens_per_second)} tokens/s",
+        f"loaded in {duration(r.load_seconds)}, peak memory {amount(r.peak_memory_bytes, 'B')}",
+    ]
+    if r.goodput_per_second is not None and r.slo is not None:
+        limits = ", ".join(f"{name.removesuffix('_ms')} ≤ {limit:g} ms" for name, limit in r.slo.items())
+        sizes.append(f"goodput {digits(r.goodput_per_second)} requests/s with {limits}")
+    rows = []
+    for key, m in r.metrics.items():
+        values = (m.mean, m.p50, m.p90, m.p99) if m else ()
+        rows.append(Row(key.upper(), False, "ok", tuple(f"{v * 1e3:,.2f}" for v in values) or ("–",) * 4))
+    return Block(f"{r.protocol} {r.model}", "; ".join(sizes + _timeline(r)), ("mean", "p50", "p90", "p99 ms"), rows)
 
 
-def _engine_block(runs: Sequence[EngineResult]) -> Block:
-    shared, own = shared_parameters(runs)
-    names = " ".join(str(shared.pop(k)) for k in ("model", "protocol") if k in shared) or "engine"
-    latencies = tuple(f"{key.upper()} p50 · p99" for key in METRICS)
-    columns = ("out tok/s", *latencies, "good/s", "peak")
-    return Block(names, parameters(shared), columns, [_run(r, values) for r, values in zip(runs, own, strict=True)])
-
-
-def _run(r: EngineResult, values: dict[str, Any]) -> Row:
-    latencies = [(m := r.metrics.get(key)) and pair(m.p50, m.p99) for key in METRICS]
-    rate = digits(r.output_tokens_per_second)
-    goodput = "" if r.goodput_per_second is None else digits(r.goodput_per_second)
-    cells = (rate, *(text or "" for text in latencies), goodput, amount(r.peak_memory_bytes, "B"))
-    note = f"{r.failed} of {r.completed + r.failed} requests FAILED" if r.failed else ""
-    return Row(parameters(values) or r.protocol, False, "failed" if r.failed else "ok", cells, note)
+def _timeline(r: EngineResult) -> list[str]:
+    """What the engine was busy with, where its counters were sampled."""
+    moments = r.timeline
+    if not moments:
+        return []
+    found = []
+    spans = [after.t - m.t for m, after in pairwise(moments)]  # the last moment has none
+    for name, counts in (("running", [m.running for m in moments]), ("waiting", [m.waiting for m in moments])):
+        mean = sum(n * span for n, span in zip(counts, spans, strict=False)) / (sum(spans) or 1.0)
+        found.append(f"{name} {mean:.1f} on average, {max(counts)} at most")
+    used, pages, hits = max(m.kv_pages_used for m in moments), moments[-1].kv_pages, moments[-1].prefix_hit_tokens
+    share = f", {hits / r.input_tokens:.0%} of the prompts" if r.input_tokens else ""
+    return [*found, f"pages {used} of {pages} at most, {used / pages:.0%}", f"prefix hits {hits:,} tokens{share}"]

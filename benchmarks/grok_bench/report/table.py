@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..schema import KernelResult, ResultFile
-from .rows import BAD, Block, blocks, environment, headline, missing
+from ..schema import EngineResult, KernelResult, ResultFile
+from .rows import BAD, Block, blocks, environment, flop_unit, headline, kernel_block, missing, run_block
 
 
 def terminal() -> Console:
@@ -39,11 +37,10 @@ def about(file: ResultFile, console: Console) -> None:
     console.print(grid)
 
 
-def one(file: ResultFile, result: KernelResult, console: Console) -> None:
+def one(file: ResultFile, result: KernelResult | EngineResult, console: Console) -> None:
     """Print one of its results."""
-    for block in blocks(replace(file, results=[result])):
-        _block(block, console)
-    if g := result.gpu:
+    _block(run_block(result) if isinstance(result, EngineResult) else kernel_block(result, *flop_unit(file)), console)
+    if isinstance(result, KernelResult) and (g := result.gpu):
         held = f", held back {g.held_back:.0%} of the time" if g.held_back else ""
         power = f"{g.watts:.0f} W (at most {g.most_watts:.0f} of {g.limit_watts:.0f})"
         clock = f"{g.clock_mhz:.0f} MHz (at least {g.least_clock_mhz:.0f})"

@@ -34,12 +34,6 @@ def interval(seconds: float, low: float | None, high: float | None) -> str:
     return f"[{digits(low / scale)}, {digits(high / scale)}]"
 
 
-def pair(first: float, second: float) -> str:
-    """Two durations in the unit of the first: 297 · 466 ms."""
-    scale, unit = _unit(first)
-    return f"{digits(first / scale)} · {digits(second / scale)} {unit}"
-
-
 def amount(value: float, unit: str) -> str:
     """340 MB, 1.20 GFLOP, 45.0 GB/s."""
     scale, prefix = next((a for a in AMOUNTS if abs(value) >= 0.9995 * a[0]), (1.0, ""))
