@@ -18,8 +18,8 @@ import torch
 
 from benchmarks.gpu import ROOT, bundle, load
 from benchmarks.gpu import run as module
+from benchmarks.gpu.profile import slowest
 from benchmarks.gpu.run import SKIPPED, WRONG, Command, Outcome, Stage, archive, run, run_part, summary
-from benchmarks.gpu.slowest import slowest
 from benchmarks.gpu.stages import PARTS, Run, first, second
 from grok_bench import schema
 from grok_engine.cli import main as engine_main
@@ -343,9 +343,9 @@ def test_modules_are_built_where_they_are_missing_or_old(tmp_path: Path, monkeyp
 
 
 @no_gpu
-@pytest.mark.parametrize("name", ["load", "small", "once", "__main__"])
+@pytest.mark.parametrize("name", ["load", "small", "profile", "__main__"])
 def test_without_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = {"load": [], "small": ["cuda"], "once": ["moe/*", "any"], "__main__": ["first"]}
+    arguments = {"load": [], "small": ["cuda"], "profile": ["moe/*", "any"], "__main__": ["first"]}
     monkeypatch.setattr(sys, "argv", ["bench-gpu", *arguments[name]])
     monkeypatch.setattr(shutil, "which", lambda tool: None)
     assert import_module(f"benchmarks.gpu.{name}").main() == (2 if name == "__main__" else SKIPPED)

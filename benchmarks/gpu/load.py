@@ -1,5 +1,4 @@
-"""The machine, and the native modules of this checkout on it: taken from a bundle, or built here. Status 1 if one of them is
-missing or does not load."""
+"""Print the machine; take the native modules from a bundle, or build them here. Status 1 if one does not load."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ def main() -> int:
     if any(_old(name) for name in modules):
         print(f"building   {', '.join(name for name in modules if _old(name))}", flush=True)
         command = [sys.executable, "-W", "ignore", "setup.py", "-q", "build_ext", "--inplace"]
-        if subprocess.run(command, cwd=ROOT).returncode:  # or a module of an earlier build would pass for this one
+        if subprocess.run(command, cwd=ROOT).returncode:  # an older module must not pass for this build
             print("NOT BUILT: setup.py failed")
             return 1
     return 1 if _missing(modules, a.rehearse) else 0
@@ -59,7 +58,7 @@ def _about() -> None:
 
 
 def _old(name: str) -> bool:
-    """Whether this interpreter has no such module, or one that is older than the sources."""
+    """Whether the module is missing for this interpreter, or older than its sources."""
     module = PACKAGE / f"{name}{SUFFIX}"
     files = [path for pattern in SOURCES[name] for path in (ROOT / "csrc").glob(pattern)]
     newest = max(path.stat().st_mtime for path in files)
@@ -67,7 +66,7 @@ def _old(name: str) -> bool:
 
 
 def _missing(modules: tuple[str, ...], rehearse: bool) -> int:
-    """Imports them, and asks the registry which ops each backend has kernels for; how many faults there are."""
+    """Import them, ask the registry which ops each backend serves, and return the number of faults."""
     faults = 0
     for name in modules:
         why = _fault(name)
@@ -87,7 +86,7 @@ def _missing(modules: tuple[str, ...], rehearse: bool) -> int:
 
 
 def _fault(name: str) -> str:
-    """Why the module does not load, if so."""
+    """Why the module does not load; empty if it does."""
     try:
         importlib.import_module(f"grok_kernels.{name}")
     except ImportError as error:

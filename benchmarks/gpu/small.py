@@ -1,10 +1,10 @@
-"""Every op that one backend has, once, against the reference: python -m benchmarks.gpu.small BACKEND [--few].
+"""Every op of one backend, once, against the reference: python -m benchmarks.gpu.small BACKEND [--few].
 
-With GROK_TEST_DEVICE=cpu:0 all tensors are made and compared on the CPU at tiny sizes, so that no kernels run on the GPU but
-those to be looked at, each named before it starts: what hangs or faults is the last one named, and compute-sanitizer follows
-each access. With GROK_TEST_DEVICE=cuda tensors are made on the GPU, at sizes (GROK_TEST_SHRINK) that fill it and go around
-the kernels' rings of stages, and the first row alone must have the bits that it has among others.
-Status 3 if numbers are wrong, 1 if a call fails or the backend takes none.
+With GROK_TEST_DEVICE=cpu:0 tensors are made and compared on the CPU at tiny sizes, so that only the tested kernels run on
+the GPU: compute-sanitizer can follow each access. With GROK_TEST_DEVICE=cuda they are made on the GPU, at sizes
+(GROK_TEST_SHRINK) that fill it and wrap around the kernels' pipelines, and the first row alone must have the bits that it
+has among others. Each call is named before it starts: what hangs or faults is the last one named. Status 3 if numbers
+are wrong, 1 if a call fails or the backend takes none.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.small", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("backend")
     parser.add_argument("--few", action="store_true", help="two sizes, not four")
-    parser.add_argument("--call", default="*", metavar="PATTERN", help="those of the calls whose names match")
-    parser.add_argument("--part", default="0/1", metavar="I/N", help="the I-th of N parts of them, from 0 on")
+    parser.add_argument("--call", default="*", metavar="PATTERN", help="only calls whose names match")
+    parser.add_argument("--part", default="0/1", metavar="I/N", help="only the I-th of N parts of them, from 0")
     parser.add_argument("--on", default="cuda", help="where the ops run")
     a = parser.parse_args()
     if a.on == "cuda" and not torch.cuda.is_available():
@@ -57,9 +57,8 @@ def main() -> int:
     if not served:
         print(f"the {a.backend} backend takes none of these calls")
         return 1
-    print(
-        f"{len(wrong)} WRONG: {'; '.join(wrong)}" if wrong else f"{served} calls of the {a.backend} backend are right"
-    )
+    right = f"{served} calls of the {a.backend} backend are right"
+    print(f"{len(wrong)} WRONG: {'; '.join(wrong)}" if wrong else right)
     return WRONG if wrong else 0
 
 
@@ -83,9 +82,8 @@ def _differences(c: Call, t: int, backend: str, on: str) -> list[str]:
             own["query_start"] = args["query_start"][:2]
         with grok_kernels.use_backend(backend):
             alone = _tuple(function(**{**args, **own}))
-        if any(
-            len(a) == 1 and not _same(a[:1], b[:1]) for a, b in zip(alone, got, strict=False)
-        ):  # got has what was written, too
+        pairs = zip(alone, got, strict=False)  # got also has what was written in place
+        if any(len(a) == 1 and not _same(a[:1], b[:1]) for a, b in pairs):
             found.append(f"{c}, {t} tokens: the first row has other bits alone")
     return found
 

@@ -1,6 +1,6 @@
-"""The two parts: `first` says within 4 minutes whether anything is wrong and how fast what matters is; `second` proves it at
-full size, tunes, measures again and says why it is as it is. In each what matters most comes first, since a part may be cut
-anywhere."""
+"""The two parts. `first` says within 4 minutes whether anything is wrong, and how fast the most important kernels are;
+`second` proves all at full size, tunes, measures again and profiles. The most important comes first, since a part may be
+cut short anywhere."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Run:
-    """What the commands of a run have in common. In a rehearsal they run on this machine's CPU, at sizes of no meaning."""
+    """What the commands of a run share. In a rehearsal they run on this machine's CPU, at tiny sizes."""
 
     folder: Path  # of results and logs
     bundle: Path | None = None
@@ -53,7 +53,7 @@ class Run:
         return Command(name, argv, {**self.env, **env}, refusals=NO_COUNTERS if under else ())
 
     def bench(self, name: str, *args: str, **env: str) -> Command:
-        """Results in NAME.json."""
+        """A benchmark with results in NAME.json."""
         file = str(self.folder / f"{name}.json")
         device = "cpu" if self.rehearse else "cuda"
         return self.python(name, "grok_engine.cli", "bench", *args, "--device", device, "--json", file, **env)
@@ -98,16 +98,15 @@ def _load(run: Run) -> Stage:
 
 
 def _tiles(run: Run) -> Stage:
-    """Whether the kernels by hand for few rows give the bits of those for many, which decides who serves decoding."""
+    """Whether the CUDA kernels for few rows give the bits of those for many, which decides which of them serve decoding."""
     return Stage("tiles with the same bits", lambda _: [_tune(run, "tune-wide", "--wide")], 25, "none")
 
 
 def _small(run: Run) -> list[Command]:
-    """By hand at tiny sizes and at middling ones, and in Triton, whose kernels are compiled in several processes: each may
-    hang alone."""
+    """The CUDA kernels at tiny and medium sizes, and Triton's, which compile in several processes; each may hang alone."""
     tiny, middling = {"GROK_TEST_DEVICE": "cpu:0"}, {"GROK_TEST_DEVICE": "cuda", "GROK_TEST_SHRINK": "8"}
     small = "benchmarks.gpu.small"
-    if run.rehearse:  # the CPU's kernels in place of those by hand; Triton's are interpreted
+    if run.rehearse:  # the CPU's kernels in place of CUDA's; Triton's are interpreted
         args, env = ("--on", "cpu", "--few", "--call", "*norm*"), {**tiny, "TRITON_INTERPRET": "1"}
         return [run.python(f"small-{n}", small, b, *args, **env) for n, b in (("cuda", "cpu"), ("triton", "triton"))]
     found = [run.python("small-cuda", small, "cuda", **tiny), run.python("middling-cuda", small, "cuda", **middling)]
@@ -118,8 +117,7 @@ def _small(run: Run) -> list[Command]:
 
 
 def _by_hand_lost(outcomes: Sequence[Outcome]) -> bool:
-    """Whether the kernels by hand hang or fault, which ends their process; wrong numbers do not, and are named where they are
-    measured."""
+    """Whether the CUDA kernels hang or fault, which ends their process. Wrong numbers do not: the harness names those."""
     ours = [o for o in outcomes if o.command in ("small-cuda", "middling-cuda")]
     return any(o.status != "passed" and o.code != WRONG for o in ours)
 
@@ -137,8 +135,8 @@ def _race(run: Run, name: str, problems: str, who: Sequence[str], *more: str) ->
 
 
 def _compiling(run: Run) -> list[Command]:
-    """Few problems, since these peers take ten seconds and more for each; those that are not installed are missing. Each in a
-    process of its own: one of them has ended that of all others."""
+    """Few problems, since these peers compile for ten seconds and more each. Each has a process of its own, as one of them
+    once ended the process of all."""
     if run.rehearse:
         return [run.bench("kernels-compiling", "kernels", "group_tokens/grok-1/decode/zipf-t64", "--smoke")]
     return [_race(run, "kernels-compiling", "@cuda-compiling", COMPILING, "--subprocess")]
@@ -153,12 +151,12 @@ def _decode(run: Run, name: str, outcomes: Sequence[Outcome], *more: str) -> Com
 
 
 def _tune(run: Run, name: str, *args: str) -> Command:
-    """Into the package, where what follows reads it; the archive has a copy."""
+    """Tune into the package, where later stages read it; the archive has a copy."""
     return run.python(name, "grok_kernels.tune", *(["--list"] if run.rehearse else args))
 
 
 def _full_size(run: Run) -> list[Command]:
-    """Each process holds 19 GB at most: more of them would find no memory."""
+    """Each process needs up to 19 GB: more of them would not fit into memory."""
     chosen = ("-k", "as_the_reference and norm and selected") if run.rehearse else ()
     args = ("tests/gpu", "--ignore=tests/gpu/test_gpu_engine.py", *chosen)
     return [run.tests(f"full-size-{i}", *args, GROK_TEST_SHARD=f"{i}/{SHARDS}") for i in range(SHARDS)]
@@ -168,7 +166,7 @@ MEMORY = "pages_are_what_is_left"
 
 
 def _engine(run: Run) -> list[Command]:
-    """Of the tiny models; most of the time goes into compiling."""
+    """The engine on tiny models; most of the time goes into compiling."""
     if run.rehearse:
         return [run.tests("engine-0", "tests/gpu/test_gpu_engine.py", "-k", "folder")]
     chosen = "test_gpu_engine or fp32 or bf16 or quality or any_batch or goldens_in_one or (any_number_format and not reference)"
@@ -183,40 +181,34 @@ def _memory(run: Run) -> Command:
 
 
 def _sanitizers(run: Run) -> list[Command]:
-    """Of the kernels by hand. A tool may not follow the copy engine's barriers, so what it says is read, not believed."""
+    """compute-sanitizer over the CUDA kernels. It may not follow TMA's barriers, so its findings are only informative."""
     env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "GROK_TEST_DEVICE": "cpu:0"}
     args = ("cpu", "--on", "cpu", "--call", "*norm*") if run.rehearse else ("cuda",)
-    return [
-        run.python(
-            tool,
-            "benchmarks.gpu.small",
-            *args,
-            "--few",
-            under=(SANITIZER, "--tool", tool, "--error-exitcode", "9"),
-            **env,
-        )
-        for tool in ("memcheck", "racecheck")
-    ]
+    found = []
+    for tool in ("memcheck", "racecheck"):
+        under = (SANITIZER, "--tool", tool, "--error-exitcode", "9")
+        found.append(run.python(tool, "benchmarks.gpu.small", *args, "--few", under=under, **env))
+    return found
 
 
 def _slowest(run: Run) -> list[tuple[str, str]]:
     if run.rehearse:
         return [("rms_norm/grok-1/decode/t64", "torch eager")]
-    from .slowest import slowest  # imports torch, which the driver of the stages does without
+    from .profile import slowest  # imports torch, which the driver of the stages does without
 
     return slowest(run.folder / "kernels.json")
 
 
 def _profile(run: Run, problem: str, contestant: str) -> Command:
-    """Clocks as they are: to lock them needs rights, and takes long where there are none."""
+    """ncu without locked clocks: locking needs rights, and takes long to fail without them."""
     ncu = ["ncu", "--clock-control", "none", "--profile-from-start", "off"]
     for section in SECTIONS:
         ncu += ["--section", section]
     device = ("--device", "cpu") if run.rehearse else ()
     name = f"ncu-{problem.replace('/', '-')}"
-    return run.python(name, "benchmarks.gpu.once", problem, contestant, *device, under=ncu)
+    return run.python(name, "benchmarks.gpu.profile", problem, contestant, *device, under=ncu)
 
 
 def tuned() -> list[Path]:
-    """What tuning wrote."""
+    """The files that tuning wrote."""
     return sorted((ROOT / "kernels/grok_kernels/tuned").glob("*.json"))

@@ -25,7 +25,11 @@ def render(file: ResultFile) -> str:
     """The whole file."""
     parts = [f"# {_escape(title_of(file))}", _list(f"{name}: **{_escape(value)}**" for name, value in headline(file))]
     for block in blocks(file):
-        parts += [f"## {_escape(block.title)}", _escape(block.sizes), _block(block)]
+        parts += [
+            f"## {_escape(block.title)}",
+            _escape("; ".join(block.sizes.split("\n")).removeprefix("; ")),
+            _block(block),
+        ]
     if missing(file):
         parts += ["## Missing", _list(f"{_escape(names)}: {_escape(why)}" for names, why in missing(file))]
     parts += ["## Environment", _list(f"{name}: {_escape(text)}" for name, text in environment(file))]

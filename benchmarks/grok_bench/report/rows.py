@@ -157,7 +157,9 @@ def run_block(r: EngineResult) -> Block:
     for key, m in r.metrics.items():
         values = (m.mean, m.p50, m.p90, m.p99) if m else ()
         rows.append(Row(key.upper(), False, "ok", tuple(f"{v * 1e3:,.2f}" for v in values) or ("–",) * 4))
-    return Block(f"{r.protocol} {r.model}", "; ".join(sizes + _timeline(r)), ("mean", "p50", "p90", "p99 ms"), rows)
+    return Block(
+        f"{r.protocol} {r.model}", "\n".join(["", *sizes, *_timeline(r)]), ("mean", "p50", "p90", "p99 ms"), rows
+    )
 
 
 def _timeline(r: EngineResult) -> list[str]:
