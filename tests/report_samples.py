@@ -21,7 +21,8 @@ VLLM_MISSING = "vllm is not installed: pip install vllm (needs Python < 3.13)"
 def environment(**changes: Any) -> Environment:
     made = Environment(
         chip="AMD EPYC 9xx5", device="cpu", cores=2, threads=2, isa="avx512_bf16", clock_mhz=None, driver=None,
-        python="3.11.7", torch="2.13.0", triton=None, compiler="g++ 12.2", os="Linux 6.18", commit="abc1234", dirty=False,
+        python="3.11.7", torch="2.13.0", triton=None, compiler="g++ 12.2", os="Linux 6.18", commit="abc1234",
+        dirty=False,
     )  # fmt: skip
     return replace(made, **changes)
 
@@ -87,7 +88,7 @@ def run(rate: float, rng: random.Random, weights: str = "int8", slower: float = 
         parameters={"layers": 2, "dummy": True, "input_len": 128, "request_rate": rate, "weights": weights},
         duration_seconds=n / rate, completed=n, failed=0, input_tokens=n * 128, output_tokens=n * out,
         requests_per_second=rate, output_tokens_per_second=rate * out, total_tokens_per_second=2 * rate * out,
-        metrics={"ttft": percentiles(waits), "itl": percentiles(tpots), "tpot": percentiles(tpots), "e2e": percentiles(whole)},
+        metrics={n: percentiles(v) for n, v in {"ttft": waits, "itl": tpots, "tpot": tpots, "e2e": whole}.items()},
         load_seconds=12.5, peak_memory_bytes=11_200_000_000,
     )  # fmt: skip
 

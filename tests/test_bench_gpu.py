@@ -47,7 +47,7 @@ def test_what_becomes_of_processes(tmp_path: Path) -> None:
         python("good", "import os; print('1 passed', os.environ['X'])", env={"X": "here"}),
         python("bad", "raise SystemExit('wrong numbers')"),
         python("unable", f"print('there is no GPU'); raise SystemExit({SKIPPED})"),
-        python("refused", "print('==ERROR== Device not supported'); raise SystemExit(1)", refusals=("Device not supported",)),
+        python("refused", "print('==ERROR== not supported'); raise SystemExit(1)", refusals=("not supported",)),
         Command("absent", ("no-such-tool", "--version")),
     )  # fmt: skip
     assert {name: o.status for name, o in found.items()} == {
@@ -74,7 +74,8 @@ def test_what_hangs_is_ended_with_its_children(tmp_path: Path, monkeypatch: pyte
     began = time.monotonic()
     found = outcomes(tmp_path, python("deaf", deaf), python("polite", polite), python("quick", "print(1)"), limit=3.0)
     assert time.monotonic() - began < 15
-    assert {name: o.status for name, o in found.items()} == {"deaf": "timed out", "polite": "timed out", "quick": "passed"}  # fmt: skip
+    late = "timed out"
+    assert {name: o.status for name, o in found.items()} == {"deaf": late, "polite": late, "quick": "passed"}
     assert found["polite"].said == "after 3 s; saved"
     assert found["deaf"].bad
     pid = int((tmp_path / "child").read_text())
@@ -88,7 +89,7 @@ def test_what_hangs_is_ended_with_its_children(tmp_path: Path, monkeypatch: pyte
 
 
 def test_commands_of_a_stage_run_at_the_same_time(tmp_path: Path) -> None:
-    wait = "import pathlib, sys, time\npathlib.Path('{a}').touch()\nwhile not pathlib.Path('{b}').exists(): time.sleep(0.01)"
+    wait = "import pathlib, time; pathlib.Path('{a}').touch()\nwhile not pathlib.Path('{b}').exists(): time.sleep(0.01)"
     a, b = tmp_path / "a", tmp_path / "b"
     found = outcomes(tmp_path, python("a", wait.format(a=a, b=b)), python("b", wait.format(a=b, b=a)))
     assert [o.status for o in found.values()] == ["passed", "passed"]
@@ -113,7 +114,7 @@ def test_a_stage_that_lacks_what_an_earlier_one_leaves(tmp_path: Path) -> None:
 
 
 def test_what_makes_a_run_a_failure() -> None:
-    """A stage that must pass fails by being late or missing, too; one that measures by failing; one that informs never."""
+    """A stage that must pass also fails by being late or missing; one that measures by failing; others never."""
     expected = {"all": (False, True, True, True), "failed": (False, True, False, False), "none": (False,) * 4}
     for gate, bad in expected.items():
         stage = Stage("stage", lambda _: [], 1.0, gate)  # type: ignore[arg-type]
@@ -124,7 +125,8 @@ def test_summary(tmp_path: Path) -> None:
     def outcome(command: str, status: Any, bad: bool) -> Outcome:
         return Outcome("stage", command, status, 1.0, "said", tmp_path / "log", bad)
 
-    lines = summary([outcome("tests", "passed", False), outcome("ncu", "missing", False), outcome("kernels", "timed out", False)])  # fmt: skip
+    statuses = {"tests": "passed", "ncu": "missing", "kernels": "timed out"}
+    lines = summary([outcome(name, status, False) for name, status in statuses.items()])
     assert lines[-2:] == ["   not run, or not to its end: ncu, kernels", "   everything that must pass has passed"]
     lines = summary([outcome("tests", "failed", True), outcome("small-cuda", "missing", True)])
     assert lines[-1] == "   NOT CORRECT: tests (failed), small-cuda (missing)"
@@ -135,7 +137,7 @@ def test_a_part_ends_in_time_and_keeps_what_it_has(tmp_path: Path, monkeypatch: 
     for name, seconds in (("GRACE", 0.5), ("LAST", 0.2), ("EVERY", 0.2)):
         monkeypatch.setattr(module, name, seconds)
     kept: list[int] = []
-    hangs = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('on its way', flush=True); time.sleep(600)"
+    hangs = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"
     stages = [
         Stage("one", lambda _: [python("good", "print('done')")], 60),
         Stage("two", lambda o: [python(f"after-{o[0].command}", hangs)], 60),
@@ -157,7 +159,7 @@ def test_a_part_ends_in_time_and_keeps_what_it_has(tmp_path: Path, monkeypatch: 
 def test_without_what_the_rest_needs_the_part_ends(tmp_path: Path) -> None:
     said: list[str] = []
     stages = [
-        Stage("load", lambda _: [python("load", f"print('there is no module'); raise SystemExit({SKIPPED})")], 20, "all", needed=True),
+        Stage("load", lambda _: [python("load", f"raise SystemExit({SKIPPED})")], 20, "all", needed=True),
         Stage("figures", lambda _: [python("never", "")], 20),
     ]  # fmt: skip
     found = run_part(stages, tmp_path, 60.0, lambda: None, said.append)
@@ -242,7 +244,7 @@ def test_if_the_kernels_by_hand_hang_the_rest_goes_on_with_triton(
 
 
 def rehearsal(part: str, tmp_path: Path) -> tuple[dict[str, str], list[str]]:
-    """Each file of the archive, and the lines printed. ncu and compute-sanitizer are stand-ins that run their command."""
+    """Each file of the archive, and the lines printed. Stand-ins for ncu and compute-sanitizer run their command."""
     for tool in ("ncu", "compute-sanitizer"):
         file = tmp_path / "bin" / tool
         file.parent.mkdir(exist_ok=True)
@@ -285,8 +287,8 @@ def test_a_rehearsal_of_the_second_part(tmp_path: Path) -> None:
     found, said = rehearsal("second", tmp_path)
     logs = {name for name in found if name.endswith(".log")}
     assert logs == {
-        "load.log", "tune-wide.log", "tune.log", "full-size-0.log", "full-size-1.log", "full-size-2.log", "engine-0.log", "memory.log", "kernels.log",
-        "kernels-compiling.log",
+        "load.log", "tune-wide.log", "tune.log", "full-size-0.log", "full-size-1.log", "full-size-2.log",
+        "engine-0.log", "memory.log", "kernels.log", "kernels-compiling.log",
         "ncu-rms_norm-grok-1-decode-t64.log", "memcheck.log", "racecheck.log",
     }  # fmt: skip
     for name in ("full-size-0.log", "full-size-1.log", "full-size-2.log", "engine-0.log", "memory.log"):
@@ -377,7 +379,7 @@ def test_the_tests_without_a_gpu(tmp_path: Path) -> None:
 
 
 def test_the_tests_for_a_gpu_work(tmp_path: Path) -> None:
-    """On copies on the CPU, at small sizes: what is wrong in them shows here, and not where there is a GPU for minutes."""
+    """They run on the CPU, at small sizes: what is wrong in them shows here, and not in minutes on a GPU."""
     chosen = "selected and not 9- and not 1- or tiny-float32-float32 or grok-1-int8 or folder"
     argv = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu", "-k", chosen)
     (found,) = outcomes(tmp_path, Command("tests", argv, {"GROK_TEST_DEVICE": "cpu:0"}), limit=1200.0).values()

@@ -165,8 +165,8 @@ def test_a_call_that_hangs_is_stopped() -> None:
             while True:
                 pass
 
-    result, _ = run(ONES, ONES, enter=lambda c, case, device: Local(
-        Contestant(name="1", op="rms_norm", bind=lambda i: Hangs()) if c.name == "1" else c, case, device, 0.2))  # fmt: skip
+    hangs = Contestant(name="1", op="rms_norm", bind=lambda i: Hangs())
+    result, _ = run(ONES, ONES, enter=lambda c, case, device: Local(hangs if c.name == "1" else c, case, device, 0.2))
     assert [s.status for s in result.scores] == ["ok", "timeout"]
     assert "more than" in result.scores[1].message
 

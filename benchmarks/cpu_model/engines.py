@@ -62,7 +62,7 @@ class Ours:
         )
 
     def check(self) -> None:
-        """Warm up. `time` raises unless every request got its tokens, which is all that random weights let one check."""
+        """Warm up. `time` checks that every request got its tokens, which is all that random weights allow."""
         self.time(0)
 
     def time(self, turn: int) -> float:

@@ -37,7 +37,7 @@ def gguf_name(name: str) -> str:
 
 
 def write_gguf(path: Path, config: ModelConfig, tensors: Iterable[tuple[str, tuple[Any, Any]]]) -> None:
-    """Write matrices in bf16, norms and the router in fp32. `tensors`: (name, (values, scales)), as `write_xai` takes."""
+    """Write matrices in bf16, norms and the router in fp32. `tensors`: (name, (values, scales)), as for `write_xai`."""
     import gguf
 
     c = config

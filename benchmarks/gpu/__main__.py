@@ -1,7 +1,7 @@
 """python3 -m benchmarks.gpu PART [--only STAGE ...] [--bundle FOLDER] [--out FOLDER]: all that needs a GPU, in minutes.
 
-`first` (4 minutes at most) says whether the kernels load and are right, and how fast they are; `second` (7 at most) proves
-them at full size, tunes, measures again and profiles. Both write one archive, after every stage and every ten seconds.
+`first` (4 minutes at most) says whether the kernels load and are right, and how fast they are; `second` (7 at most)
+proves them at full size, tunes, measures and profiles. Both write one archive, after every stage and every ten seconds.
 """
 
 from __future__ import annotations
@@ -104,8 +104,10 @@ def _chip() -> str:
 
 
 def _environment(folder: Path | None, cache: Path) -> dict[str, str]:
-    """For the processes of all stages: one cache of compiled kernels, and the commit of the sources, which the bundle knows:
-    where it is unpacked there may be no repository."""
+    """For the processes of all stages: one cache of compiled kernels, and the commit of the sources.
+
+    The bundle knows the commit; where it is unpacked there may be no repository.
+    """
     own = bundle.read(folder)["commit"] if folder else bundle.commit() if (ROOT / ".git").exists() else None
     commit = os.environ.get("GROK_BENCH_COMMIT") or own
     cache.mkdir()

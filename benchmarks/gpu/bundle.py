@@ -1,7 +1,7 @@
-"""Build what a machine with a GPU would spend its first minutes on: python -m benchmarks.gpu.bundle FOLDER [--python FILE].
+"""Build beforehand for a machine with a GPU: python -m benchmarks.gpu.bundle FOLDER [--python FILE].
 
-FOLDER gets the native modules for the interpreter FILE (with the Python, torch and CUDA versions of the other machine) and
-a cache of Triton's kernels at Grok-1's sizes, compiled for an H100. `python3 -m benchmarks.gpu first --bundle FOLDER`
+FOLDER gets the native modules for the interpreter FILE (its Python, torch and CUDA must be the other machine's) and a
+cache of Triton's kernels at Grok-1's sizes, compiled for an H100. `python3 -m benchmarks.gpu first --bundle FOLDER`
 takes from it what fits the machine and the checkout there, says why it takes nothing else, and builds the rest.
 """
 
@@ -24,7 +24,8 @@ ABOUT = "about.json"
 ASK = """
 import json, sysconfig, torch
 from triton.runtime.cache import triton_key
-print(json.dumps({"suffix": sysconfig.get_config_var("EXT_SUFFIX"), "torch": torch.__version__, "triton": triton_key()}))
+suffix = sysconfig.get_config_var("EXT_SUFFIX")
+print(json.dumps({"suffix": suffix, "torch": torch.__version__, "triton": triton_key()}))
 """
 KEPT = (".json", ".cubin")  # the files of a compiled kernel that Triton needs to launch it
 

@@ -1,4 +1,4 @@
-"""Which kernels of ours to profile, and one call of one of them, marked for a profiler: PROBLEM CONTESTANT [--device cpu]."""
+"""Which kernels to profile, and one call of one, marked for a profiler: PROBLEM CONTESTANT [--device cpu]."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ EVERY = 10.0  # seconds between saves
 
 @dataclass(frozen=True)
 class Command:
-    """One process. A log with one of `refusals` means that the tool cannot work on this machine, and counts as missing."""
+    """One process. `refusals` in its log mean that the tool cannot work on this machine: it is missing."""
 
     name: str
     argv: Sequence[str]
@@ -52,7 +52,8 @@ class Stage:
     """Commands, made from all outcomes so far when the stage begins. `at_once` runs them in parallel: not for timings.
 
     `gate` says which outcomes make the whole run a failure: "all": any that did not pass, late or missing, too;
-    "failed": failures alone; "none": no outcome, the stage only informs. A bad outcome of a `needed` stage ends the part.
+    "failed": failures alone; "none": no outcome, the stage only informs. After a bad outcome of a `needed` stage the
+    part ends.
     """
 
     name: str
@@ -69,8 +70,10 @@ class Stage:
 def run_part(
     stages: Sequence[Stage], folder: Path, limit: float, keep: Callable[[], None], say: Callable[[str], None] = print
 ) -> list[Outcome]:
-    """Run the stages in order within `limit` seconds, with logs in `folder`. `keep` saves the results so far, after each
-    stage and every few seconds within one."""
+    """Run the stages in order within `limit` seconds, with logs in `folder`.
+
+    `keep` saves the results so far, after each stage and every few seconds within one.
+    """
     end = time.monotonic() + limit
     outcomes: list[Outcome] = []
     for stage in stages:

@@ -1,9 +1,9 @@
 """Every op of one backend, once, against the reference: python -m benchmarks.gpu.small BACKEND [--few].
 
-With GROK_TEST_DEVICE=cpu:0 tensors are made and compared on the CPU at tiny sizes, so that only the tested kernels run on
-the GPU: compute-sanitizer can follow each access. With GROK_TEST_DEVICE=cuda they are made on the GPU, at sizes
-(GROK_TEST_SHRINK) that fill it and wrap around the kernels' pipelines, and the first row alone must have the bits that it
-has among others. Each call is named before it starts: what hangs or faults is the last one named. Status 3 if numbers
+With GROK_TEST_DEVICE=cpu:0 tensors are made and compared on the CPU at tiny sizes, so that only the tested kernels run
+on the GPU: compute-sanitizer can follow each access. With GROK_TEST_DEVICE=cuda they are made on the GPU, at sizes
+(GROK_TEST_SHRINK) that fill it and wrap around the kernels' pipelines, and the first row must have the same bits alone
+and among others. Each call is named before it starts: what hangs or faults is the last one named. Status 3 if numbers
 are wrong, 1 if a call fails or the backend takes none.
 """
 

@@ -1,6 +1,8 @@
 """The two parts. `first` says within 4 minutes whether anything is wrong, and how fast the most important kernels are;
-`second` proves all at full size, tunes, measures again and profiles. The most important comes first, since a part may be
-cut short anywhere."""
+`second` proves all at full size, tunes, measures again and profiles.
+
+The most important comes first, since a part may be cut short anywhere.
+"""
 
 from __future__ import annotations
 
@@ -98,12 +100,12 @@ def _load(run: Run) -> Stage:
 
 
 def _tiles(run: Run) -> Stage:
-    """Whether the CUDA kernels for few rows give the bits of those for many, which decides which of them serve decoding."""
+    """Whether the CUDA kernels for few rows give the bits of those for many: only then may they serve decoding."""
     return Stage("tiles with the same bits", lambda _: [_tune(run, "tune-wide", "--wide")], 25, "none")
 
 
 def _small(run: Run) -> list[Command]:
-    """The CUDA kernels at tiny and medium sizes, and Triton's, which compile in several processes; each may hang alone."""
+    """The CUDA kernels at tiny and medium sizes, and Triton's, compiled in several processes; each may hang alone."""
     tiny, middling = {"GROK_TEST_DEVICE": "cpu:0"}, {"GROK_TEST_DEVICE": "cuda", "GROK_TEST_SHRINK": "8"}
     small = "benchmarks.gpu.small"
     if run.rehearse:  # the CPU's kernels in place of CUDA's; Triton's are interpreted
@@ -117,7 +119,7 @@ def _small(run: Run) -> list[Command]:
 
 
 def _by_hand_lost(outcomes: Sequence[Outcome]) -> bool:
-    """Whether the CUDA kernels hang or fault, which ends their process. Wrong numbers do not: the harness names those."""
+    """Whether the CUDA kernels hang or fault, which ends their process; wrong numbers the harness names."""
     ours = [o for o in outcomes if o.command in ("small-cuda", "middling-cuda")]
     return any(o.status != "passed" and o.code != WRONG for o in ours)
 
@@ -135,8 +137,10 @@ def _race(run: Run, name: str, problems: str, who: Sequence[str], *more: str) ->
 
 
 def _compiling(run: Run) -> list[Command]:
-    """Few problems, since these peers compile for ten seconds and more each. Each has a process of its own, as one of them
-    once ended the process of all."""
+    """Few problems, since these peers compile for ten seconds and more each.
+
+    Each has a process of its own: one of them once ended the process of all.
+    """
     if run.rehearse:
         return [run.bench("kernels-compiling", "kernels", "group_tokens/grok-1/decode/zipf-t64", "--smoke")]
     return [_race(run, "kernels-compiling", "@cuda-compiling", COMPILING, "--subprocess")]
@@ -145,8 +149,8 @@ def _compiling(run: Run) -> list[Command]:
 def _decode(run: Run, name: str, outcomes: Sequence[Outcome], *more: str) -> Command:
     forced = {"GROK_KERNELS_BACKEND": "triton"} if _by_hand_lost(outcomes) and not run.rehearse else {}
     if run.rehearse:
-        return run.bench(name, "latency", "--model", "tiny", "--batch-size", "1", "--num-iters", "1", "--input-len", "4",
-                         "--output-len", "4", "--num-iters-warmup", "0", *more)  # fmt: skip
+        sizes = ("--batch-size", "1", "--num-iters", "1", "--input-len", "4", "--output-len", "4")
+        return run.bench(name, "latency", "--model", "tiny", *sizes, "--num-iters-warmup", "0", *more)
     return run.bench(name, *LATENCY, *more, **forced)
 
 
@@ -169,7 +173,8 @@ def _engine(run: Run) -> list[Command]:
     """The engine on tiny models; most of the time goes into compiling."""
     if run.rehearse:
         return [run.tests("engine-0", "tests/gpu/test_gpu_engine.py", "-k", "folder")]
-    chosen = "test_gpu_engine or fp32 or bf16 or quality or any_batch or goldens_in_one or (any_number_format and not reference)"
+    named = "test_gpu_engine or fp32 or bf16 or quality or any_batch or goldens_in_one"
+    chosen = f"{named} or (any_number_format and not reference)"
     files = ("tests/gpu/test_gpu_engine.py", "tests/e2e/test_goldens.py", "tests/engine/test_activations.py",
              "tests/engine/test_invariance.py")  # fmt: skip
     args = (*files, "-k", f"({chosen}) and not {MEMORY}")
@@ -181,7 +186,7 @@ def _memory(run: Run) -> Command:
 
 
 def _sanitizers(run: Run) -> list[Command]:
-    """compute-sanitizer over the CUDA kernels. It may not follow TMA's barriers, so its findings are only informative."""
+    """compute-sanitizer over the CUDA kernels. It may not follow TMA's barriers: its findings only inform."""
     env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "GROK_TEST_DEVICE": "cpu:0"}
     args = ("cpu", "--on", "cpu", "--call", "*norm*") if run.rehearse else ("cuda",)
     found = []

@@ -17,11 +17,11 @@ import grok_kernels
 
 from .schema import Environment
 
-GROUP = Path("/sys/fs/cgroup")  # the process's own, where it is in a container
+GROUP = Path("/sys/fs/cgroup")  # the process's own in a container
 
 
 def environment(device: str = "cpu") -> Environment:
-    """What a measurement on `device` depends on."""
+    """The machine and software that a measurement on `device` depends on."""
     on_gpu = device.startswith("cuda")
     commit, dirty = _commit()
     return Environment(
@@ -43,7 +43,7 @@ def environment(device: str = "cpu") -> Environment:
 
 
 def available_bytes(device: str = "cpu") -> int | None:
-    """Memory that can still be had on `device`; None where the system does not say, or has no such device."""
+    """Free memory on `device`, within the cgroup's limit; None where the system does not say."""
     if device.startswith("cuda"):
         try:
             return int(torch.cuda.mem_get_info(device)[0])
@@ -58,7 +58,7 @@ def available_bytes(device: str = "cpu") -> int | None:
 
 
 def peak_bytes(device: str = "cpu") -> int:
-    """The most memory that was held at once: by this process on a CPU, by tensors on a GPU."""
+    """Peak memory: of this process on a CPU, of tensors on a GPU."""
     if device.startswith("cuda"):
         return int(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024
@@ -82,7 +82,7 @@ def _cores() -> int:
 
 
 def _chip() -> str:
-    """The model; where a virtual machine hides it, the family and model numbers say which it is."""
+    """The CPU's name, with family and model numbers, as a virtual machine may hide the name."""
     name = _cpu_info("model name") or platform.processor() or platform.machine()
     family, model = _cpu_info("cpu family"), _cpu_info("model")
     numbers = f", family {family} model {model}" if family and model else ""
@@ -92,12 +92,12 @@ def _chip() -> str:
 def _clock(text: str | None) -> float | None:
     try:
         return None if text is None else float(text)
-    except ValueError:  # a driver that does not tell
+    except ValueError:  # the driver does not say
         return None
 
 
 def _smi(what: str) -> str | None:
-    """Of the first GPU, as the driver's own tool reads it."""
+    """A value of the first GPU, from nvidia-smi."""
     text = _output("nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits")
     return text.splitlines()[0] if text else None
 
@@ -110,7 +110,7 @@ def _isa() -> str | None:
 
 
 def _compiler() -> str | None:
-    """Of the native kernels, where they say it."""
+    """The compiler of the native kernels, if they name it."""
     try:
         import grok_kernels._C as module
     except ImportError:
@@ -126,12 +126,12 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> tuple[str | None, bool]:
-    """Of the sources that run, and whether they differ from it; None where these files are in no repository."""
-    if told := os.environ.get("GROK_BENCH_COMMIT"):  # by who copied the sources, + where they have changes
+    """The commit of these sources, and whether they have changes; None outside a repository."""
+    if told := os.environ.get("GROK_BENCH_COMMIT"):  # set where the sources were copied; + means changes
         return told.rstrip("+"), told.endswith("+")
     here = Path(__file__)
     git = ("git", "-C", str(here.parent))
-    if not _output(*git, "ls-files", here.name):  # installed somewhere inside of another project's repository
+    if not _output(*git, "ls-files", here.name):  # installed within another project's repository
         return None, False
     commit = _output(*git, "rev-parse", "--short=12", "HEAD")
     return commit, bool(commit and _output(*git, "status", "--porcelain", "--untracked-files=no"))

@@ -1,4 +1,4 @@
-"""Runs requests through an engine, in this process and on this thread, and notes when each token came."""
+"""Run requests through an engine, on this thread, and record when each token came."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Progress = Callable[[int], None]  # requests done
 
 @dataclass(slots=True)
 class Run:
-    """What came of it. `interrupted` by Ctrl-C: the records are those of what had been sent until then."""
+    """The records of a run; after Ctrl-C those of the requests that had been sent."""
 
     records: list[Record] = field(default_factory=list)
     timeline: list[Moment] = field(default_factory=list)
@@ -27,7 +27,7 @@ class Run:
 
 
 class Watch:
-    """Takes a sample of the engine's statistics every `interval` seconds, between two steps; None is never."""
+    """Samples the engine's statistics every `interval` seconds, between steps; None: never."""
 
     def __init__(self, engine: LLMEngine, timeline: list[Moment], interval: float | None) -> None:
         self.engine, self.timeline, self.interval = engine, timeline, interval
@@ -35,7 +35,7 @@ class Watch:
         self._next = 0.0
 
     def look(self, t: float, *, due: bool = False) -> None:
-        """At the time `t`, if a sample is due."""
+        """Take a sample at the time `t` if one is due."""
         if self.interval is None or (t < self._next and not due):
             return
         self._next = t + self.interval
@@ -61,11 +61,10 @@ def drive(
     interval: float | None = None,
     progress: Progress | None = None,
 ) -> Run:
-    """Send every job at its arrival, or, where `max_concurrency` are under way then, once one of them ends; step until
-    all are done.
+    """Send every job at its arrival, or when one of `max_concurrency` under way ends; step until all are done.
 
-    A request's time starts when it is sent, though it reach the engine only at the end of the step under way; waiting
-    for `max_concurrency` does not count, as with vLLM's. A token's time is the end of its step.
+    A request's time starts when it is sent, even if the engine sees it only after the step under way; waiting for
+    `max_concurrency` does not count, as with vLLM. A token's time is the end of its step.
     """
     run = Run()
     try:
@@ -84,7 +83,7 @@ def _drive(
     progress: Progress | None,
 ) -> None:
     jobs = sorted(jobs, key=lambda job: job.arrival)
-    free = [0.0] * min(max_concurrency or len(jobs), len(jobs))  # a time for each that may be sent: from then on
+    free = [0.0] * min(max_concurrency or len(jobs), len(jobs))  # when each free slot became free
     heapify(free)
     records = run.records
     watch = Watch(engine, run.timeline, interval)
@@ -121,7 +120,7 @@ def _drive(
 
 
 def joined(runs: Sequence[Run]) -> Run:
-    """Runs that followed one another as one, their times counted on; without timelines."""
+    """Successive runs as one, their times added up; without timelines."""
     whole = Run()
     for run in runs:
         for r in run.records:

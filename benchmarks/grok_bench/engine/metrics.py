@@ -1,4 +1,4 @@
-"""From the times of tokens to the numbers that serving is measured by, with vLLM's names and definitions.
+"""The serving metrics, from the times of tokens, with vLLM's names and definitions.
 
 TTFT is the time from a request's arrival to its first token, E2E to its last; ITL are the gaps between neighbouring
 tokens of a request, over all requests; TPOT is one number a request, (E2E − TTFT) / (tokens − 1).
@@ -21,7 +21,7 @@ SLOS = ("ttft", "tpot", "e2el")
 
 @dataclass(slots=True)
 class Record:
-    """What was seen of one request: seconds after the start of the run."""
+    """One request's times, in seconds after the start of the run."""
 
     arrival: float
     input_tokens: int
@@ -43,7 +43,7 @@ class Record:
 
     @property
     def tpot(self) -> float | None:
-        """None where there is no token after the first."""
+        """Time per output token; None with fewer than two tokens."""
         if not self.finished or len(self.times) < 2:
             return None
         return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
@@ -63,7 +63,7 @@ def percentiles(values: Iterable[float | None]) -> Percentiles | None:
 
 
 def latencies(records: Sequence[Record]) -> dict[str, Percentiles | None]:
-    """The four, of requests that were finished."""
+    """The four metrics over finished requests."""
     done = [record for record in records if record.finished]
     return {
         "ttft": percentiles(r.ttft for r in done),
@@ -74,7 +74,7 @@ def latencies(records: Sequence[Record]) -> dict[str, Percentiles | None]:
 
 
 def parse_slo(texts: Iterable[str]) -> dict[str, float]:
-    """From NAME:MILLISECONDS, several apart by spaces or commas, to {"ttft_ms": 500.0}."""
+    """Parse NAME:MILLISECONDS, separated by spaces or commas, into {"ttft_ms": 500.0}. ValueError with the text."""
     slo: dict[str, float] = {}
     for text in " ".join(texts).replace(",", " ").split():
         name, _, limit = text.partition(":")
@@ -93,7 +93,7 @@ def parse_slo(texts: Iterable[str]) -> dict[str, float]:
 
 
 def good(records: Iterable[Record], slo: Mapping[str, float]) -> int:
-    """How many finished requests kept every limit. One of a single token has no TPOT, and keeps any."""
+    """The number of finished requests within every limit; a single token has no TPOT, and is within any."""
     count = 0
     for record in records:
         found = {"ttft_ms": record.ttft, "tpot_ms": record.tpot or 0.0, "e2el_ms": record.e2e}

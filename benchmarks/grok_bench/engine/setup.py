@@ -1,4 +1,4 @@
-"""Which model is measured and how it is run: found, checked and loaded before the clock starts."""
+"""The model and the engine that are measured: found, checked and loaded before the clock starts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .workload import Job, check_jobs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """A model, found: `folder` None is random weights. `options` are those of the engine."""
+    """A resolved model; `folder` None means random weights. `options` are the engine's."""
 
     config: EngineConfig
     folder: Path | None
@@ -34,8 +34,10 @@ class Setup:
         return self.config.model
 
     def load(self, jobs: Sequence[Job]) -> tuple[LLMEngine, float]:
-        """An engine that takes each of `jobs`, and the seconds that loading took. ValueError where one does not fit, or
-        the model does not fit into memory, before anything is loaded."""
+        """An engine that can take each of `jobs`, and the seconds of loading.
+
+        ValueError, before anything is loaded, where a job does not fit, or the model does not fit into memory.
+        """
         check_jobs(jobs, vocab_size=self.model.vocab_size, max_model_len=self.config.max_len)
         check_memory(self.config, self.folder)
         began = time.perf_counter()
@@ -56,8 +58,10 @@ class Setup:
 def find_model(
     name: str, *, dummy: bool, layers: int | None = None, overrides: Sequence[str] = (), **options: Any
 ) -> Setup:
-    """`tiny`, a folder, or with `dummy` also a preset; `layers` and the NAME=VALUE of `overrides` change what is built
-    with random weights. ConfigError says what is wrong."""
+    """`tiny`, a folder, or with `dummy` also a preset, changed by `layers` and the NAME=VALUE of `overrides`.
+
+    ConfigError for options that do not fit together.
+    """
     if not dummy:
         if layers is not None or overrides:
             given = f"--layers {layers}" if layers is not None else f"--set {overrides[0]}"
@@ -78,7 +82,7 @@ def find_model(
 
 
 def check_memory(config: EngineConfig, folder: Path | None) -> None:
-    """ConfigError where weights, keys and values need more memory than there is."""
+    """ConfigError where weights, keys and values need more memory than is available."""
     free = available_bytes(config.device)
     if folder is not None and config.weights is None:
         weights = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -93,7 +97,7 @@ def check_memory(config: EngineConfig, folder: Path | None) -> None:
 
 
 def kv_bytes(config: EngineConfig) -> int:
-    """Bytes of keys and values that the engine will allocate; on a GPU without --num-pages, --kv-memory: the least."""
+    """Bytes of keys and values that the engine will allocate; at least a page on a GPU without an explicit size."""
     page = page_bytes(config.model, config.page_size, KV_DTYPES[str(config.kv_dtype)])
     longest = -(-config.max_len // config.page_size)
     if config.num_pages is not None:

@@ -1,4 +1,4 @@
-"""What is asked of the engine: prompts of random tokens or a trace, and when each of them comes."""
+"""The workload: prompts of random tokens or of a trace, and when each request arrives."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-LENGTHS, TOKENS, ARRIVALS, WARMUP = range(4)  # streams of random numbers: one does not change with what another draws
+LENGTHS, TOKENS, ARRIVALS, WARMUP = range(4)  # random streams: none depends on what another draws
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One request: `arrival` in seconds after the start, its prompt, and how many tokens it is to get."""
+    """One request: its arrival in seconds after the start, its prompt, and the number of tokens to generate."""
 
     prompt: list[int]
     output_len: int
@@ -43,9 +43,9 @@ def random_jobs(
     prefix_len: int = 0,
     seed: int = 0,
 ) -> list[Job]:
-    """`count` requests that all begin with the same `prefix_len` tokens, before `input_len` of their own.
+    """`count` requests with a shared prefix of `prefix_len` tokens before `input_len` of their own.
 
-    Both lengths are drawn evenly from length·(1 ± range_ratio), as vLLM's random data set has it.
+    Both lengths are uniform in length·(1 ± range_ratio), as in vLLM's random data set.
     """
     lengths, tokens = _generator(seed, LENGTHS), _generator(seed, TOKENS)
     prefix = tokens.integers(vocab_size, size=prefix_len).tolist()
@@ -58,7 +58,7 @@ def random_jobs(
 
 
 def warmup_jobs(jobs: Sequence[Job], count: int, *, vocab_size: int, seed: int = 0) -> list[Job]:
-    """`count` requests of the lengths of the first of `jobs`, and other tokens."""
+    """`count` requests with the lengths of the first of `jobs`, and other tokens."""
     tokens = _generator(seed, WARMUP)
     return [
         Job(prompt=tokens.integers(vocab_size, size=len(job.prompt)).tolist(), output_len=job.output_len)
@@ -67,10 +67,10 @@ def warmup_jobs(jobs: Sequence[Job], count: int, *, vocab_size: int, seed: int =
 
 
 def arrivals(count: int, request_rate: float, burstiness: float = 1.0, seed: int = 0) -> list[float]:
-    """Seconds at which `count` requests come, the first at 0.
+    """Arrival times of `count` requests in seconds, the first at 0.
 
-    The gaps follow a gamma distribution of shape `burstiness` with the mean 1 / request_rate: 1 is a Poisson process,
-    less comes in bursts, more is steadier. An infinite rate is all at once.
+    Gaps follow a gamma distribution of shape `burstiness` and mean 1 / request_rate: 1 is a Poisson process, less is
+    burstier. An infinite rate sends all at once.
     """
     if math.isinf(request_rate):
         return [0.0] * count
@@ -81,7 +81,7 @@ def arrivals(count: int, request_rate: float, burstiness: float = 1.0, seed: int
 
 
 def at(jobs: Sequence[Job], times: Sequence[float]) -> list[Job]:
-    """The jobs, coming at these times."""
+    """The jobs with these arrivals."""
     return [replace(job, arrival=time) for job, time in zip(jobs, times, strict=True)]
 
 
@@ -113,8 +113,10 @@ def read_trace(path: str | Path) -> list[TraceLine]:
 
 
 def trace_jobs(trace: Sequence[TraceLine], *, output_len: int, vocab_size: int, seed: int = 0) -> list[Job]:
-    """The requests of a trace, the first of them at 0. Those that say only a length get random tokens, and those without
-    a length to come `output_len`."""
+    """The requests of a trace, the first of them at 0.
+
+    Lines without tokens get random ones of their length; lines without an output length get `output_len`.
+    """
     first = trace[0].arrival or 0.0
     tokens = _generator(seed, TOKENS)
     return [

@@ -26,7 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Layer:
-    """One call. The grouped rows, their tokens and weights are computed outside the time, for peers that cannot group."""
+    """One call. The grouped rows, their tokens and weights are computed untimed, for peers that cannot group."""
 
     x_TD: Tensor
     topk_weights: Tensor

@@ -24,7 +24,6 @@ ROUTINGS = ("even", "zipf", "one")  # as many rows for each expert; by 1 / rank;
 # The weights' format, with rows in bf16; with rows quantised beforehand (x); with rows quantised within the time (dyn).
 GEMM_FORMATS = ("bf16", "int8", "fp8", "int8xint8", "fp8xfp8", "int8dyn", "fp8dyn")
 MOE_FORMATS = ("bf16", "int8", "fp8", "int8dyn", "fp8dyn")
-MOE_FP8_FORMATS = ("fp8xfp8",)
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ FAMILIES: tuple[Family, ...] = (
         {"matrix": ("qkv", "o", "head"), "format": GEMM_FORMATS, "tokens": TOKENS},
     ),
     Family("moe", "{format}-{routing}-t{tokens}", {"format": MOE_FORMATS, "routing": ROUTINGS, "tokens": TOKENS}),
-    Family("moe_fp8", "{format}-{routing}-t{tokens}", {"format": MOE_FP8_FORMATS, "routing": ROUTINGS, "tokens": TOKENS}),
+    Family("moe_fp8", "{format}-{routing}-t{tokens}", {"format": ("fp8xfp8",), "routing": ROUTINGS, "tokens": TOKENS}),
     Family("sample_top_p", "b{batch}", {"batch": BATCHES}, "decode"),
 )  # fmt: skip
 OPS = tuple(dict.fromkeys(family.op for family in FAMILIES))
@@ -189,7 +188,7 @@ SETS: dict[str, tuple[str, ...]] = {
     ),
     "quick": (
         "rms_norm/grok-1/decode/t64", "sandwich_norm/grok-1/decode/t64", "rope_store_kv/grok-1/decode/bf16-p16-t64",
-        "paged_attention/grok-1-quarter/decode/bf16-p16-b1-l4096", "paged_attention/grok-1-quarter/decode/fp8-p16-b1-l4096",
+        *_set("paged_attention/grok-1-quarter/decode/{kv}-p16-b1-l4096", kv=KV),
         "paged_attention/grok-1-quarter/prefill/bf16-p16-q128-l1024", "route_topk/grok-1/decode/t64",
         "group_tokens/grok-1/decode/zipf-t64", "quantize_fp8/grok-1/decode/t64", "quantize_int8/grok-1/decode/t64",
         "grouped_gemm/mixtral-8x22b-quarter/decode/w2-int8-even-t4", "moe/mixtral-8x22b-quarter/decode/int8-even-t4",
