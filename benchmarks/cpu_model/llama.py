@@ -19,7 +19,7 @@ _silent = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of an engine: so many requests at once: prompts of `prompt` random tokens, then `new` tokens each.
+    """The load on an engine: requests at once, each with a prompt of `prompt` random tokens, then `new` tokens.
 
     Timed are the prompts where `new` is 0, else the mean decode step.
     """

@@ -65,7 +65,7 @@ class Device:
             self.ceilings[what].settle(0.0 if small else SETTLE)
 
     def binding(self, operations: float, size: float, arithmetic: str) -> tuple[Ceiling, float]:
-        """The ceiling under which so many operations and bytes take longer, and the work in its unit."""
+        """The ceiling under which this work takes longest, and the work in its unit: bytes or operations."""
         memory = next(self.ceilings[name] for name in MEMORY if name in self.ceilings)
         peak = self.ceilings.get(arithmetic) or self.ceilings["bf16"]  # a CPU multiplies fp8 as bf16
         return (memory, size) if size / memory.usual > operations / peak.usual else (peak, operations)

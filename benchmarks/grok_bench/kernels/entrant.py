@@ -90,7 +90,7 @@ class Local:
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """TooLong after so many seconds, as soon as Python runs again: a native call is not interrupted."""
+    """Raise TooLong after the time is over, as soon as Python runs again: a native call is not interrupted."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return

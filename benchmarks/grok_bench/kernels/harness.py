@@ -24,7 +24,7 @@ from .entrant import Entrant, Failed, Refused, TooLong
 
 NOISE, BUSY = 1.15, 0.6
 FEWEST, PATIENCE = 5, 5  # least quiet rounds of a result, and the multiple of the seconds to wait for them
-NARROW, ENOUGH = 0.02, 15  # rounds end once every interval is this narrow, relative to its median, after so many
+NARROW, ENOUGH = 0.02, 15  # rounds end when every interval is this narrow (of its median), after at least so many
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def _narrow(samples: Sequence[float]) -> bool:
 
 
 def _score(lanes: Sequence[Lane], amount: float, rates: list[float], limits: Limits) -> str | None:
-    """Fill the scores of who was timed; return the name of the fastest peer. `amount`: bytes or operations."""
+    """Fill the scores of the timed lanes; return the name of the fastest peer. `amount`: bytes or operations."""
     timed = [lane for lane in lanes if lane.score.status == "ok"]
     if len(rates) < (FEWEST if limits.pick else 1):
         for lane in timed:
