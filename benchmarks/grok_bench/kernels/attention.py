@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,12 +10,12 @@ import torch
 from torch import Tensor
 
 from .case import TURNS, Case, copies
-from .data import Last, T
+from .data import Last, Once
 from .problems import Problem
 
 
 @dataclass(frozen=True)
-class Cache:
+class Cache(Once):
     """Keys and values (P, G, S, C) in scattered pages and their table (B, N); contiguous for peers that need that."""
 
     k_pages: Tensor
@@ -25,7 +24,6 @@ class Cache:
     v_scale: Tensor | None
     table: Tensor
     length: int
-    _made: dict[str, Any]
 
     @classmethod
     def random(cls, batch: int, groups: int, length: int, c: int, page: int, fp8: bool, device: str) -> Cache:
@@ -41,7 +39,7 @@ class Cache:
             return (x / scale.unsqueeze(-1)).to(torch.float8_e4m3fn), scale
 
         (k, k_scale), (v, v_scale) = pages(), pages()
-        return cls(k, v, k_scale, v_scale, table, length, {})
+        return cls(k, v, k_scale, v_scale, table, length)
 
     def request(self, which: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """One request's keys and values, (G, L, C)."""
@@ -58,18 +56,11 @@ class Cache:
 
     def contiguous(self) -> tuple[Tensor, Tensor]:
         """All requests' keys and values, (B, G, L, C) bf16."""
-        return self.once("contiguous", lambda cache: cache._contiguous())
+        return self.once("contiguous", Cache._contiguous)
 
     def _contiguous(self) -> tuple[Tensor, Tensor]:
         every = [self.request(b, torch.bfloat16) for b in range(self.table.shape[0])]
         return torch.stack([k for k, _ in every]), torch.stack([v for _, v in every])
-
-    def once(self, name: str, pack: Callable[[Cache], T]) -> T:
-        """`pack(self)`, computed once under that name for all calls and problems."""
-        if name not in self._made:
-            self._made[name] = pack(self)
-        found: T = self._made[name]
-        return found
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
@@ -32,8 +32,22 @@ class Last(Generic[T]):
         self._value = None
 
 
+class Once:
+    """What is computed once from this object, by name, for all calls and problems that share it."""
+
+    @cached_property
+    def _made(self) -> dict[str, Any]:
+        return {}
+
+    def once(self, name: str, make: Callable[[Any], T]) -> T:
+        if name not in self._made:
+            self._made[name] = make(self)
+        found: T = self._made[name]
+        return found
+
+
 @dataclass(frozen=True)
-class Weights:
+class Weights(Once):
     """Random matrices (E, N, K) in int8, e4m3 or bf16, with scales (E, 1, N), or None for bf16.
 
     A product with normal rows is about normal.
@@ -41,7 +55,6 @@ class Weights:
 
     values: Tensor
     scale: Tensor | None
-    _packed: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def random(cls, experts: int, n: int, k: int, fmt: str, device: str = "cpu") -> Weights:
@@ -68,13 +81,6 @@ class Weights:
         if self.scale is None:
             return self.values
         return torch.stack([self.float(e).bfloat16() for e in range(self.count)])
-
-    def once(self, name: str, pack: Callable[[Weights], T]) -> T:
-        """`pack(self)`, computed once under that name for all calls and problems."""
-        if name not in self._packed:
-            self._packed[name] = pack(self)
-        found: T = self._packed[name]
-        return found
 
 
 def _random_int8(n: int, k: int, device: str) -> Tensor:

@@ -17,7 +17,7 @@ from statistics import median
 import torch
 
 from ..report.units import duration
-from ..schema import KernelResult, Scalar, Score, Status
+from ..schema import KernelResult, Scalar, Score
 from ..spread import interval, significant
 from .device import Ceiling, Device
 from .entrant import Entrant, Failed, Refused, TooLong
@@ -73,8 +73,7 @@ class Lane:
         if isinstance(error, TooLong):
             self.score = replace(self.score, status="timeout", message=f"more than {limit:g} s a call")
         else:
-            status: Status = "missing" if isinstance(error, Refused) else "failed"
-            self.score = replace(self.score, status=status, message=str(error))
+            self.score = replace(self.score, status="failed", message=str(error))
         self.close()
 
     def close(self) -> None:
@@ -135,6 +134,10 @@ def _check(lane: Lane, work: Work, limits: Limits) -> None:
     try:
         lane.entrant = lane.enter()
         error = lane.entrant.check()
+    except Refused as refusal:
+        lane.score = replace(lane.score, status="missing", message=str(refusal))
+        lane.close()
+        return
     except (TooLong, Failed) as failure:
         lane.out(failure, limits.call)
         return
