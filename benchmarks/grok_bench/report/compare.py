@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..schema import EngineResult, ResultFile
+from ..schema import EngineResult, KernelResult, ResultFile
 from ..spread import interval
 from .rows import BAD, parameters
 from .units import count, digits, duration
@@ -79,10 +79,8 @@ def compare(a: ResultFile, b: ResultFile, threshold: float = 0.05) -> Comparison
     if a.environment.device != b.environment.device:
         raise CompareError(f"A was measured on {a.environment.device!r}, B on {b.environment.device!r}")
     of_a, of_b = dict(_measures(a)), dict(_measures(b))
-    sizes = {r.problem: (r.operations, r.bytes, r.parameters) for r in a.kernels}
-    redefined = [
-        r.problem for r in b.kernels if sizes.get(r.problem, r) not in (r, (r.operations, r.bytes, r.parameters))
-    ]
+    sizes = {r.problem: _size(r) for r in a.kernels}
+    redefined = [r.problem for r in b.kernels if sizes.get(r.problem, _size(r)) != _size(r)]
     both = [key for key in of_a if key in of_b and key[0] not in redefined]
     if not both:
         raise CompareError(f"A and B have no {'problem' if a.kind == 'kernels' else 'run'} in common")
@@ -90,6 +88,10 @@ def compare(a: ResultFile, b: ResultFile, threshold: float = 0.05) -> Comparison
     warnings = _warnings(a, b) + [f"{p} is another problem in B, and not compared" for p in redefined] + _drift(changes)
     only_a, only_b = ([", ".join(k) for k in x if k not in y] for x, y in ((of_a, of_b), (of_b, of_a)))
     return Comparison(changes, warnings, only_a, only_b)
+
+
+def _size(r: KernelResult) -> tuple[object, ...]:
+    return r.operations, r.bytes, r.parameters
 
 
 def _change(what: str, who: str, a: Measure, b: Measure, threshold: float) -> Change:
