@@ -15,13 +15,10 @@ import torch
 from grok_bench import environment, schema
 from tests import report_samples as samples
 
-MOMENT = schema.Moment(t=0.5, running=1, waiting=2, kv_pages_used=3, kv_pages=4, prefix_hit_tokens=5, tokens=6)
-REQUEST = schema.RequestTimes(arrival=0.0, ttft=0.5, e2e=None, output_tokens=3)
-
 
 def engine_file() -> schema.ResultFile:
     file = samples.engine()
-    run = replace(file.runs[0], timeline=[MOMENT], requests=[REQUEST], slo={"ttft_ms": 500.0}, parameters={"seed": 0})
+    run = replace(file.runs[0], slo={"ttft_ms": 500.0}, parameters={"seed": 0})
     return replace(file, results=[run], environment=environment.environment())
 
 
@@ -42,15 +39,14 @@ def test_a_file_comes_back_as_it_was(tmp_path: Path, make: Callable[[], schema.R
     file.save(path, samples=True)
     assert schema.load(path) == file
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_samples_are_left_out_and_nothing_else(tmp_path: Path) -> None:
+    file, path = kernels_file(), tmp_path / "result.json"
     file.save(path)
-    summary = schema.load(path)
-    assert summary != file
-    assert not any(f'"{name}":' in path.read_text() for name in schema.SAMPLES)
-    summary.save(path, samples=True)  # samples are all that was left out
-    assert schema.load(path) == summary
-    for a, b in zip(file.results, summary.results, strict=True):
-        emptied = {"timeline": [], "requests": []} if isinstance(a, schema.EngineResult) else {"scores": []}
-        assert replace(a, **emptied) == replace(b, **emptied)  # type: ignore[arg-type]
+    first, *rest = file.kernels
+    scores = [replace(first.scores[0], samples=[]), *first.scores[1:]]
+    assert schema.load(path) == replace(file, results=[replace(first, scores=scores), *rest]) != file
 
 
 def test_a_number_that_is_none_is_not_written(tmp_path: Path) -> None:
@@ -91,7 +87,7 @@ def _change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (_change("results.0.protocol", "server"), "results[0].protocol is 'server', expected one of latency"),
         (_change("results.0.metrics.ttft.p50", "x"), "results[0].metrics.ttft.p50 is 'x', expected float"),
         (_change("results.0.parameters.seed", []), "results[0].parameters.seed is [], expected str or int"),
-        (_change("results.0.timeline.0", 3), "results[0].timeline[0] is 3, expected an object"),
+        (_change("results.0.metrics.ttft", 3), "results[0].metrics.ttft is 3, expected an object"),
         (_change("environment.cores", None), "environment.cores is None, expected int"),
     ],
 )

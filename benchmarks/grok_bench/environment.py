@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import click
 import torch
 
 import grok_kernels
@@ -40,6 +42,13 @@ def environment(device: str = "cpu") -> Environment:
         commit=commit,
         dirty=dirty,
     )
+
+
+def command() -> str:
+    """The command line of `grok-engine` that is running."""
+    context = click.get_current_context()
+    given = context.find_root().obj
+    return f"grok-engine {shlex.join(given)}" if given else context.command_path
 
 
 def available_bytes(device: str = "cpu") -> int | None:

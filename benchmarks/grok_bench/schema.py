@@ -1,8 +1,8 @@
 """The result file that every benchmark of the suite writes and every report reads: "grok-bench/2", JSON.
 
-A file is a summary: medians with 95% intervals, counts, ratios, ceilings and the environment. Samples, requests and
-timelines are written only where they are asked for. Times are seconds, sizes bytes, rates per second. A missing value
-is null or left out, never NaN or infinite; a member that equals its default is left out.
+A file is a summary: medians with 95% intervals, counts, ratios, ceilings and the environment. Samples are written only
+where they are asked for. Times are seconds, sizes bytes, rates per second. A missing value is null or left out, never
+NaN or infinite; a member that equals its default is left out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 SCHEMA = "grok-bench/2"
-SAMPLES = ("samples", "timeline", "requests")  # members that only `save(samples=True)` writes
 Scalar: TypeAlias = str | int | float | bool | None
 Status = Literal["ok", "wrong", "failed", "missing", "timeout"]
 
@@ -131,29 +130,6 @@ class Percentiles:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Moment:
-    """The engine's counters, `t` seconds after the start. `prefix_hit_tokens` and `tokens` count from the start."""
-
-    t: float
-    running: int
-    waiting: int
-    kv_pages_used: int
-    kv_pages: int
-    prefix_hit_tokens: int
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestTimes:
-    """One request: its arrival, and the seconds from then to its first and last token; None if there was none."""
-
-    arrival: float
-    ttft: float | None
-    e2e: float | None
-    output_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineResult:
     """One run of the engine. `metrics` has ttft, itl, tpot and e2e; None where no request had such a time."""
 
@@ -173,8 +149,9 @@ class EngineResult:
     metrics: dict[str, Percentiles | None]
     load_seconds: float
     peak_memory_bytes: int
-    timeline: list[Moment] = field(default_factory=list)
-    requests: list[RequestTimes] = field(default_factory=list)
+
+
+KINDS = {"kernels": KernelResult, "engine": EngineResult}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,119 +175,95 @@ class ResultFile:
         return [r for r in self.results if isinstance(r, EngineResult)]
 
     def save(self, path: str | Path, samples: bool = False) -> None:
-        """Write the whole file or none of it."""
+        """Write the whole file or none of it: a line for each member and each result, to be compared line by line."""
         path = Path(path)
+        values = {"schema": SCHEMA, **_plain(self, samples)}
+        members = [f"{_json(name)}: {_json(value)}" for name, value in values.items() if name != "results"]
+        members.append('"results": [\n' + ",\n".join(map(_json, values["results"])) + "]")
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            partial.write_text(_text({"schema": SCHEMA, **_plain(self, () if samples else SAMPLES)}), encoding="utf-8")
+            partial.write_text("{" + ",\n".join(members) + "}\n", encoding="utf-8")
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
 
 
-def _plain(value: Any, skip: tuple[str, ...]) -> Any:
-    """`value` as JSON has it, without the members in `skip` and those that equal their default."""
+def _json(value: Any) -> str:
+    return json.dumps(value, allow_nan=False, ensure_ascii=False)
+
+
+def _plain(value: Any, samples: bool) -> Any:
+    """`value` as JSON has it, without members that equal their default, and without samples unless they are wanted."""
     if isinstance(value, list):
-        return [_plain(item, skip) for item in value]
+        return [_plain(item, samples) for item in value]
     if isinstance(value, dict):
-        return {key: _plain(item, skip) for key, item in value.items()}
+        return {key: _plain(item, samples) for key, item in value.items()}
     if not is_dataclass(value):
         return value
-    found = {}
-    for f in fields(value):
-        member = getattr(value, f.name)
-        if f.name not in skip and (f.default is MISSING or member != f.default):
-            found[f.name] = _plain(member, skip)
-    return found
-
-
-def _text(values: dict[str, Any]) -> str:
-    """One line for each member and each result, so that a file is short and two can be compared line by line."""
-
-    def line(value: Any) -> str:
-        return json.dumps(value, allow_nan=False, ensure_ascii=False)
-
-    members = {name: line(value) for name, value in values.items()}
-    members["results"] = "[\n" + ",\n".join(map(line, values["results"])) + "]"
-    return "{" + ",\n".join(f"{line(name)}: {text}" for name, text in members.items()) + "}\n"
+    members = {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
+    return {name: _plain(member, samples) for name, member in members.items() if samples or name != "samples"}
 
 
 def load(path: str | Path) -> ResultFile:
     """Read a result file. SchemaError names the file, the place in it, and what was expected there."""
     path = Path(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
-    except (UnicodeDecodeError, ValueError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refused)
+    except ValueError as error:
         raise SchemaError(f"{path} is not valid JSON: {error}") from None
     except OSError as error:
         raise SchemaError(f"{path} cannot be read: {error.strerror or error}") from None
-    found = values.get("schema") if isinstance(values, dict) else None
+    found = values.pop("schema", None) if isinstance(values, dict) else None
     if found != SCHEMA:
         raise SchemaError(f"{path} has schema {found!r}, expected {SCHEMA!r}")
-    values = {key: value for key, value in values.items() if key != "schema"}
-    kinds: dict[Any, type] = {"kernels": KernelResult, "engine": EngineResult}
-    kind = values.get("kind")
-    if not isinstance(kind, str) or kind not in kinds:
-        raise SchemaError(f"{path}: kind is {kind!r}, expected one of {', '.join(kinds)}")
+    hints = get_type_hints(ResultFile)
     try:
-        hints = {**get_type_hints(ResultFile), "results": list[kinds[kind]]}  # type: ignore[valid-type]
-        return ResultFile(**_members(ResultFile, values, hints, ""))
+        kind = KINDS[_parse(hints["kind"], values.get("kind"), "kind")]
+        read: ResultFile = _members(ResultFile, values, {**hints, "results": list[kind]}, "")  # type: ignore[valid-type]
+        return read
     except SchemaError as error:
         raise SchemaError(f"{path}: {error}") from None
 
 
-def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is no number in JSON")
+def _refused(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number in JSON")
 
 
-def _members(cls: type, values: Any, hints: Mapping[str, Any], at: str) -> dict[str, Any]:
+def _members(cls: type, values: Any, hints: Mapping[str, Any], at: str) -> Any:
     if not isinstance(values, dict):
-        raise SchemaError(f"{at or 'the file'} is {_shown(values)}, expected an object")
+        raise SchemaError(f"{at} is {values!r:.60}, expected an object")
     names = [f.name for f in fields(cls)]
     optional = [f.name for f in fields(cls) if not (f.default is MISSING and f.default_factory is MISSING)]
-    missing = [name for name in names if name not in values and name not in optional]
-    unknown = [name for name in values if name not in names]
-    if missing or unknown:
-        what = [f"lacks {', '.join(missing)}"] if missing else []
-        what += [f"has unknown {', '.join(unknown)}"] if unknown else []
-        raise SchemaError(f"{at or 'the file'} {' and '.join(what)}")
-    return {name: _parse(hints[name], values[name], f"{at}.{name}" if at else name) for name in names if name in values}
+    for what, some in (
+        ("lacks", [name for name in names if name not in values and name not in optional]),
+        ("has unknown", [name for name in values if name not in names]),
+    ):
+        if some:
+            raise SchemaError(f"{at or 'the file'} {what} {', '.join(some)}")
+    return cls(**{name: _parse(hints[name], value, f"{at}.{name}".lstrip(".")) for name, value in values.items()})
 
 
 def _parse(kind: Any, value: Any, at: str) -> Any:
     """`value`, as JSON has it, as the annotation says."""
     origin, args = get_origin(kind), get_args(kind)
-    if origin is UnionType:
+    if is_dataclass(kind):
+        return _members(kind, value, get_type_hints(kind), at)  # type: ignore[arg-type]
+    if origin is UnionType:  # of scalars, or of one type and None
         options = [option for option in args if option is not NoneType]
-        if value is None and NoneType in args:
-            return None
+        if type(value) in args:
+            return value
         if len(options) == 1:
             return _parse(options[0], value, at)
-        if type(value) in options:  # of scalars alone
-            return value
-        raise SchemaError(f"{at} is {_shown(value)}, expected {' or '.join(o.__name__ for o in options)}")
-    if origin is Literal:
-        if not isinstance(value, str) or value not in args:
-            raise SchemaError(f"{at} is {_shown(value)}, expected one of {', '.join(args)}")
+    elif origin is Literal and value in args:
         return value
-    if origin is list:
-        if not isinstance(value, list):
-            raise SchemaError(f"{at} is {_shown(value)}, expected a list")
+    elif origin is list and isinstance(value, list):
         return [_parse(args[0], item, f"{at}[{i}]") for i, item in enumerate(value)]
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise SchemaError(f"{at} is {_shown(value)}, expected an object")
+    elif origin is dict and isinstance(value, dict):
         return {key: _parse(args[1], item, f"{at}.{key}") for key, item in value.items()}
-    if is_dataclass(kind):
-        assert isinstance(kind, type)
-        return kind(**_members(kind, value, get_type_hints(kind), at))
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise SchemaError(f"{at} is {_shown(value)}, expected {kind.__name__}")
-    return value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    elif type(value) is kind or (kind is float and type(value) is int):
+        return kind(value)
+    if origin is Literal:
+        expected = f"one of {', '.join(args)}"
+    else:
+        expected = {list: "a list", dict: "an object"}.get(origin) or " or ".join(k.__name__ for k in args or (kind,))
+    raise SchemaError(f"{at} is {value!r:.60}, expected {expected}")

@@ -7,16 +7,15 @@ tokens of a request, over all requests; TPOT is one number a request, (E2E − T
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 
-from grok_bench.schema import Percentiles, RequestTimes
+from grok_bench.schema import Percentiles
 from grok_bench.spread import interval
-
-SLOS = ("ttft", "tpot", "e2el")
 
 
 @dataclass(slots=True)
@@ -48,9 +47,6 @@ class Record:
             return None
         return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
 
-    def shown(self) -> RequestTimes:
-        return RequestTimes(arrival=self.arrival, ttft=self.ttft, e2e=self.e2e, output_tokens=len(self.times))
-
 
 def percentiles(values: Iterable[float | None]) -> Percentiles | None:
     """Of the values that are not None, interpolated linearly, with the 95% interval of the median; None without any."""
@@ -77,28 +73,17 @@ def parse_slo(texts: Iterable[str]) -> dict[str, float]:
     """Parse NAME:MILLISECONDS, separated by spaces or commas, into {"ttft_ms": 500.0}. ValueError with the text."""
     slo: dict[str, float] = {}
     for text in " ".join(texts).replace(",", " ").split():
-        name, _, limit = text.partition(":")
-        try:
-            milliseconds = float(limit)
-        except ValueError:
-            milliseconds = math.nan
-        if name not in SLOS or not (math.isfinite(milliseconds) and milliseconds > 0):
+        found = re.fullmatch(r"(ttft|tpot|e2el):(\d+(?:\.\d+)?)", text)
+        if found is None or f"{found[1]}_ms" in slo:
             raise ValueError(
-                f"--goodput {text!r}: expected NAME:MILLISECONDS, as in ttft:500, with one of {', '.join(SLOS)}"
+                f"--goodput {text!r}: expected NAME:MILLISECONDS, as in ttft:500, with ttft, tpot and e2el once each"
             )
-        if f"{name}_ms" in slo:
-            raise ValueError(f"--goodput {text!r}: {name} is given twice")
-        slo[f"{name}_ms"] = milliseconds
+        slo[f"{found[1]}_ms"] = float(found[2])
     return slo
 
 
 def good(records: Iterable[Record], slo: Mapping[str, float]) -> int:
     """The number of finished requests within every limit; a single token has no TPOT, and is within any."""
-    count = 0
-    for record in records:
-        found = {"ttft_ms": record.ttft, "tpot_ms": record.tpot or 0.0, "e2el_ms": record.e2e}
-        values = [found[name] for name in slo]
-        count += record.finished and all(
-            value is not None and value * 1e3 <= limit for value, limit in zip(values, slo.values(), strict=True)
-        )
-    return count
+    limits = [slo.get(name, math.inf) / 1e3 for name in ("ttft_ms", "tpot_ms", "e2el_ms")]
+    times = [(r.ttft, r.tpot or 0.0, r.e2e) for r in records if r.finished]
+    return sum(all(t is not None and t <= limit for t, limit in zip(ts, limits, strict=True)) for ts in times)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,46 +20,13 @@ from grok_engine.runtime.runner import CPU_KV_BYTES, KV_DTYPES
 from .workload import Job, check_jobs
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
-    """A resolved model; `folder` None means random weights. `options` are the engine's."""
-
-    config: EngineConfig
-    folder: Path | None
-    options: dict[str, Any]
-
-    @property
-    def model(self) -> ModelConfig:
-        return self.config.model
-
-    def load(self, jobs: Sequence[Job]) -> tuple[LLMEngine, float]:
-        """An engine that can take each of `jobs`, and the seconds of loading.
-
-        ValueError, before anything is loaded, where a job does not fit, or the model does not fit into memory.
-        """
-        check_jobs(jobs, vocab_size=self.model.vocab_size, max_model_len=self.config.max_len)
-        check_memory(self.config, self.folder)
-        began = time.perf_counter()
-        with byte_bar("loading") as progress:
-            model = self.model if self.folder is None else self.folder
-            engine = LLMEngine(model, progress=progress, **self.options)
-        seconds = time.perf_counter() - began
-        for i, job in enumerate(jobs):
-            need, pages = engine.allocator.pages_for(len(job.prompt) + job.output_len - 1), engine.runner.num_pages
-            if need > pages:
-                raise ConfigError(
-                    f"request {i} needs {need} pages of keys and values, there are {pages}: "
-                    "expected a larger --num-pages or --kv-memory"
-                )
-        return engine, seconds
-
-
 def find_model(
     name: str, *, dummy: bool, layers: int | None = None, overrides: Sequence[str] = (), **options: Any
-) -> Setup:
+) -> tuple[EngineConfig, Path | None, dict[str, Any]]:
     """`tiny`, a folder, or with `dummy` also a preset, changed by `layers` and the NAME=VALUE of `overrides`.
 
-    ConfigError for options that do not fit together.
+    The configuration, the folder of the weights (None: random ones), and the engine's options. ConfigError for options
+    that do not fit together.
     """
     if not dummy:
         if layers is not None or overrides:
@@ -78,7 +44,30 @@ def find_model(
             changes.setdefault("attn_scale", 0)
         model = ModelConfig.from_dict({**model.to_dict(), **changes})
     options = {key: value for key, value in options.items() if value is not None}
-    return Setup(config=EngineConfig(model=model, **options), folder=None if dummy else folder, options=options)
+    return EngineConfig(model=model, **options), None if dummy else folder, options
+
+
+def load(
+    config: EngineConfig, folder: Path | None, options: dict[str, Any], jobs: Sequence[Job]
+) -> tuple[LLMEngine, float]:
+    """An engine that can take each of `jobs`, and the seconds of loading.
+
+    ValueError, before anything is loaded, where a job does not fit, or the model does not fit into memory.
+    """
+    check_jobs(jobs, vocab_size=config.model.vocab_size, max_model_len=config.max_len)
+    check_memory(config, folder)
+    began = time.perf_counter()
+    with byte_bar("loading") as progress:
+        engine = LLMEngine(config.model if folder is None else folder, progress=progress, **options)
+    seconds = time.perf_counter() - began
+    for i, job in enumerate(jobs):
+        need, pages = engine.allocator.pages_for(len(job.prompt) + job.output_len - 1), engine.runner.num_pages
+        if need > pages:
+            raise ConfigError(
+                f"request {i} needs {need} pages of keys and values, there are {pages}: "
+                "expected a larger --num-pages or --kv-memory"
+            )
+    return engine, seconds
 
 
 def check_memory(config: EngineConfig, folder: Path | None) -> None:

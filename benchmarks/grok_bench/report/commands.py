@@ -18,48 +18,40 @@ OUTPUT = click.Path(dir_okay=False, path_type=Path)
 @click.argument("a", type=FILE)
 @click.argument("b", type=FILE)
 @click.option("--threshold", type=click.FloatRange(min=0), default=0.05, show_default=True, help="Least regression.")
-@click.option("--all", "everything", is_flag=True, help="Also show what did not change.")
-def compare_command(a: Path, b: Path, threshold: float, everything: bool) -> None:
+def compare_command(a: Path, b: Path, threshold: float) -> None:
     """Say what became faster or slower from A to B; exit status 1 where something of ours regressed.
 
     A change is significant where the 95% interval of the ratio of medians leaves out 1, and a regression where it is
     also worse than the threshold.
     """
     found = comparison.compare(load(a), load(b), threshold)
-    comparison.render(found, table.terminal(), everything)
+    comparison.render(found, table.terminal())
     if found.regressions:
         raise click.exceptions.Exit(1)
 
 
 @click.command(name="report")
 @click.argument("files", nargs=-1, required=True, type=FILE)
-@click.option("--markdown", "markdown_path", type=OUTPUT, help="Write all of it as Markdown there.")
+@click.option("--markdown", "markdown_path", type=OUTPUT, help="Write one table there: our best at each problem.")
 @click.option("--html", "html_path", type=OUTPUT, help="Write one page there.")
 @click.option("--figure", "figure_path", type=OUTPUT, help="Draw the speed beside the best peer there, as SVG.")
-@click.option("--summary", "summary_path", type=OUTPUT, help="Write one table there: our best at each problem.")
 def report_command(
-    files: tuple[Path, ...],
-    markdown_path: Path | None,
-    html_path: Path | None,
-    figure_path: Path | None,
-    summary_path: Path | None,
+    files: tuple[Path, ...], markdown_path: Path | None, html_path: Path | None, figure_path: Path | None
 ) -> None:
-    """Show result files in the terminal, or write them as Markdown, a page, a figure or a summary.
+    """Show result files in the terminal, or write them as Markdown, a page or a figure.
 
     The page and the figure need matplotlib: pip install 'grok-engine[bench]'.
     """
     loaded = [load(path) for path in files]
-    if not (markdown_path or html_path or figure_path or summary_path):
-        for file in loaded:
-            table.render(file, table.terminal())
     if html_path:
         html_path.write_text(page.render(loaded), encoding="utf-8")
     if figure_path:
-        figure.write(loaded, figure_path)
+        figure_path.write_text(figure.svg(loaded), encoding="utf-8")
     if markdown_path:
-        markdown_path.write_text("\n".join(map(markdown.render, loaded)), encoding="utf-8")
-    if summary_path:
-        named = [(path.stem, file) for path, file in zip(files, loaded, strict=True)]
-        markdown.write_summary(named, files, summary_path)
-    for written in filter(None, (markdown_path, html_path, figure_path, summary_path)):
-        click.echo(f"wrote {written}")
+        markdown_path.write_text(markdown.render(files, loaded, markdown_path.parent), encoding="utf-8")
+    written = [path for path in (markdown_path, html_path, figure_path) if path]
+    for path in written:
+        click.echo(f"wrote {path}")
+    if not written:
+        for file in loaded:
+            table.render(file, table.terminal())

@@ -16,15 +16,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..schema import EngineResult, KernelResult, ResultFile
-from ..spread import interval
+from ..schema import EngineResult, ResultFile
 from .rows import BAD, parameters
 from .units import count, digits, duration
 
-FEWEST = 5  # rounds, requests or runs on either side, for an interval
+FEWEST = 5  # rounds or requests on either side, for an interval
 STYLES = {"regression": "bold red", "broken": "bold red", "slower": "red", "faster": "green", "fixed": "green"}
 WORDS = {"unsure": "no interval", "same": "no difference", "untimed": "not timed in both"}
-ORDER = (*STYLES, *WORDS)
+Key = tuple[str, str]  # the problem and the contestant, or the run and the metric
 
 
 class CompareError(ValueError):
@@ -45,27 +44,21 @@ class Measure:
 
 @dataclass(frozen=True)
 class Change:
-    what: str  # the problem, or the run
-    who: str  # the contestant, or the metric
+    """`verdict`: a key of STYLES or WORDS. `ratio`, with its interval: B over A."""
+
+    key: Key
     a: Measure
     b: Measure
-    verdict: str  # one of ORDER
-    ratio: float | None = None  # B over A
+    verdict: str
+    ratio: float | None = None
     low: float | None = None
     high: float | None = None
-
-    @property
-    def worse(self) -> float:
-        ratio = self.ratio or 0.0
-        return 1 / ratio if ratio and self.a.more_is_better else ratio
 
 
 @dataclass(frozen=True)
 class Comparison:
     changes: list[Change]
     warnings: list[str]
-    only_a: list[str]
-    only_b: list[str]
 
     @property
     def regressions(self) -> list[Change]:
@@ -79,67 +72,62 @@ def compare(a: ResultFile, b: ResultFile, threshold: float = 0.05) -> Comparison
     if a.environment.device != b.environment.device:
         raise CompareError(f"A was measured on {a.environment.device!r}, B on {b.environment.device!r}")
     of_a, of_b = dict(_measures(a)), dict(_measures(b))
-    sizes = {r.problem: _size(r) for r in a.kernels}
-    redefined = [r.problem for r in b.kernels if sizes.get(r.problem, _size(r)) != _size(r)]
-    both = [key for key in of_a if key in of_b and key[0] not in redefined]
-    if not both:
+    sizes = {r.problem: (r.operations, r.bytes, r.parameters) for r in a.kernels}
+    others = [r.problem for r in b.kernels if sizes.get(r.problem) not in (None, (r.operations, r.bytes, r.parameters))]
+    changes = [_change(key, of_a[key], of_b[key], threshold) for key in of_a if key in of_b and key[0] not in others]
+    if not changes:
         raise CompareError(f"A and B have no {'problem' if a.kind == 'kernels' else 'run'} in common")
-    changes = [_change(*key, of_a[key], of_b[key], threshold) for key in both]
-    warnings = _warnings(a, b) + [f"{p} is another problem in B, and not compared" for p in redefined] + _drift(changes)
-    only_a, only_b = ([", ".join(k) for k in x if k not in y] for x, y in ((of_a, of_b), (of_b, of_a)))
-    return Comparison(changes, warnings, only_a, only_b)
+    warnings = _warnings(a, b) + [f"{problem} is another problem in B, and not compared" for problem in others]
+    for side, mine, other in (("A", of_a, of_b), ("B", of_b, of_a)):
+        if only := ["/".join(key) for key in mine if key not in other]:
+            warnings.append(f"only in {side}: {'; '.join(only)}")
+    moved = [c.ratio for c in changes if c.ratio and not c.a.ours]
+    if len(moved) >= 3 and abs(median(moved) - 1) >= 0.05:
+        warnings.append(f"the peers' times in B are {median(moved):.2f} of those in A: the machine may have changed")
+    return Comparison(changes, warnings)
 
 
-def _size(r: KernelResult) -> tuple[object, ...]:
-    return r.operations, r.bytes, r.parameters
-
-
-def _change(what: str, who: str, a: Measure, b: Measure, threshold: float) -> Change:
+def _change(key: Key, a: Measure, b: Measure, threshold: float) -> Change:
     if a.status != b.status or not a.value or not b.value:
-        verdict = "untimed"
+        verdict = "same" if a.status == b.status == "ok" else "untimed"  # a status may be all there is
         if a.ours and b.status in BAD and a.status not in BAD:
             verdict = "broken"
         elif a.status in BAD and b.status == "ok":
             verdict = "fixed"
-        elif a.status == b.status == "ok" and a.value is None and b.value is None:
-            verdict = "same"  # a status is all there is
-        return Change(what, who, a, b, verdict)
+        return Change(key, a, b, verdict)
     ratio = b.value / a.value
     if not (a.low and a.high and b.low and b.high):
-        return Change(what, who, a, b, "unsure", ratio)
+        return Change(key, a, b, "unsure", ratio)
     low = ratio * exp(-hypot(log(b.value / b.low), log(a.high / a.value)))
     high = ratio * exp(hypot(log(b.high / b.value), log(a.value / a.low)))
-    found = Change(what, who, a, b, "", ratio, low, high)
+    worse = 1 / ratio if a.more_is_better else ratio
     if low <= 1 <= high:
         verdict = "same"
-    elif found.worse < 1:
+    elif worse < 1:
         verdict = "faster"
     else:
-        verdict = "regression" if a.ours and found.worse > 1 + threshold else "slower"
-    return Change(what, who, a, b, verdict, ratio, low, high)
+        verdict = "regression" if a.ours and worse > 1 + threshold else "slower"
+    return Change(key, a, b, verdict, ratio, low, high)
 
 
-def _measures(file: ResultFile) -> Iterator[tuple[tuple[str, str], Measure]]:
-    """By problem and contestant, or by run and metric."""
+def _measures(file: ResultFile) -> Iterator[tuple[Key, Measure]]:
     for r in file.kernels:
         for s in r.scores:
             low, high = (s.low, s.high) if r.rounds >= FEWEST else (None, None)
             yield (r.problem, s.contestant), Measure(s.seconds, low, high, s.ours, s.status)
-    runs: dict[str, list[EngineResult]] = {}
     for run in file.runs:
-        runs.setdefault(f"{run.protocol} {run.model} {parameters(run.parameters)}", []).append(run)
-    for name, same in runs.items():
-        yield (name, "requests failed"), Measure(None, status="failed" if any(r.failed for r in same) else "ok")
-        for key in ("ttft", "e2e"):
-            if m := same[0].metrics.get(key):
-                low, high = (m.low, m.high) if same[0].completed >= FEWEST else (None, None)
-                yield (name, key), Measure(m.p50, low, high)
-        for key in ("requests_per_second", "output_tokens_per_second"):
-            # a run has one rate: an interval takes several runs of the same parameters
-            rates = [getattr(r, key) for r in same if getattr(r, key)]
-            if rates:
-                low, high = interval(rates) if len(rates) >= FEWEST else (None, None)
-                yield (name, key.replace("_", " ")), Measure(median(rates), low, high, more_is_better=True)
+        yield from _run_measures(run)
+
+
+def _run_measures(run: EngineResult) -> Iterator[tuple[Key, Measure]]:
+    name = f"{run.protocol} {run.model} {parameters(run.parameters)}"
+    yield (name, "requests failed"), Measure(None, status="failed" if run.failed else "ok")
+    for metric in ("ttft", "e2e"):
+        if m := run.metrics.get(metric):
+            low, high = (m.low, m.high) if run.completed >= FEWEST else (None, None)
+            yield (name, metric), Measure(m.p50, low, high)
+    for rate in ("requests_per_second", "output_tokens_per_second"):  # one of each: there is no interval
+        yield (name, rate.replace("_", " ")), Measure(getattr(run, rate), more_is_better=True)
 
 
 def _warnings(a: ResultFile, b: ResultFile) -> list[str]:
@@ -155,36 +143,24 @@ def _warnings(a: ResultFile, b: ResultFile) -> list[str]:
     return found + [f"{name} was interrupted" for name, file in (("A", a), ("B", b)) if file.interrupted]
 
 
-def _drift(changes: list[Change]) -> list[str]:
-    moved = [c.ratio for c in changes if c.ratio and not c.a.ours]
-    if len(moved) < 3 or abs(median(moved) - 1) < 0.05:
-        return []
-    return [f"the peers' times in B are {median(moved):.2f} of those in A: the machine itself may have changed"]
-
-
-def render(found: Comparison, console: Console, everything: bool = False) -> None:
-    """Print what changed, the worst first; count what did not, or with `everything` print it, too."""
+def render(found: Comparison, console: Console) -> None:
+    """Print what changed, the worst first, and count what did not."""
     for warning in found.warnings:
         console.print(Text("warning: ", style="yellow").append(warning, style="default"))
-    changes = sorted(found.changes, key=lambda c: (ORDER.index(c.verdict), -c.worse))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="cyan")
     for column in ("", " "):
         table.add_column(column, overflow="fold")
     for column in ("A", "B", "B / A", "95%", ""):
         table.add_column(column, justify="right", no_wrap=True)
-    for c in changes:
-        if everything or c.verdict in STYLES:
-            spread = "" if c.low is None or c.high is None else f"[{c.low:.3f}, {c.high:.3f}]"
+    for verdict, style in STYLES.items():
+        for c in sorted((c for c in found.changes if c.verdict == verdict), key=lambda c: -(c.ratio or 0.0)):
             ratio = "" if c.ratio is None else f"{c.ratio:.3f}"
-            words = (c.what, c.who, _value(c.a), _value(c.b), ratio, spread)
-            table.add_row(*map(Text, words), Text(WORDS.get(c.verdict, c.verdict), STYLES.get(c.verdict, "")))
+            spread = "" if c.low is None or c.high is None else f"[{c.low:.3f}, {c.high:.3f}]"
+            table.add_row(*map(Text, (*c.key, _value(c.a), _value(c.b), ratio, spread)), Text(verdict, style))
     if table.row_count:
         console.print(table)
-    counts = {v: sum(c.verdict == v for c in changes) for v in ORDER}
+    counts = {v: sum(c.verdict == v for c in found.changes) for v in (*STYLES, *WORDS)}
     console.print(Text(", ".join(f"{n} {WORDS.get(v, v)}" for v, n in counts.items() if n)))
-    for side, names in (("A", found.only_a), ("B", found.only_b)):
-        if names:
-            console.print(Text(f"only in {side}: {'; '.join(names)}", style="dim"))
     bad = len(found.regressions)
     console.print(Text(count(bad, "regression"), style="bold red") if bad else Text("no regression", style="green"))
 

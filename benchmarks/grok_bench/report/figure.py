@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ..schema import ResultFile
@@ -70,7 +69,3 @@ def svg(files: Sequence[ResultFile]) -> str:
         figure.savefig(file, format="svg", metadata=silent)
     text = file.getvalue()
     return text[text.index("<svg") :]
-
-
-def write(files: Sequence[ResultFile], path: Path) -> None:
-    path.write_text(svg(files), encoding="utf-8")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from statistics import geometric_mean, median
 from typing import Any
 
@@ -157,21 +156,4 @@ def run_block(r: EngineResult) -> Block:
     for key, m in r.metrics.items():
         values = (m.mean, m.p50, m.p90, m.p99) if m else ()
         rows.append(Row(key.upper(), False, "ok", tuple(f"{v * 1e3:,.2f}" for v in values) or ("–",) * 4))
-    return Block(
-        f"{r.protocol} {r.model}", "\n".join(["", *sizes, *_timeline(r)]), ("mean", "p50", "p90", "p99 ms"), rows
-    )
-
-
-def _timeline(r: EngineResult) -> list[str]:
-    """What the engine was busy with, where its counters were sampled."""
-    moments = r.timeline
-    if not moments:
-        return []
-    found = []
-    spans = [after.t - m.t for m, after in pairwise(moments)]  # the last moment has none
-    for name, counts in (("running", [m.running for m in moments]), ("waiting", [m.waiting for m in moments])):
-        mean = sum(n * span for n, span in zip(counts, spans, strict=False)) / (sum(spans) or 1.0)
-        found.append(f"{name} {mean:.1f} on average, {max(counts)} at most")
-    used, pages, hits = max(m.kv_pages_used for m in moments), moments[-1].kv_pages, moments[-1].prefix_hit_tokens
-    share = f", {hits / r.input_tokens:.0%} of the prompts" if r.input_tokens else ""
-    return [*found, f"pages {used} of {pages} at most, {used / pages:.0%}", f"prefix hits {hits:,} tokens{share}"]
+    return Block(f"{r.protocol} {r.model}", "\n".join(["", *sizes]), ("mean", "p50", "p90", "p99 ms"), rows)
