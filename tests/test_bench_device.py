@@ -18,6 +18,7 @@ from grok_bench.kernels.device import Cuda, Device
 from grok_bench.kernels.entrant import Local
 from grok_bench.kernels.monitor import Monitor
 from grok_bench.kernels.problems import select
+from grok_bench.schema import Score
 
 
 def test_the_ceiling_that_takes_longer_binds() -> None:
@@ -161,9 +162,8 @@ def test_a_whole_race_on_the_stand_in(driver: Driver) -> None:
     case = cases.build(problem, "cpu")
     everyone = contestant.entrants(problem, "cuda", ["grok_kernels reference", "torch *bf16*"], compiles=False)
     limits = harness.Limits(seconds=60, rounds=2, call=5, pick=False)
-    work = harness.Work(problem="p", op="moe", parameters={}, operations=1, bytes=1, arithmetic="bf16", tolerance=0.1)
-    lanes = [harness.Lane(c.name, c.ours, partial(Local, c, case, gpu, 5)) for c in everyone]
-    result = harness.run(work, lanes, gpu, limits)
+    lanes = [harness.Lane(Score(contestant=c.name), partial(Local, c, case, gpu, 5)) for c in everyone]
+    result = harness.run(cases.work(problem, case), lanes, gpu, limits)
     assert [s.status for s in result.scores] == ["ok", "ok", "ok"]
     assert result.floor_seconds
 

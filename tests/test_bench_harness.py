@@ -15,14 +15,14 @@ from grok_bench.kernels import contestant, harness
 from grok_bench.kernels.case import Case, Plain
 from grok_bench.kernels.contestant import Contestant
 from grok_bench.kernels.device import Ceiling, Device
-from grok_bench.kernels.entrant import Entrant, Failed, Local, TooLong
-from grok_bench.kernels.harness import Lane, Work
+from grok_bench.kernels.entrant import Dropped, Entrant, Local
+from grok_bench.kernels.harness import Lane
 from grok_bench.kernels.problems import OPS
-from grok_bench.schema import KernelResult, load
+from grok_bench.schema import KernelResult, Score, load
 from grok_bench.spread import interval
 from grok_engine.cli import main
 
-WORK = Work(
+WORK = KernelResult(
     problem="rms_norm/grok-1/decode/t1", op="rms_norm", parameters={}, operations=1, bytes=1, arithmetic="fp32",
     tolerance=0.01,
 )  # fmt: skip
@@ -75,7 +75,7 @@ def run(
     def local(c: Contestant) -> Entrant:
         return (enter or (lambda c, case, device: Local(c, case, device, 5.0)))(c, case, device)
 
-    lanes = [Lane(c.name, c.ours, partial(local, c)) for c in contestants]
+    lanes = [Lane(Score(contestant=c.name, ours=c.ours), partial(local, c)) for c in contestants]
     return harness.run(WORK, lanes, device, harness.Limits(**{"seconds": 60.0, "rounds": 6, **limits})), calls
 
 
@@ -144,12 +144,12 @@ def test_who_has_no_kernel_for_a_problem_is_missing_and_has_not_failed() -> None
     assert [(s.status, s.message) for s in result.scores] == [("ok", ""), ("missing", "bfloat16 is not taken")]
 
 
-@pytest.mark.parametrize(("error", "status"), [(TooLong(), "timeout"), (Failed("gone"), "failed")])
-def test_who_drops_out_of_the_rounds_does_not_stop_the_others(error: Exception, status: str) -> None:
+@pytest.mark.parametrize(("said", "status"), [("timeout", "timeout"), ("failed", "failed"), ("missing", "failed")])
+def test_who_drops_out_of_the_rounds_does_not_stop_the_others(said: str, status: str) -> None:
     class Breaks(Local):
         def time(self, turn: int) -> float:
             if self._contestant.name == "1" and turn > 8:
-                raise error
+                raise Dropped(said, "gone")
             return super().time(turn)
 
     result, _ = run(ONES, ONES, ONES, enter=lambda c, case, device: Breaks(c, case, device, 5.0))

@@ -23,9 +23,9 @@ from benchmarks.model_1b import configuration, random_tensors, write
 from grok_bench.environment import environment
 from grok_bench.kernels.device import Device
 from grok_bench.kernels.entrant import Remote
-from grok_bench.kernels.harness import Lane, Limits, Work, run
-from grok_bench.report import table
-from grok_bench.schema import KernelResult, ResultFile
+from grok_bench.kernels.harness import Lane, Limits, run
+from grok_bench.report import rows, table
+from grok_bench.schema import KernelResult, ResultFile, Score
 from grok_engine import ModelConfig
 from grok_engine.config import ActFormat
 from grok_engine.loading.convert import convert
@@ -69,26 +69,26 @@ def write_models(folder: Path, config: ModelConfig, kinds: Sequence[str]) -> dic
 
 def lanes(load: Load | None, packed: Path, files: dict[str, Path]) -> list[Lane]:
     """Who takes part under a load; None is the first token of a new process."""
-    if load is None:
-        found = [
-            Lane(f"grok-engine, int8{what}", True, partial(engines.FirstToken, engines.OURS, packed, imports))
-            for what, imports in (("", False), (", with imports", True))
-        ]
-        peer = partial(engines.FirstToken, engines.LLAMA)
-        return found + [Lane(f"llama.cpp, {kind}", False, partial(peer, file)) for kind, file in files.items()]
     found = []
-    for activations in ACTIVATIONS:
-        name = "grok-engine, int8" + (f", {activations} rows" if activations != "none" else "")
-        found.append(Lane(name, True, partial(engines.Ours, packed, activations, load)))
-    if not files:
-        nobody = partial(engines.FirstToken, "", packed)
-        found.append(Lane("llama.cpp", False, nobody, missing=f"llama.cpp is not installed: {GET}"))
+    if load is None:
+        for what, imports in (("", False), (", with imports", True)):
+            first = partial(engines.FirstToken, engines.OURS, packed, imports)
+            found.append(Lane(Score(contestant=f"grok-engine, int8{what}", ours=True), first))
+    else:
+        for activations in ACTIVATIONS:
+            name = "grok-engine, int8" + (f", {activations} rows" if activations != "none" else "")
+            found.append(Lane(Score(contestant=name, ours=True), partial(engines.Ours, packed, activations, load)))
     for kind, file in files.items():
-        found.append(Lane(f"llama.cpp, {kind}", False, partial(Remote, llama.Llama, (file, load), CALL)))
+        first = partial(engines.FirstToken, engines.LLAMA, file)
+        peer = partial(Remote, llama.Llama, (file, load), CALL) if load else first
+        found.append(Lane(Score(contestant=f"llama.cpp, {kind}"), peer))
+    if not files:
+        missing = Score(contestant="llama.cpp", status="missing", message=f"llama.cpp is not installed: {GET}")
+        found.append(Lane(missing, partial(engines.FirstToken, "", packed)))
     return found
 
 
-def problems(config: ModelConfig, new: int, small: bool) -> Iterator[tuple[Work, Load | None]]:
+def problems(config: ModelConfig, new: int, small: bool) -> Iterator[tuple[KernelResult, Load | None]]:
     """What is timed: prefill, decode of one and of many requests, and the first token of a new process."""
     head = config.vocab_size * config.d_model
     active, every = config.active_param_count() + head, config.param_count() + head  # a byte for each int8 weight
@@ -100,17 +100,11 @@ def problems(config: ModelConfig, new: int, small: bool) -> Iterator[tuple[Work,
         ("first-token", None, active),
     ):
         tokens = load.tokens if load else 1
-        yield (
-            Work(
-                problem=f"model/{config.name}/{name}",
-                op="model",
-                parameters={"parameters": config.param_count(), "tokens": tokens},
-                operations=2.0 * active * tokens,
-                bytes=size,
-                arithmetic="bf16",
-            ),
-            load,
-        )
+        work = KernelResult(
+            problem=f"model/{config.name}/{name}", op="model", operations=2.0 * active * tokens, bytes=size,
+            parameters={"parameters": config.param_count(), "tokens": tokens}, arithmetic="bf16",
+        )  # fmt: skip
+        yield work, load
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -128,9 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(a.threads)
     config = small_configuration() if a.smoke else configuration()
     kinds = a.kinds if importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf") else ()
-    limits = Limits(a.seconds, a.rounds, CALL)
-    if a.smoke:
-        limits = Limits(60.0, 2, CALL, pick=False)
+    limits = Limits(60.0, 2, CALL, pick=False) if a.smoke else Limits(a.seconds, a.rounds, CALL)
     machine, console, results = Device(small=a.smoke), table.terminal(), list[KernelResult]()
     command = shlex.join(["python", "-m", "benchmarks.cpu_model", *(sys.argv[1:] if arguments is None else arguments)])
     file = ResultFile(
@@ -150,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     console.print(f"{s.contestant}: {load.tokens / s.seconds:,.1f} tokens/s", style="dim")
             if a.json:
                 file.save(a.json)
-    for names, why in table.missing(file):
+    for names, why in rows.missing(file):
         console.print(f"missing ({names}): {why}", markup=False)
     return 0
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from grok_bench.kernels.entrant import Failed
+from grok_bench.kernels.entrant import Dropped
 from grok_engine import LLMEngine, SamplingParams
 from grok_engine.config import ActFormat
 
@@ -24,7 +24,6 @@ OURS = """
 import gc
 gc.disable()
 import sys, time, torch
-from grok_bench.kernels.entrant import Failed
 from grok_engine import LLMEngine, SamplingParams
 gc.freeze()
 gc.enable()
@@ -84,7 +83,7 @@ class Ours:
             steps += 1
         end = time.perf_counter()
         if steps != load.new:
-            raise Failed(f"{steps} steps decoded, expected {load.new}: the requests did not run together")
+            raise Dropped("failed", f"{steps} steps decoded, expected {load.new}: the requests did not run together")
         return (end - first) / steps if steps else first - start
 
     def close(self) -> None:
@@ -126,5 +125,5 @@ def _until_first_line(command: Sequence[str]) -> tuple[float, str]:
         process.stdout.read()
         if process.wait() or not line:
             errors.seek(0)
-            raise Failed(f"a process ended with {process.returncode}: {errors.read()[-1500:]}")
+            raise Dropped("failed", f"a process ended with {process.returncode}: {errors.read()[-1500:]}")
     return seconds, line

@@ -24,7 +24,7 @@ LATENCY = (
 )  # fmt: skip
 CONTESTANTS = ("grok_kernels cuda*", "grok_kernels triton*", "torch _scaled_grouped_mm*", "torch _grouped_mm*",
                "torch eager", "torch sdpa*")  # fmt: skip
-COMPILING = ("grok_kernels cuda*", "grok_kernels triton*", "DeepGEMM*", "FlashInfer*", "torch FlexAttention*")
+COMPILING = ("grok_kernels cuda*", "grok_kernels triton*", "DeepGEMM*", "torch FlexAttention*")
 TRITON_PARTS, SHARDS, ENGINES = 5, 3, 6  # processes side by side
 SANITIZER = "compute-sanitizer"
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats", "WarpStateStats")

@@ -107,10 +107,10 @@ class KernelResult:
     arithmetic: str
     tolerance: float | None = None
     floor_seconds: float | None = None
-    rounds: int
+    rounds: int = 0
     thrown_away: int = 0
     best_peer: str | None = None
-    scores: list[Score]
+    scores: list[Score] = field(default_factory=list)
     gpu: GpuState | None = None
 
 

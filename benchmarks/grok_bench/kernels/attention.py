@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .case import TURNS, Case, copies
-from .data import Last, Once
+from .data import Once, kept
 from .problems import Problem
 
 
@@ -86,16 +86,13 @@ class Attend:
         )  # fmt: skip
 
 
-_last: Last[list[Cache]] = Last()
-
-
 def build(p: Problem, device: str, cold: int) -> Case:
     m, length, page, fp8 = p.shape, p.number("context"), p.number("page"), p["kv"] == "fp8"
     batch, queries = (p.number("batch"), 1) if p.family.phase == "decode" else (1, p.number("queries"))
     h, g, c = m.num_heads, m.num_kv_heads, m.head_dim
     key = (batch, g, length, c, page, fp8, device)
     stored = 2 * batch * g * length * (c + 4 if fp8 else 2 * c)
-    caches = _last.get((key, cold), lambda: [Cache.random(*key) for _ in range(copies(stored, cold))])
+    caches = kept((p.op, *key, cold), lambda: [Cache.random(*key) for _ in range(copies(stored, cold))])
     inputs = [
         Attend(
             torch.randn(batch * queries, h, c, device=device).bfloat16(), cache, queries, m.attn_scale, m.attn_softcap,

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import click
 import torch
-from rich.console import Console
 
-from ..environment import environment
+from ..environment import command, environment
 from ..report import rows, table
-from ..schema import KernelResult, ResultFile
+from ..schema import KernelResult, ResultFile, Score
 from . import cases, contestant, harness, lineup, problems
 from .case import Case
+from .data import forget
 from .device import Device, device, known
-from .entrant import Entrant, Local, Remote
-from .harness import Lane, Work
+from .entrant import Local, Remote
 
 
 @click.command(name="list")
@@ -51,9 +48,7 @@ def list_command(patterns: tuple[str, ...]) -> None:
 @click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write a summary there.")
 @click.option("--samples", is_flag=True, help="With --json: write every sample, too.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
-@click.pass_context
 def kernels_command(
-    ctx: click.Context,
     patterns: tuple[str, ...],
     name: str,
     who: tuple[str, ...],
@@ -80,22 +75,52 @@ def kernels_command(
     if smoke:
         chosen = list({p.small().name: p.small() for p in chosen}.values())
     contestant.check(who, chosen, kind)
-    where = device(name, small=smoke)
-    console = table.terminal()
-    limits = harness.Limits(seconds=seconds, call=limit)
-    if smoke:
-        limits = harness.Limits(seconds=60.0, rounds=2, call=limit, pick=False)
-    race = Race(where, who, plugins, apart, limits, compiles=not (smoke or no_compile))
-    command = shlex.join(["grok-engine", *(ctx.obj if isinstance(ctx.obj, list) else sys.argv[1:])])
-    race.go(chosen, console, command, file, samples)
-    ours = [s.status for r in race.results for s in r.scores if s.ours]
+    where, console = device(name, small=smoke), table.terminal()
+    limits = harness.Limits(60.0, 2, limit, pick=False) if smoke else harness.Limits(seconds=seconds, call=limit)
+    results = list[KernelResult]()
+    found = ResultFile(kind="kernels", command=command(), environment=environment(where.name), results=results)
+    found.ceilings.update(where.kept())
+    table.about(found, console)
+
+    def keep(result: KernelResult) -> None:
+        results.append(result)
+        found.ceilings.update(where.kept())
+        table.one(found, result, console)
+        if file:  # after each, so that the file holds what there is, whatever ends the run
+            found.save(file, samples)
+
+    skipped = list[str]()
+    try:
+        for problem in chosen:
+            try:
+                with torch.inference_mode():
+                    case = cases.build(problem, where.name, where.cold, where.free())
+            except cases.TooLarge as error:
+                skipped.append(str(error))
+                console.print(f"\nskipped: {error}", markup=False)
+                continue
+            everyone = contestant.entrants(problem, kind, who or ("*",) * smoke, compiles=not (smoke or no_compile))
+            lanes = [_lane(c, problem, case, where, limit, plugins if apart else None) for c in everyone]
+            keep(harness.run(cases.work(problem, case), lanes, where, limits))
+    except KeyboardInterrupt as stop:
+        found = replace(found, interrupted=True)
+        if isinstance(stop, harness.Interrupted):
+            keep(stop.result)
+        elif file and results:
+            found.save(file, samples)
+        console.print("\ninterrupted: what was measured so far is kept")
+    finally:
+        forget()
+    for line in skipped:
+        console.print(f"skipped: {line}", markup=False)
+    for names, why in rows.missing(found):
+        console.print(f"missing ({names}): {why}", markup=False, style="dim")
+    ours = [s.status for r in results for s in r.scores if s.ours]
     bad = sum(status in rows.BAD for status in ours)
     counts = f"of ours {ours.count('ok')} ok, {bad} bad, {ours.count('missing')} missing"
-    console.print(f"{len(race.results)} of {len(chosen)} problems; {counts}", markup=False)
-    if race.interrupted:
-        raise click.exceptions.Exit(130)
-    if bad:
-        raise click.exceptions.Exit(1)
+    console.print(f"{len(results)} of {len(chosen)} problems; {counts}", markup=False)
+    if found.interrupted or bad:
+        raise click.exceptions.Exit(130 if found.interrupted else 1)
 
 
 def _selected(patterns: Sequence[str]) -> list[problems.Problem]:
@@ -108,97 +133,20 @@ def _selected(patterns: Sequence[str]) -> list[problems.Problem]:
     return problems.select(found)
 
 
-@dataclass
-class Race:
-    """A run over many problems, saved after each."""
-
-    where: Device
-    who: Sequence[str]
-    plugins: Sequence[str]
-    apart: bool
-    limits: harness.Limits
-    compiles: bool = True
-    results: list[KernelResult] = field(default_factory=list)
-    interrupted: bool = False
-
-    def go(
-        self, chosen: Sequence[problems.Problem], console: Console, command: str, file: Path | None, samples: bool
-    ) -> None:
-        """Print and save the result of each as it comes."""
-        about, skipped = environment(self.where.name), list[str]()
-
-        def kept(interrupted: bool) -> ResultFile:
-            return ResultFile(
-                kind="kernels", command=command, environment=about, ceilings=self.where.kept(), results=self.results,
-                interrupted=interrupted,
-            )  # fmt: skip
-
-        table.about(kept(False), console)
-        try:
-            for result in self._results(chosen, console, skipped):
-                self.results.append(result)
-                table.one(kept(True), result, console)
-                if file:
-                    kept(True).save(file, samples)  # so that the file holds what there is, whatever ends the run
-        except KeyboardInterrupt as stop:
-            self.interrupted = True
-            if isinstance(stop, harness.Interrupted):
-                self.results.append(stop.result)
-                table.one(kept(True), stop.result, console)
-            console.print("\ninterrupted: what was measured so far is kept")
-        finally:
-            cases.forget()
-        if file and (self.results or not self.interrupted):
-            kept(self.interrupted).save(file, samples)
-        for line in skipped:
-            console.print(f"skipped: {line}", markup=False)
-        for names, why in rows.missing(kept(self.interrupted)):
-            console.print(f"missing ({names}): {why}", markup=False, style="dim")
-
-    def _results(
-        self, chosen: Sequence[problems.Problem], console: Console, skipped: list[str]
-    ) -> Iterator[KernelResult]:
-        everyone = ("*",) if self.where.small else ()
-        for problem in chosen:
-            try:
-                with torch.inference_mode():
-                    case = cases.build(problem, self.where.name, self.where.cold, self.where.free())
-            except cases.TooLarge as error:
-                skipped.append(str(error))
-                console.print(f"\nskipped: {error}", markup=False)
-                continue
-            found = contestant.entrants(problem, self.where.kind, self.who or everyone, self.compiles)
-            work = Work(
-                problem=problem.name,
-                op=problem.op,
-                parameters=dict(problem.parameters),
-                operations=case.operations,
-                bytes=case.bytes,
-                arithmetic=case.arithmetic,
-                tolerance=case.tolerance,
-            )
-            yield harness.run(work, [self._lane(problem, case, c) for c in found], self.where, self.limits)
-
-    def _lane(self, problem: problems.Problem, case: Case, c: contestant.Contestant) -> Lane:
-        size = case.bytes_of(c.weight_bytes) if case.weights else case.bytes
-        return Lane(
-            c.name,
-            c.ours,
-            partial(self._enter, problem, case, c),
-            c.missing() or self._no_room(case, c),
-            None if size == case.bytes else size,
-            c.tolerance,
-        )
-
-    def _enter(self, problem: problems.Problem, case: Case, c: contestant.Contestant) -> Entrant:
-        where, limit = self.where, self.limits.call
-        if not self.apart:
-            return Local(c, case, where, limit)
-        task = lineup.Task(problem.name, where.small, c.name, where.name, self.plugins, limit)
-        return Remote(lineup.enter, (task,), limit)
-
-    def _no_room(self, case: Case, c: contestant.Contestant) -> str:
-        need, free = case.stored * (c.weight_bytes or 0.0), self.where.free()
-        if free is None or need <= free:
-            return ""
-        return f"its own copy needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are available on {self.where.name}"
+def _lane(
+    c: contestant.Contestant, problem: problems.Problem, case: Case, where: Device, limit: float,
+    plugins: Sequence[str] | None,
+) -> harness.Lane:  # fmt: skip
+    """A contestant's lane, in this process, or with `plugins` in one of its own."""
+    size = case.bytes_of(c.weight_bytes) if case.weights else case.bytes
+    why, need, free = c.missing(), case.stored * (c.weight_bytes or 0.0), where.free()
+    if not why and free is not None and need > free:
+        why = f"its own copy needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are available on {where.name}"
+    score = Score(
+        contestant=c.name, ours=c.ours, status="missing" if why else "ok", message=why, tolerance=c.tolerance,
+        bytes=None if size == case.bytes else size,
+    )  # fmt: skip
+    if plugins is None:
+        return harness.Lane(score, partial(Local, c, case, where, limit))
+    task = lineup.Task(problem.name, where.small, c.name, where.name, plugins, limit)
+    return harness.Lane(score, partial(Remote, lineup.enter, (task,), limit))

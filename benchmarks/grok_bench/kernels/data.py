@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,21 +15,25 @@ BYTES = {"int8": 1, "fp8": 1, "bf16": 2}
 T = TypeVar("T")
 
 
-class Last(Generic[T]):
-    """Keeps what was made last: successive problems often differ in their rows alone."""
+_kept: dict[tuple[Hashable, ...], Any] = {}
 
-    def __init__(self) -> None:
-        self._key: Hashable = None
-        self._value: T | None = None
 
-    def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        if self._value is None or key != self._key:
-            self._value = None  # freed before the next is made: two may not fit
-            self._key, self._value = key, make()
-        return self._value
+def kept(key: tuple[Hashable, ...], make: Callable[[], T]) -> T:
+    """What `make` makes, kept until another key is asked for: successive problems often differ in their rows alone.
 
-    def clear(self) -> None:
-        self._value = None
+    key[0] is the op of the problem.
+    """
+    if key not in _kept:
+        _kept.clear()  # freed before the next is made: two may not fit
+        _kept[key] = make()
+    found: T = _kept[key]
+    return found
+
+
+def forget(op: str = "") -> None:
+    """Free what is kept, unless problems of `op` may use it."""
+    if not any(key[0] == op for key in _kept):
+        _kept.clear()
 
 
 class Once:

@@ -19,24 +19,20 @@ from .device import Device
 IMPORTS = 60.0  # seconds more for the first answer of a process, which imports and makes its data
 
 
-class TooLong(Exception):
-    """A call that took longer than the limit."""
+class Dropped(Exception):
+    """A contestant takes no further part. `args`: its status from now on, and why.
 
-
-class Failed(Exception):
-    """A call that raised, or whose process died; the text says how."""
-
-
-class Refused(Failed):
-    """A call that this contestant has no kernel for, as it says itself."""
+    "failed" if a call raised or its process died, "timeout" if a call took longer than the limit, "missing" if it says
+    itself that it has no kernel for the call.
+    """
 
 
 class Entrant(Protocol):
     def check(self) -> float | None:
-        """Prepare, call once, and return the error of the result, if it can be compared. TooLong, Failed."""
+        """Prepare, call once, and return the error of the result, if it can be compared. Dropped."""
 
     def time(self, turn: int) -> float:
-        """The seconds of one call with the inputs of that turn. TooLong, Failed."""
+        """The seconds of one call with the inputs of that turn. Dropped."""
 
     def close(self) -> None: ...
 
@@ -51,7 +47,7 @@ class Local:
     def check(self) -> float:
         c, case, where = self._contestant, self._case, self._device
         inputs = [c.instead(i) if c.instead else i for i in case.inputs]
-        with self._guarded(), c.within():
+        with self._guarded():
             first = c.bind(inputs[0])
             case.reset(inputs[0])
             got = first()
@@ -59,7 +55,7 @@ class Local:
             where.synchronize()
         found = error(got, case.expected(inputs[0]))
         if found <= (case.tolerance if c.tolerance is None else c.tolerance):
-            with self._guarded(), c.within():
+            with self._guarded():
                 for i in inputs:
                     call = first if i is inputs[0] else c.bind(i)
                     call()  # warm-up
@@ -67,7 +63,7 @@ class Local:
         return found
 
     def time(self, turn: int) -> float:
-        with self._guarded(), self._contestant.within():
+        with self._guarded():
             self._device.flush()
             return self._device.seconds(self.calls[turn % len(self.calls)])
 
@@ -77,26 +73,26 @@ class Local:
     @contextmanager
     def _guarded(self) -> Iterator[None]:
         try:
-            with limited(self._limit):
+            with limited(self._limit), self._contestant.within():
                 yield
-        except TooLong:
+        except Dropped:
             raise
         except NotImplementedError as error:
-            raise Refused(str(error)) from None
+            raise Dropped("missing", str(error)) from None
         except Exception as error:  # whatever one contestant raises, the others run
             self._device.recover()
-            raise Failed(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from None
+            raise Dropped("failed", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from None
 
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raise TooLong after the time is over, as soon as Python runs again: a native call is not interrupted."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+    """Raise Dropped after the time is over, as soon as Python runs again: a native call is not interrupted."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(*_: Any) -> None:
-        raise TooLong
+        raise _too_long(seconds)
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -107,8 +103,12 @@ def limited(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def _too_long(limit: float) -> Dropped:
+    return Dropped("timeout", f"more than {limit:g} s a call")
+
+
 class Remote:
-    """In a process of its own, which may hang or die: the one that `enter(*args)` makes there. TooLong, Failed."""
+    """In a process of its own, which may hang or die: the one that `enter(*args)` makes there. Dropped."""
 
     def __init__(self, enter: Callable[..., Entrant], args: tuple[Any, ...], limit: float) -> None:
         context = multiprocessing.get_context("spawn")
@@ -118,13 +118,9 @@ class Remote:
         self._process = context.Process(target=_serve, args=given, daemon=True)
         self._process.start()
         other.close()
-        try:
-            self._ask("ready?", more=IMPORTS)
-        except (TooLong, Failed):
-            self.close()
-            raise
 
     def check(self) -> float | None:
+        self._ask("enter", more=IMPORTS)
         error: float | None = self._ask("check", more=self._limit)
         return error
 
@@ -140,11 +136,11 @@ class Remote:
         try:
             self._pipe.send(what)
             if not self._pipe.poll(self._limit + more):
-                raise TooLong
+                raise _too_long(self._limit)
             answer = self._pipe.recv()
         except (EOFError, OSError):
             self._process.join(5)
-            raise Failed(f"its process ended with status {self._process.exitcode}") from None
+            raise Dropped("failed", f"its process ended with status {self._process.exitcode}") from None
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -164,10 +160,10 @@ def _serve(enter: Callable[..., Entrant], args: tuple[Any, ...], threads: int, p
             try:
                 if entrant is None:
                     entrant = enter(*args)
-                    pipe.send(0.0)
+                    pipe.send(None)
                 else:
                     pipe.send(entrant.check() if question == "check" else entrant.time(question))
-            except (TooLong, Failed) as error:
-                pipe.send(error)
+            except Dropped as dropped:
+                pipe.send(dropped)
             except Exception as error:  # of the data
-                pipe.send(Failed(f"{type(error).__name__}: {error}"))
+                pipe.send(Dropped("failed", f"{type(error).__name__}: {error}"))

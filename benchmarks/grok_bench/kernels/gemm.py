@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .case import BF16_ERROR, EIGHT_BIT_ERROR, TURNS, Case, copies
-from .data import BYTES, Last, Rows, Weights, routing
+from .data import BYTES, Rows, Weights, kept, routing
 from .ours import quantize
 from .problems import Problem
 
@@ -43,9 +43,6 @@ class Product:
         return parts(self.fmt)[1] if self.fmt.endswith("dyn") else ""
 
 
-_last: Last[list[Weights]] = Last()
-
-
 def size(p: Problem) -> tuple[int, int, int]:
     """(E, N, K) of the weights."""
     m = p.shape
@@ -63,7 +60,7 @@ def build(p: Problem, device: str, cold: int) -> Case:
     weight_format, row_format = parts(fmt)
     key, weight_bytes = (e, n, k, weight_format, device), BYTES[weight_format]
     several = copies(e * n * k * weight_bytes, cold)
-    weights = _last.get((key, cold), lambda: [Weights.random(*key) for _ in range(several)])
+    weights = kept((p.op, *key, cold), lambda: [Weights.random(*key) for _ in range(several)])
     inputs = []
     for turn in range(TURNS * len(weights)):
         if e == 1:

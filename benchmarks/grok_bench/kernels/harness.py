@@ -13,14 +13,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from statistics import median
+from typing import Any
 
 import torch
 
 from ..report.units import duration
-from ..schema import KernelResult, Scalar, Score
+from ..schema import KernelResult, Score
 from ..spread import interval, significant
 from .device import Ceiling, Device
-from .entrant import Entrant, Failed, Refused, TooLong
+from .entrant import Dropped, Entrant
 
 NOISE, BUSY = 1.15, 0.6
 FEWEST, PATIENCE = 5, 5  # least quiet rounds of a result, and the multiple of the seconds to wait for them
@@ -37,46 +38,22 @@ class Limits:
     pick: bool = True
 
 
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What a problem needs, whoever computes it."""
-
-    problem: str
-    op: str
-    parameters: dict[str, Scalar]
-    operations: float
-    bytes: float
-    arithmetic: str
-    tolerance: float | None = None
-
-
 @dataclass
 class Lane:
-    """One contestant's way through a problem. `missing` says why it cannot take part; `bytes`, `tolerance`: where they
-    differ from the problem's."""
+    """One contestant's way through a problem. A `score` that is "missing" takes no part."""
 
-    name: str
-    ours: bool
+    score: Score
     enter: Callable[[], Entrant]
-    missing: str = ""
-    bytes: float | None = None
-    tolerance: float | None = None
     entrant: Entrant | None = None
     samples: list[float] = field(default_factory=list)  # of the quiet rounds
     best: float | None = None  # of all rounds
 
-    def __post_init__(self) -> None:
-        self.score = Score(contestant=self.name, ours=self.ours, bytes=self.bytes, tolerance=self.tolerance)
+    def note(self, **values: Any) -> None:
+        """Change members of the score."""
+        self.score = replace(self.score, **values)
 
-    def out(self, error: Exception, limit: float) -> None:
-        """It takes no further part."""
-        if isinstance(error, TooLong):
-            self.score = replace(self.score, status="timeout", message=f"more than {limit:g} s a call")
-        else:
-            self.score = replace(self.score, status="failed", message=str(error))
-        self.close()
-
-    def close(self) -> None:
+    def drop(self, status: str, message: str = "") -> None:
+        self.note(status=status, message=message)
         if self.entrant is not None:
             self.entrant.close()
             self.entrant = None
@@ -91,10 +68,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 @torch.inference_mode()
-def run(work: Work, lanes: Sequence[Lane], device: Device, limits: Limits) -> KernelResult:
-    """Check the contestants, then time them. Interrupted on Ctrl-C once something has been measured."""
+def run(work: KernelResult, lanes: Sequence[Lane], device: Device, limits: Limits) -> KernelResult:
+    """Check the contestants, then time them. `work`: the problem, without rounds and scores.
+
+    Interrupted on Ctrl-C once something has been measured.
+    """
     for lane in lanes:
-        _check(lane, work, limits)
+        if lane.score.status != "missing":
+            _check(lane, work.tolerance)
     ceiling, amount = device.binding(work.operations, work.bytes, work.arithmetic)
     rates: list[float] = []
     thrown_away, interrupted, began = 0, False, time.perf_counter()
@@ -104,49 +85,37 @@ def run(work: Work, lanes: Sequence[Lane], device: Device, limits: Limits) -> Ke
         interrupted = True
     finally:
         for lane in lanes:
-            lane.close()
-    ended = time.perf_counter()
+            if lane.entrant:
+                lane.entrant.close()
+    gpu = device.state(began, time.perf_counter())
     best_peer = _score(lanes, amount, rates, limits)
-    result = KernelResult(
-        problem=work.problem,
-        op=work.op,
-        parameters=work.parameters,
-        operations=work.operations,
-        bytes=work.bytes,
+    result = replace(
+        work,
         arithmetic=work.arithmetic if work.arithmetic in device.ceilings else "bf16",
-        tolerance=work.tolerance,
         floor_seconds=significant(amount / (median(rates) if rates else ceiling.usual)),
         rounds=len(rates),
         thrown_away=thrown_away,
         best_peer=best_peer,
         scores=[lane.score for lane in lanes],
-        gpu=device.state(began, ended),
+        gpu=gpu,
     )
     if interrupted:
         raise Interrupted(result)
     return result
 
 
-def _check(lane: Lane, work: Work, limits: Limits) -> None:
-    if lane.missing:
-        lane.score = replace(lane.score, status="missing", message=lane.missing)
-        return
+def _check(lane: Lane, tolerance: float | None) -> None:
     try:
         lane.entrant = lane.enter()
         error = lane.entrant.check()
-    except Refused as refusal:
-        lane.score = replace(lane.score, status="missing", message=str(refusal))
-        lane.close()
+    except Dropped as dropped:
+        lane.drop(*dropped.args)
         return
-    except (TooLong, Failed) as failure:
-        lane.out(failure, limits.call)
-        return
-    tolerance = work.tolerance if lane.tolerance is None else lane.tolerance
+    allowed = tolerance if lane.score.tolerance is None else lane.score.tolerance
     if error is not None:
-        lane.score = replace(lane.score, error=significant(error) if isfinite(error) else None)
-        if tolerance is not None and not error <= tolerance:
-            lane.score = replace(lane.score, status="wrong")
-            lane.close()
+        lane.note(error=significant(error) if isfinite(error) else None)
+        if allowed is not None and not error <= allowed:
+            lane.drop("wrong")
 
 
 def _rounds(lanes: list[Lane], ceiling: Ceiling, rates: list[float], limits: Limits) -> int:
@@ -158,7 +127,7 @@ def _rounds(lanes: list[Lane], ceiling: Ceiling, rates: list[float], limits: Lim
             break
         if len(rates) >= ENOUGH and all(_narrow(lane.samples) for lane in lanes):
             break
-        taken = _round(lanes, len(rates) + thrown_away, limits.call)
+        taken = _round(lanes, len(rates) + thrown_away)
         after = ceiling.rate()
         low, high = sorted((before, after))
         if len(taken) < len(lanes):  # a contestant dropped out
@@ -173,7 +142,7 @@ def _rounds(lanes: list[Lane], ceiling: Ceiling, rates: list[float], limits: Lim
     return thrown_away
 
 
-def _round(lanes: list[Lane], number: int, limit: float) -> list[float]:
+def _round(lanes: list[Lane], number: int) -> list[float]:
     """The seconds of each lane's call; fewer than lanes where one dropped out.
 
     No two calls in a row take the same inputs; a lane takes all of them in the end, since the stride is odd.
@@ -186,8 +155,9 @@ def _round(lanes: list[Lane], number: int, limit: float) -> list[float]:
         assert lane.entrant is not None
         try:
             taken[which] = lane.entrant.time(number * stride + which)
-        except (TooLong, Failed) as error:
-            lane.out(error, limit)
+        except Dropped as dropped:
+            status, message = dropped.args
+            lane.drop("failed" if status == "missing" else status, message)  # it took the call before
             del taken[which]
             continue
         lane.best = taken[which] if lane.best is None else min(lane.best, taken[which])
@@ -205,13 +175,12 @@ def _score(lanes: Sequence[Lane], amount: float, rates: list[float], limits: Lim
     if len(rates) < (FEWEST if limits.pick else 1):
         for lane in timed:
             best = "" if lane.best is None else f"; the best of all rounds took {duration(lane.best)}"
-            lane.score = replace(lane.score, status="timeout", message=f"too few quiet rounds{best}")
+            lane.note(status="timeout", message=f"too few quiet rounds{best}")
         return None
-    best_peer = min((p for p in timed if not p.ours), key=lambda lane: median(lane.samples), default=None)
+    best_peer = min((p for p in timed if not p.score.ours), key=lambda lane: median(lane.samples), default=None)
     for lane in timed:
         low, high = interval(lane.samples)
-        lane.score = replace(
-            lane.score,
+        lane.note(
             seconds=significant(median(lane.samples)),
             low=significant(low),
             high=significant(high),
@@ -220,8 +189,8 @@ def _score(lanes: Sequence[Lane], amount: float, rates: list[float], limits: Lim
         )
         if best_peer is not None:
             ratios = [b / t for b, t in zip(best_peer.samples, lane.samples, strict=True)]
-            lane.score = replace(lane.score, speedup=significant(median(ratios)))
-            if lane.ours:
+            lane.note(speedup=significant(median(ratios)))
+            if lane.score.ours:
                 low, high = map(significant, interval(ratios))
-                lane.score = replace(lane.score, speedup_low=low, speedup_high=high)
-    return best_peer.name if best_peer else None
+                lane.note(speedup_low=low, speedup_high=high)
+    return best_peer.score.contestant if best_peer else None

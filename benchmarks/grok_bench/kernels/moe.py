@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .case import BF16_ERROR, EIGHT_BIT_ERROR, TURNS, Case, copies
-from .data import BYTES, Last, Rows, Weights, routing
+from .data import BYTES, Rows, Weights, kept, routing
 from .gemm import parts
 from .ours import quantize
 from .problems import Problem
@@ -73,9 +73,6 @@ class QuantizedLayer(Layer):
         return (*self.quantized, *super().args[1:-1])
 
 
-_last: Last[list[tuple[Weights, Weights]]] = Last()
-
-
 def build(p: Problem, device: str, cold: int) -> Case:
     m, t, fmt = p.shape, p.number("tokens"), str(p["format"])
     e, a, d, f = m.num_experts, m.num_experts_per_tok, m.d_model, m.d_ff
@@ -87,8 +84,9 @@ def build(p: Problem, device: str, cold: int) -> Case:
         w13, w2 = (Weights.random(e, n, k, weight_format, device) for n, k in sizes)
         return w13, w2
 
-    pairs = _last.get(
-        (e, d, f, weight_format, device, cold), lambda: [pair() for _ in range(copies(stored * weight_bytes, cold))]
+    pairs = kept(
+        (p.op, e, d, f, weight_format, device, cold),
+        lambda: [pair() for _ in range(copies(stored * weight_bytes, cold))],
     )
     made, row_bytes = (QuantizedLayer, 1) if p.op == "moe_fp8" else (Layer, 2)
     inputs = [
