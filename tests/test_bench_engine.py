@@ -20,7 +20,7 @@ from grok_bench.engine.drive import Run, drive, joined
 from grok_bench.engine.measurement import summarise
 from grok_bench.engine.metrics import Record, good, latencies, parse_slo, percentiles
 from grok_bench.engine.setup import check_memory, find_model, kv_bytes
-from grok_bench.engine.workload import Job, arrivals, check_jobs, random_jobs, warmup_jobs
+from grok_bench.engine.workload import Job, arrivals, random_jobs, warmup_jobs
 from grok_engine import ConfigError, LLMEngine, ModelConfig, RequestOutput
 from grok_engine.cli import main
 from grok_engine.config import PRESETS
@@ -164,13 +164,6 @@ def test_random_lengths_fill_their_range() -> None:
     assert min(job.output_len for job in random_jobs(50, input_len=1, output_len=1, vocab_size=9, range_ratio=0.9)) == 1
 
 
-def test_jobs_that_do_not_fit_are_refused_with_their_numbers() -> None:
-    with pytest.raises(ValueError, match=r"request 1 has 5 prompt tokens and 4 to come, 9 in all, .*max_model_len=8"):
-        check_jobs([Job(prompt=[1], output_len=1), Job(prompt=[1] * 5, output_len=4)], vocab_size=9, max_model_len=8)
-    with pytest.raises(ValueError, match=r"request 0: token id 9 is not in the vocabulary, 0\.\.8"):
-        check_jobs([Job(prompt=[1, 9], output_len=1)], vocab_size=9, max_model_len=8)
-
-
 # Driving an engine
 
 
@@ -181,12 +174,11 @@ def engine() -> LLMEngine:
 
 def test_every_request_gets_its_tokens_and_their_times(engine: LLMEngine) -> None:
     jobs = random_jobs(6, input_len=9, output_len=5, vocab_size=256, range_ratio=0.5)
-    times, seen = [0.0, 0.0, 0.03, 0.03, 0.06, 0.06], list[int]()
-    run = drive(engine, jobs, times, progress=seen.append)
+    times = [0.0, 0.0, 0.03, 0.03, 0.06, 0.06]
+    run = drive(engine, jobs, times)
     assert [r.arrival for r in run.records] == times
     assert [len(r.times) for r in run.records] == [job.output_len for job in jobs]
     assert all(r.finished and r.times == sorted(r.times) and r.times[0] > r.arrival for r in run.records)
-    assert seen == [1, 2, 3, 4, 5, 6]
     assert run.seconds >= max(r.times[-1] for r in run.records)
 
 
@@ -315,7 +307,10 @@ def test_ctrl_c_before_the_measurement_leaves_no_file(tmp_path: Path, monkeypatc
         (["latency", "--dummy", "--set", "d_fff=8"], "unknown key 'd_fff'"),
         (["latency", "--dummy", "--set", "d_model=many"], "d_model='many' is not an integer"),
         (["latency", "--batch-size", "65"], "--batch-size 65 is more than --max-num-seqs 64"),
-        (["latency", "--input-len", "500"], "500 prompt tokens and 128 to come, 628 in all"),
+        (
+            ["latency", "--input-len", "500"],
+            "500 prompt tokens and 128 to come, 628 in all, more than max_model_len=512",
+        ),
         (["latency", "--num-iters", "0"], "--num-iters"),
         (["latency", "--output-len", "40", "--num-pages", "2"], "needs 5 pages of keys and values, there are 2"),
         (["latency", "--json", "/nonexistent/result.json"], "there is no folder /nonexistent"),

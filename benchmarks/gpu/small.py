@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import sys
 from fnmatch import fnmatch
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import grok_kernels
+from grok_bench.kernels.case import error
 from tests.gpu.full_size import CALLS, DEVICE, ON_GPU, Call
 from tests.kernels.on_device import carried
 
@@ -65,40 +65,32 @@ def main() -> int:
 def _differences(c: Call, t: int, backend: str, on: str) -> list[str]:
     """What is wrong with this call. NotImplementedError where the backend does not take it."""
     args, again = c.make(t, 1), c.make(t, 1)  # some are written in place
-    function = getattr(grok_kernels, c.op)
-    run = function if ON_GPU else carried(function, on)
     with grok_kernels.use_backend(backend):
-        got = (*_tuple(run(**args)), *(args[name] for name in c.written))
+        if ON_GPU:
+            got = c(args)
+        else:
+            found = carried(getattr(grok_kernels, c.op), on)(**args)
+            got = (*(found if isinstance(found, tuple) else (found,)), *(args[name] for name in c.written))
     with grok_kernels.use_backend("reference"):
-        expected = (*_tuple(function(**again)), *(again[name] for name in c.written))
-    found = [
+        expected = c(again)
+    wrong = [
         f"{c}, {t} tokens: off by {off:.1e}"
         for a, b in zip(got, expected, strict=True)
-        if not (off := _distance(a, b)) <= (0.0 if a.dtype in (torch.int32, torch.int64) else BOUND)
+        if not (off := error(a.float(), b.float())) <= (0.0 if a.dtype in (torch.int32, torch.int64) else BOUND)
     ]
     if ON_GPU and c.rows and t > 1:
-        own = {name: args[name][:1].clone() for name in c.rows if args[name] is not None}
+        own = c.part(args, slice(0, 1))
         if c.op == "paged_attention":
             own["query_start"] = args["query_start"][:2]
         with grok_kernels.use_backend(backend):
-            alone = _tuple(function(**{**args, **own}))
-        pairs = zip(alone, got, strict=False)  # got also has what was written in place
-        if any(len(a) == 1 and not _same(a[:1], b[:1]) for a, b in pairs):
-            found.append(f"{c}, {t} tokens: the first row has other bits alone")
-    return found
+            alone = c(own)
+        if any(len(a) == 1 and not torch.equal(_bits(a), _bits(b[:1])) for a, b in zip(alone, got, strict=True)):
+            wrong.append(f"{c}, {t} tokens: the first row has other bits alone")
+    return wrong
 
 
-def _tuple(results: Any) -> tuple[Tensor, ...]:
-    return results if isinstance(results, tuple) else (results,)
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    norm = torch.linalg.vector_norm
-    return float(norm(a.float() - b.float()) / norm(b.float()).clamp(min=1e-30))
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+def _bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
 
 
 if __name__ == "__main__":

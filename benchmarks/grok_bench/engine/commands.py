@@ -14,7 +14,6 @@ from grok_engine.config import ActFormat, DType, KVDType, WeightFormat
 from .drive import Run, drive, joined
 from .measurement import Measurement
 from .metrics import parse_slo
-from .progress import request_progress
 from .workload import arrivals, random_jobs, warmup_jobs
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -89,12 +88,10 @@ def latency(batch_size: int, num_iters_warmup: int, num_iters: int, **options: A
     jobs = random_jobs(count, vocab_size=measurement.config.model.vocab_size, seed=measurement.seed, **lengths)
     engine = measurement.start(jobs[warmup:], jobs[:warmup], at_once=batch_size)
     runs: list[Run] = []
-    with request_progress(num_iters, "iterations") as show:
-        for first in range(warmup, count, batch_size):
-            runs.append(drive(engine, jobs[first : first + batch_size]))
-            if runs[-1].interrupted:
-                break
-            show(len(runs))
+    for first in range(warmup, count, batch_size):
+        runs.append(drive(engine, jobs[first : first + batch_size]))
+        if runs[-1].interrupted:
+            break
     parameters = {**lengths, "batch_size": batch_size, "num_iters": num_iters, "num_iters_warmup": num_iters_warmup}
     whole = [run.seconds for run in runs if not run.interrupted]
     measurement.finish("latency", parameters, joined(runs), batch_seconds=whole)
@@ -158,8 +155,7 @@ def _serve(
     vocab_size, seed = measurement.config.model.vocab_size, measurement.seed
     jobs = random_jobs(count, vocab_size=vocab_size, range_ratio=ratio, seed=seed, **lengths)
     engine = measurement.start(jobs, warmup_jobs(jobs, warmups, vocab_size=vocab_size, seed=seed))
-    with request_progress(len(jobs)) as show:
-        run = drive(engine, jobs, arrivals(count, rate, burstiness, seed), max_concurrency, show)
+    run = drive(engine, jobs, arrivals(count, rate, burstiness, seed), max_concurrency)
     traffic = {"random_range_ratio": ratio, "num_requests": count, **shown, "num_warmups": warmups}
     measurement.finish(protocol, {**lengths, **traffic}, run, slo=slo)
 

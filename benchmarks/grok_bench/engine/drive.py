@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
@@ -27,7 +27,6 @@ def drive(
     jobs: Sequence[Job],
     times: Sequence[float] | None = None,
     max_concurrency: int | None = None,
-    progress: Callable[[int], None] = lambda done: None,
 ) -> Run:
     """Send every job at its time, or when one of `max_concurrency` under way ends; step until all are done.
 
@@ -58,7 +57,6 @@ def drive(
                     record.finished, record.error = answer.error is None, answer.error
                     heappush(free, now)
                     done += 1
-                    progress(done)
     except KeyboardInterrupt:
         run.interrupted = True
     run.seconds = time.perf_counter() - began

@@ -17,7 +17,7 @@ from grok_engine.loading.random import weight_bytes
 from grok_engine.runtime.pages import page_bytes
 from grok_engine.runtime.runner import CPU_KV_BYTES, KV_DTYPES
 
-from .workload import Job, check_jobs
+from .workload import Job
 
 
 def find_model(
@@ -54,7 +54,13 @@ def load(
 
     ValueError, before anything is loaded, where a job does not fit, or the model does not fit into memory.
     """
-    check_jobs(jobs, vocab_size=config.model.vocab_size, max_model_len=config.max_len)
+    for i, job in enumerate(jobs):
+        prompt, new = len(job.prompt), job.output_len
+        if prompt + new > config.max_len:
+            raise ValueError(
+                f"request {i} has {prompt} prompt tokens and {new} to come, {prompt + new} in all, more than "
+                f"max_model_len={config.max_len}"
+            )
     check_memory(config, folder)
     began = time.perf_counter()
     with byte_bar("loading") as progress:

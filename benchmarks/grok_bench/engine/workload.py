@@ -60,20 +60,6 @@ def arrivals(count: int, request_rate: float, burstiness: float = 1.0, seed: int
     return times
 
 
-def check_jobs(jobs: Sequence[Job], *, vocab_size: int, max_model_len: int) -> None:
-    """ValueError for the first that the engine would refuse."""
-    for i, job in enumerate(jobs):
-        need = len(job.prompt) + job.output_len
-        if need > max_model_len:
-            raise ValueError(
-                f"request {i} has {len(job.prompt)} prompt tokens and {job.output_len} to come, {need} in all, "
-                f"more than max_model_len={max_model_len}"
-            )
-        for token in job.prompt:
-            if not 0 <= token < vocab_size:
-                raise ValueError(f"request {i}: token id {token} is not in the vocabulary, 0..{vocab_size - 1}")
-
-
 def _generator(seed: int, stream: int) -> np.random.Generator:
     return np.random.default_rng((seed, stream))
 

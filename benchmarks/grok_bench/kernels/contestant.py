@@ -37,7 +37,6 @@ class Contestant:
     within: Callable[[], AbstractContextManager[Any]] = nullcontext  # around each call, outside its time
     tolerance: float | None = None  # where not the problem's
     weight_bytes: float | None = None  # of a weight in its own copy; None: it takes them as they are
-    graph: bool = True  # may be captured in a CUDA graph
     on_request: bool = False  # takes part only where a pattern names it
     compiles: bool = False  # its first call takes seconds: left out of smoke runs
 

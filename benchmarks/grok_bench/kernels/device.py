@@ -92,7 +92,7 @@ class Device:
     def flush(self) -> None:
         """Evict the caches before a call. Not on a CPU, where that would evict the instructions, too: see `cold`."""
 
-    def ready(self, call: Callable[[], Any], graph: bool = True) -> Callable[[], Any]:
+    def ready(self, call: Callable[[], Any]) -> Callable[[], Any]:
         """What to time in place of `call`, which has run once."""
         return call
 
@@ -202,10 +202,8 @@ class Cuda(Device):
         # while this runs the host gets ahead, so that the call's launch is not in its time
         self._scratch.zero_()
 
-    def ready(self, call: Callable[[], Any], graph: bool = True) -> Callable[[], Any]:
+    def ready(self, call: Callable[[], Any]) -> Callable[[], Any]:
         """A replay of the call captured in a CUDA graph; the call itself where it cannot be captured."""
-        if not graph:
-            return call
         try:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())

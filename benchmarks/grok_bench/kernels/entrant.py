@@ -59,7 +59,7 @@ class Local:
                 for i in inputs:
                     call = first if i is inputs[0] else c.bind(i)
                     call()  # warm-up
-                    self.calls.append(where.ready(call, c.graph))
+                    self.calls.append(where.ready(call))
         return found
 
     def time(self, turn: int) -> float:
