@@ -47,16 +47,15 @@ def test_what_becomes_of_processes(tmp_path: Path) -> None:
         python("good", "import os; print('1 passed', os.environ['X'])", env={"X": "here"}),
         python("bad", "raise SystemExit('wrong numbers')"),
         python("unable", f"print('there is no GPU'); raise SystemExit({SKIPPED})"),
-        python("refused", "print('==ERROR== not supported'); raise SystemExit(1)", refusals=("not supported",)),
         Command("absent", ("no-such-tool", "--version")),
     )  # fmt: skip
     assert {name: o.status for name, o in found.items()} == {
-        "good": "passed", "bad": "failed", "unable": "missing", "refused": "missing", "absent": "missing",
+        "good": "passed", "bad": "failed", "unable": "missing", "absent": "missing",
     }  # fmt: skip
     assert found["good"].said == "1 passed here"
     assert found["bad"].said == "status 1; wrong numbers"
     assert found["absent"].said == "no-such-tool is not on the path"
-    assert {name for name, o in found.items() if o.bad} == {"bad", "unable", "refused", "absent"}
+    assert {name for name, o in found.items() if o.bad} == {"bad", "unable", "absent"}
     assert "wrong numbers" in (tmp_path / "bad.log").read_text()
 
 

@@ -27,12 +27,11 @@ EVERY = 10.0  # seconds between saves
 
 @dataclass(frozen=True)
 class Command:
-    """One process. `refusals` in its log mean that the tool cannot work on this machine: it is missing."""
+    """One process."""
 
     name: str
     argv: Sequence[str]
     env: Mapping[str, str] = field(default_factory=dict)
-    refusals: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -159,36 +158,25 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """Interrupt the process groups, and kill what is left after GRACE."""
     for number, grace in ((signal.SIGINT, GRACE), (signal.SIGKILL, 1.0)):
         for process in processes:
-            _signal(process, number)
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, number)  # children that outlived it, too
         end = time.monotonic() + grace
         while any(process.poll() is None for process in processes) and time.monotonic() < end:
             time.sleep(0.05)
-        if number == signal.SIGINT and all(process.poll() is not None for process in processes):
-            for process in processes:
-                _signal(process, signal.SIGKILL)  # children that outlived it
-            return
-
-
-def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, number)
 
 
 def _judged(stage: Stage, r: _Running, late: float | None) -> Outcome:
     """The outcome of a process that ended; `late`: the seconds it had, if they were over."""
-    command, code, lines = r.command, r.process.returncode, _tail(r.log)
-    said = lines[-1] if lines else ""
-    refused = next((line for line in lines if any(word in line for word in command.refusals)), None)
+    code, said = r.process.returncode, (_tail(r.log) or [""])[-1]
     if code == SKIPPED:
         status: Status = "missing"
     elif late is not None:
         status, said = "timed out", f"after {late:.0f} s; {said}"
-    elif refused is not None:
-        status, said = "missing", refused
+    elif code:
+        status, said = "failed", f"status {code}; {said}"
     else:
-        status = "failed" if code else "passed"
-        said = f"status {code}; {said}" if code else said
-    return _outcome(stage, command.name, status, time.monotonic() - r.began, said, r.log, code)
+        status = "passed"
+    return _outcome(stage, r.command.name, status, time.monotonic() - r.began, said, r.log, code)
 
 
 def _outcome(

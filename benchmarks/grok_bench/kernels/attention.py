@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .case import TURNS, Case, copies
+from .contestant import Contestant
 from .data import Once, kept
 from .problems import Problem
 
@@ -126,8 +127,18 @@ def capped(p: Problem) -> bool:
     return bool(p.shape.attn_softcap or p.shape.attn_temperature_len)
 
 
+def without_softcap(c: Contestant) -> Contestant:
+    """The same contestant without softcap and temperature, where the model has them, checked against that."""
+    return replace(c, name=f"{c.name}, no softcap", instead=plain, enters=lambda p: c.enters(p) and capped(p))
+
+
+def uncapped(c: Contestant) -> Contestant:
+    """The same contestant where the model has neither."""
+    return replace(c, enters=lambda p: c.enters(p) and not capped(p))
+
+
 def plain(inputs: Attend) -> Attend:
-    """The same without softcap and temperature, which torch's own attention lacks."""
+    """The same call without softcap and temperature."""
     return replace(inputs, softcap=0.0, temperature_len=0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,16 +20,9 @@ def copies(size: float, cold: int, most: int = MOST_TURNS) -> int:
     return min(most, max(1, -(-cold // max(1, int(size)))))
 
 
-class Inputs(Protocol):
-    """One call's. `args` are those of the op in `grok_kernels`, in order, with weights as `Weights`."""
-
-    @property
-    def args(self) -> tuple[Any, ...]: ...
-
-
 @dataclass(frozen=True)
 class Plain:
-    """Inputs that are only the arguments."""
+    """One call's inputs: the arguments of the op in `grok_kernels`, in order, with weights as `Weights`."""
 
     args: tuple[Any, ...]
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from . import cases, contestant, ours, peers_cpu, peers_gpu, peers_torch
-from .attention import capped, plain
+from .attention import without_softcap
 from .contestant import Contestant, register
 from .device import device
 from .entrant import Local
@@ -40,7 +40,7 @@ def _add_ours() -> None:
             register(one)
             if op == "paged_attention" and backend != "reference":
                 # the same work as peers without a softcap
-                register(replace(one, name=f"{one.name}, no softcap", instead=plain, enters=capped))
+                register(without_softcap(one))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .attention import Attend, Cache, capped, plain
+from .attention import Attend, uncapped, without_softcap
 from .contestant import Call, Contestant, register
 from .data import Rows, Weights
 from .gemm import Product
@@ -35,8 +35,16 @@ def add() -> None:
             devices=("cuda",), enters=lambda p: p["format"] == "fp8xfp8",
         )
     )  # fmt: skip
-    _attention("torch sdpa, no pages", _sdpa)
-    _attention("torch sdpa, the heads of a group as queries", _sdpa_heads_as_queries, decode=True)
+    for name, bind, phases in (
+        ("torch sdpa, no pages", _sdpa, ("decode", "prefill")),
+        ("torch sdpa, the heads of a group as queries", _sdpa_heads_as_queries, ("decode",)),
+    ):
+
+        def enters(p: Problem, phases: tuple[str, ...] = phases) -> bool:
+            return p["kv"] == "bf16" and p.family.phase in phases
+
+        one = Contestant(name=name, op="paged_attention", bind=bind, weight_bytes=2, enters=enters)
+        register(uncapped(one), without_softcap(one))
     register(
         Contestant(
             name="torch FlexAttention, no pages", op="paged_attention", bind=_flex, devices=("cuda",), compiles=True,
@@ -106,19 +114,6 @@ def _scaled_grouped_mm(inputs: Product) -> Call:
 # Attention
 
 
-def _attention(name: str, bind: Callable[[Attend], Call], decode: bool = False) -> None:
-    """A contestant without softcap and temperature, named so where the model has them."""
-
-    def fits(p: Problem) -> bool:
-        return p["kv"] == "bf16" and (not decode or p.family.phase == "decode")
-
-    one = Contestant(
-        name=name, op="paged_attention", bind=bind, weight_bytes=2, enters=lambda p: fits(p) and not capped(p)
-    )
-    without = replace(one, name=f"{name}, no softcap", instead=plain, enters=lambda p: fits(p) and capped(p))
-    register(one, without)
-
-
 def _sdpa(a: Attend) -> Call:
     k, v = a.cache.contiguous()
     q = a.q_THC.unflatten(0, (-1, a.queries)).transpose(1, 2)
@@ -168,13 +163,10 @@ def _flex(a: Attend) -> Call:
 
     k, v = a.cache.contiguous()
     q = a.q_THC.unflatten(0, (-1, t)).transpose(1, 2)
-    mask = a.cache.once(f"mask {t}", lambda cache: _mask(create_block_mask, seen, t, cache))
+    device = str(k.device)
+    mask = a.cache.once(f"mask {t}", lambda _: create_block_mask(seen, None, None, t, length, device=device))
     attend = partial(_flex_compiled(), q, k, v, score_mod=score, block_mask=mask, scale=a.scale, enable_gqa=True)
     return lambda: attend().transpose(1, 2).flatten(0, 1)
-
-
-def _mask(make: Callable[..., Any], seen: Callable[..., Tensor], queries: int, cache: Cache) -> Any:
-    return make(seen, None, None, queries, cache.length, device=str(cache.table.device))
 
 
 # Row-wise ops in plain torch
