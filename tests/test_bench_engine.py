@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,6 @@ from grok_engine.cli import main
 from grok_engine.config import PRESETS
 from grok_engine.loading.random import weight_bytes
 
-ROOT = Path(__file__).resolve().parents[1]
 Captured = pytest.CaptureFixture[str]
 SMALL = {"d_model": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "vocab_size": 256, "max_position": 256}
 SIZES = [*(f"{name}={value}" for name, value in SMALL.items()), "d_ff=64"]
@@ -359,15 +355,3 @@ def test_the_bytes_of_keys_and_values_are_those_that_the_engine_takes(options: d
 
 def test_an_override_of_the_head_size_changes_the_scale_with_it() -> None:
     assert find_model("grok-1", dummy=True, overrides=["head_dim=64"])[0].model.attn_scale == 0.125
-
-
-def test_help_does_not_import_the_benchmarks() -> None:
-    program = (
-        "import sys; from grok_engine.cli import main; main(['--help']); "
-        "assert not [m for m in sys.modules if m.startswith('grok_bench')]; "
-        "main(['bench', '--help']); assert 'grok_bench.cli' in sys.modules"
-    )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / f) for f in (".", "kernels", "benchmarks"))}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, check=False)
-    assert done.returncode == 0, done.stderr
-    assert all(word in done.stdout for word in ("bench", "latency", "throughput", "serve"))

@@ -145,12 +145,8 @@ def test_a_part_ends_in_time_and_keeps_what_it_has(tmp_path: Path, monkeypatch: 
     began = time.monotonic()
     found = run_part(stages, tmp_path, 3.0, lambda: kept.append(len(list(tmp_path.iterdir()))), lambda line: None)
     assert time.monotonic() - began < 6
-    assert [(o.command, o.status) for o in found] == [
-        ("good", "passed"),
-        ("after-good", "timed out"),
-        ("late", "missing"),
-    ]
-    assert [o.bad for o in found] == [False, False, True]
+    said = [(o.command, o.status, o.bad) for o in found]
+    assert said == [("good", "passed", False), ("after-good", "timed out", False), ("late", "missing", True)]
     assert len(kept) > 5
     assert kept[0] == 1
 
@@ -366,15 +362,6 @@ def test_the_engine_s_commands_without_a_gpu(tmp_path: Path, capsys: pytest.Capt
                 assert "no device 'cuda' here" in said or "device='cuda' cannot be used" in said
                 ran += 1
     assert ran == 5
-
-
-@no_gpu
-def test_the_tests_without_a_gpu(tmp_path: Path) -> None:
-    (stage,) = (s for s in second(Run(tmp_path)) if s.name == "engine")
-    found = next(iter(outcomes(tmp_path, *stage.commands([])[:1]).values()))
-    assert found.status == "failed"
-    assert "GROK_TEST_DEVICE=cuda, and there is no GPU" in found.said
-    assert "Traceback" not in found.log.read_text()
 
 
 def test_the_tests_for_a_gpu_work(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -34,28 +33,15 @@ def invoke(command: click.Command, *args: object) -> Result:
 # --- numbers
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0, "0"), (0.0123, "0.0123"), (1.3, "1.30"), (9.996, "10.0"), (340.4, "340"), (12345.6, "12,346"), (-2, "-2.00")],
-)
-def test_digits(value: float, text: str) -> None:
-    assert digits(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(2.5e-7, "0.250 µs"), (4.03e-4, "403 µs"), (9.999e-4, "1.00 ms"), (0.9999, "1.00 s"), (75, "75.0 s")],
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-def test_interval_and_amount_keep_their_unit() -> None:
+def test_numbers_have_three_digits_and_a_unit() -> None:
+    values = (0, 0.0123, 1.3, 9.996, 340.4, 12345.6, -2)
+    assert [*map(digits, values)] == ["0", "0.0123", "1.30", "10.0", "340", "12,346", "-2.00"]
+    seconds = (2.5e-7, 4.03e-4, 9.999e-4, 0.9999, 75)
+    assert [*map(duration, seconds)] == ["0.250 µs", "403 µs", "1.00 ms", "1.00 s", "75.0 s"]
     assert interval(0.001, 0.00098, 0.00104) == "[0.980, 1.04]"
     assert interval(0.001, None, None) == ""
-    assert amount(4.5e10, "B/s") == "45.0 GB/s"
-    assert amount(999.9e9, "FLOP") == "1.00 TFLOP"
-    assert amount(12, "B") == "12.0 B"
+    amounts = ((4.5e10, "B/s"), (999.9e9, "FLOP"), (12, "B"))
+    assert [amount(*a) for a in amounts] == ["45.0 GB/s", "1.00 TFLOP", "12.0 B"]
 
 
 # --- tables
@@ -297,26 +283,13 @@ def test_the_committed_summary_is_of_the_committed_results(tmp_path: Path) -> No
     assert len(text.splitlines()) <= 200
 
 
-def test_without_matplotlib_one_line_says_what_to_install(files: tuple[Path, Path, Path]) -> None:
-    """In a process of its own, since whoever ran before may have imported it."""
-    code = f"""
-import sys
-sys.modules["matplotlib"] = None
-from grok_bench.report.commands import report_command
-for option in (["--html", "/nonexistent"], ["--figure", "/nonexistent"]):
-    try:
-        report_command.main([{str(files[0])!r}, *option], standalone_mode=False)
-    except ValueError as error:
-        print(error)
-report_command.main([{str(files[0])!r}], standalone_mode=False)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environ())
-    line = "figures need matplotlib: pip install 'grok-engine[bench]'"
-    assert done.stdout.splitlines()[:2] == [line, line]
-    assert "moe/grok-1/decode/fp8-even-t1" in done.stdout
-
-
-def environ() -> dict[str, str]:
-    import os
-
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+def test_without_matplotlib_one_line_says_what_to_install(
+    files: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # type: ignore[arg-type]
+    for option in ("--html", "--figure"):
+        with pytest.raises(ValueError, match=r"figures need matplotlib: pip install 'grok-engine\[bench\]'"):
+            invoke(report_command, files[0], option, "/nonexistent")
+    assert "moe/grok-1/decode/fp8-even-t1" in invoke(report_command, files[0]).output
