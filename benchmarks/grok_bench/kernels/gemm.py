@@ -94,7 +94,11 @@ def footprint(p: Problem) -> float:
     return 2 * e * n * k * weight + 8 * n * k + TURNS * 3 * rows * k + 6 * rows * n
 
 
+def product(x_MK: Tensor, weights: Weights, rows: Rows) -> Tensor:
+    """y (M, N) in fp32: each expert's rows by its matrix."""
+    return torch.cat([x_MK[rows.part(e)].float() @ weights.float(e).t() for e in rows.hit])
+
+
 def exact(inputs: Product) -> Tensor:
-    """The product in fp32, of the rows before they were quantised."""
-    w = inputs.weights
-    return torch.cat([inputs.x_MK[inputs.rows.part(e)].float() @ w.float(e).t() for e in inputs.rows.hit])
+    """The product of the rows before they were quantised."""
+    return product(inputs.x_MK, inputs.weights, inputs.rows)

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from .case import BF16_ERROR, EIGHT_BIT_ERROR, TURNS, Case, copies
 from .data import BYTES, Rows, Weights, kept, routing
-from .gemm import parts
+from .gemm import parts, product
 from .ours import quantize
 from .problems import Problem
 
@@ -123,13 +123,13 @@ def with_silu(inputs: Layer) -> Layer:
     return replace(inputs, activation="silu")
 
 
-def exact(layer: Layer) -> Tensor:
-    """The layer in fp32."""
+def composed(run: Callable[[Tensor, Any, Rows], Tensor], layer: Layer, w13: Any, w2: Any) -> Tensor:
+    """The layer in fp32, of two grouped products: `run` takes grouped rows (M, K) and either matrix."""
+    gate, up = run(layer.x_TD[layer.tokens], w13, layer.rows).chunk(2, dim=-1)
+    out = run(ACTIVATIONS[layer.activation](gate) * up, w2, layer.rows)
     y_TD = torch.zeros(layer.x_TD.shape, device=layer.x_TD.device)
-    for e in layer.rows.hit:
-        part = layer.rows.part(e)
-        tokens = layer.tokens[part]
-        gate, up = (layer.x_TD[tokens].float() @ layer.w13.float(e).t()).chunk(2, dim=-1)
-        out = (ACTIVATIONS[layer.activation](gate) * up) @ layer.w2.float(e).t()
-        y_TD.index_add_(0, tokens, out * layer.weights[part, None])
-    return y_TD
+    return y_TD.index_add_(0, layer.tokens, out.float() * layer.weights[:, None])
+
+
+def exact(layer: Layer) -> Tensor:
+    return composed(product, layer, layer.w13, layer.w2)

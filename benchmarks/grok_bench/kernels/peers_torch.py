@@ -15,7 +15,7 @@ from .attention import Attend, uncapped, without_softcap
 from .contestant import Call, Contestant, register
 from .data import Rows, Weights
 from .gemm import Product
-from .moe import ACTIVATIONS, Layer
+from .moe import Layer, composed
 from .problems import Problem
 
 Pack = Callable[[Weights], Any]
@@ -66,7 +66,8 @@ def products(
         return partial(run, inputs.x_MK, inputs.weights.once(name, pack), inputs.rows)
 
     def layer(inputs: Layer) -> Call:
-        return partial(_layer, run, inputs, inputs.w13.once(name, pack), inputs.w2.once(name, pack))
+        w13, w2 = inputs.w13.once(name, pack), inputs.w2.once(name, pack)
+        return lambda: composed(run, inputs, w13, w2).to(inputs.x_TD.dtype)
 
     one = Contestant(
         name=name, op="grouped_gemm", bind=product, devices=devices, enters=enters, missing=missing,
@@ -82,14 +83,6 @@ def loop(linear: Callable[[Tensor, Any], Tensor]) -> Run:
         return torch.cat([linear(x_MK[rows.part(e)], packed[e]) for e in rows.hit])
 
     return run
-
-
-def _layer(run: Run, layer: Layer, packed13: Any, packed2: Any) -> Tensor:
-    gate, up = run(layer.x_TD[layer.tokens], packed13, layer.rows).chunk(2, dim=-1)
-    out = run(ACTIVATIONS[layer.activation](gate) * up, packed2, layer.rows)
-    weighted = out.float() * layer.weights[:, None]
-    y_TD = torch.zeros(layer.x_TD.shape, device=layer.x_TD.device)
-    return y_TD.index_add_(0, layer.tokens, weighted).to(layer.x_TD.dtype)
 
 
 def _grouped_mm(x_MK: Tensor, weight_ENK: Tensor, rows: Rows) -> Tensor:
