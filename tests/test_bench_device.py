@@ -27,7 +27,7 @@ def test_the_ceiling_that_takes_longer_binds() -> None:
     if "read" not in cpu.ceilings:
         cpu.ceilings["copy"].usual = 10.0
     memory = cpu.ceilings.get("read") or cpu.ceilings["copy"]
-    assert cpu.binding(1000.0, 90.0, "fp32")[0].name == "fp32"
+    assert cpu.binding(1000.0, 90.0, "fp32") == (cpu.ceilings["fp32"], 1000.0)
     assert cpu.binding(1000.0, 90.0, "bf16") == (memory, 90.0)
     assert cpu.binding(1000.0, 10.0, "int8") == (cpu.ceilings["int8"], 1000.0)
     assert cpu.binding(1000.0, 10.0, "fp8") == (cpu.ceilings["bf16"], 1000.0)  # a CPU multiplies it as that

@@ -32,8 +32,9 @@ class Scripted(Ceiling):
     """Says the rates it was given, over and over."""
 
     def __init__(self, *rates: float) -> None:
-        super().__init__("read", lambda: 0.0)
         self._script, self._at = rates, -1
+        super().__init__(lambda: 0.0)
+        self._at = -1
 
     def rate(self) -> float:
         self._at += 1

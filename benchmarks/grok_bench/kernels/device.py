@@ -7,6 +7,7 @@ from bisect import insort
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,16 @@ MEMORY = ("read", "copy")  # the ceilings in bytes
 
 
 class Ceiling:
-    """A best rate: bytes a second for MEMORY, operations a second for a kind of arithmetic."""
+    """A best rate: bytes a second for MEMORY, operations a second for a kind of arithmetic. Measured for `seconds`."""
 
-    def __init__(self, name: str, measure: Callable[[], float]) -> None:
-        self.name = name
+    def __init__(self, measure: Callable[[], float], seconds: float = 0.0) -> None:
         self.usual = 0.0  # the upper quartile of all measurements: the rate of an undisturbed machine
         self._measure = measure
         self._rates: list[float] = []
+        end = time.perf_counter() + seconds
+        self.rate()
+        while time.perf_counter() < end:
+            self.rate()
 
     def rate(self) -> float:
         """Measure it now."""
@@ -39,12 +43,6 @@ class Ceiling:
         insort(self._rates, rate)
         self.usual = self._rates[len(self._rates) * 3 // 4]
         return rate
-
-    def settle(self, seconds: float) -> None:
-        end = time.perf_counter() + seconds
-        self.rate()
-        while time.perf_counter() < end:
-            self.rate()
 
 
 class Device:
@@ -57,12 +55,8 @@ class Device:
         self._scratch = self._new_scratch()
         self.ceilings: dict[str, Ceiling] = {}
         for what, measure in self._probes().items() if probed else ():
-            try:
-                measure()
-            except (RuntimeError, ValueError, NotImplementedError):
-                continue  # a type that this chip or this torch does not multiply
-            self.ceilings[what] = Ceiling(what, measure)
-            self.ceilings[what].settle(0.0 if small else SETTLE)
+            with suppress(RuntimeError, ValueError):  # a type that this chip or this torch does not multiply
+                self.ceilings[what] = Ceiling(measure, 0.0 if small else SETTLE)
 
     def binding(self, operations: float, size: float, arithmetic: str) -> tuple[Ceiling, float]:
         """The ceiling under which this work takes longest, and the work in its unit: bytes or operations."""
@@ -114,30 +108,18 @@ class Device:
         if native is None:
             return {"copy": self._copy(PROBE_BYTES), **{k: self._product(k, 1024) for k in ("bf16", "fp32", "int8")}}
         steps = 100 if self.small else PROBE_STEPS
-        peaks = {
-            kind: partial(self._rate, partial(native.probe_peak, kind, steps)) for kind in ("fp32", "bf16", "int8")
-        }
-        return {"read": self._read(native), **peaks}
-
-    def _read(self, native: Any) -> Callable[[], float]:
-        """Read successive parts of a buffer that exceeds the caches."""
         size = min(len(self._scratch) // 2, PROBE_BYTES)
-        parts = self._scratch[: len(self._scratch) // size * size].view(-1, size)
-        turn = 0
+        parts = cycle(self._scratch.split(size)[: len(self._scratch) // size])  # more than the caches hold
 
-        def read() -> int:
-            nonlocal turn
-            turn += 1
-            native.probe_read(parts[turn % len(parts)])
-            return size
+        def read() -> float:
+            part = next(parts)
+            return size / self.seconds(lambda: native.probe_read(part))
 
-        return partial(self._rate, read)
+        def peak(kind: str) -> float:
+            start = time.perf_counter()
+            return float(native.probe_peak(kind, steps)) / (time.perf_counter() - start)
 
-    def _rate(self, work: Callable[[], int]) -> float:
-        """The rate of a call that returns how much it did."""
-        done: list[int] = []
-        seconds = self.seconds(lambda: done.append(work()))
-        return done[0] / seconds
+        return {"read": read, **{kind: partial(peak, kind) for kind in ("fp32", "bf16", "int8")}}
 
     def _copy(self, size: int) -> Callable[[], float]:
         """Bytes read and written by a large copy."""
