@@ -219,7 +219,8 @@ def load(path: str | Path) -> ResultFile:
     hints = get_type_hints(ResultFile)
     try:
         kind = KINDS[_parse(hints["kind"], values.get("kind"), "kind")]
-        read: ResultFile = _members(ResultFile, values, {**hints, "results": list[kind]}, "")  # type: ignore[valid-type]
+        hints["results"] = list[kind]  # type: ignore[valid-type]
+        read: ResultFile = _members(ResultFile, values, hints, "")
         return read
     except SchemaError as error:
         raise SchemaError(f"{path}: {error}") from None
