@@ -46,8 +46,8 @@ sanitize: $(BUILT) ## run the tests of the native kernels with the address and u
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
 	  $(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels -k "cpu and not registers" $(PYTEST_ARGS)
 
-bench: $(BUILT) ## run the benchmarks
-	$(BIN)/python -m pytest benchmarks/ --benchmark-only -q $(PYTEST_ARGS)
+bench: $(BUILT) ## run the quick kernels, the runtime's overhead and a decode step of 1.30 B parameters
+	$(BIN)/grok-engine bench kernels @quick --seconds 1 --no-compile
 	$(BIN)/python -m benchmarks.bench_runtime
 	$(BIN)/python -m benchmarks.bench_step_share
 

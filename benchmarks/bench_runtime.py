@@ -1,10 +1,10 @@
-"""What the runtime adds to a model: the time of a step by part, with the forward pass left out.
+"""The runtime's overhead: the time of a decode step by part, without the forward pass.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.bench_runtime
+    OMP_NUM_THREADS=1 python -m benchmarks.bench_runtime [--steps 200]
 
-The engine is a whole one, on the small model that ships, whose runner prepares the tensors of a step and then gives
-zeros in place of hidden states, and the same random rows for logits. Its vocabulary of 1536 keeps the tensor maths of
-sampling small; what there is of it stands in a column of its own, and not in the runtime.
+The engine runs the small model that ships, with a runner that prepares a step's tensors and then returns zeros as
+hidden states and the same random logits. The tensor operations of sampling have a column of their own, and are not
+counted as runtime; the vocabulary of 1536 keeps them small.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import argparse
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
+from unittest import mock
 
-import pytest
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -33,8 +33,8 @@ from grok_engine.sampling import sampler
 RUNNING = (1, 8, 64, 256)
 QUEUED = 10_000
 PROMPT, NEW = 24, 400
-STEP_AIM, REQUEST_AIM, QUEUE_AIM = 200.0, 20.0, 1000.0  # µs: of a step, more for each request, more for QUEUED waiting
-PARTS = ("schedule", "prepare", "sample", "output")  # and what was left out: the maths on logits
+STEP_AIM, REQUEST_AIM, QUEUE_AIM = 200.0, 20.0, 1000.0  # µs: a step, plus each request, plus QUEUED waiting
+PARTS = ("schedule", "prepare", "sample", "output")
 GREEDY: dict[str, Any] = {"temperature": 0.0, "output_kind": RequestOutputKind.DELTA}
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": GREEDY,
@@ -45,7 +45,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 class StubRunner(Runner):
-    """The preparation of a step's tensors, and nothing behind it."""
+    """Prepares a step's tensors and runs no model."""
 
     def __init__(self, other: Runner, rows: int) -> None:
         self.__dict__ |= other.__dict__
@@ -64,7 +64,7 @@ class StubRunner(Runner):
 
 @dataclass
 class Steps:
-    """µs of a step: by part, and all of it; medians."""
+    """Medians over steps, in µs: each part of the runtime, the tensor operations of sampling, and the whole."""
 
     running: int
     parts: dict[str, float]
@@ -97,7 +97,7 @@ def add(engine: LLMEngine, count: int, name: str, options: dict[str, Any]) -> No
 
 @contextmanager
 def timing(spent: list[float]) -> Iterator[None]:
-    """Add to spent[0] the seconds in the tensor maths of sampling: the kernel that draws, and what reads whole rows."""
+    """Add to spent[0] the seconds in sampling's tensor operations: the kernel that draws, and what reads whole rows."""
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
@@ -108,17 +108,16 @@ def timing(spent: list[float]) -> Iterator[None]:
 
         return call
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grok_kernels, "sample_top_p", timed(grok_kernels.sample_top_p))
-        patch.setattr(torch, "log_softmax", timed(torch.log_softmax))
-        patch.setattr(sampler, "_largest", timed(sampler._largest))
-        for name in ("amax", "argmax", "topk", "gather", "sum", "nonzero", "__gt__", "__ge__", "__and__"):
-            patch.setattr(Tensor, name, timed(getattr(Tensor, name)))
+    reads = ("amax", "argmax", "topk", "gather", "sum", "nonzero", "__gt__", "__ge__", "__and__")
+    functions = [(grok_kernels, "sample_top_p"), (torch, "log_softmax"), (sampler, "_largest")]
+    with ExitStack() as patches:
+        for owner, name in (*functions, *((Tensor, name) for name in reads)):
+            patches.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name))))
         yield
 
 
 def measure(engine: LLMEngine, steps: int) -> Steps:
-    """Of steps that decode only: the prompts have to be computed already."""
+    """Time steps that only decode: every prompt must have been computed."""
     taken: list[dict[str, float]] = []
     spent = [0.0]
     running = engine.stats().scheduler.running
@@ -138,7 +137,7 @@ def measure(engine: LLMEngine, steps: int) -> Steps:
 
 
 def decoding(running: int, kind: str) -> LLMEngine:
-    """An engine in which so many requests have their prompt behind them and a few tokens, too."""
+    """An engine whose requests have finished their prompts and generated a few tokens."""
     engine = make_engine(running)
     add(engine, running, "r", KINDS[kind])
     for _ in range(8):
@@ -147,7 +146,7 @@ def decoding(running: int, kind: str) -> LLMEngine:
 
 
 def queued(running: int, steps: int) -> tuple[float, float, float]:
-    """µs of a step without and with QUEUED waiting requests, and µs to add one of those."""
+    """µs of a step without and with QUEUED waiting requests, and µs to add one of them."""
     engine = decoding(running, "greedy")
     without = measure(engine, steps)
     began = time.perf_counter()
@@ -157,25 +156,9 @@ def queued(running: int, steps: int) -> tuple[float, float, float]:
     return without.runtime, measure(engine, steps).runtime, each
 
 
-@pytest.mark.parametrize("running", RUNNING)
-@pytest.mark.parametrize("kind", KINDS)
-def bench_step(benchmark: Any, kind: str, running: int) -> None:
-    engine = decoding(running, kind)
-    benchmark.pedantic(engine.step, rounds=50)
-    found = measure(engine, 50)
-    benchmark.extra_info.update({name: round(us, 1) for name, us in found.parts.items()})
-    benchmark.extra_info.update({"logits maths": round(found.maths, 1), "runtime / aim": found.runtime / found.aim})
-
-
-def bench_step_with_a_long_queue(benchmark: Any) -> None:
-    engine = decoding(64, "greedy")
-    add(engine, QUEUED, "waiting", KINDS["greedy"])
-    benchmark.pedantic(engine.step, rounds=50)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200, help="of each row; their medians are printed")
+    parser.add_argument("--steps", type=int, default=200, help="steps per row, of which medians are printed")
     steps = parser.parse_args().steps
     table = Table(title=f"µs of a decoding step, vocabulary 1536, {torch.get_num_threads()} thread(s)")
     for name in ("requests", "running", *PARTS, "runtime", "a request", "aim", "of it", "(logits maths)"):

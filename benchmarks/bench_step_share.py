@@ -1,4 +1,4 @@
-"""What of a decode step is not kernels, at 1.35 B parameters of Grok's architecture, random int8 weights.
+"""The share of a decode step that is not spent in kernels, at 1.30 B parameters with random int8 weights.
 
 python -m benchmarks.bench_step_share [--requests 8] [--layers 8] [--eager]
 """
@@ -16,54 +16,23 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
 import grok_kernels
-from grok_engine import LLMEngine, ModelConfig, RequestOutputKind, SamplingParams
-from grok_engine.checkpoint.xai.layout import layout
-from grok_engine.checkpoint.xai.writer import write_xai
-from grok_engine.models.families import preset
+from benchmarks.model_1b import configuration, write
+from grok_engine import LLMEngine, RequestOutputKind, SamplingParams
 from grok_kernels import registry
 from grok_kernels.recording import Recorded
 
 
-def configuration(layers: int) -> ModelConfig:
-    """D 1536, 12 query and 2 key heads of 128, F 4096, 8 experts, V 32000: 1.35 B parameters in 8 layers."""
-    return replace(
-        preset("grok-1"),
-        name="grok-1.35b",
-        vocab_size=32000,
-        d_model=1536,
-        num_layers=layers,
-        num_heads=12,
-        num_kv_heads=2,
-        d_ff=4096,
-        max_position=2048,
-    )
-
-
-def random_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Every tensor of `config` in the release's layout."""
-    rng = np.random.default_rng(0)
-    for spec in layout(config):
-        if spec.quantizable:
-            weight = rng.integers(-127, 128, spec.shape, np.int8)
-            scales = np.full(spec.scales_shape(1), 0.02 / 127, ml_dtypes.bfloat16)
-            yield spec.name, (weight, scales)
-        else:
-            ones = len(spec.shape) == 1
-            values = np.ones(spec.shape) if ones else rng.standard_normal(spec.shape) * spec.shape[-1] ** -0.5
-            yield spec.name, (values.astype(np.float32), None)
-
-
 @contextmanager
 def timed_kernels() -> Iterator[dict[str, float]]:
-    """Seconds inside the kernels of grok_kernels, by op, summed while it lasts: around each call from Python, by its own
-    clock. All else is not kernels: the dispatch of the ops, what torch computes beside them, and Python."""
+    """Seconds inside the kernels by op, summed over the calls from Python within the context.
+
+    What is not counted: the dispatch of the ops, torch's own computations, and Python.
+    """
     seconds: dict[str, float] = {}
     kept = dict(registry._kernels)
 
@@ -86,7 +55,7 @@ def timed_kernels() -> Iterator[dict[str, float]]:
 
 
 def replayed_kernels(engine: LLMEngine) -> dict[str, float]:
-    """Seconds inside the kernels that decode steps replayed so far, by op."""
+    """Seconds inside the kernels of all decode steps replayed so far, by op."""
     graphs, seconds = engine.runner.graphs, Counter[str]()
     for _, run in graphs._runs.values() if graphs else ():
         seconds.update(run.seconds() if isinstance(run, Recorded) else {})
@@ -95,7 +64,7 @@ def replayed_kernels(engine: LLMEngine) -> dict[str, float]:
 
 @dataclass
 class Steps:
-    """Milliseconds of a decode step: the whole, the part in kernels, and that by op; medians."""
+    """Medians over decode steps, in milliseconds: the whole, the time in kernels, and that by op."""
 
     whole: float
     kernels: float
@@ -107,14 +76,14 @@ class Steps:
 
 
 def measure(folder: Path, requests: int, steps: int, eager: bool) -> Steps:
-    """Of steps in which every request decodes."""
+    """Time steps in which every request decodes, after the prompts and a warm-up."""
     engine = LLMEngine(folder, max_num_seqs=requests, num_pages=64 * requests, enforce_eager=eager)
     params = SamplingParams(max_tokens=steps + 8, temperature=0, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
     for i in range(requests):
         engine.add_request(str(i), list(range(5 + i, 37 + i)), params)
     taken: list[tuple[float, dict[str, float]]] = []
     with timed_kernels() as seconds:
-        for _ in range(3):  # the prompts, and a first look at every kind of call
+        for _ in range(3):  # prefill, then warm-up
             engine.step()
         for _ in range(steps):
             seconds.clear()
@@ -136,7 +105,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--eager", action="store_true", help="every kernel from Python, none replayed")
+    parser.add_argument("--eager", action="store_true", help="call every kernel from Python, replay none")
     a = parser.parse_args()
     config = configuration(a.layers)
     title = f"{config.param_count() / 1e9:.2f} B parameters, a decode step, {torch.get_num_threads()} thread(s)"
@@ -147,7 +116,7 @@ def main() -> None:
     ops.add_column("op")
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        write_xai(Path(folder), config, random_tensors(config))
+        write(Path(folder), config)
         for requests in a.requests:
             s = found[requests] = measure(Path(folder), requests, a.steps, a.eager)
             table.add_row(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,26 @@ from grok_bench.kernels import contestant, harness
 from grok_bench.kernels.case import Case, Plain
 from grok_bench.kernels.contestant import Contestant
 from grok_bench.kernels.device import Ceiling, Device
-from grok_bench.kernels.entrant import Entrant, Failed, Local, TooLong
-from grok_bench.kernels.problems import OPS, select
-from grok_bench.schema import KernelResult, load
+from grok_bench.kernels.entrant import Dropped, Entrant, Local
+from grok_bench.kernels.harness import Lane
+from grok_bench.kernels.problems import OPS
+from grok_bench.schema import KernelResult, Score, load
+from grok_bench.spread import interval
 from grok_engine.cli import main
 
-(PROBLEM,) = select(["rms_norm/grok-1/decode/t1"])
+WORK = KernelResult(
+    problem="rms_norm/grok-1/decode/t1", op="rms_norm", parameters={}, operations=1, bytes=1, arithmetic="fp32",
+    tolerance=0.01,
+)  # fmt: skip
 
 
 class Scripted(Ceiling):
     """Says the rates it was given, over and over."""
 
     def __init__(self, *rates: float) -> None:
-        super().__init__("read", lambda: 0.0)
         self._script, self._at = rates, -1
+        super().__init__(lambda: 0.0)
+        self._at = -1
 
     def rate(self) -> float:
         self._at += 1
@@ -69,17 +76,17 @@ def run(
     def local(c: Contestant) -> Entrant:
         return (enter or (lambda c, case, device: Local(c, case, device, 5.0)))(c, case, device)
 
-    chosen = harness.Limits(**{"seconds": 60.0, "rounds": 6, **limits})
-    return harness.run(PROBLEM, case, contestants, device, local, chosen), calls
+    lanes = [Lane(Score(contestant=c.name, ours=c.ours), partial(local, c)) for c in contestants]
+    return harness.run(WORK, lanes, device, harness.Limits(**{"seconds": 60.0, "rounds": 6, **limits})), calls
 
 
 ONES = torch.ones(4)
 
 
 def test_the_interval_of_a_median() -> None:
-    assert harness.interval([3.0]) == (3.0, 3.0)
-    assert harness.interval(list(range(100))) == (40, 60)
-    assert harness.interval([5, 1, 3, 2, 4]) == (1, 5)
+    assert interval([3.0]) == (3.0, 3.0)
+    assert interval(list(range(100))) == (40, 60)
+    assert interval([5, 1, 3, 2, 4]) == (1, 5)
 
 
 def test_what_is_wrong_or_fails_is_said_and_never_timed() -> None:
@@ -101,7 +108,7 @@ def test_a_result_may_be_taken_apart_after_the_time() -> None:
 def test_the_best_peer_has_the_ratio_one() -> None:
     result, _ = run(ONES, ONES, ONES)
     assert result.best_peer in ("1", "2")
-    assert result.scores[int(result.best_peer)].times_best_peer == 1.0
+    assert result.scores[int(result.best_peer)].speedup == 1.0
     assert (result.rounds, result.thrown_away) == (6, 0)
 
 
@@ -138,12 +145,12 @@ def test_who_has_no_kernel_for_a_problem_is_missing_and_has_not_failed() -> None
     assert [(s.status, s.message) for s in result.scores] == [("ok", ""), ("missing", "bfloat16 is not taken")]
 
 
-@pytest.mark.parametrize(("error", "status"), [(TooLong(), "timeout"), (Failed("gone"), "failed")])
-def test_who_drops_out_of_the_rounds_does_not_stop_the_others(error: Exception, status: str) -> None:
+@pytest.mark.parametrize(("said", "status"), [("timeout", "timeout"), ("failed", "failed"), ("missing", "failed")])
+def test_who_drops_out_of_the_rounds_does_not_stop_the_others(said: str, status: str) -> None:
     class Breaks(Local):
         def time(self, turn: int) -> float:
             if self._contestant.name == "1" and turn > 8:
-                raise error
+                raise Dropped(said, "gone")
             return super().time(turn)
 
     result, _ = run(ONES, ONES, ONES, enter=lambda c, case, device: Breaks(c, case, device, 5.0))
@@ -159,8 +166,8 @@ def test_a_call_that_hangs_is_stopped() -> None:
             while True:
                 pass
 
-    result, _ = run(ONES, ONES, enter=lambda c, case, device: Local(
-        Contestant(name="1", op="rms_norm", bind=lambda i: Hangs()) if c.name == "1" else c, case, device, 0.2))  # fmt: skip
+    hangs = Contestant(name="1", op="rms_norm", bind=lambda i: Hangs())
+    result, _ = run(ONES, ONES, enter=lambda c, case, device: Local(hangs if c.name == "1" else c, case, device, 0.2))
     assert [s.status for s in result.scores] == ["ok", "timeout"]
     assert "more than" in result.scores[1].message
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import re
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +12,7 @@ import pytest
 import torch
 
 import grok_kernels
-from grok_engine import ModelConfig
+from grok_bench.schema import load
 from grok_engine.checkpoint.xai.layout import layout
 
 STATUS = grok_kernels.backends()["rms_norm"]["cpu"]
@@ -23,8 +20,10 @@ if not STATUS.available:
     pytest.skip(STATUS.reason, allow_module_level=True)
 
 import benchmarks.cpu_model.__main__ as whole_model  # noqa: E402
-from benchmarks.bench_step_share import random_tensors  # noqa: E402
-from benchmarks.cpu_model import engines, gguf_grok  # noqa: E402
+from benchmarks.cpu_model import gguf_grok  # noqa: E402
+from benchmarks.model_1b import random_tensors  # noqa: E402
+
+PROBLEMS = ["prefill/t16", "decode/b1", "decode/b2", "first-token"]
 
 
 @pytest.fixture(autouse=True)
@@ -37,48 +36,29 @@ def threads() -> Iterator[None]:
 def test_the_model_runs_without_llama_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     file = tmp_path / "found.json"
     assert whole_model.main(["--smoke", "--threads", "1", "--json", str(file)]) == 0
-    assert "missing (llama.cpp)" in (out := capsys.readouterr().out)
-    assert "llama-cpp-python" in out
-    assert "grok-engine[bench]" in out
-    turns = json.loads(file.read_text())["turns"]
-    assert list(turns) == ["grok-engine, int8", "grok-engine, int8, int8 rows"]
-    assert all(value > 0 for name in turns for value in turns[name][0].values())
-    assert whole_model.main(["--smoke", "--short", "--rounds", "2", "--threads", "1"]) == 0
-    out = capsys.readouterr().out
-    assert "1 request, 2 rounds, reading at" in out
-    assert re.search(
-        r"grok-engine, int8: [\d.]+ decode tok/s; grok-engine, int8 is 1\.00 times as fast \(95% 1",
-        " ".join(out.split()),
-    )
-    with pytest.raises(SystemExit):
-        whole_model.main(["--smoke", "--llama", str(tmp_path)])
-    assert "found no llama-batched-bench, llama-quantize" in capsys.readouterr().err
+    out = " ".join(capsys.readouterr().out.split())
+    assert "llama.cpp is not installed: pip install llama-cpp-python 'grok-engine[bench]'" in out
+    assert "tokens/s" in out
+    results = load(file).kernels
+    assert [r.problem.removeprefix("model/grok-1.30b/") for r in results] == PROBLEMS
+    for r in results:
+        timed = [s.contestant for s in r.scores if s.seconds]
+        assert timed[0] == "grok-engine, int8"
+        assert len(timed) == 2
+        assert r.rounds == 2
 
 
-def test_llama_is_found_on_the_path_before_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "llama_cpp" else None)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert engines.find_llama(None) == engines.Tools(None)
-    for tool in engines.TOOLS:
-        (tmp_path / tool).touch(mode=0o755)
-    assert engines.find_llama(None) == engines.find_llama(tmp_path) == engines.Tools(tmp_path)
-    command = engines.Tools(None).bench(tmp_path / "model", engines.Load(2, 3, 4))
-    assert command[1:4] == ["-m", "benchmarks.cpu_model.llama_python", "bench"]
-    assert command[-3:] == ["2", "3", "4"]
-
-
-def test_the_package_of_llama_computes_the_same_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_llama_computes_the_same_work(tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
     pytest.importorskip("gguf")
     file = tmp_path / "found.json"
     assert whole_model.main(["--smoke", "--threads", "1", "--kinds", "Q8_0", "--json", str(file)]) == 0
-    turn = json.loads(file.read_text())["turns"]["llama.cpp, Q8_0"][0]
-    assert all(value > 0 for value in turn.values())
+    results = load(file).kernels
+    assert [r.best_peer for r in results] == ["llama.cpp, Q8_0"] * len(PROBLEMS)
+    assert all(s.seconds and s.seconds > 0 for r in results for s in r.scores)
 
 
 def test_gguf_holds_the_same_model(tmp_path: Path) -> None:
@@ -102,8 +82,8 @@ def test_gguf_holds_the_same_model(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_another_model_is_refused(tmp_path: Path) -> None:
-    config: ModelConfig = whole_model.small_configuration()
-    whole_model.write_models(tmp_path, config, None, ())
-    whole_model.write_models(tmp_path, config, None, ())
+    config = whole_model.small_configuration()
+    whole_model.write_models(tmp_path, config, ())
+    whole_model.write_models(tmp_path, config, ())
     with pytest.raises(ValueError, match="holds another model"):
-        whole_model.write_models(tmp_path, replace(config, num_layers=3), None, ())
+        whole_model.write_models(tmp_path, replace(config, num_layers=3), ())

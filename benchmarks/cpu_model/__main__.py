@@ -1,213 +1,149 @@
-"""python -m benchmarks.cpu_model [--llama DIR] [--dir DIR] [--rounds N] [--threads N] [--json FILE] [--short] [--smoke]
+"""python -m benchmarks.cpu_model [--dir DIR] [--kinds KIND ...] [--rounds N] [--threads N] [--json FILE] [--smoke]
 
-One random model of Grok's architecture, 1.3 B parameters, as a checkpoint in the release's format and as GGUF with the
-same values, so that both engines do the same work; in turns, with probes of the machine between them.
+One random model of Grok's architecture, 1.30 B parameters, as a checkpoint in the release's format and as GGUF with the
+same values, so that both engines do the same work. The engines take turns in the harness of the kernels.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import shlex
+import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.bench_step_share import configuration, random_tensors
+from benchmarks.model_1b import configuration, random_tensors, write
 from grok_bench.environment import environment
 from grok_bench.kernels.device import Device
-from grok_bench.kernels.harness import BUSY, NOISE, interval
-from grok_bench.report.units import amount
+from grok_bench.kernels.entrant import Remote
+from grok_bench.kernels.harness import Lane, Limits, run
+from grok_bench.report import rows, table
+from grok_bench.schema import KernelResult, ResultFile, Score
 from grok_engine import ModelConfig
-from grok_engine.checkpoint.xai.writer import write_xai
+from grok_engine.config import ActFormat
 from grok_engine.loading.convert import convert
 
-from .engines import Llama, Load, Ours, Tools, find_llama
+from . import engines, llama
 from .gguf_grok import write_gguf
+from .llama import Load
 
 KINDS = ("Q8_0", "BF16", "Q4_K_S")
-GET = (
-    "llama.cpp's llama-batched-bench and llama-quantize on PATH or in --llama DIR, or pip install llama-cpp-python; "
-    "and pip install 'grok-engine[bench]'"
-)
-CEILINGS = ("read", "bf16")  # probed before and after each turn
-MEASURES = ("prompt tok/s", "decode of 1 tok/s", "decode of 16 tok/s", "s to first token", "imports aside")
-SECONDS = MEASURES[3:]
+GET = "pip install llama-cpp-python 'grok-engine[bench]'"
+CALL = 600.0  # seconds of a turn at most
+ACTIVATIONS: tuple[ActFormat, ...] = ("none", "int8")
 
 
 def small_configuration() -> ModelConfig:
     return replace(configuration(2), vocab_size=512, d_model=256, num_heads=2, num_kv_heads=1, d_ff=512)
 
 
-def write_models(folder: Path, config: ModelConfig, tools: Tools | None, kinds: Sequence[str]) -> dict[str, Path]:
-    """Writes what is not there yet: `xai`, the same converted, and a GGUF file of each kind. Returns the files by kind."""
+def write_models(folder: Path, config: ModelConfig, kinds: Sequence[str]) -> dict[str, Path]:
+    """Write what is missing: `xai`, the same converted to `packed`, and a GGUF file of each kind. The files by kind."""
     marker = folder / "written.json"
     same = json.dumps(config.to_dict())
     if marker.is_file() and marker.read_text() != same:
         raise ValueError(f"--dir {folder} holds another model: give an empty folder")
     if not marker.is_file():
-        write_xai(folder / "xai", config, random_tensors(config), overwrite=True)
+        write(folder / "xai", config)
         marker.write_text(same)
     if not (folder / "packed").is_dir():
         convert(folder / "xai", folder / "packed")
     files = {kind: folder / f"{kind}.gguf" for kind in kinds}
-    if tools is None or not kinds:
-        return {}
     source = folder / "BF16.gguf"
-    if not source.is_file():
+    if kinds and not source.is_file():
         write_gguf(source.with_suffix(".part"), config, random_tensors(config))
         source.with_suffix(".part").rename(source)
     for kind, file in files.items():
         if not file.is_file():
-            tools.quantize(source, file.with_suffix(".part"), kind)
+            llama.quantize(source, file.with_suffix(".part"), kind)
             file.with_suffix(".part").rename(file)
     return files
 
 
-def measure(engine: Ours | Llama, loads: Sequence[Load]) -> dict[str, float]:
-    one, many = (engine.speed(load) for load in loads)
-    return dict(zip(MEASURES, (one.prompt, one.decode, many.decode, *engine.first_token()), strict=True))
-
-
-def rounds(
-    engines: Sequence[Ours | Llama], loads: Sequence[Load], machine: Device, count: int, console: Console, pick: bool
-) -> dict[str, list[dict[str, float]]]:
-    """What each engine measured, turn by turn; `quiet` is 0 where something else had the machine's cores."""
-    found: dict[str, list[dict[str, float]]] = {engine.name: [] for engine in engines}
-    for i in range(count):
-        for j in range(len(engines)):
-            engine = engines[(i + j) % len(engines)]
-            before = {name: machine.ceilings[name].rate() for name in CEILINGS}
-            numbers = measure(engine, loads)
-            after = {name: machine.ceilings[name].rate() for name in CEILINGS}
-            pairs = {name: sorted((before[name], after[name])) for name in CEILINGS}
-            quiet = all(
-                high <= NOISE * low and low >= BUSY * machine.ceilings[name].usual
-                for name, (low, high) in pairs.items()
-            )
-            numbers |= {name: sum(pair) / 2 for name, pair in pairs.items()}
-            line = ", ".join(f"{numbers[name]:.1f} {name}" for name in MEASURES)
-            numbers["quiet"] = float(quiet or not pick)
-            found[engine.name].append(numbers)
-            console.print(f"{engine.name}: {line}{'' if numbers['quiet'] else ' (not quiet)'}", highlight=False)
+def lanes(load: Load | None, packed: Path, files: dict[str, Path]) -> list[Lane]:
+    """Who takes part under a load; None is the first token of a new process."""
+    found = []
+    if load is None:
+        for what, imports in (("", False), (", with imports", True)):
+            first = partial(engines.FirstToken, engines.OURS, packed, imports)
+            found.append(Lane(Score(contestant=f"grok-engine, int8{what}", ours=True), first))
+    else:
+        for activations in ACTIVATIONS:
+            name = "grok-engine, int8" + (f", {activations} rows" if activations != "none" else "")
+            found.append(Lane(Score(contestant=name, ours=True), partial(engines.Ours, packed, activations, load)))
+    for kind, file in files.items():
+        first = partial(engines.FirstToken, engines.LLAMA, file)
+        peer = partial(Remote, llama.Llama, (file, load), CALL) if load else first
+        found.append(Lane(Score(contestant=f"llama.cpp, {kind}"), peer))
+    if not files:
+        missing = Score(contestant="llama.cpp", status="missing", message=f"llama.cpp is not installed: {GET}")
+        found.append(Lane(missing, partial(engines.FirstToken, "", packed)))
     return found
 
 
-def short_turns(
-    engines: Sequence[Ours | Llama], load: Load, machine: Device, count: int, console: Console
-) -> list[dict[str, float]]:
-    """Decoding alone, in turns so short that a machine which is never quiet for long is alike for all of one round.
-    Returns those of the first engine."""
-    rates: dict[str, list[float]] = {engine.name: [] for engine in engines}
-    reads: list[float] = []
-    for _ in range(count):
-        before = machine.ceilings["read"].rate()
-        for engine in engines:
-            rates[engine.name].append(engine.speed(load).decode)
-        reads.append((before + machine.ceilings["read"].rate()) / 2)
-    console.print(
-        f"{load.requests} request, {count} rounds, reading at {amount(median(reads), 'B/s')}", highlight=False
-    )
-    ours = rates[engines[0].name]
-    for name, turns in rates.items():
-        ratios = [a / b for a, b in zip(ours, turns, strict=True)]
-        low, high = interval(ratios)
-        console.print(
-            f"{name}: {median(turns):.1f} decode tok/s; {engines[0].name} is {median(ratios):.2f} times as fast "
-            f"(95% {low:.2f} to {high:.2f})",
-            highlight=False,
-        )
-    return [{MEASURES[1]: rate, "read": read, "quiet": 1.0} for rate, read in zip(ours, reads, strict=True)]
-
-
-def table(found: dict[str, list[dict[str, float]]], title: str) -> Table:
-    result = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    result.add_column("")
-    for name in (*MEASURES, "quiet turns"):
-        result.add_column(name, justify="right")
-    for engine, turns in found.items():
-        quiet = [turn for turn in turns if turn["quiet"]]
-        cells = []
-        for name in MEASURES:
-            digits = 2 if name in SECONDS else 1
-            middle = f"{median(turn[name] for turn in quiet):.{digits}f}" if quiet else "-"
-            best = (min if name in SECONDS else max)(turn[name] for turn in turns)
-            cells.append(f"{middle} ({best:.{digits}f})")
-        result.add_row(engine, *cells, f"{len(quiet)} of {len(turns)}")
-    return result
-
-
-def print_share(console: Console, config: ModelConfig, turns: list[dict[str, float]]) -> None:
-    """What our decoding reads, an int8 weight a byte and the bf16 embedding as the head, by the probe beside it."""
+def problems(config: ModelConfig, new: int, small: bool) -> Iterator[tuple[KernelResult, Load | None]]:
+    """What is timed: prefill, decode of one and of many requests, and the first token of a new process."""
     head = config.vocab_size * config.d_model
-    size = config.active_param_count() + head
-    shares = [turn["decode of 1 tok/s"] * size / turn["read"] for turn in turns if turn["quiet"]]
-    if shares:
-        console.print(
-            f"ours reads {size / 1e6:.0f} MB a token: decode of 1 is {median(shares):.0%} of the probe's rate of reading",
-            highlight=False,
-        )
+    active, every = config.active_param_count() + head, config.param_count() + head  # a byte for each int8 weight
+    prompt, many = (16, 2) if small else (512, 16)
+    for name, load, size in (
+        (f"prefill/t{prompt}", Load(1, prompt, 0), every),
+        ("decode/b1", Load(1, 16, new), active),
+        (f"decode/b{many}", Load(many, 32, new), every),  # whose tokens hit nearly every expert
+        ("first-token", None, active),
+    ):
+        tokens = load.tokens if load else 1
+        work = KernelResult(
+            problem=f"model/{config.name}/{name}", op="model", operations=2.0 * active * tokens, bytes=size,
+            parameters={"parameters": config.param_count(), "tokens": tokens}, arithmetic="bf16",
+        )  # fmt: skip
+        yield work, load
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_model", description="A whole model on this CPU.")
-    parser.add_argument(
-        "--llama", type=Path, help="the folder of llama.cpp's tools; those on PATH, or llama-cpp-python, without"
-    )
     parser.add_argument("--dir", type=Path, help="write the models there and keep them; a temporary folder without")
-    parser.add_argument("--kinds", nargs="*", default=KINDS, help="of GGUF files, by llama-quantize's names")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--new", type=int, default=32, help="tokens decoded by each request")
-    parser.add_argument("--threads", type=int, help="of both; torch's own choice without")
-    parser.add_argument("--json", type=Path, help="write the results there")
-    parser.add_argument("--short", action="store_true", help="one request decoding alone, in --rounds of short turns")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model, one round: whether it runs, not how fast")
+    parser.add_argument("--kinds", nargs="*", default=KINDS, help="of GGUF files, by llama.cpp's names")
+    parser.add_argument("--rounds", type=int, default=20, help="at most, of each problem")
+    parser.add_argument("--seconds", type=float, default=90.0, help="of rounds, of each problem")
+    parser.add_argument("--new", type=int, default=16, help="tokens decoded by each request")
+    parser.add_argument("--threads", type=int, help="of both engines; torch's default without")
+    parser.add_argument("--json", type=Path, help="write a summary there")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, two rounds: whether it runs, not how fast")
     a = parser.parse_args(arguments)
-    try:
-        tools = find_llama(a.llama)
-    except ValueError as error:
-        parser.error(str(error))
     if a.threads:
         torch.set_num_threads(a.threads)
-    console = Console(width=None if Console().is_terminal else 120)
-    config = small_configuration() if a.smoke else configuration(8)
-    loads = (Load(1, 16, 2), Load(2, 4, 2)) if a.smoke else (Load(1, 512, a.new), Load(16, 32, a.new))
-    machine, about = Device(small=a.smoke), environment()
-    if "read" not in machine.ceilings:
-        parser.error("the native kernels were not built, and the probes between the turns are among them")
-    ceilings = ", ".join(f"{name} {amount(c.rate, c.unit)}" for name, c in machine.kept().items())
-    console.print(f"{about.chip}, {about.threads} thread(s), isa {about.isa}; {ceilings}", highlight=False)
+    config = small_configuration() if a.smoke else configuration()
+    kinds = a.kinds if importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf") else ()
+    limits = Limits(60.0, 2, CALL, pick=False) if a.smoke else Limits(a.seconds, a.rounds, CALL)
+    machine, console, results = Device(small=a.smoke), table.terminal(), list[KernelResult]()
+    command = shlex.join(["python", "-m", "benchmarks.cpu_model", *(sys.argv[1:] if arguments is None else arguments)])
+    file = ResultFile(
+        kind="kernels", command=command, environment=environment(), results=results, ceilings=machine.kept()
+    )
+    table.about(file, console)
     with tempfile.TemporaryDirectory() as temporary:
         folder = a.dir or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        files = write_models(folder, config, tools, a.kinds)
-        ours = Ours(folder / "packed", loads)
-        engines: list[Ours | Llama] = [ours, Ours(folder / "packed", loads, "int8")]
-        engines += [Llama(tools, file, kind) for kind, file in files.items() if tools]
-        if a.short:
-            load = Load(1, 4 if a.smoke else 16, loads[0].new)
-            print_share(console, config, short_turns(engines, load, machine, a.rounds, console))
-            return 0
-        found = rounds(engines, loads, machine, 1 if a.smoke else a.rounds, console, not a.smoke)
-    title = f"{config.param_count() / 1e9:.2f} B parameters, {config.active_param_count() / 1e6:.0f} M active"
-    console.print()
-    console.print(table(found, f"{title}; medians of quiet turns (best of all)"), highlight=False)
-    print_share(console, config, found[ours.name])
-    if not files:
-        console.print(f"missing (llama.cpp): {GET}", highlight=False, markup=False)
-    if a.json:
-        result: dict[str, Any] = {
-            "environment": asdict(about),
-            "model": config.to_dict(),
-            "turns": found,
-        }
-        a.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        files = write_models(folder, config, kinds)
+        for work, load in problems(config, 2 if a.smoke else a.new, a.smoke):
+            result = run(work, lanes(load, folder / "packed", files), machine, limits)
+            results.append(result)
+            table.one(file, result, console)
+            for s in result.scores:
+                if load and s.seconds:
+                    console.print(f"{s.contestant}: {load.tokens / s.seconds:,.1f} tokens/s", style="dim")
+            if a.json:
+                file.save(a.json)
+    for names, why in rows.missing(file):
+        console.print(f"missing ({names}): {why}", markup=False)
     return 0
 
 

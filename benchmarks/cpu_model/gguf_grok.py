@@ -10,7 +10,7 @@ import numpy as np
 
 from grok_engine import ModelConfig
 
-# by our names; a matrix (in, out) is stored as (out, in), experts in front
+# By our names. A matrix (in, out) is stored as (out, in), with the experts in front.
 NAMES = {
     "embed": "token_embd",
     "final_norm": "output_norm",
@@ -37,7 +37,7 @@ def gguf_name(name: str) -> str:
 
 
 def write_gguf(path: Path, config: ModelConfig, tensors: Iterable[tuple[str, tuple[Any, Any]]]) -> None:
-    """Matrices in bf16; norms and the router in fp32. `tensors` as `write_xai` takes them."""
+    """Write matrices in bf16, norms and the router in fp32. `tensors`: (name, (values, scales)), as for `write_xai`."""
     import gguf
 
     c = config
@@ -63,7 +63,7 @@ def write_gguf(path: Path, config: ModelConfig, tensors: Iterable[tuple[str, tup
     writer.add_final_logit_softcapping(c.final_softcap)
     writer.add_vocab_size(c.vocab_size)
     writer.add_tokenizer_model("no_vocab")
-    held = {}
+    stored = {}
     for name, (weight, scales) in tensors:
         values = weight.astype(np.float32)
         if scales is not None:
@@ -72,8 +72,8 @@ def write_gguf(path: Path, config: ModelConfig, tensors: Iterable[tuple[str, tup
             values = np.ascontiguousarray(np.swapaxes(values, -1, -2))
         exact = values.ndim == 1 or name.endswith("router")
         kind = gguf.GGMLQuantizationType.F32 if exact else gguf.GGMLQuantizationType.BF16
-        held[gguf_name(name)] = (gguf.quants.quantize(values, kind), kind)
-    for name, (data, kind) in held.items():
+        stored[gguf_name(name)] = (gguf.quants.quantize(values, kind), kind)
+    for name, (data, kind) in stored.items():
         writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

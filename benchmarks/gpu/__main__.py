@@ -1,7 +1,7 @@
-"""python3 -m benchmarks.gpu PART [--only STAGE ...] [--bundle FOLDER] [--out FOLDER]: what waits for a GPU, in parts of minutes.
+"""python3 -m benchmarks.gpu PART [--only STAGE ...] [--bundle FOLDER] [--out FOLDER]: all that needs a GPU, in minutes.
 
-`first` (4 minutes at most) says whether the kernels load, are right and how fast they are; `second` (7 at most) proves them
-at full size, tunes, measures again, profiles. Both write one archive, after every stage and every ten seconds.
+`first` (4 minutes at most) says whether the kernels load and are right, and how fast they are; `second` (7 at most)
+proves them at full size, tunes, measures and profiles. Both write one archive, after every stage and every ten seconds.
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ def main() -> int:
     parser.add_argument("--bundle", type=_path, help="modules and kernels built before (benchmarks.gpu.bundle)")
     parser.add_argument("--only", action="append", metavar="STAGE", help="run this stage; may be given more than once")
     parser.add_argument("--list", action="store_true", help="print the part's stages and their limits")
-    parser.add_argument(
-        "--rehearse", action="store_true", help="go through all of it without a GPU, and measure nothing"
-    )
+    parser.add_argument("--rehearse", action="store_true", help="run every command on a CPU, and measure nothing")
     a = parser.parse_args()
     began = time.monotonic()
     if a.bundle and not (a.bundle / bundle.ABOUT).is_file():
@@ -70,10 +68,8 @@ def main() -> int:
             (run.folder / "summary.txt").write_text("\n".join(said) + "\n")
             archive(run.folder, file, tuned())
 
-        for number in (
-            signal.SIGINT,
-            signal.SIGTERM,
-        ):  # who ends this ends its processes too; they listen, even in the background
+        # a signal ends the processes, too; a shell's background would ignore SIGINT
+        for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
         try:
             outcomes = run_part(chosen, run.folder, part.limit - (time.monotonic() - began), keep, say)
@@ -96,7 +92,7 @@ def _path(text: str) -> Path:
 
 
 def _chip() -> str:
-    """As the driver names it. Does not start CUDA, nor import torch."""
+    """The GPU's name from the driver; empty without one. Neither starts CUDA nor imports torch."""
     if shutil.which("nvidia-smi") is None:
         return ""
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -108,8 +104,10 @@ def _chip() -> str:
 
 
 def _environment(folder: Path | None, cache: Path) -> dict[str, str]:
-    """For the processes of all stages: one cache of compiled kernels, and which commit the sources are of. The bundle was made
-    beside their repository; where it is unpacked there may be another, or none."""
+    """For the processes of all stages: one cache of compiled kernels, and the commit of the sources.
+
+    The bundle knows the commit; where it is unpacked there may be no repository.
+    """
     own = bundle.read(folder)["commit"] if folder else bundle.commit() if (ROOT / ".git").exists() else None
     commit = os.environ.get("GROK_BENCH_COMMIT") or own
     cache.mkdir()

@@ -1,8 +1,8 @@
-"""Builds here what a machine with a GPU would spend its first minutes on: python -m benchmarks.gpu.bundle FOLDER [--python FILE].
+"""Build beforehand for a machine with a GPU: python -m benchmarks.gpu.bundle FOLDER [--python FILE].
 
-FOLDER gets the native modules for the interpreter FILE (its Python, torch and CUDA must be those of the other machine) and
-a cache of Triton's kernels at Grok-1's sizes, compiled for an H100. `python3 -m benchmarks.gpu first --bundle FOLDER` takes
-from it what fits the machine and the checkout there, says why where it takes nothing, and builds the rest.
+FOLDER gets the native modules for the interpreter FILE (its Python, torch and CUDA must be the other machine's) and a
+cache of Triton's kernels at Grok-1's sizes, compiled for an H100. `python3 -m benchmarks.gpu first --bundle FOLDER`
+takes from it what fits the machine and the checkout there, says why it takes nothing else, and builds the rest.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ ABOUT = "about.json"
 ASK = """
 import json, sysconfig, torch
 from triton.runtime.cache import triton_key
-print(json.dumps({"suffix": sysconfig.get_config_var("EXT_SUFFIX"), "torch": torch.__version__, "triton": triton_key()}))
+suffix = sysconfig.get_config_var("EXT_SUFFIX")
+print(json.dumps({"suffix": suffix, "torch": torch.__version__, "triton": triton_key()}))
 """
-KEPT = (".json", ".cubin")  # of a compiled kernel: what Triton needs to start it; the rest is text for people
+KEPT = (".json", ".cubin")  # the files of a compiled kernel that Triton needs to launch it
 
 
 def sources() -> str:
-    """A digest of all that the native modules are built from."""
+    """A digest of the native modules' sources."""
     digest = hashlib.sha256()
     for path in sorted([*(ROOT / "csrc").rglob("*.*"), ROOT / "setup.py"]):
         if path.is_file() and path.suffix != ".md":
@@ -39,7 +40,7 @@ def sources() -> str:
 
 
 def commit() -> str | None:
-    """Of this checkout, with + where it has changes."""
+    """The checkout's commit, with + if it has changes."""
     git = ("git", "-C", str(ROOT))
     found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
     if found.returncode:
@@ -49,14 +50,12 @@ def commit() -> str | None:
 
 
 def make(folder: Path, python: str) -> None:
-    """ChildProcessError with the compiler's words where a module does not build."""
+    """Write the bundle. ChildProcessError with the compiler's output where a module does not build."""
     folder.mkdir(parents=True, exist_ok=True)
     about = json.loads(subprocess.run([python, "-c", ASK], check=True, capture_output=True, text=True).stdout)
-    objects = folder.with_name(
-        f"{folder.name}-objects"
-    ).resolve()  # kept beside it: what did not change is not built again
+    objects = folder.with_name(f"{folder.name}-objects").resolve()  # kept, so that builds are incremental
     built = objects / "modules"
-    shutil.rmtree(built, ignore_errors=True)  # a module of an earlier build must not pass for this one
+    shutil.rmtree(built, ignore_errors=True)  # an older module must not pass for this build
     command = [python, "-W", "ignore", "setup.py", "-q", "build_ext", "--build-lib", str(built)]
     done = subprocess.run([*command, "--build-temp", str(objects)], cwd=ROOT, capture_output=True, text=True)
     for name in ("_C", "_CUDA"):
@@ -83,7 +82,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def unpack(folder: Path, package: Path, suffix: str) -> str:
-    """Put the modules into `package` and the kernels into TRITON_CACHE_DIR; what was not taken, and why."""
+    """Put the modules into `package` and the kernels into TRITON_CACHE_DIR; return what was not taken, and why."""
     import torch
 
     about, refused = read(folder), []
@@ -110,7 +109,7 @@ def unpack(folder: Path, package: Path, suffix: str) -> str:
 
 
 def _fill(packed: Path, cache: Path) -> None:
-    """A kernel's list of its files has their whole paths, which are others here."""
+    """Copy the kernels; the lists of a kernel's files hold absolute paths, which are rewritten."""
     for source in packed.glob("*/*"):
         target = cache / source.parent.name / source.name
         target.parent.mkdir(parents=True, exist_ok=True)

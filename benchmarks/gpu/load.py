@@ -1,5 +1,4 @@
-"""The machine, and the native modules of this checkout on it: taken from a bundle, or built here. Status 1 if one of them is
-missing or does not load."""
+"""Print the machine; take the native modules from a bundle, or build them here. Status 1 if one does not load."""
 
 from __future__ import annotations
 
@@ -23,7 +22,6 @@ SOURCES = {  # what each module is built from
     "_CUDA": ("bindings/cuda/*.*", "cuda/*.cuh", "cuda/[!h]*/**/*.*", "common/*.*"),
 }
 TOOLS = ("nvcc", "ncu", "compute-sanitizer", "c++", "ninja")
-GPU = "name,driver_version,power.limit,power.draw,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,memory.total"
 
 
 def main() -> int:
@@ -41,7 +39,7 @@ def main() -> int:
     if any(_old(name) for name in modules):
         print(f"building   {', '.join(name for name in modules if _old(name))}", flush=True)
         command = [sys.executable, "-W", "ignore", "setup.py", "-q", "build_ext", "--inplace"]
-        if subprocess.run(command, cwd=ROOT).returncode:  # or a module of an earlier build would pass for this one
+        if subprocess.run(command, cwd=ROOT).returncode:  # an older module must not pass for this build
             print("NOT BUILT: setup.py failed")
             return 1
     return 1 if _missing(modules, a.rehearse) else 0
@@ -49,17 +47,14 @@ def main() -> int:
 
 def _about() -> None:
     if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", f"--query-gpu={GPU}", "--format=csv,noheader"]
-        values = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.strip().split(", ")
-        for name, value in zip(GPU.split(","), values, strict=False):
-            print(f"{name:18} {value}")
+        subprocess.run(["nvidia-smi"], timeout=30)
     print(f"{'python':18} {sys.version.split()[0]}, torch {torch.__version__}")
     for tool in TOOLS:
-        print(f"{tool:18} {shutil.which(tool) or 'not on the path'}")
+        print(f"{tool:18} {shutil.which(tool) or 'not on the path'}", flush=True)
 
 
 def _old(name: str) -> bool:
-    """Whether this interpreter has no such module, or one that is older than the sources."""
+    """Whether the module is missing for this interpreter, or older than its sources."""
     module = PACKAGE / f"{name}{SUFFIX}"
     files = [path for pattern in SOURCES[name] for path in (ROOT / "csrc").glob(pattern)]
     newest = max(path.stat().st_mtime for path in files)
@@ -67,12 +62,15 @@ def _old(name: str) -> bool:
 
 
 def _missing(modules: tuple[str, ...], rehearse: bool) -> int:
-    """Imports them, and asks the registry which ops each backend has kernels for; how many faults there are."""
+    """Import them, ask the registry which ops each backend serves, and return the number of faults."""
     faults = 0
     for name in modules:
-        why = _fault(name)
-        print(f"{name:18} {f'DOES NOT LOAD: {why}' if why else 'loads'}")
-        faults += bool(why)
+        try:
+            importlib.import_module(f"grok_kernels.{name}")
+            print(f"{name:18} loads")
+        except ImportError as error:  # noqa: PERF203
+            print(f"{name:18} DOES NOT LOAD: {error}")
+            faults += 1
     import grok_kernels
 
     for backend in ("cpu",) if rehearse else ("triton", "cuda"):
@@ -84,15 +82,6 @@ def _missing(modules: tuple[str, ...], rehearse: bool) -> int:
         faults += not served
     print("all modules load" if not faults else f"{faults} of the modules and backends are not there")
     return faults
-
-
-def _fault(name: str) -> str:
-    """Why the module does not load, if so."""
-    try:
-        importlib.import_module(f"grok_kernels.{name}")
-    except ImportError as error:
-        return str(error)
-    return ""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Stages, each of processes of their own with a time limit: what fails or hangs ends alone, and what came before is kept."""
+"""Stages of processes with a time limit: what fails or hangs ends alone, and what came before it is kept."""
 
 from __future__ import annotations
 
@@ -16,23 +16,22 @@ from pathlib import Path
 from typing import Literal
 
 Status = Literal["passed", "failed", "timed out", "missing"]
-SKIPPED = 77  # the status of a process that cannot do its work here, and has said why
-WRONG = 3  # of one that ran to its end and found wrong numbers
+SKIPPED = 77  # exit status of a process that cannot do its work here, and has said why
+WRONG = 3  # exit status of a process that ran to its end and found wrong numbers
 GRACE = 10.0  # seconds to save what there is after an interrupt
-LAST = 2.0  # seconds to end what did not listen to it, and to write the archive
-SHOWN = 12  # lines of a failure
+LAST = 2.0  # seconds to kill what ignored it, and to write the archive
+SHOWN = 12  # lines of a failure's log
 MOST_LOG = 2 << 20  # bytes of a log's end that are kept
-EVERY = 10.0  # seconds between two saves of what there is
+EVERY = 10.0  # seconds between saves
 
 
 @dataclass(frozen=True)
 class Command:
-    """One process. `refusals` are words of a tool that cannot work on this machine, which is then missing."""
+    """One process."""
 
     name: str
     argv: Sequence[str]
     env: Mapping[str, str] = field(default_factory=dict)
-    refusals: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -41,20 +40,19 @@ class Outcome:
     command: str
     status: Status
     seconds: float
-    said: str  # its last line, or why it is missing
+    said: str  # the last line of its log, or why it is missing
     log: Path
-    bad: bool = False  # whether the whole run is then not a success
+    bad: bool = False  # whether it makes the whole run a failure
     code: int | None = None  # its exit status, negative for a signal; None if it never ran, or would not end
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands, made from all outcomes so far when the stage begins. `at_once`: they run side by side, as those that
-    measure must not.
+    """Commands, made from all outcomes so far when the stage begins. `at_once` runs them in parallel: not for timings.
 
-    `gate` says what makes the whole run a failure: "all": whatever did not pass, be it late or missing; "failed": what
-    failed, not what was cut short; "none": nothing, the stage only informs. After a bad outcome of a stage that is
-    `needed` the part ends.
+    `gate` says which outcomes make the whole run a failure: "all": any that did not pass, late or missing, too;
+    "failed": failures alone; "none": no outcome, the stage only informs. After a bad outcome of a `needed` stage the
+    part ends.
     """
 
     name: str
@@ -71,8 +69,10 @@ class Stage:
 def run_part(
     stages: Sequence[Stage], folder: Path, limit: float, keep: Callable[[], None], say: Callable[[str], None] = print
 ) -> list[Outcome]:
-    """Run the stages in order, all within `limit` seconds, logs in `folder`. `keep` saves what there is: after every
-    stage, and every few seconds within one."""
+    """Run the stages in order within `limit` seconds, with logs in `folder`.
+
+    `keep` saves the results so far, after each stage and every few seconds within one.
+    """
     end = time.monotonic() + limit
     outcomes: list[Outcome] = []
     for stage in stages:
@@ -101,7 +101,7 @@ def run(
     commands: list[Command] = []
     try:
         commands += stage.commands(so_far)
-    except Exception as error:  # a stage that reads what an earlier one did not leave
+    except Exception as error:  # the stage reads a file that an earlier one did not write
         outcomes.append(_outcome(stage, stage.name, "missing", 0.0, f"{type(error).__name__}: {error}", folder))
     end, saved = time.monotonic() + limit, time.monotonic()
     try:
@@ -110,9 +110,9 @@ def run(
             if late:
                 _end([r.process for r in running])
             for r in [r for r in running if late or r.process.poll() is not None]:
-                running.remove(r)  # when late, even one that SIGKILL does not end: the driver may hold it
+                running.remove(r)  # when late even if SIGKILL does not end it: the driver may hold it
                 if not late:
-                    _end([r.process])  # what it left behind
+                    _end([r.process])  # its children
                 outcomes.append(_judged(stage, r, limit if late else None))
             while commands and (stage.at_once or not running):
                 command = commands.pop(0)
@@ -155,39 +155,28 @@ def _started(command: Command, log: Path) -> _Running:
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Interrupt them with all that they started; whoever is there after that is ended."""
+    """Interrupt the process groups, and kill what is left after GRACE."""
     for number, grace in ((signal.SIGINT, GRACE), (signal.SIGKILL, 1.0)):
         for process in processes:
-            _signal(process, number)
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, number)  # children that outlived it, too
         end = time.monotonic() + grace
         while any(process.poll() is None for process in processes) and time.monotonic() < end:
             time.sleep(0.05)
-        if number == signal.SIGINT and all(process.poll() is not None for process in processes):
-            for process in processes:
-                _signal(process, signal.SIGKILL)  # children that outlive it
-            return
-
-
-def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, number)
 
 
 def _judged(stage: Stage, r: _Running, late: float | None) -> Outcome:
-    """`late`: the seconds it had, where they were over."""
-    command, code, lines = r.command, r.process.returncode, _tail(r.log)
-    said = lines[-1] if lines else ""
-    refused = next((line for line in lines if any(word in line for word in command.refusals)), None)
+    """The outcome of a process that ended; `late`: the seconds it had, if they were over."""
+    code, said = r.process.returncode, (_tail(r.log) or [""])[-1]
     if code == SKIPPED:
         status: Status = "missing"
     elif late is not None:
         status, said = "timed out", f"after {late:.0f} s; {said}"
-    elif refused is not None:
-        status, said = "missing", refused
+    elif code:
+        status, said = "failed", f"status {code}; {said}"
     else:
-        status = "failed" if code else "passed"
-        said = f"status {code}; {said}" if code else said
-    return _outcome(stage, command.name, status, time.monotonic() - r.began, said, r.log, code)
+        status = "passed"
+    return _outcome(stage, r.command.name, status, time.monotonic() - r.began, said, r.log, code)
 
 
 def _outcome(
@@ -217,7 +206,7 @@ def summary(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def archive(folder: Path, file: Path, more: Sequence[Path] = ()) -> None:
-    """All files of `folder`, and `more`, as one file: whole or not at all. Of a log the end, if it is long."""
+    """All files of `folder`, and `more`, in one archive, written whole or not at all; of a long log only the end."""
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         with tarfile.open(partial, "w:gz", compresslevel=6) as tar:

@@ -1,10 +1,10 @@
-"""Every op that one backend has, once, against the reference: python -m benchmarks.gpu.small BACKEND [--few].
+"""Every op of one backend, once, against the reference: python -m benchmarks.gpu.small BACKEND [--few].
 
-With GROK_TEST_DEVICE=cpu:0 all tensors are made and compared on the CPU at tiny sizes, so that no kernels run on the GPU but
-those to be looked at, each named before it starts: what hangs or faults is the last one named, and compute-sanitizer follows
-each access. With GROK_TEST_DEVICE=cuda tensors are made on the GPU, at sizes (GROK_TEST_SHRINK) that fill it and go around
-the kernels' rings of stages, and the first row alone must have the bits that it has among others.
-Status 3 if numbers are wrong, 1 if a call fails or the backend takes none.
+With GROK_TEST_DEVICE=cpu:0 tensors are made and compared on the CPU at tiny sizes, so that only the tested kernels run
+on the GPU: compute-sanitizer can follow each access. With GROK_TEST_DEVICE=cuda they are made on the GPU, at sizes
+(GROK_TEST_SHRINK) that fill it and wrap around the kernels' pipelines, and the first row must have the same bits alone
+and among others. Each call is named before it starts: what hangs or faults is the last one named. Status 3 if numbers
+are wrong, 1 if a call fails or the backend takes none.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import sys
 from fnmatch import fnmatch
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +30,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.small", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("backend")
     parser.add_argument("--few", action="store_true", help="two sizes, not four")
-    parser.add_argument("--call", default="*", metavar="PATTERN", help="those of the calls whose names match")
-    parser.add_argument("--part", default="0/1", metavar="I/N", help="the I-th of N parts of them, from 0 on")
+    parser.add_argument("--call", default="*", metavar="PATTERN", help="only calls whose names match")
+    parser.add_argument("--part", default="0/1", metavar="I/N", help="only the I-th of N parts of them, from 0")
     parser.add_argument("--on", default="cuda", help="where the ops run")
     a = parser.parse_args()
     if a.on == "cuda" and not torch.cuda.is_available():
@@ -57,50 +56,44 @@ def main() -> int:
     if not served:
         print(f"the {a.backend} backend takes none of these calls")
         return 1
-    print(
-        f"{len(wrong)} WRONG: {'; '.join(wrong)}" if wrong else f"{served} calls of the {a.backend} backend are right"
-    )
+    right = f"{served} calls of the {a.backend} backend are right"
+    print(f"{len(wrong)} WRONG: {'; '.join(wrong)}" if wrong else right)
     return WRONG if wrong else 0
 
 
 def _differences(c: Call, t: int, backend: str, on: str) -> list[str]:
     """What is wrong with this call. NotImplementedError where the backend does not take it."""
     args, again = c.make(t, 1), c.make(t, 1)  # some are written in place
-    function = getattr(grok_kernels, c.op)
-    run = function if ON_GPU else carried(function, on)
     with grok_kernels.use_backend(backend):
-        got = (*_tuple(run(**args)), *(args[name] for name in c.written))
+        if ON_GPU:
+            got = c(args)
+        else:
+            found = carried(getattr(grok_kernels, c.op), on)(**args)
+            got = (*(found if isinstance(found, tuple) else (found,)), *(args[name] for name in c.written))
     with grok_kernels.use_backend("reference"):
-        expected = (*_tuple(function(**again)), *(again[name] for name in c.written))
-    found = [
+        expected = c(again)
+    wrong = [
         f"{c}, {t} tokens: off by {off:.1e}"
         for a, b in zip(got, expected, strict=True)
-        if not (off := _distance(a, b)) <= (0.0 if a.dtype in (torch.int32, torch.int64) else BOUND)
+        if not (off := _distance(a.float(), b.float())) <= (0.0 if a.dtype in (torch.int32, torch.int64) else BOUND)
     ]
     if ON_GPU and c.rows and t > 1:
-        own = {name: args[name][:1].clone() for name in c.rows if args[name] is not None}
+        own = c.part(args, slice(0, 1))
         if c.op == "paged_attention":
             own["query_start"] = args["query_start"][:2]
         with grok_kernels.use_backend(backend):
-            alone = _tuple(function(**{**args, **own}))
-        if any(
-            len(a) == 1 and not _same(a[:1], b[:1]) for a, b in zip(alone, got, strict=False)
-        ):  # got has what was written, too
-            found.append(f"{c}, {t} tokens: the first row has other bits alone")
-    return found
-
-
-def _tuple(results: Any) -> tuple[Tensor, ...]:
-    return results if isinstance(results, tuple) else (results,)
+            alone = c(own)
+        if any(len(a) == 1 and not torch.equal(_bits(a), _bits(b[:1])) for a, b in zip(alone, got, strict=True)):
+            wrong.append(f"{c}, {t} tokens: the first row has other bits alone")
+    return wrong
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    norm = torch.linalg.vector_norm
-    return float(norm(a.float() - b.float()) / norm(b.float()).clamp(min=1e-30))
+    return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+def _bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""The two parts: `first` says within 4 minutes whether anything is wrong and how fast what matters is; `second` proves it at
-full size, tunes, measures again and says why it is as it is. In each what matters most comes first, since a part may be cut
-anywhere."""
+"""The two parts. `first` says within 4 minutes whether anything is wrong, and how fast the most important kernels are;
+`second` proves all at full size, tunes, measures again and profiles.
+
+The most important comes first, since a part may be cut short anywhere.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,10 @@ LATENCY = (
 )  # fmt: skip
 CONTESTANTS = ("grok_kernels cuda*", "grok_kernels triton*", "torch _scaled_grouped_mm*", "torch _grouped_mm*",
                "torch eager", "torch sdpa*")  # fmt: skip
-COMPILING = ("grok_kernels cuda*", "grok_kernels triton*", "DeepGEMM*", "FlashInfer*", "torch FlexAttention*")
+COMPILING = ("grok_kernels cuda*", "grok_kernels triton*", "DeepGEMM*", "torch FlexAttention*")
 TRITON_PARTS, SHARDS, ENGINES = 5, 3, 6  # processes side by side
 SANITIZER = "compute-sanitizer"
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats", "WarpStateStats")
-NO_COUNTERS = ("ERR_NVGPUCTRPERM", "Failed to initialize the profiler", "LibraryNotLoaded", "Device not supported")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Run:
-    """What the commands of a run have in common. In a rehearsal they run on this machine's CPU, at sizes of no meaning."""
+    """What the commands of a run share. In a rehearsal they run on this machine's CPU, at tiny sizes."""
 
     folder: Path  # of results and logs
     bundle: Path | None = None
@@ -49,11 +50,10 @@ class Run:
         return {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
 
     def python(self, name: str, module: str, *args: str, under: Sequence[str] = (), **env: str) -> Command:
-        argv = (*under, PYTHON, "-m", module, *args)
-        return Command(name, argv, {**self.env, **env}, refusals=NO_COUNTERS if under else ())
+        return Command(name, (*under, PYTHON, "-m", module, *args), {**self.env, **env})
 
     def bench(self, name: str, *args: str, **env: str) -> Command:
-        """Results in NAME.json."""
+        """A benchmark with results in NAME.json."""
         file = str(self.folder / f"{name}.json")
         device = "cpu" if self.rehearse else "cuda"
         return self.python(name, "grok_engine.cli", "bench", *args, "--device", device, "--json", file, **env)
@@ -98,16 +98,15 @@ def _load(run: Run) -> Stage:
 
 
 def _tiles(run: Run) -> Stage:
-    """Whether the kernels by hand for few rows give the bits of those for many, which decides who serves decoding."""
-    return Stage("tiles with the same bits", lambda _: [_tune(run, "tune-wide", "--swapped")], 25, "none")
+    """Whether the CUDA kernels for few rows give the bits of those for many: only then may they serve decoding."""
+    return Stage("tiles with the same bits", lambda _: [_tune(run, "tune-swapped", "--swapped")], 25, "none")
 
 
 def _small(run: Run) -> list[Command]:
-    """By hand at tiny sizes and at middling ones, and in Triton, whose kernels are compiled in several processes: each may
-    hang alone."""
+    """The CUDA kernels at tiny and medium sizes, and Triton's, compiled in several processes; each may hang alone."""
     tiny, middling = {"GROK_TEST_DEVICE": "cpu:0"}, {"GROK_TEST_DEVICE": "cuda", "GROK_TEST_SHRINK": "8"}
     small = "benchmarks.gpu.small"
-    if run.rehearse:  # the CPU's kernels in place of those by hand; Triton's are interpreted
+    if run.rehearse:  # the CPU's kernels in place of CUDA's; Triton's are interpreted
         args, env = ("--on", "cpu", "--few", "--call", "*norm*"), {**tiny, "TRITON_INTERPRET": "1"}
         return [run.python(f"small-{n}", small, b, *args, **env) for n, b in (("cuda", "cpu"), ("triton", "triton"))]
     found = [run.python("small-cuda", small, "cuda", **tiny), run.python("middling-cuda", small, "cuda", **middling)]
@@ -118,8 +117,7 @@ def _small(run: Run) -> list[Command]:
 
 
 def _by_hand_lost(outcomes: Sequence[Outcome]) -> bool:
-    """Whether the kernels by hand hang or fault, which ends their process; wrong numbers do not, and are named where they are
-    measured."""
+    """Whether the CUDA kernels hang or fault, which ends their process; wrong numbers the harness names."""
     ours = [o for o in outcomes if o.command in ("small-cuda", "middling-cuda")]
     return any(o.status != "passed" and o.code != WRONG for o in ours)
 
@@ -137,8 +135,10 @@ def _race(run: Run, name: str, problems: str, who: Sequence[str], *more: str) ->
 
 
 def _compiling(run: Run) -> list[Command]:
-    """Few problems, since these peers take ten seconds and more for each; those that are not installed are missing. Each in a
-    process of its own: one of them has ended that of all others."""
+    """Few problems, since these peers compile for ten seconds and more each.
+
+    Each has a process of its own: one of them once ended the process of all.
+    """
     if run.rehearse:
         return [run.bench("kernels-compiling", "kernels", "group_tokens/grok-1/decode/zipf-t64", "--smoke")]
     return [_race(run, "kernels-compiling", "@cuda-compiling", COMPILING, "--subprocess")]
@@ -147,18 +147,18 @@ def _compiling(run: Run) -> list[Command]:
 def _decode(run: Run, name: str, outcomes: Sequence[Outcome], *more: str) -> Command:
     forced = {"GROK_KERNELS_BACKEND": "triton"} if _by_hand_lost(outcomes) and not run.rehearse else {}
     if run.rehearse:
-        return run.bench(name, "latency", "--model", "tiny", "--batch-size", "1", "--num-iters", "1", "--input-len", "4",
-                         "--output-len", "4", "--num-iters-warmup", "0", *more)  # fmt: skip
+        sizes = ("--batch-size", "1", "--num-iters", "1", "--input-len", "4", "--output-len", "4")
+        return run.bench(name, "latency", "--model", "tiny", *sizes, "--num-iters-warmup", "0", *more)
     return run.bench(name, *LATENCY, *more, **forced)
 
 
 def _tune(run: Run, name: str, *args: str) -> Command:
-    """Into the package, where what follows reads it; the archive has a copy."""
+    """Tune into the package, where later stages read it; the archive has a copy."""
     return run.python(name, "grok_kernels.autotune", *(["--list"] if run.rehearse else args))
 
 
 def _full_size(run: Run) -> list[Command]:
-    """Each process holds 19 GB at most: more of them would find no memory."""
+    """Each process needs up to 19 GB: more of them would not fit into memory."""
     chosen = ("-k", "as_the_reference and norm and selected") if run.rehearse else ()
     args = ("tests/gpu", "--ignore=tests/gpu/test_gpu_engine.py", *chosen)
     return [run.tests(f"full-size-{i}", *args, GROK_TEST_SHARD=f"{i}/{SHARDS}") for i in range(SHARDS)]
@@ -168,10 +168,11 @@ MEMORY = "pages_are_what_is_left"
 
 
 def _engine(run: Run) -> list[Command]:
-    """Of the tiny models; most of the time goes into compiling."""
+    """The engine on tiny models; most of the time goes into compiling."""
     if run.rehearse:
         return [run.tests("engine-0", "tests/gpu/test_gpu_engine.py", "-k", "folder")]
-    chosen = "test_gpu_engine or fp32 or bf16 or quality or any_batch or goldens_in_one or (any_number_format and not reference)"
+    named = "test_gpu_engine or fp32 or bf16 or quality or any_batch or goldens_in_one"
+    chosen = f"{named} or (any_number_format and not reference)"
     files = ("tests/gpu/test_gpu_engine.py", "tests/e2e/test_goldens.py", "tests/engine/test_activations.py",
              "tests/engine/test_invariance.py")  # fmt: skip
     args = (*files, "-k", f"({chosen}) and not {MEMORY}")
@@ -183,40 +184,34 @@ def _memory(run: Run) -> Command:
 
 
 def _sanitizers(run: Run) -> list[Command]:
-    """Of the kernels by hand. A tool may not follow the copy engine's barriers, so what it says is read, not believed."""
+    """compute-sanitizer over the CUDA kernels. It may not follow TMA's barriers: its findings only inform."""
     env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "GROK_TEST_DEVICE": "cpu:0"}
     args = ("cpu", "--on", "cpu", "--call", "*norm*") if run.rehearse else ("cuda",)
-    return [
-        run.python(
-            tool,
-            "benchmarks.gpu.small",
-            *args,
-            "--few",
-            under=(SANITIZER, "--tool", tool, "--error-exitcode", "9"),
-            **env,
-        )
-        for tool in ("memcheck", "racecheck")
-    ]
+    found = []
+    for tool in ("memcheck", "racecheck"):
+        under = (SANITIZER, "--tool", tool, "--error-exitcode", "9")
+        found.append(run.python(tool, "benchmarks.gpu.small", *args, "--few", under=under, **env))
+    return found
 
 
 def _slowest(run: Run) -> list[tuple[str, str]]:
     if run.rehearse:
         return [("rms_norm/grok-1/decode/t64", "torch eager")]
-    from .slowest import slowest  # imports torch, which the driver of the stages does without
+    from .profile import slowest  # imports torch, which the driver of the stages does without
 
     return slowest(run.folder / "kernels.json")
 
 
 def _profile(run: Run, problem: str, contestant: str) -> Command:
-    """Clocks as they are: to lock them needs rights, and takes long where there are none."""
+    """ncu without locked clocks: locking needs rights, and takes long to fail without them."""
     ncu = ["ncu", "--clock-control", "none", "--profile-from-start", "off"]
     for section in SECTIONS:
         ncu += ["--section", section]
     device = ("--device", "cpu") if run.rehearse else ()
     name = f"ncu-{problem.replace('/', '-')}"
-    return run.python(name, "benchmarks.gpu.once", problem, contestant, *device, under=ncu)
+    return run.python(name, "benchmarks.gpu.profile", problem, contestant, *device, under=ncu)
 
 
 def tuned() -> list[Path]:
-    """What tuning wrote."""
+    """The files that tuning wrote."""
     return sorted((ROOT / "kernels/grok_kernels/tuned").glob("*.json"))

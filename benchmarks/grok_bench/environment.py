@@ -4,144 +4,121 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
-import shutil
+import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import click
 import torch
 
 import grok_kernels
 
 from .schema import Environment
 
-GROUP = Path("/sys/fs/cgroup")  # the process's own, where it is in a container
+GROUP = Path("/sys/fs/cgroup")  # the process's own in a container
 
 
 def environment(device: str = "cpu") -> Environment:
-    """What a measurement on `device` depends on."""
-    on_gpu = device.startswith("cuda")
+    """The machine and software that a measurement on `device` depends on."""
+    on_gpu, info = device.startswith("cuda"), _text("/proc/cpuinfo")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    clock, driver = _value(r"^cpu MHz\s*: (.*)", info), None
+    if on_gpu:
+        told = _output("nvidia-smi", "--query-gpu=clocks.current.sm,driver_version", "--format=csv,noheader,nounits")
+        clock, driver = told.splitlines()[0].split(", ") if told else (None, None)
+    isa = triton = None
+    with suppress(NotImplementedError):  # without the native module
+        isa = grok_kernels.cpu.isa()
+    with suppress(PackageNotFoundError):
+        triton = version("triton")
     commit, dirty = _commit()
     return Environment(
-        chip=torch.cuda.get_device_name(device) if on_gpu else _chip(),
+        chip=torch.cuda.get_device_name(device) if on_gpu else f"{_cpu(info)} ({cores} cores)",
         device="cuda" if on_gpu else "cpu",
-        cores=_cores(),
+        cores=cores,
         threads=torch.get_num_threads(),
-        isa=_isa(),
-        clock_mhz=_clock(_smi("clocks.current.sm") if on_gpu else _cpu_info("cpu MHz")),
-        driver=_smi("driver_version") if on_gpu else None,
+        isa=isa,
+        clock_mhz=float(clock) if clock and clock.replace(".", "", 1).isdigit() else None,
+        driver=driver,
         python=platform.python_version(),
         torch=torch.__version__,
-        triton=_version("triton"),
-        compiler=_compiler(),
+        triton=triton,
+        compiler=getattr(sys.modules.get("grok_kernels._C"), "compiler", None),
         os=platform.platform(),
         commit=commit,
         dirty=dirty,
     )
 
 
+def _cpu(info: str) -> str:
+    """The CPU's name, with family and model numbers, as a virtual machine may hide the name."""
+    name = _value(r"^model name\s*: (.*)", info) or platform.processor() or platform.machine()
+    family, model = _value(r"^cpu family\s*: (.*)", info), _value(r"^model\s*: (.*)", info)
+    return f"{name}, family {family} model {model}" if family and model else name
+
+
+def command() -> str:
+    """The command line of `grok-engine` that is running."""
+    context = click.get_current_context()
+    given = context.find_root().obj
+    return f"grok-engine {shlex.join(given)}" if given else context.command_path
+
+
 def available_bytes(device: str = "cpu") -> int | None:
-    """Memory that can still be had on `device`; None where the system does not say, or has no such device."""
+    """Free memory on `device`, within the cgroup's limit; None where the system does not say."""
     if device.startswith("cuda"):
         try:
             return int(torch.cuda.mem_get_info(device)[0])
         except (RuntimeError, ValueError, AssertionError):
             return None
-    found = [int(line.split()[1]) << 10 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable:")]
-    limit, used = _lines(GROUP / "memory.max"), _lines(GROUP / "memory.current")
-    if limit and used and limit[0].isdigit():
-        cache = sum(int(line.split()[1]) for line in _lines(GROUP / "memory.stat") if line.startswith("inactive_file "))
-        found.append(int(limit[0]) - int(used[0]) + cache)
+    free = _value(r"^MemAvailable:\s*(\d+)", _text("/proc/meminfo"))
+    found = [int(free) << 10] if free else []
+    limit, used = (_text(GROUP / f"memory.{name}").strip() for name in ("max", "current"))
+    if limit.isdigit() and used.isdigit():
+        cache = _value(r"^inactive_file (\d+)", _text(GROUP / "memory.stat"))
+        found.append(int(limit) - int(used) + int(cache or 0))
     return min(found, default=None)
 
 
 def peak_bytes(device: str = "cpu") -> int:
-    """The most memory that was held at once: by this process on a CPU, by tensors on a GPU."""
+    """Peak memory: of this process on a CPU, of tensors on a GPU."""
     if device.startswith("cuda"):
         return int(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _lines(path: str | Path) -> list[str]:
+def _text(path: str | Path) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
+        return Path(path).read_text(encoding="utf-8")
     except OSError:
-        return []
+        return ""
 
 
-def _cpu_info(name: str) -> str | None:
-    values = (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.split("\t")[0].strip() == name)
-    return next(values, None)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _chip() -> str:
-    """The model; where a virtual machine hides it, the family and model numbers say which it is."""
-    name = _cpu_info("model name") or platform.processor() or platform.machine()
-    family, model = _cpu_info("cpu family"), _cpu_info("model")
-    numbers = f", family {family} model {model}" if family and model else ""
-    return f"{name}{numbers} ({_cores()} cores)"
-
-
-def _clock(text: str | None) -> float | None:
-    try:
-        return None if text is None else float(text)
-    except ValueError:  # a driver that does not tell
-        return None
-
-
-def _smi(what: str) -> str | None:
-    """Of the first GPU, as the driver's own tool reads it."""
-    text = _output("nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits")
-    return text.splitlines()[0] if text else None
-
-
-def _isa() -> str | None:
-    try:
-        return grok_kernels.cpu.isa()
-    except NotImplementedError:
-        return None
-
-
-def _compiler() -> str | None:
-    """Of the native kernels, where they say it."""
-    try:
-        import grok_kernels._C as module
-    except ImportError:
-        return None
-    return getattr(module, "compiler", None)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def _value(pattern: str, text: str) -> str | None:
+    found = re.search(pattern, text, re.MULTILINE)
+    return found[1] if found else None
 
 
 def _commit() -> tuple[str | None, bool]:
-    """Of the sources that run, and whether they differ from it; None where these files are in no repository."""
-    if told := os.environ.get("GROK_BENCH_COMMIT"):  # by who copied the sources, + where they have changes
+    """The commit of these sources, and whether they have changes; None outside a repository."""
+    if told := os.environ.get("GROK_BENCH_COMMIT"):  # set where the sources were copied; + means changes
         return told.rstrip("+"), told.endswith("+")
     here = Path(__file__)
     git = ("git", "-C", str(here.parent))
-    if not _output(*git, "ls-files", here.name):  # installed somewhere inside of another project's repository
+    if not _output(*git, "ls-files", here.name):  # installed within another project's repository
         return None, False
     commit = _output(*git, "rev-parse", "--short=12", "HEAD")
     return commit, bool(commit and _output(*git, "status", "--porcelain", "--untracked-files=no"))
 
 
 def _output(*command: str) -> str | None:
-    if shutil.which(command[0]) is None:
-        return None
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):  # not there, not willing, or hanging
         return None
-    return done.stdout.strip() or None if done.returncode == 0 else None

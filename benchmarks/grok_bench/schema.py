@@ -1,6 +1,8 @@
-"""The result file that every benchmark of the suite writes and every report reads: "grok-bench/1", JSON.
+"""The result file that every benchmark of the suite writes and every report reads: "grok-bench/2", JSON.
 
-Times are seconds, sizes bytes, rates per second. A value that does not exist is null, never NaN or infinite.
+A file is a summary: medians with 95% intervals, counts, ratios, ceilings and the environment. Samples are written only
+where they are asked for. Times are seconds, sizes bytes, rates per second. A missing value is null or left out, never
+NaN or infinite; a member that equals its default is left out.
 """
 
 from __future__ import annotations
@@ -8,14 +10,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
-SCHEMA = "grok-bench/1"
-LATER = ("gpu",)  # members that files written before them lack
+SCHEMA = "grok-bench/2"
 Scalar: TypeAlias = str | int | float | bool | None
 Status = Literal["ok", "wrong", "failed", "missing", "timeout"]
 
@@ -26,13 +27,13 @@ class SchemaError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
-    """What a number depends on."""
+    """The machine and the software that a number depends on."""
 
     chip: str
     device: Literal["cpu", "cuda"]
     cores: int
     threads: int
-    isa: str | None  # of the native CPU kernels; None where there are none
+    isa: str | None  # of the native CPU kernels; None where they were not built
     clock_mhz: float | None
     driver: str | None
     python: str
@@ -46,7 +47,7 @@ class Environment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ceiling:
-    """The best rate that this machine was seen to reach: bytes read or copied, or operations of one arithmetic."""
+    """The best measured rate of this machine: bytes read or copied, or operations of one arithmetic."""
 
     unit: Literal["B/s", "FLOP/s"]
     rate: float
@@ -54,28 +55,35 @@ class Ceiling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """One contestant on one problem. `seconds` is the median, `low` and `high` its 95 % interval; None unless "ok"."""
+    """One contestant on one problem.
+
+    `seconds` is the median over the problem's rounds and `low`, `high` its 95% interval; None unless "ok".
+    `speedup` is the median over rounds of (best peer's time / own time); ours have its 95% interval, too.
+    """
 
     contestant: str
-    ours: bool
-    status: Status
+    ours: bool = False
+    status: Status = "ok"
     message: str = ""
     error: float | None = None
-    tolerance: float | None = None
     seconds: float | None = None
     low: float | None = None
     high: float | None = None
+    roofline: float | None = None
+    speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+    bytes: float | None = None  # what it reads and writes, where that differs from the problem's
+    tolerance: float | None = None  # of the error, where that differs from the problem's
     samples: list[float] = field(default_factory=list)
-    bytes_per_second: float | None = None
-    operations_per_second: float | None = None
-    share_of_roofline: float | None = None
-    times_best_peer: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuState:
-    """A GPU during the rounds of one problem: medians, but for those that are named most or least, and `celsius`, the highest.
-    `held_back` is the share of readings in which power or heat kept the clock down."""
+    """A GPU during the rounds of one problem: medians, extremes where the name says so, and the highest temperature.
+
+    `held_back` is the share of readings in which power or heat kept the clock down.
+    """
 
     watts: float
     most_watts: float
@@ -89,54 +97,36 @@ class GpuState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelResult:
-    """One problem. `floor_seconds` is the roofline's: bytes over the read ceiling or operations over the arithmetic's."""
+    """One problem. `floor_seconds` is the roofline's: bytes over the memory ceiling, or operations over the peak's."""
 
     problem: str
     op: str
-    family: str
     parameters: dict[str, Scalar]
     operations: float
     bytes: float
     arithmetic: str
-    floor_seconds: float | None
-    rounds: int
-    thrown_away: int
-    best_peer: str | None
-    scores: list[Score]
+    tolerance: float | None = None
+    floor_seconds: float | None = None
+    rounds: int = 0
+    thrown_away: int = 0
+    best_peer: str | None = None
+    scores: list[Score] = field(default_factory=list)
     gpu: GpuState | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Percentiles:
-    """Of one latency over all requests (of `itl`, over all pairs of neighbouring tokens)."""
+    """Of one latency over all requests (of `itl`, over all pairs of neighbouring tokens).
+
+    `low`, `high`: the 95% interval of p50.
+    """
 
     mean: float
     p50: float
     p90: float
     p99: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Moment:
-    """The engine's own counts, `t` seconds after the start. `prefix_hit_tokens` and `tokens` are since the start."""
-
-    t: float
-    running: int
-    waiting: int
-    kv_pages_used: int
-    kv_pages: int
-    prefix_hit_tokens: int
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestTimes:
-    """One request: when it came, and the seconds from then to its first and to its last token; None if never."""
-
-    arrival: float
-    ttft: float | None
-    e2e: float | None
-    output_tokens: int
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,18 +144,19 @@ class EngineResult:
     requests_per_second: float
     output_tokens_per_second: float
     total_tokens_per_second: float
-    goodput_per_second: float | None
-    slo: dict[str, float] | None
+    goodput_per_second: float | None = None
+    slo: dict[str, float] | None = None
     metrics: dict[str, Percentiles | None]
     load_seconds: float
     peak_memory_bytes: int
-    timeline: list[Moment]
-    requests: list[RequestTimes]
+
+
+KINDS = {"kernels": KernelResult, "engine": EngineResult}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResultFile:
-    """A file: where, how and when, and the results of one kind."""
+    """A file: where, how and when it was measured, and results of one kind."""
 
     kind: Literal["kernels", "engine"]
     command: str
@@ -175,93 +166,105 @@ class ResultFile:
     interrupted: bool = False
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"))
 
-    def save(self, path: str | Path) -> None:
-        """Write it whole or not at all."""
+    @property
+    def kernels(self) -> list[KernelResult]:
+        return [r for r in self.results if isinstance(r, KernelResult)]
+
+    @property
+    def runs(self) -> list[EngineResult]:
+        return [r for r in self.results if isinstance(r, EngineResult)]
+
+    def save(self, path: str | Path, samples: bool = False) -> None:
+        """Write the whole file or none of it: a line for each member and each result, to be compared line by line."""
         path = Path(path)
-        text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, allow_nan=False)
+        values = {"schema": SCHEMA, **_plain(self, samples)}
+        members = [f"{_json(name)}: {_json(value)}" for name, value in values.items() if name != "results"]
+        members.append('"results": [\n' + ",\n".join(map(_json, values["results"])) + "]")
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            partial.write_text(text + "\n", encoding="utf-8")
+            partial.write_text("{" + ",\n".join(members) + "}\n", encoding="utf-8")
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, allow_nan=False, ensure_ascii=False)
+
+
+def _plain(value: Any, samples: bool) -> Any:
+    """`value` as JSON has it, without members that equal their default, and without samples unless they are wanted."""
+    if isinstance(value, list):
+        return [_plain(item, samples) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item, samples) for key, item in value.items()}
+    if not is_dataclass(value):
+        return value
+    members = {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
+    return {name: _plain(member, samples) for name, member in members.items() if samples or name != "samples"}
 
 
 def load(path: str | Path) -> ResultFile:
     """Read a result file. SchemaError names the file, the place in it, and what was expected there."""
     path = Path(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
-    except (UnicodeDecodeError, ValueError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refused)
+    except ValueError as error:
         raise SchemaError(f"{path} is not valid JSON: {error}") from None
     except OSError as error:
         raise SchemaError(f"{path} cannot be read: {error.strerror or error}") from None
-    found = values.get("schema") if isinstance(values, dict) else None
+    found = values.pop("schema", None) if isinstance(values, dict) else None
     if found != SCHEMA:
         raise SchemaError(f"{path} has schema {found!r}, expected {SCHEMA!r}")
-    values = {key: value for key, value in values.items() if key != "schema"}
-    kinds: dict[Any, type] = {"kernels": KernelResult, "engine": EngineResult}
-    kind = values.get("kind")
-    if not isinstance(kind, str) or kind not in kinds:
-        raise SchemaError(f"{path}: kind is {kind!r}, expected one of {', '.join(kinds)}")
+    hints = get_type_hints(ResultFile)
     try:
-        hints = {**get_type_hints(ResultFile), "results": list[kinds[kind]]}  # type: ignore[valid-type]
-        return ResultFile(**_members(ResultFile, values, hints, ""))
+        kind = KINDS[_parse(hints["kind"], values.get("kind"), "kind")]
+        hints["results"] = list[kind]  # type: ignore[valid-type]
+        read: ResultFile = _members(ResultFile, values, hints, "")
+        return read
     except SchemaError as error:
         raise SchemaError(f"{path}: {error}") from None
 
 
-def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is no number in JSON")
+def _refused(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number in JSON")
 
 
-def _members(cls: type, values: Any, hints: Mapping[str, Any], at: str) -> dict[str, Any]:
+def _members(cls: type, values: Any, hints: Mapping[str, Any], at: str) -> Any:
     if not isinstance(values, dict):
-        raise SchemaError(f"{at or 'the file'} is {_shown(values)}, expected an object")
+        raise SchemaError(f"{at} is {values!r:.60}, expected an object")
     names = [f.name for f in fields(cls)]
-    missing = [name for name in names if name not in values and name not in LATER]
-    unknown = [name for name in values if name not in names]
-    if missing or unknown:
-        what = [f"lacks {', '.join(missing)}"] if missing else []
-        what += [f"has unknown {', '.join(unknown)}"] if unknown else []
-        raise SchemaError(f"{at or 'the file'} {' and '.join(what)}")
-    return {name: _parse(hints[name], values[name], f"{at}.{name}" if at else name) for name in names if name in values}
+    optional = [f.name for f in fields(cls) if not (f.default is MISSING and f.default_factory is MISSING)]
+    for what, some in (
+        ("lacks", [name for name in names if name not in values and name not in optional]),
+        ("has unknown", [name for name in values if name not in names]),
+    ):
+        if some:
+            raise SchemaError(f"{at or 'the file'} {what} {', '.join(some)}")
+    return cls(**{name: _parse(hints[name], value, f"{at}.{name}".lstrip(".")) for name, value in values.items()})
 
 
 def _parse(kind: Any, value: Any, at: str) -> Any:
     """`value`, as JSON has it, as the annotation says."""
     origin, args = get_origin(kind), get_args(kind)
-    if origin is UnionType:
+    if is_dataclass(kind):
+        return _members(kind, value, get_type_hints(kind), at)  # type: ignore[arg-type]
+    if origin is UnionType:  # of scalars, or of one type and None
         options = [option for option in args if option is not NoneType]
-        if value is None and NoneType in args:
-            return None
+        if type(value) in args:
+            return value
         if len(options) == 1:
             return _parse(options[0], value, at)
-        if type(value) in options:  # of scalars alone
-            return value
-        raise SchemaError(f"{at} is {_shown(value)}, expected {' or '.join(o.__name__ for o in options)}")
-    if origin is Literal:
-        if not isinstance(value, str) or value not in args:
-            raise SchemaError(f"{at} is {_shown(value)}, expected one of {', '.join(args)}")
+    elif origin is Literal and value in args:
         return value
-    if origin is list:
-        if not isinstance(value, list):
-            raise SchemaError(f"{at} is {_shown(value)}, expected a list")
+    elif origin is list and isinstance(value, list):
         return [_parse(args[0], item, f"{at}[{i}]") for i, item in enumerate(value)]
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise SchemaError(f"{at} is {_shown(value)}, expected an object")
+    elif origin is dict and isinstance(value, dict):
         return {key: _parse(args[1], item, f"{at}.{key}") for key, item in value.items()}
-    if is_dataclass(kind):
-        assert isinstance(kind, type)
-        return kind(**_members(kind, value, get_type_hints(kind), at))
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise SchemaError(f"{at} is {_shown(value)}, expected {kind.__name__}")
-    return value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    elif type(value) is kind or (kind is float and type(value) is int):
+        return kind(value)
+    if origin is Literal:
+        expected = f"one of {', '.join(args)}"
+    else:
+        expected = {list: "a list", dict: "an object"}.get(origin) or " or ".join(k.__name__ for k in args or (kind,))
+    raise SchemaError(f"{at} is {value!r:.60}, expected {expected}")

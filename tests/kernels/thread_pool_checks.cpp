@@ -1,5 +1,5 @@
-// What ThreadPool promises, for the thread sanitizer to watch: every task runs once, loops inside tasks are serial, several
-// threads may call it, and an exception reaches the caller and leaves the pool usable.
+// What ThreadPool promises, for the thread sanitizer to watch: every task runs once, loops inside tasks are serial,
+// several threads may call it, and an exception reaches the caller and leaves the pool usable.
 
 #include "cpu/thread_pool.h"
 

@@ -9,35 +9,17 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from grok_bench.schema import Scalar
 from grok_engine.config import ActFormat, DType, KVDType, WeightFormat
 
 from .drive import Run, drive, joined
 from .measurement import Measurement
 from .metrics import parse_slo
-from .view import request_progress
-from .workload import Job, arrivals, at, random_jobs, read_trace, trace_jobs, warmup_jobs
+from .workload import arrivals, random_jobs, warmup_jobs
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-INPUT_LEN, OUTPUT_LEN, NUM_PROMPTS = 32, 128, 100
-
-
-class Number(click.FloatRange):
-    """A number in a range, and not NaN, which is in every range that click knows; finite, unless `infinite`."""
-
-    def __init__(self, *, infinite: bool = False, **limits: Any) -> None:
-        super().__init__(**limits)
-        self.infinite = infinite
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        number = super().convert(value, param, ctx)
-        if math.isnan(number) or (math.isinf(number) and not self.infinite):
-            self.fail(f"{value!r} is not a {'' if self.infinite else 'finite '}number.", param, ctx)
-        return number
-
-
 COUNT, AMOUNT = click.IntRange(min=1), click.IntRange(min=0)
-POSITIVE, RATE = Number(min=0, min_open=True), Number(min=0, min_open=True, infinite=True)
+POSITIVE = click.FloatRange(min=0, min_open=True)
+RATIO = click.FloatRange(min=0, max=1, max_open=True)
 
 
 def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -52,21 +34,13 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 MODEL = _options(
     click.option("--model", default="tiny", show_default=True, help="`tiny`, a folder, or with --dummy a preset."),
     click.option("--dummy", is_flag=True, help="Random weights, of the model's architecture."),
-    click.option("--layers", type=COUNT, help="With --dummy: so many in place of all."),
-    click.option(
-        "--set", "overrides", multiple=True, metavar="NAME=VALUE", help="With --dummy: another size, d_model=512."
-    ),
+    click.option("--layers", type=COUNT, help="With --dummy: the number of layers."),
+    click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="With --dummy: as in d_model=512."),
     click.option("--dtype", type=click.Choice(get_args(DType)), default="bfloat16", show_default=True),
-    click.option(
-        "--weights", type=click.Choice(get_args(WeightFormat)), help="By default as stored; random ones int8."
-    ),
-    click.option(
-        "--activations",
-        type=click.Choice(get_args(ActFormat)),
-        help="Of the rows; by default as weights and device are.",
-    ),
+    click.option("--weights", type=click.Choice(get_args(WeightFormat)), help="Default: as stored; random ones int8."),
+    click.option("--activations", type=click.Choice(get_args(ActFormat)), help="Default: by weights and device."),
     click.option("--device", default="cpu", show_default=True, help="As torch names them."),
-    click.option("--kv-dtype", type=click.Choice(get_args(KVDType)), help="Of keys and values; by default as --dtype."),
+    click.option("--kv-dtype", type=click.Choice(get_args(KVDType)), help="Of keys and values; default: --dtype."),
     click.option("--max-model-len", type=COUNT, help="Tokens of a request, at most."),
     click.option("--max-num-seqs", type=COUNT, help="Requests that run at once."),
     click.option("--max-num-batched-tokens", type=COUNT, help="Tokens of one step."),
@@ -76,29 +50,20 @@ MODEL = _options(
     click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=True, show_default=True),
     click.option("--enforce-eager", is_flag=True, help="Decode without CUDA graphs."),
     click.option("--seed", type=AMOUNT, default=0, show_default=True, help="Of prompts, lengths and arrivals."),
-    click.option(
-        "--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write the result there, too."
-    ),
+    click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write the result there."),
     click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."),
 )
 LENGTHS = _options(
-    click.option("--input-len", type=COUNT, help=f"Tokens of a prompt, beside the prefix.  [default: {INPUT_LEN}]"),
-    click.option("--output-len", type=COUNT, help=f"Tokens to generate for each.  [default: {OUTPUT_LEN}]"),
-    click.option("--prefix-len", type=AMOUNT, help="Tokens that all prompts begin with.  [default: 0]"),
+    click.option("--input-len", type=COUNT, default=32, show_default=True, help="Tokens of a prompt, without prefix."),
+    click.option("--output-len", type=COUNT, default=128, show_default=True, help="Tokens to generate for each."),
+    click.option("--prefix-len", type=AMOUNT, default=0, show_default=True, help="Tokens that all prompts begin with."),
 )
 TRAFFIC = _options(
-    click.option("--num-prompts", type=COUNT, help=f"Requests; of a trace the first.  [default: {NUM_PROMPTS}, or all]"),
+    click.option("--num-prompts", type=COUNT, default=100, show_default=True, help="Requests."),
     LENGTHS,
-    click.option(
-        "--random-range-ratio", type=Number(min=0, max=1, max_open=True), help="Lengths from (1 - r) to (1 + r) times."
-    ),
-    click.option(
-        "--trace", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        help='JSONL: {"arrival": s, "input_len": n, "output_len": m}, or "prompt_token_ids" for "input_len".',
-    ),
+    click.option("--random-range-ratio", type=RATIO, default=0.0, help="Lengths from (1 - r) to (1 + r) times these."),
     click.option("--num-warmups", type=AMOUNT, default=1, show_default=True, help="Requests before the measurement."),
-    click.option("--sample-interval", type=POSITIVE, default=0.25, show_default=True, help="Seconds, of the timeline."),
-)  # fmt: skip
+)
 
 
 @click.command()
@@ -107,36 +72,26 @@ TRAFFIC = _options(
 @click.option("--num-iters-warmup", type=AMOUNT, default=2, show_default=True, help="Iterations not measured.")
 @click.option("--num-iters", type=COUNT, default=10, show_default=True, help="Iterations measured.")
 @MODEL
-def latency(
-    input_len: int | None,
-    output_len: int | None,
-    prefix_len: int | None,
-    batch_size: int,
-    num_iters_warmup: int,
-    num_iters: int,
-    **options: Any,
-) -> None:
+def latency(batch_size: int, num_iters_warmup: int, num_iters: int, **options: Any) -> None:
     """The time of one batch of equal requests, again and again.
 
     E2E is the time of a whole batch; TTFT, TPOT and ITL are of its requests. Every iteration has prompts of its own.
     """
+    lengths = _lengths(options)
     measurement = Measurement(**options)
-    largest = measurement.setup.config.max_num_seqs
+    largest = measurement.config.max_num_seqs
     if batch_size > largest:
         raise ValueError(
             f"--batch-size {batch_size} is more than --max-num-seqs {largest}, the requests that run at once"
         )
-    lengths = _lengths(input_len, output_len, prefix_len)
     count, warmup = batch_size * (num_iters_warmup + num_iters), batch_size * num_iters_warmup
-    jobs = random_jobs(count, vocab_size=measurement.model.vocab_size, seed=measurement.seed, **lengths)
+    jobs = random_jobs(count, vocab_size=measurement.config.model.vocab_size, seed=measurement.seed, **lengths)
     engine = measurement.start(jobs[warmup:], jobs[:warmup], at_once=batch_size)
     runs: list[Run] = []
-    with request_progress(num_iters, "iterations") as show:
-        for at_job in range(warmup, count, batch_size):
-            runs.append(drive(engine, jobs[at_job : at_job + batch_size]))
-            if runs[-1].interrupted:
-                break
-            show(len(runs))
+    for first in range(warmup, count, batch_size):
+        runs.append(drive(engine, jobs[first : first + batch_size]))
+        if runs[-1].interrupted:
+            break
     parameters = {**lengths, "batch_size": batch_size, "num_iters": num_iters, "num_iters_warmup": num_iters_warmup}
     whole = [run.seconds for run in runs if not run.interrupted]
     measurement.finish("latency", parameters, joined(runs), batch_seconds=whole)
@@ -145,28 +100,20 @@ def latency(
 @click.command()
 @TRAFFIC
 @MODEL
-def throughput(num_warmups: int, sample_interval: float, **options: Any) -> None:
-    """The rate at which many requests, there from the start, are worked off. A trace's arrivals do not count."""
-    measurement, jobs, parameters = _traffic(**options)
-    jobs = at(jobs, [0.0] * len(jobs))
-    warmup = warmup_jobs(jobs, num_warmups, vocab_size=measurement.model.vocab_size, seed=measurement.seed)
-    engine = measurement.start(jobs, warmup)
-    with request_progress(len(jobs)) as show:
-        run = drive(engine, jobs, interval=sample_interval, progress=show)
-    measurement.finish("throughput", {**parameters, "num_warmups": num_warmups}, run)
+def throughput(**options: Any) -> None:
+    """The rate at which many requests, there from the start, are completed."""
+    _serve("throughput", options, {})
 
 
 @click.command()
 @TRAFFIC
-@click.option("--request-rate", type=RATE, help="Requests a second on average, or inf: all at once.  [default: inf]")
+@click.option("--request-rate", type=POSITIVE, help="Requests a second on average.  [default: inf, all at once]")
 @click.option("--burstiness", type=POSITIVE, help="Shape of the gamma distribution of gaps.  [default: 1, Poisson]")
 @click.option("--max-concurrency", type=COUNT, help="Requests under way at once; others are sent later.")
 @click.option("--goodput", multiple=True, metavar="NAME:MS ...", help="Count requests within these: ttft, tpot, e2el.")
 @click.argument("more_goodput", nargs=-1, metavar="")
 @MODEL
 def serve(
-    num_warmups: int,
-    sample_interval: float,
     request_rate: float | None,
     burstiness: float | None,
     max_concurrency: int | None,
@@ -174,63 +121,45 @@ def serve(
     more_goodput: tuple[str, ...],
     **options: Any,
 ) -> None:
-    """Latencies while requests come over time, at random or by a trace.
+    """Latencies while requests come over time.
 
     The engine runs in this process; there is no HTTP between it and the requests.
     """
     if more_goodput and not goodput:
         raise ValueError(f"unexpected argument {more_goodput[0]!r}")
     slo = parse_slo([*goodput, *more_goodput]) or None
-    measurement, jobs, parameters = _traffic(**options)
-    if parameters.get("trace_arrivals"):
-        for name, value in (("request-rate", request_rate), ("burstiness", burstiness)):
-            if value is not None:
-                raise ValueError(f"--{name} {value:g} with --trace {options['trace']}, which says when requests come")
-    else:
-        rate, shape = request_rate or math.inf, burstiness or 1.0
-        if math.isinf(rate) and burstiness is not None:
-            raise ValueError(f"--burstiness {burstiness:g} without --request-rate: all requests come at once")
-        jobs = at(jobs, arrivals(len(jobs), rate, shape, measurement.seed))
-        parameters |= {"request_rate": "inf" if math.isinf(rate) else rate, "burstiness": shape}
-    warmup = warmup_jobs(jobs, num_warmups, vocab_size=measurement.model.vocab_size, seed=measurement.seed)
-    engine = measurement.start(jobs, warmup)
-    with request_progress(len(jobs)) as show:
-        run = drive(engine, jobs, max_concurrency=max_concurrency, interval=sample_interval, progress=show)
-    parameters |= {"max_concurrency": max_concurrency, "num_warmups": num_warmups}
-    measurement.finish("serve", parameters, run, slo=slo)
-
-
-def _lengths(input_len: int | None, output_len: int | None, prefix_len: int | None) -> dict[str, int]:
-    return {
-        "input_len": input_len or INPUT_LEN,
-        "output_len": output_len or OUTPUT_LEN,
-        "prefix_len": prefix_len or 0,
+    rate, shape = request_rate or math.inf, burstiness or 1.0
+    if math.isinf(rate) and burstiness is not None:
+        raise ValueError(f"--burstiness {burstiness:g} without --request-rate: all requests come at once")
+    shown = {
+        "request_rate": "inf" if math.isinf(rate) else rate,
+        "burstiness": shape,
+        "max_concurrency": max_concurrency,
     }
+    _serve("serve", options, shown, rate, shape, max_concurrency, slo)
 
 
-def _traffic(
-    *,
-    num_prompts: int | None,
-    input_len: int | None,
-    output_len: int | None,
-    prefix_len: int | None,
-    random_range_ratio: float | None,
-    trace: Path | None,
-    **options: Any,
-) -> tuple[Measurement, list[Job], dict[str, Scalar]]:
-    """The requests that the options of `throughput` and `serve` describe, and how they are described in the result."""
+def _serve(
+    protocol: str,
+    options: dict[str, Any],
+    shown: dict[str, Any],
+    rate: float = math.inf,
+    burstiness: float = 1.0,
+    max_concurrency: int | None = None,
+    slo: dict[str, float] | None = None,
+) -> None:
+    """Send the requests of the options of TRAFFIC. `shown`: what else the result says of them."""
+    count, ratio, warmups = (options.pop(name) for name in ("num_prompts", "random_range_ratio", "num_warmups"))
+    lengths = _lengths(options)
     measurement = Measurement(**options)
-    vocab_size, seed = measurement.model.vocab_size, measurement.seed
-    if trace is None:
-        lengths = _lengths(input_len, output_len, prefix_len)
-        count, ratio = num_prompts or NUM_PROMPTS, random_range_ratio or 0.0
-        jobs = random_jobs(count, vocab_size=vocab_size, range_ratio=ratio, seed=seed, **lengths)
-        return measurement, jobs, {**lengths, "random_range_ratio": ratio, "num_requests": count}
-    given = {"input-len": input_len, "prefix-len": prefix_len, "random-range-ratio": random_range_ratio}
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(f"--{name} {value} with --trace {trace}, which says how long its requests are")
-    lines = read_trace(trace)[:num_prompts]
-    jobs = trace_jobs(lines, output_len=output_len or OUTPUT_LEN, vocab_size=vocab_size, seed=seed)
-    timed = lines[0].arrival is not None
-    return measurement, jobs, {"trace": trace.name, "trace_arrivals": timed, "num_requests": len(jobs)}
+    vocab_size, seed = measurement.config.model.vocab_size, measurement.seed
+    jobs = random_jobs(count, vocab_size=vocab_size, range_ratio=ratio, seed=seed, **lengths)
+    engine = measurement.start(jobs, warmup_jobs(jobs, warmups, vocab_size=vocab_size, seed=seed))
+    run = drive(engine, jobs, arrivals(count, rate, burstiness, seed), max_concurrency)
+    traffic = {"random_range_ratio": ratio, "num_requests": count, **shown, "num_warmups": warmups}
+    measurement.finish(protocol, {**lengths, **traffic}, run, slo=slo)
+
+
+def _lengths(options: dict[str, Any]) -> dict[str, int]:
+    """The options of LENGTHS, taken out of `options`."""
+    return {name: options.pop(name) for name in ("input_len", "output_len", "prefix_len")}

@@ -1,108 +1,52 @@
-"""Runs requests through an engine, in this process and on this thread, and notes when each token came."""
+"""Run requests through an engine, on this thread, and record when each token came."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
-from grok_bench.schema import Moment
 from grok_engine import LLMEngine, RequestOutputKind, SamplingParams
 
 from .metrics import Record
 from .workload import Job
 
-Progress = Callable[[int], None]  # requests done
-
 
 @dataclass(slots=True)
 class Run:
-    """What came of it. `interrupted` by Ctrl-C: the records are those of what had been sent until then."""
+    """The records of a run; after Ctrl-C those of the requests that had been sent."""
 
     records: list[Record] = field(default_factory=list)
-    timeline: list[Moment] = field(default_factory=list)
     seconds: float = 0.0
     interrupted: bool = False
-
-
-class Watch:
-    """Takes a sample of the engine's statistics every `interval` seconds, between two steps; None is never."""
-
-    def __init__(self, engine: LLMEngine, timeline: list[Moment], interval: float | None) -> None:
-        self.engine, self.timeline, self.interval = engine, timeline, interval
-        self._first = engine.stats()
-        self._next = 0.0
-
-    def look(self, t: float, *, due: bool = False) -> None:
-        """At the time `t`, if a sample is due."""
-        if self.interval is None or (t < self._next and not due):
-            return
-        self._next = t + self.interval
-        now, first = self.engine.stats(), self._first
-        self.timeline.append(
-            Moment(
-                t=t,
-                running=now.scheduler.running,
-                waiting=now.scheduler.waiting,
-                kv_pages_used=now.scheduler.pages_used,
-                kv_pages=now.scheduler.pages_used + now.scheduler.pages_free,
-                prefix_hit_tokens=now.scheduler.hit_tokens - first.scheduler.hit_tokens,
-                tokens=now.generated_tokens - first.generated_tokens,
-            )
-        )
 
 
 def drive(
     engine: LLMEngine,
     jobs: Sequence[Job],
-    *,
+    times: Sequence[float] | None = None,
     max_concurrency: int | None = None,
-    interval: float | None = None,
-    progress: Progress | None = None,
 ) -> Run:
-    """Send every job at its arrival, or, where `max_concurrency` are under way then, once one of them ends; step until
-    all are done.
+    """Send every job at its time, or when one of `max_concurrency` under way ends; step until all are done.
 
-    A request's time starts when it is sent, though it reach the engine only at the end of the step under way; waiting
-    for `max_concurrency` does not count, as with vLLM's. A token's time is the end of its step.
+    `times`: ascending, in seconds after the start; None: all at once. A request's time starts when it is sent, even if
+    the engine sees it only after the step under way; waiting for `max_concurrency` does not count, as with vLLM. A
+    token's time is the end of its step.
     """
-    run = Run()
-    try:
-        _drive(run, engine, jobs, max_concurrency, interval, progress)
-    except KeyboardInterrupt:
-        run.interrupted = True
-    return run
-
-
-def _drive(
-    run: Run,
-    engine: LLMEngine,
-    jobs: Sequence[Job],
-    max_concurrency: int | None,
-    interval: float | None,
-    progress: Progress | None,
-) -> None:
-    jobs = sorted(jobs, key=lambda job: job.arrival)
-    free = [0.0] * min(max_concurrency or len(jobs), len(jobs))  # a time for each that may be sent: from then on
+    times = times or [0.0] * len(jobs)
+    free = [0.0] * min(max_concurrency or len(jobs), len(jobs))  # when each free slot became free
     heapify(free)
+    run, done, began = Run(), 0, time.perf_counter()
     records = run.records
-    watch = Watch(engine, run.timeline, interval)
-    done = 0
-    began = time.perf_counter()
     try:
         while done < len(jobs):
             now = time.perf_counter() - began
-            while len(records) < len(jobs) and free and (job := jobs[len(records)]).arrival <= now:
-                params = SamplingParams(
-                    max_tokens=job.output_len, temperature=0.0, ignore_eos=True, output_kind=RequestOutputKind.DELTA
-                )
-                engine.add_request(str(len(records)), job.prompt, params)
-                records.append(Record(max(job.arrival, heappop(free)), len(job.prompt)))
-            watch.look(now)
+            while len(records) < len(jobs) and free and times[len(records)] <= now:
+                _send(engine, str(len(records)), jobs[len(records)])
+                records.append(Record(max(times[len(records)], heappop(free)), len(jobs[len(records)].prompt)))
             if not engine.has_unfinished_requests():
-                watch.look(now, due=True)
-                time.sleep(max(jobs[len(records)].arrival - (time.perf_counter() - began), 0.0))
+                time.sleep(max(times[len(records)] - (time.perf_counter() - began), 0.0))
                 continue
             outputs = engine.step()
             now = time.perf_counter() - began
@@ -113,15 +57,20 @@ def _drive(
                     record.finished, record.error = answer.error is None, answer.error
                     heappush(free, now)
                     done += 1
-                    if progress:
-                        progress(done)
-    finally:
-        run.seconds = time.perf_counter() - began
-    watch.look(run.seconds, due=True)
+    except KeyboardInterrupt:
+        run.interrupted = True
+    run.seconds = time.perf_counter() - began
+    return run
+
+
+def _send(engine: LLMEngine, name: str, job: Job) -> None:
+    kind = RequestOutputKind.DELTA
+    params = SamplingParams(max_tokens=job.output_len, temperature=0.0, ignore_eos=True, output_kind=kind)
+    engine.add_request(name, job.prompt, params)
 
 
 def joined(runs: Sequence[Run]) -> Run:
-    """Runs that followed one another as one, their times counted on; without timelines."""
+    """Successive runs as one, their times added up."""
     whole = Run()
     for run in runs:
         for r in run.records:

@@ -1,4 +1,4 @@
-"""From the times of tokens to the numbers that serving is measured by, with vLLM's names and definitions.
+"""The serving metrics, from the times of tokens, with vLLM's names and definitions.
 
 TTFT is the time from a request's arrival to its first token, E2E to its last; ITL are the gaps between neighbouring
 tokens of a request, over all requests; TPOT is one number a request, (E2E − TTFT) / (tokens − 1).
@@ -7,20 +7,20 @@ tokens of a request, over all requests; TPOT is one number a request, (E2E − T
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 
-from grok_bench.schema import Percentiles, RequestTimes
-
-SLOS = ("ttft", "tpot", "e2el")
+from grok_bench.schema import Percentiles
+from grok_bench.spread import interval
 
 
 @dataclass(slots=True)
 class Record:
-    """What was seen of one request: seconds after the start of the run."""
+    """One request's times, in seconds after the start of the run."""
 
     arrival: float
     input_tokens: int
@@ -42,26 +42,24 @@ class Record:
 
     @property
     def tpot(self) -> float | None:
-        """None where there is no token after the first."""
+        """Time per output token; None with fewer than two tokens."""
         if not self.finished or len(self.times) < 2:
             return None
         return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
 
-    def shown(self) -> RequestTimes:
-        return RequestTimes(arrival=self.arrival, ttft=self.ttft, e2e=self.e2e, output_tokens=len(self.times))
-
 
 def percentiles(values: Iterable[float | None]) -> Percentiles | None:
-    """Of the values that are there, between two of them linearly; None where there is none."""
+    """Of the values that are not None, interpolated linearly, with the 95% interval of the median; None without any."""
     found = [value for value in values if value is not None]
     if not found:
         return None
     p50, p90, p99 = (float(p) for p in np.percentile(found, (50, 90, 99)))
-    return Percentiles(mean=math.fsum(found) / len(found), p50=p50, p90=p90, p99=p99)
+    low, high = interval(found)
+    return Percentiles(mean=math.fsum(found) / len(found), p50=p50, p90=p90, p99=p99, low=low, high=high)
 
 
 def latencies(records: Sequence[Record]) -> dict[str, Percentiles | None]:
-    """The four, of requests that were finished."""
+    """The four metrics over finished requests."""
     done = [record for record in records if record.finished]
     return {
         "ttft": percentiles(r.ttft for r in done),
@@ -72,31 +70,20 @@ def latencies(records: Sequence[Record]) -> dict[str, Percentiles | None]:
 
 
 def parse_slo(texts: Iterable[str]) -> dict[str, float]:
-    """From NAME:MILLISECONDS, several apart by spaces or commas, to {"ttft_ms": 500.0}."""
+    """Parse NAME:MILLISECONDS, separated by spaces or commas, into {"ttft_ms": 500.0}. ValueError with the text."""
     slo: dict[str, float] = {}
     for text in " ".join(texts).replace(",", " ").split():
-        name, _, limit = text.partition(":")
-        try:
-            milliseconds = float(limit)
-        except ValueError:
-            milliseconds = math.nan
-        if name not in SLOS or not (math.isfinite(milliseconds) and milliseconds > 0):
+        found = re.fullmatch(r"(ttft|tpot|e2el):(\d+(?:\.\d+)?)", text)
+        if found is None or f"{found[1]}_ms" in slo:
             raise ValueError(
-                f"--goodput {text!r}: expected NAME:MILLISECONDS, as in ttft:500, with one of {', '.join(SLOS)}"
+                f"--goodput {text!r}: expected NAME:MILLISECONDS, as in ttft:500, with ttft, tpot and e2el once each"
             )
-        if f"{name}_ms" in slo:
-            raise ValueError(f"--goodput {text!r}: {name} is given twice")
-        slo[f"{name}_ms"] = milliseconds
+        slo[f"{found[1]}_ms"] = float(found[2])
     return slo
 
 
 def good(records: Iterable[Record], slo: Mapping[str, float]) -> int:
-    """How many finished requests kept every limit. One of a single token has no TPOT, and keeps any."""
-    count = 0
-    for record in records:
-        found = {"ttft_ms": record.ttft, "tpot_ms": record.tpot or 0.0, "e2el_ms": record.e2e}
-        values = [found[name] for name in slo]
-        count += record.finished and all(
-            value is not None and value * 1e3 <= limit for value, limit in zip(values, slo.values(), strict=True)
-        )
-    return count
+    """The number of finished requests within every limit; a single token has no TPOT, and is within any."""
+    limits = [slo.get(name, math.inf) / 1e3 for name in ("ttft_ms", "tpot_ms", "e2el_ms")]
+    times = [(r.ttft, r.tpot or 0.0, r.e2e) for r in records if r.finished]
+    return sum(all(t is not None and t <= limit for t, limit in zip(ts, limits, strict=True)) for ts in times)

@@ -1,11 +1,10 @@
-"""Which model is measured and how it is run: found, checked and loaded before the clock starts."""
+"""The model and the engine that are measured: found, checked and loaded before the clock starts."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,46 +17,17 @@ from grok_engine.progress import byte_bar
 from grok_engine.runtime.pages import page_bytes
 from grok_engine.runtime.runner import CPU_KV_BYTES, KV_DTYPES
 
-from .workload import Job, check_jobs
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
-    """A model, found: `folder` None is random weights. `options` are those of the engine."""
-
-    config: EngineConfig
-    folder: Path | None
-    options: dict[str, Any]
-
-    @property
-    def model(self) -> ModelConfig:
-        return self.config.model
-
-    def load(self, jobs: Sequence[Job]) -> tuple[LLMEngine, float]:
-        """An engine that takes each of `jobs`, and the seconds that loading took. ValueError where one does not fit, or
-        the model does not fit into memory, before anything is loaded."""
-        check_jobs(jobs, vocab_size=self.model.vocab_size, max_model_len=self.config.max_len)
-        check_memory(self.config, self.folder)
-        began = time.perf_counter()
-        with byte_bar("loading") as progress:
-            model = self.model if self.folder is None else self.folder
-            engine = LLMEngine(model, progress=progress, **self.options)
-        seconds = time.perf_counter() - began
-        for i, job in enumerate(jobs):
-            need, pages = engine.allocator.pages_for(len(job.prompt) + job.output_len - 1), engine.runner.num_pages
-            if need > pages:
-                raise ConfigError(
-                    f"request {i} needs {need} pages of keys and values, there are {pages}: "
-                    "expected a larger --num-pages or --kv-memory"
-                )
-        return engine, seconds
+from .workload import Job
 
 
 def find_model(
     name: str, *, dummy: bool, layers: int | None = None, overrides: Sequence[str] = (), **options: Any
-) -> Setup:
-    """`tiny`, a folder, or with `dummy` also a preset; `layers` and the NAME=VALUE of `overrides` change what is built
-    with random weights. ConfigError says what is wrong."""
+) -> tuple[EngineConfig, Path | None, dict[str, Any]]:
+    """`tiny`, a folder, or with `dummy` also a preset, changed by `layers` and the NAME=VALUE of `overrides`.
+
+    The configuration, the folder of the weights (None: random ones), and the engine's options. ConfigError for options
+    that do not fit together.
+    """
     if not dummy:
         if layers is not None or overrides:
             given = f"--layers {layers}" if layers is not None else f"--set {overrides[0]}"
@@ -74,11 +44,40 @@ def find_model(
             changes.setdefault("attn_scale", 0)
         model = ModelConfig.from_dict({**model.to_dict(), **changes})
     options = {key: value for key, value in options.items() if value is not None}
-    return Setup(config=EngineConfig(model=model, **options), folder=None if dummy else folder, options=options)
+    return EngineConfig(model=model, **options), None if dummy else folder, options
+
+
+def load(
+    config: EngineConfig, folder: Path | None, options: dict[str, Any], jobs: Sequence[Job]
+) -> tuple[LLMEngine, float]:
+    """An engine that can take each of `jobs`, and the seconds of loading.
+
+    ValueError, before anything is loaded, where a job does not fit, or the model does not fit into memory.
+    """
+    for i, job in enumerate(jobs):
+        prompt, new = len(job.prompt), job.output_len
+        if prompt + new > config.max_len:
+            raise ValueError(
+                f"request {i} has {prompt} prompt tokens and {new} to come, {prompt + new} in all, more than "
+                f"max_model_len={config.max_len}"
+            )
+    check_memory(config, folder)
+    began = time.perf_counter()
+    with byte_bar("loading") as progress:
+        engine = LLMEngine(config.model if folder is None else folder, progress=progress, **options)
+    seconds = time.perf_counter() - began
+    for i, job in enumerate(jobs):
+        need, pages = engine.allocator.pages_for(len(job.prompt) + job.output_len - 1), engine.runner.num_pages
+        if need > pages:
+            raise ConfigError(
+                f"request {i} needs {need} pages of keys and values, there are {pages}: "
+                "expected a larger --num-pages or --kv-memory"
+            )
+    return engine, seconds
 
 
 def check_memory(config: EngineConfig, folder: Path | None) -> None:
-    """ConfigError where weights, keys and values need more memory than there is."""
+    """ConfigError where weights, keys and values need more memory than is available."""
     free = available_bytes(config.device)
     if folder is not None and config.weights is None:
         weights = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -93,7 +92,7 @@ def check_memory(config: EngineConfig, folder: Path | None) -> None:
 
 
 def kv_bytes(config: EngineConfig) -> int:
-    """Bytes of keys and values that the engine will allocate; on a GPU without --num-pages, --kv-memory: the least."""
+    """Bytes of keys and values that the engine will allocate; at least a page on a GPU without an explicit size."""
     page = page_bytes(config.model, config.page_size, KV_DTYPES[str(config.kv_dtype)])
     longest = -(-config.max_len // config.page_size)
     if config.num_pages is not None:

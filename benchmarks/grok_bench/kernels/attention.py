@@ -1,9 +1,8 @@
-"""paged_attention: one query each of many requests, or the last queries of one, over scattered pages."""
+"""paged_attention: one query for each of many requests, or the last queries of one, over scattered pages."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,13 +10,14 @@ import torch
 from torch import Tensor
 
 from .case import TURNS, Case, copies
-from .data import Last, T
+from .contestant import Contestant
+from .data import Once, kept
 from .problems import Problem
 
 
 @dataclass(frozen=True)
-class Cache:
-    """Keys and values (P, G, S, C) in scattered pages, table (B, N), and the same in one piece for who needs that."""
+class Cache(Once):
+    """Keys and values (P, G, S, C) in scattered pages and their table (B, N); contiguous for peers that need that."""
 
     k_pages: Tensor
     v_pages: Tensor
@@ -25,7 +25,6 @@ class Cache:
     v_scale: Tensor | None
     table: Tensor
     length: int
-    _made: dict[str, Any]
 
     @classmethod
     def random(cls, batch: int, groups: int, length: int, c: int, page: int, fp8: bool, device: str) -> Cache:
@@ -41,10 +40,10 @@ class Cache:
             return (x / scale.unsqueeze(-1)).to(torch.float8_e4m3fn), scale
 
         (k, k_scale), (v, v_scale) = pages(), pages()
-        return cls(k, v, k_scale, v_scale, table, length, {})
+        return cls(k, v, k_scale, v_scale, table, length)
 
     def request(self, which: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values of one request, (G, L, C)."""
+        """One request's keys and values, (G, L, C)."""
         pages = self.table[which].long()
         found = []
         for cache, scale in ((self.k_pages, self.k_scale), (self.v_pages, self.v_scale)):
@@ -57,24 +56,17 @@ class Cache:
         return found[0], found[1]
 
     def contiguous(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of all requests, (B, G, L, C) bf16."""
-        return self.once("contiguous", lambda cache: cache._contiguous())
+        """All requests' keys and values, (B, G, L, C) bf16."""
+        return self.once("contiguous", Cache._contiguous)
 
     def _contiguous(self) -> tuple[Tensor, Tensor]:
         every = [self.request(b, torch.bfloat16) for b in range(self.table.shape[0])]
         return torch.stack([k for k, _ in every]), torch.stack([v for _, v in every])
 
-    def once(self, name: str, pack: Callable[[Cache], T]) -> T:
-        """`pack` of these, made once for all calls and problems that want it under that name."""
-        if name not in self._made:
-            self._made[name] = pack(self)
-        found: T = self._made[name]
-        return found
-
 
 @dataclass(frozen=True)
 class Attend:
-    """One call. Every request has `queries` of its last tokens."""
+    """One call: the last `queries` tokens of every request attend."""
 
     q_THC: Tensor
     cache: Cache
@@ -95,16 +87,13 @@ class Attend:
         )  # fmt: skip
 
 
-_last: Last[list[Cache]] = Last()
-
-
 def build(p: Problem, device: str, cold: int) -> Case:
     m, length, page, fp8 = p.shape, p.number("context"), p.number("page"), p["kv"] == "fp8"
     batch, queries = (p.number("batch"), 1) if p.family.phase == "decode" else (1, p.number("queries"))
     h, g, c = m.num_heads, m.num_kv_heads, m.head_dim
     key = (batch, g, length, c, page, fp8, device)
     stored = 2 * batch * g * length * (c + 4 if fp8 else 2 * c)
-    caches = _last.get((key, cold), lambda: [Cache.random(*key) for _ in range(copies(stored, cold))])
+    caches = kept((p.op, *key, cold), lambda: [Cache.random(*key) for _ in range(copies(stored, cold))])
     inputs = [
         Attend(
             torch.randn(batch * queries, h, c, device=device).bfloat16(), cache, queries, m.attn_scale, m.attn_softcap,
@@ -131,16 +120,30 @@ def build(p: Problem, device: str, cold: int) -> Case:
 def footprint(p: Problem) -> float:
     m = p.shape
     values = 2 * p.number("context") * m.num_kv_heads * m.head_dim * dict(p.values).get("batch", 1)
-    return int(values) * (2 if p["kv"] == "bf16" else 3)  # fp8 is made of bf16
+    return int(values) * (2 if p["kv"] == "bf16" else 3)  # fp8 values are converted from bf16 ones
+
+
+def capped(p: Problem) -> bool:
+    return bool(p.shape.attn_softcap or p.shape.attn_temperature_len)
+
+
+def without_softcap(c: Contestant) -> Contestant:
+    """The same contestant without softcap and temperature, where the model has them, checked against that."""
+    return replace(c, name=f"{c.name}, no softcap", instead=plain, enters=lambda p: c.enters(p) and capped(p))
+
+
+def uncapped(c: Contestant) -> Contestant:
+    """The same contestant where the model has neither."""
+    return replace(c, enters=lambda p: c.enters(p) and not capped(p))
 
 
 def plain(inputs: Attend) -> Attend:
-    """The same without what torch's own attention has not: no softcap, no temperature."""
+    """The same call without softcap and temperature."""
     return replace(inputs, softcap=0.0, temperature_len=0)
 
 
 def exact(a: Attend) -> Tensor:
-    """In fp32, head by head."""
+    """Attention in fp32, head by head, which needs little memory."""
     tokens, heads, c = a.q_THC.shape
     length, t = a.cache.length, a.queries
     out = torch.empty(tokens, heads, c, device=a.q_THC.device)

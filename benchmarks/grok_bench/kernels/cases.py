@@ -1,4 +1,4 @@
-"""From a problem's name to its data: which module builds what, and whether it fits."""
+"""From a problem to its data: which function builds it, and whether it fits into memory."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import torch
 
+from ..schema import KernelResult
 from . import attention, gemm, moe, rowwise
 from .case import Case, seed
+from .data import forget
 from .problems import Problem
 
-Build = Callable[[Problem, str, int], Case]
-BUILD: dict[str, Build] = {
+BUILD: dict[str, Callable[[Problem, str, int], Case]] = {
     "rms_norm": rowwise.rms_norm,
     "sandwich_norm": rowwise.sandwich_norm,
     "sandwich_norm_fp8": rowwise.sandwich_norm_fp8,
@@ -40,11 +41,11 @@ class TooLarge(ValueError):
 
 
 def build(p: Problem, device: str, cold: int = 0, free: float | None = None) -> Case:
-    """The data of a problem. TooLarge where `free` bytes do not hold it.
+    """The data of a problem; successive calls take other data until they have gone through `cold` bytes.
 
-    Successive calls take other data, until they have been through `cold` bytes.
+    TooLarge where `free` bytes do not hold it.
     """
-    forget(but=BUILD[p.op])
+    forget(p.op)
     need = cold + (FOOTPRINT[p.op](p) if p.op in FOOTPRINT else 0.0)
     if free is not None and need > free:
         raise TooLarge(f"{p.name} needs {need / 1e9:.1f} GB on {device}, {free / 1e9:.1f} GB are available")
@@ -55,8 +56,9 @@ def build(p: Problem, device: str, cold: int = 0, free: float | None = None) -> 
         raise TooLarge(f"{p.name} does not fit on {device}: {str(error).splitlines()[0]}") from None
 
 
-def forget(but: Build | None = None) -> None:
-    """Drop the weights and keys that are kept for the next problem, but those of the ones that `but` builds."""
-    for module in (attention, gemm, moe):
-        if module.build is not but:
-            module._last.clear()
+def work(p: Problem, case: Case) -> KernelResult:
+    """The problem as a result has it, before anyone has computed it."""
+    return KernelResult(
+        problem=p.name, op=p.op, parameters=dict(p.parameters), operations=case.operations, bytes=case.bytes,
+        arithmetic=case.arithmetic, tolerance=case.tolerance,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Who computes a problem: the registry of contestants, and the decorator that puts a function of anyone's into it."""
+"""The registry of contestants, and the decorator that puts anyone's function into it. It knows none of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
+from . import ours
 from .problems import OPS, Problem
 
 Call = Callable[[], Any]
@@ -21,8 +22,8 @@ DEVICES = ("cpu", "cuda")
 class Contestant:
     """One way to compute the problems of an op.
 
-    `bind` takes one call's inputs and does what need not be timed, such as packing weights; what it returns is timed.
-    Where that returns a function, the result is what the function gives, after the time.
+    `bind` takes one call's inputs and does what need not be timed, such as packing weights; its result is timed. Where
+    that returns a function, the result is what the function returns, and the function is not timed.
     """
 
     name: str
@@ -30,22 +31,21 @@ class Contestant:
     bind: Callable[[Any], Call]
     ours: bool = False
     devices: Sequence[str] = DEVICES
-    enters: Callable[[Problem], bool] = lambda problem: True  # whether it is for such a problem
+    enters: Callable[[Problem], bool] = lambda problem: True  # whether it takes such a problem
     missing: Callable[[], str] = lambda: ""  # why it cannot run here, and how to get it
-    instead: Callable[[Any], Any] | None = None  # of the inputs: those it can do; the truth is of those, too
-    within: Callable[[], AbstractContextManager[Any]] = nullcontext  # around each call, outside of its time
+    instead: Callable[[Any], Any] | None = None  # maps the inputs to those it can compute; checked against those
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext  # around each call, outside its time
     tolerance: float | None = None  # where not the problem's
-    weight_bytes: float | None = None  # of a value of the weights in its own copy; None: it takes them as they are
-    graph: bool = True  # may be captured in a CUDA graph
+    weight_bytes: float | None = None  # of a weight in its own copy; None: it takes them as they are
     on_request: bool = False  # takes part only where a pattern names it
-    compiles: bool = False  # takes seconds for its first call: left out of smoke runs
+    compiles: bool = False  # its first call takes seconds: left out of smoke runs
 
 
 _contestants: dict[str, list[Contestant]] = {op: [] for op in OPS}
 
 
 def register(*contestants: Contestant) -> None:
-    """ValueError for an op that is unknown, or a name that the op has."""
+    """ValueError for an unknown op or device, or a name that the op has already."""
     for c in contestants:
         if c.op not in _contestants:
             raise ValueError(f"contestant {c.name!r} is for op {c.op!r}, expected one of {', '.join(OPS)}")
@@ -57,43 +57,30 @@ def register(*contestants: Contestant) -> None:
         _contestants[c.op].append(c)
 
 
-def contestant(
-    op: str, name: str = "", *, prepare: bool = False, devices: Sequence[str] = DEVICES, tolerance: float | None = None,
-    graph: bool = True, enters: Callable[[Problem], bool] = lambda problem: True,
-) -> Callable[[Function], Function]:  # fmt: skip
+def contestant(op: str, name: str = "", *, prepare: bool = False, **options: Any) -> Callable[[Function], Function]:
     """Decorator: the function is a contestant for `op`, called with the arguments of `grok_kernels.<op>`, in order.
 
     With `prepare` the function gets them once, untimed, and returns a function without arguments that is timed.
-    `enters` picks problems: `enters=lambda p: p["format"] == "fp8"`. Others as in `Contestant`.
+    `enters` picks problems: `enters=lambda p: p["format"] == "fp8"`. Other options are members of `Contestant`.
     """
 
     def add(function: Function) -> Function:
         def bind(inputs: Any) -> Call:
-            args = inputs.args
+            args = ours.arguments(inputs.args)
             if prepare:
                 call: Call = function(*args)
                 return call
             return lambda: function(*args)
 
-        register(
-            Contestant(
-                name=name or function.__name__, op=op, bind=bind, devices=devices, enters=enters, tolerance=tolerance,
-                graph=graph,
-            )
-        )  # fmt: skip
+        register(Contestant(name=name or function.__name__, op=op, bind=bind, **options))
         return function
 
     return add
 
 
-def load(plugins: Sequence[str | Path] = ()) -> None:
-    """Fill the registry: ours, the peers, then the contestants of these files. ValueError for a file that fails."""
-    from . import ours, peers_cpu, peers_gpu, peers_torch
-
-    if not any(c.ours for c in _contestants[OPS[0]]):
-        for module in (ours, peers_torch, peers_cpu, peers_gpu):
-            module.add()
-    for file in plugins:
+def plug_in(files: Sequence[str | Path]) -> None:
+    """Run files that register contestants. ValueError for a file that fails."""
+    for file in files:
         try:
             runpy.run_path(str(file), run_name="grok_bench_plugin")
         except Exception as error:  # noqa: PERF203 - whatever it raises
@@ -104,7 +91,7 @@ def entrants(problem: Problem, device: str, patterns: Sequence[str] = (), compil
     """The contestants for a problem on `device` (cpu or cuda): all but those on request, or those that match."""
 
     def wanted(c: Contestant) -> bool:
-        named = _matches(c.name, patterns) if patterns else not c.on_request
+        named = any(fnmatchcase(c.name, pattern) for pattern in patterns) if patterns else not c.on_request
         return named and device in c.devices and (compiles or not c.compiles) and c.enters(problem)
 
     return [c for c in _contestants[problem.op] if wanted(c)]
@@ -116,7 +103,3 @@ def check(patterns: Sequence[str], problems: Sequence[Problem], device: str) -> 
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"no contestant matches {pattern!r}: there are {'; '.join(names) or 'none'}")
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -3,45 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-import grok_kernels
-
-BLOCK = 128  # outputs that share a scale: what a scale per channel and a scale per block can both say
+BLOCK = 128  # outputs that share a scale, so that scales per channel and per block can both express it
 BYTES = {"int8": 1, "fp8": 1, "bf16": 2}
 T = TypeVar("T")
 
 
-class Last(Generic[T]):
-    """What was made last, kept for a problem that wants the same: those that differ in their rows come in a row."""
+_kept: dict[tuple[Hashable, ...], Any] = {}
 
-    def __init__(self) -> None:
-        self._key: Hashable = None
-        self._value: T | None = None
 
-    def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        if self._value is None or key != self._key:
-            self._value = None  # before the next is made: two may not fit
-            self._key, self._value = key, make()
-        return self._value
+def kept(key: tuple[Hashable, ...], make: Callable[[], T]) -> T:
+    """What `make` makes, kept until another key is asked for: successive problems often differ in their rows alone.
 
-    def clear(self) -> None:
-        self._value = None
+    key[0] is the op of the problem.
+    """
+    if key not in _kept:
+        _kept.clear()  # freed before the next is made: two may not fit
+        _kept[key] = make()
+    found: T = _kept[key]
+    return found
+
+
+def forget(op: str = "") -> None:
+    """Free what is kept, unless problems of `op` may use it."""
+    if not any(key[0] == op for key in _kept):
+        _kept.clear()
+
+
+class Once:
+    """What is computed once from this object, by name, for all calls and problems that share it."""
+
+    @cached_property
+    def _made(self) -> dict[str, Any]:
+        return {}
+
+    def once(self, name: str, make: Callable[[Any], T]) -> T:
+        if name not in self._made:
+            self._made[name] = make(self)
+        found: T = self._made[name]
+        return found
 
 
 @dataclass(frozen=True)
-class Weights:
-    """Matrices (E, N, K) of int8, e4m3 or bf16, and scales (E, 1, N) with which a product of normal rows is about
-    normal; bf16 has none."""
+class Weights(Once):
+    """Random matrices (E, N, K) in int8, e4m3 or bf16, with scales (E, 1, N), or None for bf16.
+
+    A product with normal rows is about normal.
+    """
 
     values: Tensor
     scale: Tensor | None
-    _packed: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def random(cls, experts: int, n: int, k: int, fmt: str, device: str = "cpu") -> Weights:
@@ -54,11 +71,6 @@ class Weights:
         blocks = (torch.rand(experts, 1, -(-n // BLOCK), device=device) + 0.5) / (rms * k**0.5)
         return cls(values, blocks.repeat_interleave(BLOCK, dim=2)[..., :n].contiguous())
 
-    @cached_property
-    def weight(self) -> grok_kernels.Weight:
-        """As the ops of grok_kernels take it."""
-        return grok_kernels.Weight.of(self.values, self.scale)
-
     @property
     def count(self) -> int:
         return self.values.shape[0]
@@ -69,17 +81,10 @@ class Weights:
         return values if self.scale is None else values * self.scale[expert].t()
 
     def bf16(self) -> Tensor:
-        """All of them, (E, N, K), rounded."""
+        """All matrices, (E, N, K), rounded to bf16."""
         if self.scale is None:
             return self.values
         return torch.stack([self.float(e).bfloat16() for e in range(self.count)])
-
-    def once(self, name: str, pack: Callable[[Weights], T]) -> T:
-        """`pack` of these weights, made once for all calls and problems that want it under that name."""
-        if name not in self._packed:
-            self._packed[name] = pack(self)
-        found: T = self._packed[name]
-        return found
 
 
 def _random_int8(n: int, k: int, device: str) -> Tensor:
@@ -92,14 +97,14 @@ def _random_fp8(n: int, k: int, device: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows in the order of their experts: expert e has bounds[e]..bounds[e + 1]."""
+    """Grouped rows: expert e has those from bounds[e] to bounds[e + 1]."""
 
     bounds: list[int]
     device: str = "cpu"
 
     @classmethod
     def of(cls, experts: Tensor, count: int) -> Rows:
-        """Of experts (T, A)."""
+        """The rows of experts (T, A)."""
         counts = torch.bincount(experts.flatten().long(), minlength=count)
         return cls([0, *counts.cumsum(0).tolist()], str(experts.device))
 
@@ -121,9 +126,9 @@ class Rows:
 
 
 def routing(kind: str, tokens: int, experts: int, active: int, turn: int, device: str = "cpu") -> Tensor:
-    """Experts (T, A) int32 of the `turn`-th call. Each turn has the same loads on other experts.
+    """Experts (T, A) int32 of the `turn`-th call; each turn puts the same loads on other experts.
 
-    even: as many rows for each; zipf: probability 1 / rank, an expert at most once a token; one: every row on one.
+    even: the same rows for each; zipf: probability 1 / rank, an expert at most once a token; one: every row on one.
     """
     if kind == "even":
         chosen = torch.arange(tokens * active).view(tokens, active)[torch.randperm(tokens)]

@@ -5,45 +5,40 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 import torch
 
-from . import cases, contestant
 from .case import Case, error
 from .contestant import Contestant
-from .device import Device, device
-from .problems import Problem, select
+from .device import Device
+
+IMPORTS = 60.0  # seconds more for the first answer of a process, which imports and makes its data
 
 
-class TooLong(Exception):
-    """A call that took longer than the limit."""
+class Dropped(Exception):
+    """A contestant takes no further part. `args`: its status from now on, and why.
 
-
-class Failed(Exception):
-    """A call that raised, or whose process died; the text says how."""
-
-
-class Refused(Failed):
-    """A call that this contestant has no kernel for, as it says itself."""
+    "failed" if a call raised or its process died, "timeout" if a call took longer than the limit, "missing" if it says
+    itself that it has no kernel for the call.
+    """
 
 
 class Entrant(Protocol):
-    def check(self) -> float:
-        """Prepare, call once, and return the error of the result. TooLong, Failed."""
+    def check(self) -> float | None:
+        """Prepare, call once, and return the error of the result, if it can be compared. Dropped."""
 
     def time(self, turn: int) -> float:
-        """The seconds of one call with the inputs of that turn. TooLong, Failed."""
+        """The seconds of one call with the inputs of that turn. Dropped."""
 
     def close(self) -> None: ...
 
 
 class Local:
-    """In this process: what hangs in native code or ends the process ends the run."""
+    """In this process: native code that hangs or ends the process ends the run."""
 
     def __init__(self, c: Contestant, case: Case, where: Device, limit: float) -> None:
         self._contestant, self._case, self._device, self._limit = c, case, where, limit
@@ -52,28 +47,23 @@ class Local:
     def check(self) -> float:
         c, case, where = self._contestant, self._case, self._device
         inputs = [c.instead(i) if c.instead else i for i in case.inputs]
-        with self._guarded(), c.within():
+        with self._guarded():
             first = c.bind(inputs[0])
             case.reset(inputs[0])
             got = first()
             got = case.shown(got() if callable(got) else got, inputs[0])
             where.synchronize()
         found = error(got, case.expected(inputs[0]))
-        if found <= self.tolerance:
-            with self._guarded(), c.within():
+        if found <= (case.tolerance if c.tolerance is None else c.tolerance):
+            with self._guarded():
                 for i in inputs:
                     call = first if i is inputs[0] else c.bind(i)
-                    call()  # warm
-                    self.calls.append(where.ready(call, c.graph))
+                    call()  # warm-up
+                    self.calls.append(where.ready(call))
         return found
 
-    @property
-    def tolerance(self) -> float:
-        own = self._contestant.tolerance
-        return self._case.tolerance if own is None else own
-
     def time(self, turn: int) -> float:
-        with self._guarded(), self._contestant.within():
+        with self._guarded():
             self._device.flush()
             return self._device.seconds(self.calls[turn % len(self.calls)])
 
@@ -83,26 +73,26 @@ class Local:
     @contextmanager
     def _guarded(self) -> Iterator[None]:
         try:
-            with limited(self._limit):
+            with limited(self._limit), self._contestant.within():
                 yield
-        except TooLong:
+        except Dropped:
             raise
         except NotImplementedError as error:
-            raise Refused(str(error)) from None
+            raise Dropped("missing", str(error)) from None
         except Exception as error:  # whatever one contestant raises, the others run
             self._device.recover()
-            raise Failed(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from None
+            raise Dropped("failed", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from None
 
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """TooLong once so many have passed: as soon as Python runs again, so not inside of a native call."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+    """Raise Dropped after the time is over, as soon as Python runs again: a native call is not interrupted."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(*_: Any) -> None:
-        raise TooLong
+        raise _too_long(seconds)
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -113,65 +103,54 @@ def limited(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-@dataclass(frozen=True)
-class Task:
-    """What another process needs to do the same as this one."""
-
-    problem: str
-    small: bool
-    contestant: str
-    device: str
-    threads: int
-    plugins: Sequence[str]
-    limit: float
+def _too_long(limit: float) -> Dropped:
+    return Dropped("timeout", f"more than {limit:g} s a call")
 
 
 class Remote:
-    """In a process of its own, which may hang, or die, and is ended."""
+    """In a process of its own, which may hang or die: the one that `enter(*args)` makes there. Dropped."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, enter: Callable[..., Entrant], args: tuple[Any, ...], limit: float) -> None:
         context = multiprocessing.get_context("spawn")
-        self._limit = task.limit
+        self._limit = limit
         self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(task, other), daemon=True)
+        given = (enter, args, torch.get_num_threads(), other)
+        self._process = context.Process(target=_serve, args=given, daemon=True)
         self._process.start()
         other.close()
-        try:
-            self._ask("ready?", more=60.0)  # imports, and the data
-        except (TooLong, Failed):
-            self.close()
-            raise
 
-    def check(self) -> float:
-        return self._ask("check", more=self._limit)
+    def check(self) -> float | None:
+        self._ask("enter", more=IMPORTS)
+        error: float | None = self._ask("check", more=self._limit)
+        return error
 
     def time(self, turn: int) -> float:
-        return self._ask(turn)
+        return float(self._ask(turn))
 
     def close(self) -> None:
         self._process.kill()
         self._process.join()
         self._pipe.close()
 
-    def _ask(self, what: str | int, more: float = 0.0) -> float:
+    def _ask(self, what: str | int, more: float = 0.0) -> Any:
         try:
             self._pipe.send(what)
             if not self._pipe.poll(self._limit + more):
-                raise TooLong
+                raise _too_long(self._limit)
             answer = self._pipe.recv()
         except (EOFError, OSError):
             self._process.join(5)
-            raise Failed(f"its process ended with status {self._process.exitcode}") from None
+            raise Dropped("failed", f"its process ended with status {self._process.exitcode}") from None
         if isinstance(answer, Exception):
             raise answer
-        return float(answer)
+        return answer
 
 
-def _serve(task: Task, pipe: Connection) -> None:
+def _serve(enter: Callable[..., Entrant], args: tuple[Any, ...], threads: int, pipe: Connection) -> None:
     """The other process: answers each question with a number, or with what was raised."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
-    torch.set_num_threads(task.threads)
-    entrant: Local | None = None
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    torch.set_num_threads(threads)
+    entrant: Entrant | None = None
     with torch.inference_mode():
         while True:
             try:
@@ -180,27 +159,11 @@ def _serve(task: Task, pipe: Connection) -> None:
                 return
             try:
                 if entrant is None:
-                    entrant = _enter(task)
-                    pipe.send(0.0)
+                    entrant = enter(*args)
+                    pipe.send(None)
                 else:
                     pipe.send(entrant.check() if question == "check" else entrant.time(question))
-            except (TooLong, Failed) as error:
-                pipe.send(error)
+            except Dropped as dropped:
+                pipe.send(dropped)
             except Exception as error:  # of the data
-                pipe.send(Failed(f"{type(error).__name__}: {error}"))
-
-
-def _enter(task: Task) -> Local:
-    contestant.load(task.plugins)
-    (problem,) = (p for p in _candidates(task) if p.name == task.problem)
-    where = device(task.device, task.small, probed=False)
-    (c,) = (c for c in contestant.entrants(problem, where.kind, ["*"]) if c.name == task.contestant)
-    return Local(c, cases.build(problem, where.name, where.cold), where, task.limit)
-
-
-def _candidates(task: Task) -> list[Problem]:
-    if not task.small:
-        return select([task.problem])
-    op, model = task.problem.split("/")[:2]
-    whole = select([f"{op}/{model.removesuffix('-smoke')}/*"])
-    return list({p.small().name: p.small() for p in whole}.values())
+                pipe.send(Dropped("failed", f"{type(error).__name__}: {error}"))

@@ -1,4 +1,4 @@
-"""grouped_gemm: the experts' products and the dense ones, of weights and rows in the formats of `problems`."""
+"""grouped_gemm: the experts' products and the dense ones, in the formats of `problems`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import grok_kernels
-
 from .case import BF16_ERROR, EIGHT_BIT_ERROR, TURNS, Case, copies
-from .data import BYTES, Last, Rows, Weights, routing
+from .data import BYTES, Rows, Weights, kept, routing
+from .ours import quantize
 from .problems import Problem
 
 
 def parts(fmt: str) -> tuple[str, str]:
-    """Of a format's name: that of the weights, and that of the rows in the products. int8dyn is (int8, int8)."""
+    """The formats of the weights and of the rows in a format's name: int8dyn is (int8, int8), fp8 is (fp8, bf16)."""
     if fmt.endswith("dyn"):
         return fmt.removesuffix("dyn"), fmt.removesuffix("dyn")
     weight, _, rows = fmt.partition("x")
@@ -25,21 +24,23 @@ def parts(fmt: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Product:
-    """One call: rows x (M, K) bf16 in the order of their experts, and what the format wants them quantised to."""
+    """One call: rows (M, K) bf16 in the order of their experts, and the same quantised where the format wants that."""
 
     x_MK: Tensor
     weights: Weights
     rows: Rows
     fmt: str
-    quantized: tuple[Tensor, Tensor] | None  # with scales for each row and group of 128, where they are given so
+    quantized: tuple[Tensor, Tensor] | None  # with scales for each row and group of 128
 
     @property
     def args(self) -> tuple[Any, ...]:
         x, x_scale = self.quantized or (self.x_MK, None)
-        return x, self.weights.weight, self.rows.offsets, x_scale, torch.bfloat16
+        return x, self.weights, self.rows.offsets, x_scale, torch.bfloat16
 
-
-_last: Last[list[Weights]] = Last()
+    @property
+    def dynamic(self) -> str:
+        """The format that rows are to be quantised to within the call; empty if they are not."""
+        return parts(self.fmt)[1] if self.fmt.endswith("dyn") else ""
 
 
 def size(p: Problem) -> tuple[int, int, int]:
@@ -59,7 +60,7 @@ def build(p: Problem, device: str, cold: int) -> Case:
     weight_format, row_format = parts(fmt)
     key, weight_bytes = (e, n, k, weight_format, device), BYTES[weight_format]
     several = copies(e * n * k * weight_bytes, cold)
-    weights = _last.get((key, cold), lambda: [Weights.random(*key) for _ in range(several)])
+    weights = kept((p.op, *key, cold), lambda: [Weights.random(*key) for _ in range(several)])
     inputs = []
     for turn in range(TURNS * len(weights)):
         if e == 1:
@@ -89,16 +90,15 @@ def footprint(p: Problem) -> float:
     e, n, k = size(p)
     rows = p.number("tokens") * (p.shape.num_experts_per_tok if e > 1 else 1)
     weight = BYTES[parts(str(p["format"]))[0]]
-    # with what our packed copy takes, and one matrix in fp32, twice
+    # twice the weights, for our packed copy, and one matrix in fp32, twice
     return 2 * e * n * k * weight + 8 * n * k + TURNS * 3 * rows * k + 6 * rows * n
 
 
-def quantize(x_MK: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
-    """Rows in int8 or e4m3, with scales (M, groups of 128)."""
-    return grok_kernels.quantize_int8(x_MK) if fmt == "int8" else grok_kernels.quantize_fp8(x_MK)
+def product(x_MK: Tensor, weights: Weights, rows: Rows) -> Tensor:
+    """y (M, N) in fp32: each expert's rows by its matrix."""
+    return torch.cat([x_MK[rows.part(e)].float() @ weights.float(e).t() for e in rows.hit])
 
 
 def exact(inputs: Product) -> Tensor:
-    """In fp32, of the rows as they were before any quantising."""
-    w = inputs.weights
-    return torch.cat([inputs.x_MK[inputs.rows.part(e)].float() @ w.float(e).t() for e in inputs.rows.hit])
+    """The product of the rows before they were quantised."""
+    return product(inputs.x_MK, inputs.weights, inputs.rows)

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from .case import BF16_ERROR, EIGHT_BIT_ERROR, TURNS, Case, copies
-from .data import BYTES, Last, Rows, Weights, routing
-from .gemm import parts, quantize
+from .data import BYTES, Rows, Weights, kept, routing
+from .gemm import parts, product
+from .ours import quantize
 from .problems import Problem
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -25,8 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Layer:
-    """One call. Rows, their tokens and weights in the order of the experts are made outside of the times, to the good
-    of those that cannot group."""
+    """One call. The grouped rows, their tokens and weights are computed untimed, for peers that cannot group."""
 
     x_TD: Tensor
     topk_weights: Tensor
@@ -39,8 +39,7 @@ class Layer:
     @property
     def args(self) -> tuple[Any, ...]:
         act_format = parts(self.fmt)[1] if self.fmt.endswith("dyn") else "none"
-        weights = self.w13.weight, self.w2.weight
-        return (self.x_TD, self.topk_weights, self.experts, *weights, self.activation, act_format)
+        return self.x_TD, self.topk_weights, self.experts, self.w13, self.w2, self.activation, act_format
 
     @cached_property
     def order(self) -> Tensor:
@@ -52,18 +51,18 @@ class Layer:
 
     @cached_property
     def tokens(self) -> Tensor:
-        """Of each grouped row."""
+        """The token of each grouped row."""
         return self.order // self.experts.shape[1]
 
     @cached_property
     def weights(self) -> Tensor:
-        """Of each grouped row."""
+        """The weight of each grouped row."""
         return self.topk_weights.flatten()[self.order]
 
 
 @dataclass(frozen=True)
 class QuantizedLayer(Layer):
-    """The same of `moe_fp8`: the rows are in e4m3 before the call."""
+    """One call of `moe_fp8`: the rows are in e4m3 before it."""
 
     @cached_property
     def quantized(self) -> tuple[Tensor, Tensor]:
@@ -72,9 +71,6 @@ class QuantizedLayer(Layer):
     @property
     def args(self) -> tuple[Any, ...]:
         return (*self.quantized, *super().args[1:-1])
-
-
-_last: Last[list[tuple[Weights, Weights]]] = Last()
 
 
 def build(p: Problem, device: str, cold: int) -> Case:
@@ -88,8 +84,9 @@ def build(p: Problem, device: str, cold: int) -> Case:
         w13, w2 = (Weights.random(e, n, k, weight_format, device) for n, k in sizes)
         return w13, w2
 
-    pairs = _last.get(
-        (e, d, f, weight_format, device, cold), lambda: [pair() for _ in range(copies(stored * weight_bytes, cold))]
+    pairs = kept(
+        (p.op, e, d, f, weight_format, device, cold),
+        lambda: [pair() for _ in range(copies(stored * weight_bytes, cold))],
     )
     made, row_bytes = (QuantizedLayer, 1) if p.op == "moe_fp8" else (Layer, 2)
     inputs = [
@@ -118,7 +115,7 @@ def footprint(p: Problem) -> float:
     rows = p.number("tokens") * m.num_experts_per_tok
     weight = BYTES[parts(str(p["format"]))[0]]
     stored = 3 * m.num_experts * m.d_model * m.d_ff
-    # with what our packed copy takes, and one matrix in fp32, twice
+    # twice the weights, for our packed copy, and one matrix in fp32, twice
     return 2 * stored * weight + 16 * m.d_model * m.d_ff + TURNS * 2 * rows * m.d_model + 12 * rows * m.d_ff
 
 
@@ -126,13 +123,13 @@ def with_silu(inputs: Layer) -> Layer:
     return replace(inputs, activation="silu")
 
 
-def exact(layer: Layer) -> Tensor:
-    """In fp32."""
+def composed(run: Callable[[Tensor, Any, Rows], Tensor], layer: Layer, w13: Any, w2: Any) -> Tensor:
+    """The layer in fp32, of two grouped products: `run` takes grouped rows (M, K) and either matrix."""
+    gate, up = run(layer.x_TD[layer.tokens], w13, layer.rows).chunk(2, dim=-1)
+    out = run(ACTIVATIONS[layer.activation](gate) * up, w2, layer.rows)
     y_TD = torch.zeros(layer.x_TD.shape, device=layer.x_TD.device)
-    for e in layer.rows.hit:
-        part = layer.rows.part(e)
-        tokens = layer.tokens[part]
-        gate, up = (layer.x_TD[tokens].float() @ layer.w13.float(e).t()).chunk(2, dim=-1)
-        out = (ACTIVATIONS[layer.activation](gate) * up) @ layer.w2.float(e).t()
-        y_TD.index_add_(0, tokens, out * layer.weights[part, None])
-    return y_TD
+    return y_TD.index_add_(0, layer.tokens, out.float() * layer.weights[:, None])
+
+
+def exact(layer: Layer) -> Tensor:
+    return composed(product, layer, layer.w13, layer.w2)

@@ -1,4 +1,4 @@
-"""Power, clock and temperature of a GPU while something runs on it, read through the driver's own library (NVML)."""
+"""Power, clock and temperature of a GPU, sampled on a thread through the driver's own library (NVML)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from statistics import median
 
 from ..schema import GpuState
 
-EVERY = 0.02  # seconds between two readings
-SM, CORE = 1, 0  # NVML's names of the multiprocessors' clock and of the sensor
+EVERY = 0.02  # seconds between readings
+SM, CORE = 1, 0  # NVML's numbers of the multiprocessors' clock and of the temperature sensor
 POWER_NOW = 186  # NVML_FI_DEV_POWER_INSTANT: nvmlDeviceGetPowerUsage is the mean of a second on Hopper
-# nvmlClocksEventReasons: software's power cap, hardware slowdown, software's and hardware's heat, hardware's power brake
+# nvmlClocksEventReasons: software power cap, hardware slowdown, software and hardware thermal, hardware power brake
 HELD_BACK = 0x4 | 0x8 | 0x20 | 0x40 | 0x80
 
 
@@ -26,7 +26,7 @@ class _Value(ctypes.Structure):
 
 
 class Monitor:
-    """Reads from now on, on a thread of its own, while the process lives. OSError where there is no NVML or no such GPU."""
+    """Samples from now until the process ends. OSError where there is no NVML or no such GPU."""
 
     def __init__(self, bus_id: str, library: str = "libnvidia-ml.so.1") -> None:
         self._nvml = ctypes.CDLL(library)
@@ -38,7 +38,7 @@ class Monitor:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def between(self, began: float, ended: float) -> GpuState | None:
-        """Of `time.perf_counter()` times; None where nothing was read in between."""
+        """The state between two times of `time.perf_counter()`; None where nothing was sampled."""
         read = [r for r in self._read if began <= r[0] <= ended]
         if not read:
             return None
@@ -57,7 +57,7 @@ class Monitor:
                     self._watts(), self._number("nvmlDeviceGetClockInfo", SM),
                     self._number("nvmlDeviceGetTemperature", CORE), self._reasons(),
                 )  # fmt: skip
-            except OSError:  # the driver does not tell, now or ever
+            except OSError:  # the driver does not say
                 continue
             self._read.append((time.perf_counter(), *now))
 

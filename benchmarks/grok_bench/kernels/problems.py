@@ -1,4 +1,4 @@
-"""Every problem by its name: OP/MODEL/PHASE/DETAILS. Listing them costs nothing; `cases.build` makes the data of one."""
+"""Every problem by its name, OP/MODEL/PHASE/DETAILS, without its data, which `cases.build` makes."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ CONTEXTS = tuple(2**i for i in range(7, 18))  # 128 to 131072
 PAGES = (16, 64, 256)
 KV = ("bf16", "fp8")
 ROUTINGS = ("even", "zipf", "one")  # as many rows for each expert; by 1 / rank; all rows on one
-# Weights, and what they meet: rows in bf16; rows quantised beforehand (x); rows to be quantised within the time (dyn).
+# The weights' format, with rows in bf16; with rows quantised beforehand (x); with rows quantised within the time (dyn).
 GEMM_FORMATS = ("bf16", "int8", "fp8", "int8xint8", "fp8xfp8", "int8dyn", "fp8dyn")
 MOE_FORMATS = ("bf16", "int8", "fp8", "int8dyn", "fp8dyn")
-MOE_FP8_FORMATS = ("fp8xfp8",)
 
 
 @dataclass(frozen=True)
 class Family:
-    """The problems of one op that differ in the model and in the values of `axes`, of which the last varies first."""
+    """The problems of one op that differ in the model and in the values of `axes`; the last axis varies fastest."""
 
     op: str
     details: str  # of the name, with the axes in braces
@@ -47,7 +46,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be computed, of which size. `problem["tokens"]` is the value of an axis."""
+    """One problem. `problem["tokens"]` is the value of an axis."""
 
     family: Family
     model: str
@@ -78,7 +77,7 @@ class Problem:
         return int(self[axis])
 
     def small(self) -> Problem:
-        """The same at a size that takes no time, for tests of the benchmark itself."""
+        """The same problem at a tiny size, for tests of the benchmark itself."""
         most = {"tokens": 4, "batch": 2, "queries": 4, "context": 256, "page": 16}
         values = ((axis, min(v, most[axis]) if isinstance(v, int) else v) for axis, v in self.values)
         return Problem(self.family, smoke(self.model), tuple(values))
@@ -89,12 +88,12 @@ FAMILIES: tuple[Family, ...] = (
     Family("sandwich_norm", "t{tokens}", {"tokens": TOKENS}),
     Family("sandwich_norm_fp8", "t{tokens}", {"tokens": TOKENS}),
     Family("rope_store_kv", "{kv}-p{page}-t{tokens}", {"kv": KV, "page": PAGES, "tokens": TOKENS}),
-    # one query each of so many requests, with so many keys
+    # one query for each request of the batch
     Family(
         "paged_attention", "{kv}-p{page}-b{batch}-l{context}",
         {"kv": KV, "page": PAGES, "batch": (1, 8, 64, 256), "context": CONTEXTS}, "decode",
     ),
-    # the last so many queries of one request
+    # the last queries of one request
     Family(
         "paged_attention", "{kv}-p{page}-q{queries}-l{context}",
         {"kv": KV, "page": PAGES, "queries": (128, 512, 2048, 16384), "context": CONTEXTS}, "prefill",
@@ -105,7 +104,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("group_tokens", "{routing}-t{tokens}", {"routing": ROUTINGS, "tokens": TOKENS}),
     Family("quantize_fp8", "t{tokens}", {"tokens": TOKENS}),
     Family("quantize_int8", "t{tokens}", {"tokens": TOKENS}),
-    # the experts' matrices, and the dense ones, where there is one group
+    # the experts' matrices, then the dense ones (E = 1)
     Family(
         "grouped_gemm", "{matrix}-{format}-{routing}-t{tokens}",
         {"matrix": ("w13", "w2"), "format": GEMM_FORMATS, "routing": ROUTINGS, "tokens": TOKENS},
@@ -115,7 +114,7 @@ FAMILIES: tuple[Family, ...] = (
         {"matrix": ("qkv", "o", "head"), "format": GEMM_FORMATS, "tokens": TOKENS},
     ),
     Family("moe", "{format}-{routing}-t{tokens}", {"format": MOE_FORMATS, "routing": ROUTINGS, "tokens": TOKENS}),
-    Family("moe_fp8", "{format}-{routing}-t{tokens}", {"format": MOE_FP8_FORMATS, "routing": ROUTINGS, "tokens": TOKENS}),
+    Family("moe_fp8", "{format}-{routing}-t{tokens}", {"format": ("fp8xfp8",), "routing": ROUTINGS, "tokens": TOKENS}),
     Family("sample_top_p", "b{batch}", {"batch": BATCHES}, "decode"),
 )  # fmt: skip
 OPS = tuple(dict.fromkeys(family.op for family in FAMILIES))
@@ -125,7 +124,7 @@ def _set(template: str, **axes: Sequence[Value]) -> list[str]:
     return [template.format(**dict(zip(axes, values, strict=True))) for values in product(*axes.values())]
 
 
-# What runs where no pattern is given: minutes, not hours. Those of a CPU are sizes that its memory and patience hold.
+# Named sets. @cpu and @cuda run where no pattern is given, in minutes; the CPU's are sizes that its memory holds.
 SETS: dict[str, tuple[str, ...]] = {
     "cpu": (
         *_set("grouped_gemm/{m}/*/w13-{f}-even-t{t}", m=("mixtral-8x22b-quarter", "grok-1-tp8"), f=("int8", "fp8"),
@@ -156,7 +155,7 @@ SETS: dict[str, tuple[str, ...]] = {
         *_set("group_tokens/grok-1/*/zipf-t{t}", t=(256, 16384)),
         *_set("sample_top_p/grok-1/decode/b{b}", b=(1, 64)),
     ),
-    # of `make bench-gpu`'s first part, in a minute and a half: the figures that matter, the most important first
+    # the first part of `make bench-gpu`, a minute and a half: the most important first
     "cuda-first": (
         *_set("grouped_gemm/grok-1/prefill/{w}-fp8xfp8-even-t4096", w=("w13", "w2")),
         *_set("moe/grok-1/*/fp8dyn-even-t{t}", t=(1, 4, 64, 4096)),
@@ -168,12 +167,12 @@ SETS: dict[str, tuple[str, ...]] = {
         *_set("{op}/grok-1/*/t256", op=("rms_norm", "sandwich_norm", "quantize_fp8")),
         "rope_store_kv/grok-1/*/bf16-p64-t256",
     ),
-    # of its second, beside peers that compile
+    # the second part, beside peers that compile
     "cuda-compiling": (
         "grouped_gemm/grok-1/prefill/w2-fp8xfp8-even-t4096", "paged_attention/grok-1/decode/bf16-p64-b64-l8192",
         "grouped_gemm/grok-1/decode/w2-fp8xfp8-even-t64", "paged_attention/grok-1/prefill/bf16-p64-q2048-l2048",
     ),
-    # of its second, in two minutes: every class once, and what decides between kernels
+    # the second part, two minutes: every class once, and what decides between kernels
     "cuda-quick": (
         *_set("grouped_gemm/grok-1/*/{w}-fp8xfp8-even-t{t}", w=("w13", "w2"), t=(1, 64, 4096)),
         "grouped_gemm/grok-1/prefill/w13-fp8xfp8-zipf-t4096", "grouped_gemm/grok-1/decode/w13-bf16-even-t64",
@@ -189,7 +188,7 @@ SETS: dict[str, tuple[str, ...]] = {
     ),
     "quick": (
         "rms_norm/grok-1/decode/t64", "sandwich_norm/grok-1/decode/t64", "rope_store_kv/grok-1/decode/bf16-p16-t64",
-        "paged_attention/grok-1-quarter/decode/bf16-p16-b1-l4096", "paged_attention/grok-1-quarter/decode/fp8-p16-b1-l4096",
+        *_set("paged_attention/grok-1-quarter/decode/{kv}-p16-b1-l4096", kv=KV),
         "paged_attention/grok-1-quarter/prefill/bf16-p16-q128-l1024", "route_topk/grok-1/decode/t64",
         "group_tokens/grok-1/decode/zipf-t64", "quantize_fp8/grok-1/decode/t64", "quantize_int8/grok-1/decode/t64",
         "grouped_gemm/mixtral-8x22b-quarter/decode/w2-int8-even-t4", "moe/mixtral-8x22b-quarter/decode/int8-even-t4",
@@ -204,8 +203,7 @@ def _every() -> tuple[Problem, ...]:
 
 
 def select(patterns: Sequence[str]) -> list[Problem]:
-    """The problems that match any of the patterns (`*` also matches /): each once, in the order of the patterns, and those of
-    one pattern in the order of the registry.
+    """The problems that match any of the patterns (`*` also matches /), each once, in the order of the patterns.
 
     ValueError, with what there is, for a pattern that none matches.
     """
@@ -220,13 +218,13 @@ def select(patterns: Sequence[str]) -> list[Problem]:
         if not own:
             raise ValueError(
                 f"no problem matches {pattern!r}: names are OP/MODEL/PHASE/DETAILS, of ops {', '.join(OPS)} and models "
-                f"{', '.join(NAMES)}; `grok-engine bench --list` shows the rest"
+                f"{', '.join(NAMES)}; `grok-engine bench list` shows the rest"
             )
     return list(found.values())
 
 
 def overview() -> str:
-    """All names in few lines: each family with the values of its axes."""
+    """A summary of all names: each family with the values of its axes."""
     lines = [f"MODEL   {' '.join(NAMES)}", f"PHASE   decode (up to {DECODE} tokens) prefill", ""]
     for family in FAMILIES:
         name = f"{family.op}/MODEL/{family.phase or 'PHASE'}/{family.details}"

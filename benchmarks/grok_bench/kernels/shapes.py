@@ -1,4 +1,4 @@
-"""The shapes that are measured: of the published models, of one GPU in eight, and of a quarter of the model for a CPU."""
+"""The shapes that are measured: published models, one GPU's share of eight, and a quarter of each model for a CPU."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ NAMES = tuple(model + scale for model in MODELS for scale in ("", SHARD, QUARTER
 
 @cache
 def shape(name: str) -> ModelConfig:
-    """One of NAMES, or MODEL-smoke: a size that takes no time.
+    """The shape of one of NAMES, or of MODEL-smoke, a tiny size for tests.
 
-    -tp8 is what one of eight GPUs holds, so heads, expert width and vocabulary are an eighth and D stays; -quarter
-    divides all of them, and D, by four: the same ratios, a sixteenth of the weights.
+    -tp8 is one GPU's share of eight: an eighth of the heads, the expert width and the vocabulary, with all of D.
+    -quarter divides all of them and D by four: the same ratios, a sixteenth of the weights.
     """
     for scale in (SHARD, QUARTER, SMOKE):
         if name.endswith(scale):
@@ -40,7 +40,7 @@ def shape(name: str) -> ModelConfig:
 
 
 def smoke(name: str) -> str:
-    """The name of the model's smallest form."""
+    """The name of the model's tiny size."""
     for scale in (SHARD, QUARTER, SMOKE):
         name = name.removesuffix(scale)
     return name + SMOKE

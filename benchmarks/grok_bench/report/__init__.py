@@ -1,1 +1,1 @@
-"""What comes of result files: tables, Markdown, figures, a page, and the comparison of two runs."""
+"""Reports of result files: tables, Markdown, one page, one figure, and the comparison of two files."""

@@ -1,26 +1,29 @@
 """Two result files of the same kind: what became faster or slower, and whether that is more than noise.
 
-The measure is the ratio of medians, B over A, with a 95% interval by the bootstrap: both samples drawn again, with
-replacement, from a fixed seed. A change is significant where the interval leaves 1 out, and a regression where it is
-also worse than the threshold. Only what is ours can regress: peers that moved tell of another machine, or of other
-versions, and are shown for that.
+The measure is the ratio of medians, B over A. Its 95% interval follows from those of the medians, whose widths add in
+quadrature as logarithms. A change is significant where the interval leaves out 1, and a regression where it is also
+worse than the threshold. Only ours can regress: peers that moved tell of another machine or other versions.
 """
 
 from __future__ import annotations
 
-import json
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from math import exp, hypot, log
 from statistics import median
 
-import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from ..schema import EngineResult, ResultFile
-from .rows import engine_results, kernel_results
+from .rows import BAD, parameters
+from .units import count, digits, duration
 
-FEWEST = 5  # samples on either side, for an interval
-DRAWS = 2000
+FEWEST = 5  # rounds or requests on either side, for an interval
+STYLES = {"regression": "bold red", "broken": "bold red", "slower": "red", "faster": "green", "fixed": "green"}
+WORDS = {"unsure": "no interval", "same": "no difference", "untimed": "not timed in both"}
+Key = tuple[str, str]  # the problem and the contestant, or the run and the metric
 
 
 class CompareError(ValueError):
@@ -29,10 +32,11 @@ class CompareError(ValueError):
 
 @dataclass(frozen=True)
 class Measure:
-    """One number that both files may have, with the samples that it is the median of."""
+    """One number that both files may have, with its 95% interval where there were enough samples."""
 
     value: float | None
-    samples: tuple[float, ...] = ()
+    low: float | None = None
+    high: float | None = None
     ours: bool = True
     status: str = "ok"
     more_is_better: bool = False
@@ -40,26 +44,21 @@ class Measure:
 
 @dataclass(frozen=True)
 class Change:
-    what: str  # the problem, or the run
-    who: str  # the contestant, or the metric
+    """`verdict`: a key of STYLES or WORDS. `ratio`, with its interval: B over A."""
+
+    key: Key
     a: Measure
     b: Measure
-    verdict: str  # regression, slower, same, faster, unsure, broken, fixed, untimed
-    ratio: float | None = None  # of B over A
+    verdict: str
+    ratio: float | None = None
     low: float | None = None
     high: float | None = None
-
-    @property
-    def ours(self) -> bool:
-        return self.a.ours
 
 
 @dataclass(frozen=True)
 class Comparison:
     changes: list[Change]
-    warnings: list[str] = field(default_factory=list)
-    only_a: list[str] = field(default_factory=list)
-    only_b: list[str] = field(default_factory=list)
+    warnings: list[str]
 
     @property
     def regressions(self) -> list[Change]:
@@ -67,102 +66,68 @@ class Comparison:
 
 
 def compare(a: ResultFile, b: ResultFile, threshold: float = 0.05) -> Comparison:
-    """CompareError for files of different kinds, devices or without anything in common."""
+    """CompareError for files of different kinds or devices, or with nothing in common."""
     if a.kind != b.kind:
         raise CompareError(f"A is of kind {a.kind!r} and B of kind {b.kind!r}: nothing in them can be compared")
     if a.environment.device != b.environment.device:
         raise CompareError(f"A was measured on {a.environment.device!r}, B on {b.environment.device!r}")
     of_a, of_b = dict(_measures(a)), dict(_measures(b))
-    redefined = _redefined(a, b)
-    both = [key for key in of_a if key in of_b and key[0] not in redefined]
-    if not both:
+    sizes = {r.problem: (r.operations, r.bytes, r.parameters) for r in a.kernels}
+    others = [r.problem for r in b.kernels if sizes.get(r.problem) not in (None, (r.operations, r.bytes, r.parameters))]
+    changes = [_change(key, of_a[key], of_b[key], threshold) for key in of_a if key in of_b and key[0] not in others]
+    if not changes:
         raise CompareError(f"A and B have no {'problem' if a.kind == 'kernels' else 'run'} in common")
-    changes = [_change(*key, of_a[key], of_b[key], threshold) for key in both]
-    names = {what for what, _ in both}
-    return Comparison(
-        changes,
-        _warnings(a, b) + [f"{p} is another problem in B, and not compared" for p in redefined] + _drift(changes),
-        only_a=list(dict.fromkeys(_name(key, names) for key in of_a if key not in of_b)),
-        only_b=list(dict.fromkeys(_name(key, names) for key in of_b if key not in of_a)),
-    )
+    warnings = _warnings(a, b) + [f"{problem} is another problem in B, and not compared" for problem in others]
+    for side, mine, other in (("A", of_a, of_b), ("B", of_b, of_a)):
+        if only := ["/".join(key) for key in mine if key not in other]:
+            warnings.append(f"only in {side}: {'; '.join(only)}")
+    moved = [c.ratio for c in changes if c.ratio and not c.a.ours]
+    if len(moved) >= 3 and abs(median(moved) - 1) >= 0.05:
+        warnings.append(f"the peers' times in B are {median(moved):.2f} of those in A: the machine may have changed")
+    return Comparison(changes, warnings)
 
 
-def ratio_interval(
-    a: tuple[float, ...], b: tuple[float, ...], seed: int = 0, draws: int = DRAWS
-) -> tuple[float, float] | None:
-    """95% of the bootstrap's median(b) / median(a); None where there are too few samples to say."""
-    if min(len(a), len(b)) < FEWEST:
-        return None
-    random = np.random.default_rng(seed)
-    medians = [np.median(random.choice(np.asarray(s), (draws, len(s))), axis=1) for s in (a, b)]
-    low, high = np.quantile(medians[1] / medians[0], (0.025, 0.975))
-    return float(low), float(high)
-
-
-def _change(what: str, who: str, a: Measure, b: Measure, threshold: float) -> Change:
+def _change(key: Key, a: Measure, b: Measure, threshold: float) -> Change:
     if a.status != b.status or not a.value or not b.value:
-        bad = ("wrong", "failed", "timeout")
-        verdict = "untimed"
-        if a.ours and b.status in bad and a.status not in bad:
+        verdict = "same" if a.status == b.status == "ok" else "untimed"  # a status may be all there is
+        if a.ours and b.status in BAD and a.status not in BAD:
             verdict = "broken"
-        elif a.status in bad and b.status == "ok":
+        elif a.status in BAD and b.status == "ok":
             verdict = "fixed"
-        elif a.status == b.status == "ok" and a.value is None and b.value is None:
-            verdict = "same"  # a status is all there is
-        return Change(what, who, a, b, verdict)
+        return Change(key, a, b, verdict)
     ratio = b.value / a.value
-    found = ratio_interval(a.samples, b.samples, zlib.crc32(f"{what}/{who}".encode()))
-    if found is None:
-        return Change(what, who, a, b, "unsure", ratio)
-    low, high = found
+    if not (a.low and a.high and b.low and b.high):
+        return Change(key, a, b, "unsure", ratio)
+    low = ratio * exp(-hypot(log(b.value / b.low), log(a.high / a.value)))
+    high = ratio * exp(hypot(log(b.high / b.value), log(a.value / a.low)))
+    worse = 1 / ratio if a.more_is_better else ratio
     if low <= 1 <= high:
         verdict = "same"
-    elif (ratio > 1) == a.more_is_better:
+    elif worse < 1:
         verdict = "faster"
     else:
-        worse = 1 / ratio if a.more_is_better else ratio
         verdict = "regression" if a.ours and worse > 1 + threshold else "slower"
-    return Change(what, who, a, b, verdict, ratio, low, high)
+    return Change(key, a, b, verdict, ratio, low, high)
 
 
-def _measures(file: ResultFile) -> Iterator[tuple[tuple[str, str], Measure]]:
-    """By problem and contestant, or by run and metric."""
-    if file.kind == "kernels":
-        for r in kernel_results(file):
-            for s in r.scores:
-                yield (r.problem, s.contestant), Measure(s.seconds, tuple(s.samples), s.ours, s.status)
-        return
-    runs: dict[str, list[EngineResult]] = {}
-    for run in engine_results(file):
-        runs.setdefault(_run_name(run), []).append(run)
-    for name, same in runs.items():
-        yield (name, "requests failed"), Measure(None, status="failed" if any(r.failed for r in same) else "ok")
-        for key in ("ttft", "e2e"):
-            waits = tuple(float(w) for w in (getattr(q, key) for r in same for q in r.requests) if w is not None)
-            if waits:
-                yield (name, key), Measure(median(waits), waits)
-        for key in ("requests_per_second", "output_tokens_per_second"):
-            # a run has one rate: a sample is a run, and it takes several of them for an interval
-            rates = tuple(float(v) for v in (getattr(r, key) for r in same) if v)
-            if rates:
-                yield (name, key.replace("_", " ")), Measure(median(rates), rates, more_is_better=True)
+def _measures(file: ResultFile) -> Iterator[tuple[Key, Measure]]:
+    for r in file.kernels:
+        for s in r.scores:
+            low, high = (s.low, s.high) if r.rounds >= FEWEST else (None, None)
+            yield (r.problem, s.contestant), Measure(s.seconds, low, high, s.ours, s.status)
+    for run in file.runs:
+        yield from _run_measures(run)
 
 
-def _run_name(run: EngineResult) -> str:
-    shown = (f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in sorted(run.parameters.items()))
-    return " ".join([run.protocol, run.model, *shown])
-
-
-def _name(key: tuple[str, str], common: set[str]) -> str:
-    """The problem alone where all of it is on one side."""
-    return ", ".join(key) if key[0] in common else key[0]
-
-
-def _redefined(a: ResultFile, b: ResultFile) -> list[str]:
-    """Problems of one name whose size is not the same."""
-    sizes = {r.problem: (r.operations, r.bytes, r.parameters) for r in kernel_results(a)}
-    found = ((r.problem, (r.operations, r.bytes, r.parameters)) for r in kernel_results(b))
-    return [problem for problem, size in found if sizes.get(problem, size) != size]
+def _run_measures(run: EngineResult) -> Iterator[tuple[Key, Measure]]:
+    name = f"{run.protocol} {run.model} {parameters(run.parameters)}"
+    yield (name, "requests failed"), Measure(None, status="failed" if run.failed else "ok")
+    for metric in ("ttft", "e2e"):
+        if m := run.metrics.get(metric):
+            low, high = (m.low, m.high) if run.completed >= FEWEST else (None, None)
+            yield (name, metric), Measure(m.p50, low, high)
+    for rate in ("requests_per_second", "output_tokens_per_second"):  # one of each: there is no interval
+        yield (name, rate.replace("_", " ")), Measure(getattr(run, rate), more_is_better=True)
 
 
 def _warnings(a: ResultFile, b: ResultFile) -> list[str]:
@@ -175,12 +140,32 @@ def _warnings(a: ResultFile, b: ResultFile) -> list[str]:
         ratio = b.ceilings[name].rate / a.ceilings[name].rate
         if not 0.9 < ratio < 1.1:
             found.append(f"the machine's {name} ceiling in B is {ratio:.2f} of that in A")
-    found += [f"{name} was interrupted" for name, file in (("A", a), ("B", b)) if file.interrupted]
-    return found
+    return found + [f"{name} was interrupted" for name, file in (("A", a), ("B", b)) if file.interrupted]
 
 
-def _drift(changes: list[Change]) -> list[str]:
-    moved = [c.ratio for c in changes if c.ratio and not c.ours]
-    if len(moved) < 3 or abs(median(moved) - 1) < 0.05:
-        return []
-    return [f"the peers' times in B are {median(moved):.2f} of those in A: the machine itself may have changed"]
+def render(found: Comparison, console: Console) -> None:
+    """Print what changed, the worst first, and count what did not."""
+    for warning in found.warnings:
+        console.print(Text("warning: ", style="yellow").append(warning, style="default"))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="cyan")
+    for column in ("", " "):
+        table.add_column(column, overflow="fold")
+    for column in ("A", "B", "B / A", "95%", ""):
+        table.add_column(column, justify="right", no_wrap=True)
+    for verdict, style in STYLES.items():
+        for c in sorted((c for c in found.changes if c.verdict == verdict), key=lambda c: -(c.ratio or 0.0)):
+            ratio = "" if c.ratio is None else f"{c.ratio:.3f}"
+            spread = "" if c.low is None or c.high is None else f"[{c.low:.3f}, {c.high:.3f}]"
+            table.add_row(*map(Text, (*c.key, _value(c.a), _value(c.b), ratio, spread)), Text(verdict, style))
+    if table.row_count:
+        console.print(table)
+    counts = {v: sum(c.verdict == v for c in found.changes) for v in (*STYLES, *WORDS)}
+    console.print(Text(", ".join(f"{n} {WORDS.get(v, v)}" for v, n in counts.items() if n)))
+    bad = len(found.regressions)
+    console.print(Text(count(bad, "regression"), style="bold red") if bad else Text("no regression", style="green"))
+
+
+def _value(measure: Measure) -> str:
+    if measure.value is None:
+        return measure.status
+    return digits(measure.value) if measure.more_is_better else duration(measure.value)

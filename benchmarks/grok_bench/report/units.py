@@ -1,14 +1,15 @@
-"""Numbers as one reads them: three significant digits and a unit."""
+"""Numbers as text: three significant digits and a unit."""
 
 from __future__ import annotations
 
 from math import floor, log10
 
 TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
+AMOUNTS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def digits(value: float, count: int = 3) -> str:
-    """`value` with so many significant digits, never with an exponent: 0.0123, 1.30, 340, 12,345."""
+    """`value` with that many significant digits and no exponent: 0.0123, 1.30, 340, 12,345."""
     if value == 0:
         return "0"
     # of the rounded value: 9.996 has three digits as 10.0
@@ -26,29 +27,17 @@ def duration(seconds: float) -> str:
 
 
 def interval(seconds: float, low: float | None, high: float | None) -> str:
-    """[low, high] in the unit that `duration(seconds)` has."""
+    """[low, high] in the unit that `duration(seconds)` has; empty where there is no interval."""
     if low is None or high is None:
         return ""
     scale, _ = _unit(seconds)
     return f"[{digits(low / scale)}, {digits(high / scale)}]"
 
 
-def pair(first: float, second: float) -> str:
-    """Two durations in the unit of the first: 297 · 466 ms."""
-    scale, unit = _unit(first)
-    return f"{digits(first / scale)} · {digits(second / scale)} {unit}"
-
-
 def amount(value: float, unit: str) -> str:
     """340 MB, 1.20 GFLOP, 45.0 GB/s."""
-    for scale, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 0.9995 * scale:
-            return f"{digits(value / scale)} {prefix}{unit}"
-    return f"{digits(value)} {unit}"
-
-
-def times(ratio: float) -> str:
-    return f"{digits(ratio)}×"
+    scale, prefix = next((a for a in AMOUNTS if abs(value) >= 0.9995 * a[0]), (1.0, ""))
+    return f"{digits(value / scale)} {prefix}{unit}"
 
 
 def count(number: int, noun: str) -> str:

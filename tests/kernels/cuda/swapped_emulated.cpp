@@ -1,4 +1,4 @@
-// The launchers of the swapped-operand products under the host emulation, for ctypes, beside those of gemm_emulated.cpp.
+// The launchers of the swapped-operand products under the host emulation, for ctypes, beside gemm_emulated.cpp's.
 
 #include "cuda/gemm/tile_sizes.h"
 #include "cuda/gemm/swapped.cuh"

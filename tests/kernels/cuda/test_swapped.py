@@ -1,5 +1,5 @@
-"""The swapped-operand products for Hopper, run by the host emulation: int8 against the oracle, e4m3 with the bits of the other
-kernels."""
+"""The swapped-operand products for Hopper, run by the host emulation: int8 against the oracle, e4m3 with the bits of
+the other kernels."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import cuda_table
+from tests.kernels.cuda import readme_table as cuda_table
 
 TILES = [(2, 128), (1, 192), (1, 128)]  # halves of a tile, and the columns of one
 OUTPUTS = {"ToBf16": 2, "ToFp32": 0, "ToGated": 0.5}  # bytes that the copy engine stores for a column of sums
@@ -20,7 +20,7 @@ def test_the_readme_has_the_table_and_no_kernel_spills() -> None:
     if f"nvcc {cuda_table.release()}," not in cuda_table.written():
         pytest.skip(f"the table is of another nvcc than {cuda_table.release()}")
     table = cuda_table.table()
-    assert table == cuda_table.written(), "run python -m benchmarks.cuda_table --write"
+    assert table == cuda_table.written(), "run python -m tests.kernels.cuda.readme_table --write"
     rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `")]
     names = [row[0] for row in rows]
     assert any("route_kernel" in name for name in names)

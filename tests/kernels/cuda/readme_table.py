@@ -1,6 +1,6 @@
 """What nvcc makes of the kernels by hand: registers, spills, and the instructions that they were written for.
 
-`python -m benchmarks.cuda_table` prints the table; with --write it goes into kernels/README.md. Needs no GPU.
+`python -m tests.kernels.cuda.readme_table` prints the table; with --write it goes into kernels/README.md. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 README = ROOT / "kernels/README.md"
 BEGIN, END = "<!-- cuda table -->\n", "<!-- end of cuda table -->\n"
 COUNTED = ("QGMMA", "HGMMA", "UTMALDG", "UTMASTG", "LDL", "STL")
