@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
 from grok_engine.checkpoint.xai.layout import TensorSpec, layout
-from grok_engine.checkpoint.xai.pickle_writer import Data, Described, pickle_pieces
+from grok_engine.checkpoint.xai.pickle_writer import pickle_pieces
 from grok_engine.models.families import preset
 
 RELEASE_BYTES = 318_239_886_140
@@ -25,15 +26,25 @@ def write_sparse_release(folder: Path) -> int:
 
 
 def _write_sparse(path: Path, spec: TensorSpec) -> int:
-    weight = Described(spec.shape, np.dtype(np.int8 if spec.quantizable else np.float32))
+    weight = hollow(spec.shape, np.int8 if spec.quantizable else np.float32)
     scales = None
     if spec.quantizable:
         groups = 8 if spec.name.endswith((".attn.o", ".moe.down")) else 1
-        scales = Described(spec.scales_shape(groups), np.dtype(ml_dtypes.bfloat16))
+        scales = hollow(spec.scales_shape(groups), ml_dtypes.bfloat16)
     with path.open("wb") as file:
-        for piece in pickle_pieces(weight, scales):
-            if isinstance(piece, Data):
-                file.seek(piece.nbytes, 1)
-            else:
-                file.write(piece)
+        write_hollow(file, pickle_pieces(weight, scales))
         return file.tell()
+
+
+def hollow(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
+    """An array of zeros that takes no memory."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def write_hollow(file: BinaryIO, pieces: list[Any]) -> None:
+    """The opcodes, and holes for the data."""
+    for piece in pieces:
+        if isinstance(piece, bytes):
+            file.write(piece)
+        else:
+            file.seek(piece.nbytes, 1)

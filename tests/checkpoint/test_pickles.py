@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 import grok_engine.checkpoint
 from grok_engine.checkpoint.base import CheckpointError
 from grok_engine.checkpoint.xai.pickle_machine import Machine
-from grok_engine.checkpoint.xai.pickle_writer import Data, Described, pickle_pieces, write_pickle
+from grok_engine.checkpoint.xai.pickle_writer import pickle_pieces, write_pickle
 from grok_engine.checkpoint.xai.pickles import map_pickle, read_header
+from tests.checkpoint.sparse import hollow, write_hollow
 
 pytestmark = pytest.mark.filterwarnings("ignore:numpy.core.*:DeprecationWarning")
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -114,8 +115,7 @@ def test_a_header_costs_no_data(tmp_path: Path) -> None:
     file = tmp_path / "t"
     shape = (8, 40000, 40000)  # 12.8 GB: past the 4-byte lengths
     with file.open("wb") as f:
-        for piece in pickle_pieces(Described(shape, np.dtype(np.int8)), Described((8, 1, 40000), BF16)):
-            f.seek(piece.nbytes, 1) if isinstance(piece, Data) else f.write(piece)
+        write_hollow(f, pickle_pieces(hollow(shape, np.int8), hollow((8, 1, 40000), BF16)))
     header = read_header(file)
     assert header.weight.shape == shape
     assert header.weight.nbytes == 12_800_000_000
@@ -387,8 +387,8 @@ def _seeds() -> list[bytes]:
 
     seeds = [pickle.dumps(values((2, 3), d), p) for d, p in itertools.product((np.float32, np.int8, BF16), (3, 4, 5))]
     seeds.append(pickle.dumps(np.asfortranarray(values((2, 3), np.float32)), 5))
-    pieces = pickle_pieces(Described((4, 8), np.dtype(np.int8)), Described((2, 8), BF16))
-    seeds.append(b"".join(bytes(range(p.nbytes)) if isinstance(p, Data) else p for p in pieces))
+    pieces = pickle_pieces(hollow((4, 8), np.int8), hollow((2, 8), BF16))
+    seeds.append(b"".join(p if isinstance(p, bytes) else bytes(range(p.nbytes)) for p in pieces))
     assert QuantizedWeight8bit.__module__ == "__main__"
     return [*seeds, *(unframed(s) for s in seeds if s[1] >= 4)]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,249 +23,174 @@ from .pickles import Array
 # length outside any frame.
 _FRAME_TARGET = 64 * 1024
 _FRAME_MIN = 4
-_CHUNK = 1 << 24
+_CHUNK = 1 << 24  # items of an array that are copied at once
+_TUPLES = {0: b")", 1: b"\x85", 2: b"\x86", 3: b"\x87"}
 
 
 @dataclass(frozen=True, slots=True)
-class Data:
-    """A placeholder for an array's bytes between two pieces of opcodes."""
-
-    which: str  # "weight" or "scales"
-    nbytes: int
+class _Global:
+    module: str
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
-class Described:
-    """Shape and dtype: all of an array that its opcodes depend on."""
+class _Data:
+    """The values of an array as one byte string."""
 
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-    @property
-    def nbytes(self) -> int:
-        total = self.dtype.itemsize
-        for n in self.shape:
-            total *= n
-        return total
+    array: Array
 
 
-class _Frames:
-    """Collects opcodes into frames, and leaves room for the data."""
+class _Pickler:
+    """Protocol 4 of what an array consists of. `pieces` are opcodes, and between them the arrays whose bytes follow."""
 
     def __init__(self) -> None:
-        self.pieces: list[bytes | Data] = [b"\x80\x04"]
-        self._frame: list[bytes | Data] = []
+        self.pieces: list[bytes | Array] = [b"\x80\x04"]
+        self._frame: list[bytes | Array] = []
         self._length = 0
         self._memo: dict[object, int] = {}
-        self._memoized = 0
 
-    def begin(self) -> None:
-        """An object starts: the only place where a full frame ends."""
-        if self._length >= _FRAME_TARGET:
+    def save(self, value: Any) -> None:
+        if self._length >= _FRAME_TARGET:  # the start of an object is the only place where a full frame ends
             self.close()
+        if isinstance(value, (str, bytes, _Global, np.dtype)) and value in self._memo:
+            self.add(b"h" + bytes((self._memo[value],)))
+            return
+        match value:
+            case None:
+                self.add(b"N")
+            case bool():
+                self.add(b"\x88" if value else b"\x89")
+            case int():
+                self.add(_integer(value))
+            case str():
+                self.add(b"\x8c" + bytes((len(value),)) + value.encode(), memo=value)
+            case bytes():
+                self.add(b"C" + bytes((len(value),)) + value, memo=value)
+            case tuple():
+                if len(value) > 3:
+                    self.add(b"(")
+                for item in value:
+                    self.save(item)
+                self.add(_TUPLES.get(len(value), b"t"), memo=object() if value else None)
+            case dict():
+                self.add(b"}", memo=object())
+                self.add(b"(")
+                for key, item in value.items():
+                    self.save(key)
+                    self.save(item)
+                self.add(b"u")
+            case _Global():
+                self.save(value.module)
+                self.save(value.name)
+                self.add(b"\x93", memo=value)
+            case np.dtype():
+                bf16 = value == np.dtype(ml_dtypes.bfloat16)
+                name = _Global("ml_dtypes", "bfloat16") if bf16 else f"{value.kind}{value.itemsize}"
+                order = "|" if value.itemsize == 1 else "<"
+                size = (2, 2, 64) if bf16 else (-1, -1, 0)  # item size, alignment, flags: only of a registered dtype
+                self._call(_Global("numpy", "dtype"), (name, False, True), value)
+                self._build((3, order, None, None, None, *size))
+            case np.ndarray():
+                function = _Global("numpy.core.multiarray", "_reconstruct")
+                self._call(function, (_Global("numpy", "ndarray"), (0,), b"b"), object())
+                self._build((1, value.shape, value.dtype, False, _Data(value)))
+            case _Data():
+                self._save_data(value.array)
 
-    def add(self, code: bytes | Data) -> None:
-        self._frame.append(code)
-        self._length += code.nbytes if isinstance(code, Data) else len(code)
+    def save_object(self, cls: _Global, attributes: dict[str, Array]) -> None:
+        self.save(cls)
+        self.save(())
+        self.add(b"\x81", memo=object())
+        self._build(attributes)
+
+    def add(self, piece: bytes | Array, memo: object = None) -> None:
+        """Append to the frame. memo: the key under which the object that this completes is found again."""
+        self._frame.append(piece)
+        self._length += len(piece) if isinstance(piece, bytes) else piece.nbytes
+        if memo is not None:
+            self._memo[memo] = len(self._memo)
+            self.add(b"\x94")
 
     def close(self) -> None:
+        """End the frame."""
         if self._length >= _FRAME_MIN:
             self.pieces.append(b"\x95" + self._length.to_bytes(8, "little"))
         self.pieces += self._frame
         self._frame, self._length = [], 0
 
-    def memoize(self, key: object = None) -> None:
-        if key is not None:
-            self._memo[key] = self._memoized
-        self._memoized += 1
-        self.add(b"\x94")
+    def _call(self, function: _Global, args: tuple[Any, ...], memo: object) -> None:
+        self.save(function)
+        self.save(args)
+        self.add(b"R", memo)
 
-    def seen(self, key: object) -> bool:
-        if key not in self._memo:
-            return False
-        self.add(b"h" + bytes((self._memo[key],)))
-        return True
+    def _build(self, state: Any) -> None:
+        self.save(state)
+        self.add(b"b")
 
-    def text(self, value: str) -> None:
-        self.begin()
-        if not self.seen(value):
-            self.add(b"\x8c" + bytes((len(value),)) + value.encode())
-            self.memoize(value)
-
-    def glob(self, module: str, name: str) -> None:
-        self.begin()
-        if not self.seen((module, name)):
-            self.text(module)
-            self.text(name)
-            self.add(b"\x93")
-            self.memoize((module, name))
-
-    def integer(self, value: int) -> None:
-        self.begin()
-        if 0 <= value < 1 << 8:
-            self.add(b"K" + value.to_bytes(1, "little"))
-        elif 0 <= value < 1 << 16:
-            self.add(b"M" + value.to_bytes(2, "little"))
-        elif -(1 << 31) <= value < 1 << 31:
-            self.add(b"J" + value.to_bytes(4, "little", signed=True))
-        else:
-            size = (value.bit_length() >> 3) + 1
-            self.add(b"\x8a" + bytes((size,)) + value.to_bytes(size, "little", signed=True))
-
-    def constant(self, code: bytes) -> None:
-        self.begin()
-        self.add(code)
-
-    def data(self, data: Data) -> None:
-        self.begin()
-        n = data.nbytes
-        if n < 1 << 8:
-            head = b"C" + n.to_bytes(1, "little")
-        elif n < 1 << 32:
-            head = b"B" + n.to_bytes(4, "little")
-        else:
-            head = b"\x8e" + n.to_bytes(8, "little")
+    def _save_data(self, array: Array) -> None:
+        n = array.nbytes
+        code, width = (b"C", 1) if n < 1 << 8 else (b"B", 4) if n < 1 << 32 else (b"\x8e", 8)
+        head = code + n.to_bytes(width, "little")
         if n >= _FRAME_TARGET:
             self.close()
-            self.pieces += [head, data]
+            self.pieces += [head, array]
         else:
             self.add(head)
-            self.add(data)
-        self.memoize()
+            self.add(array)
+        self._memo[object()] = len(self._memo)
+        self.add(b"\x94")
 
 
-def pickle_pieces(weight: Described, scales: Described | None) -> list[bytes | Data]:
+def _integer(value: int) -> bytes:
+    if 0 <= value < 1 << 8:
+        return b"K" + value.to_bytes(1, "little")
+    if 0 <= value < 1 << 16:
+        return b"M" + value.to_bytes(2, "little")
+    if -(1 << 31) <= value < 1 << 31:
+        return b"J" + value.to_bytes(4, "little", signed=True)
+    size = (value.bit_length() >> 3) + 1
+    return b"\x8a" + bytes((size,)) + value.to_bytes(size, "little", signed=True)
+
+
+def pickle_pieces(weight: Array, scales: Array | None) -> list[bytes | Array]:
     """The file, in order: a bare array, or with scales an object of `__main__.QuantizedWeight8bit`."""
-    f = _Frames()
-    f.begin()
+    pickler = _Pickler()
     if scales is None:
-        _array(f, "weight", weight)
+        pickler.save(weight)
     else:
-        f.glob("__main__", "QuantizedWeight8bit")
-        f.constant(b")")
-        f.add(b"\x81")
-        f.memoize()
-        f.begin()
-        f.add(b"}")
-        f.memoize()
-        f.add(b"(")
-        for name, array in (("weight", weight), ("scales", scales)):
-            f.text(name)
-            _array(f, name, array)
-        f.add(b"ub")
-    f.add(b".")
-    f.close()
-    return f.pieces
-
-
-def _array(f: _Frames, which: str, array: Described) -> None:
-    f.begin()
-    f.glob("numpy.core.multiarray", "_reconstruct")
-    f.begin()
-    f.glob("numpy", "ndarray")
-    f.begin()
-    f.integer(0)
-    f.add(b"\x85")
-    f.memoize()
-    f.begin()
-    if not f.seen(b"b"):  # numpy hands out one cached object, which the memo then finds again
-        f.add(b"C\x01b")
-        f.memoize(b"b")
-    f.add(b"\x87")
-    f.memoize()
-    f.add(b"R")
-    f.memoize()
-    f.begin()
-    f.add(b"(")
-    f.integer(1)
-    _shape(f, array.shape)
-    _dtype(f, array.dtype)
-    f.constant(b"\x89")
-    f.data(Data(which, array.nbytes))
-    f.add(b"t")
-    f.memoize()
-    f.add(b"b")
-
-
-def _shape(f: _Frames, shape: tuple[int, ...]) -> None:
-    f.begin()
-    if not shape:
-        f.add(b")")
-        return
-    if len(shape) > 3:
-        f.add(b"(")
-    for n in shape:
-        f.integer(n)
-    f.add({1: b"\x85", 2: b"\x86", 3: b"\x87"}.get(len(shape), b"t"))
-    f.memoize()
-
-
-def _dtype(f: _Frames, dtype: np.dtype[Any]) -> None:
-    f.begin()
-    if f.seen(dtype):
-        return
-    bf16 = dtype == np.dtype(ml_dtypes.bfloat16)
-    f.glob("numpy", "dtype")
-    f.begin()
-    if bf16:
-        f.glob("ml_dtypes", "bfloat16")
-    else:
-        f.text(f"{dtype.kind}{dtype.itemsize}")
-    f.constant(b"\x89")
-    f.constant(b"\x88")
-    f.add(b"\x87")
-    f.memoize()
-    f.add(b"R")
-    f.memoize(dtype)
-    f.begin()
-    f.add(b"(")
-    f.integer(3)
-    f.text("|" if dtype.itemsize == 1 else "<")
-    for _ in range(3):
-        f.constant(b"N")
-    for value in (2, 2, 64) if bf16 else (-1, -1, 0):  # item size, alignment and flags: only of a registered dtype
-        f.integer(value)
-    f.add(b"t")
-    f.memoize()
-    f.add(b"b")
+        pickler.save_object(_Global("__main__", "QuantizedWeight8bit"), {"weight": weight, "scales": scales})
+    pickler.add(b".")
+    pickler.close()
+    return pickler.pieces
 
 
 def write_pickle(path: Path, weight: Array, scales: Array | None) -> int:
     """Writes one tensor under `path`, whole or not at all. Returns the length of the file."""
-    arrays = {"weight": weight} if scales is None else {"weight": weight, "scales": scales}
-    described = {which: Described(a.shape, a.dtype) for which, a in arrays.items()}
+    with whole_file(path) as file:
+        for piece in pickle_pieces(weight, scales):
+            if isinstance(piece, bytes):
+                file.write(piece)
+            else:
+                _stream(file, piece)
+        return file.tell()
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which gets the name `path` when it is complete; an error leaves nothing behind."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            for piece in pickle_pieces(described["weight"], described.get("scales")):
-                if isinstance(piece, Data):
-                    _stream(file, arrays[piece.which])
-                else:
-                    file.write(piece)
+            yield file
             file.flush()
             os.fsync(file.fileno())
-            length = file.tell()
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    return length
 
 
 def _stream(file: BinaryIO, array: Array) -> None:
-    for piece in _c_order(array):
-        file.write(piece.reshape(-1).view(np.uint8).data)
-
-
-def _c_order(array: Array) -> Iterator[Array]:
-    """The array in C order, in contiguous pieces: a transposed matrix is never copied whole."""
-    if array.flags.c_contiguous:
-        yield array
-    elif array.nbytes <= _CHUNK or array.ndim == 0:
-        yield np.ascontiguousarray(array)
-    elif array.ndim == 1 or array[0].nbytes <= _CHUNK:
-        rows = max(1, _CHUNK // (array.nbytes // len(array)))
-        for start in range(0, len(array), rows):
-            yield np.ascontiguousarray(array[start : start + rows])
-    else:
-        for part in array:
-            yield from _c_order(part)
+    """Write the array in C order, in pieces: a transposed matrix is never copied whole."""
+    numbers = array.view(f"u{array.itemsize}")  # numpy cannot iterate over bf16 as a buffer
+    for piece in np.nditer(numbers, ["external_loop", "buffered"], order="C", buffersize=_CHUNK):
+        file.write(piece.data)

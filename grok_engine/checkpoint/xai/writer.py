@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -16,7 +15,7 @@ from grok_engine.config import ConfigError, ModelConfig
 from grok_engine.models.families.grok import parse_reference, reference_values
 
 from .layout import layout
-from .pickle_writer import write_pickle
+from .pickle_writer import whole_file, write_pickle
 from .pickles import Array
 
 Tensor: TypeAlias = "tuple[Array, Array | None]"
@@ -46,7 +45,8 @@ def write_xai(
     for file in old:
         file.unlink()
     target.mkdir(parents=True, exist_ok=True)
-    _write_text(folder / "config.json", text)
+    with whole_file(folder / "config.json") as file:
+        file.write(text.encode())
     missing = dict(specs)
     for name, (weight, scales) in tensors.items() if isinstance(tensors, Mapping) else tensors:
         spec = missing.pop(name, None)
@@ -89,12 +89,3 @@ def reference_config(config: ModelConfig) -> dict[str, Any]:
 
 def _little_endian(dtype: np.dtype[Any]) -> bool:
     return bool(dtype == dtype.newbyteorder("<"))
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
