@@ -6,8 +6,9 @@ Every quantity that a file could make large is bounded: opcodes, stack, memo, ne
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any, BinaryIO
 
 import ml_dtypes
@@ -39,6 +40,11 @@ _GLOBALS = {
     ("ml_dtypes", "bfloat16"): "bfloat16",
     ("__main__", "QuantizedWeight8bit"): "quantized",
 }
+_CALLS = {
+    "reconstruct": "_reconstruct(ndarray, (0,), b'b')",
+    "frombuffer": "_frombuffer(bytes, dtype, shape, 'C' or 'F')",
+    "dtype": "dtype(..., False, True)",
+}
 _DTYPES = {name: np.dtype("<" + name) for name in ("f2", "f4", "f8", "i2", "i4", "i8", "u2", "u4", "u8")} | {
     name: np.dtype(name) for name in ("b1", "i1", "u1")
 }
@@ -55,12 +61,10 @@ class _Bytes:
     offset: int
     length: int
     mutable: bool  # a bytearray: only _frombuffer takes one
+    value: bytes | None  # of a single byte
 
 
-@dataclass(slots=True, eq=False)
-class _Tuple:
-    # A class of its own, because two nested tuples of the memo compare in exponential time.
-    items: list[Any]
+class _Tuple(tuple[Any, ...]):
     depth: int
 
 
@@ -116,49 +120,96 @@ _MAX_MEMO_INDEX = 10_000
 _MAX_NESTING = 4
 _MAX_TEXT = 255
 _MAX_DIMENSIONS = 8
-_WINDOW = 512
 
 
 class Machine:
+    """file: buffered, at its start. size: its length."""
+
     def __init__(self, file: BinaryIO, size: int) -> None:
-        self.file = file
-        self.size = size
-        self.at = 0
+        self.file, self.size = file, size
         self.opcode_at = 0
-        self.window = b""
-        self.window_at = 0
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
-    # -- bytes
+    def run(self) -> tuple[ArrayPlace, ArrayPlace | None]:
+        """Where the array lies, or the weight and its scales. PickleError for any other file."""
+        if self.size == 0:
+            raise self.fail("a pickle", "an empty file")
+        if (first := self.take(1, "a pickle")) != b"\x80":
+            raise self.fail("a pickle of protocol 2 or later", f"first byte 0x{first.hex()}")
+        if not 2 <= (protocol := self.number(1, "the protocol")) <= 5:
+            raise self.fail("a pickle of protocol 2 to 5", f"protocol {protocol}")
+        for _ in range(_MAX_OPCODES):
+            self.opcode_at = self.file.tell()
+            code = self.take(1, "an opcode")
+            if code == b".":
+                return self.result()
+            if code not in _OPCODES:
+                raise self.refusal(code)
+            _OPCODES[code](self)
+        raise self.fail(f"at most {_MAX_OPCODES} opcodes", "more")
+
+    def refusal(self, code: bytes) -> PickleError:
+        name = _REFUSED.get(code, "")
+        if name == "INST":
+            self.push_global(self.line(), self.line())
+        if name.startswith("EXT"):
+            name += f" {self.number(int(name[-1]), 'an extension code')}"
+        if name == "PERSID":
+            name += f" {self.line()!r}"
+        return self.fail(
+            "the opcodes of a numpy array", f"opcode 0x{code.hex()}" + (f", {name}; refused" if name else "")
+        )
+
+    def result(self) -> tuple[ArrayPlace, ArrayPlace | None]:
+        value = self.pop()
+        if self.stack:
+            raise self.fail("one value at the end", f"{len(self.stack)} more")
+        if (left := self.size - self.file.tell()) > 0:
+            raise self.fail("the end of the file", f"{left} more bytes")
+        if type(value) is _Array:
+            return self.filled("the array", value), None
+        attributes = self.check(value, _Object).attributes or {}
+        if set(attributes) != {"weight", "scales"}:
+            raise self.fail("the attributes weight and scales", ", ".join(sorted(attributes)) or "neither")
+        return self.filled("weight", attributes["weight"]), self.filled("scales", attributes["scales"])
+
+    def filled(self, what: str, value: Any) -> ArrayPlace:
+        place: ArrayPlace | None = self.check(value, _Array).place
+        if place is None:
+            raise self.fail(f"the contents of {what}", "none")
+        return place
 
     def fail(self, expected: str, found: str) -> PickleError:
         return PickleError(f"expected {expected}, found {found} (opcode at byte {self.opcode_at} of {self.size})")
 
+    # -- bytes
+
+    def ahead(self, n: int, what: str) -> int:
+        """n, where the file has so many bytes more."""
+        left = self.size - self.file.tell()
+        if n > left:
+            raise self.fail(f"{what} of {n} bytes", f"the end of the file after {left}: truncated")
+        return n
+
     def take(self, n: int, what: str) -> bytes:
-        if n > self.size - self.at:
-            raise self.fail(f"{what} of {n} bytes", f"the end of the file after {self.size - self.at}: truncated")
-        start = self.at - self.window_at
-        if start < 0 or start + n > len(self.window):
-            self.window_at, start = self.at, 0
-            self.window = os.pread(self.file.fileno(), max(n, _WINDOW), self.at)
-            if len(self.window) < n:
-                raise self.fail(f"{what} of {n} bytes", f"{len(self.window)}: the file shrinks while it is read")
-        self.at += n
-        return self.window[start : start + n]
+        data = self.file.read(self.ahead(n, what))
+        if len(data) < n:
+            raise self.fail(f"{what} of {n} bytes", f"{len(data)}: the file shrinks while it is read")
+        return data
 
     def number(self, n: int, what: str = "a number", *, signed: bool = False) -> int:
         return int.from_bytes(self.take(n, what), "little", signed=signed)
 
+    def frame(self) -> None:
+        self.ahead(self.number(8, "the length of a frame"), "a frame")
+
     def place(self, length_bytes: int, *, mutable: bool = False) -> _Bytes:
-        length = self.number(length_bytes, "the length of a byte string")
-        if length > self.size - self.at:
-            raise self.fail(
-                f"a byte string of {length} bytes", f"the end of the file after {self.size - self.at}: truncated"
-            )
-        place = _Bytes(self.at, length, mutable)
-        self.at += length
-        return place
+        length = self.ahead(self.number(length_bytes, "the length of a byte string"), "a byte string")
+        offset = self.file.tell()
+        value = self.take(1, "a byte string") if length == 1 else None
+        self.file.seek(offset + length)
+        return _Bytes(offset, length, mutable, value)
 
     def text(self, length_bytes: int) -> str:
         length = self.number(length_bytes, "the length of a string")
@@ -167,12 +218,12 @@ class Machine:
         return self.decode(self.take(length, "a string"))
 
     def line(self) -> str:
-        line = bytearray()
-        while (byte := self.take(1, "the name of a global")) != b"\n":
-            line += byte
-            if len(line) > _MAX_TEXT:
-                raise self.fail(f"a name of at most {_MAX_TEXT} bytes", "a longer one")
-        return self.decode(bytes(line))
+        line = self.file.readline(_MAX_TEXT + 1)
+        if len(line) > _MAX_TEXT and not line.endswith(b"\n"):
+            raise self.fail(f"a name of at most {_MAX_TEXT} bytes", "a longer one")
+        if not line.endswith(b"\n"):
+            raise self.fail("the name of a global", f"the end of the file after {len(line)}: truncated")
+        return self.decode(line[:-1])
 
     def decode(self, text: bytes) -> str:
         try:
@@ -188,17 +239,14 @@ class Machine:
         self.stack.append(value)
 
     def pop(self, kind: type | None = None) -> Any:
-        if not self.stack:
-            raise self.fail("a value on the stack", "none")
-        value = self.stack.pop()
-        if value is _MARK:
-            raise self.fail("a value on the stack", "a mark")
+        value = self.top()
+        del self.stack[-1]
         return value if kind is None else self.check(value, kind)
 
     def top(self) -> Any:
-        value = self.pop()
-        self.stack.append(value)
-        return value
+        if not self.stack or self.stack[-1] is _MARK:
+            raise self.fail("a value on the stack", "a mark" if self.stack else "none")
+        return self.stack[-1]
 
     def check(self, value: Any, kind: type) -> Any:
         if type(value) is not kind:
@@ -206,18 +254,20 @@ class Machine:
         return value
 
     def popped_to_mark(self) -> list[Any]:
-        for i in range(len(self.stack) - 1, -1, -1):
-            if self.stack[i] is _MARK:
-                items = self.stack[i + 1 :]
-                del self.stack[i:]
-                return items
-        raise self.fail("a mark on the stack", "none")
+        items = []
+        while self.stack and self.stack[-1] is not _MARK:
+            items.append(self.stack.pop())
+        if not self.stack:
+            raise self.fail("a mark on the stack", "none")
+        del self.stack[-1]
+        return items[::-1]
 
-    def make_tuple(self, items: list[Any]) -> None:
-        depth = 1 + max((x.depth for x in items if type(x) is _Tuple), default=0)
-        if depth > _MAX_NESTING:
+    def push_tuple(self, items: list[Any]) -> None:
+        value = _Tuple(items)
+        value.depth = 1 + max((x.depth for x in items if type(x) is _Tuple), default=0)
+        if value.depth > _MAX_NESTING:
             raise self.fail(f"tuples nested at most {_MAX_NESTING} deep", "deeper ones")
-        self.push(_Tuple(items, depth))
+        self.push(value)
 
     def memoize(self, index: int) -> None:
         if index > _MAX_MEMO_INDEX:
@@ -241,46 +291,28 @@ class Machine:
             raise self.fail("only the globals of a numpy array", found)
         self.push(_Global(kind))
 
-    def unpack(self, value: Any, count: int, what: str) -> list[Any]:
-        items: list[Any] = self.check(value, _Tuple).items
-        if len(items) != count:
-            raise self.fail(f"{what} of {count} values", f"{len(items)}")
-        return items
-
     def call(self) -> None:
         args = self.pop(_Tuple)
-        kind = self.pop(_Global).kind
-        if kind == "reconstruct":
-            cls, shape, code = self.unpack(args, 3, "the arguments of _reconstruct")
-            empty = self.check(shape, _Tuple).items
-            code = self.check(code, _Bytes)
-            exact = self.check(cls, _Global).kind == "ndarray" and len(empty) == 1 and _is_int(empty[0], 0)
-            if not exact or code.mutable or code.length != 1 or os.pread(self.file.fileno(), 1, code.offset) != b"b":
-                raise self.fail("_reconstruct(ndarray, (0,), b'b')", "other arguments")
-            self.push(_Array())
-        elif kind == "frombuffer":
-            data, dtype, shape, order = self.unpack(args, 4, "the arguments of _frombuffer")
-            order = self.check(order, str)
-            if order not in ("C", "F"):
-                raise self.fail("an array in order C or F", f"order {order!r}")
-            self.push(_Array(self.array(shape, dtype, order == "F", data)))
-        elif kind == "dtype":
-            what, align, copy = self.unpack(args, 3, "the arguments of dtype")
-            if align is not False or copy is not True:
-                raise self.fail("dtype(..., False, True)", "other arguments")
-            if type(what) is _Global and what.kind == "bfloat16":
+        match self.pop(_Global).kind, args:
+            case "reconstruct", (_Global("ndarray"), (0,), _Bytes(_, 1, False, b"b")):
+                self.push(_Array())
+            case "frombuffer", (data, dtype, shape, "C" | "F" as order):
+                self.push(_Array(self.array(shape, dtype, order == "F", data)))
+            case "dtype", (_Global("bfloat16"), False, True):
                 self.push(_DType(_BF16))
-            elif (name := self.check(what, str)) in _DTYPES:
+            case "dtype", (str(name), False, True):
+                if name not in _DTYPES:
+                    raise self.fail(f"a dtype of {', '.join(sorted(_DTYPES))} or bfloat16", repr(name))
                 self.push(_DType(_DTYPES[name]))
-            else:
-                raise self.fail(f"a dtype of {', '.join(sorted(_DTYPES))} or bfloat16", repr(name))
-        else:
-            raise self.fail("a call of _reconstruct, _frombuffer or dtype", f"a call of {kind}")
+            case kind, _ if kind in _CALLS:
+                raise self.fail(_CALLS[kind], "other arguments")
+            case kind, _:
+                raise self.fail("a call of _reconstruct, _frombuffer or dtype", f"a call of {kind}")
 
     def new_object(self) -> None:
-        self.unpack(self.pop(), 0, "the arguments of a new object")
-        if (kind := self.pop(_Global).kind) != "quantized":
-            raise self.fail("a new QuantizedWeight8bit", f"a new {kind}")
+        args, kind = self.pop(_Tuple), self.pop(_Global).kind
+        if args or kind != "quantized":
+            raise self.fail("a new QuantizedWeight8bit", f"a new {kind}" + (" with arguments" if args else ""))
         self.push(_Object())
 
     def set_items(self, items: list[Any]) -> None:
@@ -294,140 +326,63 @@ class Machine:
 
     def build(self) -> None:
         state, target = self.pop(), self.top()
-        if type(target) is _DType and not target.built:
-            self.build_dtype(target, state)
-        elif type(target) is _Array and target.place is None:
-            version, shape, dtype, fortran, data = self.unpack(state, 5, "the state of an array")
-            if not _is_int(version, 1):
+        match target, state:
+            case _DType(built=False), (3, str(order), None, None, None, size, alignment, flags):
+                if order not in (("<", "|") if target.dtype.itemsize == 1 else ("<",)):
+                    raise self.fail("little-endian numbers", f"byte order {order!r}")
+                # A registered dtype states its size and alignment, and flags about how Python reads an item of it.
+                sizes, known = ((2, 2), (0x40, 0x60, 0x70)) if target.dtype == _BF16 else ((-1, -1), (0,))
+                if (size, alignment) != sizes or flags not in known:
+                    raise self.fail(f"the state of {target.dtype.name}", "another size, alignment or flags")
+                target.built = True
+            case _DType(built=False), _:
+                raise self.fail("version 3 of the state of a plain dtype", "another")
+            case _Array(place=None), (1, shape, dtype, bool(fortran), data):
+                if self.check(data, _Bytes).mutable:
+                    raise self.fail("a byte string", "a bytearray")
+                target.place = self.array(shape, dtype, fortran, data)
+            case _Array(place=None), _:
                 raise self.fail("version 1 of an array's state", "another")
-            if self.check(data, _Bytes).mutable:
-                raise self.fail("a byte string", "a bytearray")
-            target.place = self.array(shape, dtype, self.check(fortran, bool), data)
-        elif type(target) is _Object and target.attributes is None:
-            target.attributes = dict(self.check(state, dict))
-        else:
-            raise self.fail("a new array, dtype or object to fill", _KINDS[type(target)] + ", or one already filled")
-
-    def build_dtype(self, target: _DType, state: Any) -> None:
-        version, order, *nothing, size, alignment, flags = self.unpack(state, 8, "the state of a dtype")
-        if not _is_int(version, 3):
-            raise self.fail("version 3 of a dtype's state", "another")
-        if self.check(order, str) not in (("<", "|") if target.dtype.itemsize == 1 else ("<",)):
-            raise self.fail("little-endian numbers", f"byte order {order!r}")
-        if any(x is not None for x in nothing):
-            raise self.fail("a dtype of plain numbers", "one with fields or a sub-array")
-        # A registered dtype states its size and alignment, and flags about how Python reads an item of it.
-        own = target.dtype.itemsize
-        plain = _is_int(size, -1) and _is_int(alignment, -1) and _is_int(flags, 0)
-        registered = (
-            _is_int(size, own) and _is_int(alignment, own) and type(flags) is int and flags in (0x40, 0x60, 0x70)
-        )
-        if not (registered if target.dtype == _BF16 else plain):
-            raise self.fail(f"the state of {target.dtype.name}", "another size, alignment or flags")
-        target.built = True
+            case _Object(attributes=None), _:
+                target.attributes = dict(self.check(state, dict))
+            case _:
+                raise self.fail(
+                    "a new array, dtype or object to fill", _KINDS[type(target)] + ", or one already filled"
+                )
 
     def array(self, shape: Any, dtype: Any, fortran: bool, data: Any) -> ArrayPlace:
-        dims = self.check(shape, _Tuple).items
+        dims, place = self.check(shape, _Tuple), self.check(data, _Bytes)
         if len(dims) > _MAX_DIMENSIONS:
             raise self.fail(f"at most {_MAX_DIMENSIONS} dimensions", f"{len(dims)}")
-        described = self.check(dtype, _DType)
-        if not described.built:
+        if not self.check(dtype, _DType).built:
             raise self.fail("a dtype with its byte order", "none yet")
-        nbytes: int = described.dtype.itemsize
         for n in dims:
             if self.check(n, int) < 1:
                 raise self.fail("a shape of positive lengths", f"length {n}")
-            nbytes *= n
-        place = self.check(data, _Bytes)
+        nbytes = prod(dims) * dtype.dtype.itemsize
         if place.length != nbytes:
             text = ", ".join(map(str, dims))
-            raise self.fail(f"{nbytes} bytes for ({text}) {described.dtype.name}", f"{place.length} bytes")
-        return ArrayPlace(tuple(dims), described.dtype, place.offset, nbytes, fortran)
+            raise self.fail(f"{nbytes} bytes for ({text}) {dtype.dtype.name}", f"{place.length} bytes")
+        return ArrayPlace(tuple(dims), dtype.dtype, place.offset, nbytes, fortran)
 
-    # -- the program
+    def stack_global(self) -> None:
+        name, module = self.pop(str), self.pop(str)
+        self.push_global(module, name)
 
-    def run(self) -> tuple[ArrayPlace, ArrayPlace | None]:
-        if self.size == 0:
-            raise self.fail("a pickle", "an empty file")
-        if (first := self.take(1, "a pickle")) != b"\x80":
-            raise self.fail("a pickle of protocol 2 or later", f"first byte 0x{first.hex()}")
-        if not 2 <= (protocol := self.number(1, "the protocol")) <= 5:
-            raise self.fail("a pickle of protocol 2 to 5", f"protocol {protocol}")
-        for _ in range(_MAX_OPCODES):
-            self.opcode_at = self.at
-            code = self.take(1, "an opcode")
-            if code == b".":
-                return self.result()
-            self.step(code)
-        raise self.fail(f"at most {_MAX_OPCODES} opcodes", "more")
+    def set_item(self) -> None:
+        value, key = self.pop(), self.pop()
+        self.set_items([key, value])
 
-    def step(self, code: bytes) -> None:
-        handler = _OPCODES.get(code)
-        if handler is not None:
-            handler(self)
-            return
-        name = _REFUSED.get(code)
-        if name == "INST":
-            self.push_global(self.line(), self.line())
-        if name in ("EXT1", "EXT2", "EXT4"):
-            name += f" {self.number(int(name[-1]), 'an extension code')}"
-        if name == "PERSID":
-            name += f" {self.line()!r}"
-        raise self.fail(
-            "the opcodes of a numpy array", f"opcode 0x{code.hex()}" + (f", {name}; refused" if name else "")
-        )
+    def tuple_of(self, count: int) -> None:
+        self.push_tuple([self.pop() for _ in range(count)][::-1])
 
-    def frame(self) -> None:
-        length = self.number(8, "the length of a frame")
-        if length > self.size - self.at:
-            raise self.fail(f"a frame of {length} bytes", f"the end of the file after {self.size - self.at}: truncated")
-
-    def result(self) -> tuple[ArrayPlace, ArrayPlace | None]:
-        value = self.pop()
-        if self.stack:
-            raise self.fail("one value at the end", f"{len(self.stack)} more")
-        if self.at != self.size:
-            raise self.fail("the end of the file", f"{self.size - self.at} more bytes")
-        if type(value) is _Array:
-            return self.filled("the array", value), None
-        attributes = self.check(value, _Object).attributes or {}
-        if set(attributes) != {"weight", "scales"}:
-            found = ", ".join(sorted(attributes)) or "neither"
-            raise self.fail("the attributes weight and scales", found)
-        return self.filled("weight", attributes["weight"]), self.filled("scales", attributes["scales"])
-
-    def filled(self, what: str, value: Any) -> ArrayPlace:
-        place: ArrayPlace | None = self.check(value, _Array).place
-        if place is None:
-            raise self.fail(f"the contents of {what}", "none")
-        return place
+    def long(self) -> None:
+        if (n := self.number(1)) > 8:
+            raise self.fail("an integer of at most 8 bytes", f"one of {n}")
+        self.push(self.number(n, signed=True))
 
 
-def _is_int(value: Any, expected: int) -> bool:
-    return type(value) is int and value == expected
-
-
-def _stack_global(m: Machine) -> None:
-    name, module = m.pop(str), m.pop(str)
-    m.push_global(module, name)
-
-
-def _set_item(m: Machine) -> None:
-    value, key = m.pop(), m.pop()
-    m.set_items([key, value])
-
-
-def _tuple_of(count: int) -> Any:
-    return lambda m: m.make_tuple([m.pop() for _ in range(count)][::-1])
-
-
-def _long1(m: Machine) -> None:
-    if (n := m.number(1)) > 8:
-        raise m.fail("an integer of at most 8 bytes", f"one of {n}")
-    m.push(m.number(n, signed=True))
-
-
-_OPCODES: dict[bytes, Any] = {
+_OPCODES: dict[bytes, Callable[[Machine], None]] = {
     b"\x95": Machine.frame,
     b"(": lambda m: m.push(_MARK),
     b"N": lambda m: m.push(None),
@@ -436,7 +391,7 @@ _OPCODES: dict[bytes, Any] = {
     b"J": lambda m: m.push(m.number(4, signed=True)),
     b"K": lambda m: m.push(m.number(1)),
     b"M": lambda m: m.push(m.number(2)),
-    b"\x8a": _long1,
+    b"\x8a": Machine.long,
     b"\x8c": lambda m: m.push(m.text(1)),
     b"X": lambda m: m.push(m.text(4)),
     b"\x8d": lambda m: m.push(m.text(8)),
@@ -450,14 +405,14 @@ _OPCODES: dict[bytes, Any] = {
     b"h": lambda m: m.recall(m.number(1)),
     b"j": lambda m: m.recall(m.number(4)),
     b"c": lambda m: m.push_global(m.line(), m.line()),
-    b"\x93": _stack_global,
-    b")": lambda m: m.make_tuple([]),
-    b"\x85": _tuple_of(1),
-    b"\x86": _tuple_of(2),
-    b"\x87": _tuple_of(3),
-    b"t": lambda m: m.make_tuple(m.popped_to_mark()),
+    b"\x93": Machine.stack_global,
+    b")": lambda m: m.push_tuple([]),
+    b"\x85": lambda m: m.tuple_of(1),
+    b"\x86": lambda m: m.tuple_of(2),
+    b"\x87": lambda m: m.tuple_of(3),
+    b"t": lambda m: m.push_tuple(m.popped_to_mark()),
     b"}": lambda m: m.push({}),
-    b"s": _set_item,
+    b"s": Machine.set_item,
     b"u": lambda m: m.set_items(m.popped_to_mark()),
     b"R": Machine.call,
     b"\x81": Machine.new_object,

@@ -191,6 +191,6 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 def _stream(file: BinaryIO, array: Array) -> None:
     """Write the array in C order, in pieces: a transposed matrix is never copied whole."""
-    numbers = array.view(f"u{array.itemsize}")  # numpy cannot iterate over bf16 as a buffer
+    numbers = array.view(f"u{array.itemsize}")  # bf16 from ml_dtypes has no buffer
     for piece in np.nditer(numbers, ["external_loop", "buffered"], order="C", buffersize=_CHUNK):
-        file.write(piece.data)
+        file.write(np.asarray(piece).data)

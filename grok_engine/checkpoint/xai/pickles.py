@@ -70,7 +70,7 @@ def _open(path: Path) -> BinaryIO:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
             raise CheckpointError(f"{path}: expected a regular file, found something else")
-        return path.open("rb", buffering=0)
+        return path.open("rb")
     except OSError as error:
         raise CheckpointError(f"{path}: expected a readable file, found: {error.strerror}") from None
 

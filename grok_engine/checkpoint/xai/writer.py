@@ -45,8 +45,8 @@ def write_xai(
     for file in old:
         file.unlink()
     target.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder / "config.json") as file:
-        file.write(text.encode())
+    with whole_file(folder / "config.json") as out:
+        out.write(text.encode())
     missing = dict(specs)
     for name, (weight, scales) in tensors.items() if isinstance(tensors, Mapping) else tensors:
         spec = missing.pop(name, None)
