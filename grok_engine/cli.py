@@ -28,7 +28,7 @@ from .models.families import PRESETS
 from .progress import byte_bar
 from .sampling.params import SamplingParams
 from .tools.inspect import inspect_checkpoint
-from .tools.inspect import render as render_report
+from .tools.inspect_view import render as render_report
 from .tools.plan import PlanKV, PlanWeights, plan
 from .tools.plan_view import render as render_plan
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from grok_engine.checkpoint.base import CheckpointError, total_bytes
 from grok_engine.checkpoint.packed import is_packed_folder
 from grok_engine.checkpoint.xai.layout import Kind
 from grok_engine.checkpoint.xai.reader import XaiCheckpoint, XaiFile
+from grok_engine.config import ModelConfig
 from grok_engine.loading.resolve import read_config
 
-from .inspect_view import render
-from .report import Report, TensorReport
-from .verify import scan
-
-__all__ = ["Report", "TensorReport", "inspect_checkpoint", "render"]
+from .verify import Stats, scan
 
 _KINDS: dict[Kind, str] = {
     "embedding": "embedding",
@@ -25,6 +24,73 @@ _KINDS: dict[Kind, str] = {
     "router": "router",
     "norm": "norms",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class TensorReport:
+    """One tensor. `weight` and `scales` are there only after verification."""
+
+    file: XaiFile
+    weight: Stats | None = None
+    scales: Stats | None = None
+
+    @property
+    def scale_layout(self) -> str | None:
+        if not (groups := self.file.groups):
+            return None
+        return f"{groups} group{'s' if groups > 1 else ''} of {self.file.spec.shape[-2] // groups} input rows"
+
+    def to_dict(self) -> dict[str, Any]:
+        spec, header = self.file.spec, self.file.header
+        return {
+            "name": spec.name,
+            "index": spec.index,
+            "file": spec.file,
+            "kind": spec.kind,
+            "shape": list(header.weight.shape),
+            "dtype": header.weight.dtype.name,
+            "scales_shape": list(header.scales.shape) if header.scales else None,
+            "scales_dtype": header.scales.dtype.name if header.scales else None,
+            "scale_layout": self.scale_layout,
+            "bytes": header.file_size,
+            "weight": asdict(self.weight) if self.weight else None,
+            "scales": asdict(self.scales) if self.scales else None,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The findings. Bytes by kind sum to `total_bytes`, those by dtype to the same without the files' headers."""
+
+    path: str
+    config: ModelConfig
+    total_bytes: int
+    bytes_by_kind: dict[str, int]
+    bytes_by_dtype: dict[str, int]
+    tensors: tuple[TensorReport, ...]
+    verified: bool
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in types that JSON has."""
+        return {
+            "path": self.path,
+            "ok": self.ok,
+            "verified": self.verified,
+            "problems": list(self.problems),
+            "architecture": self.config.to_dict() | {"eos_token_ids": list(self.config.eos_token_ids)},
+            "parameters": self.config.param_count(),
+            "active_parameters": self.config.active_param_count(),
+            "files": len(self.tensors),
+            "total_bytes": self.total_bytes,
+            "bytes_by_kind": self.bytes_by_kind,
+            "bytes_by_dtype": self.bytes_by_dtype,
+            "tensors": [tensor.to_dict() for tensor in self.tensors],
+        }
 
 
 def inspect_checkpoint(
@@ -40,54 +106,32 @@ def inspect_checkpoint(
     if is_packed_folder(path):
         raise CheckpointError(f"{path} holds converted weights: expected the checkpoint that they were made from")
     checkpoint = XaiCheckpoint(path, read_config(path))
-    tensors = tuple(TensorReport(info, _scale_layout(info)) for info in checkpoint.files)
-    problems: list[str] = []
-    if verify:
-        tensors = tuple(_verified(checkpoint, tensors, problems, progress))
-    kinds, dtypes = _bytes(checkpoint)
+    files = tuple(checkpoint.files.values())
+    kinds, dtypes = dict.fromkeys([*_KINDS.values(), "scales", "file headers"], 0), Counter[str]()
+    for file in files:
+        header = file.header
+        kinds["file headers"] += header.file_size
+        for kind, array in ((_KINDS[file.spec.kind], header.weight), ("scales", header.scales)):
+            if array is not None:
+                kinds[kind] += array.nbytes
+                kinds["file headers"] -= array.nbytes
+                dtypes[array.dtype.name] += array.nbytes
+    tensors = tuple(_verified(files, dtypes.total(), progress) if verify else map(TensorReport, files))
     return Report(
         path=str(path),
         config=checkpoint.config,
-        parameters=checkpoint.config.param_count(),
-        active_parameters=checkpoint.config.active_param_count(),
         total_bytes=total_bytes(checkpoint),
         bytes_by_kind=kinds,
-        bytes_by_dtype=dtypes,
+        bytes_by_dtype=dict(dtypes.most_common()),
         tensors=tensors,
         verified=verify,
-        problems=tuple(problems),
+        problems=tuple(problem for tensor in tensors for problem in _problems(tensor)),
     )
 
 
-def _scale_layout(info: XaiFile) -> str | None:
-    if not info.groups:
-        return None
-    return f"{info.groups} group{'s' if info.groups > 1 else ''} of {info.shape[-2] // info.groups} input rows"
-
-
-def _bytes(checkpoint: XaiCheckpoint) -> tuple[dict[str, int], dict[str, int]]:
-    kinds = dict.fromkeys([*_KINDS.values(), "scales", "file headers"], 0)
-    dtypes: Counter[str] = Counter()
-    for info in checkpoint.files:
-        header = checkpoint.header(info.name)
-        scales = header.scales.nbytes if header.scales else 0
-        kinds[_KINDS[info.kind]] += header.weight.nbytes
-        kinds["scales"] += scales
-        kinds["file headers"] += info.nbytes - header.weight.nbytes - scales
-        dtypes[info.dtype] += header.weight.nbytes
-        if info.scales_dtype is not None:
-            dtypes[info.scales_dtype] += scales
-    return kinds, dict(dtypes.most_common())
-
-
 def _verified(
-    checkpoint: XaiCheckpoint,
-    tensors: tuple[TensorReport, ...],
-    problems: list[str],
-    progress: Callable[[int, int], None] | None,
-) -> list[TensorReport]:
-    headers = [checkpoint.header(t.info.name) for t in tensors]
-    total = sum(place.nbytes for h in headers for place in (h.weight, h.scales) if place is not None)
+    files: tuple[XaiFile, ...], total: int, progress: Callable[[int, int], None] | None
+) -> Iterator[TensorReport]:
     done = 0
 
     def read(count: int) -> None:
@@ -96,14 +140,15 @@ def _verified(
         if progress is not None:
             progress(done, total)
 
-    verified = []
-    for tensor, header in zip(tensors, headers, strict=True):
-        who = f"{tensor.info.file} ({tensor.info.name})"
+    for file in files:
+        header = file.header
         weight = scan(header.path, header.weight, read)
-        problems += [f"{who}: {problem}" for problem in weight.weight_problems()]
-        scales = None
-        if header.scales is not None:
-            scales = scan(header.path, header.scales, read)
-            problems += [f"{who}: {problem}" for problem in scales.scale_problems()]
-        verified.append(TensorReport(tensor.info, tensor.scale_layout, weight, scales))
-    return verified
+        yield TensorReport(file, weight, scan(header.path, header.scales, read) if header.scales else None)
+
+
+def _problems(tensor: TensorReport) -> Iterator[str]:
+    who = f"{tensor.file.spec.file} ({tensor.file.spec.name})"
+    if tensor.weight:
+        yield from (f"{who}: {problem}" for problem in tensor.weight.weight_problems())
+    if tensor.scales:
+        yield from (f"{who}: {problem}" for problem in tensor.scales.scale_problems())

@@ -253,7 +253,7 @@ def test_export_and_back(tmp_path: Path) -> None:
     model = LLM(tmp_path / "a", dtype="float32").model
     write_xai(tmp_path / "b", TINY, export_weights(model))
     again = XaiCheckpoint(tmp_path / "b", TINY)
-    assert {info.name: info.groups for info in again.files if info.name.startswith("layers.1.") and info.groups} == {
+    assert {n: file.groups for n, file in again.files.items() if n.startswith("layers.1.") and file.groups} == {
         **{f"layers.1.{name}": 1 for name in ("moe.gate", "moe.up", "attn.q", "attn.k", "attn.v")},
         **{f"layers.1.{name}": 8 for name in ("moe.down", "attn.o")},
     }

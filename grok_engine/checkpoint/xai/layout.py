@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import numpy as np
+from typing import Literal
 
 from grok_engine.checkpoint.base import CheckpointError
 from grok_engine.config import ModelConfig
+
+from .pickle_machine import ArrayPlace
+from .pickles import Array
 
 Kind = Literal["embedding", "attention", "expert", "router", "norm"]
 FLOATS = ("float32", "bfloat16")
@@ -45,35 +46,29 @@ class TensorSpec:
         """The shape of scales with this many groups along the input, each in/groups consecutive rows."""
         return (*self.shape[:-2], groups, self.shape[-1])
 
-    def problems(
-        self,
-        shape: tuple[int, ...],
-        dtype: np.dtype[Any],
-        scales_shape: tuple[int, ...] | None,
-        scales_dtype: np.dtype[Any] | None,
-    ) -> Iterator[str]:
+    def problems(self, weight: Array | ArrayPlace, scales: Array | ArrayPlace | None) -> Iterator[str]:
         """One line for each thing that is wrong with the tensor found."""
-        who = f"{self.file} ({self.name})"
-        if shape != self.shape:
-            yield f"{who}: expected shape {self.shape}, found {shape}"
-        if scales_shape is None:
-            if dtype.name not in FLOATS:
+        who, dtype = f"{self.file} ({self.name})", weight.dtype.name
+        if weight.shape != self.shape:
+            yield f"{who}: expected shape {self.shape}, found {weight.shape}"
+        if scales is None:
+            if dtype not in FLOATS:
                 also = ", or int8 with scales" if self.quantizable else ""
-                yield f"{who}: expected float32 or bfloat16{also}, found {dtype.name} without scales"
+                yield f"{who}: expected float32 or bfloat16{also}, found {dtype} without scales"
             return
         if not self.quantizable:
-            yield f"{who}: expected a bare float32 or bfloat16 array, found {dtype.name} with scales {scales_shape}"
+            yield f"{who}: expected a bare float32 or bfloat16 array, found {dtype} with scales {scales.shape}"
             return
-        if dtype.name != "int8":
-            yield f"{who}: expected int8 beside scales, found {dtype.name}"
-        if scales_dtype is None or scales_dtype.name not in FLOATS:
-            yield f"{who}: expected bfloat16 or float32 scales, found {scales_dtype}"
-        groups = scales_shape[-2] if len(scales_shape) == len(self.shape) else 0
-        if groups < 1 or self.shape[-2] % groups or scales_shape != self.scales_shape(groups):
+        if dtype != "int8":
+            yield f"{who}: expected int8 beside scales, found {dtype}"
+        if scales.dtype.name not in FLOATS:
+            yield f"{who}: expected bfloat16 or float32 scales, found {scales.dtype}"
+        groups = scales.shape[-2] if len(scales.shape) == len(self.shape) else 0
+        if groups < 1 or self.shape[-2] % groups or scales.shape != self.scales_shape(groups):
             one = ", ".join(map(str, (*self.shape[:-2], "groups", self.shape[-1])))
             yield (
                 f"{who}: expected scales of shape ({one}), with a number of groups that divides "
-                f"{self.shape[-2]} input rows, found {scales_shape}"
+                f"{self.shape[-2]} input rows, found {scales.shape}"
             )
 
 

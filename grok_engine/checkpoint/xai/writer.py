@@ -8,8 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from grok_engine.checkpoint.base import CheckpointError
 from grok_engine.config import ConfigError, ModelConfig
 from grok_engine.models.families.grok import parse_reference, reference_values
@@ -53,12 +51,11 @@ def write_xai(
         if spec is None:
             found = "a second one" if name in specs else "an unknown name"
             raise CheckpointError(f"{name!r}: expected each tensor of the layout once, found {found}")
-        scales_shape, scales_dtype = (None, None) if scales is None else (scales.shape, scales.dtype)
-        problems = tuple(spec.problems(weight.shape, weight.dtype, scales_shape, scales_dtype))
+        problems = tuple(spec.problems(weight, scales))
         problems += tuple(
             f"{name}: expected little-endian numbers, found {a.dtype.str}"
             for a in (weight, scales)
-            if a is not None and not _little_endian(a.dtype)
+            if a is not None and a.dtype != a.dtype.newbyteorder("<")
         )
         if problems:
             raise CheckpointError("; ".join(problems), problems)
@@ -85,7 +82,3 @@ def reference_config(config: ModelConfig) -> dict[str, Any]:
     if lost:
         raise CheckpointError(f"model {c.name!r}: the reference's keys cannot express it: {'; '.join(lost)}", lost)
     return values
-
-
-def _little_endian(dtype: np.dtype[Any]) -> bool:
-    return bool(dtype == dtype.newbyteorder("<"))
