@@ -8,54 +8,32 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rich.progress import ProgressColumn
+from contextlib import AbstractContextManager, contextmanager
 
 Update = Callable[[int, int], None]  # done, and in all
 
 
-@contextmanager
-def byte_bar(label: str, *, shown: bool = True) -> Iterator[Update]:
+def byte_bar(label: str, *, shown: bool = True) -> AbstractContextManager[Update]:
     """A bar of bytes, their rate, and the time left."""
-    if not (shown and _on_terminal()):
-        yield _ignore
-        return
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with _bar(*columns) as update:
-        yield update
+    return _bar(label, shown, of_bytes=True)
 
 
-@contextmanager
-def request_bar() -> Iterator[Update]:
+def request_bar() -> AbstractContextManager[Update]:
     """A bar of requests done."""
-    if not _on_terminal():
-        yield _ignore
-        return
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-
-    with _bar(TextColumn("{task.completed}/{task.total} requests"), BarColumn(), TimeRemainingColumn()) as update:
-        yield update
+    return _bar("{task.completed}/{task.total} requests")
 
 
 @contextmanager
-def _bar(*columns: ProgressColumn) -> Iterator[Update]:
+def _bar(text: str, shown: bool = True, of_bytes: bool = False) -> Iterator[Update]:
+    if not shown or sys.stderr is None or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich import progress
     from rich.console import Console
-    from rich.progress import Progress
 
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    rates = (progress.DownloadColumn(), progress.TransferSpeedColumn()) if of_bytes else ()
+    columns = (progress.TextColumn(text), progress.BarColumn(), *rates, progress.TimeRemainingColumn())
+    with progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _on_terminal() -> bool:
-    return sys.stderr is not None and sys.stderr.isatty()
-
-
-def _ignore(done: int, total: int) -> None:
-    """Without a terminal nothing is drawn."""

@@ -37,13 +37,13 @@ class Slot:
     @property
     def shape(self) -> tuple[int, ...]:
         """(E, N, K), or the shape of a named tensor, whatever the layout."""
-        return _shape(self.module)
+        module = self.module
+        return module.shape if isinstance(module, NamedTensor) else (module.experts, module.n, module.k)
 
     @property
     def nbytes(self) -> int:
         """Held in memory."""
-        scales = self.groups * math.prod(self.shape[:-1])
-        return math.prod(self.shape) * self.dtype.itemsize + 4 * scales
+        return math.prod(self.shape) * self.dtype.itemsize + 4 * self.groups * math.prod(self.shape[:-1])
 
     def allocate(self, device: torch.device | str, packed: bool | None = None) -> None:
         """Make room, uninitialised. packed: in panels, or None to leave it to the device's kernels."""
@@ -59,23 +59,23 @@ def slots(model: Decoder, checkpoint: Checkpoint, weights: WeightFormat | None =
     Raises one CheckpointError that names every tensor that is missing, that the model has no place for, that does not
     have the shape of its place, or that cannot become `weights`.
     """
-    packed = isinstance(checkpoint, PackedCheckpoint)
+    packed = checkpoint if isinstance(checkpoint, PackedCheckpoint) else None
     found: list[Slot] = []
     problems: list[str] = []
     names: set[str] = set()
     for path, module in model.named_modules():
         if not isinstance(module, (NamedTensor, FusedWeight)):
             continue
-        wanted = [path] if packed else _names(module)
+        own = [module.name] if isinstance(module, NamedTensor) else [part.name for part in module.parts]
+        wanted = [path] if packed else own
         names.update(wanted)
         infos = tuple(checkpoint.tensors[name] for name in wanted if name in checkpoint.tensors)
         if len(infos) < len(wanted):
             continue
         slot = Slot(path, module, infos, *_held_as(model, module, infos, weights))
-        misfits = list(_misfits(slot))
-        if isinstance(checkpoint, PackedCheckpoint):
-            misfits += _packed_misfits(slot, checkpoint)
-        problems += misfits
+        problems += _misfits(slot)
+        if packed:
+            problems += _packed_misfits(slot, packed)
         found.append(slot)
     missing, unused = sorted(names - checkpoint.tensors.keys()), sorted(checkpoint.tensors.keys() - names)
     if unused:
@@ -86,14 +86,6 @@ def slots(model: Decoder, checkpoint: Checkpoint, weights: WeightFormat | None =
         head = f"{checkpoint.source} does not hold the model:"
         raise CheckpointError("\n  ".join([head, *problems]), tuple(problems))
     return found
-
-
-def _names(module: NamedTensor | FusedWeight) -> list[str]:
-    return [module.name] if isinstance(module, NamedTensor) else [part.name for part in module.parts]
-
-
-def _shape(module: NamedTensor | FusedWeight) -> tuple[int, ...]:
-    return module.shape if isinstance(module, NamedTensor) else (module.experts, module.n, module.k)
 
 
 def _held_as(

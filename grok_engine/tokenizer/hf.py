@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,24 +101,12 @@ def _special_tokens(file: Path) -> tuple[str | None, str | None]:
     return bos, eos
 
 
-def _characters_of_bytes() -> Iterable[str]:
-    # Byte-level BPE spells printable bytes as their Latin-1 characters, and the others from U+0100 on, in order.
-    following = 0x100
-    for byte in range(256):
-        if 0x21 <= byte <= 0x7E or (0xA1 <= byte <= 0xFF and byte != 0xAD):
-            yield chr(byte)
-        else:
-            yield chr(following)
-            following += 1
-
-
-_BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(_characters_of_bytes())}
+# Byte-level BPE spells printable bytes as their Latin-1 characters, and the others from U+0100 on, in order.
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_OTHERS = sorted(set(range(256)) - set(_PRINTABLE))
+_BYTE_OF_CHARACTER = {chr(b): b for b in _PRINTABLE} | {chr(0x100 + i): b for i, b in enumerate(_OTHERS)}
 
 
 def _fallback_byte(token: str) -> bytes:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        try:
-            return bytes.fromhex(token[3:5])
-        except ValueError:
-            return b""
-    return b""
+    match = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)
+    return bytes.fromhex(match[1]) if match else b""

@@ -46,30 +46,42 @@ GROK_2 = replace(
 # Published only as "33 B, dense": Grok-1's attention, and the feed-forward width that gives 33 B parameters.
 GROK_0 = replace(GROK_1, name="grok-0", num_experts=0, num_experts_per_tok=0, d_ff=0, dense_d_ff=22528)
 
-# The reference's keys, outside and inside its nested `model`. The ignored ones do not change the forward pass.
-_OUTER = {"model", "vocab_size", "eos_token", "sequence_len", "output_multiplier_scale", "embedding_multiplier_scale"}
-_OUTER_IGNORED = {
-    "pad_token", "embedding_init_scale", "init_scale_override", "shard_embeddings", "model_size", "model_type",
-    "fprop_dtype", "name",
-}  # fmt: skip
+# The reference's keys, outside and inside its nested `model`, and what we call them.
+_OUTER = {
+    "vocab_size": "vocab_size",
+    "sequence_len": "max_position",
+    "output_multiplier_scale": "output_multiplier",
+    "embedding_multiplier_scale": "embedding_multiplier",
+}
 _INNER = {
-    "emb_size", "widening_factor", "key_size", "num_q_heads", "num_kv_heads", "num_layers", "attn_output_multiplier",
-    "num_experts", "num_selected_experts",
+    "emb_size": "d_model",
+    "key_size": "head_dim",
+    "num_q_heads": "num_heads",
+    "num_kv_heads": "num_kv_heads",
+    "num_layers": "num_layers",
+    "attn_output_multiplier": "attn_scale",
+    "num_experts": "num_experts",
+    "num_selected_experts": "num_experts_per_tok",
+}
+# What does not change the forward pass, and is ignored; values are those to write.
+_OUTER_WRITTEN = {"pad_token": 0, "embedding_init_scale": 1.0}
+_OUTER_IGNORED = {
+    *_OUTER_WRITTEN, "init_scale_override", "shard_embeddings", "model_size", "model_type", "fprop_dtype", "name",
 }  # fmt: skip
-_INNER_IGNORED = {
-    "vocab_size", "name", "capacity_factor", "init_scale", "shard_activations", "data_axis", "model_axis",
-}  # fmt: skip
+_INNER_WRITTEN = {"shard_activations": True, "data_axis": "data", "model_axis": "model"}
+_INNER_IGNORED = {*_INNER_WRITTEN, "vocab_size", "name", "capacity_factor", "init_scale"}
 
 
 def parse_reference(values: Mapping[str, Any], name: str) -> ModelConfig | None:
     """The architecture in the reference's keys, known by their nested `model`; what they do not say is Grok-1's."""
     if "model" not in values:
         return None
-    check_keys(values, _OUTER | _OUTER_IGNORED, _OUTER, "reference configuration")
+    outer_keys, inner_keys = {*_OUTER, "model", "eos_token"}, {*_INNER, "widening_factor"}
+    check_keys(values, outer_keys | _OUTER_IGNORED, outer_keys, "reference configuration")
     inner = values["model"]
     if not isinstance(inner, dict):
         raise ConfigError(f"model={inner!r} is not an object")
-    check_keys(inner, _INNER | _INNER_IGNORED, _INNER, "reference configuration, model")
+    check_keys(inner, inner_keys | _INNER_IGNORED, inner_keys, "reference configuration, model")
     if "vocab_size" in inner and inner["vocab_size"] != values["vocab_size"]:
         raise ConfigError(f"model.vocab_size={inner['vocab_size']} differs from vocab_size={values['vocab_size']}")
     for key in ("emb_size", "num_experts"):
@@ -79,53 +91,23 @@ def parse_reference(values: Mapping[str, Any], name: str) -> ModelConfig | None:
         if not (is_number(inner[key]) and math.isfinite(inner[key]) and inner[key] > 0):
             raise ConfigError(f"model.{key}={inner[key]!r} is not a finite positive number")
     width = ffn_width(inner["widening_factor"], inner["emb_size"])
-    sparse = inner["num_experts"] > 1
-    return replace(
-        GROK_1,
-        name=name,
-        vocab_size=values["vocab_size"],
-        d_model=inner["emb_size"],
-        num_layers=inner["num_layers"],
-        num_heads=inner["num_q_heads"],
-        num_kv_heads=inner["num_kv_heads"],
-        head_dim=inner["key_size"],
-        num_experts=inner["num_experts"] if sparse else 0,
-        num_experts_per_tok=inner["num_selected_experts"] if sparse else 0,
-        d_ff=width if sparse else 0,
-        dense_d_ff=0 if sparse else width,
-        embedding_multiplier=values["embedding_multiplier_scale"],
-        output_multiplier=values["output_multiplier_scale"],
-        attn_scale=inner["attn_output_multiplier"],
-        max_position=values["sequence_len"],
-        eos_token_ids=(values["eos_token"],),
-    )
+    fields = {ours: values[key] for key, ours in _OUTER.items()} | {ours: inner[key] for key, ours in _INNER.items()}
+    if inner["num_experts"] > 1:
+        fields |= {"d_ff": width}
+    else:
+        fields |= {"num_experts": 0, "num_experts_per_tok": 0, "d_ff": 0, "dense_d_ff": width}
+    return replace(GROK_1, name=name, eos_token_ids=(values["eos_token"],), **fields)
 
 
 def reference_values(config: ModelConfig) -> dict[str, Any]:
     """`config` in the reference's keys, as `parse_reference` takes them back. ConfigError where they cannot say it."""
     c = config
+    inner = {key: getattr(c, ours) for key, ours in _INNER.items()}
     return {
-        "vocab_size": c.vocab_size,
-        "pad_token": 0,
+        **{key: getattr(c, ours) for key, ours in _OUTER.items()},
         "eos_token": c.eos_token_ids[0] if c.eos_token_ids else 0,
-        "sequence_len": c.max_position,
-        "embedding_init_scale": 1.0,
-        "output_multiplier_scale": c.output_multiplier,
-        "embedding_multiplier_scale": c.embedding_multiplier,
-        "model": {
-            "emb_size": c.d_model,
-            "widening_factor": _widening_factor(c.d_ff, c.d_model),
-            "key_size": c.head_dim,
-            "num_q_heads": c.num_heads,
-            "num_kv_heads": c.num_kv_heads,
-            "num_layers": c.num_layers,
-            "attn_output_multiplier": c.attn_scale,
-            "shard_activations": True,
-            "num_experts": c.num_experts,
-            "num_selected_experts": c.num_experts_per_tok,
-            "data_axis": "data",
-            "model_axis": "model",
-        },
+        **_OUTER_WRITTEN,
+        "model": {**inner, "widening_factor": _widening_factor(c.d_ff, c.d_model), **_INNER_WRITTEN},
     }
 
 
