@@ -74,12 +74,9 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
         """From this class's own field names; an unknown key is an error that names it."""
-        known = {f.name for f in fields(cls)}
-        required = {f.name for f in fields(cls) if f.name in _REQUIRED}
-        check_keys(values, known, required, "model configuration")
-        values = dict(values)
-        if isinstance(values.get("eos_token_ids"), list):  # as JSON has it
-            values["eos_token_ids"] = tuple(values["eos_token_ids"])
+        check_keys(values, {f.name for f in fields(cls)}, set(_REQUIRED), "model configuration")
+        if isinstance(ids := values.get("eos_token_ids"), list):  # as JSON has it
+            values = {**values, "eos_token_ids": tuple(ids)}
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,7 +105,7 @@ class ModelConfig:
         return self.num_layers * (attention + feed_forward + norms) + embeddings + d
 
 
-_REQUIRED = frozenset(("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim"))
+_REQUIRED = ("d_model", "head_dim", "num_heads", "num_kv_heads", "num_layers", "vocab_size")
 
 
 def is_int(value: Any) -> bool:
@@ -140,7 +137,7 @@ def _wrong_types(c: ModelConfig) -> Iterator[str]:
 
 
 def _problems(c: ModelConfig) -> Iterator[str]:
-    for name in [*sorted(_REQUIRED), "max_position"]:
+    for name in (*_REQUIRED, "max_position"):
         if (value := getattr(c, name)) < 1:
             yield f"{name}={value!r} is not a positive integer"
             return
@@ -149,12 +146,10 @@ def _problems(c: ModelConfig) -> Iterator[str]:
             yield f"{name}={value!r} is not an integer of 0 or more"
             return
     for name in ("attn_softcap", "router_softcap", "final_softcap"):
-        value = getattr(c, name)
-        if not (math.isfinite(value) and value >= 0):
+        if not 0 <= (value := getattr(c, name)) < math.inf:
             yield f"{name}={value!r} is not a finite number of 0 (none) or more"
     for name in ("embedding_multiplier", "output_multiplier", "attn_scale", "rope_theta", "norm_eps"):
-        value = getattr(c, name)
-        if not (math.isfinite(value) and value > 0):
+        if not 0 < (value := getattr(c, name)) < math.inf:
             yield f"{name}={value!r} is not a finite positive number"
     if c.num_heads % c.num_kv_heads:
         yield f"num_heads={c.num_heads} is not a multiple of num_kv_heads={c.num_kv_heads}"

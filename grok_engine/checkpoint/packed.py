@@ -16,7 +16,8 @@ import mmap
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -58,16 +59,10 @@ def is_packed_folder(folder: str | Path) -> bool:
 
 def arrange(planes: Iterable[Plane]) -> list[Plane]:
     """The planes without gaps, first those whose size keeps the next one aligned."""
-
-    def order(plane: Plane) -> tuple[bool, int]:
-        odd = plane.nbytes % ALIGN != 0
-        return odd, -DTYPES[plane.format].itemsize * odd
-
-    placed, start = [], 0
-    for plane in sorted(planes, key=order):
-        placed.append(Plane(plane.name, plane.format, plane.shape, start))
-        start += plane.nbytes
-    return placed
+    # Sizes that are multiples of ALIGN first, then the wider numbers.
+    placed = sorted(planes, key=lambda plane: (plane.nbytes % ALIGN > 0) / DTYPES[plane.format].itemsize)
+    starts = accumulate((plane.nbytes for plane in placed), initial=0)
+    return [replace(plane, start=start) for plane, start in zip(placed, starts, strict=False)]
 
 
 def header(planes: Iterable[Plane], panels: Mapping[str, Sequence[int]], model: str) -> bytes:

@@ -53,8 +53,8 @@ def convert(
     decoder = Decoder(config, getattr(torch, dtype), max_positions=1)
     found = slots(decoder, checkpoint, weights)
     planes = arrange(plane for slot in found for plane in _planes(slot))
-    start = header(planes, dict(_panels(found)), config.name)
-    need, free = len(start) + sum(plane.nbytes for plane in planes) + (1 << 20), shutil.disk_usage(out.parent).free
+    head = header(planes, {s.path: s.shape for s in found if _layout(s) == "panels"}, config.name)
+    need, free = len(head) + sum(plane.nbytes for plane in planes) + (1 << 20), shutil.disk_usage(out.parent).free
     if need > free:
         raise ConfigError(f"{out} needs {need:,} bytes, {free:,} are free there")
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
@@ -64,7 +64,7 @@ def convert(
         for name in TOKENIZERS:
             if (path / name).is_file():
                 shutil.copy(path / name, partial)
-        _write(partial / FILE, start, planes, found, checkpoint, progress)
+        _write(partial / FILE, head, planes, found, checkpoint, progress)
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -75,14 +75,7 @@ def convert(
 def _planes(slot: Slot) -> Iterator[Plane]:
     yield Plane(f"{slot.path}.weight", slot.format, slot.module.shape_in(_layout(slot), slot.dtype))
     if slot.groups:
-        experts, n, _ = slot.shape
-        yield Plane(f"{slot.path}.scale", "fp32", (experts, slot.groups, n))
-
-
-def _panels(found: list[Slot]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for slot in found:
-        if _layout(slot) == "panels":
-            yield slot.path, slot.shape
+        yield Plane(f"{slot.path}.scale", "fp32", (slot.shape[0], slot.groups, slot.shape[1]))
 
 
 def _layout(slot: Slot) -> grok_kernels.Layout:
@@ -90,17 +83,12 @@ def _layout(slot: Slot) -> grok_kernels.Layout:
 
 
 def _write(
-    path: Path,
-    start: bytes,
-    planes: list[Plane],
-    found: list[Slot],
-    checkpoint: Checkpoint,
-    progress: Progress | None,
+    path: Path, head: bytes, planes: list[Plane], found: list[Slot], checkpoint: Checkpoint, progress: Progress | None
 ) -> None:
-    starts = {plane.name: len(start) + plane.start for plane in planes}
+    starts = {plane.name: len(head) + plane.start for plane in planes}
     done, total = 0, total_bytes(checkpoint)
     with path.open("wb") as file:
-        file.write(start)
+        file.write(head)
         for slot in found:
             load(slot, checkpoint, "cpu", packed=True)
             for name, tensor in zip(("weight", "scale"), slot.module.parameters(), strict=False):

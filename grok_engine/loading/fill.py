@@ -41,19 +41,16 @@ def fill(
     """
     found = slots(model, checkpoint, weights)
     device, total, done = model.cos_sin.device, total_bytes(checkpoint), 0
-    if isinstance(checkpoint, PackedCheckpoint):
-        in_place = device.type == "cpu" and (mapped or all(_is_wanted(slot) for slot in found))
-        whole = in_place and not mapped
-        if whole:
-            checkpoint.read_all(grok_kernels.huge_pages(checkpoint.total_bytes), progress)
-        for slot in found:
-            _adopt(slot, checkpoint, None if in_place else device)
-            done += slot.sources[0].nbytes
-            if progress and not whole:
-                progress(done, total)
-        return
+    packed = checkpoint if isinstance(checkpoint, PackedCheckpoint) else None
+    in_place = device.type == "cpu" and (mapped or all(_is_wanted(slot) for slot in found))
+    if packed and in_place and not mapped:
+        packed.read_all(grok_kernels.huge_pages(packed.total_bytes), progress)
+        progress = None
     for slot in found:
-        load(slot, checkpoint, device)
+        if packed:
+            _adopt(slot, packed, None if in_place else device)
+        else:
+            load(slot, checkpoint, device)
         for info in slot.sources:
             done += info.nbytes
             if progress:

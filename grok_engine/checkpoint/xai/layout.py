@@ -78,16 +78,14 @@ def layout(config: ModelConfig) -> list[TensorSpec]:
     Raises CheckpointError for an architecture that the format has no names for.
     """
     c = config
-    odd = {
-        "num_experts": (c.num_experts > 1, "at least 2"),
-        "dense_d_ff": (c.dense_d_ff == 0, "0"),
-        "post_norms": (c.post_norms, "True"),
-        "tie_embeddings": (c.tie_embeddings, "True"),
-    }
+    expected = (
+        ("num_experts", c.num_experts > 1, "at least 2"),
+        ("dense_d_ff", c.dense_d_ff == 0, "0"),
+        ("post_norms", c.post_norms, "True"),
+        ("tie_embeddings", c.tie_embeddings, "True"),
+    )
     problems = tuple(
-        f"{name}={getattr(c, name)!r}: xAI's checkpoints expect {what}"
-        for name, (fits, what) in odd.items()
-        if not fits
+        f"{name}={getattr(c, name)!r}: xAI's checkpoints expect {what}" for name, fits, what in expected if not fits
     )
     if problems:
         raise CheckpointError(f"model {c.name!r}: " + "; ".join(problems), problems)
@@ -114,14 +112,6 @@ def layout(config: ModelConfig) -> list[TensorSpec]:
     # The files follow the sorted names, so layer 10 comes before layer 2.
     for layer in sorted(range(c.num_layers), key=str):
         for name, reference, kind, shape in slots:
-            specs.append(
-                TensorSpec(
-                    index=len(specs),
-                    name=f"layers.{layer}.{name}",
-                    reference=f"transformer/decoder_layer_{layer}/{reference}",
-                    kind=kind,
-                    shape=shape,
-                    quantizable=kind in ("attention", "expert"),
-                )
-            )
+            name, reference = f"layers.{layer}.{name}", f"transformer/decoder_layer_{layer}/{reference}"
+            specs.append(TensorSpec(len(specs), name, reference, kind, shape, kind in ("attention", "expert")))
     return specs

@@ -10,6 +10,8 @@ from __future__ import annotations
 import mmap
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
@@ -50,14 +52,13 @@ def read_header(path: str | Path) -> PickleHeader:
 
     Raises CheckpointError, naming the file, what was expected and what was found.
     """
-    with _open(Path(path)) as file:
-        return _parse(Path(path), file)
+    with _opened(Path(path)) as (_, header):
+        return header
 
 
 def map_pickle(path: str | Path) -> MappedTensor:
     """The arrays of one file as views of a copy-on-write mapping: (in, out) layout, bf16 as ml_dtypes.bfloat16."""
-    with _open(Path(path)) as file:
-        header = _parse(Path(path), file)
+    with _opened(Path(path)) as (file, header):
         # Copy-on-write rather than read-only: torch.from_numpy wants memory that may be written.
         try:
             data = mmap.mmap(file.fileno(), header.file_size, access=mmap.ACCESS_COPY)
@@ -66,24 +67,18 @@ def map_pickle(path: str | Path) -> MappedTensor:
     return MappedTensor(_view(data, header.weight), None if header.scales is None else _view(data, header.scales))
 
 
-def _open(path: Path) -> BinaryIO:
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, PickleHeader]]:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
             raise CheckpointError(f"{path}: expected a regular file, found something else")
-        return path.open("rb")
-    except OSError as error:
-        raise CheckpointError(f"{path}: expected a readable file, found: {error.strerror}") from None
-
-
-def _parse(path: Path, file: BinaryIO) -> PickleHeader:
-    try:
-        size = os.fstat(file.fileno()).st_size
-        weight, scales = Machine(file, size).run()
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            yield file, PickleHeader(path, size, *Machine(file, size).run())
     except PickleError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: expected a readable file, found: {error.strerror}") from None
-    return PickleHeader(path, size, weight, scales)
 
 
 def _view(data: mmap.mmap, place: ArrayPlace) -> Array:
