@@ -64,27 +64,13 @@ def _one_of(literal: Any) -> click.Choice[str]:
 @click.option("--device", default="cpu", show_default=True, help="As torch names them.")
 @click.option("--stats", is_flag=True, help="Print rates, memory and backends afterwards.")
 @_debug
-def generate(
-    model: str,
-    prompt: str | None,
-    token_ids: str | None,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int | None,
-    dtype: DType,
-    weights: WeightFormat | None,
-    activations: ActFormat | None,
-    mmap: bool,
-    device: str,
-    stats: bool,
-) -> None:
+def generate(model: str, prompt: str | None, token_ids: str | None, stats: bool, **options: Any) -> None:
     """Continue a text, printing it as it comes."""
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    params = SamplingParams(**{name: options.pop(name) for name in ("max_tokens", "temperature", "top_p", "seed")})
     resolve_model(model)  # reject a wrong name before waiting for standard input
     request = _prompt(prompt, token_ids)
     began = time.monotonic()
-    llm = LLM(model, dtype=dtype, device=device, weights=weights, activations=activations, mmap=mmap)
+    llm = LLM(model, **options)
     load_s = time.monotonic() - began
     chunks = llm.stream(request, params)
     if isinstance(request, str) and sys.stdout.isatty():
@@ -121,19 +107,16 @@ def _print_stats(llm: LLM, prompt_tokens: int, load_s: float, times: list[float]
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="cyan")
     table.add_column()
-    table.add_row(
-        "model", f"{llm.config.model.name}, {llm.config.dtype} on {llm.config.device}, loaded in {load_s:.2f} s"
-    )
+    c = llm.config
+    table.add_row("model", f"{c.model.name}, {c.dtype} on {c.device}, loaded in {load_s:.2f} s")
     table.add_row("prompt", f"{prompt_tokens} tokens, {prompt_tokens / first:.1f} tokens/s")
     table.add_row("time to first token", f"{first * 1e3:.1f} ms")
     rate = f"{decoded / decode_s:.1f} tokens/s" if decoded else "no token after the first"
     table.add_row("decode", f"{decoded + 1} tokens, {rate}")
     table.add_row("peak memory", f"{_peak_bytes(llm) / 1e6:,.0f} MB")
-    served: dict[str, list[str]] = {}
-    for op, backends in grok_kernels.chosen().items():
-        served.setdefault("+".join(backends), []).append(op)
-    for backend, ops in served.items():
-        table.add_row(f"{backend} backend", ", ".join(ops))
+    served = {op: "+".join(backends) for op, backends in grok_kernels.chosen().items()}
+    for backend in dict.fromkeys(served.values()):
+        table.add_row(f"{backend} backend", ", ".join(op for op in served if served[op] == backend))
     Console(stderr=True, highlight=False).print(table)
 
 
@@ -150,13 +133,13 @@ def _peak_bytes(llm: LLM) -> int:
 @click.option("--weights", type=_one_of(WeightFormat), help="Convert the values too; by default as they are stored.")
 @click.option("--dtype", type=_one_of(DType), default="bfloat16", show_default=True, help="Of the later computation.")
 @_debug
-def convert_command(model: str, out: str, weights: WeightFormat | None, dtype: DType) -> None:
+def convert_command(model: str, out: str, **options: Any) -> None:
     """Write a checkpoint as the CPU's kernels want it in memory, to be loaded as fast as it can be read.
 
     MODEL is a folder, or `tiny`; OUT is a new folder, which is then a model for --model.
     """
     with byte_bar("converting") as progress:
-        folder = convert(model, out, weights=weights, dtype=dtype, progress=progress)
+        folder = convert(model, out, **options, progress=progress)
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{folder}: {size:,} bytes")
 
@@ -190,19 +173,10 @@ def inspect(path: str, verify: bool, all_tensors: bool, as_json: bool) -> None:
 @click.option("--batch", default=1, show_default=True, help="Requests at once.")
 @_json
 @_debug
-def plan_command(
-    model: str,
-    gpu: str,
-    gpus: int,
-    weights: PlanWeights,
-    kv: PlanKV,
-    context: int | None,
-    batch: int,
-    as_json: bool,
-) -> None:
+def plan_command(model: str, gpu: str, as_json: bool, **options: Any) -> None:
     """Say before a download whether a model fits, and how fast the chips could run it at best."""
     config = PRESETS[model] if model in PRESETS else read_config(_folder(model))
-    result = plan(config, chip=gpu, gpus=gpus, weights=weights, kv=kv, context=context, batch=batch)
+    result = plan(config, chip=gpu, **options)
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
     else:

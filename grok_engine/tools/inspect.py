@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from grok_engine.checkpoint.base import CheckpointError, total_bytes
 from grok_engine.checkpoint.packed import is_packed_folder
@@ -17,13 +17,7 @@ from grok_engine.loading.resolve import read_config
 
 from .verify import Stats, scan
 
-_KINDS: dict[Kind, str] = {
-    "embedding": "embedding",
-    "attention": "attention",
-    "expert": "experts",
-    "router": "router",
-    "norm": "norms",
-}
+_KINDS: dict[Kind, str] = {kind: {"expert": "experts", "norm": "norms"}.get(kind, kind) for kind in get_args(Kind)}
 
 
 @dataclass(frozen=True, slots=True)

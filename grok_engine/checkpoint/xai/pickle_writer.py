@@ -22,7 +22,6 @@ from .pickles import Array
 # CPython closes a frame at the first object that starts past 64 KiB, and writes byte strings of at least that
 # length outside any frame.
 _FRAME_TARGET = 64 * 1024
-_FRAME_MIN = 4
 _CHUNK = 1 << 24  # items of an array that are copied at once
 _TUPLES = {0: b")", 1: b"\x85", 2: b"\x86", 3: b"\x87"}
 
@@ -108,14 +107,15 @@ class _Pickler:
         self._frame.append(piece)
         self._length += len(piece) if isinstance(piece, bytes) else piece.nbytes
         if memo is not None:
-            self._memo[memo] = len(self._memo)
-            self.add(b"\x94")
+            self._memoize(memo)
+
+    def _memoize(self, key: object) -> None:
+        self._memo[key] = len(self._memo)
+        self.add(b"\x94")
 
     def close(self) -> None:
-        """End the frame."""
-        if self._length >= _FRAME_MIN:
-            self.pieces.append(b"\x95" + self._length.to_bytes(8, "little"))
-        self.pieces += self._frame
+        """End the frame. One of less than 4 bytes, which CPython would not announce, does not occur."""
+        self.pieces += [b"\x95" + self._length.to_bytes(8, "little"), *self._frame]
         self._frame, self._length = [], 0
 
     def _call(self, function: _Global, args: tuple[Any, ...], memo: object) -> None:
@@ -137,8 +137,7 @@ class _Pickler:
         else:
             self.add(head)
             self.add(array)
-        self._memo[object()] = len(self._memo)
-        self.add(b"\x94")
+        self._memoize(object())
 
 
 def _integer(value: int) -> bytes:
