@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from typing import Any, Literal, get_args
 
-from grok_engine.checkpoint.xai.layout import GROUPS
+from grok_engine.checkpoint.xai.layout import GROUPS, layout, release_groups
 from grok_engine.config import ConfigError, ModelConfig
 from grok_engine.models.families import PRESETS
 from grok_kernels.chips import GPUS, Gpu
@@ -216,11 +217,10 @@ def released_bytes(c: ModelConfig) -> int | None:
         return None
     if known.name != "grok-1":
         return 2 * c.param_count()
-    d, hc = c.d_model, c.num_heads * c.head_dim
-    fp32 = c.vocab_size * d + d + c.num_layers * (4 * d + d * c.num_experts)
-    scales = c.num_layers * (c.num_experts * (2 * c.d_ff + GROUPS * d) + c.qkv_dim + GROUPS * d)
-    matrices = c.num_layers * (3 * c.num_experts * d * c.d_ff + d * c.qkv_dim + hc * d)
-    return matrices + 2 * scales + 4 * fp32
+    return sum(
+        prod(s.shape) + 2 * prod(s.scales_shape(release_groups(s.name))) if s.quantizable else 4 * prod(s.shape)
+        for s in layout(c)
+    )
 
 
 def valid_gpu_counts(c: ModelConfig) -> tuple[int, ...]:
