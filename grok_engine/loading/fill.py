@@ -42,12 +42,12 @@ def fill(
     found = slots(model, checkpoint, weights)
     device, total, done = model.cos_sin.device, total_bytes(checkpoint), 0
     packed = checkpoint if isinstance(checkpoint, PackedCheckpoint) else None
-    in_place = device.type == "cpu" and (mapped or all(_is_wanted(slot) for slot in found))
-    if packed and in_place and not mapped:
+    in_place = packed is not None and device.type == "cpu" and (mapped or all(_is_wanted(slot) for slot in found))
+    if packed is not None and in_place and not mapped:
         packed.read_all(grok_kernels.huge_pages(packed.total_bytes), progress)
         progress = None
     for slot in found:
-        if packed:
+        if packed is not None:
             _adopt(slot, packed, None if in_place else device)
         else:
             load(slot, checkpoint, device)
