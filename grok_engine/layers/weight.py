@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -125,7 +126,7 @@ class FusedWeight(nn.Module):
     def hold(self, weight: grok_kernels.Weight) -> None:
         """Take this weight, of shape (E, N, K)."""
         self._parameters.clear()
-        for name, plane in zip(("values", "scales"), weight.planes, strict=False):
+        for name, plane in weight.named_planes().items():
             self.register_parameter(name, _parameter(plane))
         self.weight = grok_kernels.Weight(weight.format, weight.layout, weight.shape, tuple(self.parameters()))
 
@@ -138,7 +139,8 @@ class FusedWeight(nn.Module):
         """As of every module; the weight is checked anew, since its planes have other devices or dtypes."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._parameters:
-            self.hold(grok_kernels.Weight.of(self.values, self._parameters.get("scales"), self.weight.layout))
+            planes: dict[str, Any] = dict(self._parameters)
+            self.hold(grok_kernels.Weight.of(**planes, layout=self.weight.layout))
         return self
 
     def write(self, expert: int, start: int, rows_NK: Tensor) -> None:

@@ -1,7 +1,7 @@
 """A quantised or float weight as one object: its format, its layout, and the tensors that hold it.
 
-A new format is one entry of `FORMATS`: the dtype of its values and the planes that it has beside them. A backend that
-does not have it refuses the call by the format's name.
+A new format is an entry of `FORMATS`, which names its planes, and the check of those planes in `Weight.of`. A backend
+that does not have it refuses the call by the format's name.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from .layouts import Layout
 class Format:
     """What a weight of one format consists of."""
 
-    dtype: torch.dtype  # of the values, the first plane
-    scaled: bool = (
-        False  # whether there is a second plane, scales (E, groups, N) fp32: w[e, n, k] times scales[e, g, n]
-    )
-    grouped: bool = False  # whether there may be several groups, each of K / groups columns
+    dtype: torch.dtype  # of the values
+    # The tensors of a weight, in their order. scales is (E, groups, N) fp32: w[e, n, k] = values[e, n, k] ·
+    # scales[e, g, n].
+    planes: tuple[str, ...] = ("values",)
+    grouped: bool = False  # whether there may be several groups of scales, each of K / groups columns
 
 
 FORMATS: dict[str, Format] = {
     "fp32": Format(dtype=DTYPES["fp32"]),
     "bf16": Format(dtype=DTYPES["bf16"]),
-    "int8": Format(dtype=DTYPES["int8"], scaled=True, grouped=True),
-    "fp8_e4m3": Format(dtype=DTYPES["fp8_e4m3"], scaled=True),
+    "int8": Format(dtype=DTYPES["int8"], planes=("values", "scales"), grouped=True),
+    "fp8_e4m3": Format(dtype=DTYPES["fp8_e4m3"], planes=("values", "scales")),
 }
 _FORMAT_OF = {format.dtype: name for name, format in FORMATS.items()}
 
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """E matrices (N, K), K-major. Build one with `Weight.of`, which checks; the constructor itself does not.
+    """E matrices (N, K), whose columns K are contiguous. `Weight.of` builds one and checks; the constructor does not.
 
     Its planes may be written to, but keep their shapes, types, strides and memory.
     """
@@ -50,7 +50,7 @@ class Weight:
     format: str  # a key of FORMATS
     layout: Layout  # of the values
     shape: tuple[int, int, int]  # (E, N, K), whatever the layout
-    planes: tuple[Tensor, ...]  # the values, then the scales where the format has them
+    planes: tuple[Tensor, ...]  # those that the format names, in its order
 
     @staticmethod
     def of(values: Tensor, scales: Tensor | None = None, layout: Layout = "rows") -> Weight:
@@ -73,7 +73,7 @@ class Weight:
             c.sizes("values", shape, ["E", "N", "K"])
             c.same_device("values", values)
         name, dtype = _FORMAT_OF[values.dtype], dtype_name(values.dtype)
-        if not FORMATS[name].scaled:
+        if "scales" not in FORMATS[name].planes:
             if scales is not None:
                 c.fail(f"scales is given, expected None for values of {dtype}")
             return Weight(name, layout, shape, (values,))
@@ -93,7 +93,11 @@ class Weight:
 
     @property
     def scales(self) -> Tensor | None:
-        return self.planes[1] if FORMATS[self.format].scaled else None
+        return self.named_planes().get("scales")
+
+    def named_planes(self) -> dict[str, Tensor]:
+        """The planes by the names that the format gives them."""
+        return dict(zip(FORMATS[self.format].planes, self.planes, strict=True))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -116,7 +120,7 @@ class Weight:
 
     @property
     def signature(self) -> bytes | None:
-        """What checks and selection depend on, for the validated-call cache; None where a call is never cached."""
+        """What checks and selection depend on, for the validated-call cache; None where a plane requires grad."""
         for plane in self.planes:  # a loop, since this runs at every call
             if plane.requires_grad:
                 return None

@@ -25,8 +25,9 @@
 // A packed weight (Layout::panels) lies in memory panel by panel, run by run, so that a kernel streams it. A weight in
 // rows is gathered into runs, one column block at a time.
 //
-// The sum over K of one row and one output is a single chain of additions in the order of K, whatever the number of
-// rows, the tile, the block or the thread. That makes the bits of a row independent of the rows beside it.
+// The sum over K of one row and one output is added up in one fixed order, set by the formats alone (within a group of
+// scales first, then over the groups), whatever the number of rows, the tile, the block or the thread. That makes the
+// bits of a row independent of the rows beside it.
 
 namespace grok::cpu {
 

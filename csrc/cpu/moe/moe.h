@@ -11,8 +11,9 @@
 // the shares:
 //   some rows of gate and up (a range of F)  moe_up; gather the columns of its result; moe_down
 //   some rows of w2 (a range of D)           moe_down; gather the columns of its result
-//   some experts                             moe_up with their part of order and offsets; grouped_gemm of its result
-//                                            with w2; gather the rows; weight and sum them in the order of the experts
+//   some experts                             moe_up with their part of order, and of offsets counted from its first
+//                                            row; grouped_gemm of its result with w2; gather the rows; weight and sum
+//                                            them in the order of the experts
 // A range of F must be a multiple of 128 where rows are quantised.
 
 namespace grok::cpu {
@@ -41,8 +42,8 @@ struct MoeUp {
 };
 void moe_up(const MoeUp& p, Executor& executor);
 
-// y[t] = Σ over the slots i of token t, in the order of their experts, of weights[i] · (w2 of the expert) · rows[i's
-// row]. Summed in fp32, rounded once; 0 for a token without a slot.
+// y[t] = Σ_i weights[i] · w2[expert of i] · rows[row of i], over the slots i of token t in the order of their experts.
+// Summed in fp32, rounded once; 0 for a token without a slot.
 struct MoeDown {
   Rows rows;             // (rows, F): what moe_up gives
   Grouping grouping;

@@ -74,8 +74,7 @@ def moe(
     w13 (E, 2F, D) and w2 (E, D, F), of one format. Returns (T, D) of x's dtype.
 
     order (T·A,) and offsets (E+1,) int32, both or neither: what `group_tokens` gives for these experts, or
-    `route_and_group` in the router's pass, so that the backend need not group rows again; no bit changes. The cpu
-    backend, which groups by parts of the batch, refuses them.
+    `route_and_group` in the router's pass, so that the backend need not group rows again; no bit changes.
     """
     c = Checker("moe")
     c.tensor("x", x, "T D", FLOATS)
