@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Sequence
 from functools import cached_property
@@ -10,7 +11,7 @@ from numbers import Integral
 from typing import Any
 
 from grok_engine.config import EngineConfig
-from grok_engine.sampling.params import SamplingParams, fresh_seed
+from grok_engine.sampling.params import SamplingParams
 from grok_engine.sampling.state import SamplingState, bad_word_tokens
 from grok_engine.sampling.structured import StructuredCompiler
 from grok_engine.tokenizer.base import Tokenizer
@@ -61,7 +62,9 @@ class RequestBuilder:
             raise ValueError(f"prompt has {len(prompt_ids)} tokens, all of max_model_len: no room for a new one")
         params.check_vocabulary(config.model.vocab_size)
         serial = next(self._serial)
-        seed = fresh_seed(params) if params.seed is not None or config.seed is None else config.seed + serial
+        seed = params.seed
+        if seed is None:
+            seed = secrets.randbits(63) if config.seed is None else config.seed + serial
         check_tokenizer(params, tokenizer)
         bad_words = bad_word_tokens(params.bad_words, tokenizer.encode) if tokenizer else []
         at_start = tokenizer is not None and begins_text(tokenizer, prompt_ids)

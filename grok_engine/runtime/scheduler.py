@@ -13,13 +13,16 @@ whatever others hold can be taken from them or comes free, and `add` refuses wha
 from __future__ import annotations
 
 from array import array
-from bisect import insort
+from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 from itertools import count, takewhile
+from operator import attrgetter
 
 from .allocator import PageAllocator
 from .plan import Entry, StepPlan
-from .sequence import SequenceState, Status, WaitingQueue
+from .sequence import SequenceState, Status
+
+_rank = attrgetter("rank")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +89,7 @@ class Scheduler:
         self.allocator, self.max_model_len, self.ageing = allocator, max_model_len, ageing
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.running: list[SequenceState] = []  # by rank
-        self.waiting = WaitingQueue()
+        self.waiting: list[SequenceState] = []  # by rank
         self.preemptions = self.query_tokens = self.hit_tokens = self.prompt_tokens = 0
         self._serial = count()
         self._pending: tuple[StepPlan, list[SequenceState]] | None = None  # scheduled, not committed
@@ -132,7 +135,7 @@ class Scheduler:
             )
         seq.arrival = next(self._serial)
         seq.rank = (seq.priority * self.ageing + seq.arrival, seq.arrival)
-        self.waiting.push(seq)
+        self._wait(seq)
 
     def finish(self, seq: SequenceState) -> None:
         """End a sequence, done or aborted, at any time; its pages are free at once. Again is no error."""
@@ -140,9 +143,9 @@ class Scheduler:
         if seq.status is Status.RUNNING:
             self.running.remove(seq)
             self._release(seq)
-            seq.status = Status.FINISHED
         elif seq.status is Status.WAITING:
-            self.waiting.discard(seq)
+            del self.waiting[bisect_left(self.waiting, seq.rank, key=_rank)]
+        seq.status = Status.FINISHED
 
     def fork(self, seq: SequenceState, child: SequenceState) -> None:
         """Start a new sequence where `seq` stands, on its pages: one of n samples of a prompt.
@@ -162,9 +165,9 @@ class Scheduler:
             self.allocator.share(child.pages)
             child.num_computed, child.num_registered = seq.num_computed, seq.num_registered
             child.status = Status.RUNNING
-            insort(self.running, child, key=lambda s: s.rank)
+            insort(self.running, child, key=_rank)
         else:
-            self.waiting.push(child)
+            self._wait(child)
 
     # Steps
 
@@ -176,7 +179,7 @@ class Scheduler:
         """
         assert self._pending is None, "the last step was not committed"
         running = self.running
-        step = _Draft(self.max_num_batched_tokens, self._decoding(0), self.waiting.head())
+        step = _Draft(self.max_num_batched_tokens, self._decoding(0), self.waiting[0] if self.waiting else None)
         while True:
             head, seq = step.head, running[step.place] if step.place < len(running) else None
             if head is not None and (seq is None or head.rank < seq.rank):
@@ -249,9 +252,8 @@ class Scheduler:
         step.head = self._next_head(step) if admitted else None
 
     def _next_head(self, step: _Draft) -> SequenceState | None:
-        """The head of the queue; None if this step preempted it."""
-        head = self.waiting.head()
-        return None if head in step.preempted else head
+        """The most urgent waiting sequence; None if this step preempted it."""
+        return self.waiting[0] if self.waiting and self.waiting[0] not in step.preempted else None
 
     def _start(self, seq: SequenceState, step: _Draft) -> bool:
         """Start `seq` if there are pages and a seat, preempting sequences of a higher priority number if need be.
@@ -274,7 +276,8 @@ class Scheduler:
                 return False
         fresh = allocator.allocate(need)
         assert fresh is not None
-        self.waiting.pop(seq)
+        assert self.waiting[0] is seq
+        del self.waiting[0]
         running.insert(step.place, seq)
         seq.status, seq.pages, seq.num_registered = Status.RUNNING, array("i", cached + fresh), len(cached)
         seq.num_computed = len(cached) * allocator.page_size
@@ -327,9 +330,13 @@ class Scheduler:
         self._release(seq)
         seq.preemptions += 1
         self.preemptions += 1
-        self.waiting.push(seq)
+        self._wait(seq)
         step.preempted.append(seq)
         return seq
+
+    def _wait(self, seq: SequenceState) -> None:
+        seq.status = Status.WAITING
+        insort(self.waiting, seq, key=_rank)
 
     def _release(self, seq: SequenceState) -> None:
         self.allocator.release(seq.pages)

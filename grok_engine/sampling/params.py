@@ -1,16 +1,17 @@
-"""How a request samples its tokens: the parameters, its random numbers, and the search for several patterns at once."""
+"""How a request samples its tokens: the parameters, and its random numbers."""
 
 from __future__ import annotations
 
-import secrets
 import struct
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from hashlib import blake2b
 from typing import Any
 
 from torch import Tensor
+
+from grok_engine.config import is_int, is_number
 
 LogitsProcessor = Callable[[list[int], Tensor], Tensor]
 _FLOAT32_MAX = 3.4028234663852886e38
@@ -144,11 +145,6 @@ class SamplingParams:
         """Whether the largest logit is taken without a random number; top_k=1 takes the lower index of equals, too."""
         return self.temperature == 0 or self.top_k == 1
 
-    def stop_strings(self) -> tuple[str, ...]:
-        """`stop`, which `__post_init__` resolved to a tuple."""
-        assert isinstance(self.stop, tuple)
-        return self.stop
-
     def end_token_ids(self, eos_token_ids: Collection[int]) -> frozenset[int]:
         """The tokens that end this request on a model with these end tokens."""
         return frozenset(self.stop_token_ids).union(() if self.ignore_eos else eos_token_ids)
@@ -170,11 +166,11 @@ class SamplingParams:
     def _whole(self, name: str, fits: Callable[[int], bool], expected: str, *, optional: bool = False) -> None:
         value = getattr(self, name)
         if not (optional and value is None):
-            self._check(name, isinstance(value, int) and not isinstance(value, bool) and fits(value), expected)
+            self._check(name, is_int(value) and fits(value), expected)
 
     def _number(self, name: str, fits: Callable[[float], bool], expected: str) -> None:
         value = getattr(self, name)
-        self._check(name, _is_number(value) and fits(value), expected)  # a NaN fits no comparison
+        self._check(name, is_number(value) and fits(value), expected)  # a NaN fits no comparison
 
     def _sequence(self, name: str, fits: Callable[[Any], bool], expected: str) -> None:
         value = getattr(self, name)
@@ -192,17 +188,13 @@ class SamplingParams:
             return
         self._check("logit_bias", isinstance(self.logit_bias, Mapping), "a mapping of token ids to numbers")
         for token, bias in self.logit_bias.items():
-            if not (_is_token(token) and _is_number(bias) and abs(bias) <= _FLOAT32_MAX):
+            if not (_is_token(token) and is_number(bias) and abs(bias) <= _FLOAT32_MAX):
                 raise ValueError(f"logit_bias has {token!r}: {bias!r}, expected a token id and a finite number")
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
 
 def _is_token(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_int(value) and value >= 0
 
 
 _COUNTER = struct.Struct("<QQQ")
@@ -216,48 +208,3 @@ def uniform(seed: int, sequence: int, position: int) -> float:
     """
     digest = blake2b(_COUNTER.pack(seed, sequence, position), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 40) * 2.0**-24
-
-
-class Patterns:
-    """Aho and Corasick's automaton ("Efficient string matching", 1975): finds many patterns, one step a symbol.
-
-    A state stands for the longest suffix of the input that begins a pattern; `depth` is its length and `found` the
-    indices of the patterns that end there, the longest first. State 0, the start, is the empty suffix.
-    """
-
-    def __init__(self, patterns: Sequence[Sequence[Hashable]]) -> None:
-        self.children: list[dict[Hashable, int]] = [{}]
-        self.depth = [0]
-        self.found: list[list[int]] = [[]]
-        self._fallback = [0]
-        for index, pattern in enumerate(patterns):
-            state = 0
-            for symbol in pattern:
-                if symbol not in self.children[state]:
-                    self.children[state][symbol] = len(self.children)
-                    self.children.append({})
-                    self.depth.append(self.depth[state] + 1)
-                    self.found.append([])
-                    self._fallback.append(0)
-                state = self.children[state][symbol]
-            self.found[state].append(index)
-        queue = list(self.children[0].values())
-        if self.found[0]:  # an empty pattern ends everywhere
-            for state in queue:
-                self.found[state] += self.found[0]
-        for state in queue:  # breadth first (the queue grows): a fallback is complete before it is used
-            for symbol, child in self.children[state].items():
-                self._fallback[child] = self.step(self._fallback[state], symbol)
-                self.found[child] += self.found[self._fallback[child]]
-                queue.append(child)
-
-    def step(self, state: int, symbol: Hashable) -> int:
-        """The state after one more symbol."""
-        while state and symbol not in self.children[state]:
-            state = self._fallback[state]
-        return self.children[state].get(symbol, 0)
-
-
-def fresh_seed(params: SamplingParams) -> int:
-    """The seed of a request: the given one, or a new one."""
-    return secrets.randbits(63) if params.seed is None else params.seed

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +26,7 @@ class Sampled:
     """The token of one row, with log-probabilities if the request asks for them; or an error, and token −1."""
 
     token: int
-    logprob: float | None = None
-    rank: int | None = None
-    top_logprobs: list[tuple[int, float]] | None = None
+    logprobs: TokenLogprobs | None = None
     error: str | None = None
 
 
@@ -72,11 +69,8 @@ def sample(rows: Sequence[SamplingState], logits_BV: Tensor) -> list[Sampled]:
         found = token_logprobs(_take(logits_BV, asked), [tokens[i] for i in asked], numbers)
         logprobs = dict(zip(asked, found, strict=True))
     return [
-        Sampled(-1, error=errors[i]) if i in errors
-        else Sampled(tokens[i], *logprobs[i]) if i in logprobs
-        else Sampled(tokens[i])
-        for i in range(len(rows))
-    ]  # fmt: skip
+        Sampled(-1, error=errors[i]) if i in errors else Sampled(tokens[i], logprobs.get(i)) for i in range(len(rows))
+    ]
 
 
 def _edit(rows: Sequence[SamplingState], x_BV: Tensor, errors: dict[int, str]) -> None:
@@ -89,28 +83,28 @@ def _edit(rows: Sequence[SamplingState], x_BV: Tensor, errors: dict[int, str]) -
             except Exception as error:  # a user's code: whatever it raises ends its own request
                 errors[i] = f"logits processor: {type(error).__name__}: {error}"
 
-    if at := _flat([(i, row.bias[0], (row.bias[1],)) for i, row in good if len(row.bias[0])], x_BV):
-        x_BV[at.where] += at.values[0]
+    if biased := [(i, *row.bias) for i, row in good if len(row.bias[0])]:
+        x_BV[_places([(i, ids) for i, ids, _ in biased], x_BV)] += to_device(
+            np.concatenate([b for *_, b in biased]), x_BV
+        )
 
-    penalised = [(i, row, row.counts) for i, row in good if row.counts is not None and len(row.counts)]
-    counted = [(i, counts.ids, (counts.counts,)) for i, _, counts in penalised]
-    if at := _flat(counted, x_BV):
-        each = [
-            (p.repetition_penalty, p.frequency_penalty, p.presence_penalty)
-            for p in (row.params for _, row, _ in penalised)
-        ]
-        spread = np.repeat(np.array(each, np.float32), [len(ids) for _, ids, _ in counted], axis=0)
+    if penalised := [(i, row.params, *row.counts.ids_and_counts()) for i, row in good if row.counts is not None]:
+        at = _places([(i, ids) for i, _, ids, _ in penalised], x_BV)
+        counts = to_device(np.concatenate([counts for *_, counts in penalised]), x_BV)
+        each = [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for _, p, _, _ in penalised]
+        spread = np.repeat(np.array(each, np.float32), [len(ids) for _, _, ids, _ in penalised], axis=0)
         repetition, frequency, presence = to_device(spread, x_BV).unbind(1)
-        values, counts = x_BV[at.where], at.values[0]
+        values = x_BV[at]
         values = torch.where(values > 0, values / repetition, values * repetition)
-        x_BV[at.where] = values - frequency * counts - presence * (counts > 0)
+        x_BV[at] = values - frequency * counts - presence * (counts > 0)
 
-    if at := _flat([(i, row.allowed, ()) for i, row in good if row.allowed is not None], x_BV):
-        values = x_BV[at.where]
-        x_BV[to_device(np.array([i for i, row in good if row.allowed is not None]), x_BV)] = float("-inf")
-        x_BV[at.where] = values
-    if at := _flat([(i, ids, ()) for i, row in good if len(ids := row.banned())], x_BV):
-        x_BV[at.where] = float("-inf")
+    if allowed := [(i, row.allowed) for i, row in good if row.allowed is not None]:
+        at = _places(allowed, x_BV)
+        values = x_BV[at]
+        x_BV[to_device(np.array([i for i, _ in allowed]), x_BV)] = float("-inf")
+        x_BV[at] = values
+    if banned := [(i, ids) for i, row in good if len(ids := row.banned())]:
+        x_BV[_places(banned, x_BV)] = float("-inf")
 
     masked, masks = [], []
     for i, row in good:
@@ -199,19 +193,10 @@ def _find_bad(bests: Sequence[float], errors: dict[int, str], what: str) -> None
             errors[i] = f"{what} {has}"
 
 
-class _Places(NamedTuple):
-    where: tuple[Tensor, Tensor]  # rows and columns
-    values: list[Tensor]
-
-
-def _flat(parts: Sequence[tuple[int, Ints, tuple[npt.NDArray[np.float32], ...]]], like: Tensor) -> _Places | None:
-    """Indices of some logits of several rows, with numbers for each; None if there are none."""
-    if not parts:
-        return None
-    columns = np.concatenate([ids for _, ids, _ in parts])
-    rows = np.repeat(np.array([i for i, _, _ in parts], np.int64), [len(ids) for _, ids, _ in parts])
-    values = [np.concatenate(arrays).astype(np.float32) for arrays in zip(*(v for _, _, v in parts), strict=True)]
-    return _Places((to_device(rows, like), to_device(columns, like)), [to_device(v, like) for v in values])
+def _places(parts: Sequence[tuple[int, Ints]], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of some logits, from each row and its columns."""
+    rows = np.repeat(np.array([i for i, _ in parts]), [len(ids) for _, ids in parts])
+    return to_device(rows, like), to_device(np.concatenate([ids for _, ids in parts]), like)
 
 
 def _fitted(mask: npt.NDArray[np.uint8], vocab: int) -> npt.NDArray[np.uint8]:

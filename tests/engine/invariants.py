@@ -52,8 +52,9 @@ def check_scheduler(scheduler: Scheduler) -> None:
     ranks = [seq.rank for seq in scheduler.running]
     assert ranks == sorted(ranks), ranks
     assert len(ranks) <= scheduler.max_num_seqs, ranks
-    waiting = [seq for _, seq in scheduler.waiting._heap if seq.status is Status.WAITING]
-    assert len(waiting) == len(set(map(id, waiting))) == len(scheduler.waiting)
+    waiting = scheduler.waiting
+    assert [seq.rank for seq in waiting] == sorted({seq.rank for seq in waiting})
+    assert all(seq.status is Status.WAITING for seq in waiting)
     assert not any(seq.pages or seq.num_computed for seq in waiting), "a waiting sequence holds pages"
     for seq in scheduler.running:
         assert seq.status is Status.RUNNING
