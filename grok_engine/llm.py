@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import DType, EngineConfig, WeightFormat
+from .config import EngineConfig
 from .engine import LLMEngine
 from .models.decoder import Decoder
 from .progress import byte_bar, request_bar
@@ -46,14 +46,10 @@ class LLM:
     def __init__(
         self,
         model: str | Path = "tiny",
-        *,
-        dtype: DType | torch.dtype = "bfloat16",
-        device: str = "cpu",
-        weights: WeightFormat | None = None,
         **options: Any,
     ) -> None:
         with byte_bar("loading") as progress:
-            self.engine = LLMEngine(model, progress=progress, dtype=dtype, device=device, weights=weights, **options)
+            self.engine = LLMEngine(model, progress=progress, **options)
         self._ids = count()
         self._outputs: dict[str, deque[RequestOutput]] = {}  # by request: a step of one call may serve others too
 

@@ -64,8 +64,7 @@ class PageAllocator:
                 break
             pages.append(page)
             parent = page
-        for page in pages:
-            self._hold(page)
+        self.hold(pages)
         return pages
 
     def allocate(self, count: int) -> list[int] | None:
@@ -78,10 +77,12 @@ class PageAllocator:
             self._refs[page] = 1
         return pages
 
-    def share(self, pages: Iterable[int]) -> None:
-        """Hold each page once more, for a sequence that starts with the same tokens."""
+    def hold(self, pages: Iterable[int]) -> None:
+        """Hold each page, which is held or cached, once more."""
         for page in pages:
-            assert self._refs[page] > 0, f"page {page} is held by nobody"
+            if self._refs[page] == 0:
+                assert page in self._cached, f"page {page} is held by nobody"
+                del self._cached[page]
             self._refs[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
@@ -121,7 +122,7 @@ class PageAllocator:
             return page  # `match` cannot reach what is behind an unindexed page
         first = self._index.get(key)
         if first is not None:
-            self._hold(first)
+            self.hold([first])
             self._drop(page)
             return first
         if self._refs[page] == 1:  # other holders might not hold `parent`
@@ -130,11 +131,6 @@ class PageAllocator:
             if parent is not None:
                 self._children[parent] += 1
         return page
-
-    def _hold(self, page: int) -> None:
-        if self._refs[page] == 0:
-            del self._cached[page]
-        self._refs[page] += 1
 
     def _drop(self, page: int) -> None:
         assert self._refs[page] > 0, f"page {page} is held by nobody"

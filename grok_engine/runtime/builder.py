@@ -42,7 +42,9 @@ class RequestBuilder:
                 raise ValueError(f"prompt {prompt[:40]!r} is text, but the model has no tokenizer: give token ids")
             token_ids = self.tokenizer.encode(prompt)
         else:
-            token_ids = list(_as_list(prompt))
+            token_ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # of an array or a tensor
+            if not isinstance(token_ids, Sequence):
+                raise ValueError(f"prompt {prompt!r} is neither text nor a list of token ids")
         if not token_ids:
             raise ValueError(f"prompt {prompt!r} is empty: expected at least one token")
         vocab, longest = self.config.model.vocab_size, self.config.max_len
@@ -89,11 +91,3 @@ class RequestBuilder:
             request_id, prompt if isinstance(prompt, str) else None, prompt_ids, params, time.monotonic(), answers,
             forked=params.n == 1, prompt_logprobs=[None] * len(prompt_ids) if scored else None,
         )  # fmt: skip
-
-
-def _as_list(prompt: Any) -> Sequence[Any]:
-    """Arrays and tensors count as the lists they hold."""
-    values = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-    if not isinstance(values, Sequence):
-        raise ValueError(f"prompt {prompt!r} is neither text nor a list of token ids")
-    return values

@@ -93,6 +93,7 @@ class DecodeGraphs:
         width = self._widths[bisect_left(self._widths, widest)]
         return self._replay(entries, rows, width, key)[: len(entries)]
 
+    @torch.inference_mode()
     def bytes_needed(self, free: Callable[[], int]) -> int:
         """Bytes that the graphs of all shapes will take, measured by capturing the two largest. free: bytes available.
 

@@ -75,18 +75,10 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        max_model_len: int,
         ageing: int = 1024,
     ) -> None:
-        for name, value in (("max_num_seqs", max_num_seqs), ("max_model_len", max_model_len), ("ageing", ageing)):
-            if value < 1:
-                raise ValueError(f"{name}={value} is not a positive integer")
-        if max_num_batched_tokens < max_num_seqs:
-            raise ValueError(
-                f"max_num_batched_tokens={max_num_batched_tokens} is less than max_num_seqs={max_num_seqs}: "
-                "expected at least one token a step for each running sequence"
-            )
-        self.allocator, self.max_model_len, self.ageing = allocator, max_model_len, ageing
+        assert max_num_batched_tokens >= max_num_seqs, "each running sequence needs a token a step"
+        self.allocator, self.ageing = allocator, ageing
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.running: list[SequenceState] = []  # by rank
         self.waiting: list[SequenceState] = []  # by rank
@@ -120,13 +112,7 @@ class Scheduler:
         assert seq.status is Status.NEW, f"sequence {seq.seq_id} was added before"
         assert not seq.output_ids, f"sequence {seq.seq_id} starts with {len(seq.output_ids)} generated tokens"
         prompt, new, allocator = len(seq.prompt_ids), seq.max_new_tokens, self.allocator
-        if prompt < 1 or new < 1:
-            raise ValueError(f"{prompt} prompt tokens and max_new_tokens={new}: expected at least one of each")
-        if prompt + new > self.max_model_len:
-            most = self.max_model_len
-            raise ValueError(
-                f"{prompt} prompt tokens + {new} new ones = {prompt + new}, more than max_model_len={most}"
-            )
+        assert prompt >= 1, f"sequence {seq.seq_id} has no token"
         pages = allocator.pages_for(prompt + new - 1)  # the last token is never fed back
         if pages > allocator.num_pages:
             raise ValueError(
@@ -162,7 +148,7 @@ class Scheduler:
         child.cached_tokens, child.logits_from = seq.cached_tokens, seq.logits_from
         if seq.status is Status.RUNNING and len(self.running) < self.max_num_seqs:
             child.pages = seq.pages[: self.allocator.pages_for(seq.num_computed)]  # pages beyond are unwritten
-            self.allocator.share(child.pages)
+            self.allocator.hold(child.pages)
             child.num_computed, child.num_registered = seq.num_computed, seq.num_registered
             child.status = Status.RUNNING
             insort(self.running, child, key=_rank)

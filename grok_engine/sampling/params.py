@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -107,36 +108,43 @@ class SamplingParams:
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
-        whole, number = self._whole, self._number
-        whole("n", lambda v: v >= 1, "a positive integer")
-        whole("max_tokens", lambda v: v >= 1, "a positive integer")
-        whole("min_tokens", lambda v: 0 <= v <= self.max_tokens, f"an integer in 0..max_tokens={self.max_tokens}")
+        check, at_most = self._check, self.max_tokens
+        check("n", _within(is_int, 1), "a positive integer")
+        check("max_tokens", _within(is_int, 1), "a positive integer")
+        check("min_tokens", _within(is_int, 0, at_most), f"an integer in 0..max_tokens={at_most}")
         # larger ones are infinite in fp32, and a masked logit divided by infinity is NaN
-        number("temperature", lambda v: 0 <= v <= _FLOAT32_MAX, "a finite number of 0 (greedy) or more")
-        number("top_p", lambda v: 0 < v <= 1, "a number in (0, 1]")
-        whole("top_k", lambda v: v >= -1, "an integer of 0 (off), -1 (off) or more")
-        number("min_p", lambda v: 0 <= v <= 1, "a number in [0, 1]")
-        number("repetition_penalty", lambda v: 0 < v <= _FLOAT32_MAX, "a finite number greater than 0")
-        number("presence_penalty", lambda v: -2 <= v <= 2, "a number in [-2, 2]")
-        number("frequency_penalty", lambda v: -2 <= v <= 2, "a number in [-2, 2]")
-        whole("seed", lambda v: 0 <= v < 2**63, "an integer in 0..2**63 - 1, or None", optional=True)
+        check("temperature", _within(is_number, 0, _FLOAT32_MAX), "a finite number of 0 (greedy) or more")
+        check("top_p", lambda v: is_number(v) and 0 < v <= 1, "a number in (0, 1]")
+        check("top_k", _within(is_int, -1), "an integer of 0 (off), -1 (off) or more")
+        check("min_p", _within(is_number, 0, 1), "a number in [0, 1]")
+        check("repetition_penalty", lambda v: is_number(v) and 0 < v <= _FLOAT32_MAX, "a finite number greater than 0")
+        for name in ("presence_penalty", "frequency_penalty"):
+            check(name, _within(is_number, -2, 2), "a number in [-2, 2]")
+        if self.seed is not None:
+            check("seed", _within(is_int, 0, 2**63 - 1), "an integer in 0..2**63 - 1, or None")
         for name in ("logprobs", "prompt_logprobs"):
-            whole(name, lambda v: v >= -1, "an integer of -1 (all) or more, or None", optional=True)
+            if getattr(self, name) is not None:
+                check(name, _within(is_int, -1), "an integer of -1 (all) or more, or None")
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        self._sequence("stop", lambda v: isinstance(v, str) and v != "", "text of at least one character")
-        self._sequence("bad_words", lambda v: isinstance(v, str) and v != "", "text of at least one character")
+        for name in ("stop", "bad_words"):
+            self._sequence(name, lambda v: isinstance(v, str) and v != "", "text of at least one character")
         self._sequence("stop_token_ids", _is_token, "a token id")
         self._sequence("logits_processors", callable, "a callable")
         if self.allowed_token_ids is not None:
             self._sequence("allowed_token_ids", _is_token, "a token id")
             if not self.allowed_token_ids:
                 raise ValueError("allowed_token_ids=() allows nothing: expected at least one token id, or None")
-        self._check_bias()
+        if self.logit_bias is not None:
+            check("logit_bias", lambda v: isinstance(v, Mapping), "a mapping of token ids to numbers")
+            for token, bias in self.logit_bias.items():
+                if not (_is_token(token) and is_number(bias) and abs(bias) <= _FLOAT32_MAX):
+                    raise ValueError(f"logit_bias has {token!r}: {bias!r}, expected a token id and a finite number")
+            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         for name in ("include_stop_str_in_output", "ignore_eos"):
-            self._check(name, isinstance(getattr(self, name), bool), "True or False")
-        self._check("structured", isinstance(self.structured, (StructuredOutput, type(None))), "a StructuredOutput")
-        self._check("output_kind", isinstance(self.output_kind, RequestOutputKind), "a RequestOutputKind")
+            check(name, lambda v: isinstance(v, bool), "True or False")
+        check("structured", lambda v: isinstance(v, (StructuredOutput, type(None))), "a StructuredOutput")
+        check("output_kind", lambda v: isinstance(v, RequestOutputKind), "a RequestOutputKind")
         if self.structured is not None and self.ignore_eos:
             raise ValueError("ignore_eos=True with structured: expected False, only an end token ends a complete text")
 
@@ -159,23 +167,12 @@ class SamplingParams:
             if (getattr(self, name) or 0) > vocab_size:
                 raise ValueError(f"{name}={getattr(self, name)} is not in -1..{vocab_size}, the size of the vocabulary")
 
-    def _check(self, name: str, fits: bool, expected: str) -> None:
-        if not fits:
-            raise ValueError(f"{name}={getattr(self, name)!r} is not {expected}")
-
-    def _whole(self, name: str, fits: Callable[[int], bool], expected: str, *, optional: bool = False) -> None:
-        value = getattr(self, name)
-        if not (optional and value is None):
-            self._check(name, is_int(value) and fits(value), expected)
-
-    def _number(self, name: str, fits: Callable[[float], bool], expected: str) -> None:
-        value = getattr(self, name)
-        self._check(name, is_number(value) and fits(value), expected)  # a NaN fits no comparison
+    def _check(self, name: str, fits: Callable[[Any], bool], expected: str) -> None:
+        if not fits(value := getattr(self, name)):
+            raise ValueError(f"{name}={value!r} is not {expected}")
 
     def _sequence(self, name: str, fits: Callable[[Any], bool], expected: str) -> None:
-        value = getattr(self, name)
-        if value is None:
-            value = ()
+        value = () if getattr(self, name) is None else getattr(self, name)
         if not isinstance(value, (list, tuple, set, frozenset, range)):
             raise ValueError(f"{name}={value!r} is not a list of which each is {expected}")
         for item in value:
@@ -183,20 +180,13 @@ class SamplingParams:
                 raise ValueError(f"{name} has {item!r}, which is not {expected}")
         object.__setattr__(self, name, tuple(value))  # resolved once, here
 
-    def _check_bias(self) -> None:
-        if self.logit_bias is None:
-            return
-        self._check("logit_bias", isinstance(self.logit_bias, Mapping), "a mapping of token ids to numbers")
-        for token, bias in self.logit_bias.items():
-            if not (_is_token(token) and is_number(bias) and abs(bias) <= _FLOAT32_MAX):
-                raise ValueError(f"logit_bias has {token!r}: {bias!r}, expected a token id and a finite number")
-        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+
+def _within(kind: Callable[[Any], bool], least: float, most: float = math.inf) -> Callable[[Any], bool]:
+    """Whether a value is of this kind and in least … most; a NaN is not."""
+    return lambda value: kind(value) and least <= value <= most
 
 
-def _is_token(value: Any) -> bool:
-    return is_int(value) and value >= 0
-
-
+_is_token = _within(is_int, 0)
 _COUNTER = struct.Struct("<QQQ")
 
 

@@ -30,18 +30,19 @@ class Sampled:
     error: str | None = None
 
 
+@torch.inference_mode()
 def sample(rows: Sequence[SamplingState], logits_BV: Tensor) -> list[Sampled]:
     """One token a row, which the row has accepted. logits_BV: fp32, one row a sequence, not modified.
 
     A row without a usable logit (NaN, +inf, all masked), or whose processor or grammar fails, returns its error and
     accepts nothing; other rows are not affected.
     """
+    if not rows:
+        return []
     if logits_BV.dim() != 2 or logits_BV.shape[0] != len(rows) or logits_BV.dtype != torch.float32:
         raise ValueError(
             f"logits have shape {tuple(logits_BV.shape)} of {logits_BV.dtype}, expected ({len(rows)}, V) of float32"
         )
-    if not rows:
-        return []
     errors: dict[int, str] = {}
     edited, drawn = any(row.edits for row in rows), [i for i, row in enumerate(rows) if not row.greedy]
     if edited or drawn:
