@@ -6,7 +6,6 @@ rows and `matrices`, `values` give them back, whatever the layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -133,13 +132,6 @@ class FusedWeight(nn.Module):
         """Let the memory go."""
         self._parameters.clear()
         del self.weight
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedWeight:
-        """As of every module; the weight is checked anew, since its planes have other devices or dtypes."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._parameters:
-            self.hold(grok_kernels.Weight.of(self.values, self._parameters.get("scales"), self.weight.layout))
-        return self
 
     def write(self, expert: int, start: int, rows_NK: Tensor) -> None:
         """Rows of one expert's matrix, from `start` on."""

@@ -33,7 +33,6 @@ class PageAllocator:
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._index: dict[Key, int] = {}
         self._keys: list[Key | None] = [None] * num_pages  # None: not indexed
-        self._children = [0] * num_pages  # indexed pages right behind this one
 
     @property
     def available(self) -> int:
@@ -128,8 +127,6 @@ class PageAllocator:
         if self._refs[page] == 1:  # other holders might not hold `parent`
             self._index[key] = page
             self._keys[page] = key
-            if parent is not None:
-                self._children[parent] += 1
         return page
 
     def _drop(self, page: int) -> None:
@@ -145,11 +142,7 @@ class PageAllocator:
         page, _ = self._cached.popitem(last=False)
         key = self._keys[page]
         assert key is not None
-        # the page is about to get another content, under which pages behind it would be found
-        assert self._children[page] == 0, f"page {page} has indexed pages behind it"
         del self._index[key]
         self._keys[page] = None
-        if key[0] != ROOT:
-            self._children[key[0]] -= 1
         self.evictions += 1
         return page

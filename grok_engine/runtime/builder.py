@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import count
 from numbers import Integral
-from typing import Any
 
 from grok_engine.config import EngineConfig
 from grok_engine.sampling.params import SamplingParams
@@ -42,9 +41,10 @@ class RequestBuilder:
                 raise ValueError(f"prompt {prompt[:40]!r} is text, but the model has no tokenizer: give token ids")
             token_ids = self.tokenizer.encode(prompt)
         else:
-            token_ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # of an array or a tensor
-            if not isinstance(token_ids, Sequence):
+            values = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # of an array or a tensor
+            if not isinstance(values, Sequence):
                 raise ValueError(f"prompt {prompt!r} is neither text nor a list of token ids")
+            token_ids = list(values)
         if not token_ids:
             raise ValueError(f"prompt {prompt!r} is empty: expected at least one token")
         vocab, longest = self.config.model.vocab_size, self.config.max_len
