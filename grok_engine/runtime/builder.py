@@ -17,7 +17,7 @@ from grok_engine.tokenizer.base import Tokenizer
 
 from .request import Answer, Request
 from .sequence import SequenceState
-from .text import SequenceText, begins_text, check_tokenizer
+from .text import SequenceText, begins_text
 
 Prompt = str | Sequence[int]
 
@@ -67,7 +67,9 @@ class RequestBuilder:
         seed = params.seed
         if seed is None:
             seed = secrets.randbits(63) if config.seed is None else config.seed + serial
-        check_tokenizer(params, tokenizer)
+        for name in ("stop", "bad_words", "structured") if tokenizer is None else ():
+            if value := getattr(params, name):
+                raise ValueError(f"{name}={value!r} needs text, but the model has no tokenizer: expected none")
         bad_words = bad_word_tokens(params.bad_words, tokenizer.encode) if tokenizer else []
         at_start = tokenizer is not None and begins_text(tokenizer, prompt_ids)
         scored = params.prompt_logprobs is not None

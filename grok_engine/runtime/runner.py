@@ -104,14 +104,16 @@ class Runner:
         """x_TD: the hidden states of all tokens, one entry after the other. The next call may overwrite them."""
         if self.graphs is not None and (replayed_TD := self.graphs.run(entries)) is not None:
             return replayed_TD
-        numbers, sizes = flatten(entries, self.config.page_size)
-        # non_blocking is safe: from memory that is not pinned, the bytes are read before the call returns
-        numbers = numbers.to(self.device, non_blocking=True)
-        batch = Batch.of(numbers, sizes, max([len(e.token_ids) for e in entries]))
-        x_TD: Tensor = self.model(batch, self.cache)
+        x_TD: Tensor = self.model(self._batch(entries), self.cache)
         return x_TD
 
     @torch.inference_mode()
     def logits(self, x_TD: Tensor) -> Tensor:
         """logits_TV in fp32 of hidden states."""
         return self.model.logits(x_TD)
+
+    def _batch(self, entries: Sequence[Entry]) -> Batch:
+        numbers, sizes = flatten(entries, self.config.page_size)
+        # non_blocking is safe: from memory that is not pinned, the bytes are read before the call returns
+        numbers = numbers.to(self.device, non_blocking=True)
+        return Batch.of(numbers, sizes, max([len(e.token_ids) for e in entries]))

@@ -111,14 +111,6 @@ class SequenceText:
             self.stop_reason, self.finish_reason = self._stops.matched, "stop"
 
 
-def check_tokenizer(params: SamplingParams, tokenizer: Tokenizer | None) -> None:
-    """ValueError if the request needs a tokenizer and there is none."""
-    if tokenizer is None:
-        for name in ("stop", "bad_words", "structured"):
-            if value := getattr(params, name):
-                raise ValueError(f"{name}={value!r} needs text, but the model has no tokenizer: expected none")
-
-
 def begins_text(tokenizer: Tokenizer, context: Sequence[int]) -> bool:
     """Whether an output after this context begins a text, because no token of the context has any."""
     at_start = True

@@ -129,8 +129,7 @@ def _edit(rows: Sequence[SamplingState], x_BV: Tensor, errors: dict[int, str]) -
 
 def _choose(rows: Sequence[SamplingState], x_BV: Tensor, best_B: Tensor, drawn: list[int]) -> list[int]:
     """A token for every row: by random number in the rows `drawn` (steps 5 to 8), the largest logit in the others."""
-    if len(drawn) < len(rows):
-        tokens_B = torch.tensor(_largest(x_BV)[1], device=x_BV.device)
+    tokens = _largest(x_BV)[1] if len(drawn) < len(rows) else [-1] * len(rows)
     if drawn:
         params = [rows[i].params for i in drawn]
         x_RV, best_R = _take(x_BV, drawn), _take(best_B, drawn)
@@ -154,11 +153,9 @@ def _choose(rows: Sequence[SamplingState], x_BV: Tensor, best_B: Tensor, drawn: 
             x_RV = x_RV.masked_fill(x_RV < floor_R[:, None], float("-inf"))
         draw = [[p.temperature for p in params], [p.top_p for p in params], [rows[i].uniform() for i in drawn]]
         drawn_R = grok_kernels.sample_top_p(x_RV, *to_device(np.array(draw, np.float32), x_BV))
-        if len(drawn) == len(rows):
-            tokens_B = drawn_R
-        else:
-            tokens_B[to_device(np.array(drawn), x_BV)] = drawn_R
-    return list(map(int, tokens_B.tolist()))
+        for i, token in zip(drawn, drawn_R.tolist(), strict=True):
+            tokens[i] = int(token)
+    return tokens
 
 
 def _largest(x_BV: Tensor) -> tuple[list[float], list[int]]:
