@@ -71,9 +71,7 @@ class LLMEngine:
         self.runner = Runner(self.model, c)
         self.allocator = PageAllocator(self.runner.num_pages, c.page_size, c.enable_prefix_caching)
         self.scheduler = Scheduler(
-            self.allocator,
-            max_num_seqs=c.max_num_seqs,
-            max_num_batched_tokens=c.max_num_batched_tokens,
+            self.allocator, max_num_seqs=c.max_num_seqs, max_num_batched_tokens=c.max_num_batched_tokens
         )
         self._requests: dict[str, Request] = {}
         self._by_seq_id: dict[int, Taker] = {}  # of the sequences that the scheduler has

@@ -43,11 +43,7 @@ class LLM:
     Errors are those of `LLMEngine`.
     """
 
-    def __init__(
-        self,
-        model: str | Path = "tiny",
-        **options: Any,
-    ) -> None:
+    def __init__(self, model: str | Path = "tiny", **options: Any) -> None:
         with byte_bar("loading") as progress:
             self.engine = LLMEngine(model, progress=progress, **options)
         self._ids = count()

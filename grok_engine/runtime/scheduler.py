@@ -70,12 +70,7 @@ class Scheduler:
     """
 
     def __init__(
-        self,
-        allocator: PageAllocator,
-        *,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        ageing: int = 1024,
+        self, allocator: PageAllocator, *, max_num_seqs: int, max_num_batched_tokens: int, ageing: int = 1024
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs, "each running sequence needs a token a step"
         self.allocator, self.ageing = allocator, ageing
