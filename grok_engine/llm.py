@@ -46,23 +46,15 @@ class LLM:
     def __init__(self, model: str | Path = "tiny", **options: Any) -> None:
         with byte_bar("loading") as progress:
             self.engine = LLMEngine(model, progress=progress, **options)
+        self.config: EngineConfig = self.engine.config  # resolved
+        self.tokenizer: Tokenizer | None = self.engine.tokenizer  # without one, prompts and outputs are token ids
         self._ids = count()
         self._outputs: dict[str, deque[RequestOutput]] = {}  # by request: a step of one call may serve others too
-
-    @property
-    def config(self) -> EngineConfig:
-        """The engine's options, resolved."""
-        return self.engine.config
 
     @property
     def model(self) -> Decoder:
         """The decoder."""
         return self.engine.model
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """None if the model has none; prompts and outputs are then token ids."""
-        return self.engine.tokenizer
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, checked as `LLMEngine.encode` does."""

@@ -46,7 +46,7 @@ class _Draft:
 
     budget: int  # tokens left to give
     reserved: int  # of them, kept back from prompts: one for each decoding sequence from `place` on
-    head: SequenceState | None  # the next to admit; None once nothing more is admitted in this step
+    admits: bool = True  # whether more sequences may be admitted in this step
     place: int = 0
     preempted: list[SequenceState] = field(default_factory=list)
     seqs: list[SequenceState] = field(default_factory=list)
@@ -160,9 +160,12 @@ class Scheduler:
         """
         assert self._pending is None, "the last step was not committed"
         running = self.running
-        step = _Draft(self.max_num_batched_tokens, self._decoding(0), self.waiting[0] if self.waiting else None)
+        step = _Draft(self.max_num_batched_tokens, self._decoding(0))
         while True:
-            head, seq = step.head, running[step.place] if step.place < len(running) else None
+            head = self.waiting[0] if self.waiting and step.admits else None
+            seq = running[step.place] if step.place < len(running) else None
+            if head in step.preempted:
+                head = None
             if head is not None and (seq is None or head.rank < seq.rank):
                 self._admit(head, step)
             elif seq is not None:
@@ -217,7 +220,6 @@ class Scheduler:
             step.place += 1
         if len(step.preempted) > preempted:
             step.reserved = self._decoding(step.place)
-            step.head = self._next_head(step) if step.head is not None else None
 
     def _decoding(self, first: int) -> int:
         """Sequences running from place `first` on that need one token."""
@@ -228,13 +230,8 @@ class Scheduler:
     def _admit(self, seq: SequenceState, step: _Draft) -> None:
         """Take the head of the queue in at `step.place`, with pages for all of its tokens, or end this step's
         admissions: nothing passes one that has to wait."""
-        admitted = step.budget > step.reserved and self._start(seq, step)
+        step.admits = step.budget > step.reserved and self._start(seq, step)
         step.reserved = self._decoding(step.place)
-        step.head = self._next_head(step) if admitted else None
-
-    def _next_head(self, step: _Draft) -> SequenceState | None:
-        """The most urgent waiting sequence; None if this step preempted it."""
-        return self.waiting[0] if self.waiting and self.waiting[0] not in step.preempted else None
 
     def _start(self, seq: SequenceState, step: _Draft) -> bool:
         """Start `seq` if there are pages and a seat, preempting sequences of a higher priority number if need be.

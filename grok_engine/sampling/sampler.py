@@ -183,11 +183,7 @@ def _find_bad(bests: Sequence[float], errors: dict[int, str], what: str) -> None
     """Add an error for each row whose largest logit is not finite."""
     for i, best in enumerate(bests):
         if not -float("inf") < best < float("inf") and i not in errors:
-            has = (
-                "are all -inf: no token can follow"
-                if best == -float("inf")
-                else f"have {'+inf' if best > 0 else 'NaN'}"
-            )
+            has = "have +inf" if best > 0 else "are all -inf: no token can follow" if best < 0 else "have NaN"
             errors[i] = f"{what} {has}"
 
 
