@@ -13,23 +13,7 @@ from .sampling.params import RequestOutputKind, SamplingParams, StructuredOutput
 __version__ = "0.1.0"
 
 __all__ = [
-    "LLM",
-    "AsyncLLM",
-    "CheckpointError",
-    "CompletionOutput",
-    "ConfigError",
-    "EngineClosedError",
-    "EngineConfig",
-    "EngineStats",
-    "LLMEngine",
-    "ModelConfig",
-    "RequestMetrics",
-    "RequestOutput",
-    "RequestOutputKind",
-    "SamplingParams",
-    "StreamChunk",
-    "StructuredOutput",
-    "__version__",
-    "preset",
-    "read_config",
-]
+    "LLM", "AsyncLLM", "CheckpointError", "CompletionOutput", "ConfigError", "EngineClosedError", "EngineConfig",
+    "EngineStats", "LLMEngine", "ModelConfig", "RequestMetrics", "RequestOutput", "RequestOutputKind", "SamplingParams",
+    "StreamChunk", "StructuredOutput", "__version__", "preset", "read_config",
+]  # fmt: skip

@@ -71,10 +71,7 @@ class LLMEngine:
         self.runner = Runner(self.model, c)
         self.allocator = PageAllocator(self.runner.num_pages, c.page_size, c.enable_prefix_caching)
         self.scheduler = Scheduler(
-            self.allocator,
-            max_num_seqs=c.max_num_seqs,
-            max_num_batched_tokens=c.max_num_batched_tokens,
-            max_model_len=c.max_len,
+            self.allocator, max_num_seqs=c.max_num_seqs, max_num_batched_tokens=c.max_num_batched_tokens
         )
         self._requests: dict[str, Request] = {}
         self._by_seq_id: dict[int, Taker] = {}  # of the sequences that the scheduler has
@@ -154,7 +151,7 @@ class LLMEngine:
         self._lap("schedule")
         takers, logits_BV = self._forward(plan)
         self._lap("forward")
-        sampled = self._sample(takers, logits_BV)
+        sampled = sample([answer.sampler for _, answer in takers], logits_BV)
         self._lap("sample")
         outputs = self._emit(plan, takers, sampled)
         self._lap("output")
@@ -192,13 +189,6 @@ class LLMEngine:
             return [], x_RD[:0]
         logits_BV = self.runner.logits(x_RD if len(rows) == len(x_RD) else take_rows(x_RD, rows))
         return takers, logits_BV if len(takers) == len(rows) else take_rows(logits_BV, sources)
-
-    def _sample(self, takers: list[Taker], logits_BV: Tensor) -> list[Sampled]:
-        """A token or an error for each answer."""
-        if not takers:
-            return []
-        with torch.inference_mode():
-            return sample([answer.sampler for _, answer in takers], logits_BV)
 
     def _emit(self, plan: StepPlan, takers: list[Taker], sampled: list[Sampled]) -> list[RequestOutput]:
         """Commit the step, append the tokens, and finish what they end."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import DType, EngineConfig, WeightFormat
+from .config import EngineConfig
 from .engine import LLMEngine
 from .models.decoder import Decoder
 from .progress import byte_bar, request_bar
@@ -43,34 +43,18 @@ class LLM:
     Errors are those of `LLMEngine`.
     """
 
-    def __init__(
-        self,
-        model: str | Path = "tiny",
-        *,
-        dtype: DType | torch.dtype = "bfloat16",
-        device: str = "cpu",
-        weights: WeightFormat | None = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, model: str | Path = "tiny", **options: Any) -> None:
         with byte_bar("loading") as progress:
-            self.engine = LLMEngine(model, progress=progress, dtype=dtype, device=device, weights=weights, **options)
+            self.engine = LLMEngine(model, progress=progress, **options)
+        self.config: EngineConfig = self.engine.config  # resolved
+        self.tokenizer: Tokenizer | None = self.engine.tokenizer  # without one, prompts and outputs are token ids
         self._ids = count()
         self._outputs: dict[str, deque[RequestOutput]] = {}  # by request: a step of one call may serve others too
-
-    @property
-    def config(self) -> EngineConfig:
-        """The engine's options, resolved."""
-        return self.engine.config
 
     @property
     def model(self) -> Decoder:
         """The decoder."""
         return self.engine.model
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """None if the model has none; prompts and outputs are then token ids."""
-        return self.engine.tokenizer
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, checked as `LLMEngine.encode` does."""

@@ -47,7 +47,7 @@ ALLOWED: Table = {
     "grok_engine.runtime.runner": (
         "config", "models", "runtime.batch", "runtime.graphs", "runtime.pages", "runtime.plan", "grok_kernels",
     ),
-    "grok_engine.sampling": ("tokenizer", "grok_kernels"),
+    "grok_engine.sampling": ("config", "tokenizer", "grok_kernels"),
     "grok_engine.layers": ("config", "runtime.batch", "grok_kernels"),
     "grok_engine.models": ("config", "layers", "runtime.batch"),
     "grok_engine.loading": ("checkpoint", "config", "layers", "models", "grok_kernels"),

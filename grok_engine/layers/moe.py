@@ -33,19 +33,17 @@ class Router(NamedTensor):
 class Experts(nn.Module):
     """Σ_a weight_a · down(act(gate x) * up x) over the experts that the router chooses for each token.
 
-    Without a router, one expert that every token takes whole. activations: the format to which the rows of both
+    Not routed, it is one expert that every token takes whole. activations: the format to which the rows of both
     products are rounded.
     """
 
-    def __init__(
-        self, prefix: str, experts: int, d: int, f: int, activation: str, activations: ActFormat,
-        router: Router | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, config: ModelConfig, prefix: str, activations: ActFormat, *, routed: bool) -> None:
         super().__init__()
-        self.activation, self.activations = activation, activations
-        self.router = router
-        self.w13 = FusedWeight(experts, d, {f"{prefix}.gate": f, f"{prefix}.up": f})
-        self.w2 = FusedWeight(experts, f, {f"{prefix}.down": d})
+        c, self.activation, self.activations = config, config.activation, activations
+        experts, f = (c.num_experts, c.d_ff) if routed else (1, c.dense_d_ff)
+        self.router = Router(f"{prefix}.router", c) if routed else None
+        self.w13 = FusedWeight(experts, c.d_model, {f"{prefix}.gate": f, f"{prefix}.up": f})
+        self.w2 = FusedWeight(experts, f, {f"{prefix}.down": c.d_model})
 
     def forward(self, x: Normed) -> Tensor:
         topk_weights_TA, experts_TA, *grouping = _whole(x.x_TD) if self.router is None else self.router(x.x_TD)
@@ -80,16 +78,9 @@ class DenseAndExperts(nn.Module):
 
 def feed_forward(config: ModelConfig, prefix: str, activations: ActFormat = "none") -> nn.Module:
     """The block that `config` describes, its weights named under `prefix`.moe and `prefix`.mlp."""
-    c = config
-    formats = c.activation, activations
-
-    def dense() -> Experts:
-        return Experts(f"{prefix}.mlp", 1, c.d_model, c.dense_d_ff, *formats)
-
-    def experts() -> Experts:
-        router = Router(f"{prefix}.moe.router", c)
-        return Experts(f"{prefix}.moe", c.num_experts, c.d_model, c.d_ff, *formats, router)
-
-    if not c.num_experts:
-        return dense()
-    return DenseAndExperts(dense(), experts()) if c.dense_d_ff else experts()
+    dense = Experts(config, f"{prefix}.mlp", activations, routed=False) if config.dense_d_ff else None
+    if not config.num_experts:
+        assert dense is not None
+        return dense
+    experts = Experts(config, f"{prefix}.moe", activations, routed=True)
+    return DenseAndExperts(dense, experts) if dense else experts

@@ -33,7 +33,6 @@ class PageAllocator:
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._index: dict[Key, int] = {}
         self._keys: list[Key | None] = [None] * num_pages  # None: not indexed
-        self._children = [0] * num_pages  # indexed pages right behind this one
 
     @property
     def available(self) -> int:
@@ -64,8 +63,7 @@ class PageAllocator:
                 break
             pages.append(page)
             parent = page
-        for page in pages:
-            self._hold(page)
+        self.hold(pages)
         return pages
 
     def allocate(self, count: int) -> list[int] | None:
@@ -78,10 +76,12 @@ class PageAllocator:
             self._refs[page] = 1
         return pages
 
-    def share(self, pages: Iterable[int]) -> None:
-        """Hold each page once more, for a sequence that starts with the same tokens."""
+    def hold(self, pages: Iterable[int]) -> None:
+        """Hold each page, which is held or cached, once more."""
         for page in pages:
-            assert self._refs[page] > 0, f"page {page} is held by nobody"
+            if self._refs[page] == 0:
+                assert page in self._cached, f"page {page} is held by nobody"
+                del self._cached[page]
             self._refs[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
@@ -121,20 +121,13 @@ class PageAllocator:
             return page  # `match` cannot reach what is behind an unindexed page
         first = self._index.get(key)
         if first is not None:
-            self._hold(first)
+            self.hold([first])
             self._drop(page)
             return first
         if self._refs[page] == 1:  # other holders might not hold `parent`
             self._index[key] = page
             self._keys[page] = key
-            if parent is not None:
-                self._children[parent] += 1
         return page
-
-    def _hold(self, page: int) -> None:
-        if self._refs[page] == 0:
-            del self._cached[page]
-        self._refs[page] += 1
 
     def _drop(self, page: int) -> None:
         assert self._refs[page] > 0, f"page {page} is held by nobody"
@@ -149,11 +142,7 @@ class PageAllocator:
         page, _ = self._cached.popitem(last=False)
         key = self._keys[page]
         assert key is not None
-        # the page is about to get another content, under which pages behind it would be found
-        assert self._children[page] == 0, f"page {page} has indexed pages behind it"
         del self._index[key]
         self._keys[page] = None
-        if key[0] != ROOT:
-            self._children[key[0]] -= 1
         self.evictions += 1
         return page

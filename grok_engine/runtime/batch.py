@@ -15,16 +15,16 @@ from .plan import Entry
 ALIGNED = 4  # int32s, 16 bytes: Triton compiles another kernel for a pointer that is not at a multiple of that
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Batch:
     """A flat batch: the T new tokens of B requests, one request after the other. All index tensors are int32."""
 
     tokens_T: Tensor
     positions_T: Tensor
     slots_T: Tensor  # where each token's key and value are written: page · S + slot; −1 writes nothing
-    block_table_BN: Tensor
     query_start: Tensor  # (B + 1,)
     seq_lens_B: Tensor  # keys of each request, including those of its new tokens
+    block_table_BN: Tensor
     max_query_len: int
 
     @classmethod
@@ -35,15 +35,8 @@ class Batch:
             parts.append(numbers.narrow(0, at, size))
             at += size + -size % ALIGNED
         tokens_T, positions_T, slots_T, query_start, seq_lens_B, table = parts
-        return cls(
-            tokens_T=tokens_T,
-            positions_T=positions_T,
-            slots_T=slots_T,
-            block_table_BN=table.view(seq_lens_B.shape[0], -1),
-            query_start=query_start,
-            seq_lens_B=seq_lens_B,
-            max_query_len=max_query_len,
-        )
+        table_BN = table.view(len(seq_lens_B), -1)
+        return cls(tokens_T, positions_T, slots_T, query_start, seq_lens_B, table_BN, max_query_len)
 
 
 def flatten(entries: Sequence[Entry], page_size: int, rows: int = 0, width: int = 0) -> tuple[Tensor, list[int]]:
@@ -53,11 +46,8 @@ def flatten(entries: Sequence[Entry], page_size: int, rows: int = 0, width: int 
     with slot −1 (writing nothing). width: pad the block table to this many columns.
     """
     width = max(width, max([len(e.pages) for e in entries]))
-    tokens: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    seq_lens: list[int] = []
-    query_start = [0]
+    lists: tuple[list[int], ...] = ([], [], [], [0], [])
+    tokens, positions, slots, query_start, seq_lens = lists
     table = array("i")
     for token_ids, start, pages, _, _ in entries:
         stop = start + len(token_ids)
@@ -76,7 +66,6 @@ def flatten(entries: Sequence[Entry], page_size: int, rows: int = 0, width: int 
         query_start += range(len(entries) + 1, rows + 1)
         seq_lens += [seq_lens[least]] * more
         table += table[least * width : (least + 1) * width] * more
-    lists = (tokens, positions, slots, query_start, seq_lens)
     sizes = [*map(len, lists), len(table)]
     for part in lists:
         part += [0] * (-len(part) % ALIGNED)
@@ -91,7 +80,7 @@ def take_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
     return x.index_select(0, torch.tensor(rows).to(x.device, non_blocking=True))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class KVPages:
     """One layer's pages, (P, G, S, C) each. e4m3 pages have one fp32 scale per token and head, (P, G, S)."""
 

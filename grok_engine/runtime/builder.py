@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import count
 from numbers import Integral
-from typing import Any
 
 from grok_engine.config import EngineConfig
-from grok_engine.sampling.params import SamplingParams, fresh_seed
+from grok_engine.sampling.params import SamplingParams
 from grok_engine.sampling.state import SamplingState, bad_word_tokens
 from grok_engine.sampling.structured import StructuredCompiler
 from grok_engine.tokenizer.base import Tokenizer
 
 from .request import Answer, Request
 from .sequence import SequenceState
-from .text import SequenceText, begins_text, check_tokenizer
+from .text import SequenceText, begins_text
 
 Prompt = str | Sequence[int]
 
@@ -41,7 +41,10 @@ class RequestBuilder:
                 raise ValueError(f"prompt {prompt[:40]!r} is text, but the model has no tokenizer: give token ids")
             token_ids = self.tokenizer.encode(prompt)
         else:
-            token_ids = list(_as_list(prompt))
+            values = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # of an array or a tensor
+            if not isinstance(values, Sequence):
+                raise ValueError(f"prompt {prompt!r} is neither text nor a list of token ids")
+            token_ids = list(values)
         if not token_ids:
             raise ValueError(f"prompt {prompt!r} is empty: expected at least one token")
         vocab, longest = self.config.model.vocab_size, self.config.max_len
@@ -61,8 +64,12 @@ class RequestBuilder:
             raise ValueError(f"prompt has {len(prompt_ids)} tokens, all of max_model_len: no room for a new one")
         params.check_vocabulary(config.model.vocab_size)
         serial = next(self._serial)
-        seed = fresh_seed(params) if params.seed is not None or config.seed is None else config.seed + serial
-        check_tokenizer(params, tokenizer)
+        seed = params.seed
+        if seed is None:
+            seed = secrets.randbits(63) if config.seed is None else config.seed + serial
+        for name in ("stop", "bad_words", "structured") if tokenizer is None else ():
+            if value := getattr(params, name):
+                raise ValueError(f"{name}={value!r} needs text, but the model has no tokenizer: expected none")
         bad_words = bad_word_tokens(params.bad_words, tokenizer.encode) if tokenizer else []
         at_start = tokenizer is not None and begins_text(tokenizer, prompt_ids)
         scored = params.prompt_logprobs is not None
@@ -86,11 +93,3 @@ class RequestBuilder:
             request_id, prompt if isinstance(prompt, str) else None, prompt_ids, params, time.monotonic(), answers,
             forked=params.n == 1, prompt_logprobs=[None] * len(prompt_ids) if scored else None,
         )  # fmt: skip
-
-
-def _as_list(prompt: Any) -> Sequence[Any]:
-    """Arrays and tensors count as the lists they hold."""
-    values = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-    if not isinstance(values, Sequence):
-        raise ValueError(f"prompt {prompt!r} is neither text nor a list of token ids")
-    return values

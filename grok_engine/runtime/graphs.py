@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
-from itertools import product
+from itertools import count, product, takewhile
 from typing import Protocol
 
 import torch
@@ -43,11 +43,9 @@ Run = Callable[[], Tensor]
 class Capture(Protocol):
     """How to capture a run: as a CUDA graph, or as a recording on a CPU."""
 
-    def rungs(self, most: int) -> Sequence[int]:
-        """Numbers of rows to capture, ascending; `most` is the largest that a step has."""
-
-    def widths(self, longest: int, page_size: int) -> Sequence[int]:
-        """Widths of the block table to capture, ascending; the last has room for the longest request."""
+    def shapes(self, most: int, longest: int, page_size: int) -> tuple[Sequence[int], Sequence[int]]:
+        """Numbers of rows to capture, up to `most` of a step, and widths of the block table, up to the longest request;
+        both ascending."""
 
     def key(self) -> Hashable | None:
         """A capture may be replayed only while this stays the same; None: nothing can be captured now."""
@@ -63,12 +61,8 @@ def rungs(most: int) -> tuple[int, ...]:
 
 def widths(longest: int, page_size: int) -> tuple[int, ...]:
     """Widths of the block table to capture: doubling, up to the pages of the longest request."""
-    last, found = -(-longest // page_size), []
-    width = max(NARROWEST // page_size, 1)
-    while width < last:
-        found.append(width)
-        width *= 2
-    return (*found, last)
+    last, narrowest = -(-longest // page_size), max(NARROWEST // page_size, 1)
+    return (*takewhile(lambda width: width < last, (narrowest << i for i in count())), last)
 
 
 class DecodeGraphs:
@@ -77,8 +71,7 @@ class DecodeGraphs:
     def __init__(self, model: Decoder, cache: Sequence[KVPages], config: EngineConfig, capture: Capture) -> None:
         self._model, self._cache, self._capture = model, cache, capture
         self._page_size, self._device = config.page_size, model.cos_sin.device
-        self._rungs = capture.rungs(config.max_num_seqs)
-        self._widths = capture.widths(config.max_len, config.page_size)
+        self._rungs, self._widths = capture.shapes(config.max_num_seqs, config.max_len, config.page_size)
         self._runs: dict[tuple[int, int, Hashable], tuple[Tensor, Run]] = {}
 
     def run(self, entries: Sequence[Entry]) -> Tensor | None:
@@ -93,6 +86,7 @@ class DecodeGraphs:
         width = self._widths[bisect_left(self._widths, widest)]
         return self._replay(entries, rows, width, key)[: len(entries)]
 
+    @torch.inference_mode()
     def bytes_needed(self, free: Callable[[], int]) -> int:
         """Bytes that the graphs of all shapes will take, measured by capturing the two largest. free: bytes available.
 
@@ -127,13 +121,8 @@ class DecodeGraphs:
 class CpuCapture:
     """Captures recordings of native calls, each with tensors of its own."""
 
-    @staticmethod
-    def rungs(most: int) -> Sequence[int]:
-        return range(1, min(most, CPU_ROWS) + 1)
-
-    @staticmethod
-    def widths(longest: int, page_size: int) -> Sequence[int]:
-        return widths(longest, page_size)[-1:]
+    def shapes(self, most: int, longest: int, page_size: int) -> tuple[Sequence[int], Sequence[int]]:
+        return range(1, min(most, CPU_ROWS) + 1), widths(longest, page_size)[-1:]
 
     def key(self) -> Hashable | None:
         return grok_kernels.cpu.recordable()
@@ -145,12 +134,13 @@ class CpuCapture:
 class CudaCapture:
     """Captures CUDA graphs that share one memory pool: one runs at a time, and its result is used before the next."""
 
-    rungs, widths = staticmethod(rungs), staticmethod(widths)
-
     def __init__(self, device: torch.device) -> None:
         self._device = device
         with torch.cuda.device(device):
             self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+
+    def shapes(self, most: int, longest: int, page_size: int) -> tuple[Sequence[int], Sequence[int]]:
+        return rungs(most), widths(longest, page_size)
 
     def key(self) -> Hashable | None:
         return grok_kernels.capturable(self._device.type)

@@ -24,16 +24,12 @@ def allocate_pages(
     """One `KVPages` a layer, (num_pages, G, page_size, C) of `dtype`, uninitialised."""
     shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
 
-    def scales() -> torch.Tensor | None:
-        return torch.empty(shape[:3], device=device) if dtype == torch.float8_e4m3fn else None
+    def planes(shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
+        return [torch.empty(shape, dtype=dtype, device=device) for _ in range(2)]
 
+    scaled = dtype == torch.float8_e4m3fn
     return [
-        KVPages(
-            k=torch.empty(shape, dtype=dtype, device=device),
-            v=torch.empty(shape, dtype=dtype, device=device),
-            k_scale=scales(),
-            v_scale=scales(),
-        )
+        KVPages(*planes(shape, dtype), *planes(shape[:3], torch.float32) if scaled else ())
         for _ in range(config.num_layers)
     ]
 

@@ -20,10 +20,6 @@ class Entry(NamedTuple):
     num_logits: int = 0
     seq_id: int = -1
 
-    @property
-    def stop(self) -> int:
-        return self.start + len(self.token_ids)
-
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:

@@ -74,10 +74,11 @@ class Answer:
     def accept(self, result: Sampled) -> bool:
         """Append a sampled token. Returns whether it finishes the answer."""
         self.state.output_ids.append(result.token)
-        if result.logprob is not None:
-            self.logprobs.append({result.token: result.logprob, **dict(result.top_logprobs or ())})
-            self.cumulative_logprob += result.logprob
-        return self.text.push(result.token).finish_reason is not None
+        if (found := result.logprobs) is not None:
+            self.logprobs.append({result.token: found.logprob, **dict(found.top)})
+            self.cumulative_logprob += found.logprob
+        self.text.push(result.token)
+        return self.text.finish_reason is not None
 
     def completion(self, delta: bool) -> CompletionOutput:
         """The answer so far, or with `delta` what is new since the last call."""

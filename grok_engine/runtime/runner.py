@@ -61,9 +61,8 @@ class Runner:
             return c.num_pages
         budget = c.kv_memory
         if budget is None:
-            budget = self._left_on_device() if self.device.type == "cuda" else CPU_KV_BYTES
-            if self.device.type != "cuda":
-                budget = max(budget, longest * self.page_bytes)
+            on_gpu = self.device.type == "cuda"
+            budget = self._left_on_device() if on_gpu else max(CPU_KV_BYTES, longest * self.page_bytes)
         pages = budget // self.page_bytes
         if pages < 1:
             raise ConfigError(f"kv_memory: {budget} bytes hold no page, expected {self.page_bytes} or more for one")
@@ -83,15 +82,11 @@ class Runner:
         used = total - free - torch.cuda.memory_reserved(self.device) + torch.cuda.max_memory_allocated(self.device)
         torch.cuda.empty_cache()
         if graphs := self._new_graphs():
-            used += self._bytes_of(graphs)
+            used += graphs.bytes_needed(lambda: torch.cuda.mem_get_info(self.device)[0])
             del graphs
         self.cache = []
         torch.cuda.empty_cache()
         return int(total * GPU_SHARE) - used
-
-    @torch.inference_mode()
-    def _bytes_of(self, graphs: DecodeGraphs) -> int:
-        return graphs.bytes_needed(lambda: torch.cuda.mem_get_info(self.device)[0])
 
     def forward(self, plan: StepPlan) -> Tensor:
         """x_RD: the hidden states of the rows that want logits, in the order of the plan. The next call may overwrite

@@ -13,13 +13,16 @@ whatever others hold can be taken from them or comes free, and `add` refuses wha
 from __future__ import annotations
 
 from array import array
-from bisect import insort
+from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 from itertools import count, takewhile
+from operator import attrgetter
 
 from .allocator import PageAllocator
 from .plan import Entry, StepPlan
-from .sequence import SequenceState, Status, WaitingQueue
+from .sequence import SequenceState, Status
+
+_rank = attrgetter("rank")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +46,7 @@ class _Draft:
 
     budget: int  # tokens left to give
     reserved: int  # of them, kept back from prompts: one for each decoding sequence from `place` on
-    head: SequenceState | None  # the next to admit; None once nothing more is admitted in this step
+    admits: bool = True  # whether more sequences may be admitted in this step
     place: int = 0
     preempted: list[SequenceState] = field(default_factory=list)
     seqs: list[SequenceState] = field(default_factory=list)
@@ -67,26 +70,13 @@ class Scheduler:
     """
 
     def __init__(
-        self,
-        allocator: PageAllocator,
-        *,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        max_model_len: int,
-        ageing: int = 1024,
+        self, allocator: PageAllocator, *, max_num_seqs: int, max_num_batched_tokens: int, ageing: int = 1024
     ) -> None:
-        for name, value in (("max_num_seqs", max_num_seqs), ("max_model_len", max_model_len), ("ageing", ageing)):
-            if value < 1:
-                raise ValueError(f"{name}={value} is not a positive integer")
-        if max_num_batched_tokens < max_num_seqs:
-            raise ValueError(
-                f"max_num_batched_tokens={max_num_batched_tokens} is less than max_num_seqs={max_num_seqs}: "
-                "expected at least one token a step for each running sequence"
-            )
-        self.allocator, self.max_model_len, self.ageing = allocator, max_model_len, ageing
+        assert max_num_batched_tokens >= max_num_seqs, "each running sequence needs a token a step"
+        self.allocator, self.ageing = allocator, ageing
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.running: list[SequenceState] = []  # by rank
-        self.waiting = WaitingQueue()
+        self.waiting: list[SequenceState] = []  # by rank
         self.preemptions = self.query_tokens = self.hit_tokens = self.prompt_tokens = 0
         self._serial = count()
         self._pending: tuple[StepPlan, list[SequenceState]] | None = None  # scheduled, not committed
@@ -117,13 +107,7 @@ class Scheduler:
         assert seq.status is Status.NEW, f"sequence {seq.seq_id} was added before"
         assert not seq.output_ids, f"sequence {seq.seq_id} starts with {len(seq.output_ids)} generated tokens"
         prompt, new, allocator = len(seq.prompt_ids), seq.max_new_tokens, self.allocator
-        if prompt < 1 or new < 1:
-            raise ValueError(f"{prompt} prompt tokens and max_new_tokens={new}: expected at least one of each")
-        if prompt + new > self.max_model_len:
-            most = self.max_model_len
-            raise ValueError(
-                f"{prompt} prompt tokens + {new} new ones = {prompt + new}, more than max_model_len={most}"
-            )
+        assert prompt >= 1, f"sequence {seq.seq_id} has no token"
         pages = allocator.pages_for(prompt + new - 1)  # the last token is never fed back
         if pages > allocator.num_pages:
             raise ValueError(
@@ -132,7 +116,7 @@ class Scheduler:
             )
         seq.arrival = next(self._serial)
         seq.rank = (seq.priority * self.ageing + seq.arrival, seq.arrival)
-        self.waiting.push(seq)
+        self._wait(seq)
 
     def finish(self, seq: SequenceState) -> None:
         """End a sequence, done or aborted, at any time; its pages are free at once. Again is no error."""
@@ -140,9 +124,9 @@ class Scheduler:
         if seq.status is Status.RUNNING:
             self.running.remove(seq)
             self._release(seq)
-            seq.status = Status.FINISHED
         elif seq.status is Status.WAITING:
-            self.waiting.discard(seq)
+            del self.waiting[bisect_left(self.waiting, seq.rank, key=_rank)]
+        seq.status = Status.FINISHED
 
     def fork(self, seq: SequenceState, child: SequenceState) -> None:
         """Start a new sequence where `seq` stands, on its pages: one of n samples of a prompt.
@@ -159,12 +143,12 @@ class Scheduler:
         child.cached_tokens, child.logits_from = seq.cached_tokens, seq.logits_from
         if seq.status is Status.RUNNING and len(self.running) < self.max_num_seqs:
             child.pages = seq.pages[: self.allocator.pages_for(seq.num_computed)]  # pages beyond are unwritten
-            self.allocator.share(child.pages)
+            self.allocator.hold(child.pages)
             child.num_computed, child.num_registered = seq.num_computed, seq.num_registered
             child.status = Status.RUNNING
-            insort(self.running, child, key=lambda s: s.rank)
+            insort(self.running, child, key=_rank)
         else:
-            self.waiting.push(child)
+            self._wait(child)
 
     # Steps
 
@@ -176,9 +160,12 @@ class Scheduler:
         """
         assert self._pending is None, "the last step was not committed"
         running = self.running
-        step = _Draft(self.max_num_batched_tokens, self._decoding(0), self.waiting.head())
+        step = _Draft(self.max_num_batched_tokens, self._decoding(0))
         while True:
-            head, seq = step.head, running[step.place] if step.place < len(running) else None
+            head = self.waiting[0] if self.waiting and step.admits else None
+            seq = running[step.place] if step.place < len(running) else None
+            if head in step.preempted:
+                head = None
             if head is not None and (seq is None or head.rank < seq.rank):
                 self._admit(head, step)
             elif seq is not None:
@@ -233,7 +220,6 @@ class Scheduler:
             step.place += 1
         if len(step.preempted) > preempted:
             step.reserved = self._decoding(step.place)
-            step.head = self._next_head(step) if step.head is not None else None
 
     def _decoding(self, first: int) -> int:
         """Sequences running from place `first` on that need one token."""
@@ -244,14 +230,8 @@ class Scheduler:
     def _admit(self, seq: SequenceState, step: _Draft) -> None:
         """Take the head of the queue in at `step.place`, with pages for all of its tokens, or end this step's
         admissions: nothing passes one that has to wait."""
-        admitted = step.budget > step.reserved and self._start(seq, step)
+        step.admits = step.budget > step.reserved and self._start(seq, step)
         step.reserved = self._decoding(step.place)
-        step.head = self._next_head(step) if admitted else None
-
-    def _next_head(self, step: _Draft) -> SequenceState | None:
-        """The head of the queue; None if this step preempted it."""
-        head = self.waiting.head()
-        return None if head in step.preempted else head
 
     def _start(self, seq: SequenceState, step: _Draft) -> bool:
         """Start `seq` if there are pages and a seat, preempting sequences of a higher priority number if need be.
@@ -274,7 +254,8 @@ class Scheduler:
                 return False
         fresh = allocator.allocate(need)
         assert fresh is not None
-        self.waiting.pop(seq)
+        assert self.waiting[0] is seq
+        del self.waiting[0]
         running.insert(step.place, seq)
         seq.status, seq.pages, seq.num_registered = Status.RUNNING, array("i", cached + fresh), len(cached)
         seq.num_computed = len(cached) * allocator.page_size
@@ -327,9 +308,13 @@ class Scheduler:
         self._release(seq)
         seq.preemptions += 1
         self.preemptions += 1
-        self.waiting.push(seq)
+        self._wait(seq)
         step.preempted.append(seq)
         return seq
+
+    def _wait(self, seq: SequenceState) -> None:
+        seq.status = Status.WAITING
+        insort(self.waiting, seq, key=_rank)
 
     def _release(self, seq: SequenceState) -> None:
         self.allocator.release(seq.pages)

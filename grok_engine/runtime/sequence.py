@@ -1,11 +1,10 @@
-"""The state of one sequence, and the queue of those that wait. No torch."""
+"""The state of one sequence. No torch."""
 
 from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
 from enum import Enum
-from heapq import heapify, heappop, heappush
 
 Rank = tuple[int, int]
 
@@ -61,40 +60,3 @@ class SequenceState:
         if start >= prompt:
             return self.output_ids[start - prompt : stop - prompt]
         return self.prompt_ids[start:stop] + self.output_ids[: max(stop - prompt, 0)]
-
-
-class WaitingQueue:
-    """Waiting sequences, the lowest rank first. Finished ones are skipped lazily, so that an abort is O(1)."""
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[Rank, SequenceState]] = []
-        self._size = 0
-
-    def __len__(self) -> int:
-        return self._size
-
-    def push(self, seq: SequenceState) -> None:
-        seq.status = Status.WAITING
-        heappush(self._heap, (seq.rank, seq))
-        self._size += 1
-
-    def head(self) -> SequenceState | None:
-        """The next to admit."""
-        heap = self._heap
-        while heap and heap[0][1].status is not Status.WAITING:
-            heappop(heap)
-        return heap[0][1] if heap else None
-
-    def pop(self, seq: SequenceState) -> None:
-        """Take out `seq`, which is the head."""
-        popped = heappop(self._heap)[1]
-        assert popped is seq
-        self._size -= 1
-
-    def discard(self, seq: SequenceState) -> None:
-        """Finish a waiting sequence where it stands."""
-        seq.status = Status.FINISHED
-        self._size -= 1
-        if len(self._heap) > 2 * self._size + 64:  # rarely, so that aborted ones do not pile up
-            self._heap = [item for item in self._heap if item[1].status is Status.WAITING]
-            heapify(self._heap)

@@ -3,68 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from grok_engine.sampling.params import Patterns, SamplingParams
+from grok_engine.sampling.params import SamplingParams
 from grok_engine.tokenizer.base import IncrementalDetokenizer, Tokenizer
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 _CONTEXT = 16  # prompt tokens to decode again before the output: a character has at most 4 byte tokens
 
 
-class Emitted(NamedTuple):
-    """Text that became final, and why the sequence is finished, if it is."""
-
-    text: str
-    finish_reason: FinishReason | None
-
-
 class StopStrings:
     """Cuts a text that comes in pieces where a stop string is first complete.
 
     Of several that end at the same character the longest counts, so the result does not depend on how the text was
-    divided. A character costs one step of an automaton, however many and long the stop strings are. With `include`
-    the match stays in the text, and nothing is held back.
+    divided. With `include` the match stays in the text, and nothing is held back.
     """
 
     def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         self.stops, self._include = tuple(stops), include
-        self._patterns = Patterns(self.stops)
-        self._state = 0
-        self._held = ""  # held back: the longest suffix that begins a stop string
+        self._longest = max(map(len, stops), default=0)
+        self._tail = ""  # the longest suffix that begins a stop string; held back, unless with `include`
         self.matched: str | None = None
 
     def push(self, text: str) -> str:
         """The text that became final with `text`; nothing after a match."""
         if self.matched is not None or not text:
             return ""
-        if not self.stops:
-            return text
-        patterns, state = self._patterns, self._state
-        joined = self._held + text
-        for place, character in enumerate(text, len(self._held) + 1):
-            state = patterns.step(state, character)
-            if found := patterns.found[state]:
-                self.matched = self.stops[found[0]]
-                self._held = ""
-                return joined[: place if self._include else place - len(self.matched)]
-        self._state = state
-        keep = len(joined) - (0 if self._include else patterns.depth[state])
-        out, self._held = joined[:keep], joined[keep:]
-        return out
+        joined = self._tail + text
+        shown = len(self._tail) if self._include else 0
+        ends = [(at + len(stop), -len(stop), stop) for stop in self.stops if (at := joined.find(stop)) >= 0]
+        if ends:
+            end, _, self.matched = min(ends)
+            self._tail = ""
+            return joined[shown : end if self._include else end - len(self.matched)]
+        begin = max(len(joined) - self._longest, 0)
+        while not any(stop.startswith(joined[begin:]) for stop in self.stops) and begin < len(joined):
+            begin += 1
+        self._tail = joined[begin:]
+        return joined[shown : None if self._include else begin]
 
     def finish(self) -> str:
         """The text held back, when no more will come."""
-        out, self._held = self._held, ""
+        out, self._tail = "" if self._include else self._tail, ""
         return out
 
 
 class SequenceText:
     """The text of one sequence as its tokens come, and its `finish_reason`.
 
-    `push` and `finish` return the new text; the pieces concatenate to the decoded text, cut at the first stop string.
-    The text of an end token is left out, unless include_stop_str_in_output is set. `stop_reason` is the stop string or
-    the token of `stop_token_ids` that ended the sequence, None for the model's own end token.
+    `text` is what is final of the decoded text, cut at the first stop string. The text of an end token is left out,
+    unless include_stop_str_in_output is set. `stop_reason` is the stop string or the token of `stop_token_ids` that
+    ended the sequence, None for the model's own end token.
 
     output_ids: the tokens generated so far, a list that its owner appends to before `push` and that is only read here.
     context: the prompt that the output continues, so that it keeps a leading space, which a tokenizer drops at the
@@ -82,73 +71,44 @@ class SequenceText:
         context: Sequence[int] = (),
         max_tokens: int | None = None,
     ) -> None:
-        check_tokenizer(params, tokenizer)
         self.params = params
         self.max_tokens = params.max_tokens if max_tokens is None else min(max_tokens, params.max_tokens)
         self.output_ids = output_ids
+        self.text = ""
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self._ends = params.end_token_ids(eos_token_ids)
-        self._parts: list[str] = []
         self._detokenizer = IncrementalDetokenizer(tokenizer) if tokenizer else None
         if self._detokenizer:
             for token in context[-_CONTEXT:]:
                 self._detokenizer.push(token)
-        self._stops = StopStrings(params.stop_strings(), include=params.include_stop_str_in_output)
+        self._stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
 
-    @property
-    def text(self) -> str:
-        """All text emitted so far."""
-        if len(self._parts) > 1:
-            self._parts = ["".join(self._parts)]
-        return self._parts[0] if self._parts else ""
-
-    def push(self, token: int) -> Emitted:
+    def push(self, token: int) -> None:
         """Decode a new token, the last of `output_ids`."""
         assert self.finish_reason is None, f"finished by {self.finish_reason}"
-        if token in self._ends:
-            keeps = self.params.include_stop_str_in_output
-            text = self._take(token) if keeps else ""
-            if self._stops.matched is None:  # the stop token's own text may complete a stop string
+        ends = token in self._ends
+        if self._detokenizer and (not ends or self.params.include_stop_str_in_output):
+            self._add(self._detokenizer.push(token))
+        if self.finish_reason is None:  # an end token's own text may have completed a stop string
+            if ends:
                 self.stop_reason = token if token in self.params.stop_token_ids else None
-            return Emitted(self._emit(text) + self.finish("stop"), "stop")
-        text = self._emit(self._take(token))
+                self.finish("stop")
+            elif len(self.output_ids) >= self.max_tokens:
+                self.finish("length")
+
+    def finish(self, reason: FinishReason = "abort") -> None:
+        """End the sequence here. The text held back becomes final, but a stop string that it completes still cuts."""
+        if self.finish_reason is None and self._detokenizer:
+            self._add(self._detokenizer.finish())
+            if self.finish_reason is None:
+                self.text += self._stops.finish()
+        self.finish_reason = self.finish_reason or reason
+
+    def _add(self, text: str) -> None:
+        self.text += self._stops.push(text) if len(self.output_ids) > self.params.min_tokens else text
         if self._stops.matched is not None:
             self.stop_reason, self.finish_reason = self._stops.matched, "stop"
-        elif len(self.output_ids) >= self.max_tokens:
-            text += self.finish("length")
-        return Emitted(text, self.finish_reason)
-
-    def finish(self, reason: FinishReason = "abort") -> str:
-        """End the sequence here. Returns the text held back, which a stop string that it completes still cuts."""
-        if self.finish_reason is not None:
-            return ""
-        text = ""
-        if self._detokenizer and self._stops.matched is None:
-            text = self._search(self._detokenizer.finish()) + self._stops.finish()
-        self.finish_reason = reason
-        if self._stops.matched is not None:
-            self.stop_reason, self.finish_reason = self._stops.matched, "stop"
-        return self._emit(text)
-
-    def _take(self, token: int) -> str:
-        return self._search(self._detokenizer.push(token)) if self._detokenizer else ""
-
-    def _search(self, text: str) -> str:
-        return self._stops.push(text) if len(self.output_ids) > self.params.min_tokens else text
-
-    def _emit(self, text: str) -> str:
-        if text:
-            self._parts.append(text)
-        return text
-
-
-def check_tokenizer(params: SamplingParams, tokenizer: Tokenizer | None) -> None:
-    """ValueError if the request needs a tokenizer and there is none."""
-    if tokenizer is None:
-        for name in ("stop", "bad_words", "structured"):
-            if value := getattr(params, name):
-                raise ValueError(f"{name}={value!r} needs text, but the model has no tokenizer: expected none")
 
 
 def begins_text(tokenizer: Tokenizer, context: Sequence[int]) -> bool:

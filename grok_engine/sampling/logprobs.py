@@ -55,8 +55,7 @@ def prompt_logprobs(
     x_TD: Tensor, token_ids: Sequence[int], number: int, logits: Callable[[Tensor], Tensor]
 ) -> Iterator[TokenLogprobs]:
     """Those of part of a prompt: `token_ids[t]` is the token after row t. logits: hidden states to fp32 logits."""
-    if len(token_ids) != len(x_TD):
-        raise ValueError(f"{len(token_ids)} token_ids for {len(x_TD)} rows: expected as many")
+    assert len(token_ids) == len(x_TD), f"{len(token_ids)} token_ids for {len(x_TD)} rows"
     for t in range(0, len(token_ids), PART):
         part = token_ids[t : t + PART]
         yield from token_logprobs(logits(x_TD[t : t + PART]), part, [number] * len(part))

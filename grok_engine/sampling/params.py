@@ -1,16 +1,18 @@
-"""How a request samples its tokens: the parameters, its random numbers, and the search for several patterns at once."""
+"""How a request samples its tokens: the parameters, and its random numbers."""
 
 from __future__ import annotations
 
-import secrets
+import math
 import struct
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from hashlib import blake2b
 from typing import Any
 
 from torch import Tensor
+
+from grok_engine.config import is_int, is_number
 
 LogitsProcessor = Callable[[list[int], Tensor], Tensor]
 _FLOAT32_MAX = 3.4028234663852886e38
@@ -106,36 +108,43 @@ class SamplingParams:
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
-        whole, number = self._whole, self._number
-        whole("n", lambda v: v >= 1, "a positive integer")
-        whole("max_tokens", lambda v: v >= 1, "a positive integer")
-        whole("min_tokens", lambda v: 0 <= v <= self.max_tokens, f"an integer in 0..max_tokens={self.max_tokens}")
+        check, at_most = self._check, self.max_tokens
+        check("n", _within(is_int, 1), "a positive integer")
+        check("max_tokens", _within(is_int, 1), "a positive integer")
+        check("min_tokens", _within(is_int, 0, at_most), f"an integer in 0..max_tokens={at_most}")
         # larger ones are infinite in fp32, and a masked logit divided by infinity is NaN
-        number("temperature", lambda v: 0 <= v <= _FLOAT32_MAX, "a finite number of 0 (greedy) or more")
-        number("top_p", lambda v: 0 < v <= 1, "a number in (0, 1]")
-        whole("top_k", lambda v: v >= -1, "an integer of 0 (off), -1 (off) or more")
-        number("min_p", lambda v: 0 <= v <= 1, "a number in [0, 1]")
-        number("repetition_penalty", lambda v: 0 < v <= _FLOAT32_MAX, "a finite number greater than 0")
-        number("presence_penalty", lambda v: -2 <= v <= 2, "a number in [-2, 2]")
-        number("frequency_penalty", lambda v: -2 <= v <= 2, "a number in [-2, 2]")
-        whole("seed", lambda v: 0 <= v < 2**63, "an integer in 0..2**63 - 1, or None", optional=True)
+        check("temperature", _within(is_number, 0, _FLOAT32_MAX), "a finite number of 0 (greedy) or more")
+        check("top_p", lambda v: is_number(v) and 0 < v <= 1, "a number in (0, 1]")
+        check("top_k", _within(is_int, -1), "an integer of 0 (off), -1 (off) or more")
+        check("min_p", _within(is_number, 0, 1), "a number in [0, 1]")
+        check("repetition_penalty", lambda v: is_number(v) and 0 < v <= _FLOAT32_MAX, "a finite number greater than 0")
+        for name in ("presence_penalty", "frequency_penalty"):
+            check(name, _within(is_number, -2, 2), "a number in [-2, 2]")
+        if self.seed is not None:
+            check("seed", _within(is_int, 0, 2**63 - 1), "an integer in 0..2**63 - 1, or None")
         for name in ("logprobs", "prompt_logprobs"):
-            whole(name, lambda v: v >= -1, "an integer of -1 (all) or more, or None", optional=True)
+            if getattr(self, name) is not None:
+                check(name, _within(is_int, -1), "an integer of -1 (all) or more, or None")
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        self._sequence("stop", lambda v: isinstance(v, str) and v != "", "text of at least one character")
-        self._sequence("bad_words", lambda v: isinstance(v, str) and v != "", "text of at least one character")
+        for name in ("stop", "bad_words"):
+            self._sequence(name, lambda v: isinstance(v, str) and v != "", "text of at least one character")
         self._sequence("stop_token_ids", _is_token, "a token id")
         self._sequence("logits_processors", callable, "a callable")
         if self.allowed_token_ids is not None:
             self._sequence("allowed_token_ids", _is_token, "a token id")
             if not self.allowed_token_ids:
                 raise ValueError("allowed_token_ids=() allows nothing: expected at least one token id, or None")
-        self._check_bias()
+        if self.logit_bias is not None:
+            check("logit_bias", lambda v: isinstance(v, Mapping), "a mapping of token ids to numbers")
+            for token, bias in self.logit_bias.items():
+                if not (_is_token(token) and is_number(bias) and abs(bias) <= _FLOAT32_MAX):
+                    raise ValueError(f"logit_bias has {token!r}: {bias!r}, expected a token id and a finite number")
+            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         for name in ("include_stop_str_in_output", "ignore_eos"):
-            self._check(name, isinstance(getattr(self, name), bool), "True or False")
-        self._check("structured", isinstance(self.structured, (StructuredOutput, type(None))), "a StructuredOutput")
-        self._check("output_kind", isinstance(self.output_kind, RequestOutputKind), "a RequestOutputKind")
+            check(name, lambda v: isinstance(v, bool), "True or False")
+        check("structured", lambda v: isinstance(v, (StructuredOutput, type(None))), "a StructuredOutput")
+        check("output_kind", lambda v: isinstance(v, RequestOutputKind), "a RequestOutputKind")
         if self.structured is not None and self.ignore_eos:
             raise ValueError("ignore_eos=True with structured: expected False, only an end token ends a complete text")
 
@@ -143,11 +152,6 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the largest logit is taken without a random number; top_k=1 takes the lower index of equals, too."""
         return self.temperature == 0 or self.top_k == 1
-
-    def stop_strings(self) -> tuple[str, ...]:
-        """`stop`, which `__post_init__` resolved to a tuple."""
-        assert isinstance(self.stop, tuple)
-        return self.stop
 
     def end_token_ids(self, eos_token_ids: Collection[int]) -> frozenset[int]:
         """The tokens that end this request on a model with these end tokens."""
@@ -163,23 +167,12 @@ class SamplingParams:
             if (getattr(self, name) or 0) > vocab_size:
                 raise ValueError(f"{name}={getattr(self, name)} is not in -1..{vocab_size}, the size of the vocabulary")
 
-    def _check(self, name: str, fits: bool, expected: str) -> None:
-        if not fits:
-            raise ValueError(f"{name}={getattr(self, name)!r} is not {expected}")
-
-    def _whole(self, name: str, fits: Callable[[int], bool], expected: str, *, optional: bool = False) -> None:
-        value = getattr(self, name)
-        if not (optional and value is None):
-            self._check(name, isinstance(value, int) and not isinstance(value, bool) and fits(value), expected)
-
-    def _number(self, name: str, fits: Callable[[float], bool], expected: str) -> None:
-        value = getattr(self, name)
-        self._check(name, _is_number(value) and fits(value), expected)  # a NaN fits no comparison
+    def _check(self, name: str, fits: Callable[[Any], bool], expected: str) -> None:
+        if not fits(value := getattr(self, name)):
+            raise ValueError(f"{name}={value!r} is not {expected}")
 
     def _sequence(self, name: str, fits: Callable[[Any], bool], expected: str) -> None:
-        value = getattr(self, name)
-        if value is None:
-            value = ()
+        value = () if getattr(self, name) is None else getattr(self, name)
         if not isinstance(value, (list, tuple, set, frozenset, range)):
             raise ValueError(f"{name}={value!r} is not a list of which each is {expected}")
         for item in value:
@@ -187,24 +180,13 @@ class SamplingParams:
                 raise ValueError(f"{name} has {item!r}, which is not {expected}")
         object.__setattr__(self, name, tuple(value))  # resolved once, here
 
-    def _check_bias(self) -> None:
-        if self.logit_bias is None:
-            return
-        self._check("logit_bias", isinstance(self.logit_bias, Mapping), "a mapping of token ids to numbers")
-        for token, bias in self.logit_bias.items():
-            if not (_is_token(token) and _is_number(bias) and abs(bias) <= _FLOAT32_MAX):
-                raise ValueError(f"logit_bias has {token!r}: {bias!r}, expected a token id and a finite number")
-        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+
+def _within(kind: Callable[[Any], bool], least: float, most: float = math.inf) -> Callable[[Any], bool]:
+    """Whether a value is of this kind and in least … most; a NaN is not."""
+    return lambda value: kind(value) and least <= value <= most
 
 
-def _is_token(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
+_is_token = _within(is_int, 0)
 _COUNTER = struct.Struct("<QQQ")
 
 
@@ -216,48 +198,3 @@ def uniform(seed: int, sequence: int, position: int) -> float:
     """
     digest = blake2b(_COUNTER.pack(seed, sequence, position), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 40) * 2.0**-24
-
-
-class Patterns:
-    """Aho and Corasick's automaton ("Efficient string matching", 1975): finds many patterns, one step a symbol.
-
-    A state stands for the longest suffix of the input that begins a pattern; `depth` is its length and `found` the
-    indices of the patterns that end there, the longest first. State 0, the start, is the empty suffix.
-    """
-
-    def __init__(self, patterns: Sequence[Sequence[Hashable]]) -> None:
-        self.children: list[dict[Hashable, int]] = [{}]
-        self.depth = [0]
-        self.found: list[list[int]] = [[]]
-        self._fallback = [0]
-        for index, pattern in enumerate(patterns):
-            state = 0
-            for symbol in pattern:
-                if symbol not in self.children[state]:
-                    self.children[state][symbol] = len(self.children)
-                    self.children.append({})
-                    self.depth.append(self.depth[state] + 1)
-                    self.found.append([])
-                    self._fallback.append(0)
-                state = self.children[state][symbol]
-            self.found[state].append(index)
-        queue = list(self.children[0].values())
-        if self.found[0]:  # an empty pattern ends everywhere
-            for state in queue:
-                self.found[state] += self.found[0]
-        for state in queue:  # breadth first (the queue grows): a fallback is complete before it is used
-            for symbol, child in self.children[state].items():
-                self._fallback[child] = self.step(self._fallback[state], symbol)
-                self.found[child] += self.found[self._fallback[child]]
-                queue.append(child)
-
-    def step(self, state: int, symbol: Hashable) -> int:
-        """The state after one more symbol."""
-        while state and symbol not in self.children[state]:
-            state = self._fallback[state]
-        return self.children[state].get(symbol, 0)
-
-
-def fresh_seed(params: SamplingParams) -> int:
-    """The seed of a request: the given one, or a new one."""
-    return secrets.randbits(63) if params.seed is None else params.seed

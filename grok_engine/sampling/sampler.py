@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,24 +26,23 @@ class Sampled:
     """The token of one row, with log-probabilities if the request asks for them; or an error, and token −1."""
 
     token: int
-    logprob: float | None = None
-    rank: int | None = None
-    top_logprobs: list[tuple[int, float]] | None = None
+    logprobs: TokenLogprobs | None = None
     error: str | None = None
 
 
+@torch.inference_mode()
 def sample(rows: Sequence[SamplingState], logits_BV: Tensor) -> list[Sampled]:
     """One token a row, which the row has accepted. logits_BV: fp32, one row a sequence, not modified.
 
     A row without a usable logit (NaN, +inf, all masked), or whose processor or grammar fails, returns its error and
     accepts nothing; other rows are not affected.
     """
+    if not rows:
+        return []
     if logits_BV.dim() != 2 or logits_BV.shape[0] != len(rows) or logits_BV.dtype != torch.float32:
         raise ValueError(
             f"logits have shape {tuple(logits_BV.shape)} of {logits_BV.dtype}, expected ({len(rows)}, V) of float32"
         )
-    if not rows:
-        return []
     errors: dict[int, str] = {}
     edited, drawn = any(row.edits for row in rows), [i for i, row in enumerate(rows) if not row.greedy]
     if edited or drawn:
@@ -72,11 +70,8 @@ def sample(rows: Sequence[SamplingState], logits_BV: Tensor) -> list[Sampled]:
         found = token_logprobs(_take(logits_BV, asked), [tokens[i] for i in asked], numbers)
         logprobs = dict(zip(asked, found, strict=True))
     return [
-        Sampled(-1, error=errors[i]) if i in errors
-        else Sampled(tokens[i], *logprobs[i]) if i in logprobs
-        else Sampled(tokens[i])
-        for i in range(len(rows))
-    ]  # fmt: skip
+        Sampled(-1, error=errors[i]) if i in errors else Sampled(tokens[i], logprobs.get(i)) for i in range(len(rows))
+    ]
 
 
 def _edit(rows: Sequence[SamplingState], x_BV: Tensor, errors: dict[int, str]) -> None:
@@ -89,28 +84,28 @@ def _edit(rows: Sequence[SamplingState], x_BV: Tensor, errors: dict[int, str]) -
             except Exception as error:  # a user's code: whatever it raises ends its own request
                 errors[i] = f"logits processor: {type(error).__name__}: {error}"
 
-    if at := _flat([(i, row.bias[0], (row.bias[1],)) for i, row in good if len(row.bias[0])], x_BV):
-        x_BV[at.where] += at.values[0]
+    if biased := [(i, *row.bias) for i, row in good if len(row.bias[0])]:
+        x_BV[_places([(i, ids) for i, ids, _ in biased], x_BV)] += to_device(
+            np.concatenate([b for *_, b in biased]), x_BV
+        )
 
-    penalised = [(i, row, row.counts) for i, row in good if row.counts is not None and len(row.counts)]
-    counted = [(i, counts.ids, (counts.counts,)) for i, _, counts in penalised]
-    if at := _flat(counted, x_BV):
-        each = [
-            (p.repetition_penalty, p.frequency_penalty, p.presence_penalty)
-            for p in (row.params for _, row, _ in penalised)
-        ]
-        spread = np.repeat(np.array(each, np.float32), [len(ids) for _, ids, _ in counted], axis=0)
+    if penalised := [(i, row.params, *row.counts.ids_and_counts()) for i, row in good if row.counts is not None]:
+        at = _places([(i, ids) for i, _, ids, _ in penalised], x_BV)
+        counts = to_device(np.concatenate([counts for *_, counts in penalised]), x_BV)
+        each = [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for _, p, _, _ in penalised]
+        spread = np.repeat(np.array(each, np.float32), [len(ids) for _, _, ids, _ in penalised], axis=0)
         repetition, frequency, presence = to_device(spread, x_BV).unbind(1)
-        values, counts = x_BV[at.where], at.values[0]
+        values = x_BV[at]
         values = torch.where(values > 0, values / repetition, values * repetition)
-        x_BV[at.where] = values - frequency * counts - presence * (counts > 0)
+        x_BV[at] = values - frequency * counts - presence * (counts > 0)
 
-    if at := _flat([(i, row.allowed, ()) for i, row in good if row.allowed is not None], x_BV):
-        values = x_BV[at.where]
-        x_BV[to_device(np.array([i for i, row in good if row.allowed is not None]), x_BV)] = float("-inf")
-        x_BV[at.where] = values
-    if at := _flat([(i, ids, ()) for i, row in good if len(ids := row.banned())], x_BV):
-        x_BV[at.where] = float("-inf")
+    if allowed := [(i, row.allowed) for i, row in good if row.allowed is not None]:
+        at = _places(allowed, x_BV)
+        values = x_BV[at]
+        x_BV[to_device(np.array([i for i, _ in allowed]), x_BV)] = float("-inf")
+        x_BV[at] = values
+    if banned := [(i, ids) for i, row in good if len(ids := row.banned())]:
+        x_BV[_places(banned, x_BV)] = float("-inf")
 
     masked, masks = [], []
     for i, row in good:
@@ -134,8 +129,7 @@ def _edit(rows: Sequence[SamplingState], x_BV: Tensor, errors: dict[int, str]) -
 
 def _choose(rows: Sequence[SamplingState], x_BV: Tensor, best_B: Tensor, drawn: list[int]) -> list[int]:
     """A token for every row: by random number in the rows `drawn` (steps 5 to 8), the largest logit in the others."""
-    if len(drawn) < len(rows):
-        tokens_B = torch.tensor(_largest(x_BV)[1], device=x_BV.device)
+    tokens = _largest(x_BV)[1] if len(drawn) < len(rows) else [-1] * len(rows)
     if drawn:
         params = [rows[i].params for i in drawn]
         x_RV, best_R = _take(x_BV, drawn), _take(best_B, drawn)
@@ -159,11 +153,9 @@ def _choose(rows: Sequence[SamplingState], x_BV: Tensor, best_B: Tensor, drawn: 
             x_RV = x_RV.masked_fill(x_RV < floor_R[:, None], float("-inf"))
         draw = [[p.temperature for p in params], [p.top_p for p in params], [rows[i].uniform() for i in drawn]]
         drawn_R = grok_kernels.sample_top_p(x_RV, *to_device(np.array(draw, np.float32), x_BV))
-        if len(drawn) == len(rows):
-            tokens_B = drawn_R
-        else:
-            tokens_B[to_device(np.array(drawn), x_BV)] = drawn_R
-    return list(map(int, tokens_B.tolist()))
+        for i, token in zip(drawn, drawn_R.tolist(), strict=True):
+            tokens[i] = int(token)
+    return tokens
 
 
 def _largest(x_BV: Tensor) -> tuple[list[float], list[int]]:
@@ -191,27 +183,14 @@ def _find_bad(bests: Sequence[float], errors: dict[int, str], what: str) -> None
     """Add an error for each row whose largest logit is not finite."""
     for i, best in enumerate(bests):
         if not -float("inf") < best < float("inf") and i not in errors:
-            has = (
-                "are all -inf: no token can follow"
-                if best == -float("inf")
-                else f"have {'+inf' if best > 0 else 'NaN'}"
-            )
+            has = "have +inf" if best > 0 else "are all -inf: no token can follow" if best < 0 else "have NaN"
             errors[i] = f"{what} {has}"
 
 
-class _Places(NamedTuple):
-    where: tuple[Tensor, Tensor]  # rows and columns
-    values: list[Tensor]
-
-
-def _flat(parts: Sequence[tuple[int, Ints, tuple[npt.NDArray[np.float32], ...]]], like: Tensor) -> _Places | None:
-    """Indices of some logits of several rows, with numbers for each; None if there are none."""
-    if not parts:
-        return None
-    columns = np.concatenate([ids for _, ids, _ in parts])
-    rows = np.repeat(np.array([i for i, _, _ in parts], np.int64), [len(ids) for _, ids, _ in parts])
-    values = [np.concatenate(arrays).astype(np.float32) for arrays in zip(*(v for _, _, v in parts), strict=True)]
-    return _Places((to_device(rows, like), to_device(columns, like)), [to_device(v, like) for v in values])
+def _places(parts: Sequence[tuple[int, Ints]], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of some logits, from each row and its columns."""
+    rows = np.repeat(np.array([i for i, _ in parts]), [len(ids) for _, ids in parts])
+    return to_device(rows, like), to_device(np.concatenate([ids for _, ids in parts]), like)
 
 
 def _fitted(mask: npt.NDArray[np.uint8], vocab: int) -> npt.NDArray[np.uint8]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from .params import Patterns, SamplingParams, uniform
+from .params import SamplingParams, uniform
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
 _NOTHING: Ints = np.empty(0, np.int64)
 
 
@@ -27,30 +29,19 @@ class TokenCounts:
     """The distinct tokens of a sequence in order of appearance, and how often each occurs in its output."""
 
     def __init__(self, prompt: Iterable[int]) -> None:
-        ids = list(dict.fromkeys(prompt))
-        self._place = {token: i for i, token in enumerate(ids)}
-        self._ids: Ints = np.array(ids, np.int64)
-        self._counts = np.zeros(len(ids), np.float32)
+        self._place = {token: i for i, token in enumerate(dict.fromkeys(prompt))}
+        self._ids, self._counts = array("q", self._place), array("f", [0.0] * len(self._place))
 
     def add(self, token: int) -> None:
         place = self._place.setdefault(token, len(self._place))
-        if place == len(self._ids):  # grow by half: a token costs amortised O(1)
-            more = place // 2 + 16
-            self._ids = np.concatenate([self._ids, np.zeros(more, np.int64)])
-            self._counts = np.concatenate([self._counts, np.zeros(more, np.float32)])
-        self._ids[place] = token
+        if place == len(self._ids):
+            self._ids.append(token)
+            self._counts.append(0)
         self._counts[place] += 1
 
-    def __len__(self) -> int:
-        return len(self._place)
-
-    @property
-    def ids(self) -> Ints:
-        return self._ids[: len(self._place)]
-
-    @property
-    def counts(self) -> npt.NDArray[np.float32]:
-        return self._counts[: len(self._place)]
+    def ids_and_counts(self) -> tuple[Ints, Floats]:
+        """Copies: an `array` cannot grow while numpy refers to its memory."""
+        return np.array(self._ids), np.array(self._counts)
 
 
 class SamplingState:
@@ -81,14 +72,13 @@ class SamplingState:
         self._ends = _sorted_ids(p.end_token_ids(eos_token_ids)) if p.min_tokens else _NOTHING
         penalised = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1, 0, 0)
         self.counts = TokenCounts(prompt if p.repetition_penalty != 1 else ()) if penalised else None
-        words = [tuple(word) for word in bad_words]
-        assert all(words), "a bad word without tokens would ban nothing, or everything"
-        self._words = Patterns([word[:-1] for word in words]) if words else None
-        self._last_tokens = [word[-1] for word in words]
-        self._word_state = 0
+        self._bans: dict[tuple[int, ...], list[int]] = {}  # last tokens of bad words, by the tokens before them
+        for *before, last in bad_words:
+            self._bans.setdefault(tuple(before), []).append(last)
+        self._ban_lengths = sorted({len(before) for before in self._bans})
         # whether logits are changed before the choice
         self.edits = self.allowed is not None or bool(
-            p.logits_processors or bias or penalised or words or p.min_tokens or matcher
+            p.logits_processors or bias or penalised or bad_words or p.min_tokens or matcher
         )
         for token in output_ids:
             self.accept(token)
@@ -99,8 +89,6 @@ class SamplingState:
             self.matcher.accept(token)
         if self.counts is not None:
             self.counts.add(token)
-        if self._words is not None:
-            self._word_state = self._words.step(self._word_state, token)
 
     def uniform(self) -> float:
         """The random number of the next token."""
@@ -108,10 +96,10 @@ class SamplingState:
 
     def banned(self) -> Ints:
         """Tokens that must not come next: last tokens of bad words, and end tokens before min_tokens."""
-        banned = self._ends if len(self.output_ids) < self.params.min_tokens else _NOTHING
-        if self._words is not None and (found := self._words.found[self._word_state]):
-            banned = np.array([*banned, *(self._last_tokens[i] for i in found)], np.int64)
-        return banned
+        ids = self.output_ids
+        banned = self._ends if len(ids) < self.params.min_tokens else _NOTHING
+        found = [t for n in self._ban_lengths for t in self._bans.get(tuple(ids[max(len(ids) - n, 0) :]), ())]
+        return np.array([*banned, *found], np.int64) if found else banned
 
 
 def bad_word_tokens(words: Iterable[str], encode: Callable[[str], list[int]]) -> list[tuple[int, ...]]:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import OrderedDict
 from collections.abc import Collection, Mapping
-from functools import cached_property
+from functools import cache, cached_property, lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +45,7 @@ class StructuredMatcher:
 
     def accept(self, token_id: int) -> None:
         """ValueError if the token is not allowed."""
-        if self._vocabulary.ends(token_id):  # the library refuses it once nothing else can follow
+        if token_id in self._vocabulary.eos:  # the library refuses it once nothing else can follow
             if not self.complete:
                 raise ValueError(f"structured output: end token {token_id} before the text is complete")
             return
@@ -75,41 +74,34 @@ class StructuredCompiler:
             raise ValueError(f"eos_token_ids={eos_token_ids!r}: structured output ends by an end token, expected one")
         self._library = _llguidance()
         self._vocabulary = _Vocabulary(self._library, tokenizer, vocab_size, tuple(eos_token_ids))
-        self._compiled: OrderedDict[tuple[str, bool], LLMatcher] = OrderedDict()
+        self._template = lru_cache(_CACHED)(self._compile)
 
     def matcher(self, structured: StructuredOutput, *, at_start: bool = True) -> StructuredMatcher:
         """A matcher at the start of its grammar. ValueError with the reason if the regex, schema or grammar is invalid.
 
         at_start: the output begins a text, so that the tokenizer may drop its leading space.
         """
-        grammar = self._grammar(structured)
-        first = None
+        grammar, named, first = self._grammar(structured), _named(structured), None
         if at_start and self._vocabulary.start_differs:
-            first = self._template(grammar, True, structured).deep_copy()
-        return StructuredMatcher(self._vocabulary, self._template(grammar, False, structured).deep_copy(), first)
+            first = self._template(grammar, named, at_start=True).deep_copy()
+        matcher = self._template(grammar, named, at_start=False).deep_copy()
+        return StructuredMatcher(self._vocabulary, matcher, first)
 
-    def _template(self, grammar: str, at_start: bool, structured: StructuredOutput) -> LLMatcher:
-        key = grammar, at_start
-        if key in self._compiled:
-            self._compiled.move_to_end(key)
-            return self._compiled[key]
-        tokenizer = self._vocabulary.at_start if at_start else self._vocabulary.inside
+    def _compile(self, grammar: str, named: str, *, at_start: bool) -> LLMatcher:
+        tokenizer = self._vocabulary.table(at_start)
         failed, messages = self._library.LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
         if failed:
-            raise ValueError(f"{_named(structured)}: {'; '.join(messages)}")
+            raise ValueError(f"{named}: {'; '.join(messages)}")
         for message in messages:
-            logger.warning("%s: %s", _named(structured), message)
+            logger.warning("%s: %s", named, message)
         template: LLMatcher = self._library.LLMatcher(tokenizer, grammar, log_level=0)
         try:
             mask = template.compute_bitmask()
             _check(template)
         except ValueError as error:
-            raise ValueError(f"{_named(structured)}: {error}") from None
+            raise ValueError(f"{named}: {error}") from None
         if not np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")[: self._vocabulary.size].any():
-            raise ValueError(f"{_named(structured)}: no token of this model can begin a text that matches")
-        self._compiled[key] = template
-        if len(self._compiled) > _CACHED:
-            self._compiled.popitem(last=False)
+            raise ValueError(f"{named}: no token of this model can begin a text that matches")
         return template
 
     def _grammar(self, structured: StructuredOutput) -> str:
@@ -146,52 +138,36 @@ class _Vocabulary:
     """
 
     def __init__(self, library: ModuleType, tokenizer: Tokenizer, vocab_size: int, eos: tuple[int, ...]) -> None:
-        self._library, self._tokenizer, self._eos = library, tokenizer, eos
+        self._library, self._tokenizer, self.eos = library, tokenizer, eos
         self.size = max(vocab_size, tokenizer.vocab_size)
-
-    @cached_property
-    def _tokens_inside(self) -> list[bytes]:
-        return self._spelled(False)
-
-    @cached_property
-    def _tokens_at_start(self) -> list[bytes]:
-        return self._spelled(True)
-
-    @cached_property
-    def inside(self) -> LLTokenizer:
-        return self._table(self._tokens_inside)
-
-    @cached_property
-    def at_start(self) -> LLTokenizer:
-        return self._table(self._tokens_at_start)
+        self._tokens, self.table = cache(self._spell), cache(self._build_table)  # by whether at the start of a text
 
     @cached_property
     def start_differs(self) -> bool:
-        return self._tokens_at_start != self._tokens_inside
-
-    def ends(self, token_id: int) -> bool:
-        return token_id in self._eos
+        return self._tokens(True) != self._tokens(False)
 
     def spelled_at_start(self, token_id: int) -> list[int]:
         """The token, or the byte tokens of its text at the start, if that differs from its text inside."""
-        data = self._tokens_at_start[token_id]
-        return [token_id] if data == self._tokens_inside[token_id] else [self.size + byte for byte in data]
+        data = self._tokens(True)[token_id]
+        return [token_id] if data == self._tokens(False)[token_id] else [self.size + byte for byte in data]
 
-    def _bytes(self, token_id: int, at_start: bool) -> bytes:
-        surface = self._tokenizer.surface(token_id, at_start)
-        data = surface.data or surface.text.encode()
-        return b"" if 0xFF in data else data  # the library marks special tokens with this byte, which no text has
+    def _spell(self, at_start: bool) -> list[bytes]:
+        found = []
+        for token_id in range(self._tokenizer.vocab_size):
+            surface = self._tokenizer.surface(token_id, at_start)
+            data = surface.data or surface.text.encode()
+            # the library marks special tokens with the byte 255, which no text has, and a token without text is never
+            # allowed: it could repeat for ever
+            found.append(b"" if token_id in self.eos or 0xFF in data else data)
+        return found
 
-    def _spelled(self, at_start: bool) -> list[bytes]:
-        # a token without text is never allowed: it could repeat for ever
-        return [b"" if i in self._eos else self._bytes(i, at_start) for i in range(self._tokenizer.vocab_size)]
-
-    def _table(self, tokens: list[bytes]) -> LLTokenizer:
+    def _build_table(self, at_start: bool) -> LLTokenizer:
+        tokens = self._tokens(at_start)
         tokens = tokens + [b""] * (self.size - len(tokens)) + [bytes([b]) for b in range(255)] + [b""]
-        for token_id in self._eos:
+        for token_id in self.eos:
             tokens[token_id] = b"<end %d>" % token_id
-        wrapper = _Wrapper(tokens, self._eos, self.size)
-        table: LLTokenizer = self._library.LLTokenizer(wrapper, n_vocab=len(tokens), eos_token=list(self._eos))
+        wrapper = _Wrapper(tokens, self.eos, self.size)
+        table: LLTokenizer = self._library.LLTokenizer(wrapper, n_vocab=len(tokens), eos_token=list(self.eos))
         return table
 
 

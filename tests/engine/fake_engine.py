@@ -62,16 +62,13 @@ class Engine:
         *,
         seqs: int = 8,
         budget: int = 16,
-        length: int = 10_000,
         ends: bool = False,
         caching: bool = True,
         ageing: int = 1024,
     ) -> None:
         self.size, self.ends = page_size, ends
         self.allocator = PageAllocator(num_pages, page_size, caching)
-        self.scheduler = Scheduler(
-            self.allocator, max_num_seqs=seqs, max_num_batched_tokens=budget, max_model_len=length, ageing=ageing
-        )
+        self.scheduler = Scheduler(self.allocator, max_num_seqs=seqs, max_num_batched_tokens=budget, ageing=ageing)
         self.memory: list[list[int | None]] = [[None] * page_size for _ in range(num_pages)]
         self.requests: list[Request] = []
         self.owner: dict[SequenceState, tuple[Request, int]] = {}
@@ -138,7 +135,7 @@ class Engine:
             written |= mine
             self.computed += len(entry.token_ids)
         return {
-            self.by_id(e.seq_id): next_token([self.read(e.pages, i) for i in range(e.stop)], 0)
+            self.by_id(e.seq_id): next_token([self.read(e.pages, i) for i in range(e.start + len(e.token_ids))], 0)
             for e in live
             if e.num_logits
         }
@@ -150,11 +147,12 @@ class Engine:
         ranks = [seq.rank for seq in chosen]
         assert ranks == sorted(set(ranks)), "not in the order of urgency, or twice"
         for seq, e in zip(chosen, entries, strict=True):
-            assert len(e.token_ids) >= 1
-            assert e.token_ids == (seq.prompt_ids + seq.output_ids)[e.start : e.stop]
+            stop = e.start + len(e.token_ids)
+            assert stop > e.start
+            assert e.token_ids == (seq.prompt_ids + seq.output_ids)[e.start : stop]
             assert list(e.pages) == list(seq.pages)
             assert e.start == seq.num_computed
-            assert e.num_logits == (e.stop == seq.length)
+            assert e.num_logits == (stop == seq.length)
         for seq in running:  # whoever decodes is not held up by prompts
             if seq.status is Status.RUNNING and seq.length - seq.num_computed == 1:
                 assert seq in chosen, f"sequence {seq.seq_id} decodes and got no token"

@@ -22,16 +22,14 @@ def check_allocator(allocator: PageAllocator, holders: Iterable[Sequence[int]] |
     assert all(allocator._index[key] == page for page, key in enumerate(allocator._keys) if key is not None)
     assert len(indexed) == len(allocator._index), "two pages are indexed with one content"
     age = {page: place for place, page in enumerate(allocator._cached)}
-    children, below = [0] * allocator.num_pages, [0] * allocator.num_pages
+    below = [0] * allocator.num_pages
     for key, page in allocator._index.items():
         if (parent := key[0]) != ROOT:
             assert allocator._keys[parent] is not None, f"page {page} is indexed behind {parent}, which is not"
             assert refs[parent] or age.get(page, len(age)) < age[parent], (
                 f"page {page} would outlive {parent} before it"
             )
-            children[parent] += 1
             below[parent] += refs[page]
-    assert children == allocator._children, (children, allocator._children)
     assert all(below[page] <= refs[page] for page in indexed), "a holder lacks the page before an indexed one"
     if holders is not None:
         held = [0] * allocator.num_pages
@@ -52,8 +50,9 @@ def check_scheduler(scheduler: Scheduler) -> None:
     ranks = [seq.rank for seq in scheduler.running]
     assert ranks == sorted(ranks), ranks
     assert len(ranks) <= scheduler.max_num_seqs, ranks
-    waiting = [seq for _, seq in scheduler.waiting._heap if seq.status is Status.WAITING]
-    assert len(waiting) == len(set(map(id, waiting))) == len(scheduler.waiting)
+    waiting = scheduler.waiting
+    assert [seq.rank for seq in waiting] == sorted({seq.rank for seq in waiting})
+    assert all(seq.status is Status.WAITING for seq in waiting)
     assert not any(seq.pages or seq.num_computed for seq in waiting), "a waiting sequence holds pages"
     for seq in scheduler.running:
         assert seq.status is Status.RUNNING

@@ -110,7 +110,7 @@ class Pages(RuleBasedStateMachine):
     @rule(which=st.integers(0, 31))
     def fork(self, which: int) -> None:
         h = self.held[which % len(self.held)]
-        self.allocator.share(h.pages)
+        self.allocator.hold(h.pages)
         self.held.append(Held(list(h.tokens), list(h.pages)))
 
     @precondition(lambda self: self.held)
@@ -274,7 +274,7 @@ def test_a_page_whose_other_holder_may_lack_the_one_before_is_not_indexed() -> N
     pages = allocator.allocate(3)
     assert pages is not None
     a, b = list(pages), list(pages)
-    allocator.share(b)
+    allocator.hold(b)
     a[0] = allocator.register(a[0], None, (1,))  # now another page than b's
     assert a[0] != b[0]
     a[1] = allocator.register(a[1], a[0], (2,))
@@ -302,8 +302,8 @@ def test_the_first_to_write_a_shared_page_gets_a_copy_and_the_last_keeps_it() ->
     allocator = PageAllocator(4, 4)
     pages = allocator.allocate(1)
     assert pages is not None
-    allocator.share(pages)
-    allocator.share(pages)
+    allocator.hold(pages)
+    allocator.hold(pages)
     copies = [allocator.make_writable(pages[0]) for _ in range(2)]
     assert pages[0] not in copies
     assert copies[0] != copies[1]
@@ -315,7 +315,7 @@ def test_a_copy_that_finds_no_page_changes_nothing() -> None:
     allocator = PageAllocator(1, 4)
     pages = allocator.allocate(1)
     assert pages is not None
-    allocator.share(pages)
+    allocator.hold(pages)
     assert allocator.make_writable(pages[0]) is None
     check_allocator(allocator, [pages, pages])
 
@@ -343,7 +343,7 @@ def test_releasing_what_is_not_held_is_caught() -> None:
     with pytest.raises(AssertionError, match="page 0 is held by nobody"):
         allocator.release([0])
     with pytest.raises(AssertionError, match="page 1 is held by nobody"):
-        allocator.share([1])
+        allocator.hold([1])
 
 
 def test_check_finds_planted_faults() -> None:

@@ -3,7 +3,8 @@ tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -35,7 +36,7 @@ class Counted:
 
     def __init__(self, capture: Capture) -> None:
         self.capture, self.captured, self.replayed = capture, 0, 0
-        self.rungs, self.widths, self.key = capture.rungs, capture.widths, capture.key
+        self.shapes, self.key = capture.shapes, capture.key
 
     def __call__(self, run: Run) -> Run:
         captured = self.capture(run)
@@ -51,10 +52,11 @@ class Counted:
 class StandIn:
     """Like a CUDA graph: a replay reads the same inputs and overwrites the same result tensor."""
 
-    rungs, widths = staticmethod(rungs), staticmethod(widths)
-
     def __init__(self) -> None:
         self.now: Hashable | None = "here"
+
+    def shapes(self, most: int, longest: int, page_size: int) -> tuple[Sequence[int], Sequence[int]]:
+        return rungs(most), widths(longest, page_size)
 
     def key(self) -> Hashable | None:
         return self.now
@@ -133,7 +135,7 @@ def test_the_same_bits_as_without(kind: str, shape: str, dtype: str, kv_dtype: s
     engine = make_engine(SMALL, dtype, kv_dtype, **SHAPES[shape])
     capture = with_graphs(engine, kind)
     assert_as_alone(engine, make_traffic(11, 1024, requests=12))
-    most = len(capture.rungs(engine.config.max_num_seqs)) * len(capture.widths(engine.config.max_len, 1))
+    most = math.prod(map(len, capture.shapes(engine.config.max_num_seqs, engine.config.max_len, 1)))
     assert 0 < capture.captured <= most
     assert capture.replayed > 2 * capture.captured
 

@@ -185,8 +185,9 @@ def test_ties_go_to_the_lower_index() -> None:
     rows = [row(temperature=0), row(9, top_k=1), row(1, top_k=1, min_p=0.5), row(temperature=0, logprobs=3)]
     found = sample(rows, x_BV)
     assert [s.token for s in found] == [30] * 4
-    assert [t for t, _ in found[3].top_logprobs or ()] == [30, 60, 0]
-    assert (found[3].rank, found[0].logprob, found[0].top_logprobs) == (1, None, None)
+    assert found[3].logprobs is not None
+    assert ([t for t, _ in found[3].logprobs.top], found[3].logprobs.rank) == ([30, 60, 0], 1)
+    assert found[0].logprobs is None
 
 
 def test_top_k_keeps_what_equals_the_kth() -> None:
@@ -214,7 +215,7 @@ def test_a_bad_row_is_an_error_and_the_others_do_not_notice(
     assert [found[0], found[2]] == [clean[0], clean[2]]
     with pytest.raises(AssertionError, match=word):
         raise AssertionError(found[1].error)
-    assert (found[1].token, found[1].logprob, rows[1].output_ids) == (-1, None, [])
+    assert (found[1].token, found[1].logprobs, rows[1].output_ids) == (-1, None, [])
     assert torch.equal(x_BV.nan_to_num(7), before.nan_to_num(7))
 
 
@@ -323,14 +324,14 @@ def test_logprobs_are_of_the_unprocessed_logits(vocab: int) -> None:
     found = sample([row(i, logprobs=k, **options) for i, k in enumerate([0, 3, -1, vocab])], x_BV)
     wanted = torch.log_softmax(x_BV.double(), -1)
     for i, k in enumerate([0, 3, vocab, vocab]):
-        s = found[i]
-        assert s.token == 1
+        assert found[i].token == 1
+        s = found[i].logprobs
+        assert s is not None
         assert s.logprob == pytest.approx(float(wanted[i, 1]), abs=1e-5)
         assert s.rank == 1 + int((x_BV[i] > x_BV[i, 1]).sum())
-        top = s.top_logprobs or []
         ids = x_BV[i].sort(descending=True, stable=True).indices[:k].tolist()
-        assert [t for t, _ in top] == ids
-        assert [p for _, p in top] == pytest.approx(wanted[i, ids].tolist(), abs=1e-5)
+        assert [t for t, _ in s.top] == ids
+        assert [p for _, p in s.top] == pytest.approx(wanted[i, ids].tolist(), abs=1e-5)
 
 
 def test_prompt_logprobs_are_the_same_in_parts() -> None:
@@ -340,7 +341,7 @@ def test_prompt_logprobs_are_the_same_in_parts() -> None:
     assert whole == [found for part in parts for found in part]
     assert whole[3] == token_logprobs(x_TV[3:4], ids[3:4], [4])[0]
     assert whole[3].logprob == pytest.approx(float(torch.log_softmax(x_TV.double(), -1)[3, ids[3]]), abs=1e-5)
-    with pytest.raises(ValueError, match="149 token_ids for 150 rows"):
+    with pytest.raises(AssertionError, match="149 token_ids for 150 rows"):
         next(prompt_logprobs(x_TV, ids[1:], 4, Tensor.float))
 
 
