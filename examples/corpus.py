@@ -11,8 +11,8 @@ import sentencepiece as spm
 import torch
 from torch import Tensor
 
+from grok_engine.batch import Batch
 from grok_engine.models.decoder import Decoder
-from grok_engine.runtime.batch import Batch
 from grok_engine.runtime.pages import allocate_pages
 
 BLOCK = 8192  # characters

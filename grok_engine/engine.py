@@ -17,8 +17,8 @@ from .loading.build import build_model
 from .loading.fill import Progress
 from .loading.resolve import find_model
 from .runtime.allocator import PageAllocator
-from .runtime.batch import take_rows
 from .runtime.builder import Prompt, RequestBuilder
+from .runtime.flatten import take_rows
 from .runtime.plan import Entry, StepPlan
 from .runtime.request import Answer, Request, RequestOutput
 from .runtime.runner import Runner

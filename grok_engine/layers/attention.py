@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 import grok_kernels
+from grok_engine.batch import Batch, KVPages
 from grok_engine.config import ActFormat, ModelConfig
-from grok_engine.runtime.batch import Batch, KVPages
 
 from .linear import Linear
 from .norm import Normed

@@ -14,10 +14,11 @@ from grok_engine.config import WeightFormat
 from grok_engine.layers.embedding import Embedding
 from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.models.decoder import Decoder
+from grok_kernels import weights as kernel_weights
 from grok_kernels.dtypes import DTYPES, NAMES
 
 FORMATS: dict[WeightFormat, str] = {"int8": "int8", "fp8": "fp8_e4m3", "bf16": "bf16", "fp32": "fp32"}
-SCALED = ("int8", "fp8_e4m3")
+SCALED = tuple(name for name, format in kernel_weights.FORMATS.items() if "scales" in format.planes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from grok_engine.batch import Batch, KVPages
 from grok_engine.config import ActFormat, ModelConfig
 from grok_engine.layers.attention import Attention
 from grok_engine.layers.embedding import Embedding
@@ -14,7 +15,6 @@ from grok_engine.layers.linear import Linear
 from grok_engine.layers.moe import feed_forward
 from grok_engine.layers.norm import Fp8Reader, Residual, RMSNorm
 from grok_engine.layers.rotary import rotary_table
-from grok_engine.runtime.batch import Batch, KVPages
 
 
 class DecoderLayer(nn.Module):

@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 import grok_kernels
+from grok_engine.batch import Batch, KVPages
 from grok_engine.config import EngineConfig
 from grok_engine.models.decoder import Decoder
 
-from .batch import Batch, KVPages, flatten
+from .flatten import flatten
 from .plan import Entry
 
 RUNG = 8  # above the first few, numbers of rows are multiples of this, the smallest tile of the GEMMs

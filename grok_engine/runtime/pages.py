@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from grok_engine.batch import KVPages
 from grok_engine.config import ModelConfig
-
-from .batch import KVPages
 
 
 def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:

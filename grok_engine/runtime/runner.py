@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 import grok_kernels
+from grok_engine.batch import Batch
 from grok_engine.config import ConfigError, EngineConfig
 from grok_engine.models.decoder import Decoder
+from grok_kernels.dtypes import dtype_of
 
-from .batch import Batch, flatten, take_rows
+from .flatten import flatten, take_rows
 from .graphs import CpuCapture, CudaCapture, DecodeGraphs
 from .pages import allocate_pages, copy_pages, page_bytes
 from .plan import Entry, StepPlan
 
-KV_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "fp8_e4m3": torch.float8_e4m3fn}
 CPU_KV_BYTES = 2 << 30
 GPU_SHARE = 0.9  # of the device's memory; the rest is for the driver, the allocator's slack and other processes
 
@@ -27,7 +28,7 @@ class Runner:
     def __init__(self, model: Decoder, config: EngineConfig) -> None:
         self.model, self.config = model, config
         self.device = model.cos_sin.device
-        dtype = KV_DTYPES[str(config.kv_dtype)]
+        dtype = dtype_of(str(config.kv_dtype))
         self.page_bytes = page_bytes(config.model, config.page_size, dtype)
         self.graphs: DecodeGraphs | None = None
         self.num_pages = self._num_pages(dtype)
@@ -75,7 +76,7 @@ class Runner:
         torch.cuda.reset_peak_memory_stats(self.device)
         tokens = min(c.max_num_batched_tokens, c.max_len)
         pages = -(-tokens // c.page_size)
-        self.cache = allocate_pages(c.model, pages, c.page_size, KV_DTYPES[str(c.kv_dtype)], self.device)
+        self.cache = allocate_pages(c.model, pages, c.page_size, dtype_of(str(c.kv_dtype)), self.device)
         x_TD = self.run([Entry([0] * tokens, 0, range(pages))])
         self.logits(x_TD[: c.max_num_seqs])
         free, total = torch.cuda.mem_get_info(self.device)

@@ -15,6 +15,12 @@ FLOATS = (torch.float32, torch.bfloat16)
 FP8_MAX = 448.0  # the largest e4m3
 
 
+def dtype_of(name: str) -> torch.dtype:
+    """By its name in DTYPES ("fp8_e4m3") or torch's own ("bfloat16")."""
+    found: torch.dtype = DTYPES.get(name) or getattr(torch, name)
+    return found
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """torch's own name, for messages: "float8_e4m3fn"."""
     return str(dtype).removeprefix("torch.")

@@ -16,13 +16,14 @@ from torch import Tensor
 
 import grok_kernels
 from grok_engine import LLMEngine
+from grok_engine.batch import ALIGNED, Batch
 from grok_engine.config import EngineConfig, ModelConfig
 from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.loading.fill import fill
 from grok_engine.loading.random import random_checkpoint
 from grok_engine.models.decoder import Decoder
 from grok_engine.models.families import PRESETS
-from grok_engine.runtime.batch import ALIGNED, Batch, flatten, take_rows
+from grok_engine.runtime.flatten import flatten, take_rows
 from grok_engine.runtime.graphs import Capture, CpuCapture, CudaCapture, DecodeGraphs, Run, rungs, widths
 from grok_engine.runtime.pages import allocate_pages
 from grok_engine.runtime.plan import Entry

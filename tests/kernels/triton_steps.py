@@ -21,17 +21,18 @@ import torch
 from torch import Tensor
 
 import grok_kernels
+from grok_engine.batch import Batch, KVPages
 from grok_engine.config import ActFormat, KVDType, ModelConfig, WeightFormat
 from grok_engine.loading.random import random_checkpoint
 from grok_engine.loading.slots import slots
 from grok_engine.models.decoder import Decoder
 from grok_engine.models.families import PRESETS
-from grok_engine.runtime.batch import Batch, KVPages, flatten
+from grok_engine.runtime.flatten import flatten
 from grok_engine.runtime.graphs import rungs, widths
 from grok_engine.runtime.pages import allocate_pages
 from grok_engine.runtime.plan import Entry
-from grok_engine.runtime.runner import KV_DTYPES
 from grok_kernels.chips import CHIPS
+from grok_kernels.dtypes import dtype_of
 from grok_kernels.triton import OPS, cross_compile, table
 from grok_kernels.triton.steps import startup
 from tests.kernels import compiled
@@ -92,7 +93,7 @@ class Engine:
         self.model = Decoder(config, torch.bfloat16, "meta", LONGEST, served.activations)
         for slot in slots(self.model, random_checkpoint(self.model, served.weights)):
             slot.allocate("meta", packed=False)
-        self.cache: list[KVPages] = allocate_pages(config, 4096, PAGE, KV_DTYPES[served.kv], "meta")
+        self.cache: list[KVPages] = allocate_pages(config, 4096, PAGE, dtype_of(served.kv), "meta")
         self.rungs, self.widths = rungs(served.requests), widths(LONGEST, PAGE)
 
     def step(self, queries: tuple[int, ...], contexts: tuple[int, ...]) -> None:

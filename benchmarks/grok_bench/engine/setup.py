@@ -15,7 +15,8 @@ from grok_engine.loading.resolve import read_config, resolve_model
 from grok_engine.models.families import PRESETS
 from grok_engine.progress import byte_bar
 from grok_engine.runtime.pages import page_bytes
-from grok_engine.runtime.runner import CPU_KV_BYTES, KV_DTYPES
+from grok_engine.runtime.runner import CPU_KV_BYTES
+from grok_kernels.dtypes import dtype_of
 
 from .workload import Job
 
@@ -93,7 +94,7 @@ def check_memory(config: EngineConfig, folder: Path | None) -> None:
 
 def kv_bytes(config: EngineConfig) -> int:
     """Bytes of keys and values that the engine will allocate; at least a page on a GPU without an explicit size."""
-    page = page_bytes(config.model, config.page_size, KV_DTYPES[str(config.kv_dtype)])
+    page = page_bytes(config.model, config.page_size, dtype_of(str(config.kv_dtype)))
     longest = -(-config.max_len // config.page_size)
     if config.num_pages is not None:
         return config.num_pages * page

@@ -1,42 +1,17 @@
-"""The tensors that a forward pass reads beside the weights: tokens, positions, pages of keys and values."""
+"""From the entries of a plan to the index tensors of a batch."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 
 import torch
 from torch import Tensor
 
+from grok_engine.batch import ALIGNED
+
 from .plan import Entry
-
-ALIGNED = 4  # int32s, 16 bytes: Triton compiles another kernel for a pointer that is not at a multiple of that
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """A flat batch: the T new tokens of B requests, one request after the other. All index tensors are int32."""
-
-    tokens_T: Tensor
-    positions_T: Tensor
-    slots_T: Tensor  # where each token's key and value are written: page · S + slot; −1 writes nothing
-    query_start: Tensor  # (B + 1,)
-    seq_lens_B: Tensor  # keys of each request, including those of its new tokens
-    block_table_BN: Tensor
-    max_query_len: int
-
-    @classmethod
-    def of(cls, numbers: Tensor, sizes: Sequence[int], max_query_len: int) -> Batch:
-        """Views into the tensor that `flatten` made, or into a copy of it on a device."""
-        parts, at = [], 0
-        for size in sizes:
-            parts.append(numbers.narrow(0, at, size))
-            at += size + -size % ALIGNED
-        tokens_T, positions_T, slots_T, query_start, seq_lens_B, table = parts
-        table_BN = table.view(len(seq_lens_B), -1)
-        return cls(tokens_T, positions_T, slots_T, query_start, seq_lens_B, table_BN, max_query_len)
 
 
 def flatten(entries: Sequence[Entry], page_size: int, rows: int = 0, width: int = 0) -> tuple[Tensor, list[int]]:
@@ -78,13 +53,3 @@ def flatten(entries: Sequence[Entry], page_size: int, rows: int = 0, width: int 
 def take_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
     """x[rows], as a copy. Indexing with a list would synchronise with the device."""
     return x.index_select(0, torch.tensor(rows).to(x.device, non_blocking=True))
-
-
-@dataclass(frozen=True, slots=True)
-class KVPages:
-    """One layer's pages, (P, G, S, C) each. e4m3 pages have one fp32 scale per token and head, (P, G, S)."""
-
-    k: Tensor
-    v: Tensor
-    k_scale: Tensor | None = None
-    v_scale: Tensor | None = None
