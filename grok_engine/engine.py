@@ -161,7 +161,8 @@ class LLMEngine:
         """The answers that take a token, and logits_BV, one row for each.
 
         A row of hidden states predicts the token after its own. Known tokens, of a prompt whose log-probabilities are
-        asked for, are scored here; the first unknown one is to be sampled, by all n answers at the end of a prompt.
+        asked for, are scored here; the first unknown one is sampled. At the end of a prompt all n answers sample from
+        the same row.
         """
         x_RD = self.runner.forward(plan)
         takers: list[Taker] = []

@@ -1,7 +1,7 @@
 """What a checkpoint is, whatever its format: named tensors, read whole or in part.
 
-Names are the engine's own (`layers.3.moe.gate`), except in a folder of packed weights, whose tensors are the model's
-modules. An implementation maps its files' names to them, and joins or splits what its files shard or fuse.
+Names are the engine's own (`layers.3.moe.gate`), except in a converted checkpoint, where they are the paths of the
+model's modules. An implementation maps its files' names to them, and joins or splits what its files shard or fuse.
 
 Tensors are torch's, not numpy's: torch has bf16 and e4m3, and its transposed and sliced views of a mapped file are as
 free.
@@ -29,7 +29,7 @@ class TensorInfo:
     """One tensor, as it is stored.
 
     shape: (…, N, K), outputs before inputs and experts in front, in whichever order the file has them.
-    format: of the values, a key of `DTYPES`, or of a format that has no dtype of its own (GGUF's blocks).
+    format: of the values, as `grok_kernels.weights.FORMATS` names them.
     block: the rows along N and columns along K that share one scale; the last ones may be fewer. (1, K) is a scale per
     output channel, (N, K) one per tensor. None: no scales.
     layout: "rows", or "panels" for values that lie as the CPU kernels want them in memory.
@@ -55,11 +55,11 @@ class Checkpoint(Protocol):
     def tensors(self) -> Mapping[str, TensorInfo]: ...
 
     def read(self, name: str, *, expert: int | None = None, rows: slice | None = None) -> tuple[Tensor, ...]:
-        """The planes of a tensor: values (…, N, K), scales (…, N/block, K/block), then what else the format has.
+        """The planes of a tensor: values (…, N, K), scales (…, ⌈N/block[0]⌉, ⌈K/block[1]⌉), then others of the format.
 
-        expert: only this one of a tensor with experts, without that axis. rows: only these outputs, from start to stop,
-        both at a multiple of the block. Views where the format allows it, so the rest is not read. The views keep what
-        they show mapped; writing to them changes no file. CheckpointError for an unknown name.
+        expert: only this one of a tensor with experts, without that axis. rows: only these outputs, start and stop at
+        multiples of block[0], or stop at N. Views where the format allows it, so that the rest is not read. Views keep
+        the file mapped; writing to them changes no file. CheckpointError for an unknown name.
         """
         ...
 

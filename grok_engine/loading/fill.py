@@ -32,12 +32,12 @@ def fill(
 ) -> None:
     """Fill `model`, on its device and in the layout that the device's kernels want. Raises as `slots` does.
 
-    `weights` None keeps each matrix as the checkpoint has it, int8 bit for bit; bf16 and fp32 dequantise; fp8 rounds
-    what that gives to e4m3, saturating, with a scale amax / 448 for each output channel. Norms and router are kept in
-    fp32, the embedding in the model's dtype. Beside the weights never more than one tensor is in memory.
+    `weights` None keeps each matrix as the checkpoint has it, int8 bit for bit; bf16 and fp32 dequantise; fp8
+    dequantises and rounds to e4m3, saturating, with a scale amax / 448 for each output channel. Norms and router are
+    kept in fp32, the embedding in the model's dtype. Besides the model, at most one source tensor is in memory.
 
-    Packed weights are one block of memory on a CPU, read in whole, or with `mapped` the file itself, whose pages come
-    when they are used and may be dropped again. Devices and kernels that do not want them packed get rows.
+    A converted checkpoint is read into one block of memory on a CPU. With `mapped` the file itself is used, and the
+    system loads its pages on demand. Devices and kernels that do not use panels get rows.
     """
     found = slots(model, checkpoint, weights)
     device, total, done = model.cos_sin.device, total_bytes(checkpoint), 0

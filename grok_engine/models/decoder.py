@@ -42,8 +42,8 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """From tokens and pages to logits. It is built without weights, which loading fills in.
 
-    activations: the format to which the layers round the rows of their products, as in `EngineConfig`; the output head
-    takes rows as they are.
+    activations: the format that the layers quantise their inputs to, as in `EngineConfig`; the output head does not.
+    max_positions: length of the table of rotary angles; 0 is the model's own.
     """
 
     cos_sin: Tensor

@@ -41,7 +41,7 @@ class SchedulerStats:
 
 
 @dataclass(slots=True)
-class _Draft:
+class _Step:
     """A step in the making. Running sequences before `place` have had their turn."""
 
     budget: int  # tokens left to give
@@ -160,7 +160,7 @@ class Scheduler:
         """
         assert self._pending is None, "the last step was not committed"
         running = self.running
-        step = _Draft(self.max_num_batched_tokens, self._decoding(0))
+        step = _Step(self.max_num_batched_tokens, self._decoding(0))
         while True:
             head = self.waiting[0] if self.waiting and step.admits else None
             seq = running[step.place] if step.place < len(running) else None
@@ -198,7 +198,7 @@ class Scheduler:
 
     # Tokens for a running sequence
 
-    def _give_tokens(self, seq: SequenceState, step: _Draft) -> None:
+    def _give_tokens(self, seq: SequenceState, step: _Step) -> None:
         """The token that a decoding sequence needs, or as much of a prompt as the budget leaves."""
         start, length = seq.num_computed, seq.length
         assert start < length, f"sequence {seq.seq_id} has no token to compute: nothing was appended"
@@ -227,13 +227,13 @@ class Scheduler:
 
     # Admission
 
-    def _admit(self, seq: SequenceState, step: _Draft) -> None:
+    def _admit(self, seq: SequenceState, step: _Step) -> None:
         """Take the head of the queue in at `step.place`, with pages for all of its tokens, or end this step's
         admissions: nothing passes one that has to wait."""
         step.admits = step.budget > step.reserved and self._start(seq, step)
         step.reserved = self._decoding(step.place)
 
-    def _start(self, seq: SequenceState, step: _Draft) -> bool:
+    def _start(self, seq: SequenceState, step: _Step) -> bool:
         """Start `seq` if there are pages and a seat, preempting sequences of a higher priority number if need be.
 
         A page is left for each running sequence, so that an admission is not what makes the next step preempt one.
@@ -267,7 +267,7 @@ class Scheduler:
 
     # Pages, and preemption where there are none
 
-    def _reserve(self, seq: SequenceState, stop: int, step: _Draft) -> bool:
+    def _reserve(self, seq: SequenceState, stop: int, step: _Step) -> bool:
         """Give `seq` pages of its own for its tokens up to `stop`. False: there were none, and it was preempted itself.
 
         Only the first page written can be shared with others: those behind it were never filled.
@@ -289,7 +289,7 @@ class Scheduler:
             if self._preempt_last(step) is seq:
                 return False
 
-    def _preempt_for(self, seq: SequenceState, need: int, step: _Draft) -> None:
+    def _preempt_for(self, seq: SequenceState, need: int, step: _Step) -> None:
         """Preempt less urgent sequences until `seq` has a seat and `need` pages; none if all of them would not do."""
         allocator, running = self.allocator, self.running
         victims = list(takewhile(lambda v: v.priority > seq.priority, reversed(running[step.place :])))
@@ -301,7 +301,7 @@ class Scheduler:
             if need + len(running) <= allocator.available:
                 break
 
-    def _preempt_last(self, step: _Draft) -> SequenceState:
+    def _preempt_last(self, step: _Step) -> SequenceState:
         """Preempt the running sequence of the highest rank, which has no entry yet: it keeps its tokens, gives up its
         pages, and waits to compute the tokens again in a later step."""
         seq = self.running.pop()

@@ -1,7 +1,7 @@
 """How the values of a weight lie in memory: "rows", (E, N, K) as it stands, or "panels", which the CPU kernels stream.
 
-In panels a matrix (N, K) becomes (N/64, K/run, 4, 16, run), a run being the 4 bytes that hold `run` neighbouring values
-along K. 256 bytes in a row hold one run of each of a panel's 64 outputs, 16 outputs to a 64-byte register, so that a
+In panels a matrix (N, K) becomes (N/64, K/cell, 4, 16, cell), a cell being the neighbouring values along K that 4 bytes
+hold. A run of 256 bytes holds one cell of each of a panel's 64 outputs, 16 outputs to a 64-byte register, so that a
 kernel reads a panel from end to end. The memory is contiguous: it may be written to a file and mapped as it is.
 """
 
@@ -29,8 +29,8 @@ def can_pack(n: int, k: int, dtype: torch.dtype) -> bool:
 
 def packed_shape(experts: int, n: int, k: int, dtype: torch.dtype) -> tuple[int, ...]:
     """The shape of the values (experts, n, k) in panels."""
-    run = 4 // dtype.itemsize
-    return (experts, n // WIDTH, k // run, _BLOCKS, _LANES, run)
+    cell = 4 // dtype.itemsize
+    return (experts, n // WIDTH, k // cell, _BLOCKS, _LANES, cell)
 
 
 def values_shape(layout: Layout, experts: int, n: int, k: int, dtype: torch.dtype) -> tuple[int, ...]:
@@ -41,8 +41,8 @@ def values_shape(layout: Layout, experts: int, n: int, k: int, dtype: torch.dtyp
 def logical_shape(packed: Tensor) -> tuple[int, int, int]:
     """(E, N, K) of values in panels. ValueError where `packed` has no such shape, type or strides."""
     if packed.dim() == 6:
-        experts, panels, runs, _, _, run = packed.shape
-        shape = experts, panels * WIDTH, runs * run
+        experts, panels, runs, _, _, cell = packed.shape
+        shape = experts, panels * WIDTH, runs * cell
         fits = packed.dtype in PACKABLE and tuple(packed.shape) == packed_shape(*shape, packed.dtype)
         if fits and packed.is_contiguous():
             return shape
@@ -94,8 +94,8 @@ def pack_into(weight_ENK: Tensor, packed: Tensor, row: int = 0) -> None:
     if _native is not None and packed.device.type == weight_ENK.device.type == "cpu":
         _native.pack_into(weight_ENK, packed, row)
         return
-    run = 4 // packed.dtype.itemsize
-    blocks = _raw(weight_ENK).unflatten(1, (-1, _BLOCKS, _LANES)).unflatten(4, (-1, run))
+    cell = 4 // packed.dtype.itemsize
+    blocks = _raw(weight_ENK).unflatten(1, (-1, _BLOCKS, _LANES)).unflatten(4, (-1, cell))
     panels = slice(row // WIDTH, (row + weight_ENK.shape[1]) // WIDTH)
     _raw(packed)[:, panels].copy_(blocks.permute(0, 1, 4, 2, 3, 5))
 
@@ -125,7 +125,7 @@ def packed_rows(packed: Tensor, rows: Tensor) -> Tensor:
     """Rows (R,), int32, of the one matrix of values in panels, as (R, K)."""
     if _native is not None and packed.device.type == rows.device.type == "cpu":
         return _native.packed_rows(packed, rows)
-    panels = packed[0].flatten(2, 3)  # (N / 64, K / run, 64, run)
+    panels = packed[0].flatten(2, 3)  # (N / 64, K / cell, 64, cell)
     panel, output = rows // WIDTH, rows % WIDTH
     return panels[panel, :, output].flatten(1)
 

@@ -65,9 +65,8 @@ struct PartWorkspace {
   Buffer values, quantised, scales;
 };
 
-// Computes act(gate) · up of the grouped rows, as many columns at a time as share a scale, and hands each part while
-// it is in the cache of its thread to finish(block, part, column, columns): columns `column` and following of the
-// block's rows.
+// Computes act(gate) · up of the grouped rows, as many columns at a time as share a scale, and calls finish(block,
+// part, column, columns) on each part while it is in cache: columns `column` and following of the block's rows.
 template <class Finish>
 void gate_up(const MoeUp& p, const std::vector<int64_t>& offsets, Executor& executor, const Finish& finish) {
   const int64_t f = p.w13.n / 2;
@@ -128,7 +127,7 @@ void down(const PackedRows& rows, const MoeDown& p, Executor& executor) {
   });
 }
 
-// The part of the caller's grouping that is of `count` tokens from `token` on.
+// The caller's grouping restricted to the tokens `token` .. `token` + `count` − 1.
 void pick_tokens(const Moe& p, int64_t token, int64_t count, std::vector<int32_t>& order,
                  std::vector<int32_t>& offsets) {
   const int64_t first = token * p.active, last = first + count * p.active;
