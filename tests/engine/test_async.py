@@ -87,7 +87,11 @@ def test_kinds_of_outputs() -> None:
         assert len(deltas) == 24
         finals = [o async for o in llm.generate(PROMPTS[0], greedy(output_kind=RequestOutputKind.FINAL_ONLY))]
         assert [o.outputs[0].token_ids for o in finals] == [CONTINUATIONS[0]]
-        assert len([o async for o in llm.generate(PROMPTS[0])]) == SamplingParams().max_tokens
+        defaults = [o async for o in llm.generate(PROMPTS[0])]
+        answer = defaults[-1].outputs[0]
+        assert len(defaults) == len(answer.token_ids)
+        # they sample: one in a hundred runs meets the end token
+        assert answer.finish_reason == "stop" or len(defaults) == SamplingParams().max_tokens
 
     run(main)
 
