@@ -3,7 +3,9 @@ tests."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,11 @@ from tests.kernels.backends import ISAS
 
 if not on_device.ON_CPU:
     on_device.install()
+
+if folder := os.environ.get("GROK_TEST_NATIVE"):  # the module of `make sanitize`, and no other of the same name
+    from grok_kernels import _C
+
+    assert Path(_C.__file__).is_relative_to(Path(folder).resolve()), f"{_C.__file__} is not in {folder}"
 
 
 @pytest.fixture(params=ISAS)
