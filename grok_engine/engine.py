@@ -52,7 +52,7 @@ class EngineStats:
 class LLMEngine:
     """A decoder loaded from `model`, and the requests it serves. `model` is `tiny`, or a folder: one that holds a
     release's `ckpt-0`, or one that `grok-engine convert` wrote. A `ModelConfig` in its place gets random weights
-    (`dummy`) and no tokenizer: to measure speed with.
+    and no tokenizer: to measure speed with.
 
     `options` are the fields of `EngineConfig`. Nothing runs but inside `step`; nothing is shared between two engines.
     A request's tokens are the same, bit for bit, whatever else runs. `progress` is called while loading, with the bytes

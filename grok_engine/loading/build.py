@@ -13,6 +13,7 @@ from grok_engine.checkpoint.open import open_checkpoint
 from grok_engine.checkpoint.packed import PackedCheckpoint
 from grok_engine.config import ActFormat, ConfigError, EngineConfig
 from grok_engine.models.decoder import Decoder
+from grok_kernels.dtypes import dtype_of
 
 from .fill import Progress, fill
 from .random import random_checkpoint
@@ -30,7 +31,7 @@ def build_model(
             "wrote, on the CPU"
         )
     activations = _activations(config, checkpoint, device)
-    model = Decoder(config.model, getattr(torch, config.dtype), device, config.max_len, activations)
+    model = Decoder(config.model, dtype_of(config.dtype), device, config.max_len, activations)
     weights = random_checkpoint(model, config.weights) if checkpoint is None else checkpoint
     fill(model, weights, weights=config.weights, mapped=config.mmap, progress=progress)
     return model, replace(config, activations=activations)

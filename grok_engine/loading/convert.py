@@ -20,6 +20,7 @@ from grok_engine.checkpoint.open import open_checkpoint
 from grok_engine.checkpoint.packed import FILE, Plane, arrange, header, is_packed_folder
 from grok_engine.config import ConfigError, DType, WeightFormat
 from grok_engine.models.decoder import Decoder
+from grok_kernels.dtypes import dtype_of
 
 from .fill import Progress, load
 from .resolve import read_config, resolve_model
@@ -50,7 +51,7 @@ def convert(
         raise ConfigError(f"{out} {what}: expected a new name in a folder that is there")
     config = read_config(path)
     checkpoint = open_checkpoint(path, config)
-    decoder = Decoder(config, getattr(torch, dtype), max_positions=1)
+    decoder = Decoder(config, dtype_of(dtype), max_positions=1)
     found = slots(decoder, checkpoint, weights)
     planes = arrange(plane for slot in found for plane in _planes(slot))
     head = header(planes, {s.path: s.shape for s in found if _layout(s) == "panels"}, config.name)
@@ -91,8 +92,8 @@ def _write(
         file.write(head)
         for slot in found:
             load(slot, checkpoint, "cpu", packed=True)
-            for name, tensor in zip(("weight", "scale"), slot.module.parameters(), strict=False):
-                file.seek(starts[f"{slot.path}.{name}"])
+            for plane, tensor in zip(_planes(slot), slot.module.parameters(), strict=True):
+                file.seek(starts[plane.name])
                 file.write(tensor.view(-1).view(torch.uint8).numpy().data)
             slot.module.release()
             done += sum(info.nbytes for info in slot.sources)

@@ -13,13 +13,12 @@ from grok_engine.checkpoint.packed import PackedCheckpoint
 from grok_engine.config import WeightFormat
 from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.models.decoder import Decoder
-from grok_kernels.dtypes import FP8_MAX
+from grok_kernels.dtypes import FP8_MAX, TINY
 
 from .slots import Slot, slots
 
 Progress = Callable[[int, int], None]  # bytes done, and in all
 CHUNK = 4 << 20  # bytes in fp32 that are converted at once
-TINY = 2.0**-100  # the least amax, so that no scale is 0
 
 
 def fill(
@@ -114,7 +113,8 @@ def _adopt(slot: Slot, checkpoint: PackedCheckpoint, device: torch.device | None
         if device is not None:
             module.hold(module.values().to(device, copy=True))
         return
-    weight = grok_kernels.Weight.of(values, scales[0].mT if scales else None, layout)
+    (scale,) = scales or (None,)  # a plane beyond would be lost
+    weight = grok_kernels.Weight.of(values, None if scale is None else scale.mT, layout)
     if device is not None:
         rows = weight.with_layout("rows")
         planes = tuple(plane.to(device, copy=True) for plane in rows.planes)

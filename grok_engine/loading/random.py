@@ -14,7 +14,7 @@ from grok_engine.config import DType, ModelConfig, WeightFormat
 from grok_engine.layers.embedding import Embedding
 from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.models.decoder import Decoder
-from grok_kernels.dtypes import DTYPES, NAMES
+from grok_kernels.dtypes import DTYPES, NAMES, dtype_of
 
 from .slots import FORMATS, SCALED, slots
 
@@ -31,7 +31,7 @@ def random_bytes(model: Decoder, weights: WeightFormat | None = None) -> int:
 
 def weight_bytes(config: ModelConfig, dtype: DType, weights: WeightFormat | None = None) -> int:
     """`random_bytes` of the model that `config` describes, without its tables of positions."""
-    return random_bytes(Decoder(config, getattr(torch, dtype), max_positions=1), weights)
+    return random_bytes(Decoder(config, dtype_of(dtype), max_positions=1), weights)
 
 
 def _tensors(model: Decoder, fmt: str) -> Iterator[TensorInfo]:

@@ -13,6 +13,7 @@ DTYPES: dict[str, torch.dtype] = {
 NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = (torch.float32, torch.bfloat16)
 FP8_MAX = 448.0  # the largest e4m3
+TINY = 2.0**-100  # the smallest amax of what is quantised, which keeps 1 / scale finite
 
 
 def dtype_of(name: str) -> torch.dtype:

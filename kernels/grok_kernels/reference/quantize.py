@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 
 from ..checks import GROUP
-from ..dtypes import FP8_MAX
+from ..dtypes import FP8_MAX, TINY
 from ..registry import register
 from ..weights import Weight
 from .invariant import wants_grad
-
-TINY = 2.0**-100  # the smallest amax, which keeps 1 / scale finite
 
 
 def _groups(x_TD: Tensor, group_size: int) -> Tensor:
