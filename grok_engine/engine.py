@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,17 +26,34 @@ from .runtime.plan import Entry, StepPlan
 from .runtime.request import Answer, Request, RequestOutput
 from .runtime.runner import Runner
 from .runtime.scheduler import Scheduler, SchedulerStats
+from .runtime.sequence import Status
 from .runtime.text import FinishReason
+from .runtime.turn import EngineBusyError, Turn
 from .sampling.params import RequestOutputKind, SamplingParams
 from .sampling.sampler import Sampled, sample
 from .tokenizer.base import Tokenizer
 from .tokenizer.load import load_tokenizer
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .config import EngineOptions
+
+logger = logging.getLogger(__name__)
+
 Taker = tuple[Request, Answer]  # an answer that takes a token in this step
 
 
 class EngineClosedError(RuntimeError):
-    """The engine was closed, by its user or by a step that failed, whose exception is the cause."""
+    """The engine was closed, by its user or because the device failed, whose exception is the cause."""
+
+
+class EngineAsleepError(RuntimeError):
+    """The engine sleeps: `wake_up` loads it again."""
+
+
+class QueueFullError(RuntimeError):
+    """As many requests wait as the engine takes: come again later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,29 +78,52 @@ class LLMEngine:
     A request's tokens are the same, bit for bit, whatever else runs. `progress` is called while loading, with the bytes
     done and the bytes in all. Bad values raise ConfigError, a ValueError; a folder that does not hold the model raises
     CheckpointError with everything that is wrong in it.
+
+    Threads: requests may be added, aborted and counted from any thread, at any time, from within a step too. `step`,
+    `logits`, `sleep`, `wake_up` and `close` are for one thread at a time: a second call, or one from within a step,
+    raises EngineBusyError and changes nothing. In a fork of the process they raise RuntimeError.
     """
 
     def __init__(
-        self, model: str | Path | ModelConfig = "tiny", *, progress: Progress | None = None, **options: Any
+        self,
+        model: str | Path | ModelConfig = "tiny",
+        *,
+        progress: Progress | None = None,
+        **options: Unpack[EngineOptions],
     ) -> None:
-        folder, architecture = (None, model) if isinstance(model, ModelConfig) else find_model(model)
-        c = EngineConfig.of(architecture, options)
-        self.tokenizer = None if folder is None else _tokenizer(folder, c)
-        self.model, c = build_model(c, folder, progress)
-        self.config = c
-        self.runner = Runner(self.model, c)
+        self._folder, architecture = (None, model) if isinstance(model, ModelConfig) else find_model(model)
+        self.config = EngineConfig.of(architecture, options)
+        self.tokenizer = None if self._folder is None else _tokenizer(self._folder, self.config)
+        self._turn = Turn()
+        self._closed: EngineClosedError | None = None
+        self.asleep = False
+        self._load(progress)
+        c = self.config
         self.allocator = PageAllocator(self.runner.num_pages, c.page_size, c.enable_prefix_caching)
         self.scheduler = Scheduler(
             self.allocator, max_num_seqs=c.max_num_seqs, max_num_batched_tokens=c.max_num_batched_tokens
         )
-        self._requests: dict[str, Request] = {}
-        self._by_seq_id: dict[int, Taker] = {}  # of the sequences that the scheduler has
-        self._ready: list[RequestOutput] = []  # of aborted requests, for the next step to return
         self._builder = RequestBuilder(c, self.tokenizer)
-        self._closed: BaseException | None = None
+        self._requests: dict[str, Request] = {}  # unfinished ones
+        self._by_seq_id: dict[int, Taker] = {}  # of the sequences that the scheduler has
+        self._inbox: deque[tuple[Callable[[Any], None], Any]] = (
+            deque()
+        )  # changes that other calls asked for, in their order
+        self._ready: deque[RequestOutput] = deque()  # for `step` to return
+        self._intact = True  # no change of requests, sequences or pages was interrupted half-way
         self._steps = self._generated = 0
         self._lap_began = 0.0
         self._seconds = dict.fromkeys(("schedule", "forward", "sample", "output"), 0.0)
+
+    def _load(self, progress: Progress | None) -> None:
+        began = time.perf_counter()
+        self.model, self.config = build_model(self.config, self._folder, progress)
+        self.runner = Runner(self.model, self.config)
+        logger.info(
+            "loaded %s in %.1f s: %d KV pages of %d tokens, %s",
+            self._folder or self.config.model.name, time.perf_counter() - began, self.runner.num_pages,
+            self.config.page_size, self.config,
+        )  # fmt: skip
 
     # Requests
 
@@ -91,10 +134,21 @@ class LLMEngine:
     def add_request(
         self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0
     ) -> None:
-        """Queue a request; a lower priority number is more urgent. ValueError if it is invalid or can never fit.
+        """Queue a request; a lower priority number is more urgent. ValueError if it is invalid or can never fit,
+        QueueFullError if `max_waiting` requests wait already.
 
         Generation ends with finish_reason "length" at max_tokens or where max_model_len is reached.
         """
+        request = self.prepare(request_id, prompt, params, priority)
+        if self.num_waiting >= self.config.max_waiting:
+            raise QueueFullError(
+                f"request {request_id!r}: {self.num_waiting} requests wait, expected fewer than "
+                f"max_waiting={self.config.max_waiting}"
+            )
+        self.submit(request)
+
+    def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams | None, priority: int) -> Request:
+        """A request for `submit`, with everything checked but its grammar. Takes no longer than encoding the prompt."""
         self._check_open()
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
@@ -102,63 +156,138 @@ class LLMEngine:
         if not isinstance(request_id, str) or request_id in self._requests:
             raise ValueError(f"request_id={request_id!r}: expected text that no unfinished request has")
         request = self._builder.build(request_id, prompt, params, priority)
-        first = request.answers[0]
-        self.scheduler.add(first.state)
-        self._requests[request_id] = request
-        self._by_seq_id[first.state.seq_id] = (request, first)
+        self.scheduler.check_fits(request.answers[0].state)
+        return request
+
+    def compile(self, request: Request) -> None:
+        """Compile the request's grammar, if it has one, on this thread. ValueError if it is invalid or takes too long."""
+        self._builder.compile(request)
+
+    def submit(self, request: Request) -> None:
+        """Queue a prepared request, compiling its grammar first. ValueError if an unfinished one has its id."""
+        self.compile(request)
+        self._check_open()
+        if self._requests.setdefault(request.request_id, request) is not request:
+            raise ValueError(f"request_id={request.request_id!r}: expected text that no unfinished request has")
+        logger.debug(
+            "request %r: %d prompt tokens, priority %d, %s",
+            request.request_id, len(request.prompt_ids), request.answers[0].state.priority, request.params,
+        )  # fmt: skip
+        self._ask(self._add, request)
 
     def abort_request(self, request_ids: str | Iterable[str]) -> None:
-        """End requests, at any time; their pages are free at once. The next step returns what they had, with
-        finish_reason "abort". Unknown and finished requests are ignored."""
-        for request_id in [request_ids] if isinstance(request_ids, str) else list(request_ids):
-            request = self._requests.get(request_id)
-            if request is not None:
-                for answer in request.started:
-                    self._finish(answer, "abort")
-                self._ready.append(self._output(request, time.monotonic(), ended=True))
+        """End requests: now, or at the end of the step that runs. Their pages are free then, and the next outputs
+        hold what they had, with finish_reason "abort". Unknown and finished requests are ignored. It never waits, so
+        it may be called from anywhere: a processor, a signal handler, a finaliser."""
+        self._ask(self._abort, _listed(request_ids))
 
     def discard_request(self, request_ids: str | Iterable[str]) -> None:
         """`abort_request`, without the outputs."""
-        ids = {request_ids} if isinstance(request_ids, str) else set(request_ids)
-        self.abort_request(ids)
-        self._ready = [output for output in self._ready if output.request_id not in ids]
+        self._ask(self._discard, _listed(request_ids))
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that have not started, or were preempted, and requests not handed to the scheduler yet."""
+        return len(self.scheduler.waiting) + len(self._inbox)
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything to compute or to return."""
-        return bool(self._requests or self._ready)
+        return bool(self._requests or self._ready or self._inbox)
+
+    def _ask(self, change: Callable[[Any], None], argument: Any) -> None:
+        """Have a change made: at once if no call has the turn, else at the edge of the step that runs."""
+        self._inbox.append((change, argument))
+        if self._turn.take("add_request"):
+            try:
+                self._settle()
+            finally:
+                self._turn.leave()
+
+    def _settle(self) -> None:
+        """Make the changes that were asked for. Only who has the turn may."""
+        if not self._intact:
+            self._reset(RuntimeError("a change of requests or pages was interrupted"))
+        while self._inbox:
+            self._intact = False
+            change, argument = self._inbox[0]
+            change(argument)
+            self._inbox.popleft()
+            self._intact = True
+
+    def _add(self, request: Request) -> None:
+        first = request.answers[0]
+        if first.state.status is Status.NEW:  # else interrupted here, and ended since
+            self._by_seq_id[first.state.seq_id] = (request, first)
+            self.scheduler.add(first.state)
+
+    def _abort(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            request = self._requests.get(request_id)
+            if request is not None:
+                logger.info("request %r: aborted", request_id)
+                self._end(request, "abort")
+
+    def _discard(self, request_ids: Collection[str]) -> None:
+        self._abort(request_ids)
+        for output in [output for output in self._ready if output.request_id in request_ids]:
+            self._ready.remove(output)
 
     # Steps
 
     def step(self) -> list[RequestOutput]:
         """Compute one batch of tokens; returns an output for every request with something new to show.
 
-        An exception other than a request's own (which ends that request with finish_reason "error") closes the engine.
+        An exception costs the requests of the step, which end with finish_reason "error"; the others go on. One that is
+        no Exception (KeyboardInterrupt, say) is raised once they have ended, and the next step returns their outputs.
+        Where a failure left the device unusable the engine closes, with EngineClosedError.
         """
-        self._check_open()
-        ready, self._ready = self._ready, []
-        try:
-            return ready + self._step()
-        except BaseException as error:
-            self._close(error)
-            raise
-
-    def _step(self) -> list[RequestOutput]:
-        """Schedule, forward, sample, emit. Scheduler and sequences change in the first and the last alone."""
-        self._lap_began = time.perf_counter()
-        plan = self.scheduler.schedule()
-        if not plan.entries:
-            return []
-        self._lap("schedule")
-        takers, logits_BV = self._forward(plan)
-        self._lap("forward")
-        sampled = sample([answer.sampler for _, answer in takers], logits_BV)
-        self._lap("sample")
-        outputs = self._emit(plan, takers, sampled)
-        self._lap("output")
+        outputs: list[RequestOutput] = []
+        self.advance(outputs.append)
         return outputs
 
-    def _forward(self, plan: StepPlan) -> tuple[list[Taker], Tensor]:
-        """The answers that take a token, and logits_BV, one row for each.
+    def advance(self, take: Callable[[RequestOutput], None]) -> None:
+        """`step`, handing out one output after the other. An output that `take` did not return from comes again."""
+        with self._turn("step"):
+            self._check_open()
+            try:
+                self._settle()
+                self._step()
+                self._settle()
+            except BaseException as error:
+                if not self._intact:
+                    self._reset(error)
+                if not isinstance(error, Exception):
+                    raise
+                self._check_open()
+            while self._ready:
+                take(self._ready[0])
+                self._ready.popleft()
+
+    def _step(self) -> None:
+        """Schedule, forward, sample, emit. Scheduler and sequences change in the first and the last alone: where the
+        two between them fail, the requests of the plan end, and the others are untouched."""
+        self._lap_began = time.perf_counter()
+        self._intact = False
+        plan = self.scheduler.schedule()
+        try:
+            self._intact = True
+            if not plan.entries:
+                return
+            self._lap("schedule")
+            takers, logits_RV, sources = self._forward(plan)
+            self._lap("forward")
+            sampled = self._sample(takers, logits_RV, sources)
+            self._lap("sample")
+        except BaseException as error:
+            self._give_up(plan, error)
+            raise
+        self._intact = False
+        self._emit(plan, takers, sampled)
+        self._intact = True
+        self._lap("output")
+
+    def _forward(self, plan: StepPlan) -> tuple[list[Taker], Tensor, list[int]]:
+        """The answers that take a token, logits_RV, and the row of them that each answer samples from.
 
         A row of hidden states predicts the token after its own. Known tokens, of a prompt whose log-probabilities are
         asked for, are scored here; the first unknown one is sampled. At the end of a prompt all n answers sample from
@@ -187,11 +316,21 @@ class LLMEngine:
             if wanted > samples:
                 request.score_prompt(stop - wanted, x_RD[end - wanted : end - samples], self.runner.logits)
         if not rows:
-            return [], x_RD[:0]
-        logits_BV = self.runner.logits(x_RD if len(rows) == len(x_RD) else take_rows(x_RD, rows))
-        return takers, logits_BV if len(takers) == len(rows) else take_rows(logits_BV, sources)
+            return [], x_RD[:0], []
+        return takers, self.runner.logits(x_RD if len(rows) == len(x_RD) else take_rows(x_RD, rows)), sources
 
-    def _emit(self, plan: StepPlan, takers: list[Taker], sampled: list[Sampled]) -> list[RequestOutput]:
+    def _sample(self, takers: list[Taker], logits_RV: Tensor, sources: list[int]) -> list[Sampled]:
+        """A token for each taker. A row of logits that n answers share is repeated for `max_num_seqs` of them at a
+        time: memory does not grow with n."""
+        samplers = [answer.sampler for _, answer in takers]
+        if len(takers) == len(logits_RV):
+            return sample(samplers, logits_RV)
+        sampled: list[Sampled] = []
+        for at in range(0, len(takers), size := self.config.max_num_seqs):
+            sampled += sample(samplers[at : at + size], take_rows(logits_RV, sources[at : at + size]))
+        return sampled
+
+    def _emit(self, plan: StepPlan, takers: list[Taker], sampled: list[Sampled]) -> None:
         """Commit the step, append the tokens, and finish what they end."""
         self.scheduler.commit(plan)
         for request, answer in takers:
@@ -206,6 +345,7 @@ class LLMEngine:
             if request.first_token is None:
                 request.first_token = now
             if result.error is not None:
+                logger.warning("request %r: %s", request.request_id, result.error)
                 answer.error = result.error
                 self._finish(answer, "error")
             elif answer.accept(result):
@@ -213,11 +353,22 @@ class LLMEngine:
             changed[request.request_id] = request
         self._steps += 1
         self._generated += len(sampled)
-        return [
-            self._output(request, now, ended=done)
-            for request in changed.values()
-            if (done := request.done) or request.params.output_kind is not RequestOutputKind.FINAL_ONLY
-        ]
+        for request in changed.values():
+            if request.done:
+                self._retire(request, now)
+            elif request.params.output_kind is not RequestOutputKind.FINAL_ONLY:
+                self._ready.append(request.output())
+
+    # The end of a request
+
+    def _end(self, request: Request, reason: FinishReason, cause: BaseException | None = None) -> None:
+        """End all of a request's answers that are not finished, and queue its last output."""
+        for answer in request.started:
+            if cause is not None and answer.text.finish_reason is None:
+                answer.cause = cause
+                answer.error = f"the step failed: {type(cause).__name__}: {cause}"
+            self._finish(answer, reason)
+        self._retire(request, time.monotonic())
 
     def _finish(self, answer: Answer, reason: FinishReason) -> None:
         if answer.text.finish_reason is None:
@@ -225,41 +376,78 @@ class LLMEngine:
             self._drop(answer)
 
     def _drop(self, answer: Answer) -> None:
-        self.scheduler.finish(answer.state)
-        del self._by_seq_id[answer.state.seq_id]
+        if answer.state.status is not Status.NEW:
+            self.scheduler.finish(answer.state)
+        self._by_seq_id.pop(answer.state.seq_id, None)
 
-    def _output(self, request: Request, now: float, *, ended: bool) -> RequestOutput:
-        if ended:
+    def _retire(self, request: Request, now: float) -> None:
+        if request.finished is None:
             request.finished = now
-            del self._requests[request.request_id]
-        return request.output()
+            self._ready.append(request.output())
+            logger.debug("request %r: %s", request.request_id, [a.text.finish_reason for a in request.answers])
+        del self._requests[request.request_id]
+
+    # Failures
+
+    def _give_up(self, plan: StepPlan, error: BaseException) -> None:
+        """End the requests of a plan that failed between `schedule` and `commit`. Pages and prefix index stay."""
+        self._intact = False
+        logger.error("a step failed, and its %d sequences end with it", len(plan.entries), exc_info=error)
+        for entry in plan.entries:
+            request, _ = self._by_seq_id.get(entry.seq_id, (None, None))
+            if request is not None:
+                self._end(request, "error", error)
+        self.scheduler.commit(plan)
+        self._intact = True
+        if not self.runner.device_works():
+            self._close(f"the device failed: {error}", error)
+
+    def _reset(self, error: BaseException) -> None:
+        """Where a change was interrupted half-way: end the requests that the scheduler has, and empty all pages."""
+        asked = {id(argument) for _, argument in self._inbox}
+        requests = [request for request in list(self._requests.values()) if id(request) not in asked]
+        logger.error("pages were left half changed: %d requests end", len(requests), exc_info=error)
+        self.allocator.reset()
+        self.scheduler.reset()
+        self._by_seq_id.clear()
+        for request in requests:
+            for answer in request.answers:
+                answer.state.status = Status.FINISHED
+            self._end(request, "error", error)
+        self._intact = True
+
+    # The rest
 
     def _lap(self, part: str) -> None:
         now = time.perf_counter()
         self._seconds[part] += now - self._lap_began
         self._lap_began = now
 
-    # The rest
-
     def logits(self, token_ids: Prompt, *, chunk: int | None = None) -> Tensor:
         """logits_TV in fp32 after each token. `chunk` of them go through the model at once; no result depends on it."""
-        self._check_open()
-        chunk = self.config.max_num_batched_tokens if chunk is None else chunk
-        if not isinstance(chunk, Integral) or chunk < 1:
-            raise ValueError(f"chunk={chunk!r} is not a positive integer")
-        ids = self.encode(token_ids)
-        need = self.allocator.pages_for(len(ids))
-        pages = self.allocator.allocate(need)
-        if pages is None:
-            raise ValueError(f"{len(ids)} tokens need {need} pages, {self.allocator.available} are free")
-        try:
-            parts = [
-                self.runner.logits(self.runner.run([Entry(ids[at : at + chunk], at, pages)]))
-                for at in range(0, len(ids), chunk)
-            ]
-        finally:
-            self.allocator.release(pages)
-        return torch.cat(parts)
+        with self._turn("logits"):
+            self._check_open()
+            chunk = self.config.max_num_batched_tokens if chunk is None else chunk
+            if not isinstance(chunk, Integral) or chunk < 1:
+                raise ValueError(f"chunk={chunk!r} is not a positive integer")
+            ids = self.encode(token_ids)
+            need = self.allocator.pages_for(len(ids))
+            self._settle()
+            self._intact = False
+            pages = self.allocator.allocate(need)
+            try:
+                self._intact = True
+                if pages is None:
+                    raise ValueError(f"{len(ids)} tokens need {need} pages, {self.allocator.available} are free")
+                parts = [
+                    self.runner.logits(self.runner.run([Entry(ids[at : at + chunk], at, pages)]))
+                    for at in range(0, len(ids), chunk)
+                ]
+            finally:
+                self._intact = False
+                self.allocator.release(pages or [])
+                self._intact = True
+            return torch.cat(parts)
 
     def stats(self) -> EngineStats:
         """Counts now and since the start."""
@@ -274,28 +462,65 @@ class LLMEngine:
             seconds=dict(self._seconds),
         )
 
+    def sleep(self) -> None:
+        """Free weights and pages, the prefix cache included; `wake_up` loads them again. EngineBusyError while requests
+        are unfinished. Asleep, the engine refuses other calls with EngineAsleepError."""
+        with self._turn("sleep"):
+            self._check_open()
+            self._settle()
+            if self.has_unfinished_requests():
+                raise EngineBusyError(f"sleep() with {len(self._requests)} unfinished requests: expected none")
+            self._free()
+            self.asleep = True
+            logger.info("asleep")
+
+    def wake_up(self) -> None:
+        """Load what `sleep` freed. Awake, it does nothing. An error of loading leaves the engine asleep."""
+        with self._turn("wake_up"):
+            if self.asleep:
+                self._load(None)
+                self.asleep = False
+            self._check_open()
+
     @property
     def closed(self) -> bool:
-        """Whether `close` was called, or a step failed."""
+        """Whether `close` was called, or the device failed."""
         return self._closed is not None
 
     def close(self) -> None:
         """Drop every request and free weights and pages. Later calls raise EngineClosedError; a second close is no
         error."""
-        self._close(None)
+        with self._turn("close"):
+            self._close("the engine is closed", None)
 
-    def _close(self, cause: BaseException | None) -> None:
+    def _close(self, what: str, cause: BaseException | None) -> None:
         if self._closed is None:
-            self._closed = EngineClosedError("the engine is closed")
+            self._closed = EngineClosedError(what)
             self._closed.__cause__ = cause
-            self._requests.clear()
-            self._by_seq_id.clear()
-            self._ready.clear()
-            del self.model, self.runner, self.scheduler, self.allocator
+            self.asleep = False
+            for state in (self._requests, self._by_seq_id, self._ready, self._inbox):
+                state.clear()  # type: ignore[attr-defined]
+            self._free()
+            logger.info("closed")
+
+    def _free(self) -> None:
+        self.allocator.reset()
+        self.scheduler.reset()
+        for name in ("model", "runner"):
+            self.__dict__.pop(name, None)
+        gc.collect()  # modules refer to one another
+        if self.config.device.startswith("cuda"):
+            torch.cuda.empty_cache()
 
     def _check_open(self) -> None:
         if self._closed is not None:
             raise EngineClosedError(str(self._closed)) from self._closed.__cause__
+        if self.asleep:
+            raise EngineAsleepError("the engine is asleep: wake_up() loads it again")
+
+
+def _listed(request_ids: str | Iterable[str]) -> frozenset[str]:
+    return frozenset([request_ids] if isinstance(request_ids, str) else request_ids)
 
 
 def _tokenizer(folder: Path, config: EngineConfig) -> Tokenizer | None:

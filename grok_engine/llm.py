@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,17 +22,24 @@ from .engine import LLMEngine
 from .models.decoder import Decoder
 from .progress import byte_bar, request_bar
 from .runtime.builder import Prompt
-from .runtime.request import RequestOutput
+from .runtime.request import Request, RequestOutput
 from .runtime.text import FinishReason
+from .runtime.turn import EngineBusyError, uninterrupted
 from .sampling.params import RequestOutputKind, SamplingParams
 from .tokenizer.base import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+    from .config import EngineOptions
 
 
 @dataclass(frozen=True, slots=True)
 class StreamChunk:
-    """One new token, the text that became final with it, and, with the last token, why generation ended."""
+    """One new token, the text that became final with it, and, in the last chunk, why generation ended. The last chunk
+    of a request that was aborted has no token."""
 
-    token_id: int
+    token_id: int | None
     text: str
     finish_reason: FinishReason | None
 
@@ -40,16 +51,23 @@ class LLM:
     convert` wrote. dtype: of the computation, bfloat16 or float32. weights: None keeps the checkpoint's format (the
     release's int8, bit for bit), bf16 or fp32 dequantise while loading, fp8 rounds to e4m3 with one scale per output
     channel. The other options are those of `EngineConfig`. Loading and generating show a progress bar on a terminal.
-    Errors are those of `LLMEngine`.
+    Errors are those of `LLMEngine`. `with LLM(...) as llm:` closes it at the end.
+
+    Threads: calls may come from many at once. One of them steps the engine for all, each waits for its own requests,
+    and when the one that steps leaves, another takes over. A call from within a step (a logits processor's) raises
+    EngineBusyError.
     """
 
-    def __init__(self, model: str | Path = "tiny", **options: Any) -> None:
+    def __init__(self, model: str | Path = "tiny", **options: Unpack[EngineOptions]) -> None:
         with byte_bar("loading") as progress:
             self.engine = LLMEngine(model, progress=progress, **options)
         self.config: EngineConfig = self.engine.config  # resolved
         self.tokenizer: Tokenizer | None = self.engine.tokenizer  # without one, prompts and outputs are token ids
         self._ids = count()
-        self._outputs: dict[str, deque[RequestOutput]] = {}  # by request: a step of one call may serve others too
+        self._lock = threading.RLock()  # of the next two
+        self._stepping = 0  # the thread that has the engine; 0: none
+        self._waiting: dict[_Call, None] = {}  # the calls that wait for it
+        self._calls: dict[str, _Call] = {}  # by request
 
     @property
     def model(self) -> Decoder:
@@ -62,7 +80,8 @@ class LLM:
 
     def logits(self, token_ids: Prompt, *, chunk: int | None = None) -> Tensor:
         """logits_TV in fp32 after each token, computed `chunk` tokens at a time; no result depends on `chunk`."""
-        return self.engine.logits(token_ids, chunk=chunk)
+        with self._alone("logits"):
+            return self.engine.logits(token_ids, chunk=chunk)
 
     def score(self, token_ids: Prompt) -> Tensor:
         """(T − 1,) fp32: the log-probability of each token after the first, given those before it."""
@@ -78,7 +97,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete all prompts (text or token ids) in one batch. Outputs are in the order of the prompts.
 
-        Nothing runs unless all prompts are valid.
+        Nothing runs unless all prompts are valid. An error of one request is in its output, with finish_reason "error";
+        RuntimeError if it was a step that failed, with its exception as the cause.
         """
         requests = _as_requests(prompts)
         if isinstance(sampling_params, Sequence):
@@ -88,71 +108,157 @@ class LLM:
         else:
             params = [SamplingParams() if sampling_params is None else sampling_params] * len(requests)
         finished: dict[str, RequestOutput] = {}
-        outputs: deque[RequestOutput] = deque()
-        ids: list[str] = []
+        call = _Call(self._lock)
         try:
+            prepared = []
             for prompt, param in zip(requests, params, strict=True):
                 if isinstance(param, SamplingParams):
                     param = replace(param, output_kind=RequestOutputKind.FINAL_ONLY)
-                ids.append(self._add(prompt, param, outputs))
+                prepared.append(self.engine.prepare(str(next(self._ids)), prompt, param, 0))
+                self.engine.compile(prepared[-1])
+            for request in prepared:
+                self._submit(request, call)
             with request_bar() as progress:
-                progress(0, len(ids))
-                while len(finished) < len(ids):
-                    output = self._next(outputs)
+                progress(0, len(prepared))
+                while len(finished) < len(prepared):
+                    output = self._next(call)
+                    _raise_failed_step(output)
                     finished[output.request_id] = output
-                    progress(len(finished), len(ids))
+                    progress(len(finished), len(prepared))
         finally:
-            self._end(ids)
-        return [finished[request_id] for request_id in ids]
+            self._end(call)
+        return [finished[request.request_id] for request in prepared]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamChunk]:
-        """Generate token by token. The request is checked at the call; leaving the loop aborts it."""
+        """Generate token by token. The request is checked at the call; leaving the loop aborts it. RuntimeError if it
+        fails."""
         params = SamplingParams() if params is None else params
         if isinstance(params, SamplingParams):
             if params.n != 1:
                 raise ValueError(f"n={params.n}: a stream has one answer, expected 1")
             params = replace(params, output_kind=RequestOutputKind.DELTA)
-        outputs: deque[RequestOutput] = deque()
-        request_id = self._add(prompt, params, outputs)
-        stream = self._stream(request_id, outputs)
-        weakref.finalize(stream, self._end, [request_id]).atexit = False  # if dropped unread
+        call = _Call(self._lock)
+        self._submit(self.engine.prepare(str(next(self._ids)), prompt, params, 0), call)
+        stream = self._stream(call)
+        weakref.finalize(stream, self._end, call).atexit = False  # if dropped unread
         return stream
 
-    def _stream(self, request_id: str, outputs: deque[RequestOutput]) -> Iterator[StreamChunk]:
+    def _stream(self, call: _Call) -> Iterator[StreamChunk]:
         try:
-            while True:
-                answer = self._next(outputs).outputs[0]
+            finished = False
+            while not finished:
+                output = self._next(call)
+                finished = output.finished
+                (answer,) = output.outputs
                 if answer.error is not None:
-                    raise RuntimeError(answer.error)
-                yield StreamChunk(answer.token_ids[0], answer.text, answer.finish_reason)
-                if answer.finish_reason is not None:
-                    return
+                    raise RuntimeError(answer.error) from answer.cause
+                token = answer.token_ids[0] if answer.token_ids else None
+                yield StreamChunk(token, answer.text, answer.finish_reason)
         finally:
-            self._end([request_id])
+            self._end(call)
 
-    def _add(self, prompt: Prompt, params: SamplingParams, outputs: deque[RequestOutput]) -> str:
-        request_id = str(next(self._ids))
-        self.engine.add_request(request_id, prompt, params)
-        self._outputs[request_id] = outputs
-        return request_id
+    def _submit(self, request: Request, call: _Call) -> None:
+        call.request_ids.append(request.request_id)
+        self._calls[request.request_id] = call
+        self.engine.submit(request)
 
-    def _next(self, outputs: deque[RequestOutput]) -> RequestOutput:
-        """The next output of one call. Its steps serve other calls too."""
-        while not outputs:
-            for output in self.engine.step():
-                if output.request_id in self._outputs:
-                    self._outputs[output.request_id].append(output)
-        return outputs.popleft()
+    def _next(self, call: _Call) -> RequestOutput:
+        """The next output of one call."""
+        while not call.outputs:
+            with self._having_engine(call, "generate"):
+                # another call that needs the engine alone comes first
+                while not call.outputs and not any(other.alone for other in list(self._waiting)):
+                    self.engine.advance(self._deliver)
+        return call.outputs.popleft()
 
-    def _end(self, request_ids: Sequence[str]) -> None:
-        for request_id in request_ids:
-            self._outputs.pop(request_id, None)
+    def _alone(self, name: str) -> AbstractContextManager[None]:
+        """The engine between two steps, with the steps of other calls waiting."""
+        return self._having_engine(_Call(self._lock, alone=True), name)
+
+    @contextmanager
+    def _having_engine(self, call: _Call, name: str) -> Iterator[None]:
+        """Wait until no other thread has the engine, or until `call` has an output without it; then run the block."""
+        me = threading.get_ident()
+        if self._stepping == me:
+            raise EngineBusyError(f"{name}() was called from within a step: expected a call from outside")
+        try:
+            with self._lock:
+                self._waiting[call] = None
+                while not call.outputs and (self._stepping or next(self._order()) is not call):
+                    call.changed.wait()
+                del self._waiting[call]
+                if not call.outputs:
+                    self._stepping = me
+            yield
+        finally:
+            uninterrupted(partial(self._leave, call, me))
+
+    def _leave(self, call: _Call, me: int) -> None:
+        with self._lock:
+            self._waiting.pop(call, None)
+            if self._stepping == me:
+                self._stepping = 0
+            if not self._stepping and self._waiting:
+                next(self._order()).changed.notify()
+
+    def _order(self) -> Iterator[_Call]:
+        """The calls that wait, in the order in which they have the engine."""
+        return iter(sorted(self._waiting, key=lambda call: not call.alone))
+
+    def _deliver(self, output: RequestOutput) -> None:
+        """Pass an output to its call. The same one again, after an interrupt, changes nothing."""
+        call = self._calls.get(output.request_id)
+        if call is not None:
+            with self._lock:
+                if not call.outputs or call.outputs[-1] is not output:
+                    call.outputs.append(output)
+                call.changed.notify()
+
+    def _end(self, call: _Call) -> None:
+        """Forget a call, and abort what is left of its requests. It takes no lock: finalisers run it too."""
+        for request_id in call.request_ids:
+            self._calls.pop(request_id, None)
         if not self.engine.closed:
-            self.engine.discard_request(request_ids)
+            self.engine.discard_request(call.request_ids)
+
+    def sleep(self) -> None:
+        """`LLMEngine.sleep`: free weights and pages until `wake_up`."""
+        with self._alone("sleep"):
+            self.engine.sleep()
+
+    def wake_up(self) -> None:
+        """Load again what `sleep` freed."""
+        with self._alone("wake_up"):
+            self.engine.wake_up()
 
     def close(self) -> None:
-        """Free weights and pages."""
-        self.engine.close()
+        """Free weights and pages, once the step that runs has ended. Calls that wait raise EngineClosedError."""
+        with self._alone("close"):
+            self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Call:
+    """One call: its requests, and their outputs that it has not taken. alone: it needs the engine for itself."""
+
+    def __init__(self, lock: threading.RLock, *, alone: bool = False) -> None:
+        self.alone = alone
+        self.request_ids: list[str] = []
+        self.outputs: deque[RequestOutput] = deque()
+        self.changed = threading.Condition(lock)
+
+
+def _raise_failed_step(output: RequestOutput) -> None:
+    for answer in output.outputs:
+        if answer.cause is not None:
+            raise RuntimeError(answer.error) from answer.cause
 
 
 def _as_requests(prompts: Any) -> list[Prompt]:

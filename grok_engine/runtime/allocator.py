@@ -28,11 +28,15 @@ class PageAllocator:
             raise ValueError(f"num_pages={num_pages}, page_size={page_size}: expected at least 1 of each")
         self.num_pages, self.page_size, self.prefix_caching = num_pages, page_size, prefix_caching
         self.evictions = 0
-        self._refs = [0] * num_pages
-        self._free = list(range(num_pages - 1, -1, -1))
+        self.reset()
+
+    def reset(self) -> None:
+        """Free every page, whoever holds it, and forget every prefix."""
+        self._refs = [0] * self.num_pages
+        self._free = list(range(self.num_pages - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._index: dict[Key, int] = {}
-        self._keys: list[Key | None] = [None] * num_pages  # None: not indexed
+        self._keys: list[Key | None] = [None] * self.num_pages  # None: not indexed
 
     @property
     def available(self) -> int:

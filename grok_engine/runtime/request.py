@@ -31,7 +31,8 @@ class RequestMetrics:
 class CompletionOutput:
     """One of a request's `n` answers. An end token is in `token_ids`, not in `text`; without a tokenizer `text` is "".
 
-    With output_kind DELTA, `text`, `token_ids` and `logprobs` hold only what is new since the last output.
+    With output_kind DELTA, `text`, `token_ids` and `logprobs` hold only what is new since the last output, and answers
+    in which nothing is new are left out.
     """
 
     index: int
@@ -42,6 +43,7 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     stop_reason: int | str | None = None  # the stop string, or the token of stop_token_ids, that ended it
     error: str | None = None  # what failed, with finish_reason "error"
+    cause: BaseException | None = None  # the exception, if it was the step that failed, and not this request
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,8 @@ class Answer:
     logprobs: list[TopLogprobs] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     error: str | None = None
-    shown: tuple[int, int] = (0, 0)  # characters and tokens that DELTA outputs have shown
+    cause: BaseException | None = None
+    shown: tuple[int, int, FinishReason | None] = (0, 0, None)  # characters and tokens that outputs have shown
 
     def accept(self, result: Sampled) -> bool:
         """Append a sampled token. Returns whether it finishes the answer."""
@@ -83,8 +86,8 @@ class Answer:
     def completion(self, delta: bool) -> CompletionOutput:
         """The answer so far, or with `delta` what is new since the last call."""
         text, ids = self.text.text, self.state.output_ids
-        text_from, tokens_from = self.shown if delta else (0, 0)
-        self.shown = (len(text), len(ids))
+        text_from, tokens_from, _ = self.shown if delta else (0, 0, None)
+        self.shown = self.known
         asked = self.sampler.params.logprobs is not None
         return CompletionOutput(
             index=self.index,
@@ -95,7 +98,13 @@ class Answer:
             cumulative_logprob=self.cumulative_logprob if asked else None,
             stop_reason=self.text.stop_reason,
             error=self.error,
+            cause=self.cause,
         )
+
+    @property
+    def known(self) -> tuple[int, int, FinishReason | None]:
+        """What `shown` is when an output has shown everything."""
+        return len(self.text.text), len(self.state.output_ids), self.text.finish_reason
 
 
 @dataclass(slots=True, eq=False)
@@ -111,6 +120,7 @@ class Request:
     forked: bool  # whether the scheduler has all n sequences: from the first token on
     first_token: float | None = None
     finished: float | None = None
+    shown_prompt_ids: list[int] = field(default_factory=list)  # the user's copy, which outputs share
     prompt_logprobs: list[TopLogprobs | None] | None = None
 
     @property
@@ -132,15 +142,17 @@ class Request:
             self.prompt_logprobs[i] = {self.prompt_ids[i]: found.logprob, **dict(found.top)}
 
     def output(self) -> RequestOutput:
-        """What the user gets of it now."""
+        """What the user gets of it now. No list in it is one that the engine reads again."""
+        if not self.shown_prompt_ids:
+            self.shown_prompt_ids = list(self.prompt_ids)
         delta = self.params.output_kind is RequestOutputKind.DELTA
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
-            prompt_token_ids=self.prompt_ids,
-            outputs=[answer.completion(delta) for answer in self.started],
+            prompt_token_ids=self.shown_prompt_ids,
+            outputs=[a.completion(delta) for a in self.started if not delta or a.shown != a.known],
             finished=self.finished is not None,
             metrics=RequestMetrics(self.arrival, self.first_token, self.finished),
             cached_tokens=self.answers[0].state.cached_tokens,
-            prompt_logprobs=self.prompt_logprobs,
+            prompt_logprobs=None if self.prompt_logprobs is None else list(self.prompt_logprobs),
         )

@@ -113,6 +113,13 @@ class Runner:
         """logits_TV in fp32 of hidden states."""
         return self.model.logits(x_TD)
 
+    def device_works(self) -> bool:
+        """Whether the device still computes, after a step that failed: an error on a GPU can end its every use."""
+        try:
+            return bool(torch.ones((), device=self.device) == 1)
+        except RuntimeError:
+            return False
+
     def _batch(self, entries: Sequence[Entry]) -> Batch:
         numbers, sizes = flatten(entries, self.config.page_size)
         # non_blocking is safe: from memory that is not pinned, the bytes are read before the call returns

@@ -75,10 +75,14 @@ class Scheduler:
         assert max_num_batched_tokens >= max_num_seqs, "each running sequence needs a token a step"
         self.allocator, self.ageing = allocator, ageing
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
-        self.running: list[SequenceState] = []  # by rank
-        self.waiting: list[SequenceState] = []  # by rank
         self.preemptions = self.query_tokens = self.hit_tokens = self.prompt_tokens = 0
         self._serial = count()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every sequence. Their pages are not released: reset the allocator too."""
+        self.running: list[SequenceState] = []  # by rank
+        self.waiting: list[SequenceState] = []  # by rank
         self._pending: tuple[StepPlan, list[SequenceState]] | None = None  # scheduled, not committed
         self._blocked: tuple[SequenceState, int, int] | None = None  # refused at so many free pages and running ones
 
@@ -102,10 +106,8 @@ class Scheduler:
 
     # Sequences
 
-    def add(self, seq: SequenceState) -> None:
-        """Queue a new sequence; ValueError if it could never be finished."""
-        assert seq.status is Status.NEW, f"sequence {seq.seq_id} was added before"
-        assert not seq.output_ids, f"sequence {seq.seq_id} starts with {len(seq.output_ids)} generated tokens"
+    def check_fits(self, seq: SequenceState) -> None:
+        """ValueError if a new sequence could never be finished."""
         prompt, new, allocator = len(seq.prompt_ids), seq.max_new_tokens, self.allocator
         assert prompt >= 1, f"sequence {seq.seq_id} has no token"
         pages = allocator.pages_for(prompt + new - 1)  # the last token is never fed back
@@ -114,6 +116,11 @@ class Scheduler:
                 f"{prompt} prompt tokens + {new} new ones need {pages} pages of {allocator.page_size} tokens, "
                 f"there are {allocator.num_pages}"
             )
+
+    def add(self, seq: SequenceState) -> None:
+        """Queue a new sequence that fits."""
+        assert seq.status is Status.NEW, f"sequence {seq.seq_id} was added before"
+        assert not seq.output_ids, f"sequence {seq.seq_id} starts with {len(seq.output_ids)} generated tokens"
         seq.arrival = next(self._serial)
         seq.rank = (seq.priority * self.ageing + seq.arrival, seq.arrival)
         self._wait(seq)
