@@ -102,6 +102,7 @@ class LLMEngine:
         if not isinstance(request_id, str) or request_id in self._requests:
             raise ValueError(f"request_id={request_id!r}: expected text that no unfinished request has")
         request = self._builder.build(request_id, prompt, params, priority)
+        self._builder.compile(request)
         first = request.answers[0]
         self.scheduler.add(first.state)
         self._requests[request_id] = request
