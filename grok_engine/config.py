@@ -14,7 +14,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from numbers import Integral, Real
+from typing import Any, Literal, TypedDict, get_args
+
+import numpy as np
 
 Activation = Literal["gelu_tanh", "gelu", "silu"]
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
@@ -116,6 +119,35 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def as_int(value: Any) -> int | None:
+    """An integer, numpy's too, as Python's; None for any other value, bools among them."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+
+
+def as_float(value: Any) -> float | None:
+    """A real number, numpy's too, as Python's; None for any other value, and for an integer beyond fp64."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
+
+
+def as_bool(value: Any) -> bool | None:
+    """A bool, numpy's too, as Python's; None for any other value."""
+    return bool(value) if isinstance(value, (bool, np.bool_)) else None
+
+
+def shown(value: Any) -> str:
+    """A value as an error message shows it: `repr`, but never long, and never an error of its own."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of 5000 digits, a list that contains itself through a faulty __repr__
+        return f"<{type(value).__name__} that has no repr>"
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
 # By annotation: a JSON file can put anything under any key.
 _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "int": ("an integer", is_int),
@@ -192,9 +224,37 @@ ActFormat = Literal["none", "fp8", "int8"]
 KVDType = Literal["bfloat16", "float32", "fp8_e4m3"]
 
 
+class EngineOptions(TypedDict, total=False):
+    """The fields of `EngineConfig` but `model`, as keyword arguments."""
+
+    dtype: DType
+    device: str
+    weights: WeightFormat | None
+    activations: ActFormat | None
+    mmap: bool
+    kv_dtype: KVDType | None
+    max_model_len: int | None
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    page_size: int
+    num_pages: int | None
+    kv_memory: int | None
+    enable_prefix_caching: bool
+    enforce_eager: bool
+    seed: int | None
+    max_n: int
+    max_logprobs: int
+    max_stop_bytes: int
+    max_grammar_bytes: int
+    max_grammar_depth: int
+    max_grammar_rules: int
+    grammar_seconds: float
+    max_waiting: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """How a model is run.
+    """How a model is run, and the largest request that is served.
 
     weights: what matrices are converted to; None keeps what the checkpoint holds.
     activations: what the layers' large products quantise their activations to, with a scale per token and group of 128.
@@ -209,6 +269,14 @@ class EngineConfig:
     enforce_eager: launch the kernels of a decode step one by one instead of replaying a CUDA graph or, on a CPU, a
     recording. Slower, with the same results; hooks on the model's modules run in every step.
     seed: of requests that bring none, so that a run can be repeated; None draws fresh ones.
+
+    The limits of one request. What exceeds them is refused with a ValueError before it costs other requests anything.
+    max_n: answers of a request.
+    max_logprobs: of logprobs and prompt_logprobs; -1 lifts the limit, and the whole vocabulary may be asked for.
+    max_stop_bytes: of stop and bad_words together, in UTF-8.
+    max_grammar_bytes, max_grammar_depth, max_grammar_rules: of a structured output's text in UTF-8, how deep it and its
+    references are nested, and how many rules it has. grammar_seconds: what compiling it may take.
+    max_waiting: requests that wait for their first step.
     """
 
     model: ModelConfig
@@ -227,36 +295,38 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
     seed: int | None = None
+    max_n: int = 128
+    max_logprobs: int = 20
+    max_stop_bytes: int = 16384
+    max_grammar_bytes: int = 65536
+    max_grammar_depth: int = 100
+    max_grammar_rules: int = 1000
+    grammar_seconds: float = 5.0
+    max_waiting: int = 8192
 
     @classmethod
     def of(cls, model: ModelConfig, options: Mapping[str, Any]) -> EngineConfig:
-        """From options by name, a dtype also as torch has it. ConfigError for an unknown name."""
+        """From options by name; dtypes and the device also as torch has them. ConfigError for an unknown name."""
         known = [f.name for f in fields(cls) if f.name != "model"]
         for option in options:
             if option not in known:
                 raise ConfigError(f"unknown option {option!r}: expected one of {', '.join(known)}")
-        dtypes = {"dtype": str(options["dtype"]).removeprefix("torch.")} if options.get("dtype") else {}
-        return cls(model=model, **{**options, **dtypes})
+        named = {
+            name: str(value).removeprefix("torch.")
+            for name in ("dtype", "kv_dtype", "device")
+            if type(value := options.get(name)).__module__ == "torch"
+        }
+        return cls(model=model, **{**options, **named})
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, ModelConfig):
+            raise ConfigError(f"model={shown(self.model)} is not a ModelConfig")
         if self.max_model_len is None:
             object.__setattr__(self, "max_model_len", self.model.max_position)
         if self.kv_dtype is None:
             object.__setattr__(self, "kv_dtype", self.dtype)
-        literals = {"dtype": DType, "weights": WeightFormat, "activations": ActFormat, "kv_dtype": KVDType}
-        for name, allowed in literals.items():
-            value = getattr(self, name)
-            if value not in get_args(allowed) and not (name in ("weights", "activations") and value is None):
-                raise ConfigError(f"{name}={value!r} is not one of {', '.join(get_args(allowed))}")
-        for name in ("mmap", "enforce_eager"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not True or False")
-        for name in ("max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages", "kv_memory"):
-            value = getattr(self, name)
-            if not (is_int(value) and value >= 1) and not (name in ("num_pages", "kv_memory") and value is None):
-                raise ConfigError(f"{name}={value!r} is not a positive integer")
-        if not is_int(self.max_model_len) or not 1 <= self.max_len <= self.model.max_position:
-            raise ConfigError(f"max_model_len={self.max_model_len!r} is not in 1..{self.model.max_position}")
+        for field in fields(self)[1:]:
+            object.__setattr__(self, field.name, self._read(field.name, str(field.type)))  # resolved once, here
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs={self.max_num_seqs}: "
@@ -264,11 +334,57 @@ class EngineConfig:
             )
         if self.num_pages is not None and self.kv_memory is not None:
             raise ConfigError(f"num_pages={self.num_pages} and kv_memory={self.kv_memory}: expected one of them")
-        if self.seed is not None and not (is_int(self.seed) and 0 <= self.seed < 2**63):
-            raise ConfigError(f"seed={self.seed!r} is not in 0..2**63 - 1")
+        if self.num_pages is not None and self.num_pages * self.page_size > _INT32_MAX:
+            raise ConfigError(
+                f"num_pages={self.num_pages} of page_size={self.page_size} hold more than {_INT32_MAX} tokens, "
+                "which 32-bit slot numbers cannot count"
+            )
+
+    def _read(self, name: str, kind: str) -> Any:
+        """The field as Python's own type; ConfigError if it is of another type or out of its range."""
+        value, optional = getattr(self, name), kind.endswith("| None")
+        if value is None and optional:
+            return None
+        read: Any
+        if name in _LITERALS:
+            allowed = get_args(_LITERALS[name])
+            read = value if isinstance(value, str) and value in allowed else None
+            expected = f"one of {', '.join(allowed)}"
+        elif kind == "bool":
+            read, expected = as_bool(value), "True or False"
+        elif kind == "str":
+            read, expected = value if isinstance(value, str) else None, "text"
+        elif kind == "float":
+            number = as_float(value)
+            read = number if number is not None and 0 < number <= _DAY else None
+            expected = f"a number of seconds in (0, {_DAY}]"
+        else:
+            least, most = (
+                _RANGES.get(name, (1, _INT32_MAX)) if name != "max_model_len" else (1, self.model.max_position)
+            )
+            integer = as_int(value)
+            read = integer if integer is not None and least <= integer <= most else None
+            expected = f"an integer in {least}..{most}"
+        if read is None:
+            raise ConfigError(f"{name}={shown(value)} is not {expected}{', or None' if optional else ''}")
+        return read
 
     @property
     def max_len(self) -> int:
         """`max_model_len`, resolved."""
         assert self.max_model_len is not None
         return self.max_model_len
+
+
+_LITERALS: dict[str, Any] = {"dtype": DType, "weights": WeightFormat, "activations": ActFormat, "kv_dtype": KVDType}
+_INT32_MAX = 2**31 - 1
+_DAY = 86400
+_RANGES = {  # of integers; the others are in 1..2**31 - 1
+    "max_num_seqs": (1, 65536),
+    "page_size": (1, 4096),
+    "kv_memory": (1, 2**63 - 1),
+    "seed": (0, 2**63 - 1),
+    "max_logprobs": (-1, _INT32_MAX),
+    "max_stop_bytes": (0, _INT32_MAX),
+    "max_grammar_bytes": (0, _INT32_MAX),
+}

@@ -160,7 +160,7 @@ class LLMEngine:
         return request
 
     def compile(self, request: Request) -> None:
-        """Compile the request's grammar, if it has one, on this thread. ValueError if it is invalid or takes too long."""
+        """Compile the request's grammar on this thread, if it has one. ValueError if it is invalid or takes too long."""
         self._builder.compile(request)
 
     def submit(self, request: Request) -> None:

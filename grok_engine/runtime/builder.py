@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import secrets
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import count
-from numbers import Integral
+from typing import Any
 
-from grok_engine.config import EngineConfig
-from grok_engine.sampling.params import SamplingParams
+from grok_engine.config import EngineConfig, as_int, shown
+from grok_engine.sampling.params import SamplingParams, StructuredOutput
 from grok_engine.sampling.state import SamplingState, bad_word_tokens
 from grok_engine.sampling.structured import StructuredCompiler
 from grok_engine.tokenizer.base import Tokenizer
@@ -19,77 +21,175 @@ from .request import Answer, Request
 from .sequence import SequenceState
 from .text import SequenceText, begins_text
 
-Prompt = str | Sequence[int]
+# Text, token ids, or vLLM's dicts: {"prompt": text}, {"prompt_token_ids": ids}. With both the ids are used and the text
+# is what outputs show. Ids also as a numpy array or a tensor.
+Prompt = str | Sequence[int] | Mapping[str, Any]
+_KEYS = ("prompt", "prompt_token_ids")
 
 
 class RequestBuilder:
-    """Makes the requests of one engine."""
+    """Makes the requests of one engine. Every method may be called from any thread."""
 
     def __init__(self, config: EngineConfig, tokenizer: Tokenizer | None) -> None:
         self.config, self.tokenizer = config, tokenizer
         self._serial, self._seq_ids = count(), count()
-
-    @cached_property
-    def _compiler(self) -> StructuredCompiler:
-        assert self.tokenizer is not None
-        return StructuredCompiler(self.tokenizer, self.config.model.vocab_size, self.config.model.eos_token_ids)
+        self._lock = threading.Lock()
+        self._compiler: StructuredCompiler | None = None
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. ValueError without a tokenizer for text, or if an id or the length is out of range."""
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError(f"prompt {prompt[:40]!r} is text, but the model has no tokenizer: give token ids")
-            token_ids = self.tokenizer.encode(prompt)
-        else:
-            values = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # of an array or a tensor
-            if not isinstance(values, Sequence):
-                raise ValueError(f"prompt {prompt!r} is neither text nor a list of token ids")
-            token_ids = list(values)
-        if not token_ids:
-            raise ValueError(f"prompt {prompt!r} is empty: expected at least one token")
-        vocab, longest = self.config.model.vocab_size, self.config.max_len
-        for t in token_ids:
-            if not isinstance(t, Integral) or isinstance(t, bool) or not 0 <= t < vocab:
-                raise ValueError(f"token id {t!r} is not in the vocabulary: expected an integer in 0..{vocab - 1}")
-        if len(token_ids) > longest:
-            raise ValueError(f"prompt has {len(token_ids)} tokens, expected at most max_model_len={longest}")
-        return [int(t) for t in token_ids]
+        return self._read(prompt)[1]
 
     def build(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int) -> Request:
-        """A request with all of its n answers, not started yet. ValueError names what this engine cannot serve."""
+        """A request with all of its n answers, not started yet. ValueError names what this engine cannot serve.
+
+        A grammar is not compiled yet: `compile` has to follow.
+        """
         config, tokenizer, eos = self.config, self.tokenizer, self.config.model.eos_token_ids
-        prompt_ids = self.encode(prompt)
+        urgency = as_int(priority)
+        if urgency is None or abs(urgency) >= 2**63:
+            raise ValueError(f"priority={shown(priority)} is not an integer of 64 bits")
+        self._check_limits(params)
+        text, prompt_ids = self._read(prompt)
         room = config.max_len - len(prompt_ids)
         if room < 1:
             raise ValueError(f"prompt has {len(prompt_ids)} tokens, all of max_model_len: no room for a new one")
-        params.check_vocabulary(config.model.vocab_size)
+        bad_words = bad_word_tokens(params.bad_words, tokenizer.encode) if tokenizer else []
         serial = next(self._serial)
         seed = params.seed
         if seed is None:
             seed = secrets.randbits(63) if config.seed is None else config.seed + serial
-        for name in ("stop", "bad_words", "structured") if tokenizer is None else ():
-            if value := getattr(params, name):
-                raise ValueError(f"{name}={value!r} needs text, but the model has no tokenizer: expected none")
-        bad_words = bad_word_tokens(params.bad_words, tokenizer.encode) if tokenizer else []
-        at_start = tokenizer is not None and begins_text(tokenizer, prompt_ids)
         scored = params.prompt_logprobs is not None
         answers = []
         for index in range(params.n):
             state = SequenceState(
-                next(self._seq_ids), prompt_ids, min(params.max_tokens, room), priority,
+                next(self._seq_ids), prompt_ids, room if params.max_tokens is None else min(params.max_tokens, room),
+                urgency,
                 use_cache=not scored or index > 0,  # a cached prefix has no logits to score
                 logits_from=0 if scored else -1,
             )  # fmt: skip
-            matcher = self._compiler.matcher(params.structured, at_start=at_start) if params.structured else None
             sampler = SamplingState(
                 params, state.output_ids, seed=seed % 2**63, index=index, prompt=prompt_ids, eos_token_ids=eos,
-                bad_words=bad_words, matcher=matcher,
+                bad_words=bad_words,
             )  # fmt: skip
-            text = SequenceText(
+            answer_text = SequenceText(
                 params, tokenizer, state.output_ids, eos_token_ids=eos, context=prompt_ids, max_tokens=room
             )
-            answers.append(Answer(index, state, sampler, text))
+            answers.append(Answer(index, state, sampler, answer_text))
         return Request(
-            request_id, prompt if isinstance(prompt, str) else None, prompt_ids, params, time.monotonic(), answers,
+            request_id, text, prompt_ids, params, time.monotonic(), answers,
             forked=params.n == 1, prompt_logprobs=[None] * len(prompt_ids) if scored else None,
         )  # fmt: skip
+
+    def compile(self, request: Request) -> None:
+        """Give each answer a matcher of the request's grammar, if it has one. Slow. ValueError if it is invalid."""
+        if request.params.structured is None:
+            return
+        assert self.tokenizer is not None
+        with self._lock:
+            if self._compiler is None:
+                model = self.config.model
+                self._compiler = StructuredCompiler(self.tokenizer, model.vocab_size, model.eos_token_ids)
+        at_start = begins_text(self.tokenizer, request.prompt_ids)
+        for answer in request.answers:
+            answer.sampler.matcher = self._compiler.matcher(request.params.structured, at_start=at_start)
+
+    def _check_limits(self, params: SamplingParams) -> None:
+        """ValueError for parameters beyond the limits of `config`, its vocabulary, or a model without a tokenizer."""
+        config = self.config
+        if params.n > config.max_n:
+            raise ValueError(f"n={shown(params.n)} is more than max_n={config.max_n}")
+        params.check_vocabulary(config.model.vocab_size)
+        for name in ("logprobs", "prompt_logprobs"):
+            number = getattr(params, name)
+            wanted = config.model.vocab_size if number == -1 else number or 0
+            if 0 <= config.max_logprobs < wanted:
+                raise ValueError(
+                    f"{name}={number} asks for {wanted} tokens, more than max_logprobs={config.max_logprobs}"
+                )
+        for name in ("stop", "bad_words", "structured") if self.tokenizer is None else ():
+            if value := getattr(params, name):
+                raise ValueError(f"{name}={shown(value)} needs text, but the model has no tokenizer: expected none")
+        if (size := _size((*params.stop, *params.bad_words))) > config.max_stop_bytes:
+            raise ValueError(f"stop and bad_words have {size} bytes, more than max_stop_bytes={config.max_stop_bytes}")
+        if params.structured is not None and (size := _size([_grammar(params.structured)])) > config.max_grammar_bytes:
+            raise ValueError(f"structured has {size} bytes, more than max_grammar_bytes={config.max_grammar_bytes}")
+
+    def _read(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """The text of a prompt, None if it has none, and its token ids."""
+        text: Any = None
+        ids: Any = prompt
+        if isinstance(prompt, Mapping):
+            given = {key: value for key, value in prompt.items() if value is not None}
+            if not given or set(given) - set(_KEYS):
+                raise ValueError(
+                    f"prompt has the keys {shown(list(given))}: expected one or both of {', '.join(_KEYS)}"
+                )
+            text, ids = given.get("prompt"), given.get("prompt_token_ids")
+            if text is not None and not isinstance(text, str):
+                raise ValueError(f"prompt={shown(text)} is not text")
+        elif isinstance(prompt, str):
+            text, ids = prompt, None
+        ids = self._tokens(text) if ids is None else _as_list(ids)
+        if not ids:
+            raise ValueError(f"prompt {shown(prompt)} is empty: expected at least one token")
+        vocab, longest = self.config.model.vocab_size, self.config.max_len
+        if len(ids) > longest:
+            raise ValueError(f"prompt has {len(ids)} tokens, expected at most max_model_len={longest}")
+        token_ids = []
+        for value in ids:
+            token = as_int(value)
+            if token is None or not 0 <= token < vocab:
+                raise ValueError(
+                    f"token id {shown(value)} is not in the vocabulary: expected an integer in 0..{vocab - 1}"
+                )
+            token_ids.append(token)
+        return text, token_ids
+
+    def _tokens(self, text: str) -> list[int]:
+        """The tokens of a text. One that cannot fit is refused before it is encoded, which takes a second for 10 MB."""
+        if self.tokenizer is None:
+            raise ValueError(f"prompt {shown(text)} is text, but the model has no tokenizer: give token ids")
+        most = self.config.max_len
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"prompt has {text[error.start]!r} at {error.start}, half of a surrogate pair: expected text"
+            ) from None
+        if size > most and size > most * self._token_bytes:
+            raise ValueError(
+                f"prompt has {size} bytes, more than max_model_len={most} tokens of at most {self._token_bytes} bytes"
+            )
+        return self.tokenizer.encode(text)
+
+    @cached_property
+    def _token_bytes(self) -> int:
+        """Bytes of the longest token's text."""
+        tokenizer = self.tokenizer
+        assert tokenizer is not None
+        surfaces = (tokenizer.surface(token, False) for token in range(tokenizer.vocab_size))
+        return max(len(s.data) or len(s.text.encode()) for s in surfaces)
+
+
+def _as_list(ids: Any) -> list[Any]:
+    values = ids.tolist() if hasattr(ids, "tolist") and not isinstance(ids, memoryview) else ids
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes, bytearray, memoryview)):
+        raise ValueError(f"prompt {shown(ids)} is neither text nor a list of token ids")
+    return list(values)
+
+
+def _size(texts: Iterable[str]) -> int:
+    """Bytes in UTF-8; one half of a surrogate pair counts as the three bytes that WTF-8 has for it."""
+    return sum(len(text.encode(errors="surrogatepass")) for text in texts)
+
+
+def _grammar(structured: StructuredOutput) -> str:
+    """The grammar as text."""
+    given = next(v for v in (structured.regex, structured.json_schema, structured.grammar) if v is not None)
+    if isinstance(given, str):
+        return given
+    try:
+        return json.dumps(dict(given) if isinstance(given, Mapping) else given, ensure_ascii=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"structured.json_schema={shown(given)} is not JSON: {error}") from None

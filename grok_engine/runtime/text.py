@@ -72,7 +72,7 @@ class SequenceText:
         max_tokens: int | None = None,
     ) -> None:
         self.params = params
-        self.max_tokens = params.max_tokens if max_tokens is None else min(max_tokens, params.max_tokens)
+        self.max_tokens = min((n for n in (max_tokens, params.max_tokens) if n is not None), default=None)
         self.output_ids = output_ids
         self.text = ""
         self.finish_reason: FinishReason | None = None
@@ -94,7 +94,7 @@ class SequenceText:
             if ends:
                 self.stop_reason = token if token in self.params.stop_token_ids else None
                 self.finish("stop")
-            elif len(self.output_ids) >= self.max_tokens:
+            elif self.max_tokens is not None and len(self.output_ids) >= self.max_tokens:
                 self.finish("length")
 
     def finish(self, reason: FinishReason = "abort") -> None:

@@ -84,7 +84,7 @@ class SamplingParams:
     """
 
     n: int = 1
-    max_tokens: int = 16
+    max_tokens: int | None = 16  # None: until max_model_len is reached
     min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
@@ -110,8 +110,11 @@ class SamplingParams:
     def __post_init__(self) -> None:
         check, at_most = self._check, self.max_tokens
         check("n", _within(is_int, 1), "a positive integer")
-        check("max_tokens", _within(is_int, 1), "a positive integer")
-        check("min_tokens", _within(is_int, 0, at_most), f"an integer in 0..max_tokens={at_most}")
+        if at_most is None:
+            check("min_tokens", _within(is_int, 0), "an integer of 0 or more")
+        else:
+            check("max_tokens", _within(is_int, 1), "a positive integer, or None")
+            check("min_tokens", _within(is_int, 0, at_most), f"an integer in 0..max_tokens={at_most}")
         # larger ones are infinite in fp32, and a masked logit divided by infinity is NaN
         check("temperature", _within(is_number, 0, _FLOAT32_MAX), "a finite number of 0 (greedy) or more")
         check("top_p", lambda v: is_number(v) and 0 < v <= 1, "a number in (0, 1]")

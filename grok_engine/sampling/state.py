@@ -78,7 +78,7 @@ class SamplingState:
         self._ban_lengths = sorted({len(before) for before in self._bans})
         # whether logits are changed before the choice
         self.edits = self.allowed is not None or bool(
-            p.logits_processors or bias or penalised or bad_words or p.min_tokens or matcher
+            p.logits_processors or bias or penalised or bad_words or p.min_tokens or matcher or p.structured
         )
         for token in output_ids:
             self.accept(token)

@@ -6,9 +6,11 @@ from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from grok_engine.config import ACTIVATIONS, ConfigError, EngineConfig, ModelConfig
+from grok_engine.config import ACTIVATIONS, ConfigError, EngineConfig, EngineOptions, ModelConfig
 from grok_engine.loading.resolve import read_config
 from grok_engine.models.families import PRESETS, preset
 from grok_engine.models.families.grok import ffn_width
@@ -359,31 +361,74 @@ def test_reference_model_is_not_an_object(value: Any, tmp_path: Path) -> None:
 
 # EngineConfig
 
+ENGINE_MODEL = ModelConfig(**SPARSE, max_position=77)
+NO_REPR = 10**5000
+NOT_COUNTS: list[Any] = [0, -1, "16", b"16", 2.0, math.nan, True, np.True_, [16], 2**70, NO_REPR]
+NOT_BOOLS: list[Any] = [1, 0, "no", "", None, [True]]
+# For each field: values that are refused, and values that are accepted, each with what it becomes.
+ODD: dict[str, tuple[list[Any], list[tuple[Any, Any]]]] = {
+    "dtype": (["float16", None, 5, b"float32", ["float32"], np.zeros(2)], [(np.str_("float32"), "float32")]),
+    "device": ([None, 0, b"cpu"], [("cuda:1", "cuda:1")]),
+    "weights": (["int4", 8, "", True], [(None, None), ("fp8", "fp8")]),
+    "activations": (["bf16", 8, False], [(None, None), ("int8", "int8")]),
+    "mmap": (NOT_BOOLS, [(np.True_, True)]),
+    "kv_dtype": (["fp8", 16], [(None, "bfloat16"), ("fp8_e4m3", "fp8_e4m3")]),
+    "max_model_len": ([*NOT_COUNTS, 78], [(None, 77), (np.int32(5), 5)]),
+    "max_num_seqs": (NOT_COUNTS, [(np.uint8(5), 5)]),
+    "max_num_batched_tokens": (NOT_COUNTS, [(np.int64(2**20), 2**20)]),
+    "page_size": ([*NOT_COUNTS, None, 2**40], [(np.int64(4), 4)]),
+    "num_pages": ([*NOT_COUNTS, 2**40], [(None, None), (np.int64(4), 4)]),
+    "kv_memory": (NOT_COUNTS, [(None, None), (2**40, 2**40)]),
+    "enable_prefix_caching": (NOT_BOOLS, [(np.False_, False)]),
+    "enforce_eager": (NOT_BOOLS, [(np.True_, True)]),
+    "seed": ([-1, 2**63, 0.0, "0", True, math.nan], [(None, None), (0, 0), (np.uint64(2**63 - 1), 2**63 - 1)]),
+    "max_n": ([*NOT_COUNTS, None], [(1, 1)]),
+    "max_logprobs": ([-2, None, 5.0, True, 2**70], [(-1, -1), (0, 0)]),
+    "max_stop_bytes": ([-1, None, 5.0, True, 2**70], [(0, 0)]),
+    "max_grammar_bytes": ([-1, None, 5.0, True, 2**70], [(0, 0)]),
+    "max_grammar_depth": ([*NOT_COUNTS, None], [(9, 9)]),
+    "max_grammar_rules": ([*NOT_COUNTS, None], [(9, 9)]),
+    "grammar_seconds": (
+        [0, -1, math.nan, math.inf, None, "5", True, NO_REPR, 1e9], [(1, 1.0), (np.float32(0.5), 0.5)],
+    ),
+    "max_waiting": ([*NOT_COUNTS, None], [(9, 9)]),
+}  # fmt: skip
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"dtype": "float16"}, "dtype='float16' is not one of bfloat16, float32"),
-        ({"dtype": None}, "dtype=None"),
-        ({"weights": "int4"}, "weights='int4' is not one of int8, fp8, bf16, fp32"),
-        ({"activations": "bf16"}, "activations='bf16' is not one of none, fp8, int8"),
-        ({"enforce_eager": 1}, "enforce_eager=1 is not True or False"),
-        ({"page_size": 0}, "page_size=0"),
-        ({"page_size": -1}, "page_size=-1"),
-        ({"page_size": "16"}, "page_size='16'"),
-        ({"page_size": 2.0}, r"page_size=2\.0"),
-        ({"page_size": True}, "page_size=True"),
-        ({"max_model_len": 0}, r"max_model_len=0 is not in 1\.\.77"),
-        ({"max_model_len": -2}, "max_model_len=-2"),
-        ({"max_model_len": 78}, r"max_model_len=78 is not in 1\.\.77"),
-        ({"max_model_len": "64"}, "max_model_len='64'"),
-        ({"max_model_len": 6.5}, r"max_model_len=6\.5"),
-    ],
-)
-def test_engine_config(change: dict[str, Any], message: str) -> None:
-    model = ModelConfig(**SPARSE, max_position=77)
-    with pytest.raises(ConfigError, match=message):
-        EngineConfig(model=model, **change)
+
+def test_options_are_the_fields() -> None:
+    annotations = {f.name: f.type for f in fields(EngineConfig) if f.name != "model"}
+    options = {name: hint.__forward_arg__ for name, hint in EngineOptions.__annotations__.items()}
+    assert options == annotations
+    assert set(ODD) == set(annotations)
+    assert EngineOptions.__optional_keys__ == set(annotations)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_values_of_an_option(name: str) -> None:
+    wrong, right = ODD[name]
+    for value in wrong:
+        with pytest.raises(ConfigError) as caught:
+            EngineConfig(model=ENGINE_MODEL, **{name: value})
+        assert str(caught.value).startswith(f"{name}=")
+        assert " is not " in str(caught.value)
+        assert len(str(caught.value)) < 400
+        if value is not NO_REPR:
+            assert repr(value) in str(caught.value)
+    for value, becomes in right:
+        found = getattr(EngineConfig(model=ENGINE_MODEL, **{name: value}), name)
+        assert (found, type(found)) == (becomes, type(becomes)) or isinstance(value, np.str_)
+
+
+def test_options_as_torch_has_them() -> None:
+    options = {"dtype": torch.float32, "kv_dtype": torch.bfloat16, "device": torch.device("cpu")}
+    c = EngineConfig.of(ENGINE_MODEL, options)
+    assert (c.dtype, c.kv_dtype, c.device) == ("float32", "bfloat16", "cpu")
+    with pytest.raises(ConfigError, match="dtype='float16' is not one of bfloat16, float32"):
+        EngineConfig.of(ENGINE_MODEL, {"dtype": torch.float16})
+    with pytest.raises(ConfigError, match="unknown option 'dtyp': expected one of dtype, "):
+        EngineConfig.of(ENGINE_MODEL, {"dtyp": "float32"})
+    with pytest.raises(ConfigError, match="model='tiny' is not a ModelConfig"):
+        EngineConfig(model="tiny")  # type: ignore[arg-type]
 
 
 def test_a_step_has_a_token_for_each_sequence() -> None:
@@ -395,3 +440,9 @@ def test_a_step_has_a_token_for_each_sequence() -> None:
 def test_pages_are_sized_in_one_way() -> None:
     with pytest.raises(ConfigError, match="num_pages=5 and kv_memory=9: expected one of them"):
         EngineConfig(model=PRESETS["grok-1"], num_pages=5, kv_memory=9)
+
+
+def test_slots_have_32_bits() -> None:
+    with pytest.raises(ConfigError, match="num_pages=134217728 of page_size=16 hold more than 2147483647 tokens"):
+        EngineConfig(model=PRESETS["grok-1"], num_pages=2**27)
+    EngineConfig(model=PRESETS["grok-1"], num_pages=2**27 - 1)

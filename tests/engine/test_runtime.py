@@ -407,7 +407,7 @@ def test_text_needs_a_tokenizer(engine: LLMEngine, option: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("number", [0, 1, 5, -1])
 def test_logprobs(number: int) -> None:
-    llm = LLM(FOLDER, dtype="float32")
+    llm = LLM(FOLDER, dtype="float32", max_logprobs=-1)
     params = drawn(logprobs=number, prompt_logprobs=number, frequency_penalty=1.0, top_k=20)
     (result,) = llm.generate(PROMPT, params)
     (found,) = result.outputs

@@ -12,7 +12,7 @@ from grok_engine.sampling.params import RequestOutputKind, SamplingParams, Struc
 NAN, INF = float("nan"), float("inf")
 WRONG: dict[str, list[Any]] = {
     "n": [0, -1, 1.5, True, "1", None],
-    "max_tokens": [0, -1, 2.0, False, "16", None],
+    "max_tokens": [0, -1, 2.0, False, "16"],
     "min_tokens": [-1, 17, 0.0, True, None],
     "temperature": [-0.1, NAN, INF, True, "1", None, 1e39],
     "top_p": [0, -0.5, 1.01, NAN, True, "0.9", None],
