@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from collections import deque
@@ -91,7 +90,8 @@ class LLMEngine:
         progress: Progress | None = None,
         **options: Unpack[EngineOptions],
     ) -> None:
-        self._folder, architecture = (None, model) if isinstance(model, ModelConfig) else find_model(model)
+        folder, architecture = (None, model) if isinstance(model, ModelConfig) else find_model(model)
+        self._folder: Path | None = folder
         self.config = EngineConfig.of(architecture, options)
         self.tokenizer = None if self._folder is None else _tokenizer(self._folder, self.config)
         self._turn = Turn()
@@ -160,20 +160,26 @@ class LLMEngine:
         return request
 
     def compile(self, request: Request) -> None:
-        """Compile the request's grammar on this thread, if it has one. ValueError if it is invalid or takes too long."""
+        """Compile the request's grammar, if any, on this thread. ValueError if it is invalid or takes too long."""
         self._builder.compile(request)
 
     def submit(self, request: Request) -> None:
         """Queue a prepared request, compiling its grammar first. ValueError if an unfinished one has its id."""
+        self._turn.check_process("add_request")
         self.compile(request)
         self._check_open()
-        if self._requests.setdefault(request.request_id, request) is not request:
-            raise ValueError(f"request_id={request.request_id!r}: expected text that no unfinished request has")
         logger.debug(
             "request %r: %d prompt tokens, priority %d, %s",
             request.request_id, len(request.prompt_ids), request.answers[0].state.priority, request.params,
         )  # fmt: skip
-        self._ask(self._add, request)
+        try:
+            if self._requests.setdefault(request.request_id, request) is not request:
+                raise ValueError(f"request_id={request.request_id!r}: expected text that no unfinished request has")
+            self._ask(self._add, request)
+        except BaseException:
+            if self._requests.get(request.request_id) is request:  # interrupted
+                self.discard_request(request.request_id)
+            raise
 
     def abort_request(self, request_ids: str | Iterable[str]) -> None:
         """End requests: now, or at the end of the step that runs. Their pages are free then, and the next outputs
@@ -197,11 +203,16 @@ class LLMEngine:
     def _ask(self, change: Callable[[Any], None], argument: Any) -> None:
         """Have a change made: at once if no call has the turn, else at the edge of the step that runs."""
         self._inbox.append((change, argument))
-        if self._turn.take("add_request"):
+        if not self._turn.mine:
             try:
-                self._settle()
+                if self._turn.take():
+                    self._settle()
             finally:
-                self._turn.leave()
+                try:
+                    self._turn.leave()
+                except KeyboardInterrupt:  # it fell in here
+                    self._turn.leave()
+                    raise
 
     def _settle(self) -> None:
         """Make the changes that were asked for. Only who has the turn may."""
@@ -404,15 +415,16 @@ class LLMEngine:
 
     def _reset(self, error: BaseException) -> None:
         """Where a change was interrupted half-way: end the requests that the scheduler has, and empty all pages."""
-        asked = {id(argument) for _, argument in self._inbox}
-        requests = [request for request in list(self._requests.values()) if id(request) not in asked]
-        logger.error("pages were left half changed: %d requests end", len(requests), exc_info=error)
+        added = {id(argument) for _, argument in self._inbox}  # requests that are still to be added
+        ended = [request for request in list(self._requests.values()) if id(request) not in added]
+        logger.error("pages were left half changed: %d requests end", len(ended), exc_info=error)
         self.allocator.reset()
         self.scheduler.reset()
         self._by_seq_id.clear()
-        for request in requests:
+        for request in list(self._requests.values()):
             for answer in request.answers:
-                answer.state.status = Status.FINISHED
+                answer.state.status = Status.NEW  # the scheduler knows it no longer
+        for request in ended:
             self._end(request, "error", error)
         self._intact = True
 
@@ -499,7 +511,7 @@ class LLMEngine:
             self._closed.__cause__ = cause
             self.asleep = False
             for state in (self._requests, self._by_seq_id, self._ready, self._inbox):
-                state.clear()  # type: ignore[attr-defined]
+                state.clear()
             self._free()
             logger.info("closed")
 
@@ -508,7 +520,6 @@ class LLMEngine:
         self.scheduler.reset()
         for name in ("model", "runner"):
             self.__dict__.pop(name, None)
-        gc.collect()  # modules refer to one another
         if self.config.device.startswith("cuda"):
             torch.cuda.empty_cache()
 

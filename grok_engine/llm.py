@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +23,7 @@ from .progress import byte_bar, request_bar
 from .runtime.builder import Prompt
 from .runtime.request import Request, RequestOutput
 from .runtime.text import FinishReason
-from .runtime.turn import EngineBusyError, uninterrupted
+from .runtime.turn import EngineBusyError
 from .sampling.params import RequestOutputKind, SamplingParams
 from .tokenizer.base import Tokenizer
 
@@ -191,7 +190,11 @@ class LLM:
                     self._stepping = me
             yield
         finally:
-            uninterrupted(partial(self._leave, call, me))
+            try:
+                self._leave(call, me)
+            except KeyboardInterrupt:  # it fell in here
+                self._leave(call, me)
+                raise
 
     def _leave(self, call: _Call, me: int) -> None:
         with self._lock:

@@ -238,7 +238,7 @@ def test_the_model_s_own_context_bounds_a_request(llm: LLM) -> None:
     assert llm.config.max_model_len == 128
     assert len(tokens(llm, [5] * 126, GREEDY)) == 2
     for length in (0, -3, 129):
-        with pytest.raises(ConfigError, match=rf"max_model_len={length} is not in 1\.\.128"):
+        with pytest.raises(ConfigError, match=rf"max_model_len={length} is not an integer in 1\.\.128"):
             LLM(FOLDER, max_model_len=length)
 
 

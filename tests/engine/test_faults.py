@@ -1,4 +1,4 @@
-"""A request's own failure ends that request alone; a failing step closes the engine and gives the cause."""
+"""A request's own failure ends that request alone; a failing step ends the requests in it, and nothing else."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from grok_engine import EngineClosedError, LLMEngine, RequestOutput, RequestOutputKind, SamplingParams
+from grok_engine import LLM, EngineClosedError, LLMEngine, RequestOutput, RequestOutputKind, SamplingParams
 from grok_engine.runtime.plan import StepPlan
+from grok_engine.sampling.sampler import sample
 from tests.engine.invariants import check_allocator, check_scheduler
 
 FOLDER = Path(__file__).parents[1] / "data" / "goldens" / "g1-b-q48-k128"
@@ -186,44 +187,143 @@ def test_nan_in_rows_alike(temperature: float, good: int) -> None:
         assert (last["good"].finish_reason, len(last["good"].token_ids)) == ("length", 3)
 
 
-@pytest.mark.parametrize("where", ["forward", "logits"])
-def test_a_failing_step_closes_the_engine(where: str) -> None:
-    engine = make()
-    engine.add_request("a", [5, 6, 7], SamplingParams(max_tokens=5))
-    engine.step()
+def fail_once(engine: LLMEngine, where: str, error: BaseException) -> None:
+    """Let the next call of a method of the runner raise; for "sample", once all answers but the last are sampled."""
+    plain = getattr(engine.runner, where)
 
     def fail(*args: Any) -> Any:
-        raise Boom("the device is gone")
+        setattr(engine.runner, where, plain)
+        raise error
 
     setattr(engine.runner, where, fail)
-    with pytest.raises(Boom, match="the device is gone"):
-        engine.step()
-    assert engine.closed
-    assert not engine.has_unfinished_requests()
-    calls: list[Callable[[], Any]] = [
-        engine.step, engine.stats, lambda: engine.add_request("b", [5]), lambda: engine.logits([5]),
-    ]  # fmt: skip
-    for call in calls:
-        with pytest.raises(EngineClosedError, match="the engine is closed") as caught:
+
+
+def tokens(output: RequestOutput) -> list[list[int]]:
+    return [answer.token_ids for answer in output.outputs]
+
+
+@pytest.mark.parametrize("where", ["forward", "run", "logits"])
+@pytest.mark.parametrize("error", [Boom("no"), MemoryError("no"), KeyboardInterrupt("no"), GeneratorExit("no")])
+def test_a_failed_step_costs_its_requests_alone(where: str, error: BaseException) -> None:
+    """Pages and prefix cache stay right, what waited goes on, and the engine serves the same requests again."""
+    engine = make(page_size=4, num_pages=16, max_num_seqs=2)
+    shared = list(range(3, 15))
+    requests = {
+        "a": ([*shared, 20], SamplingParams(max_tokens=5, seed=1, ignore_eos=True, n=2)),
+        "b": ([*shared, 21, 22], SamplingParams(max_tokens=5, seed=2, ignore_eos=True)),
+        "c": ([5, 6], SamplingParams(max_tokens=3, seed=3, ignore_eos=True)),
+    }
+    alone = {}
+    for name, (prompt, params) in requests.items():
+        engine.add_request(name, prompt, params)
+        alone[name] = tokens(drain(engine)[-1])
+    for name, (prompt, params) in requests.items():
+        engine.add_request(name, prompt, params)
+        engine.step()  # "a" gets tokens for its two answers, and the others wait
+    fail_once(engine, where, error)
+    if isinstance(error, Exception):
+        (ended,) = engine.step()
+    else:
+        with pytest.raises(type(error), match="no"):
+            engine.step()
+        ended, *_ = engine.step()
+    assert ended.request_id == "a"
+    assert ended.finished
+    for answer, whole in zip(ended.outputs, alone["a"], strict=True):
+        assert (answer.finish_reason, answer.cause) == ("error", error)
+        assert answer.error == f"the step failed: {type(error).__name__}: no"
+        assert answer.token_ids == whole[:3]
+    assert not engine.closed
+    check_scheduler(engine.scheduler)
+    rest = {output.request_id: output for output in drain(engine) if output.finished}
+    assert {name: tokens(output) for name, output in rest.items()} == {"b": alone["b"], "c": alone["c"]}
+    engine.add_request("a", *requests["a"])
+    again = drain(engine)[-1]
+    assert tokens(again) == alone["a"]
+    assert again.cached_tokens == 12  # the prefix cache has survived
+    check_allocator(engine.allocator, [])
+    assert engine.allocator.available == 16
+
+
+def test_generate_raises_where_its_step_fails() -> None:
+    llm = LLM(FOLDER, dtype="float32", max_model_len=LONGEST)
+    expected = llm.generate([5, 6], SamplingParams(temperature=0))[0].outputs[0].token_ids
+    for call in (lambda: llm.generate([[5, 6], [7]]), lambda: list(llm.stream([5, 6]))):
+        fail_once(llm.engine, "run", Boom("the kernel failed"))
+        with pytest.raises(RuntimeError, match="the step failed: Boom: the kernel failed") as caught:
             call()
         assert isinstance(caught.value.__cause__, Boom)
-    engine.close()
-    with pytest.raises(EngineClosedError) as caught:
-        engine.step()
-    assert isinstance(caught.value.__cause__, Boom)  # the first reason stays
+        assert not llm.engine.has_unfinished_requests()
+        assert llm.generate([5, 6], SamplingParams(temperature=0))[0].outputs[0].token_ids == expected
 
 
-def test_an_interrupt_closes_the_engine() -> None:
+def test_only_a_lost_device_closes_the_engine() -> None:
     engine = make()
-
-    def interrupt(*args: Any) -> Any:
-        raise KeyboardInterrupt
-
-    engine.runner.run = interrupt  # type: ignore[method-assign]
-    engine.add_request("a", [5, 6, 7])
-    with pytest.raises(KeyboardInterrupt):
-        engine.step()
+    engine.add_request("a", [5, 6, 7], SamplingParams(max_tokens=5))
+    fail_once(engine, "run", Boom("an illegal memory access"))
+    engine.runner.device_works = lambda: False  # type: ignore[method-assign]
+    calls: list[Callable[[], Any]] = [
+        engine.step, engine.stats, lambda: engine.add_request("b", [5]), lambda: engine.logits([5]), engine.sleep,
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(EngineClosedError, match="the device failed: an illegal memory access") as caught:
+            call()
+        assert isinstance(caught.value.__cause__, Boom)
     assert engine.closed
+    assert not engine.has_unfinished_requests()
+    engine.close()
+    with pytest.raises(EngineClosedError, match="the device failed"):  # the first reason stays
+        engine.step()
+
+
+def test_many_answers_sample_from_one_row_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory for the first logits does not grow with n, and no answer depends on the parts."""
+    rows = []
+
+    def counted(samplers: Any, logits_BV: torch.Tensor) -> Any:
+        rows.append(len(logits_BV))
+        return sample(samplers, logits_BV)
+
+    monkeypatch.setattr("grok_engine.engine.sample", counted)
+    params = SamplingParams(max_tokens=3, seed=1, n=50, ignore_eos=True)
+    found = []
+    for seqs in (4, 64):
+        engine = make(max_num_seqs=seqs)
+        engine.add_request("a", [5, 6, 7], params)
+        found.append(tokens(drain(engine)[-1]))
+        assert max(rows) <= max(seqs, 1) or seqs == 64
+        rows.clear()
+    assert found[0] == found[1]
+
+
+def test_outputs_share_no_list_with_the_engine() -> None:
+    """Whatever a caller does to an output, this request and the prefix cache go on with their own tokens."""
+    engine = make(page_size=4)
+    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, logprobs=1, n=2)
+    prompt = list(range(3, 12))
+    engine.add_request("a", prompt, params)
+    clean = drain(engine)[-1]
+    scored = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, prompt_logprobs=1)
+    engine.add_request("a", prompt, scored)
+    clean_scored = drain(engine)[-1]
+    for p, expected in ((params, clean), (scored, clean_scored)):
+        given = list(prompt)
+        engine.add_request("b", given, p)
+        given[0] = 99
+        while engine.has_unfinished_requests():
+            (output,) = engine.step()
+            assert tokens(output) == [e[: len(t)] for e, t in zip(tokens(expected), tokens(output), strict=True)]
+            if output.finished:
+                assert [a.logprobs for a in output.outputs] == [a.logprobs for a in expected.outputs]
+            for answer in output.outputs:
+                for spoilt in (answer.token_ids, answer.logprobs or []):
+                    spoilt[:] = [77, 77, 77]  # type: ignore[list-item]
+            output.prompt_token_ids[:] = [88] * 9
+            for logprobs in (output.prompt_logprobs or [])[1:]:
+                assert logprobs is not None
+                logprobs.clear()
+        engine.add_request("c", prompt, p)
+        assert tokens(drain(engine)[-1]) == tokens(expected)
 
 
 def test_a_refused_request_leaves_nothing() -> None:

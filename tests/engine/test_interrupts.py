@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,9 @@ def interrupted(run: Callable[[], Any], at: int) -> bool:
         sys.setprofile(None)
 
 
-def everywhere(stride: int) -> Any:
-    """Places to interrupt at: each `stride`-th at first, then further apart, as the same code comes again."""
-    at = 1
-    while True:
-        yield at
-        at += max(stride // SCALE, 1) + at // (25 * SCALE)
+def everywhere(stride: int) -> Iterator[int]:
+    """Places to interrupt at: each `stride`-th."""
+    return count(1, max(stride // SCALE, 1))
 
 
 def request(**options: Any) -> SamplingParams:
@@ -139,7 +137,7 @@ def test_an_interrupt_of_one_thread_of_an_llm(engine: LLMEngine, alone: dict[str
         except RuntimeError as error:
             results.append(type(error.__cause__).__name__)
 
-    for at in everywhere(90):
+    for at in everywhere(40):
         thread = threading.Thread(target=other)
         thread.start()
         hit = interrupted(lambda: llm.generate(*REQUESTS["c"]), at)
@@ -152,5 +150,6 @@ def test_an_interrupt_of_one_thread_of_an_llm(engine: LLMEngine, alone: dict[str
         assert llm.engine.allocator.available == 64
         if not hit:
             break
-    assert set(results) <= {"right", "KeyboardInterrupt"}, results
+    # RuntimeError: requests or pages were being changed, outside of a step
+    assert set(results) <= {"right", "KeyboardInterrupt", "RuntimeError"}, results
     assert results.count("right") > 5, results

@@ -232,7 +232,8 @@ def test_output_kinds(texts: LLMEngine, n: int) -> None:
             assert b.token_ids[: len(a.token_ids)] == a.token_ids
             assert b.logprobs is not None
             assert len(b.logprobs) == len(b.token_ids)
-        deltas = [o.outputs[i] for o in outputs[RequestOutputKind.DELTA]]
+        deltas = [a for o in outputs[RequestOutputKind.DELTA] for a in o.outputs if a.index == i]
+        assert all(d.token_ids or d.finish_reason for d in deltas)  # an answer in which nothing is new is not shown
         assert "".join(d.text for d in deltas) == final.text
         assert [t for d in deltas for t in d.token_ids] == final.token_ids
         assert [t for d in deltas for t in d.logprobs or ()] == final.logprobs
