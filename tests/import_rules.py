@@ -40,6 +40,7 @@ ALLOWED: Table = {
     "grok_engine.runtime.flatten": ("batch", "runtime.plan"),
     "grok_engine.runtime.pages": ("batch", "config"),
     "grok_engine.runtime.text": ("sampling", "tokenizer"),
+    "grok_engine.runtime.turn": (),
     "grok_engine.runtime.request": ("runtime.sequence", "runtime.text", "sampling"),
     "grok_engine.runtime.builder": (
         "config", "runtime.request", "runtime.sequence", "runtime.text", "sampling", "tokenizer",
@@ -56,8 +57,8 @@ ALLOWED: Table = {
     # the orchestrator, and the faces over it
     "grok_engine.engine": ("config", "loading", "runtime", "sampling", "tokenizer"),
     "grok_engine.llm": (
-        "config", "engine", "models", "runtime.builder", "runtime.request", "runtime.text", "sampling", "tokenizer",
-        "progress",
+        "config", "engine", "models", "runtime.builder", "runtime.request", "runtime.text", "runtime.turn", "sampling",
+        "tokenizer", "progress",
     ),
     "grok_engine.async_llm": ("engine", "runtime.builder", "runtime.request", "sampling"),
     "grok_engine.tools": ("checkpoint", "config", "loading", "models.families", "grok_kernels"),
@@ -67,7 +68,7 @@ ALLOWED: Table = {
     ),
     "grok_engine": (
         "async_llm", "checkpoint", "config", "engine", "llm", "loading", "models.families", "runtime.request",
-        "sampling",
+        "runtime.turn", "sampling",
     ),
     # the kernels
     "grok_kernels.registry": (),
