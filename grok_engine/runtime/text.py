@@ -111,6 +111,12 @@ class SequenceText:
             self.stop_reason, self.finish_reason = self._stops.matched, "stop"
 
 
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """What a token adds to a text that has begun: a leading space is kept, and a part of a character is U+FFFD."""
+    text, data, *_ = tokenizer.surface(token, False)
+    return text + data.decode(errors="replace")
+
+
 def begins_text(tokenizer: Tokenizer, context: Sequence[int]) -> bool:
     """Whether an output after this context begins a text, because no token of the context has any."""
     at_start = True

@@ -9,7 +9,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grok_engine.runtime.text import FinishReason, SequenceText, StopStrings
+from grok_engine.runtime.text import FinishReason, SequenceText, StopStrings, token_text
 from grok_engine.sampling.params import SamplingParams
 from grok_engine.tokenizer.base import Tokenizer
 from grok_engine.tokenizer.sentencepiece import SentencePieceTokenizer
@@ -179,6 +179,12 @@ def test_an_output_that_goes_on_in_a_prompt_keeps_its_space(tokenizer: Tokenizer
     assert Output(SamplingParams(), tokenizer, context=[1, a, *[1] * 9]).take(a)[0] == " a"
     whole = [3 + byte for byte in "猫".encode()]
     assert Output(SamplingParams(), tokenizer, context=[a, *whole[:2]]).take(whole[2])[0] == "猫"
+
+
+def test_the_text_of_one_token(tokenizer: Tokenizer) -> None:
+    (a,) = tokenizer.encode("a")
+    byte = 3 + "猫".encode()[0]
+    assert [token_text(tokenizer, t) for t in (a, byte, 3 + ord("a"), 2)] == [" a", "\ufffd", "a", ""]
 
 
 def test_without_a_tokenizer() -> None:

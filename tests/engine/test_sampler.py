@@ -186,7 +186,10 @@ def test_ties_go_to_the_lower_index() -> None:
     found = sample(rows, x_BV)
     assert [s.token for s in found] == [30] * 4
     assert found[3].logprobs is not None
-    assert ([t for t, _ in found[3].logprobs.top], found[3].logprobs.rank) == ([30, 60, 0], 1)
+    assert ([(t, rank) for t, _, rank in found[3].logprobs.top], found[3].logprobs.rank) == (
+        [(30, 1), (60, 1), (0, 3)],
+        1,
+    )
     assert found[0].logprobs is None
 
 
@@ -330,8 +333,9 @@ def test_logprobs_are_of_the_unprocessed_logits(vocab: int) -> None:
         assert s.logprob == pytest.approx(float(wanted[i, 1]), abs=1e-5)
         assert s.rank == 1 + int((x_BV[i] > x_BV[i, 1]).sum())
         ids = x_BV[i].sort(descending=True, stable=True).indices[:k].tolist()
-        assert [t for t, _ in s.top] == ids
-        assert [p for _, p in s.top] == pytest.approx(wanted[i, ids].tolist(), abs=1e-5)
+        assert [t for t, *_ in s.top] == ids
+        assert [p for _, p, _ in s.top] == pytest.approx(wanted[i, ids].tolist(), abs=1e-5)
+        assert [rank for *_, rank in s.top] == list(range(1, k + 1))
 
 
 def test_prompt_logprobs_are_the_same_in_parts() -> None:
