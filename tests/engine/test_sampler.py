@@ -12,8 +12,9 @@ from torch import Tensor
 from grok_engine.sampling import sampler
 from grok_engine.sampling.logprobs import prompt_logprobs, token_logprobs
 from grok_engine.sampling.params import SamplingParams, uniform
+from grok_engine.sampling.rules import SamplingRules, bad_word_tokens
 from grok_engine.sampling.sampler import Sampled
-from grok_engine.sampling.state import SamplingState, bad_word_tokens
+from grok_engine.sampling.state import SamplingState
 
 NEVER = float("-inf")
 EOS = (2,)
@@ -23,11 +24,12 @@ def logits(rows: int, vocab: int, seed: int = 0, scale: float = 3.0) -> Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def row(seed: int = 0, *, matcher: Any = None, output: Sequence[int] = (), **options: Any) -> SamplingState:
-    named = {k: options.pop(k) for k in ("index", "prompt", "bad_words") if k in options}
-    return SamplingState(
-        SamplingParams(**options), list(output), seed=seed, eos_token_ids=EOS, matcher=matcher, **named
-    )
+def row(
+    seed: int = 0, *, vocab: int = 40, matcher: Any = None, output: Sequence[int] = (), index: int = 0, **options: Any
+) -> SamplingState:
+    named = {k: options.pop(k) for k in ("prompt", "bad_words") if k in options}
+    rules = SamplingRules(SamplingParams(**options), vocab, eos_token_ids=EOS, **named)
+    return SamplingState(rules, list(output), seed=seed, index=index, matcher=matcher)
 
 
 def sample(rows: Sequence[SamplingState], logits_BV: Tensor) -> list[Sampled]:
@@ -138,7 +140,7 @@ def test_a_row_depends_on_itself_alone_to_the_bit(vocab: int) -> None:
 
         def made(options: list[dict[str, Any]]) -> list[SamplingState]:
             return [
-                row(i, prompt=[0], matcher=Bits(2, len(x_SBV[0][0])) if i % 5 == 4 else None, **o)  # noqa: B023
+                row(i, vocab=vocab, prompt=[0], matcher=Bits(2, vocab) if i % 5 == 4 else None, **o)
                 for i, o in enumerate(options)
             ]
 
@@ -149,7 +151,7 @@ def test_a_row_depends_on_itself_alone_to_the_bit(vocab: int) -> None:
             order = rng.sample(range(count), count)
             mixed = [*order, *[None] * 3]  # and other requests between them
             rng.shuffle(mixed)
-            others = [row(99, temperature=1.3, top_k=2, logprobs=3) for _ in mixed]
+            others = [row(99, vocab=vocab, temperature=1.3, top_k=2, logprobs=1) for _ in mixed]
             batch = [others[i] if j is None else shuffled[j] for i, j in enumerate(mixed)]
             noise = logits(len(mixed), vocab, seed=5)
             found = sample(batch, torch.stack([noise[i] if j is None else x_BV[j] for i, j in enumerate(mixed)]))
@@ -283,11 +285,13 @@ def test_bad_words_ban_what_would_complete_them() -> None:
         words = [[rng.randrange(4) for _ in range(rng.randrange(1, 4))] for _ in range(3)]
         if len({w[0] for w in words if len(w) == 1}) > 1:
             continue
-        r = row(trial, bad_words=words, max_tokens=99)
+        r = row(trial, vocab=5, bad_words=words, max_tokens=99)
         for step in range(40):
             x_BV = logits(1, 5, seed=trial * 40 + step)
             banned = {w[-1] for w in words if r.output_ids[len(r.output_ids) - len(w) + 1 :] == w[:-1]}
-            assert set(r.banned().tolist()) == banned
+            bits = r.allowed()
+            masked = set() if bits is None else {t for t in range(5) if not bits[0] >> t & 1}
+            assert masked | set(r.banned().tolist()) == banned
             assert sample([r], x_BV)[0].token not in banned
         text = r.output_ids
         assert not any(text[i : i + len(w)] == w for w in words for i in range(len(text)))
@@ -324,7 +328,7 @@ def test_a_grammar_masks_and_is_told() -> None:
 def test_logprobs_are_of_the_unprocessed_logits(vocab: int) -> None:
     x_BV = logits(4, vocab)
     options: dict[str, Any] = {"temperature": 0.5, "logit_bias": {1: 50.0}, "top_k": 2}
-    found = sample([row(i, logprobs=k, **options) for i, k in enumerate([0, 3, -1, vocab])], x_BV)
+    found = sample([row(i, vocab=vocab, logprobs=k, **options) for i, k in enumerate([0, 3, -1, vocab])], x_BV)
     wanted = torch.log_softmax(x_BV.double(), -1)
     for i, k in enumerate([0, 3, vocab, vocab]):
         assert found[i].token == 1
