@@ -146,9 +146,9 @@ def _choose(rows: Sequence[SamplingState], x_BV: Tensor, best_B: Tensor, drawn: 
         floor_R = None
         if any(p.min_p for p in params):
             # p / p_max = exp((x − x_max) / temperature), so that no softmax is needed
-            with np.errstate(divide="ignore", over="ignore"):
+            with np.errstate(all="ignore"):  # log(0), and products that fp32 rounds to 0 or −inf, mean what they say
                 below = np.array([p.temperature for p in params]) * np.log([p.min_p for p in params])
-            floor_R = best_R + to_device(below.astype(np.float32), x_BV)
+                floor_R = best_R + to_device(below.astype(np.float32), x_BV)
         vocab = x_BV.shape[1]
         ks = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
         limited = [i for i, k in enumerate(ks) if k < vocab]

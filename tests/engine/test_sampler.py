@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,19 @@ from grok_engine.sampling import sampler
 from grok_engine.sampling.logprobs import prompt_logprobs, token_logprobs
 from grok_engine.sampling.params import SamplingParams, uniform
 from grok_engine.sampling.rules import SamplingRules, bad_word_tokens
-from grok_engine.sampling.sampler import Sampled
+from grok_engine.sampling.sampler import FEW, Sampled
 from grok_engine.sampling.state import SamplingState
 
 NEVER = float("-inf")
 EOS = (2,)
+# a program whose warnings are errors is served like any other
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+@pytest.fixture(autouse=True)
+def _strict_numpy() -> Iterator[None]:
+    with np.errstate(all="raise"):
+        yield
 
 
 def logits(rows: int, vocab: int, seed: int = 0, scale: float = 3.0) -> Tensor:
@@ -179,6 +188,37 @@ def test_draws_follow_the_distribution() -> None:
     expected = torch.softmax(x_V / 0.8, 0) * 4000
     chi2 = float(((torch.bincount(tokens, minlength=5) - expected) ** 2 / expected).sum())
     assert chi2 < 20  # 4 degrees of freedom
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-40, 1e-20, 1e-5, 3e38, 3.4e38])
+def test_extreme_values_mean_what_they_say(temperature: float) -> None:
+    """A tiny temperature, top_p or a min_p of 1 takes the best token; a huge temperature takes any."""
+    x_BV = logits(1, 40)
+    best = int(x_BV.argmax())
+    for min_p, top_p in itertools.product((0, 5e-324, 1e-300, 0.5, 1), (1e-300, 1e-46, 0.5, 1)):
+        options: dict[str, Any] = {"temperature": temperature, "min_p": min_p, "top_p": top_p}
+        rows = [row(seed, **options) for seed in range(5)]
+        found = sample(rows, x_BV.expand(5, 40).contiguous())
+        assert [s.error for s in found] == [None] * 5
+        certain = temperature < 1 or min_p == 1 or top_p < 1e-40
+        assert ({s.token for s in found} == {best}) is certain, options
+    edits: list[dict[str, Any]] = [
+        {"logit_bias": {5: 3.4e38, 6: -3.4e38}}, {"logit_bias": {5: 5e-324}},
+        {"repetition_penalty": 1e-6, "presence_penalty": -2}, {"repetition_penalty": 1e6, "frequency_penalty": 2},
+    ]  # fmt: skip
+    found = sample([row(temperature=temperature, prompt=range(40), **o) for o in edits], x_BV.expand(4, 40).clone())
+    assert [s.error for s in found] == [None] * 4
+    assert found[0].token == 5 or temperature > 1
+
+
+@pytest.mark.parametrize("count", [FEW, FEW + 1])
+def test_a_bias_of_many_tokens(count: int) -> None:
+    vocab = FEW + 10
+    bias = {i: 0.001 * i for i in range(count)}
+    x_BV = logits(2, vocab)
+    expected = x_BV[0] + torch.tensor([bias.get(i, 0.0) for i in range(vocab)])
+    (found, other) = sample([row(vocab=vocab, temperature=0, logit_bias=bias), row(vocab=vocab, temperature=0)], x_BV)
+    assert (found.token, other.token) == (int(expected.argmax()), int(x_BV[1].argmax()))
 
 
 def test_ties_go_to_the_lower_index() -> None:
