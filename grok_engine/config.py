@@ -121,11 +121,15 @@ def is_number(value: Any) -> bool:
 
 def as_int(value: Any) -> int | None:
     """An integer, numpy's too, as Python's; None for any other value, bools among them."""
+    if type(value) is int:  # an abstract class takes ten times as long to ask, and a prompt is long
+        return value
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
 
 
 def as_float(value: Any) -> float | None:
     """A real number, numpy's too, as Python's; None for any other value, and for an integer beyond fp64."""
+    if type(value) is float:
+        return value
     if not isinstance(value, Real) or isinstance(value, bool):
         return None
     try:

@@ -13,7 +13,8 @@ from typing import Any
 
 from grok_engine.config import EngineConfig, as_int, shown
 from grok_engine.sampling.params import SamplingParams, StructuredOutput
-from grok_engine.sampling.state import SamplingState, bad_word_tokens
+from grok_engine.sampling.rules import SamplingRules, bad_word_tokens
+from grok_engine.sampling.state import SamplingState
 from grok_engine.sampling.structured import StructuredCompiler
 from grok_engine.tokenizer.base import Tokenizer
 
@@ -45,7 +46,7 @@ class RequestBuilder:
 
         A grammar is not compiled yet: `compile` has to follow.
         """
-        config, tokenizer, eos = self.config, self.tokenizer, self.config.model.eos_token_ids
+        config, tokenizer = self.config, self.tokenizer
         urgency = as_int(priority)
         if urgency is None or abs(urgency) >= 2**63:
             raise ValueError(f"priority={shown(priority)} is not an integer of 64 bits")
@@ -54,7 +55,10 @@ class RequestBuilder:
         room = config.max_len - len(prompt_ids)
         if room < 1:
             raise ValueError(f"prompt has {len(prompt_ids)} tokens, all of max_model_len: no room for a new one")
-        bad_words = bad_word_tokens(params.bad_words, tokenizer.encode) if tokenizer else []
+        rules = SamplingRules(
+            params, config.model.vocab_size, eos_token_ids=config.model.eos_token_ids, prompt=prompt_ids,
+            bad_words=bad_word_tokens(params.bad_words, tokenizer.encode) if tokenizer else (),
+        )  # fmt: skip
         serial = next(self._serial)
         seed = params.seed
         if seed is None:
@@ -68,13 +72,8 @@ class RequestBuilder:
                 use_cache=not scored or index > 0,  # a cached prefix has no logits to score
                 logits_from=0 if scored else -1,
             )  # fmt: skip
-            sampler = SamplingState(
-                params, state.output_ids, seed=seed % 2**63, index=index, prompt=prompt_ids, eos_token_ids=eos,
-                bad_words=bad_words,
-            )  # fmt: skip
-            answer_text = SequenceText(
-                params, tokenizer, state.output_ids, eos_token_ids=eos, context=prompt_ids, max_tokens=room
-            )
+            sampler = SamplingState(rules, state.output_ids, seed=seed % 2**63, index=index)
+            answer_text = SequenceText(rules, tokenizer, state.output_ids, context=prompt_ids, max_tokens=room)
             answers.append(Answer(index, state, sampler, answer_text))
         return Request(
             request_id, text, prompt_ids, params, time.monotonic(), answers,

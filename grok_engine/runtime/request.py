@@ -78,7 +78,7 @@ class Answer:
         """Append a sampled token. Returns whether it finishes the answer."""
         self.state.output_ids.append(result.token)
         if (found := result.logprobs) is not None:
-            self.logprobs.append({result.token: found.logprob, **dict(found.top)})
+            self.logprobs.append({result.token: found.logprob, **{token: value for token, value, _ in found.top}})
             self.cumulative_logprob += found.logprob
         self.text.push(result.token)
         return self.text.finish_reason is not None
@@ -139,7 +139,7 @@ class Request:
         assert self.prompt_logprobs is not None
         token_ids = self.prompt_ids[position + 1 : position + 1 + len(x_TD)]
         for i, found in enumerate(prompt_logprobs(x_TD, token_ids, number, logits), position + 1):
-            self.prompt_logprobs[i] = {self.prompt_ids[i]: found.logprob, **dict(found.top)}
+            self.prompt_logprobs[i] = {self.prompt_ids[i]: found.logprob, **{t: value for t, value, _ in found.top}}
 
     def output(self) -> RequestOutput:
         """What the user gets of it now. No list in it is one that the engine reads again."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
-from grok_engine.sampling.params import SamplingParams
+from grok_engine.sampling.automaton import Automaton
+from grok_engine.sampling.rules import SamplingRules
 from grok_engine.tokenizer.base import IncrementalDetokenizer, Tokenizer
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -16,35 +17,39 @@ class StopStrings:
     """Cuts a text that comes in pieces where a stop string is first complete.
 
     Of several that end at the same character the longest counts, so the result does not depend on how the text was
-    divided. With `include` the match stays in the text, and nothing is held back.
+    divided. With `include` the match stays in the text, and nothing is held back. stops: None if there are none.
     """
 
-    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
-        self.stops, self._include = tuple(stops), include
-        self._longest = max(map(len, stops), default=0)
+    def __init__(self, stops: Automaton[str] | None, *, include: bool = False) -> None:
+        self._stops, self._include = stops, include
+        self._state = 0
         self._tail = ""  # the longest suffix that begins a stop string; held back, unless with `include`
         self.matched: str | None = None
 
     def push(self, text: str) -> str:
         """The text that became final with `text`; nothing after a match."""
-        if self.matched is not None or not text:
+        stops, state = self._stops, self._state
+        if stops is None:
+            return text
+        if self.matched is not None:
             return ""
         joined = self._tail + text
-        shown = len(self._tail) if self._include else 0
-        ends = [(at + len(stop), -len(stop), stop) for stop in self.stops if (at := joined.find(stop)) >= 0]
-        if ends:
-            end, _, self.matched = min(ends)
-            self._tail = ""
-            return joined[shown : end if self._include else end - len(self.matched)]
-        begin = max(len(joined) - self._longest, 0)
-        while not any(stop.startswith(joined[begin:]) for stop in self.stops) and begin < len(joined):
-            begin += 1
-        self._tail = joined[begin:]
-        return joined[shown : None if self._include else begin]
+        for end, character in enumerate(text, len(self._tail) + 1):
+            state = stops.step(state, ord(character))
+            self.matched = next(stops.found(state), None)
+            if self.matched is not None:
+                self._tail = ""
+                return joined[: end if self._include else end - len(self.matched)]
+        self._state = state
+        if self._include:
+            return text
+        final = len(joined) - stops.depth[state]
+        self._tail = joined[final:]
+        return joined[:final]
 
     def finish(self) -> str:
         """The text held back, when no more will come."""
-        out, self._tail = "" if self._include else self._tail, ""
+        out, self._tail = self._tail, ""
         return out
 
 
@@ -63,26 +68,25 @@ class SequenceText:
 
     def __init__(
         self,
-        params: SamplingParams,
+        rules: SamplingRules,
         tokenizer: Tokenizer | None,
         output_ids: Sequence[int],
         *,
-        eos_token_ids: Collection[int] = (),
         context: Sequence[int] = (),
         max_tokens: int | None = None,
     ) -> None:
-        self.params = params
+        params = self.params = rules.params
         self.max_tokens = min((n for n in (max_tokens, params.max_tokens) if n is not None), default=None)
         self.output_ids = output_ids
         self.text = ""
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
-        self._ends = params.end_token_ids(eos_token_ids)
+        self._ends = rules.ends
         self._detokenizer = IncrementalDetokenizer(tokenizer) if tokenizer else None
         if self._detokenizer:
             for token in context[-_CONTEXT:]:
                 self._detokenizer.push(token)
-        self._stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
+        self._stops = StopStrings(rules.stops, include=params.include_stop_str_in_output)
 
     def push(self, token: int) -> None:
         """Decode a new token, the last of `output_ids`."""
@@ -109,6 +113,12 @@ class SequenceText:
         self.text += self._stops.push(text) if len(self.output_ids) > self.params.min_tokens else text
         if self._stops.matched is not None:
             self.stop_reason, self.finish_reason = self._stops.matched, "stop"
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """What a token adds to a text that has begun: a leading space is kept, and a part of a character is U+FFFD."""
+    text, data, *_ = tokenizer.surface(token, False)
+    return text + data.decode(errors="replace")
 
 
 def begins_text(tokenizer: Tokenizer, context: Sequence[int]) -> bool:

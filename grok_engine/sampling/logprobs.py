@@ -14,14 +14,14 @@ PART = 64  # rows of a prompt at once: bounds the logits in memory; a row's valu
 
 
 class TokenLogprobs(NamedTuple):
-    """One token's log-probability, its rank (1 is the most probable), and the most probable tokens with theirs.
+    """One token's log-probability and rank, and the most probable tokens as (token, log-probability, rank).
 
-    Tokens of equal probability are listed by id.
+    A rank is 1 + the number of more probable tokens. Tokens of equal probability have one rank and are listed by id.
     """
 
     logprob: float
     rank: int
-    top: list[tuple[int, float]]
+    top: list[tuple[int, float, int]]
 
 
 def token_logprobs(logits_RV: Tensor, token_ids: Sequence[int], numbers: Sequence[int]) -> list[TokenLogprobs]:
@@ -33,7 +33,7 @@ def token_logprobs(logits_RV: Tensor, token_ids: Sequence[int], numbers: Sequenc
     counts = [vocab if n == -1 else min(n, vocab) for n in numbers]
     chosen_R1 = logprobs_RV.gather(1, to_device(np.array(token_ids, np.int64), logits_RV)[:, None])
     ranks_R = (logprobs_RV > chosen_R1).sum(-1, dtype=torch.int32) + 1
-    tops: list[list[tuple[int, float]]] = [[] for _ in counts]
+    tops: list[list[tuple[int, float, int]]] = [[] for _ in counts]
     if most := max(counts):
         # only the values of topk are used: it does not define the order of equals
         values_RK = logprobs_RV.topk(most).values
@@ -46,8 +46,8 @@ def token_logprobs(logits_RV: Tensor, token_ids: Sequence[int], numbers: Sequenc
         at = places.cpu().numpy(), logprobs_RV[places[:, 0], places[:, 1]].cpu().numpy()
         order = np.lexsort((at[0][:, 1], -at[1], at[0][:, 0]))
         for row, token, value in zip(*at[0][order].T.tolist(), at[1][order].tolist(), strict=True):
-            if len(tops[row]) < counts[row]:
-                tops[row].append((token, value))
+            if len(top := tops[row]) < counts[row]:
+                top.append((token, value, top[-1][2] if top and top[-1][1] == value else len(top) + 1))
     return [TokenLogprobs(*t) for t in zip(chosen_R1[:, 0].tolist(), ranks_R.tolist(), tops, strict=True)]
 
 

@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from grok_engine.config import is_int, is_number
+from grok_engine.config import as_bool, as_float, as_int, shown
 
 LogitsProcessor = Callable[[list[int], Tensor], Tensor]
 _FLOAT32_MAX = 3.4028234663852886e38
+_INT64_MAX = 2**63 - 1
 
 
 class RequestOutputKind(Enum):
@@ -73,14 +74,21 @@ class SamplingParams:
 
     Generation ends with an end token of the model (unless `ignore_eos`) or one of `stop_token_ids`, whose text is not
     emitted, or where the text first completes one of `stop`, which is cut off (unless `include_stop_str_in_output`).
-    The text of the first `min_tokens` tokens is not searched for `stop`. `bad_words` are banned as the tokens that the
-    tokenizer makes of them; other tokens can still spell the same text.
+    The text of the first `min_tokens` tokens is not searched for `stop`. `max_tokens` None generates until
+    max_model_len is reached.
+
+    `bad_words` bans token sequences, not text: those that the tokenizer makes of each word at the start of a text,
+    after a space and after punctuation. The model can still spell the word with other tokens (shorter ones, or one that
+    holds a part of the word's neighbour), and a model that is drawn to a word often does. Upper and lower case are two
+    words. Where a text must not appear, search the output for it.
+
 
     `logprobs` n asks for the log-probabilities of each chosen token and of the n most probable ones (-1: of the whole
     vocabulary), `prompt_logprobs` n for those of the prompt's tokens. Both refer to the model's own distribution,
     before the steps above.
 
-    ValueError names the field, the value and what was expected.
+    Numbers and lists may be numpy's or tensors; they become Python's. ValueError names the field, the value and what
+    was expected. The engine's own limits (`EngineConfig`) and the vocabulary are checked when a request is added.
     """
 
     n: int = 1
@@ -108,46 +116,42 @@ class SamplingParams:
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
-        check, at_most = self._check, self.max_tokens
-        check("n", _within(is_int, 1), "a positive integer")
-        if at_most is None:
-            check("min_tokens", _within(is_int, 0), "an integer of 0 or more")
-        else:
-            check("max_tokens", _within(is_int, 1), "a positive integer, or None")
-            check("min_tokens", _within(is_int, 0, at_most), f"an integer in 0..max_tokens={at_most}")
+        """Check every field, and turn numpy's numbers and arrays into Python's, so that none is seen further on."""
+        read = self._read
+        read("n", as_int, 1, _INT64_MAX, "an integer in 1..2**63 - 1")
+        read("max_tokens", as_int, 1, _INT64_MAX, "an integer in 1..2**63 - 1, or None", optional=True)
+        most = _INT64_MAX if self.max_tokens is None else self.max_tokens
+        read("min_tokens", as_int, 0, most, f"an integer in 0..max_tokens={self.max_tokens}")
         # larger ones are infinite in fp32, and a masked logit divided by infinity is NaN
-        check("temperature", _within(is_number, 0, _FLOAT32_MAX), "a finite number of 0 (greedy) or more")
-        check("top_p", lambda v: is_number(v) and 0 < v <= 1, "a number in (0, 1]")
-        check("top_k", _within(is_int, -1), "an integer of 0 (off), -1 (off) or more")
-        check("min_p", _within(is_number, 0, 1), "a number in [0, 1]")
-        check("repetition_penalty", lambda v: is_number(v) and 0 < v <= _FLOAT32_MAX, "a finite number greater than 0")
+        read("temperature", as_float, 0, _FLOAT32_MAX, "a finite number of 0 (greedy) or more")
+        read("top_p", as_float, math.ulp(0), 1, "a number in (0, 1]")
+        read("top_k", as_int, -1, _INT64_MAX, "an integer of 0 (off), -1 (off) or more, of 64 bits")
+        read("min_p", as_float, 0, 1, "a number in [0, 1]")
+        # beyond these, a penalised logit may be infinite in fp32
+        read("repetition_penalty", as_float, 1e-6, 1e6, "a number in [1e-6, 1e6]")
         for name in ("presence_penalty", "frequency_penalty"):
-            check(name, _within(is_number, -2, 2), "a number in [-2, 2]")
-        if self.seed is not None:
-            check("seed", _within(is_int, 0, 2**63 - 1), "an integer in 0..2**63 - 1, or None")
+            read(name, as_float, -2, 2, "a number in [-2, 2]")
+        read("seed", as_int, 0, _INT64_MAX, "an integer in 0..2**63 - 1, or None", optional=True)
         for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                check(name, _within(is_int, -1), "an integer of -1 (all) or more, or None")
+            read(name, as_int, -1, _INT64_MAX, "an integer of -1 (all) or more, of 64 bits, or None", optional=True)
+        for name in ("include_stop_str_in_output", "ignore_eos"):
+            read(name, as_bool, False, True, "True or False")
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         for name in ("stop", "bad_words"):
-            self._sequence(name, lambda v: isinstance(v, str) and v != "", "text of at least one character")
-        self._sequence("stop_token_ids", _is_token, "a token id")
-        self._sequence("logits_processors", callable, "a callable")
+            self._sequence(name, _text, "text of at least one character, without half a surrogate pair")
+        self._sequence("stop_token_ids", _token, "a token id")
+        self._sequence("logits_processors", lambda v: v if callable(v) else None, "a callable")
         if self.allowed_token_ids is not None:
-            self._sequence("allowed_token_ids", _is_token, "a token id")
+            self._sequence("allowed_token_ids", _token, "a token id")
             if not self.allowed_token_ids:
                 raise ValueError("allowed_token_ids=() allows nothing: expected at least one token id, or None")
         if self.logit_bias is not None:
-            check("logit_bias", lambda v: isinstance(v, Mapping), "a mapping of token ids to numbers")
-            for token, bias in self.logit_bias.items():
-                if not (_is_token(token) and is_number(bias) and abs(bias) <= _FLOAT32_MAX):
-                    raise ValueError(f"logit_bias has {token!r}: {bias!r}, expected a token id and a finite number")
-            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
-        for name in ("include_stop_str_in_output", "ignore_eos"):
-            check(name, lambda v: isinstance(v, bool), "True or False")
-        check("structured", lambda v: isinstance(v, (StructuredOutput, type(None))), "a StructuredOutput")
-        check("output_kind", lambda v: isinstance(v, RequestOutputKind), "a RequestOutputKind")
+            object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
+        if not isinstance(self.structured, (StructuredOutput, type(None))):
+            raise ValueError(f"structured={shown(self.structured)} is not a StructuredOutput")
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise ValueError(f"output_kind={shown(self.output_kind)} is not a RequestOutputKind")
         if self.structured is not None and self.ignore_eos:
             raise ValueError("ignore_eos=True with structured: expected False, only an end token ends a complete text")
 
@@ -170,26 +174,67 @@ class SamplingParams:
             if (getattr(self, name) or 0) > vocab_size:
                 raise ValueError(f"{name}={getattr(self, name)} is not in -1..{vocab_size}, the size of the vocabulary")
 
-    def _check(self, name: str, fits: Callable[[Any], bool], expected: str) -> None:
-        if not fits(value := getattr(self, name)):
-            raise ValueError(f"{name}={value!r} is not {expected}")
+    def _read(
+        self,
+        name: str,
+        read: Callable[[Any], float | None],
+        least: float,
+        most: float,
+        expected: str,
+        *,
+        optional: bool = False,
+    ) -> None:
+        """Replace a field by what `read` makes of it. ValueError if that is None, NaN, or not in least … most."""
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        found = read(value)
+        if found is None or not least <= found <= most:
+            raise ValueError(f"{name}={shown(value)} is not {expected}")
+        object.__setattr__(self, name, found)
 
-    def _sequence(self, name: str, fits: Callable[[Any], bool], expected: str) -> None:
-        value = () if getattr(self, name) is None else getattr(self, name)
+    def _sequence(self, name: str, read: Callable[[Any], Any], expected: str) -> None:
+        """Replace a field by the tuple of what `read` makes of each of its items."""
+        given = getattr(self, name)
+        value: Any = () if given is None else given
+        if hasattr(value, "tolist") and not isinstance(value, memoryview):  # an array or a tensor
+            value = value.tolist()
         if not isinstance(value, (list, tuple, set, frozenset, range)):
-            raise ValueError(f"{name}={value!r} is not a list of which each is {expected}")
-        for item in value:
-            if not fits(item):
-                raise ValueError(f"{name} has {item!r}, which is not {expected}")
-        object.__setattr__(self, name, tuple(value))  # resolved once, here
+            raise ValueError(f"{name}={shown(given)} is not a list of which each is {expected}")
+        found = tuple(map(read, value))
+        for item, becomes in zip(value, found, strict=True):
+            if becomes is None:
+                raise ValueError(f"{name} has {shown(item)}, which is not {expected}")
+        object.__setattr__(self, name, found)
 
 
-def _within(kind: Callable[[Any], bool], least: float, most: float = math.inf) -> Callable[[Any], bool]:
-    """Whether a value is of this kind and in least … most; a NaN is not."""
-    return lambda value: kind(value) and least <= value <= most
+def _token(value: Any) -> int | None:
+    token = as_int(value)
+    return token if token is not None and 0 <= token <= _INT64_MAX else None
 
 
-_is_token = _within(is_int, 0)
+def _text(value: Any) -> str | None:
+    if not isinstance(value, str) or not value:
+        return None
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return None
+    return str(value)
+
+
+def _bias(given: Any) -> dict[int, float]:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"logit_bias={shown(given)} is not a mapping of token ids to numbers")
+    found = {}
+    for key, value in given.items():
+        token, bias = _token(key), as_float(value)
+        if token is None or bias is None or not abs(bias) <= _FLOAT32_MAX:
+            raise ValueError(f"logit_bias has {shown(key)}: {shown(value)}, expected a token id and a finite number")
+        found[token] = bias
+    return found
+
+
 _COUNTER = struct.Struct("<QQQ")
 
 

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 import grok_kernels
 
 from .logprobs import TokenLogprobs, to_device, token_logprobs
-from .state import Ints, SamplingState
+from .rules import Ints
+from .state import SamplingState
+
+FEW = 2048  # entries of a logit_bias: for more, adding a row of the whole vocabulary takes less time
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +87,13 @@ def _edit(rows: Sequence[SamplingState], x_BV: Tensor, errors: dict[int, str]) -
             except Exception as error:  # a user's code: whatever it raises ends its own request
                 errors[i] = f"logits processor: {type(error).__name__}: {error}"
 
-    if biased := [(i, *row.bias) for i, row in good if len(row.bias[0])]:
+    if biased := [(i, *row.rules.bias) for i, row in good if 0 < len(row.rules.bias[0]) <= FEW]:
         x_BV[_places([(i, ids) for i, ids, _ in biased], x_BV)] += to_device(
             np.concatenate([b for *_, b in biased]), x_BV
         )
+    for i, row in good:
+        if len(row.rules.bias[0]) > FEW:
+            x_BV[i] += row.rules.whole_bias(x_BV.device)
 
     if penalised := [(i, row.params, *row.counts.ids_and_counts()) for i, row in good if row.counts is not None]:
         at = _places([(i, ids) for i, _, ids, _ in penalised], x_BV)
@@ -99,32 +105,36 @@ def _edit(rows: Sequence[SamplingState], x_BV: Tensor, errors: dict[int, str]) -
         values = torch.where(values > 0, values / repetition, values * repetition)
         x_BV[at] = values - frequency * counts - presence * (counts > 0)
 
-    if allowed := [(i, row.allowed) for i, row in good if row.allowed is not None]:
-        at = _places(allowed, x_BV)
-        values = x_BV[at]
-        x_BV[to_device(np.array([i for i, _ in allowed]), x_BV)] = float("-inf")
-        x_BV[at] = values
     if banned := [(i, ids) for i, row in good if len(ids := row.banned())]:
         x_BV[_places(banned, x_BV)] = float("-inf")
-
     masked, masks = [], []
     for i, row in good:
-        if row.matcher is not None and i not in errors:
-            try:
-                masks.append(_fitted(row.matcher.allowed(), x_BV.shape[1]))
-                masked.append(i)
-            except ValueError as error:
-                errors[i] = str(error)
+        if i in errors:
+            continue
+        try:
+            mask = row.allowed()
+        except ValueError as error:
+            errors[i] = str(error)
+            continue
+        if mask is not None:
+            masked.append(i)
+            masks.append(mask)
     if masked:
-        bits_RWb = (
-            to_device(np.stack(masks), x_BV)[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=x_BV.device)
-        ) & 1
-        refused_RV = bits_RWb.flatten(1)[:, : x_BV.shape[1]] == 0
+        # each byte of a mask becomes the most that its eight logits may be
+        most_RV = torch.nn.functional.embedding(to_device(np.stack(masks), x_BV).int(), _most(x_BV.device)).flatten(1)
+        most_RV = most_RV[:, : x_BV.shape[1]]
         if len(masked) == len(rows):
-            x_BV.masked_fill_(refused_RV, float("-inf"))
+            torch.minimum(x_BV, most_RV, out=x_BV)
         else:
             where = to_device(np.array(masked), x_BV)
-            x_BV[where] = x_BV[where].masked_fill(refused_RV, float("-inf"))
+            x_BV[where] = torch.minimum(x_BV[where], most_RV)
+
+
+@cache
+def _most(device: torch.device) -> Tensor:
+    """(256, 8) fp32: +inf for each bit of a byte that is set, from the lowest on, and −inf for the others."""
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    return torch.from_numpy(np.where(bits, np.inf, -np.inf).astype(np.float32)).to(device)
 
 
 def _choose(rows: Sequence[SamplingState], x_BV: Tensor, best_B: Tensor, drawn: list[int]) -> list[int]:
@@ -136,9 +146,9 @@ def _choose(rows: Sequence[SamplingState], x_BV: Tensor, best_B: Tensor, drawn: 
         floor_R = None
         if any(p.min_p for p in params):
             # p / p_max = exp((x − x_max) / temperature), so that no softmax is needed
-            with np.errstate(divide="ignore", over="ignore"):
+            with np.errstate(all="ignore"):  # log(0), and products that fp32 rounds to 0 or −inf, mean what they say
                 below = np.array([p.temperature for p in params]) * np.log([p.min_p for p in params])
-            floor_R = best_R + to_device(below.astype(np.float32), x_BV)
+                floor_R = best_R + to_device(below.astype(np.float32), x_BV)
         vocab = x_BV.shape[1]
         ks = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
         limited = [i for i, k in enumerate(ks) if k < vocab]
@@ -191,11 +201,6 @@ def _places(parts: Sequence[tuple[int, Ints]], like: Tensor) -> tuple[Tensor, Te
     """Rows and columns of some logits, from each row and its columns."""
     rows = np.repeat(np.array([i for i, _ in parts]), [len(ids) for _, ids in parts])
     return to_device(rows, like), to_device(np.concatenate([ids for _, ids in parts]), like)
-
-
-def _fitted(mask: npt.NDArray[np.uint8], vocab: int) -> npt.NDArray[np.uint8]:
-    size = (vocab + 7) // 8
-    return mask[:size] if len(mask) >= size else np.pad(mask, (0, size - len(mask)))
 
 
 def _take(x: Tensor, rows: list[int]) -> Tensor:

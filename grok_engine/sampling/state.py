@@ -1,39 +1,42 @@
-"""The sampling state of one sequence: what its parameters and the tokens so far say about the next token."""
+"""The sampling state of one sequence: what its request's rules and the tokens so far say about the next token."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from .params import SamplingParams, uniform
+from .params import uniform
+from .rules import Bits, Floats, Ints, SamplingRules
 
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
 _NOTHING: Ints = np.empty(0, np.int64)
 
 
 class Matcher(Protocol):
     """Which tokens a structured output allows next. Both methods raise ValueError if the grammar fails."""
 
-    def allowed(self) -> npt.NDArray[np.uint8]:
+    def allowed(self) -> Bits:
         """One bit a token, from the lowest bit of the first byte on; tokens beyond the last byte are not allowed."""
 
     def accept(self, token_id: int) -> None: ...
 
 
 class TokenCounts:
-    """The distinct tokens of a sequence in order of appearance, and how often each occurs in its output."""
+    """The distinct tokens of a sequence in order of appearance, and how often each occurs in its output.
 
-    def __init__(self, prompt: Iterable[int]) -> None:
-        self._place = {token: i for i, token in enumerate(dict.fromkeys(prompt))}
-        self._ids, self._counts = array("q", self._place), array("f", [0.0] * len(self._place))
+    prompt: the tokens of the prompt that count, each with its place. It is only read, so that sequences can share it.
+    """
+
+    def __init__(self, prompt: Mapping[int, int]) -> None:
+        self._prompt, self._new = prompt, dict[int, int]()
+        self._ids, self._counts = array("q", prompt), array("f", [0.0]) * len(prompt)
 
     def add(self, token: int) -> None:
-        place = self._place.setdefault(token, len(self._place))
+        place = self._prompt.get(token)
+        if place is None:
+            place = self._new.setdefault(token, len(self._ids))
         if place == len(self._ids):
             self._ids.append(token)
             self._counts.append(0)
@@ -48,38 +51,19 @@ class SamplingState:
     """How one sequence samples.
 
     output_ids: the tokens generated so far, a list that its owner appends to after `accept` and that is only read here.
-    seed: the request's; index: which of its n sequences this is. bad_words: token sequences, from `bad_word_tokens`.
+    seed: the request's; index: which of its n sequences this is. matcher: of its structured output; it may be set until
+    the first token is sampled.
     """
 
     def __init__(
-        self,
-        params: SamplingParams,
-        output_ids: list[int],
-        *,
-        seed: int,
-        index: int = 0,
-        prompt: Iterable[int] = (),
-        eos_token_ids: Collection[int] = (),
-        bad_words: Sequence[Sequence[int]] = (),
-        matcher: Matcher | None = None,
+        self, rules: SamplingRules, output_ids: list[int], *, seed: int, index: int = 0, matcher: Matcher | None = None
     ) -> None:
-        p = self.params = params
-        self.output_ids, self.seed, self.index, self.matcher = output_ids, seed, index, matcher
-        self.greedy = p.greedy
-        bias = p.logit_bias or {}
-        self.bias = np.array(list(bias), np.int64), np.array(list(bias.values()), np.float32)
-        self.allowed = None if p.allowed_token_ids is None else _sorted_ids(set(p.allowed_token_ids))
-        self._ends = _sorted_ids(p.end_token_ids(eos_token_ids)) if p.min_tokens else _NOTHING
-        penalised = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1, 0, 0)
-        self.counts = TokenCounts(prompt if p.repetition_penalty != 1 else ()) if penalised else None
-        self._bans: dict[tuple[int, ...], list[int]] = {}  # last tokens of bad words, by the tokens before them
-        for *before, last in bad_words:
-            self._bans.setdefault(tuple(before), []).append(last)
-        self._ban_lengths = sorted({len(before) for before in self._bans})
-        # whether logits are changed before the choice
-        self.edits = self.allowed is not None or bool(
-            p.logits_processors or bias or penalised or bad_words or p.min_tokens or matcher or p.structured
-        )
+        self.rules, self.params, self.output_ids = rules, rules.params, output_ids
+        self.seed, self.index, self.matcher = seed, index, matcher
+        self.greedy = rules.params.greedy
+        self.edits = rules.edits or matcher is not None  # whether logits are changed before the choice
+        self.counts = None if rules.counted is None else TokenCounts(rules.counted)
+        self._bad_words = 0  # state of `rules.bad_words`
         for token in output_ids:
             self.accept(token)
 
@@ -89,36 +73,37 @@ class SamplingState:
             self.matcher.accept(token)
         if self.counts is not None:
             self.counts.add(token)
+        if self.rules.bad_words is not None:
+            self._bad_words = self.rules.bad_words.step(self._bad_words, token)
 
     def uniform(self) -> float:
         """The random number of the next token."""
         return uniform(self.seed, self.index, len(self.output_ids))
 
     def banned(self) -> Ints:
-        """Tokens that must not come next: last tokens of bad words, and end tokens before min_tokens."""
-        ids = self.output_ids
-        banned = self._ends if len(ids) < self.params.min_tokens else _NOTHING
-        found = [t for n in self._ban_lengths for t in self._bans.get(tuple(ids[max(len(ids) - n, 0) :]), ())]
-        return np.array([*banned, *found], np.int64) if found else banned
+        """The tokens that would complete a bad word of several tokens."""
+        bad_words = self.rules.bad_words
+        return _NOTHING if bad_words is None else np.array(list(bad_words.found(self._bad_words)), np.int64)
+
+    def allowed(self) -> Bits | None:
+        """The tokens that may come next but for `banned`, or None for all of them. ValueError if the grammar fails.
+
+        Before min_tokens that excludes the end tokens, unless the grammar's text is complete and nothing else can come.
+        """
+        rules = self.rules
+        early = len(self.output_ids) < self.params.min_tokens
+        fixed = rules.allowed_early if early else rules.allowed
+        if self.matcher is None:
+            return fixed
+        matching = _fitted(self.matcher.allowed(), rules.vocab_size)
+        if fixed is None:
+            return matching
+        both = matching & fixed
+        if early and not both.any():
+            return matching if rules.allowed is None else matching & rules.allowed
+        return both
 
 
-def bad_word_tokens(words: Iterable[str], encode: Callable[[str], list[int]]) -> list[tuple[int, ...]]:
-    """The token sequences of bad words: each as encoded at the start of a text, after a space, and inside a text.
-
-    Inside: after punctuation, since a tokenizer may put a space before any text of its own.
-    """
-    found: dict[tuple[int, ...], None] = {}
-    for word in words:
-        spellings = [encode(word), encode(" " + word)]
-        for before in ("\n", "(", "."):
-            alone, joined = encode(before), encode(before + word)
-            if joined[: len(alone)] == alone:
-                spellings.append(joined[len(alone) :])
-        if not any(spellings):
-            raise ValueError(f"bad_words has {word!r}, of which the tokenizer makes no token")
-        found.update(dict.fromkeys(tuple(s) for s in spellings if s))
-    return list(found)
-
-
-def _sorted_ids(tokens: Collection[int]) -> Ints:
-    return np.array(sorted(tokens), np.int64)
+def _fitted(bits: Bits, vocab_size: int) -> Bits:
+    size = (vocab_size + 7) // 8
+    return bits[:size] if len(bits) >= size else np.pad(bits, (0, size - len(bits)))

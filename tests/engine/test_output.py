@@ -9,8 +9,10 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grok_engine.runtime.text import FinishReason, SequenceText, StopStrings
+from grok_engine.runtime.text import FinishReason, SequenceText, StopStrings, token_text
+from grok_engine.sampling.automaton import Automaton
 from grok_engine.sampling.params import SamplingParams
+from grok_engine.sampling.rules import SamplingRules
 from grok_engine.tokenizer.base import Tokenizer
 from grok_engine.tokenizer.sentencepiece import SentencePieceTokenizer
 
@@ -28,6 +30,10 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     path.write_bytes(model.getvalue())
     return SentencePieceTokenizer(path)
+
+
+def automaton(stops: Sequence[str]) -> Automaton[str] | None:
+    return SamplingRules(SamplingParams(stop=stops), 1).stops
 
 
 def cut(text: str, stops: Sequence[str], *, include: bool = False) -> tuple[str, str | None]:
@@ -56,7 +62,7 @@ stop_sets = st.lists(st.lists(st.sampled_from(ALPHABET), min_size=1, max_size=4)
     include=st.booleans(),
 )
 def test_a_text_in_pieces_is_cut_as_the_whole(parts: list[str], stops: list[str], include: bool) -> None:
-    stream = StopStrings(stops, include=include)
+    stream = StopStrings(automaton(stops), include=include)
     expected, matched = cut("".join(parts), stops, include=include)
     out, seen = "", ""
     for part in parts:
@@ -87,7 +93,7 @@ def test_a_text_in_pieces_is_cut_as_the_whole(parts: list[str], stops: list[str]
 )
 def test_cut(stops: list[str], text: str, expected: str) -> None:
     for size in range(1, len(text) + 1):
-        stream = StopStrings(stops)
+        stream = StopStrings(automaton(stops))
         out = "".join(stream.push(text[i : i + size]) for i in range(0, len(text), size)) + stream.finish()
         assert out == expected
 
@@ -95,9 +101,12 @@ def test_cut(stops: list[str], text: str, expected: str) -> None:
 class Output(SequenceText):
     """A text whose tokens are appended here, as an engine appends them, and whose new text is returned."""
 
-    def __init__(self, params: SamplingParams, tokenizer: Tokenizer | None, **options: Any) -> None:
+    def __init__(
+        self, params: SamplingParams, tokenizer: Tokenizer | None, eos_token_ids: Sequence[int] = (), **options: Any
+    ) -> None:
         self.token_ids: list[int] = []
-        super().__init__(params, tokenizer, self.token_ids, **options)
+        rules = SamplingRules(params, 300, eos_token_ids=eos_token_ids)
+        super().__init__(rules, tokenizer, self.token_ids, **options)
 
     def take(self, token: int) -> tuple[str, FinishReason | None]:
         shown = len(self.text)
@@ -181,13 +190,19 @@ def test_an_output_that_goes_on_in_a_prompt_keeps_its_space(tokenizer: Tokenizer
     assert Output(SamplingParams(), tokenizer, context=[a, *whole[:2]]).take(whole[2])[0] == "猫"
 
 
+def test_the_text_of_one_token(tokenizer: Tokenizer) -> None:
+    (a,) = tokenizer.encode("a")
+    byte = 3 + "猫".encode()[0]
+    assert [token_text(tokenizer, t) for t in (a, byte, 3 + ord("a"), 2)] == [" a", "\ufffd", "a", ""]
+
+
 def test_without_a_tokenizer() -> None:
     output = Output(SamplingParams(max_tokens=2), None, eos_token_ids=(2,))
     assert [output.take(t) for t in (5, 7)] == [("", None), ("", "length")]
 
 
 def test_the_text_held_back_is_no_longer_than_a_stop_string() -> None:
-    stream = StopStrings(["a" * 500 + "b", *(f"{'a' * n}c" for n in range(50))])
+    stream = StopStrings(automaton(["a" * 500 + "b", *(f"{'a' * n}c" for n in range(50))]))
     total = out = 0
     for i in range(5000):
         text = "aaaa" if i % 200 else "x"

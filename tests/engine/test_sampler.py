@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,22 +13,32 @@ from torch import Tensor
 from grok_engine.sampling import sampler
 from grok_engine.sampling.logprobs import prompt_logprobs, token_logprobs
 from grok_engine.sampling.params import SamplingParams, uniform
-from grok_engine.sampling.sampler import Sampled
-from grok_engine.sampling.state import SamplingState, bad_word_tokens
+from grok_engine.sampling.rules import SamplingRules, bad_word_tokens
+from grok_engine.sampling.sampler import FEW, Sampled
+from grok_engine.sampling.state import SamplingState
 
 NEVER = float("-inf")
 EOS = (2,)
+# a program whose warnings are errors is served like any other
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+@pytest.fixture(autouse=True)
+def _strict_numpy() -> Iterator[None]:
+    with np.errstate(all="raise"):
+        yield
 
 
 def logits(rows: int, vocab: int, seed: int = 0, scale: float = 3.0) -> Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def row(seed: int = 0, *, matcher: Any = None, output: Sequence[int] = (), **options: Any) -> SamplingState:
-    named = {k: options.pop(k) for k in ("index", "prompt", "bad_words") if k in options}
-    return SamplingState(
-        SamplingParams(**options), list(output), seed=seed, eos_token_ids=EOS, matcher=matcher, **named
-    )
+def row(
+    seed: int = 0, *, vocab: int = 40, matcher: Any = None, output: Sequence[int] = (), index: int = 0, **options: Any
+) -> SamplingState:
+    named = {k: options.pop(k) for k in ("prompt", "bad_words") if k in options}
+    rules = SamplingRules(SamplingParams(**options), vocab, eos_token_ids=EOS, **named)
+    return SamplingState(rules, list(output), seed=seed, index=index, matcher=matcher)
 
 
 def sample(rows: Sequence[SamplingState], logits_BV: Tensor) -> list[Sampled]:
@@ -138,7 +149,7 @@ def test_a_row_depends_on_itself_alone_to_the_bit(vocab: int) -> None:
 
         def made(options: list[dict[str, Any]]) -> list[SamplingState]:
             return [
-                row(i, prompt=[0], matcher=Bits(2, len(x_SBV[0][0])) if i % 5 == 4 else None, **o)  # noqa: B023
+                row(i, vocab=vocab, prompt=[0], matcher=Bits(2, vocab) if i % 5 == 4 else None, **o)
                 for i, o in enumerate(options)
             ]
 
@@ -149,7 +160,7 @@ def test_a_row_depends_on_itself_alone_to_the_bit(vocab: int) -> None:
             order = rng.sample(range(count), count)
             mixed = [*order, *[None] * 3]  # and other requests between them
             rng.shuffle(mixed)
-            others = [row(99, temperature=1.3, top_k=2, logprobs=3) for _ in mixed]
+            others = [row(99, vocab=vocab, temperature=1.3, top_k=2, logprobs=1) for _ in mixed]
             batch = [others[i] if j is None else shuffled[j] for i, j in enumerate(mixed)]
             noise = logits(len(mixed), vocab, seed=5)
             found = sample(batch, torch.stack([noise[i] if j is None else x_BV[j] for i, j in enumerate(mixed)]))
@@ -179,6 +190,37 @@ def test_draws_follow_the_distribution() -> None:
     assert chi2 < 20  # 4 degrees of freedom
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-40, 1e-20, 1e-5, 3e38, 3.4e38])
+def test_extreme_values_mean_what_they_say(temperature: float) -> None:
+    """A tiny temperature, top_p or a min_p of 1 takes the best token; a huge temperature takes any."""
+    x_BV = logits(1, 40)
+    best = int(x_BV.argmax())
+    for min_p, top_p in itertools.product((0, 5e-324, 1e-300, 0.5, 1), (1e-300, 1e-46, 0.5, 1)):
+        options: dict[str, Any] = {"temperature": temperature, "min_p": min_p, "top_p": top_p}
+        rows = [row(seed, **options) for seed in range(5)]
+        found = sample(rows, x_BV.expand(5, 40).contiguous())
+        assert [s.error for s in found] == [None] * 5
+        certain = temperature < 1 or min_p == 1 or top_p < 1e-40
+        assert ({s.token for s in found} == {best}) is certain, options
+    edits: list[dict[str, Any]] = [
+        {"logit_bias": {5: 3.4e38, 6: -3.4e38}}, {"logit_bias": {5: 5e-324}},
+        {"repetition_penalty": 1e-6, "presence_penalty": -2}, {"repetition_penalty": 1e6, "frequency_penalty": 2},
+    ]  # fmt: skip
+    found = sample([row(temperature=temperature, prompt=range(40), **o) for o in edits], x_BV.expand(4, 40).clone())
+    assert [s.error for s in found] == [None] * 4
+    assert found[0].token == 5 or temperature > 1
+
+
+@pytest.mark.parametrize("count", [FEW, FEW + 1])
+def test_a_bias_of_many_tokens(count: int) -> None:
+    vocab = FEW + 10
+    bias = {i: 0.001 * i for i in range(count)}
+    x_BV = logits(2, vocab)
+    expected = x_BV[0] + torch.tensor([bias.get(i, 0.0) for i in range(vocab)])
+    (found, other) = sample([row(vocab=vocab, temperature=0, logit_bias=bias), row(vocab=vocab, temperature=0)], x_BV)
+    assert (found.token, other.token) == (int(expected.argmax()), int(x_BV[1].argmax()))
+
+
 def test_ties_go_to_the_lower_index() -> None:
     x_BV = torch.zeros(4, 70)
     x_BV[:, [30, 60]] = 1
@@ -186,7 +228,10 @@ def test_ties_go_to_the_lower_index() -> None:
     found = sample(rows, x_BV)
     assert [s.token for s in found] == [30] * 4
     assert found[3].logprobs is not None
-    assert ([t for t, _ in found[3].logprobs.top], found[3].logprobs.rank) == ([30, 60, 0], 1)
+    assert ([(t, rank) for t, _, rank in found[3].logprobs.top], found[3].logprobs.rank) == (
+        [(30, 1), (60, 1), (0, 3)],
+        1,
+    )
     assert found[0].logprobs is None
 
 
@@ -280,11 +325,13 @@ def test_bad_words_ban_what_would_complete_them() -> None:
         words = [[rng.randrange(4) for _ in range(rng.randrange(1, 4))] for _ in range(3)]
         if len({w[0] for w in words if len(w) == 1}) > 1:
             continue
-        r = row(trial, bad_words=words, max_tokens=99)
+        r = row(trial, vocab=5, bad_words=words, max_tokens=99)
         for step in range(40):
             x_BV = logits(1, 5, seed=trial * 40 + step)
             banned = {w[-1] for w in words if r.output_ids[len(r.output_ids) - len(w) + 1 :] == w[:-1]}
-            assert set(r.banned().tolist()) == banned
+            bits = r.allowed()
+            masked = set() if bits is None else {t for t in range(5) if not bits[0] >> t & 1}
+            assert masked | set(r.banned().tolist()) == banned
             assert sample([r], x_BV)[0].token not in banned
         text = r.output_ids
         assert not any(text[i : i + len(w)] == w for w in words for i in range(len(text)))
@@ -321,7 +368,7 @@ def test_a_grammar_masks_and_is_told() -> None:
 def test_logprobs_are_of_the_unprocessed_logits(vocab: int) -> None:
     x_BV = logits(4, vocab)
     options: dict[str, Any] = {"temperature": 0.5, "logit_bias": {1: 50.0}, "top_k": 2}
-    found = sample([row(i, logprobs=k, **options) for i, k in enumerate([0, 3, -1, vocab])], x_BV)
+    found = sample([row(i, vocab=vocab, logprobs=k, **options) for i, k in enumerate([0, 3, -1, vocab])], x_BV)
     wanted = torch.log_softmax(x_BV.double(), -1)
     for i, k in enumerate([0, 3, vocab, vocab]):
         assert found[i].token == 1
@@ -330,8 +377,9 @@ def test_logprobs_are_of_the_unprocessed_logits(vocab: int) -> None:
         assert s.logprob == pytest.approx(float(wanted[i, 1]), abs=1e-5)
         assert s.rank == 1 + int((x_BV[i] > x_BV[i, 1]).sum())
         ids = x_BV[i].sort(descending=True, stable=True).indices[:k].tolist()
-        assert [t for t, _ in s.top] == ids
-        assert [p for _, p in s.top] == pytest.approx(wanted[i, ids].tolist(), abs=1e-5)
+        assert [t for t, *_ in s.top] == ids
+        assert [p for _, p, _ in s.top] == pytest.approx(wanted[i, ids].tolist(), abs=1e-5)
+        assert [rank for *_, rank in s.top] == list(range(1, k + 1))
 
 
 def test_prompt_logprobs_are_the_same_in_parts() -> None:

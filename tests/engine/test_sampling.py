@@ -4,65 +4,103 @@ import dataclasses
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from grok_engine.sampling.params import RequestOutputKind, SamplingParams, StructuredOutput, uniform
 
 NAN, INF = float("nan"), float("inf")
-WRONG: dict[str, list[Any]] = {
-    "n": [0, -1, 1.5, True, "1", None],
-    "max_tokens": [0, -1, 2.0, False, "16"],
-    "min_tokens": [-1, 17, 0.0, True, None],
-    "temperature": [-0.1, NAN, INF, True, "1", None, 1e39],
-    "top_p": [0, -0.5, 1.01, NAN, True, "0.9", None],
-    "top_k": [-2, 1.5, True, "5", None],
-    "min_p": [-0.1, 1.1, NAN, True, "0", None],
-    "repetition_penalty": [0, -1, NAN, INF, True, "1", None],
-    "presence_penalty": [-2.1, 2.1, NAN, True, "0", None],
-    "frequency_penalty": [-2.1, 2.1, NAN, True, "0", None],
-    "seed": [-1, 2**63, 1.0, True, "7"],
-    "stop": ["", ["a", ""], [1], 5, b"x", {"a": 1}],
-    "stop_token_ids": [[-1], [1.0], [True], ["2"], 2, "2"],
-    "bad_words": [[""], "word", [1]],
-    "logits_processors": [[1], len, "x"],
-    "include_stop_str_in_output": [1, None, "yes"],
-    "ignore_eos": [1, None, "yes"],
-    "logprobs": [-2, 1.5, True, "1"],
-    "prompt_logprobs": [-2, 1.5, True, "1"],
-    "logit_bias": [[1], {"1": 1.0}, {1: "x"}, {1: NAN}, {1: INF}, {-1: 1.0}, {True: 1.0}, {1: True}, {1: 1e39}],
-    "allowed_token_ids": [[], [-1], [True], "1", 3],
-    "structured": ["a+", {"regex": "a"}],
-    "output_kind": ["DELTA", 1, None],
-}
+NO_REPR = 10**5000
+NOT_COUNTS: list[Any] = [
+    -2, 1.5, NAN, True, np.True_, "1", b"1", [1], np.float32(1), np.ones(1, int), 2**63, NO_REPR,
+]  # fmt: skip
+NOT_NUMBERS: list[Any] = [NAN, INF, -INF, True, np.True_, "0.5", None, [0.5], NO_REPR, 1j, np.ones(1)]
+NOT_BOOLS: list[Any] = [1, 0, None, "yes", "", [True]]
+NOT_TOKENS: list[Any] = [
+    [-1],
+    [2**63],
+    [1.0],
+    [True],
+    ["2"],
+    [None],
+    2,
+    "2",
+    b"\x02",
+    bytearray(2),
+    memoryview(b"2"),
+    {2: 1},
+]
+NOT_TEXTS: list[Any] = ["", ["a", ""], [1], 5, b"x", {"a": 1}, ["\ud800"], [b"x"], [None]]
+# For each field: values that are refused, and values that are accepted, each with what it becomes.
+ODD: dict[str, tuple[list[Any], list[tuple[Any, Any]]]] = {
+    "n": ([*NOT_COUNTS, 0, None], [(np.int64(2), 2), (2**63 - 1, 2**63 - 1)]),
+    "max_tokens": ([*NOT_COUNTS, 0], [(None, None), (np.uint8(3), 3), (2**63 - 1, 2**63 - 1)]),
+    "min_tokens": ([*NOT_COUNTS, 17, None], [(np.int32(3), 3)]),
+    "temperature": (
+        [*NOT_NUMBERS, -0.1, 1e39], [(0, 0.0), (np.float32(0.5), 0.5), (5e-324, 5e-324), (3e38, 3e38)],
+    ),
+    "top_p": ([*NOT_NUMBERS, 0, -0.5, 1.01], [(1, 1.0), (np.float16(0.5), 0.5), (1e-300, 1e-300)]),
+    "top_k": ([*NOT_COUNTS, None], [(-1, -1), (np.int64(5), 5), (2**63 - 1, 2**63 - 1)]),
+    "min_p": ([*NOT_NUMBERS, -0.1, 1.1], [(1, 1.0), (np.float64(0.5), 0.5), (5e-324, 5e-324)]),
+    "repetition_penalty": ([*NOT_NUMBERS, 0, -1, 1e-40, 1e-7, 1e7], [(1e-6, 1e-6), (np.float32(2), 2.0)]),
+    "presence_penalty": ([*NOT_NUMBERS, -2.1, 2.1], [(-2, -2.0), (np.float32(0.5), 0.5)]),
+    "frequency_penalty": ([*NOT_NUMBERS, -2.1, 2.1], [(2, 2.0), (np.float32(0.5), 0.5)]),
+    "seed": ([*NOT_COUNTS, -1], [(None, None), (np.uint64(2**63 - 1), 2**63 - 1)]),
+    "stop": (NOT_TEXTS, [("ab", ("ab",)), (None, ()), (np.array(["a", "b"]), ("a", "b")), ("\0", ("\0",))]),
+    "stop_token_ids": (NOT_TOKENS, [(None, ()), ({5}, (5,)), (np.arange(2), (0, 1)), (torch.tensor([3]), (3,))]),
+    "bad_words": ([*NOT_TEXTS, "word"], [(None, ()), (("a",), ("a",))]) ,
+    "logits_processors": ([[1], len, "x"], [(None, ()), ([len], (len,))]),
+    "include_stop_str_in_output": (NOT_BOOLS, [(np.True_, True)]),
+    "ignore_eos": (NOT_BOOLS, [(np.False_, False)]),
+    "logprobs": (NOT_COUNTS, [(None, None), (-1, -1), (np.int64(5), 5)]),
+    "prompt_logprobs": (NOT_COUNTS, [(None, None), (0, 0), (np.int64(5), 5)]),
+    "logit_bias": (
+        [[1], "1", 1, {"1": 1.0}, {1: "x"}, {1: NAN}, {1: INF}, {-1: 1.0}, {True: 1.0}, {1: True}, {1: 1e39}],
+        [(None, None), ({}, {}), ({np.int64(3): np.float32(0.5)}, {3: 0.5}), ({0: 1}, {0: 1.0})],
+    ),
+    "allowed_token_ids": (
+        [*NOT_TOKENS, [], np.zeros(0, int)], [(None, None), (range(2), (0, 1)), ([np.int8(1)], (1,))],
+    ),
+    "structured": (["a+", {"regex": "a"}, True], [(None, None)]),
+    "output_kind": (["DELTA", 1, None], [(RequestOutputKind.DELTA, RequestOutputKind.DELTA)]),
+}  # fmt: skip
 
 
 def test_every_field_is_tried() -> None:
-    assert set(WRONG) == {f.name for f in dataclasses.fields(SamplingParams)}
+    assert set(ODD) == {f.name for f in dataclasses.fields(SamplingParams)}
 
 
-@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in WRONG.items() for v in values])
-def test_a_wrong_value_is_named(name: str, value: Any) -> None:
-    with pytest.raises(ValueError) as caught:
-        SamplingParams(**{name: value})
-    message = str(caught.value)
-    assert message.startswith(name)
-    wrong = next(iter(value.values())) if isinstance(value, dict) and name == "logit_bias" else value
-    wrong = next((v for v in wrong if v not in (3, "a")), ()) if isinstance(wrong, list) else wrong
-    assert repr(wrong) in message or repr(value) in message
-    assert "expected" in message or " is not " in message
+def python_types(value: Any) -> Any:
+    """The types of a value and of what it holds."""
+    inside = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, tuple) else ()
+    return type(value), [type(item) for item in inside]
 
 
-def test_what_is_accepted() -> None:
-    SamplingParams(
-        n=3, max_tokens=1, min_tokens=1, temperature=0, top_p=1, top_k=-1, min_p=1, repetition_penalty=2, seed=0,
-        presence_penalty=-2, frequency_penalty=2, logprobs=-1, prompt_logprobs=0, logit_bias={3: -100, 0: 1.5},
-        allowed_token_ids=[1], stop_token_ids={5}, output_kind=RequestOutputKind.DELTA,
-    )  # fmt: skip
+@pytest.mark.parametrize("name", ODD)
+def test_odd_values(name: str) -> None:
+    wrong, right = ODD[name]
+    for value in wrong:
+        with pytest.raises(ValueError) as caught:
+            SamplingParams(**{name: value})
+        message = str(caught.value)
+        assert message.startswith(name), value
+        assert "expected" in message or " is not " in message, value
+        assert len(message) < 400
+        items: Any = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        shown = [value, *items, *(value if isinstance(value, dict) else ())]
+        assert value is NO_REPR or any(repr(v) in message for v in shown) or "=()" in message, value
+    for value, becomes in right:
+        found = getattr(SamplingParams(**{name: value}), name)
+        assert (found, python_types(found)) == (becomes, python_types(becomes))
+
+
+def test_defaults_and_names() -> None:
     params: Any = SamplingParams
-    nothing = params(stop=None, stop_token_ids=None, bad_words=None, logits_processors=None)
-    assert nothing == SamplingParams()
     assert SamplingParams().max_tokens == 16
+    SamplingParams(max_tokens=None, min_tokens=10**6)
+    with pytest.raises(ValueError, match=r"min_tokens=9 is not an integer in 0\.\.max_tokens=8"):
+        SamplingParams(max_tokens=8, min_tokens=9)
     with pytest.raises(TypeError):
         params(16)
     with pytest.raises(TypeError, match="max_token"):

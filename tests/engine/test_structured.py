@@ -16,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from grok_engine.runtime.text import SequenceText, begins_text
 from grok_engine.sampling.params import SamplingParams, StructuredOutput
+from grok_engine.sampling.rules import SamplingRules
 from grok_engine.sampling.sampler import sample
 from grok_engine.sampling.state import SamplingState
 from grok_engine.sampling.structured import StructuredCompiler
@@ -97,8 +98,9 @@ def generate(
     context = context or []
     matcher = model.compiler.matcher(structured, at_start=begins_text(model.tokenizer, context))
     output_ids: list[int] = []
-    sampler = SamplingState(params, output_ids, seed=seed, eos_token_ids=model.eos, matcher=matcher)
-    output = SequenceText(params, model.tokenizer, output_ids, eos_token_ids=model.eos, context=context)
+    rules = SamplingRules(params, model.vocab_size, eos_token_ids=model.eos)
+    sampler = SamplingState(rules, output_ids, seed=seed, matcher=matcher)
+    output = SequenceText(rules, model.tokenizer, output_ids, context=context)
     generator = torch.Generator().manual_seed(seed)
     while output.finish_reason is None:
         logits = torch.randn(1, model.vocab_size, generator=generator) * 2

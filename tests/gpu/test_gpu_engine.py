@@ -137,7 +137,7 @@ def test_token_logprobs_do_not_depend_on_where_a_row_begins(vocab: int) -> None:
     for found, exact in zip(together, token_logprobs(logits.cpu(), tokens, [3] * 9), strict=True):
         assert found.rank == exact.rank
         assert found.logprob == pytest.approx(exact.logprob, abs=1e-5)
-        assert [token for token, _ in found.top] == [token for token, _ in exact.top]
+        assert [token for token, *_ in found.top] == [token for token, *_ in exact.top]
 
 
 def test_a_converted_folder(tmp_path: Path) -> None:
