@@ -30,7 +30,7 @@ from .runtime.text import FinishReason
 from .runtime.turn import EngineBusyError, Turn
 from .sampling.params import RequestOutputKind, SamplingParams
 from .sampling.sampler import Sampled, sample
-from .tokenizer.base import Tokenizer
+from .tokenizer.base import PaddedTokenizer, Tokenizer
 from .tokenizer.load import load_tokenizer
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ class LLMEngine:
 
     def _add(self, request: Request) -> None:
         first = request.answers[0]
-        if first.state.status is Status.NEW:  # else interrupted here, and ended since
+        if first.state.status is Status.NEW and request.finished is None:  # else it was aborted meanwhile
             self._by_seq_id[first.state.seq_id] = (request, first)
             self.scheduler.add(first.state)
 
@@ -536,9 +536,9 @@ def _listed(request_ids: str | Iterable[str]) -> frozenset[str]:
 
 def _tokenizer(folder: Path, config: EngineConfig) -> Tokenizer | None:
     tokenizer = load_tokenizer(folder)
-    if tokenizer and tokenizer.vocab_size > config.model.vocab_size:
+    size = config.model.vocab_size
+    if tokenizer and tokenizer.vocab_size > size:
         raise ConfigError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, "
-            f"more than the model's vocab_size={config.model.vocab_size}"
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, more than the model's vocab_size={size}"
         )
-    return tokenizer
+    return PaddedTokenizer(tokenizer, size) if tokenizer and tokenizer.vocab_size < size else tokenizer

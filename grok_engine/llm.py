@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
@@ -266,10 +266,10 @@ def _raise_failed_step(output: RequestOutput) -> None:
 
 def _as_requests(prompts: Any) -> list[Prompt]:
     """One prompt or several, as a list; arrays and tensors count as the lists they hold."""
-    if isinstance(prompts, str):
+    if isinstance(prompts, (str, Mapping)):
         return [prompts]
     values = prompts.tolist() if hasattr(prompts, "tolist") else prompts
     if not isinstance(values, Sequence):
         raise ValueError(f"prompts={prompts!r}: expected text, token ids, or a list of them")
-    several = not values or isinstance(values[0], (str, Sequence)) or getattr(values[0], "ndim", 0) > 0
+    several = not values or isinstance(values[0], (str, Sequence, Mapping)) or getattr(values[0], "ndim", 0) > 0
     return list(values) if several else [values]

@@ -41,6 +41,28 @@ class Tokenizer(Protocol):
     def surface(self, token_id: int, at_start: bool) -> Surface: ...
 
 
+class PaddedTokenizer:
+    """The tokenizer of a model that has more tokens: those from `tokenizer.vocab_size` on have no text."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self._tokenizer, self.vocab_size = tokenizer, vocab_size
+        self.bos_token_id, self.eos_token_ids = tokenizer.bos_token_id, tokenizer.eos_token_ids
+        self.replace_each_byte = tokenizer.replace_each_byte
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        check_ids(ids, self.vocab_size)
+        return self._tokenizer.decode([token_id for token_id in ids if token_id < self._tokenizer.vocab_size])
+
+    def surface(self, token_id: int, at_start: bool) -> Surface:
+        if token_id < self._tokenizer.vocab_size:
+            return self._tokenizer.surface(token_id, at_start)
+        check_ids((token_id,), self.vocab_size)
+        return Surface("", b"", breaks=False, at_start=at_start)
+
+
 class IncrementalDetokenizer:
     """Text as tokens arrive. What the pushes and `finish` return concatenates to `tokenizer.decode` of all the ids.
 

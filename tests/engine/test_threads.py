@@ -239,3 +239,22 @@ def test_a_fork_is_refused() -> None:
         assert f"a fork of {os.getpid()}, where the engine was made" in error
     child.join(20)
     assert [len(o.outputs[0].token_ids) for _ in range(2) for o in engine.step()] == [2, 3]
+
+
+def test_an_abort_before_the_request_is_queued() -> None:
+    """Another thread aborts it between the two halves of adding it: it does not run, and harms nobody."""
+    engine = LLMEngine(FOLDER, dtype="float32")
+    ask = engine._ask
+
+    def late(change: Any, argument: Any) -> None:
+        engine._ask = ask  # type: ignore[method-assign]
+        engine.abort_request("a")
+        ask(change, argument)
+
+    engine.add_request("b", PROMPTS[0], params(max_tokens=3))
+    engine._ask = late  # type: ignore[method-assign]
+    engine.add_request("a", PROMPTS[0], params(max_tokens=3))
+    ends = {}
+    while engine.has_unfinished_requests():
+        ends.update({o.request_id: o.outputs[0].finish_reason for o in engine.step()})
+    assert ends == {"a": "abort", "b": "length"}
