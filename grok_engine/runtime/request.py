@@ -4,18 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
-from grok_engine.sampling.logprobs import prompt_logprobs
+from grok_engine.sampling.logprobs import TokenLogprobs, prompt_logprobs
 from grok_engine.sampling.params import RequestOutputKind, SamplingParams
 from grok_engine.sampling.sampler import Sampled
 from grok_engine.sampling.state import SamplingState
+from grok_engine.tokenizer.base import Tokenizer
 
 from .sequence import SequenceState
-from .text import FinishReason, SequenceText
+from .text import FinishReason, SequenceText, token_text
 
-TopLogprobs = dict[int, float]  # token id to log probability: the chosen token first, then the most probable ones
+
+class Logprob(NamedTuple):
+    """A token's log-probability, its rank (1 is the most probable), and its text as inside a text: with its leading
+    space, a part of a character as U+FFFD, None without a tokenizer."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None
+
+
+TopLogprobs = dict[int, Logprob]  # by token id: the chosen token first, then the most probable ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +90,7 @@ class Answer:
         """Append a sampled token. Returns whether it finishes the answer."""
         self.state.output_ids.append(result.token)
         if (found := result.logprobs) is not None:
-            self.logprobs.append({result.token: found.logprob, **{token: value for token, value, _ in found.top}})
+            self.logprobs.append(_by_token(result.token, found, self.text.tokenizer))
             self.cumulative_logprob += found.logprob
         self.text.push(result.token)
         return self.text.finish_reason is not None
@@ -139,7 +151,7 @@ class Request:
         assert self.prompt_logprobs is not None
         token_ids = self.prompt_ids[position + 1 : position + 1 + len(x_TD)]
         for i, found in enumerate(prompt_logprobs(x_TD, token_ids, number, logits), position + 1):
-            self.prompt_logprobs[i] = {self.prompt_ids[i]: found.logprob, **{t: value for t, value, _ in found.top}}
+            self.prompt_logprobs[i] = _by_token(self.prompt_ids[i], found, self.answers[0].text.tokenizer)
 
     def output(self) -> RequestOutput:
         """What the user gets of it now. No list in it is one that the engine reads again."""
@@ -156,3 +168,8 @@ class Request:
             cached_tokens=self.answers[0].state.cached_tokens,
             prompt_logprobs=None if self.prompt_logprobs is None else list(self.prompt_logprobs),
         )
+
+
+def _by_token(token: int, found: TokenLogprobs, tokenizer: Tokenizer | None) -> TopLogprobs:
+    listed = [(token, found.logprob, found.rank), *(each for each in found.top if each[0] != token)]
+    return {t: Logprob(value, rank, token_text(tokenizer, t) if tokenizer else None) for t, value, rank in listed}

@@ -13,7 +13,7 @@ from grok_engine.runtime.text import FinishReason, SequenceText, StopStrings, be
 from grok_engine.sampling.automaton import Automaton
 from grok_engine.sampling.params import SamplingParams
 from grok_engine.sampling.rules import SamplingRules
-from grok_engine.tokenizer.base import Tokenizer
+from grok_engine.tokenizer.base import PaddedTokenizer, Tokenizer
 from grok_engine.tokenizer.sentencepiece import SentencePieceTokenizer
 
 ALPHABET = ["a", "b", "ab", " ", "é", "猫"]
@@ -199,6 +199,10 @@ def test_the_text_of_one_token(tokenizer: Tokenizer) -> None:
 def test_tokens_that_the_tokenizer_lacks_have_no_text(tokenizer: Tokenizer) -> None:
     """A model's vocabulary may be padded beyond its tokenizer's, and nothing keeps such a token from being sampled."""
     (a,), beyond = tokenizer.encode("a"), tokenizer.vocab_size
+    tokenizer = PaddedTokenizer(tokenizer, beyond + 16)
+    assert tokenizer.decode([a, beyond, beyond + 15]) == "a"
+    with pytest.raises(ValueError, match=f"{beyond + 16} is not in"):
+        tokenizer.decode([beyond + 16])
     output = Output(SamplingParams(), tokenizer, context=[beyond, beyond + 9])
     assert [output.take(t)[0] for t in (beyond, a, beyond + 1, a)] == ["", "a", "", " a"]
     assert begins_text(tokenizer, [beyond])

@@ -426,9 +426,11 @@ def test_logprobs(number: int) -> None:
         top = torch.topk(expected_TV[i], VOCAB if number == -1 else number)
         assert set(entry) == {token, *top.indices.tolist()}
         assert next(iter(entry)) == token
-        assert entry[token] == pytest.approx(float(scores[i]), abs=1e-5)
-        for t, value in entry.items():
+        assert entry[token].logprob == pytest.approx(float(scores[i]), abs=1e-5)
+        for t, (value, rank, text) in entry.items():
             assert value == pytest.approx(float(expected_TV[i, t]), abs=1e-5)
+            assert rank == 1 + int((expected_TV[i] > expected_TV[i, t]).sum())
+            assert text is None
     assert found.cumulative_logprob == pytest.approx(float(scores[len(PROMPT) - 1 :].sum()), abs=1e-4)
 
 
