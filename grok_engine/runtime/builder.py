@@ -116,8 +116,8 @@ class RequestBuilder:
 
     def _read(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """The text of a prompt, None if it has none, and its token ids."""
-        text: Any = None
-        ids: Any = prompt
+        text: Any = str(prompt) if isinstance(prompt, str) else None
+        ids: Any = None if isinstance(prompt, str) else prompt
         if isinstance(prompt, Mapping):
             given = {key: value for key, value in prompt.items() if value is not None}
             if not given or set(given) - set(_KEYS):
@@ -127,9 +127,7 @@ class RequestBuilder:
             text, ids = given.get("prompt"), given.get("prompt_token_ids")
             if text is not None and not isinstance(text, str):
                 raise ValueError(f"prompt={shown(text)} is not text")
-        elif isinstance(prompt, str):
-            text, ids = prompt, None
-        ids = self._tokens(text) if ids is None else _as_list(ids)
+        ids = self._tokens(text) if ids is None and text is not None else _as_list(ids)
         if not ids:
             raise ValueError(f"prompt {shown(prompt)} is empty: expected at least one token")
         vocab, longest = self.config.model.vocab_size, self.config.max_len

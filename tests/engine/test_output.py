@@ -9,7 +9,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grok_engine.runtime.text import FinishReason, SequenceText, StopStrings, token_text
+from grok_engine.runtime.text import FinishReason, SequenceText, StopStrings, begins_text, token_text
 from grok_engine.sampling.automaton import Automaton
 from grok_engine.sampling.params import SamplingParams
 from grok_engine.sampling.rules import SamplingRules
@@ -194,6 +194,15 @@ def test_the_text_of_one_token(tokenizer: Tokenizer) -> None:
     (a,) = tokenizer.encode("a")
     byte = 3 + "猫".encode()[0]
     assert [token_text(tokenizer, t) for t in (a, byte, 3 + ord("a"), 2)] == [" a", "\ufffd", "a", ""]
+
+
+def test_tokens_that_the_tokenizer_lacks_have_no_text(tokenizer: Tokenizer) -> None:
+    """A model's vocabulary may be padded beyond its tokenizer's, and nothing keeps such a token from being sampled."""
+    (a,), beyond = tokenizer.encode("a"), tokenizer.vocab_size
+    output = Output(SamplingParams(), tokenizer, context=[beyond, beyond + 9])
+    assert [output.take(t)[0] for t in (beyond, a, beyond + 1, a)] == ["", "a", "", " a"]
+    assert begins_text(tokenizer, [beyond])
+    assert token_text(tokenizer, beyond) == ""
 
 
 def test_without_a_tokenizer() -> None:
