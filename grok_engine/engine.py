@@ -106,9 +106,8 @@ class LLMEngine:
         self._builder = RequestBuilder(c, self.tokenizer)
         self._requests: dict[str, Request] = {}  # unfinished ones
         self._by_seq_id: dict[int, Taker] = {}  # of the sequences that the scheduler has
-        self._inbox: deque[tuple[Callable[[Any], None], Any]] = (
-            deque()
-        )  # changes that other calls asked for, in their order
+        # changes that other calls asked for, in their order
+        self._inbox: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._ready: deque[RequestOutput] = deque()  # for `step` to return
         self._intact = True  # no change of requests, sequences or pages was interrupted half-way
         self._steps = self._generated = 0
@@ -253,7 +252,11 @@ class LLMEngine:
         Where a failure left the device unusable the engine closes, with EngineClosedError.
         """
         outputs: list[RequestOutput] = []
-        self.advance(outputs.append)
+        try:
+            self.advance(outputs.append)
+        except BaseException:  # interrupted while it hands out
+            self._ready.extendleft(o for o in reversed(outputs) if not any(o is left for left in self._ready))
+            raise
         return outputs
 
     def advance(self, take: Callable[[RequestOutput], None]) -> None:

@@ -138,7 +138,6 @@ def test_max_tokens_none_fills_the_context() -> None:
         ({"logprobs": 21}, "logprobs=21 asks for 21 tokens, more than max_logprobs=20"),
         ({"logprobs": -1}, "logprobs=-1 asks for 300 tokens"),
         ({"prompt_logprobs": -1}, "prompt_logprobs=-1 asks for 300 tokens"),
-        ({"prompt_logprobs": 301}, r"prompt_logprobs=301 is not in -1\.\.300"),
         ({"stop": "é" * 8193}, "stop and bad_words have 16386 bytes, more than max_stop_bytes=16384"),
         ({"stop": ["a" * 9000, "b"], "bad_words": ["c" * 7384]}, "have 16385 bytes"),
         ({"structured": StructuredOutput(regex="a" * 65537)}, "structured has 65537 bytes, more than max_grammar_by"),
@@ -152,11 +151,24 @@ def test_limits(params: dict[str, Any], message: str) -> None:
         build(**params)
 
 
+@pytest.mark.parametrize("params", [{"stop": "x"}, {"bad_words": ["x"]}, {"structured": StructuredOutput(regex="x")}])
+def test_text_needs_a_tokenizer(params: dict[str, Any]) -> None:
+    bare = RequestBuilder(EngineConfig(model=MODEL), None)
+    with pytest.raises(ValueError, match=f"{next(iter(params))}=.* needs text"):
+        bare.build("it", IDS, SamplingParams(**params), 0)
+    for prompt in ("text", {"prompt": "text"}):
+        with pytest.raises(ValueError, match="prompt 'text' is text, but the model has no tokenizer"):
+            bare.build("it", prompt, SamplingParams(), 0)
+    assert bare.build("it", {"prompt": "text", "prompt_token_ids": IDS}, SamplingParams(), 0).prompt == "text"
+
+
 def test_limits_can_be_reached_and_moved() -> None:
     assert len(build(n=128).answers) == 128
     build(logprobs=20, prompt_logprobs=20, stop="a" * 16384)
     build(logprobs=-1, prompt_logprobs=300, limits={"max_logprobs": -1})
     build(logprobs=0, limits={"max_logprobs": 0})
+    with pytest.raises(ValueError, match=r"prompt_logprobs=301 is not in -1\.\.300, the size of the vocabulary"):
+        build(prompt_logprobs=301, limits={"max_logprobs": -1})
     build(stop="abc", n=2, limits={"max_stop_bytes": 3, "max_n": 2})
     with pytest.raises(ValueError, match="stop and bad_words have 4 bytes, more than max_stop_bytes=3"):
         build(stop="abcd", limits={"max_stop_bytes": 3})
