@@ -84,17 +84,17 @@ class SequenceText:
         self.tokenizer = tokenizer
         self._ends = rules.ends
         self._detokenizer = IncrementalDetokenizer(tokenizer) if tokenizer else None
-        self._spelled = tokenizer.vocab_size if tokenizer else 0  # a model may have more tokens, which have no text
-        for token in context[-_CONTEXT:]:
-            self._decode(token)
+        if self._detokenizer:
+            for token in context[-_CONTEXT:]:
+                self._detokenizer.push(token)
         self._stops = StopStrings(rules.stops, include=params.include_stop_str_in_output)
 
     def push(self, token: int) -> None:
         """Decode a new token, the last of `output_ids`."""
         assert self.finish_reason is None, f"finished by {self.finish_reason}"
         ends = token in self._ends
-        if not ends or self.params.include_stop_str_in_output:
-            self._add(self._decode(token))
+        if self._detokenizer and (not ends or self.params.include_stop_str_in_output):
+            self._add(self._detokenizer.push(token))
         if self.finish_reason is None:  # an end token's own text may have completed a stop string
             if ends:
                 self.stop_reason = token if token in self.params.stop_token_ids else None
@@ -110,10 +110,6 @@ class SequenceText:
                 self.text += self._stops.finish()
         self.finish_reason = self.finish_reason or reason
 
-    def _decode(self, token: int) -> str:
-        """The text that became certain with a token."""
-        return self._detokenizer.push(token) if self._detokenizer and token < self._spelled else ""
-
     def _add(self, text: str) -> None:
         self.text += self._stops.push(text) if len(self.output_ids) > self.params.min_tokens else text
         if self._stops.matched is not None:
@@ -122,8 +118,6 @@ class SequenceText:
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
     """What a token adds to a text that has begun: a leading space is kept, and a part of a character is U+FFFD."""
-    if token >= tokenizer.vocab_size:
-        return ""
     text, data, *_ = tokenizer.surface(token, False)
     return text + data.decode(errors="replace")
 
@@ -132,6 +126,5 @@ def begins_text(tokenizer: Tokenizer, context: Sequence[int]) -> bool:
     """Whether an output after this context begins a text, because no token of the context has any."""
     at_start = True
     for token in context[-_CONTEXT:]:
-        if token < tokenizer.vocab_size:
-            at_start = tokenizer.surface(token, at_start).at_start
+        at_start = tokenizer.surface(token, at_start).at_start
     return at_start

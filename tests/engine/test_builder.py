@@ -15,7 +15,7 @@ from grok_engine.config import EngineConfig, ModelConfig
 from grok_engine.runtime.builder import RequestBuilder
 from grok_engine.runtime.request import Request
 from grok_engine.sampling.params import SamplingParams, StructuredOutput
-from grok_engine.tokenizer.base import Surface
+from grok_engine.tokenizer.base import PaddedTokenizer, Surface
 
 MODEL = ModelConfig(
     vocab_size=300, d_model=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, dense_d_ff=32, max_position=100,
@@ -42,7 +42,7 @@ class Bytes:
 
 
 def builder(tokenizer: Any = None, **options: Any) -> RequestBuilder:
-    return RequestBuilder(EngineConfig(model=MODEL, **options), tokenizer or Bytes())
+    return RequestBuilder(EngineConfig(model=MODEL, **options), PaddedTokenizer(tokenizer or Bytes(), MODEL.vocab_size))
 
 
 def build(prompt: Any = "word", *, priority: Any = 0, limits: Any = None, **params: Any) -> Request:
