@@ -94,11 +94,10 @@ class RequestBuilder:
             answer.sampler.matcher = self._compiler.matcher(request.params.structured, at_start=at_start)
 
     def _check_limits(self, params: SamplingParams) -> None:
-        """ValueError for parameters beyond the limits of `config`, its vocabulary, or a model without a tokenizer."""
+        """ValueError for parameters beyond the limits of `config`, or that need a tokenizer where there is none."""
         config = self.config
         if params.n > config.max_n:
-            raise ValueError(f"n={shown(params.n)} is more than max_n={config.max_n}")
-        params.check_vocabulary(config.model.vocab_size)
+            raise ValueError(f"n={params.n} is more than max_n={config.max_n}")
         for name in ("logprobs", "prompt_logprobs"):
             number = getattr(params, name)
             wanted = config.model.vocab_size if number == -1 else number or 0

@@ -138,7 +138,6 @@ def test_max_tokens_none_fills_the_context() -> None:
         ({"logprobs": 21}, "logprobs=21 asks for 21 tokens, more than max_logprobs=20"),
         ({"logprobs": -1}, "logprobs=-1 asks for 300 tokens"),
         ({"prompt_logprobs": -1}, "prompt_logprobs=-1 asks for 300 tokens"),
-        ({"prompt_logprobs": 301}, r"prompt_logprobs=301 is not in -1\.\.300"),
         ({"stop": "é" * 8193}, "stop and bad_words have 16386 bytes, more than max_stop_bytes=16384"),
         ({"stop": ["a" * 9000, "b"], "bad_words": ["c" * 7384]}, "have 16385 bytes"),
         ({"structured": StructuredOutput(regex="a" * 65537)}, "structured has 65537 bytes, more than max_grammar_by"),
@@ -157,6 +156,8 @@ def test_limits_can_be_reached_and_moved() -> None:
     build(logprobs=20, prompt_logprobs=20, stop="a" * 16384)
     build(logprobs=-1, prompt_logprobs=300, limits={"max_logprobs": -1})
     build(logprobs=0, limits={"max_logprobs": 0})
+    with pytest.raises(ValueError, match=r"prompt_logprobs=301 is not in -1\.\.300, the size of the vocabulary"):
+        build(prompt_logprobs=301, limits={"max_logprobs": -1})
     build(stop="abc", n=2, limits={"max_stop_bytes": 3, "max_n": 2})
     with pytest.raises(ValueError, match="stop and bad_words have 4 bytes, more than max_stop_bytes=3"):
         build(stop="abcd", limits={"max_stop_bytes": 3})

@@ -323,6 +323,11 @@ def test_stop_ids_and_min_tokens(engine: LLMEngine) -> None:
     assert end not in later[:8]
 
 
+def test_max_tokens_none_fills_the_context() -> None:
+    found = answer(make(max_model_len=len(PROMPT) + 9), {"prompt_token_ids": np.array(PROMPT)}, greedy(max_tokens=None))
+    assert (found.token_ids, found.finish_reason) == (CONTINUATION[:9], "length")
+
+
 def test_logit_bias_and_allowed_tokens(engine: LLMEngine) -> None:
     assert answer(engine, PROMPT, greedy(logit_bias={77: 1e4})).token_ids == [77] * 12
     assert answer(engine, PROMPT, greedy(logit_bias={CONTINUATION[0]: -1e4})).token_ids[0] != CONTINUATION[0]
