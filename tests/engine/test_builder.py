@@ -151,6 +151,17 @@ def test_limits(params: dict[str, Any], message: str) -> None:
         build(**params)
 
 
+@pytest.mark.parametrize("params", [{"stop": "x"}, {"bad_words": ["x"]}, {"structured": StructuredOutput(regex="x")}])
+def test_text_needs_a_tokenizer(params: dict[str, Any]) -> None:
+    bare = RequestBuilder(EngineConfig(model=MODEL), None)
+    with pytest.raises(ValueError, match=f"{next(iter(params))}=.* needs text"):
+        bare.build("it", IDS, SamplingParams(**params), 0)
+    for prompt in ("text", {"prompt": "text"}):
+        with pytest.raises(ValueError, match="prompt 'text' is text, but the model has no tokenizer"):
+            bare.build("it", prompt, SamplingParams(), 0)
+    assert bare.build("it", {"prompt": "text", "prompt_token_ids": IDS}, SamplingParams(), 0).prompt == "text"
+
+
 def test_limits_can_be_reached_and_moved() -> None:
     assert len(build(n=128).answers) == 128
     build(logprobs=20, prompt_logprobs=20, stop="a" * 16384)

@@ -399,15 +399,6 @@ def test_structured(texts: LLMEngine) -> None:
     assert not texts.has_unfinished_requests()
 
 
-@pytest.mark.parametrize("option", [{"stop": "x"}, {"bad_words": ["x"]}, {"structured": StructuredOutput(regex="x")}])
-def test_text_needs_a_tokenizer(engine: LLMEngine, option: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(option))}=.* needs text"):
-        engine.add_request("x", PROMPT, SamplingParams(**option))
-    with pytest.raises(ValueError, match="is text, but the model has no tokenizer"):
-        engine.add_request("x", "text")
-    assert not engine.has_unfinished_requests()
-
-
 # Log-probabilities
 
 

@@ -319,6 +319,15 @@ def test_min_tokens_holds_every_end_token_back() -> None:
     assert sample([r], x_BV)[0].token == 2
 
 
+def test_an_end_token_survives_min_tokens_where_nothing_else_can_follow() -> None:
+    """As where a grammar's text is complete. `allowed_token_ids` still count."""
+    only_ends, x_BV = Bits(2, 4), logits(1, 40)  # tokens 0 and 2
+    options: dict[str, Any] = {"matcher": only_ends, "min_tokens": 8, "temperature": 0}
+    assert sample([row(**options, stop_token_ids=[0], allowed_token_ids=[2, 5])], x_BV)[0].token == 2
+    assert sample([row(**options)], x_BV)[0].token == 0
+    assert "no token can follow" in (sample([row(**options, allowed_token_ids=[5])], x_BV)[0].error or "")
+
+
 def test_bad_words_ban_what_would_complete_them() -> None:
     rng = random.Random(4)
     for trial in range(60):
