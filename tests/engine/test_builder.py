@@ -49,14 +49,14 @@ def build(prompt: Any = "word", *, priority: Any = 0, limits: Any = None, **para
     return builder(**limits or {}).build("it", prompt, SamplingParams(**params), priority)
 
 
-IDS = [5, 6, 299]
+IDS = [5, 6, 255]
 
 
 @pytest.mark.parametrize(
     ("prompt", "text"),
     [
         (IDS, None), (tuple(IDS), None), (np.array(IDS), None), (np.array(IDS, np.int16), None),
-        (torch.tensor(IDS), None), (array.array("H", IDS), None), ([np.int64(5), 6, np.uint16(299)], None),
+        (torch.tensor(IDS), None), (array.array("H", IDS), None), ([np.int64(5), 6, np.uint16(255)], None),
         ({"prompt_token_ids": IDS}, None), ({"prompt_token_ids": np.array(IDS)}, None),
         ({"prompt_token_ids": IDS, "prompt": None}, None), ({"prompt_token_ids": IDS, "prompt": "shown"}, "shown"),
     ],
