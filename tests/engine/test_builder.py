@@ -85,6 +85,7 @@ WRONG_PROMPTS: list[tuple[Any, str]] = [
     ([[5]], r"token id \[5\]"), (np.zeros(2), r"token id 0\.0"), (np.array([True]), "token id True"),
     ([300], r"token id 300 is not in the vocabulary: expected an integer in 0\.\.299"), ([-1], "token id -1"),
     ([10**5000], "token id <int that has no repr>"), ([2.5, 5], r"token id 2\.5"),
+    (range(10**12), "prompt has 1000000000000 tokens"),
     ([5] * 101, "prompt has 101 tokens, expected at most max_model_len=100"),
     ([5] * 100, "prompt has 100 tokens, all of max_model_len: no room for a new one"),
     ("a\ud800", r"prompt has '\\ud800' at 1, half of a surrogate pair"),
