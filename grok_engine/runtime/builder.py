@@ -126,7 +126,7 @@ class RequestBuilder:
             text, ids = given.get("prompt"), given.get("prompt_token_ids")
             if text is not None and not isinstance(text, str):
                 raise ValueError(f"prompt={shown(text)} is not text")
-        ids = self._tokens(text) if ids is None and text is not None else _as_list(ids)
+        ids = self._tokens(text) if ids is None and text is not None else _as_sequence(ids)
         if not ids:
             raise ValueError(f"prompt {shown(prompt)} is empty: expected at least one token")
         vocab, longest = self.config.model.vocab_size, self.config.max_len
@@ -168,11 +168,12 @@ class RequestBuilder:
         return max(len(s.data) or len(s.text.encode()) for s in surfaces)
 
 
-def _as_list(ids: Any) -> list[Any]:
+def _as_sequence(ids: Any) -> Sequence[Any]:
+    """Token ids as they were given, or as the list that an array holds. Not copied: a range may be of any length."""
     values = ids.tolist() if hasattr(ids, "tolist") and not isinstance(ids, memoryview) else ids
     if not isinstance(values, Sequence) or isinstance(values, (str, bytes, bytearray, memoryview)):
         raise ValueError(f"prompt {shown(ids)} is neither text nor a list of token ids")
-    return list(values)
+    return values
 
 
 def _size(texts: Iterable[str]) -> int:

@@ -14,7 +14,7 @@ class Automaton(Generic[Value]):
     streams and threads share one.
 
     A state is a number, 0 at the start of a stream: it stands for the longest suffix of the stream that begins a word.
-    A state takes 20 bytes, and more only where words branch.
+    A state takes 20 bytes, and some 250 more where words branch or end.
     """
 
     def __init__(self, words: Iterable[tuple[Sequence[int], Value]]) -> None:

@@ -15,6 +15,7 @@ from .params import SamplingParams
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 Bits = npt.NDArray[np.uint8]  # one a token, from the lowest bit of the first byte on
+FEW_BANS = 64
 
 
 class SamplingRules:
@@ -48,12 +49,17 @@ class SamplingRules:
         never = [word[0] for word in bad if len(word) == 1]
         longer = [(word[:-1], word[-1]) for word in bad if len(word) > 1]
         self.bad_words = Automaton(longer) if longer else None  # last tokens, by those before them
-        self.allowed = self._bits(p.allowed_token_ids, never)
-        # while fewer than min_tokens are generated
-        self.allowed_early = self._bits(p.allowed_token_ids, [*never, *self.ends]) if p.min_tokens else self.allowed
+        # What must never come next, and what must not while fewer than min_tokens are generated: places where they are
+        # few; else, and where a grammar's mask is there to be joined, a bit for each token.
+        early = [*never, *self.ends] if p.min_tokens else never
+        few = p.allowed_token_ids is None and p.structured is None and len(early) <= FEW_BANS
+        self.banned, self.banned_early = (np.array(ids if few else [], np.int64) for ids in (never, early))
+        self.allowed, self.allowed_early = (
+            None if few else self._bits(p.allowed_token_ids, ids) for ids in (never, early)
+        )
         # whether logits are changed before the choice
         self.edits = penalised or bool(p.logits_processors or bias or bad or p.min_tokens or p.structured)
-        self.edits |= self.allowed is not None
+        self.edits |= p.allowed_token_ids is not None
 
     def _bits(self, allowed: Iterable[int] | None, banned: Collection[int]) -> Bits | None:
         """The tokens that may come next, or None for all of them."""

@@ -11,8 +11,6 @@ import numpy as np
 from .params import uniform
 from .rules import Bits, Floats, Ints, SamplingRules
 
-_NOTHING: Ints = np.empty(0, np.int64)
-
 
 class Matcher(Protocol):
     """Which tokens a structured output allows next. Both methods raise ValueError if the grammar fails."""
@@ -80,18 +78,24 @@ class SamplingState:
         """The random number of the next token."""
         return uniform(self.seed, self.index, len(self.output_ids))
 
+    @property
+    def _early(self) -> bool:
+        return len(self.output_ids) < self.params.min_tokens
+
     def banned(self) -> Ints:
-        """The tokens that would complete a bad word of several tokens."""
-        bad_words = self.rules.bad_words
-        return _NOTHING if bad_words is None else np.array(list(bad_words.found(self._bad_words)), np.int64)
+        """Tokens that must not come next, as `SamplingRules` has them, and those that would complete a bad word."""
+        rules = self.rules
+        fixed = rules.banned_early if self._early else rules.banned
+        if rules.bad_words is None or not (last := list(rules.bad_words.found(self._bad_words))):
+            return fixed
+        return np.array([*fixed, *last], np.int64)
 
     def allowed(self) -> Bits | None:
         """The tokens that may come next but for `banned`, or None for all of them. ValueError if the grammar fails.
 
         Before min_tokens that excludes the end tokens, unless the grammar's text is complete and nothing else can come.
         """
-        rules = self.rules
-        early = len(self.output_ids) < self.params.min_tokens
+        rules, early = self.rules, self._early
         fixed = rules.allowed_early if early else rules.allowed
         if self.matcher is None:
             return fixed

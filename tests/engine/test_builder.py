@@ -49,14 +49,14 @@ def build(prompt: Any = "word", *, priority: Any = 0, limits: Any = None, **para
     return builder(**limits or {}).build("it", prompt, SamplingParams(**params), priority)
 
 
-IDS = [5, 6, 299]
+IDS = [5, 6, 255]
 
 
 @pytest.mark.parametrize(
     ("prompt", "text"),
     [
         (IDS, None), (tuple(IDS), None), (np.array(IDS), None), (np.array(IDS, np.int16), None),
-        (torch.tensor(IDS), None), (array.array("H", IDS), None), ([np.int64(5), 6, np.uint16(299)], None),
+        (torch.tensor(IDS), None), (array.array("H", IDS), None), ([np.int64(5), 6, np.uint16(255)], None),
         ({"prompt_token_ids": IDS}, None), ({"prompt_token_ids": np.array(IDS)}, None),
         ({"prompt_token_ids": IDS, "prompt": None}, None), ({"prompt_token_ids": IDS, "prompt": "shown"}, "shown"),
     ],
@@ -85,6 +85,7 @@ WRONG_PROMPTS: list[tuple[Any, str]] = [
     ([[5]], r"token id \[5\]"), (np.zeros(2), r"token id 0\.0"), (np.array([True]), "token id True"),
     ([300], r"token id 300 is not in the vocabulary: expected an integer in 0\.\.299"), ([-1], "token id -1"),
     ([10**5000], "token id <int that has no repr>"), ([2.5, 5], r"token id 2\.5"),
+    (range(10**12), "prompt has 1000000000000 tokens"),
     ([5] * 101, "prompt has 101 tokens, expected at most max_model_len=100"),
     ([5] * 100, "prompt has 100 tokens, all of max_model_len: no room for a new one"),
     ("a\ud800", r"prompt has '\\ud800' at 1, half of a surrogate pair"),

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from grok_engine.sampling import sampler
 from grok_engine.sampling.logprobs import prompt_logprobs, token_logprobs
-from grok_engine.sampling.params import SamplingParams, uniform
-from grok_engine.sampling.rules import SamplingRules, bad_word_tokens
+from grok_engine.sampling.params import SamplingParams, StructuredOutput, uniform
+from grok_engine.sampling.rules import FEW_BANS, SamplingRules, bad_word_tokens
 from grok_engine.sampling.sampler import FEW, Sampled
 from grok_engine.sampling.state import SamplingState
 
@@ -309,11 +309,13 @@ def test_processors_in_turn_and_their_failures() -> None:
     assert seen == [[], [6]]
 
 
-def test_min_tokens_holds_every_end_token_back() -> None:
-    x_BV = torch.zeros(1, 6)
+@pytest.mark.parametrize("more", [0, FEW_BANS])
+def test_min_tokens_holds_every_end_token_back(more: int) -> None:
+    vocab = more + 6
+    x_BV = torch.zeros(1, vocab)
     x_BV[0, [2, 4]] = 9.0
     x_BV[0, 5] = 1.0
-    r = row(temperature=0, min_tokens=2, stop_token_ids=[4])
+    r = row(vocab=vocab, temperature=0, min_tokens=2, stop_token_ids=[4, *range(6, vocab)])
     assert [sample([r], x_BV)[0].token for _ in range(3)] == [5, 5, 2]
     r = row(temperature=0, min_tokens=2, ignore_eos=True)
     assert sample([r], x_BV)[0].token == 2
@@ -322,7 +324,8 @@ def test_min_tokens_holds_every_end_token_back() -> None:
 def test_an_end_token_survives_min_tokens_where_nothing_else_can_follow() -> None:
     """As where a grammar's text is complete. `allowed_token_ids` still count."""
     only_ends, x_BV = Bits(2, 4), logits(1, 40)  # tokens 0 and 2
-    options: dict[str, Any] = {"matcher": only_ends, "min_tokens": 8, "temperature": 0}
+    structured = StructuredOutput(grammar="root ::= ")
+    options: dict[str, Any] = {"structured": structured, "matcher": only_ends, "min_tokens": 8, "temperature": 0}
     assert sample([row(**options, stop_token_ids=[0], allowed_token_ids=[2, 5])], x_BV)[0].token == 2
     assert sample([row(**options)], x_BV)[0].token == 0
     assert "no token can follow" in (sample([row(**options, allowed_token_ids=[5])], x_BV)[0].error or "")
