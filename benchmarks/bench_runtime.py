@@ -82,8 +82,9 @@ class Steps:
 
 def make_engine(running: int) -> LLMEngine:
     engine = LLMEngine(
-        "tiny", max_num_seqs=running, max_num_batched_tokens=4096, num_pages=running * -(-(PROMPT + NEW + 16) // 16)
-    )
+        "tiny", max_num_seqs=running, max_num_batched_tokens=4096, max_waiting=2 * QUEUED,
+        num_pages=running * -(-(PROMPT + NEW + 16) // 16),
+    )  # fmt: skip
     engine.runner = StubRunner(engine.runner, running)
     return engine
 

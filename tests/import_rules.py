@@ -41,7 +41,7 @@ ALLOWED: Table = {
     "grok_engine.runtime.pages": ("batch", "config"),
     "grok_engine.runtime.text": ("sampling", "tokenizer"),
     "grok_engine.runtime.turn": (),
-    "grok_engine.runtime.request": ("runtime.sequence", "runtime.text", "sampling", "tokenizer"),
+    "grok_engine.runtime.request": ("runtime.sequence", "runtime.text", "sampling"),
     "grok_engine.runtime.builder": (
         "config", "runtime.request", "runtime.sequence", "runtime.text", "sampling", "tokenizer",
     ),

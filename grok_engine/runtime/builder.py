@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from itertools import count
 from typing import Any
 
@@ -20,7 +20,7 @@ from grok_engine.tokenizer.base import Tokenizer
 
 from .request import Answer, Request
 from .sequence import SequenceState
-from .text import SequenceText, begins_text
+from .text import SequenceText, begins_text, token_text
 
 # Text, token ids, or vLLM's dicts: {"prompt": text}, {"prompt_token_ids": ids}. With both the ids are used and the text
 # is what outputs show. Ids also as a numpy array or a tensor.
@@ -36,6 +36,7 @@ class RequestBuilder:
         self._serial, self._seq_ids = count(), count()
         self._lock = threading.Lock()
         self._compiler: StructuredCompiler | None = None
+        self._spell = lru_cache(1 << 17)(partial(token_text, tokenizer)) if tokenizer else lambda token: None
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. ValueError without a tokenizer for text, or if an id or the length is out of range."""
@@ -74,7 +75,7 @@ class RequestBuilder:
             )  # fmt: skip
             sampler = SamplingState(rules, state.output_ids, seed=seed % 2**63, index=index)
             answer_text = SequenceText(rules, tokenizer, state.output_ids, context=prompt_ids, max_tokens=room)
-            answers.append(Answer(index, state, sampler, answer_text))
+            answers.append(Answer(index, state, sampler, answer_text, self._spell))
         return Request(
             request_id, text, prompt_ids, params, time.monotonic(), answers,
             forked=params.n == 1, prompt_logprobs=[None] * len(prompt_ids) if scored else None,

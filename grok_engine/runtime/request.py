@@ -12,10 +12,9 @@ from grok_engine.sampling.logprobs import TokenLogprobs, prompt_logprobs
 from grok_engine.sampling.params import RequestOutputKind, SamplingParams
 from grok_engine.sampling.sampler import Sampled
 from grok_engine.sampling.state import SamplingState
-from grok_engine.tokenizer.base import Tokenizer
 
 from .sequence import SequenceState
-from .text import FinishReason, SequenceText, token_text
+from .text import FinishReason, SequenceText
 
 
 class Logprob(NamedTuple):
@@ -27,6 +26,7 @@ class Logprob(NamedTuple):
     decoded_token: str | None
 
 
+Spell = Callable[[int], str | None]  # a token's text
 TopLogprobs = dict[int, Logprob]  # by token id: the chosen token first, then the most probable ones
 
 
@@ -80,6 +80,7 @@ class Answer:
     state: SequenceState
     sampler: SamplingState
     text: SequenceText
+    spell: Spell
     logprobs: list[TopLogprobs] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     error: str | None = None
@@ -90,7 +91,7 @@ class Answer:
         """Append a sampled token. Returns whether it finishes the answer."""
         self.state.output_ids.append(result.token)
         if (found := result.logprobs) is not None:
-            self.logprobs.append(_by_token(result.token, found, self.text.tokenizer))
+            self.logprobs.append(_by_token(result.token, found, self.spell))
             self.cumulative_logprob += found.logprob
         self.text.push(result.token)
         return self.text.finish_reason is not None
@@ -151,7 +152,7 @@ class Request:
         assert self.prompt_logprobs is not None
         token_ids = self.prompt_ids[position + 1 : position + 1 + len(x_TD)]
         for i, found in enumerate(prompt_logprobs(x_TD, token_ids, number, logits), position + 1):
-            self.prompt_logprobs[i] = _by_token(self.prompt_ids[i], found, self.answers[0].text.tokenizer)
+            self.prompt_logprobs[i] = _by_token(self.prompt_ids[i], found, self.answers[0].spell)
 
     def output(self) -> RequestOutput:
         """What the user gets of it now. No list in it is one that the engine reads again."""
@@ -170,6 +171,6 @@ class Request:
         )
 
 
-def _by_token(token: int, found: TokenLogprobs, tokenizer: Tokenizer | None) -> TopLogprobs:
+def _by_token(token: int, found: TokenLogprobs, spell: Spell) -> TopLogprobs:
     listed = [(token, found.logprob, found.rank), *(each for each in found.top if each[0] != token)]
-    return {t: Logprob(value, rank, token_text(tokenizer, t) if tokenizer else None) for t, value, rank in listed}
+    return {t: Logprob(value, rank, spell(t)) for t, value, rank in listed}

@@ -81,7 +81,6 @@ class SequenceText:
         self.text = ""
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
-        self.tokenizer = tokenizer
         self._ends = rules.ends
         self._detokenizer = IncrementalDetokenizer(tokenizer) if tokenizer else None
         if self._detokenizer:
