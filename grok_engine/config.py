@@ -278,8 +278,8 @@ class EngineConfig:
     max_n: answers of a request.
     max_logprobs: of logprobs and prompt_logprobs; -1 lifts the limit, and the whole vocabulary may be asked for.
     max_stop_bytes: of stop and bad_words together, in UTF-8.
-    max_grammar_bytes, max_grammar_depth, max_grammar_rules: of a structured output's text in UTF-8, how deep it and its
-    references are nested, and how many rules it has. grammar_seconds: what compiling it may take.
+    max_grammar_bytes, max_grammar_depth, max_grammar_rules: of a structured output's text in UTF-8, how deep its
+    brackets are nested, and how many rules or references it has. grammar_seconds: what compiling it may take.
     max_waiting: requests that wait for their first step.
     """
 

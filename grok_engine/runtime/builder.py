@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import threading
 import time
@@ -12,7 +11,8 @@ from itertools import count
 from typing import Any
 
 from grok_engine.config import EngineConfig, as_int, shown
-from grok_engine.sampling.params import SamplingParams, StructuredOutput
+from grok_engine.sampling.grammar_limits import GrammarLimits, check_grammar
+from grok_engine.sampling.params import SamplingParams
 from grok_engine.sampling.rules import SamplingRules, bad_word_tokens
 from grok_engine.sampling.state import SamplingState
 from grok_engine.sampling.structured import StructuredCompiler
@@ -35,6 +35,10 @@ class RequestBuilder:
         self.config, self.tokenizer = config, tokenizer
         self._serial, self._seq_ids = count(), count()
         self._lock = threading.Lock()
+        self._grammar_limits = GrammarLimits(
+            max_bytes=config.max_grammar_bytes, max_depth=config.max_grammar_depth,
+            max_rules=config.max_grammar_rules, seconds=config.grammar_seconds,
+        )  # fmt: skip
         self._compiler: StructuredCompiler | None = None
         self._spell = lru_cache(1 << 17)(partial(token_text, tokenizer)) if tokenizer else lambda token: None
 
@@ -82,17 +86,23 @@ class RequestBuilder:
         )  # fmt: skip
 
     def compile(self, request: Request) -> None:
-        """Give each answer a matcher of the request's grammar, if it has one. Slow. ValueError if it is invalid."""
-        if request.params.structured is None:
+        """Give each answer a matcher of the request's grammar, if it has one. Slow. ValueError if it is invalid.
+
+        A second call does nothing.
+        """
+        if request.params.structured is None or request.answers[0].sampler.matcher is not None:
             return
         assert self.tokenizer is not None
         with self._lock:
             if self._compiler is None:
                 model = self.config.model
-                self._compiler = StructuredCompiler(self.tokenizer, model.vocab_size, model.eos_token_ids)
+                self._compiler = StructuredCompiler(
+                    self.tokenizer, model.vocab_size, model.eos_token_ids, self._grammar_limits
+                )
         at_start = begins_text(self.tokenizer, request.prompt_ids)
+        matcher = self._compiler.matcher(request.params.structured, at_start=at_start)
         for answer in request.answers:
-            answer.sampler.matcher = self._compiler.matcher(request.params.structured, at_start=at_start)
+            answer.sampler.matcher = matcher.copy() if answer.index else matcher
 
     def _check_limits(self, params: SamplingParams) -> None:
         """ValueError for parameters beyond the limits of `config`, or that need a tokenizer where there is none."""
@@ -111,8 +121,8 @@ class RequestBuilder:
                 raise ValueError(f"{name}={shown(value)} needs text, but the model has no tokenizer: expected none")
         if (size := _size((*params.stop, *params.bad_words))) > config.max_stop_bytes:
             raise ValueError(f"stop and bad_words have {size} bytes, more than max_stop_bytes={config.max_stop_bytes}")
-        if params.structured is not None and (size := _size([_grammar(params.structured)])) > config.max_grammar_bytes:
-            raise ValueError(f"structured has {size} bytes, more than max_grammar_bytes={config.max_grammar_bytes}")
+        if params.structured is not None:
+            check_grammar(params.structured, self._grammar_limits)
 
     def _read(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """The text of a prompt, None if it has none, and its token ids."""
@@ -180,14 +190,3 @@ def _as_sequence(ids: Any) -> Sequence[Any]:
 def _size(texts: Iterable[str]) -> int:
     """Bytes in UTF-8; one half of a surrogate pair counts as the three bytes that WTF-8 has for it."""
     return sum(len(text.encode(errors="surrogatepass")) for text in texts)
-
-
-def _grammar(structured: StructuredOutput) -> str:
-    """The grammar as text."""
-    given = next(v for v in (structured.regex, structured.json_schema, structured.grammar) if v is not None)
-    if isinstance(given, str):
-        return given
-    try:
-        return json.dumps(dict(given) if isinstance(given, Mapping) else given, ensure_ascii=False)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"structured.json_schema={shown(given)} is not JSON: {error}") from None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -33,11 +33,16 @@ class StructuredOutput:
 
     A regex matches the whole text and has no look-around; its `\\d` is a digit of any script, as in Python. A grammar
     is GBNF (`root ::= …`) or Lark (`start: …`).
+
+    whitespace, of a JSON schema: "compact" has at most one space after a comma or colon and none elsewhere, so that
+    whitespace cannot go on for ever; "flexible" has any, as the model likes. Numbers in a schema are refused beyond
+    2**53 and beyond 15 digits, which the grammar library would round.
     """
 
     regex: str | None = None
     json_schema: str | Mapping[str, Any] | bool | None = None
     grammar: str | None = None
+    whitespace: Literal["compact", "flexible"] = "compact"
 
     def __post_init__(self) -> None:
         for name in ("regex", "grammar"):
@@ -46,7 +51,9 @@ class StructuredOutput:
                 raise ValueError(f"structured.{name}={value!r} is not text")
         if not isinstance(self.json_schema, (str, Mapping, bool, type(None))):
             raise ValueError(f"structured.json_schema={self.json_schema!r} is not an object, true, false or JSON text")
-        given = [f.name for f in fields(self) if getattr(self, f.name) is not None]
+        if self.whitespace not in ("compact", "flexible"):
+            raise ValueError(f"structured.whitespace={self.whitespace!r} is not 'compact' or 'flexible'")
+        given = [name for name in ("regex", "json_schema", "grammar") if getattr(self, name) is not None]
         if len(given) != 1:
             named = ", ".join(given) or "none"
             raise ValueError(f"structured has {named}: expected exactly one of regex, json_schema, grammar")

@@ -7,18 +7,24 @@ advanced byte by byte.
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Collection, Mapping
-from functools import cache, cached_property, lru_cache
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Collection
+from concurrent.futures import CancelledError, Future
+from functools import cached_property
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from grok_engine.tokenizer.base import Tokenizer
 
+from . import grammar_worker
+from .grammar_check import GrammarChecker, on_large_stack
+from .grammar_limits import GrammarLimits, Source, check_grammar, named
 from .params import StructuredOutput
 
 if TYPE_CHECKING:
@@ -26,21 +32,31 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_OPTIONS = "%llguidance"
-_CACHED = 64
+_CACHED = 64  # grammars that passed, at most max_bytes each
+# What the tokens of one sequence may cost its engine's thread: some time at once, and some for each token.
+_BURST_SECONDS, _TOKEN_SECONDS = 0.5, 0.01
 
 
 class StructuredMatcher:
-    """One sequence's state in its grammar. Both methods raise ValueError if the library gives up."""
+    """One sequence's state in its grammar. Both methods raise ValueError if the library gives up, or if the grammar is
+    so ambiguous that its tokens take more than 10 ms each (processor time; half a second may be spent at once)."""
 
     def __init__(self, vocabulary: _Vocabulary, matcher: LLMatcher, first: LLMatcher | None) -> None:
         self._vocabulary, self._matcher, self._first = vocabulary, matcher, first
+        self._left = _BURST_SECONDS
+
+    def copy(self) -> StructuredMatcher:
+        """Another sequence at the same place. The two share the library's tables, so they fail together."""
+        first = None if self._first is None else self._first.deep_copy()
+        return StructuredMatcher(self._vocabulary, self._matcher.deep_copy(), first)
 
     def allowed(self) -> npt.NDArray[np.uint8]:
         """One bit a token, lowest first: whether the text can be completed after it (end tokens: it is complete)."""
+        started = time.thread_time()
         matcher = self._first or self._matcher
         mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         _check(matcher)  # a failed matcher's mask allows the end tokens
+        self._spend(time.thread_time() - started)
         return mask
 
     def accept(self, token_id: int) -> None:
@@ -49,6 +65,7 @@ class StructuredMatcher:
             if not self.complete:
                 raise ValueError(f"structured output: end token {token_id} before the text is complete")
             return
+        started = time.thread_time()
         tokens = [token_id]
         if self._first is not None:
             if not self._first.consume_token(token_id):
@@ -56,100 +73,140 @@ class StructuredMatcher:
             tokens, self._first = self._vocabulary.spelled_at_start(token_id), None
         if not self._matcher.consume_tokens(tokens):
             _check(self._matcher)
+        self._left = min(self._left + _TOKEN_SECONDS, _BURST_SECONDS)
+        self._spend(time.thread_time() - started)
 
     @property
     def complete(self) -> bool:
         """Whether the text so far matches as a whole."""
         return bool((self._first or self._matcher).is_accepting())
 
+    def _spend(self, seconds: float) -> None:
+        self._left -= seconds
+        if self._left < 0:
+            raise ValueError(
+                f"structured output: the grammar costs more than {_TOKEN_SECONDS * 1000:g} ms a token here, so other "
+                "requests would wait for it: expected a less ambiguous one"
+            )
+
 
 class StructuredCompiler:
-    """Makes matchers for one model. The tables of its tokens (half a second for 131072) are built at the first use.
+    """Makes matchers for one model. Safe to use from any thread; a grammar is compiled once for all that ask for it.
 
-    ImportError names the extra to install if the library is missing.
+    The tables of the model's tokens (half a second for 131072) are built at the first use. ImportError names the extra
+    to install if the library is missing.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Collection[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        eos_token_ids: Collection[int],
+        limits: GrammarLimits,
+    ) -> None:
         if not eos_token_ids:
             raise ValueError(f"eos_token_ids={eos_token_ids!r}: structured output ends by an end token, expected one")
-        self._library = _llguidance()
+        self._library, self._limits = _llguidance(), limits
         self._vocabulary = _Vocabulary(self._library, tokenizer, vocab_size, tuple(eos_token_ids))
-        self._template = lru_cache(_CACHED)(self._compile)
+        self._checker = GrammarChecker(self._library, self._vocabulary.size, self._vocabulary.eos, self._limits.seconds)
+        self._lock = threading.Lock()
+        self._passed: OrderedDict[Source, Future[str]] = OrderedDict()
 
     def matcher(self, structured: StructuredOutput, *, at_start: bool = True) -> StructuredMatcher:
-        """A matcher at the start of its grammar. ValueError with the reason if the regex, schema or grammar is invalid.
+        """A matcher at the start of its grammar. ValueError with the reason if the regex, schema or grammar is invalid,
+        exceeds a limit, or takes longer than `GrammarLimits.seconds`.
 
         at_start: the output begins a text, so that the tokenizer may drop its leading space.
+
+        Every call builds the library's tables anew (1 ms for a small schema): matchers that share them, as copies do,
+        share their size and their failures. Slow; other threads run meanwhile.
         """
-        grammar, named, first = self._grammar(structured), _named(structured), None
-        if at_start and self._vocabulary.start_differs:
-            first = self._template(grammar, named, at_start=True).deep_copy()
-        matcher = self._template(grammar, named, at_start=False).deep_copy()
-        return StructuredMatcher(self._vocabulary, matcher, first)
-
-    def _compile(self, grammar: str, named: str, *, at_start: bool) -> LLMatcher:
-        tokenizer = self._vocabulary.table(at_start)
-        failed, messages = self._library.LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
-        if failed:
-            raise ValueError(f"{named}: {'; '.join(messages)}")
-        for message in messages:
-            logger.warning("%s: %s", named, message)
-        template: LLMatcher = self._library.LLMatcher(tokenizer, grammar, log_level=0)
+        source, name = check_grammar(structured, self._limits), named(structured)
         try:
-            mask = template.compute_bitmask()
-            _check(template)
+            grammar = self._pass(source, name)
+            first = None
+            if at_start and self._vocabulary.start_differs:
+                first = self._build(grammar, at_start=True)
+            return StructuredMatcher(self._vocabulary, self._build(grammar, at_start=False), first)
         except ValueError as error:
-            raise ValueError(f"{named}: {error}") from None
+            raise ValueError(f"{name}: {error}") from None
+
+    def _pass(self, source: Source, name: str) -> str:
+        """The grammar in the library's own format, compiled once in a child process."""
+        while True:
+            with self._lock:
+                future = self._passed.get(source)
+                mine = future is None
+                if future is None:
+                    future = self._passed[source] = Future()
+                self._passed.move_to_end(source)
+                while len(self._passed) > _CACHED:
+                    self._passed.popitem(last=False)
+            if not mine:
+                try:
+                    return future.result()
+                except CancelledError:  # the thread that compiled it was interrupted
+                    continue
+            try:
+                grammar, warnings = self._checker(*source)
+            except BaseException as error:
+                with self._lock:
+                    if self._passed.get(source) is future:
+                        del self._passed[source]
+                if isinstance(error, Exception):
+                    future.set_exception(error)
+                else:
+                    future.cancel()
+                raise
+            for message in warnings:
+                logger.warning("%s: %s", name, message)
+            future.set_result(grammar)
+            return grammar
+
+    def _build(self, grammar: str, *, at_start: bool) -> LLMatcher:
+        table = self._vocabulary.table(at_start)
+
+        def build() -> tuple[LLMatcher, bytes]:
+            limits = grammar_worker.limits(self._library)
+            matcher: LLMatcher = self._library.LLMatcher(table, grammar, log_level=0, limits=limits)
+            return matcher, matcher.compute_bitmask()
+
+        matcher, mask = on_large_stack(build)
+        _check(matcher)
         if not np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")[: self._vocabulary.size].any():
-            raise ValueError(f"{named}: no token of this model can begin a text that matches")
-        return template
-
-    def _grammar(self, structured: StructuredOutput) -> str:
-        """The grammar in the library's own format."""
-        if structured.regex is not None:
-            wrapped = json.loads(self._library.LLMatcher.grammar_from_regex(structured.regex))
-            lark = wrapped["grammars"][0]["lark_grammar"]  # the regex, quoted
-        elif structured.json_schema is not None:
-            schema = structured.json_schema
-            try:
-                value = json.loads(schema) if isinstance(schema, str) else schema
-                lark = f"start: %json {json.dumps(dict(value) if isinstance(value, Mapping) else value)}"
-            except (ValueError, TypeError, RecursionError) as error:
-                raise ValueError(f"{_named(structured)} is not JSON: {error}") from None
-            if not isinstance(value, (Mapping, bool)):
-                raise ValueError(f"{_named(structured)} is not a schema: expected an object, true or false")
-        else:
-            assert structured.grammar is not None
-            try:
-                lark = self._library.grammar_from("grammar", structured.grammar)
-            except ValueError as error:
-                raise ValueError(f"{_named(structured)}: {error}") from None
-        try:
-            grammar: str = self._library.LLMatcher.grammar_from_lark(_unforced(lark))
-        except ValueError as error:
-            raise ValueError(f"{_named(structured)}: {_OPTIONS}: {error}") from None
-        return grammar
+            raise ValueError("no token of this model can begin a text that matches")
+        return matcher
 
 
 class _Vocabulary:
-    """The library's token tables: one for the inside of a text and, if it differs, one for the start.
-
-    The 256 bytes follow the model's own tokens, so that any text can be spelled.
-    """
+    """The library's token tables: one for the inside of a text and, if it differs, one for the start."""
 
     def __init__(self, library: ModuleType, tokenizer: Tokenizer, vocab_size: int, eos: tuple[int, ...]) -> None:
         self._library, self._tokenizer, self.eos = library, tokenizer, eos
         self.size = max(vocab_size, tokenizer.vocab_size)
-        self._tokens, self.table = cache(self._spell), cache(self._build_table)  # by whether at the start of a text
+        self._lock = threading.Lock()
+        self._tables: dict[bool, LLTokenizer] = {}  # by whether at the start of a text
+
+    @cached_property
+    def _tokens(self) -> dict[bool, list[bytes]]:
+        return {at_start: self._spell(at_start) for at_start in (False, True)}
 
     @cached_property
     def start_differs(self) -> bool:
-        return self._tokens(True) != self._tokens(False)
+        return self._tokens[True] != self._tokens[False]
 
     def spelled_at_start(self, token_id: int) -> list[int]:
         """The token, or the byte tokens of its text at the start, if that differs from its text inside."""
-        data = self._tokens(True)[token_id]
-        return [token_id] if data == self._tokens(False)[token_id] else [self.size + byte for byte in data]
+        data = self._tokens[True][token_id]
+        return [token_id] if data == self._tokens[False][token_id] else [self.size + byte for byte in data]
+
+    def table(self, at_start: bool) -> LLTokenizer:
+        with self._lock:
+            if at_start not in self._tables:
+                tokens = self._tokens[at_start]
+                tokens = tokens + [b""] * (self.size - len(tokens))
+                self._tables[at_start] = grammar_worker.token_table(self._library, tokens, list(self.eos))
+            return self._tables[at_start]
 
     def _spell(self, at_start: bool) -> list[bytes]:
         found = []
@@ -160,30 +217,6 @@ class _Vocabulary:
             # allowed: it could repeat for ever
             found.append(b"" if token_id in self.eos or 0xFF in data else data)
         return found
-
-    def _build_table(self, at_start: bool) -> LLTokenizer:
-        tokens = self._tokens(at_start)
-        tokens = tokens + [b""] * (self.size - len(tokens)) + [bytes([b]) for b in range(255)] + [b""]
-        for token_id in self.eos:
-            tokens[token_id] = b"<end %d>" % token_id
-        wrapper = _Wrapper(tokens, self.eos, self.size)
-        table: LLTokenizer = self._library.LLTokenizer(wrapper, n_vocab=len(tokens), eos_token=list(self.eos))
-        return table
-
-
-class _Wrapper:
-    """A tokenizer as the library expects it."""
-
-    is_tokenizer_wrapper = True
-    bos_token_id = None
-
-    def __init__(self, tokens: list[bytes], eos: tuple[int, ...], first_byte: int) -> None:
-        self.tokens, self.eos_token_id, self.special_token_ids = tokens, eos[0], list(eos)
-        self._first_byte = first_byte
-
-    def __call__(self, text: Any) -> list[int]:
-        data = text if isinstance(text, bytes) else text.encode()
-        return [self._first_byte + byte for byte in data]
 
 
 def _llguidance() -> ModuleType:
@@ -196,25 +229,6 @@ def _llguidance() -> ModuleType:
     return llguidance
 
 
-def _unforced(lark: str) -> str:
-    """The grammar with `no_forcing` set: by default a forced continuation may be spelled by one token sequence only."""
-    options: dict[str, Any] = {}
-    before, named, after = lark.partition(_OPTIONS)
-    if named:  # options may occur only once, and a translated grammar has them
-        start = len(after) - len(after.lstrip())
-        options, end = json.JSONDecoder().raw_decode(after, start)
-        lark = before + after[end:]
-    return f"{_OPTIONS} {json.dumps({**options, 'no_forcing': True})}\n{lark}"
-
-
 def _check(matcher: LLMatcher) -> None:
-    if matcher.is_error():
-        reason = matcher.get_error().split("\n<state>")[0].splitlines()  # the rest is the library's own state
-        what = reason[0] if reason else "unknown error"
-        raise ValueError(f"structured output: {'no token can follow' if what.startswith('NoExtension') else what}")
-
-
-def _named(structured: StructuredOutput) -> str:
-    name = next(n for n in ("regex", "json_schema", "grammar") if getattr(structured, n) is not None)
-    value = repr(getattr(structured, name))
-    return f"structured.{name}={value if len(value) <= 200 else value[:200] + '…'}"
+    if reason := grammar_worker.failure(matcher):
+        raise ValueError(f"structured output: {reason}")

@@ -15,6 +15,7 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from grok_engine.runtime.text import SequenceText, begins_text
+from grok_engine.sampling.grammar_limits import GrammarLimits
 from grok_engine.sampling.params import SamplingParams, StructuredOutput
 from grok_engine.sampling.rules import SamplingRules
 from grok_engine.sampling.sampler import sample
@@ -57,17 +58,18 @@ def byte_level(folder: Path) -> Path:
     return folder / "tokenizer.json"
 
 
+LIMITS = GrammarLimits(max_bytes=65536, max_depth=100, max_rules=1000, seconds=60.0)  # a machine may be slow
 KINDS = ["dummy", "no dummy", "no bytes", "byte level"]
 
 
 class Model:
     """A tokenizer, a vocabulary larger than the tokenizer's, end tokens, and a compiler for them."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, limits: GrammarLimits = LIMITS) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = tokenizer.vocab_size + 13
         self.eos = (*tokenizer.eos_token_ids, tokenizer.vocab_size + 3)  # one that the tokenizer does not know
-        self.compiler = StructuredCompiler(tokenizer, self.vocab_size, self.eos)
+        self.compiler = StructuredCompiler(tokenizer, self.vocab_size, self.eos, limits)
         # made likelier, since random text would end late
         self.closing = [
             i for i in range(tokenizer.vocab_size) if tokenizer.surface(i, False).text.strip() in ('"', "}", "]", ")")
@@ -326,9 +328,9 @@ def test_sequences_of_one_request_do_not_share_a_state(all_models: dict[str, Mod
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, all_models: dict[str, Model]) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(ImportError, match=r"grok-engine\[structured\]"):
-        StructuredCompiler(all_models["dummy"].tokenizer, 400, (2,))
+        StructuredCompiler(all_models["dummy"].tokenizer, 400, (2,), LIMITS)
 
 
 def test_an_end_token_is_needed(all_models: dict[str, Model]) -> None:
     with pytest.raises(ValueError, match="eos_token_ids"):
-        StructuredCompiler(all_models["dummy"].tokenizer, 400, ())
+        StructuredCompiler(all_models["dummy"].tokenizer, 400, (), LIMITS)
