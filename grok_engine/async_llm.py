@@ -3,112 +3,127 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import count
+import math
+import time
+from collections.abc import Callable
 
-from .engine import EngineClosedError, LLMEngine
+from .config import as_float
+from .engine import EngineStats, LLMEngine
 from .runtime.builder import Prompt
-from .runtime.request import RequestOutput
-from .sampling.params import SamplingParams
+from .runtime.mailbox import OutputStream
+from .sampling.params import RequestOutputKind, SamplingParams
+from .stepping import Stepper
+from .tokenizer.base import Tokenizer
+
+_CLOSED, _DRAINING = "the engine is closed", "the engine is draining: expected no new request"
 
 
 class AsyncLLM:
-    """Many concurrent `generate` calls over one engine, which it owns. Use it from one event loop.
+    """Many concurrent `generate` calls over one engine, which it owns, from any threads and event loops.
 
-    Requests and aborts reach the engine between steps and on the steps' thread, the only one that touches it, so that
-    encoding a long prompt or compiling a grammar does not block the event loop either. Every consumer has a queue of
-    its own: a slow one blocks nobody. A step that raises ends all consumers with that error and closes the engine.
+    A thread steps the engine. It starts when there is work and ends when there is none. Each consumer has a mailbox of
+    bounded size, so a slow one costs nobody else anything. A consumer whose event loop is closed counts as gone: its
+    request is aborted. When the program ends, so do its requests.
+
+    Every consumer gets an answer or an error. A step that fails ends its requests with finish_reason "error", and later
+    requests are served; once the engine itself is closed, consumers get EngineClosedError.
     """
 
     def __init__(self, engine: LLMEngine) -> None:
         self.engine = engine
-        self._queues: dict[str, asyncio.Queue[RequestOutput | BaseException]] = {}
-        self._aborts: set[str] = set()  # for after the current step, like `_new`
-        self._new: dict[str, tuple[Prompt, SamplingParams, int]] = {}
-        self._stepper: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grok-engine")
-        self._ids = count()
-        self._error: BaseException | None = None
+        self._stepper = Stepper(engine)
 
-    async def generate(
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer; without one, prompts and outputs are token ids."""
+        return self.engine.tokenizer
+
+    @property
+    def closed(self) -> bool:
+        """Whether the engine is closed: by `close`, or because the device was damaged."""
+        return self.engine.closed
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, checked as `LLMEngine.encode` does."""
+        return self.engine.encode(prompt)
+
+    def stats(self) -> EngineStats:
+        """Counts now and since the start."""
+        return self.engine.stats()
+
+    def generate(
         self,
         prompt: Prompt,
-        sampling_params: SamplingParams | None = None,
+        params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
         priority: int = 0,
-    ) -> AsyncGenerator[RequestOutput, None]:
-        """The request's outputs as its tokens come. Leaving the loop or cancelling aborts it and frees its pages."""
-        if self._error is not None:
-            raise EngineClosedError("the engine is closed") from self._error
-        request_id = f"async-{next(self._ids)}" if request_id is None else request_id
-        if request_id in self._queues:
-            raise ValueError(f"request_id={request_id!r} is in use")
-        queue: asyncio.Queue[RequestOutput | BaseException] = asyncio.Queue()
-        self._queues[request_id] = queue
-        self._new[request_id] = (prompt, SamplingParams() if sampling_params is None else sampling_params, priority)
-        self._wake()
-        finished = False
+        timeout: float | None = None,
+    ) -> OutputStream:
+        """Queue a request, at this call. Returns its outputs, for `async for`; leaving them aborts the request.
+
+        A consumer that is slower than the engine gets the newest output (CUMULATIVE), or all that it missed in one
+        (DELTA). `timeout` seconds after the call the request ends with what it has and finish_reason "abort".
+
+        Raises what `LLMEngine.add_request` does, and EngineClosedError while draining. In an event loop, a grammar is
+        compiled on another thread, and an error in it is raised where the stream is first awaited. Encoding a long
+        text takes time here: `await asyncio.to_thread(llm.generate, ...)` does that, and compiles, off the event loop.
+        """
+        seconds = math.inf if timeout is None else as_float(timeout)
+        if seconds is None or not seconds > 0:
+            raise ValueError(f"timeout={timeout!r} is not a positive number of seconds, or None")
+        mailbox = self._stepper.register(request_id, time.monotonic() + seconds)
         try:
-            while not finished:
-                output = await queue.get()
-                if isinstance(output, BaseException):
-                    finished = True
-                    raise output
-                finished = output.finished
-                yield output
-        finally:
-            del self._queues[request_id]
-            if not finished and self._new.pop(request_id, None) is None:
-                self._aborts.add(request_id)
-                self._wake()
+            request = self.engine.prepare(mailbox.key, prompt, params, priority)
+            mailbox.delta = request.params.output_kind is RequestOutputKind.DELTA
+            if request.params.structured is None or mailbox.loop is None:
+                self._stepper.submit(mailbox, request)
+            else:
+                self._stepper.submit_later(mailbox, request)
+        except BaseException:
+            self._stepper.forget([mailbox])
+            raise
+        return OutputStream(mailbox, self.engine.abort_request)
 
-    def _wake(self) -> None:
-        if self._stepper is None or self._stepper.done():
-            self._stepper = asyncio.get_running_loop().create_task(self._run())
+    def abort(self, request_id: str) -> None:
+        """End a request: its stream ends with what it has and finish_reason "abort". Unknown ids are ignored."""
+        self._stepper.abort(self._stepper.find(request_id))
 
-    async def _run(self) -> None:
-        """Step until nothing is left to do."""
-        loop = asyncio.get_running_loop()
-        busy = True
-        try:
-            while self._error is None and (busy or self._new or self._aborts):
-                new, self._new = self._new, {}
-                aborts, self._aborts = self._aborts, set()
-                results, busy = await loop.run_in_executor(self._thread, self._step, new, aborts)
-                for request_id, result in results:  # not to a new consumer that reuses an aborted request's id
-                    if request_id in self._queues and request_id not in self._aborts:
-                        self._queues[request_id].put_nowait(result)
-        except Exception as error:
-            self._fail(error)
+    async def drain(self, timeout: float | None = None) -> bool:
+        """Refuse new requests and finish those that run or wait; after `timeout` seconds, abort what is left of them.
 
-    def _step(
-        self, new: dict[str, tuple[Prompt, SamplingParams, int]], aborts: set[str]
-    ) -> tuple[list[tuple[str, RequestOutput | Exception]], bool]:
-        """On the thread: pass on new requests and aborts, and step. Returns results, and whether work is left."""
-        results: list[tuple[str, RequestOutput | Exception]] = []
-        self.engine.discard_request(aborts)
-        for request_id, request in new.items():
-            prompt, params, priority = request
-            try:
-                self.engine.add_request(request_id, prompt, params, priority)
-            except Exception as error:  # it fails alone
-                results.append((request_id, error))
-        results += [(output.request_id, output) for output in self.engine.step()]
-        return results, self.engine.has_unfinished_requests()
+        Returns whether none had to be aborted. `wake_up` lets requests in again.
+        """
+        self._stepper.refusal = self._stepper.refusal or _DRAINING
+        idle = asyncio.wrap_future(self._stepper.idle())
+        finished, _ = await asyncio.wait([idle], timeout=timeout)
+        if not finished:
+            self._stepper.abort(self._stepper.all())
+            await idle
+        return bool(finished)
 
-    def _fail(self, error: BaseException) -> None:
-        self._error = error
-        for queue in self._queues.values():
-            queue.put_nowait(error)
-        self.engine.close()
+    async def sleep(self) -> None:
+        """`LLMEngine.sleep`, off the event loop: EngineBusyError while requests are unfinished."""
+        await self._call(self.engine.sleep)
+
+    async def wake_up(self) -> None:
+        """`LLMEngine.wake_up`, off the event loop. Lets requests in again after `drain`."""
+        await self._call(self.engine.wake_up)
+        if self._stepper.refusal == _DRAINING:
+            self._stepper.refusal = None
 
     async def close(self) -> None:
         """End every request with EngineClosedError and free what the engine holds. A second call does nothing."""
-        if self._error is None:
-            self._error = EngineClosedError("the engine was closed")
-        if self._stepper is not None:  # let the current step end before anything is freed
-            await asyncio.gather(self._stepper, return_exceptions=True)
-        self._thread.shutdown()
-        self._fail(self._error)
+        self._stepper.refusal = _CLOSED
+        await self._call(self._stepper.close)
+        for thread in self._stepper.threads():
+            thread.join()  # at its last statement
+
+    async def _call(self, function: Callable[[], None]) -> None:
+        await asyncio.wrap_future(self._stepper.call(function))
+
+    async def __aenter__(self) -> AsyncLLM:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()

@@ -42,6 +42,7 @@ ALLOWED: Table = {
     "grok_engine.runtime.text": ("sampling", "tokenizer"),
     "grok_engine.runtime.turn": (),
     "grok_engine.runtime.request": ("runtime.sequence", "runtime.text", "sampling"),
+    "grok_engine.runtime.mailbox": ("runtime.request",),
     "grok_engine.runtime.builder": (
         "config", "runtime.request", "runtime.sequence", "runtime.text", "sampling", "tokenizer",
     ),
@@ -60,15 +61,18 @@ ALLOWED: Table = {
         "config", "engine", "models", "runtime.builder", "runtime.request", "runtime.text", "runtime.turn", "sampling",
         "tokenizer", "progress",
     ),
-    "grok_engine.async_llm": ("engine", "runtime.builder", "runtime.request", "sampling"),
+    "grok_engine.stepping": ("engine", "runtime.mailbox", "runtime.request", "runtime.turn"),
+    "grok_engine.async_llm": (
+        "config", "engine", "runtime.builder", "runtime.mailbox", "sampling", "stepping", "tokenizer",
+    ),
     "grok_engine.tools": ("checkpoint", "config", "loading", "models.families", "grok_kernels"),
     "grok_engine.cli": (
         ".", "config", "llm", "loading", "models.families", "progress", "sampling", "tools", "grok_kernels",
         "grok_bench",
     ),
     "grok_engine": (
-        "async_llm", "checkpoint", "config", "engine", "llm", "loading", "models.families", "runtime.request",
-        "runtime.turn", "sampling",
+        "async_llm", "checkpoint", "config", "engine", "llm", "loading", "models.families", "runtime.mailbox",
+        "runtime.request", "runtime.turn", "sampling",
     ),
     # the kernels
     "grok_kernels.registry": (),

@@ -79,10 +79,10 @@ def test_several_clients_one_of_which_leaves() -> None:
         alone = [await ask(port, {"prompt": prompt, **GREEDY}) for prompt in PROMPTS]
         for lines in alone:
             assert len(tokens(lines)) == 24
-            assert [line["finish_reason"] for line in lines] == [None] * 23 + ["length"]
+            assert [line["finish_reason"] for line in lines] == [None] * (len(lines) - 1) + ["length"]
         wrong: list[Any] = [
             {"prompt": []}, {"prompt": [5000]}, {"max_tokens": 3}, {"prompt": [5], "max_token": 3}, [1], 7,
-            {"prompt": "text"}, {"prompt": [5], "temperature": -1},
+            {"prompt": "text"}, {"prompt": [5], "temperature": -1}, {"prompt": [5], "timeout": -1},
         ]  # fmt: skip
         left, *found = await asyncio.gather(
             leave_midway(port, {"prompt": PROMPTS[0], **GREEDY, "max_tokens": 110}),
@@ -91,7 +91,7 @@ def test_several_clients_one_of_which_leaves() -> None:
         )
         assert left is None
         for i in range(9):
-            assert found[i] == alone[i % 3]
+            assert tokens(found[i]) == tokens(alone[i % 3])
         for request, lines in zip(wrong, found[9:], strict=True):
             assert len(lines) == 1, request
             assert set(lines[0]) == {"error"}, request
@@ -107,23 +107,26 @@ def test_several_clients_one_of_which_leaves() -> None:
 
 
 def test_stopping_while_it_serves() -> None:
+    """It finishes what it serves. A client that is over its time gets what there is."""
+
     async def clients(process: subprocess.Popen[str], port: int) -> None:
+        late = await ask(port, {"prompt": PROMPTS[0], **GREEDY, "max_tokens": 120, "timeout": 0.001})
+        assert late[-1]["finish_reason"] == "abort"
+        assert len(tokens(late)) < 120
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(json.dumps({"prompt": PROMPTS[0], **GREEDY, "max_tokens": 120}).encode() + b"\n")
         first = await reader.readline()
         process.send_signal(signal.SIGINT)
         lines = [json.loads(line) for line in [first, *[line async for line in reader]]]
         writer.close()
-        if "error" in lines[-1]:  # otherwise it was faster than the signal
-            assert lines[-1]["error"].startswith("EngineClosedError")
-        else:
-            assert lines[-1]["finish_reason"] == "length"
+        assert lines[-1]["finish_reason"] == "length"
+        assert len(tokens(lines)) == 120
 
     with server(str(FOLDER)) as (process, port):
         asyncio.run(asyncio.wait_for(clients(process, port), LIMIT))
         out, err = process.communicate(timeout=LIMIT)
     assert (process.returncode, err) == (0, "")
-    assert generated(out) >= 1
+    assert generated(out) >= 120
 
 
 def test_text_from_the_model_that_ships() -> None:

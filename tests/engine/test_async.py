@@ -1,71 +1,31 @@
-"""The engine in asyncio programs: many consumers, of which some leave early, are slow or send invalid requests."""
+"""AsyncLLM: many consumers, of which some leave, are slow or send invalid requests."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
-import sys
-import threading
+import gc
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import aclosing, asynccontextmanager
-from pathlib import Path
+import tracemalloc
+from contextlib import aclosing
 from typing import Any
 
-import numpy as np
 import pytest
 
-from grok_engine import AsyncLLM, EngineClosedError, LLMEngine, RequestOutput, RequestOutputKind, SamplingParams
+from grok_engine import (
+    AsyncLLM,
+    CompletionOutput,
+    LLMEngine,
+    QueueFullError,
+    RequestMetrics,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+    StructuredOutput,
+)
+from grok_engine.runtime.mailbox import Mailbox
+from tests.engine.serving import CONTINUATIONS, LIMIT, PROMPTS, all_free, greedy, last, make, rest, run, threads, until
 
-FOLDER = Path(__file__).parents[1] / "data" / "goldens" / "g8-a-emb128-k16"
-with np.load(FOLDER / "golden.npz") as _arrays:
-    PROMPTS: list[list[int]] = [_arrays[f"p{i}_tokens"].tolist() for i in range(3)]
-    CONTINUATIONS: list[list[int]] = [_arrays[f"p{i}_f32_greedy_tokens"].tolist() for i in range(3)]
-LIMIT = 60.0  # seconds: nothing here may hang
-
-
-def greedy(max_tokens: int = 24, **options: Any) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **options)
-
-
-def run(main: Callable[[AsyncLLM], Coroutine[Any, Any, None]], **options: Any) -> None:
-    """`main` with an AsyncLLM, in a loop of its own, within LIMIT."""
-
-    async def bounded() -> None:
-        async with serving(**options) as llm:
-            await asyncio.wait_for(main(llm), LIMIT)
-
-    asyncio.run(bounded())
-
-
-@asynccontextmanager
-async def serving(**options: Any) -> AsyncIterator[AsyncLLM]:
-    llm = AsyncLLM(LLMEngine(FOLDER, **{"dtype": "float32", **options}))
-    try:
-        yield llm
-    finally:
-        await asyncio.wait_for(llm.close(), LIMIT)
-        assert llm.engine.closed
-        assert not [t for t in threading.enumerate() if t.name.startswith("grok-engine")]
-
-
-async def last(llm: AsyncLLM, i: int = 0, params: SamplingParams | None = None, **options: Any) -> RequestOutput:
-    outputs = [output async for output in llm.generate(PROMPTS[i], params or greedy(), **options)]
-    assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
-    return outputs[-1]
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    while not condition():
-        await asyncio.sleep(0.002)
-
-
-async def all_free(llm: AsyncLLM) -> None:
-    """Until nothing runs and every page is free."""
-    await until(lambda: not llm.engine.has_unfinished_requests())
-    assert llm.engine.allocator.available == llm.engine.allocator.num_pages
-    assert not llm._queues
+DELTA, FINAL_ONLY = RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY
 
 
 def test_many_consumers() -> None:
@@ -75,25 +35,122 @@ def test_many_consumers() -> None:
             assert result.outputs[0].token_ids == CONTINUATIONS[i % 3][: 1 + i % 24]
         assert len({result.request_id for result in results}) == 48
         await all_free(llm)
-        assert llm.engine.stats().steps < 200  # together, not one after the other: those would be 588
+        assert llm.stats().steps < 200  # together, not one after the other: those would be 588
 
     run(main)
+
+
+def test_64_clients_of_which_a_third_leave_and_a_third_are_slow() -> None:
+    async def main(llm: AsyncLLM) -> None:
+        async def client(i: int) -> None:
+            params = greedy(24, output_kind=DELTA) if i % 2 else greedy(24)
+            tokens: list[int] = []
+            stream = llm.generate(PROMPTS[i % 5 % 3], params)
+            async for output in stream:
+                new = output.outputs[0].token_ids
+                tokens = tokens + new if i % 2 else new
+                assert tokens == CONTINUATIONS[i % 5 % 3][: len(tokens)]
+                if i % 3 == 1:
+                    await asyncio.sleep(0.05)
+                elif i % 3 == 2 and len(tokens) > i % 7:
+                    if i % 4 == 0:
+                        await stream.aclose()
+                    return
+            assert len(tokens) == 24
+
+        await asyncio.gather(*(client(i) for i in range(64)))
+        await all_free(llm)
+
+    run(main, max_num_seqs=24)
 
 
 def test_kinds_of_outputs() -> None:
     async def main(llm: AsyncLLM) -> None:
-        deltas = [o async for o in llm.generate(PROMPTS[0], greedy(output_kind=RequestOutputKind.DELTA))]
+        deltas = [o async for o in llm.generate(PROMPTS[0], greedy(output_kind=DELTA))]
         assert [t for o in deltas for t in o.outputs[0].token_ids] == CONTINUATIONS[0]
-        assert len(deltas) == 24
-        finals = [o async for o in llm.generate(PROMPTS[0], greedy(output_kind=RequestOutputKind.FINAL_ONLY))]
+        finals = [o async for o in llm.generate(PROMPTS[0], greedy(output_kind=FINAL_ONLY))]
         assert [o.outputs[0].token_ids for o in finals] == [CONTINUATIONS[0]]
+        wholes = [o.outputs[0].token_ids async for o in llm.generate(PROMPTS[0], greedy())]
+        assert wholes == [CONTINUATIONS[0][: len(ids)] for ids in wholes]
+        assert wholes[-1] == CONTINUATIONS[0]
         defaults = [o async for o in llm.generate(PROMPTS[0])]
         answer = defaults[-1].outputs[0]
-        assert len(defaults) == len(answer.token_ids)
         # they sample: one in a hundred runs meets the end token
-        assert answer.finish_reason == "stop" or len(defaults) == SamplingParams().max_tokens
+        assert answer.finish_reason == "stop" or len(answer.token_ids) == SamplingParams().max_tokens
 
     run(main)
+
+
+def test_a_fast_consumer_sees_every_token_as_it_comes() -> None:
+    async def main(llm: AsyncLLM) -> None:
+        step = llm.engine.step
+
+        def slowly() -> list[RequestOutput]:
+            time.sleep(0.02)
+            return step()
+
+        llm.engine.step = slowly  # type: ignore[method-assign]
+        outputs = [o async for o in llm.generate(PROMPTS[0], greedy(8))]
+        assert [len(o.outputs[0].token_ids) for o in outputs] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+    run(main)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_slow_consumer_gets_everything_and_blocks_nobody(n: int) -> None:
+    """The newest of cumulative outputs, or all deltas in one: texts, token ids and log-probabilities of each answer."""
+
+    async def main(llm: AsyncLLM) -> None:
+        options: dict[str, Any] = {"n": n, "seed": 5, "max_tokens": 24, "ignore_eos": True, "logprobs": 2}
+        alone = (await last(llm, 0, SamplingParams(**options))).outputs
+        for kind in (RequestOutputKind.CUMULATIVE, DELTA):
+            stream = llm.generate(PROMPTS[0], SamplingParams(**options, output_kind=kind))
+            first = await anext(stream)
+            assert (await last(llm, 1)).outputs[0].token_ids == CONTINUATIONS[1]
+            await all_free(llm)  # its own request has ended too
+            second = await anext(stream)
+            assert second.finished
+            assert [a.index for a in second.outputs] == list(range(n))
+            for index, whole in enumerate(alone):
+                found = second.outputs[index]
+                before = [a for a in first.outputs if a.index == index] if kind is DELTA else []
+                assert [t for a in (*before, found) for t in a.token_ids] == whole.token_ids
+                assert "".join(a.text for a in (*before, found)) == whole.text
+                assert [p for a in (*before, found) for p in a.logprobs or ()] == whole.logprobs
+                assert found.cumulative_logprob == whole.cumulative_logprob
+                assert found.finish_reason == "length"
+            with pytest.raises(StopAsyncIteration):
+                await anext(stream)
+
+    run(main)
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_unread_outputs_cost_no_more_than_the_answer(delta: bool) -> None:
+    count, prompt = 6000, list(range(1000))
+    ids = list(range(count))
+    text = "".join(f"{i % 1000:4}" for i in ids)
+
+    def output(i: int) -> RequestOutput:
+        first = i if delta else 0
+        answer = CompletionOutput(0, text[4 * first : 4 * (i + 1)], ids[first : i + 1])
+        return RequestOutput("x", None, list(prompt), [answer], i == count - 1, RequestMetrics(0.0, None, None))
+
+    async def main() -> None:
+        mailbox = Mailbox("x", "x")
+        mailbox.delta = delta
+        gc.collect()
+        tracemalloc.start()
+        for i in range(count):
+            mailbox.put(output(i))
+        kept, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        whole = (await mailbox.take()).outputs[0]
+        assert whole.token_ids == ids
+        assert whole.text == text
+        assert kept < 800_000  # 6,000 outputs would be 50 MB, or with the whole text in each of them 200 MB
+
+    asyncio.run(main())
 
 
 def test_cancelling_a_consumer_frees_its_pages() -> None:
@@ -112,19 +169,12 @@ def test_cancelling_a_consumer_frees_its_pages() -> None:
             await gone
         assert (await stays).outputs[0].token_ids == CONTINUATIONS[0]
         await all_free(llm)
-        assert llm.engine.stats().generated_tokens < 100
-        # one that is cancelled before it was even handed over, and its name taken again
-        task = asyncio.create_task(consume())
-        await asyncio.sleep(0)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        assert (await last(llm, 1, request_id="gone")).outputs[0].token_ids == CONTINUATIONS[1]
-        await all_free(llm)
+        assert llm.stats().generated_tokens < 100
 
     run(main)
 
 
-def test_a_name_can_be_taken_again_at_once() -> None:
+def test_an_id_can_be_used_again_at_once() -> None:
     """An output of the aborted request, from a step still running, does not go to the new request of the same id."""
 
     async def main(llm: AsyncLLM) -> None:
@@ -133,117 +183,156 @@ def test_a_name_can_be_taken_again_at_once() -> None:
                 async for _ in outputs:
                     break
             found = [output async for output in llm.generate(PROMPTS[2], greedy(3), request_id="x")]
-            assert [o.prompt_token_ids for o in found] == [PROMPTS[2]] * 3
-            assert [o.outputs[0].token_ids for o in found] == [CONTINUATIONS[2][: i + 1] for i in range(3)]
+            assert {(o.request_id, tuple(o.prompt_token_ids)) for o in found} == {("x", tuple(PROMPTS[2]))}
+            assert found[-1].outputs[0].token_ids == CONTINUATIONS[2][:3]
         await all_free(llm)
 
     run(main)
 
 
-def test_leaving_a_generator_early() -> None:
+def test_an_id_in_use() -> None:
     async def main(llm: AsyncLLM) -> None:
-        outputs = llm.generate(PROMPTS[0], greedy(100))
-        async for output in outputs:
-            if len(output.outputs[0].token_ids) == 3:
-                break
-        await outputs.aclose()
-        await all_free(llm)
-        assert llm.engine.stats().generated_tokens < 20
+        first = llm.generate(PROMPTS[0], greedy(), request_id="x")
+        assert first.request_id == "x"
+        with pytest.raises(ValueError, match="request_id='x' is in use"):
+            llm.generate(PROMPTS[1], request_id="x")
+        with pytest.raises(ValueError, match="request_id=7 is not text"):
+            llm.generate(PROMPTS[1], request_id=7)  # type: ignore[arg-type]
+        assert (await rest(first)).outputs[0].token_ids == CONTINUATIONS[0]
+        assert (await last(llm, 1, request_id="x")).outputs[0].token_ids == CONTINUATIONS[1]
+
+    run(main)
+
+
+def test_streams_that_are_left_closed_or_dropped() -> None:
+    """However a consumer goes, its request ends soon after."""
+
+    async def main(llm: AsyncLLM) -> None:
+        async for _ in llm.generate(PROMPTS[0], greedy(100)):
+            break
         never = llm.generate(PROMPTS[0], greedy(100))
         await never.aclose()
+        await never.aclose()
+        with pytest.raises(StopAsyncIteration):
+            await anext(never)
+        llm.generate(PROMPTS[0], greedy(100))
+        dropped = llm.generate(PROMPTS[0], greedy(100))
+        await anext(dropped)
+        del dropped
+        circle: list[Any] = [llm.generate(PROMPTS[0], greedy(100))]
+        await anext(circle[0])
+        circle.append(circle)
+        del circle
+        gc.collect()
+        await all_free(llm)
+        assert llm.stats().generated_tokens < 100
+
+    run(main)
+
+
+def test_the_garbage_collector_ends_a_stream_inside_of_anything() -> None:
+    """Collections, forced at every allocation, find abandoned streams on all threads and inside every lock."""
+
+    async def main(llm: AsyncLLM) -> None:
+        async def abandon() -> None:
+            circle: list[Any] = [llm.generate(PROMPTS[1], greedy(100))]
+            circle.append(circle)
+            await anext(circle[0])
+
+        threshold = gc.get_threshold()
+        gc.set_threshold(1, 1, 1)
+        try:
+            for _ in range(3):
+                results = await asyncio.gather(last(llm, 0, greedy(6)), *(abandon() for _ in range(6)))
+                assert results[0].outputs[0].token_ids == CONTINUATIONS[0][:6]
+        finally:
+            gc.set_threshold(*threshold)
+        gc.collect()
         await all_free(llm)
 
     run(main)
 
 
-def test_a_slow_consumer_blocks_nobody() -> None:
+def test_two_tasks_cannot_read_one_stream() -> None:
     async def main(llm: AsyncLLM) -> None:
-        release = asyncio.Event()
-        found: list[list[int]] = []
-
-        async def slow() -> None:
-            async for output in llm.generate(PROMPTS[0], greedy()):
-                found.append(output.outputs[0].token_ids)
-                await release.wait()
-
-        task = asyncio.create_task(slow())
-        await until(lambda: found)
-        results = await asyncio.gather(*(last(llm, i) for i in (1, 2)))
-        assert [r.outputs[0].token_ids for r in results] == CONTINUATIONS[1:]
-        assert len(found) == 1
-        await until(lambda: not llm.engine.has_unfinished_requests())  # its own request too
-        release.set()
-        await task
-        assert found == [CONTINUATIONS[0][: i + 1] for i in range(24)]
+        stream = llm.generate(PROMPTS[0], greedy())
+        first = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        with pytest.raises(RuntimeError, match="another task reads this stream"):
+            await anext(stream)
+        await first
+        assert (await rest(stream)).outputs[0].token_ids == CONTINUATIONS[0]
 
     run(main)
 
 
-def test_a_failing_step_reaches_everyone() -> None:
-    async def main(llm: AsyncLLM) -> None:
-        running = [asyncio.create_task(last(llm, i % 3, greedy(100))) for i in range(6)]
-        await until(lambda: llm.engine.stats().steps >= 2)
-
-        def fail(*args: Any) -> Any:
-            raise ArithmeticError("the device is gone")
-
-        llm.engine.runner.run = fail  # type: ignore[method-assign]
-        late = asyncio.create_task(last(llm))
-        results = await asyncio.gather(*running, late, return_exceptions=True)
-        assert [type(r) for r in results] == [ArithmeticError] * 7
-        assert llm.engine.closed
-        with pytest.raises(EngineClosedError) as caught:
-            await last(llm)
-        assert isinstance(caught.value.__cause__, ArithmeticError)
-
-    run(main)
-
-
-WRONG: list[tuple[Any, Any]] = [
-    ([], None), ([5, 1024], None), ("text", None), ([5] * 129, None), (5, None), (None, None), ([5], "params"),
-    ([5], SamplingParams(stop="x")), ([5], SamplingParams(logit_bias={1024: 1.0})),
+WRONG: list[tuple[Any, Any, Any]] = [
+    ([], None, None), ([5, 1024], None, None), ("text", None, None), ([5] * 129, None, None), (5, None, None),
+    (None, None, None), ([5], "params", None), ([5], SamplingParams(stop="x"), None),
+    ([5], SamplingParams(logit_bias={1024: 1.0}), None), ([5], None, 0), ([5], None, -1.0), ([5], None, float("nan")),
+    ([5], None, True), ([5], None, "1"),
 ]  # fmt: skip
 
 
-def test_a_wrong_request_raises_in_its_own_consumer() -> None:
-    async def main(llm: AsyncLLM) -> None:
-        async def wrong(prompt: Any, params: Any) -> None:
-            async for _ in llm.generate(prompt, params):
-                raise AssertionError("it ran")
+def test_an_invalid_request_raises_at_the_call() -> None:
+    class Odd:
+        def tolist(self) -> Any:
+            raise ZeroDivisionError
 
+    async def main(llm: AsyncLLM) -> None:
         right = [asyncio.create_task(last(llm, i)) for i in range(3)]
-        results = await asyncio.gather(*(wrong(*w) for w in WRONG), return_exceptions=True)
-        assert [type(r) for r in results] == [ValueError] * len(WRONG), results
+        await asyncio.sleep(0)
+        for prompt, params, timeout in WRONG:
+            with pytest.raises(ValueError, match=r"."):
+                llm.generate(prompt, params, timeout=timeout, request_id="x")
+        with pytest.raises(ZeroDivisionError):
+            llm.generate(Odd(), greedy(), request_id="x")  # type: ignore[arg-type]
         assert [(await r).outputs[0].token_ids for r in right] == CONTINUATIONS
         await all_free(llm)
 
     run(main)
 
 
-def test_a_prompt_whose_own_code_raises() -> None:
-    class Odd:
-        def tolist(self) -> Any:
-            raise ZeroDivisionError
-
+def test_a_full_queue_raises_at_the_call() -> None:
     async def main(llm: AsyncLLM) -> None:
-        right = asyncio.create_task(last(llm))
-        with pytest.raises(ZeroDivisionError):
-            await anext(llm.generate(Odd(), greedy()))  # type: ignore[arg-type]
-        assert (await right).outputs[0].token_ids == CONTINUATIONS[0]
+        streams = [llm.generate(PROMPTS[0], greedy())]
+        await anext(streams[0])
+        streams += [llm.generate(PROMPTS[0], greedy()) for _ in range(2)]
+        with pytest.raises(QueueFullError, match="2 requests wait: expected fewer than max_waiting=2"):
+            llm.generate(PROMPTS[0], greedy())
+        for stream in streams:
+            assert (await rest(stream)).outputs[0].token_ids == CONTINUATIONS[0]
+        assert (await last(llm, 1)).outputs[0].token_ids == CONTINUATIONS[1]
 
-    run(main)
+    run(main, max_num_seqs=1, max_waiting=2)
 
 
-def test_a_name_in_use() -> None:
-    async def main(llm: AsyncLLM) -> None:
-        first = asyncio.create_task(last(llm, request_id="x"))
-        await until(lambda: llm._queues)
-        with pytest.raises(ValueError, match="request_id='x' is in use"):
-            await last(llm, 1, request_id="x")
-        assert (await first).outputs[0].token_ids == CONTINUATIONS[0]
-        assert (await last(llm, 1, request_id="x")).outputs[0].token_ids == CONTINUATIONS[1]
+def test_grammars_are_compiled_beside_the_event_loop() -> None:
+    """Their errors come at the first await; in no event loop, at the call."""
+    pytest.importorskip("llguidance")
+    llm = AsyncLLM(LLMEngine("tiny", dtype="float32"))
+    wrong = SamplingParams(structured=StructuredOutput(regex="(("))
+    right = SamplingParams(structured=StructuredOutput(regex="(yes|no)"), temperature=0)
 
-    run(main)
+    async def main() -> None:
+        failing, yes = llm.generate("Is it?", wrong), llm.generate("Is it?", right, request_id="yes")
+        with pytest.raises(ValueError, match=r"\(\("):
+            await anext(failing)
+        assert (await rest(yes)).outputs[0].text in ("yes", "no")
+        # aborted and left before the engine has them
+        aborted, left = llm.generate("Is it?", right, request_id="a"), llm.generate("Is it?", right)
+        llm.abort("a")
+        del left
+        assert (await anext(aborted)).outputs[0].finish_reason == "abort"
+        with pytest.raises(ValueError, match=r"\(\("):
+            await asyncio.to_thread(llm.generate, "Is it?", wrong)
+        stream = await asyncio.to_thread(llm.generate, "Is it?", right)
+        assert (await rest(stream)).outputs[0].text in ("yes", "no")
+        await all_free(llm)
+        await llm.close()
+
+    asyncio.run(asyncio.wait_for(main(), LIMIT))
+    assert not threads()
 
 
 def test_priority() -> None:
@@ -254,102 +343,58 @@ def test_priority() -> None:
             await last(llm, 0, greedy(3), priority=priority)
             order.append(priority)
 
+        blocking = llm.generate(PROMPTS[1], greedy(20))
+        await anext(blocking)
         await asyncio.gather(*(one(p) for p in (2, 0, 1, -1)))
         assert order == [-1, 0, 1, 2]
+        await blocking.aclose()
 
     run(main, max_num_seqs=1)
 
 
-def test_closing_while_it_runs() -> None:
-    async def main(llm: AsyncLLM) -> None:
-        tasks = [asyncio.create_task(last(llm, i, greedy(90))) for i in range(3)]
-        await until(lambda: llm.engine.stats().steps >= 2)
-        tasks.append(asyncio.create_task(last(llm)))  # not handed over yet
-        await asyncio.sleep(0)
-        await asyncio.gather(llm.close(), llm.close())
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert [type(r) for r in results] == [EngineClosedError] * 4
-        assert llm.engine.closed
-        with pytest.raises(EngineClosedError):
-            await last(llm)
-        await llm.close()
-
-    run(main)
-
-
-def test_closing_what_was_never_used() -> None:
-    async def main(llm: AsyncLLM) -> None:
-        await llm.close()
-
-    run(main)
-
-
 def test_the_loop_stays_responsive() -> None:
-    """Other coroutines run during a slow step, and while a slow prompt is handed over."""
+    """Other coroutines run during a slow step."""
 
     async def main(llm: AsyncLLM) -> None:
         ticks, during = 0, list[int]()
+        step = llm.engine.step
 
-        def slow(function: Any) -> Any:
-            def call(*args: Any) -> Any:
-                before = ticks
-                time.sleep(0.25)
-                during.append(ticks - before)
-                return function(*args)
+        def slowly() -> list[RequestOutput]:
+            before = ticks
+            time.sleep(0.25)
+            during.append(ticks - before)
+            return step()
 
-            return call
-
-        llm.engine.runner.run = slow(llm.engine.runner.run)  # type: ignore[method-assign]
-        llm.engine._builder.encode = slow(llm.engine._builder.encode)  # type: ignore[method-assign]
+        llm.engine.step = slowly  # type: ignore[method-assign]
         task = asyncio.create_task(last(llm, 0, greedy(4)))
         while not task.done():
             await asyncio.sleep(0.005)
             ticks += 1
         assert (await task).outputs[0].token_ids == CONTINUATIONS[0][:4]
-        assert len(during) == 1 + 4
+        assert len(during) == 4
         assert min(during) >= 2, during
 
     run(main)
 
 
-def test_one_loop_after_another() -> None:
+def test_what_it_passes_on() -> None:
     async def main(llm: AsyncLLM) -> None:
-        assert (await last(llm)).outputs[0].token_ids == CONTINUATIONS[0]
+        assert llm.tokenizer is None
+        assert llm.encode([5, 6]) == [5, 6]
+        assert llm.stats().requests == 0
+        assert not llm.closed
 
     run(main)
-    run(main)
 
 
-def test_a_loop_that_ends_without_close(recwarn: pytest.WarningsRecorder) -> None:
-    """A program that ends with requests running ends cleanly: no warning, no error, no hang."""
-    kept: list[AsyncLLM] = []
+def test_using_no_event_loop_to_queue() -> None:
+    llm = make()
+    stream = llm.generate(PROMPTS[0], greedy())
 
     async def main() -> None:
-        llm = AsyncLLM(LLMEngine(FOLDER, dtype="float32"))
-        kept.append(llm)
-        tasks: list[Awaitable[Any]] = [asyncio.create_task(last(llm, i, greedy(90))) for i in range(3)]
-        assert tasks
-        await until(lambda: llm.engine.stats().steps >= 2)
+        async with llm:
+            await until(lambda: not threads())
+            assert [o.outputs[0].token_ids async for o in stream] == [CONTINUATIONS[0]]  # it ran meanwhile
 
-    began = time.monotonic()
     asyncio.run(main())
-    assert time.monotonic() - began < LIMIT
-    assert not recwarn.list
-    kept[0]._thread.shutdown()
-
-
-def test_importing_starts_nothing() -> None:
-    program = """
-import sys, threading
-import grok_engine
-assert threading.active_count() == 1, threading.enumerate()
-llm = grok_engine.AsyncLLM(grok_engine.LLMEngine(sys.argv[1]))
-assert threading.active_count() == 1, threading.enumerate()
-import asyncio.events
-assert asyncio.events._get_running_loop() is None
-"""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(FOLDER)], capture_output=True, text=True, env=environment, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    assert llm.closed
