@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 import time
 import tracemalloc
 from contextlib import aclosing
@@ -153,6 +154,22 @@ def test_unread_outputs_cost_no_more_than_the_answer(delta: bool) -> None:
     asyncio.run(main())
 
 
+def test_an_output_that_comes_just_before_the_consumer_waits() -> None:
+    async def main() -> None:
+        mailbox, loop = Mailbox("x", "x"), asyncio.get_running_loop()
+        make_future = loop.create_future
+
+        def late() -> asyncio.Future[Any]:
+            mailbox.put(RequestOutput("x", None, [5], [], True, RequestMetrics(0.0, None, None)))
+            return make_future()
+
+        loop.create_future = late  # type: ignore[method-assign]
+        async with asyncio.timeout(LIMIT):
+            assert (await mailbox.take()).finished
+
+    asyncio.run(main())
+
+
 def test_cancelling_a_consumer_frees_its_pages() -> None:
     async def main(llm: AsyncLLM) -> None:
         started = asyncio.Event()
@@ -185,6 +202,10 @@ def test_an_id_can_be_used_again_at_once() -> None:
             found = [output async for output in llm.generate(PROMPTS[2], greedy(3), request_id="x")]
             assert {(o.request_id, tuple(o.prompt_token_ids)) for o in found} == {("x", tuple(PROMPTS[2]))}
             assert found[-1].outputs[0].token_ids == CONTINUATIONS[2][:3]
+        busy = llm.generate(PROMPTS[0], greedy(110))
+        for _ in range(3):
+            await last(llm, 1, greedy(2), request_id="x")
+        await busy.aclose()
         await all_free(llm)
 
     run(main)
@@ -320,10 +341,24 @@ def test_grammars_are_compiled_beside_the_event_loop() -> None:
             await anext(failing)
         assert (await rest(yes)).outputs[0].text in ("yes", "no")
         # aborted and left before the engine has them
-        aborted, left = llm.generate("Is it?", right, request_id="a"), llm.generate("Is it?", right)
-        llm.abort("a")
-        del left
-        assert (await anext(aborted)).outputs[0].finish_reason == "abort"
+        compiled, submit, submitted = threading.Event(), llm.engine.submit, list[Any]()
+
+        def late(request: Any) -> None:
+            compiled.wait(LIMIT)
+            submitted.append(request)
+            submit(request)
+
+        llm.engine.submit = late  # type: ignore[method-assign]
+        waiting = [llm.generate("Is it?", right, request_id=str(i)) for i in range(8)]
+        for i in range(7):
+            llm.abort(str(i))
+        last = waiting.pop()
+        await last.aclose()
+        compiled.set()
+        for stream in waiting:
+            answer = (await anext(stream)).outputs[0]
+            assert (answer.token_ids, answer.finish_reason) == ([], "abort")
+        assert len(submitted) == 7
         with pytest.raises(ValueError, match=r"\(\("):
             await asyncio.to_thread(llm.generate, "Is it?", wrong)
         stream = await asyncio.to_thread(llm.generate, "Is it?", right)

@@ -229,6 +229,7 @@ def test_a_stepping_thread_that_dies(place: str, error: type[BaseException]) -> 
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert [type(r) for r in results] == [RuntimeError] * 3
         assert len(set(map(id, results))) == 3
+        assert not llm.engine.has_unfinished_requests()
         assert all(isinstance(r, RuntimeError) and isinstance(r.__cause__, error) for r in results)
         if place != "step":
             with pytest.raises(RuntimeError):
