@@ -18,6 +18,9 @@ from .runtime.turn import EngineBusyError
 
 logger = logging.getLogger(__name__)
 _COMPILERS = 4  # threads at most, so that one slow grammar does not delay the next
+_LINGER = (
+    0.1  # seconds that an idle thread waits for the next request: a new one costs a millisecond of OpenMP's set-up
+)
 _SWEEP = 0.05  # seconds between two looks for passed deadlines and closed event loops
 _BUSY = 0.0002  # seconds to wait while another thread has the engine, for `logits` say
 
@@ -34,6 +37,7 @@ class Stepper:
         self._pid, self._ids = os.getpid(), count()
         self._next_sweep, self._raised = 0.0, False  # the stepping thread's own
         self._lock = threading.Lock()  # of all that follows
+        self._work = threading.Condition(self._lock)
         self._mailboxes: dict[str, Mailbox] = {}  # by key
         self._by_id: dict[str, Mailbox] = {}  # by request_id; of namesakes the newest
         self._idle: list[Future[None]] = []  # to resolve when no request is left
@@ -135,7 +139,7 @@ class Stepper:
         future.set_running_or_notify_cancel()
         with self._lock:
             self._start()
-            self._commands.append((function, future))
+            self._commands.append((function, future))  # the thread looks once the lock is free
         return future
 
     def close(self) -> None:
@@ -176,6 +180,7 @@ class Stepper:
         return thread
 
     def _start(self) -> None:
+        self._work.notify()
         if self._thread is None or not self._thread.is_alive():
             self._thread = self._spawn(self._run)
 
@@ -214,8 +219,11 @@ class Stepper:
             self._end(mailboxes, _wrapped(error))
 
     def _has_work(self) -> bool:
+        def now() -> bool:
+            return bool(self._commands) or (not self.engine.closed and self.engine.has_unfinished_requests())
+
         with self._lock:
-            if self._commands or (not self.engine.closed and self.engine.has_unfinished_requests()):
+            if now() or (not self.engine.closed and self._work.wait_for(now, _LINGER)):
                 return True
             self._thread = None
             lost = [mailbox for mailbox in self._mailboxes.values() if mailbox.submitted]
