@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -202,10 +203,25 @@ class LLMEngine:
     def _ask(self, change: Callable[[Any], None], argument: Any) -> None:
         """Have a change made: at once if no call has the turn, else at the edge of the step that runs."""
         self._inbox.append((change, argument))
-        if not self._turn.mine:
+        self._catch_up()
+
+    @contextmanager
+    def _alone(self, call: str) -> Iterator[None]:
+        """The turn for a call, and what others asked for meanwhile."""
+        try:
+            with self._turn(call):
+                self._check_open()
+                yield
+        finally:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Make the changes that were asked for, unless another call has the turn: it does so when it leaves."""
+        while self._inbox and not self._turn.mine:
             try:
-                if self._turn.take():
-                    self._settle()
+                if not self._turn.take():
+                    return
+                self._settle()
             finally:
                 try:
                     self._turn.leave()
@@ -220,7 +236,11 @@ class LLMEngine:
         while self._inbox:
             self._intact = False
             change, argument = self._inbox[0]
-            change(argument)
+            try:
+                change(argument)
+            except Exception:
+                self._inbox.popleft()  # it would fail again
+                raise
             self._inbox.popleft()
             self._intact = True
 
@@ -261,8 +281,7 @@ class LLMEngine:
 
     def advance(self, take: Callable[[RequestOutput], None]) -> None:
         """`step`, handing out one output after the other. An output that `take` did not return from comes again."""
-        with self._turn("step"):
-            self._check_open()
+        with self._alone("step"):
             try:
                 self._settle()
                 self._step()
@@ -440,8 +459,7 @@ class LLMEngine:
 
     def logits(self, token_ids: Prompt, *, chunk: int | None = None) -> Tensor:
         """logits_TV in fp32 after each token. `chunk` of them go through the model at once; no result depends on it."""
-        with self._turn("logits"):
-            self._check_open()
+        with self._alone("logits"):
             chunk = self.config.max_num_batched_tokens if chunk is None else chunk
             if not isinstance(chunk, Integral) or chunk < 1:
                 raise ValueError(f"chunk={chunk!r} is not a positive integer")
@@ -480,8 +498,7 @@ class LLMEngine:
     def sleep(self) -> None:
         """Free weights and pages, the prefix cache included; `wake_up` loads them again. EngineBusyError while requests
         are unfinished. Asleep, the engine refuses other calls with EngineAsleepError."""
-        with self._turn("sleep"):
-            self._check_open()
+        with self._alone("sleep"):
             self._settle()
             if self.has_unfinished_requests():
                 raise EngineBusyError(f"sleep() with {len(self._requests)} unfinished requests: expected none")

@@ -258,3 +258,40 @@ def test_an_abort_before_the_request_is_queued() -> None:
     while engine.has_unfinished_requests():
         ends.update({o.request_id: o.outputs[0].finish_reason for o in engine.step()})
     assert ends == {"a": "abort", "b": "length"}
+
+
+def test_what_is_asked_for_as_a_step_ends_is_done() -> None:
+    """Another thread's abort falls between the last look at such calls and the end of the step's turn."""
+    engine = LLMEngine(FOLDER, dtype="float32", page_size=4, num_pages=64)
+    engine.add_request("a", PROMPTS[0], params())
+    leave = engine._turn.leave
+
+    def late() -> None:
+        engine._turn.leave = leave  # type: ignore[method-assign]
+        thread = threading.Thread(target=engine.discard_request, args=("a",))
+        thread.start()
+        thread.join()
+        leave()
+
+    engine._turn.leave = late  # type: ignore[method-assign]
+    engine.step()
+    assert not engine.has_unfinished_requests()
+    assert engine.allocator.available == 64
+
+
+def test_a_change_that_fails_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = LLMEngine(FOLDER, dtype="float32")
+    engine.add_request("a", PROMPTS[0], params())
+
+    def fails(sequence: Any) -> None:
+        raise MemoryError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.scheduler, "add", fails)
+        with pytest.raises(MemoryError):
+            engine.add_request("b", PROMPTS[0], params())
+    ends = {o.request_id: o.outputs[0].finish_reason for o in engine.step()}
+    assert ends == {"a": "error"}
+    assert not engine.has_unfinished_requests()
+    engine.add_request("b", PROMPTS[0], params(max_tokens=1))
+    assert engine.step()[0].finished
