@@ -1,0 +1,341 @@
+"""Clients of the three faces: a step loop over LLMEngine, threads in LLM, event loops over AsyncLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+from torch import Tensor
+
+from grok_engine import LLM, AsyncLLM, LLMEngine, QueueFullError, RequestOutputKind, SamplingParams
+
+from .chaos import ERRORS, OTHERS, failing, interrupts, is_injected, meddler, raiser, refused
+from .traffic import Job, Run
+from .world import LONGEST
+
+BAD: list[tuple[Any, dict[str, Any]]] = [  # what every face must refuse at the call
+    ([], {}), ([10**6], {}), ([5] * (LONGEST + 1), {}), (None, {}), ("x" * 10**6, {}), ({"text": "x"}, {}),
+    ([5], {"n": 10**6}), ([5], {"logprobs": 10**6}), ([5], {"logit_bias": {10**6: 1.0}}), ([5], {"stop": "x" * 10**6}),
+]  # fmt: skip
+
+
+@dataclass
+class Round:
+    """One engine and its jobs, the runs of all its clients, and what went wrong."""
+
+    rng: random.Random
+    llm: LLM
+    jobs: list[Job]
+    runs_each: int  # of each client
+    counts: Counter[str] = field(default_factory=Counter)
+    runs: dict[str, Run] = field(default_factory=dict)  # by request id
+    wrong: list[str] = field(default_factory=list)
+    lost: int = 0  # runs that Ctrl-C may have left without an answer: it can meet the return of `step`
+    _serial: count[int] = field(default_factory=count)
+
+    @property
+    def engine(self) -> LLMEngine:
+        return self.llm.engine
+
+    def run(self, rng: random.Random, face: str, job: Job, *kinds: RequestOutputKind) -> Run:
+        run = Run(job, face, f"{face} {next(self._serial)}", rng.choice(kinds or list(RequestOutputKind)))
+        self.runs[run.request_id] = run
+        return run
+
+    def abort(self, run: Run, by: str) -> None:
+        """Mark a run as aborted, before it is."""
+        self.counts[f"aborted by: {by}"] += 1
+        run.fate = "abort"
+
+    def failed(self, run: Run, error: BaseException) -> None:
+        run.ended = "raised"
+        if isinstance(error, QueueFullError):
+            run.ended = "refused"
+            self.counts["refused: queue full"] += 1
+        elif not is_injected(error):
+            run.wrong.append(f"raised {error!r}")
+
+    def bad(self, rng: random.Random, call: Callable[[Any, SamplingParams], Any]) -> None:
+        prompt, options = rng.choice(BAD)
+        self.counts["refused: bad"] += 1
+        if what := refused(lambda: call(prompt, SamplingParams(**options)), ValueError):
+            self.wrong.append(f"{prompt!r:.60} with {options!r:.60} {what}")
+
+    def threads(self, clients: list[Callable[[random.Random], None]]) -> list[threading.Thread]:
+        """Started threads, one a client, each with random numbers of its own. What one raises is wrong."""
+
+        def guarded(client: Callable[[random.Random], None], seed: int) -> None:
+            try:
+                client(random.Random(seed))
+            except BaseException as error:
+                self.wrong.append(f"a client died: {error!r}")
+
+        threads = [
+            threading.Thread(target=guarded, args=(client, self.rng.randrange(2**63)), name="soak-client")
+            for client in clients
+        ]
+        for thread in threads:
+            thread.start()
+        return threads
+
+
+def processors(r: Round, rng: random.Random, run: Run) -> list[Any]:
+    """Logits processors of a fate that comes from one: none, for most runs."""
+    engine = r.engine
+
+    def at(place: int, act: Callable[[], None]) -> Callable[[list[int], Tensor], Tensor]:
+        def process(token_ids: list[int], logits_V: Tensor) -> Tensor:
+            if len(token_ids) == place:
+                act()
+            return logits_V
+
+        return process
+
+    def abort() -> None:
+        victim = run if rng.random() < 0.5 else rng.choice(list(r.runs.values()))
+        if victim.face == run.face == "engine" and victim.ended == "unanswered":
+            r.abort(victim, "processor")
+            engine.abort_request(victim.request_id)
+
+    fate = rng.random()
+    if fate < 0.06:
+        return [raiser(rng, [*ERRORS], r.counts)]
+    if fate < 0.09:
+        return [raiser(rng, OTHERS, r.counts)]
+    if fate < 0.13:
+        return [meddler(engine, r.wrong, r.counts)]
+    if fate < 0.20:
+        return [at(rng.choice([0, 2]), abort)]
+    return []
+
+
+def step_loop(r: Round, rate: float, ctrl_c: float) -> None:
+    """The main thread steps. Others add requests and abort them, between steps and during them."""
+    engine, fed = r.engine, threading.Event()
+    kinds = [RequestOutputKind.CUMULATIVE, RequestOutputKind.FINAL_ONLY] if ctrl_c else list(RequestOutputKind)
+
+    def feed(rng: random.Random) -> None:
+        for job in rng.choices(r.jobs, k=r.runs_each):
+            run = r.run(rng, "engine", job, *kinds)
+            try:
+                engine.add_request(run.request_id, job.prompt, run.params(*processors(r, rng, run)), job.priority)
+            except Exception as error:
+                r.failed(run, error)
+            if rng.random() < 0.1:
+                r.bad(rng, lambda prompt, params: engine.add_request("bad", prompt, params))
+            if rng.random() < 0.7:
+                time.sleep(rng.random() * 0.02)
+
+    def abort(rng: random.Random) -> None:
+        while not fed.wait(rng.random() * 0.05):
+            open_runs = [run for run in list(r.runs.values()) if run.face == "engine" and run.ended == "unanswered"]
+            if open_runs:
+                r.abort(run := rng.choice(open_runs), "thread")
+                if rng.random() < 0.3:
+                    run.fate = "discard"
+                    engine.discard_request(run.request_id)
+                else:
+                    engine.abort_request([run.request_id, "unknown"])
+
+    before = r.counts["Ctrl-C"]
+    feeders, aborter = r.threads([feed, feed]), r.threads([abort])
+    with failing(r.rng, rate, r.counts), interrupts(r.rng, ctrl_c, r.counts) if ctrl_c else nullcontext():
+        while any(thread.is_alive() for thread in feeders) or engine.has_unfinished_requests():
+            try:
+                outputs = engine.step()
+            except BaseException as error:
+                r.counts["steps that raised"] += 1
+                if not is_injected(error):
+                    r.wrong.append(f"step raised {error!r}")
+                    break
+            else:
+                for output in outputs:
+                    r.runs[output.request_id].take(output)
+                if not outputs:
+                    time.sleep(0.001)
+    fed.set()
+    for thread in (*feeders, *aborter):
+        thread.join()
+    r.lost += (r.counts["Ctrl-C"] - before) * engine.config.max_num_seqs
+
+
+def llm_threads(r: Round, rate: float, ctrl_c: float) -> None:
+    """Threads call `generate` and `stream`, of which some are left half read and collected; so does the main thread."""
+    llm = r.llm
+
+    def client(rng: random.Random) -> None:
+        left = r.runs_each
+        while left > 0:
+            jobs = rng.choices(r.jobs, k=rng.choice([1, 1, 2, 4]))
+            left -= len(jobs)
+            if len(jobs) == 1 and jobs[0].params.n == 1:
+                stream(rng, jobs[0])
+            else:
+                generate(rng, jobs)
+            if rng.random() < 0.1:
+                r.bad(rng, rng.choice([llm.generate, llm.stream]))
+            if rng.random() < 0.2:
+                gc.collect()
+
+    def generate(rng: random.Random, jobs: list[Job]) -> None:
+        runs = [r.run(rng, "llm", job, RequestOutputKind.FINAL_ONLY) for job in jobs]
+        params = [run.params(*processors(r, rng, run)) for run in runs]
+        try:
+            outputs = llm.generate([job.prompt for job in jobs], params)
+        except BaseException as error:
+            for run in runs:
+                r.failed(run, error)
+        else:
+            for run, output in zip(runs, outputs, strict=True):
+                run.take(output)
+
+    def stream(rng: random.Random, job: Job) -> None:
+        run, leaves = r.run(rng, "llm", job), rng.choice([None, None, 0, 1, 5])
+        try:
+            chunks = llm.stream(job.prompt, run.params(*processors(r, rng, run)))
+            if leaves == 0:
+                r.abort(run, "unread stream")
+            for number, chunk in enumerate(chunks if leaves != 0 else (), 1):
+                run.chunk(chunk)
+                if number == leaves and run.ended == "unanswered":
+                    r.abort(run, "collected stream")
+                    cycle = [chunks]
+                    cycle.append(cycle)  # type: ignore[arg-type]
+                    break
+                if rng.random() < 0.05:
+                    time.sleep(0.01)
+            run.ended = "left" if run.ended == "unanswered" else run.ended
+        except BaseException as error:
+            r.failed(run, error)
+
+    with failing(r.rng, rate, r.counts):
+        clients = r.threads([client] * 3)
+        with interrupts(r.rng, ctrl_c, r.counts) if ctrl_c else nullcontext():
+            client(r.rng)
+        for thread in clients:
+            thread.join()
+
+
+def event_loops(r: Round, rate: float, ctrl_c: float) -> None:
+    """Two event loops with clients that read, are slow, leave, are cancelled or time out, and a loop that vanishes."""
+    llm = AsyncLLM(r.engine)
+
+    async def client(rng: random.Random, job: Job) -> None:
+        run, fate = r.run(rng, "async", job), rng.choice(["read"] * 5 + ["slow", "leave", "drop", "cancel", "abort"])
+        leaves, options = rng.choice([0, 1, 5]), {}
+        if rng.random() < 0.1:
+            r.abort(run, "deadline")
+            options = {"timeout": rng.random() * 0.1}
+        await asyncio.sleep(rng.random() * 0.3)
+        if rng.random() < 0.1:
+            r.bad(rng, llm.generate)
+        try:
+            outputs = llm.generate(
+                job.prompt, run.params(*processors(r, rng, run)), request_id=run.request_id, priority=job.priority,
+                **options,
+            )  # fmt: skip
+            number = 0
+            while not (fate in ("leave", "drop") and number == leaves):
+                try:
+                    output = await anext(outputs)
+                except StopAsyncIteration:
+                    break
+                run.take(output)
+                number += 1
+                if fate == "abort" and number == 1:
+                    r.abort(run, "abort(id)")
+                    llm.abort(run.request_id)
+                await asyncio.sleep(rng.random() * 0.05 if fate == "slow" else 0)
+                if fate == "cancel" and number > leaves:
+                    r.abort(run, "cancelled task")
+                    task = asyncio.current_task()
+                    assert task is not None
+                    task.cancel()
+            if run.ended == "unanswered":
+                run.ended = "left"
+                r.abort(run, "left loop" if fate == "leave" else "dropped iterator")
+                if fate == "leave":
+                    await outputs.aclose()
+        except asyncio.CancelledError as error:
+            if is_injected(error):
+                r.failed(run, error)
+            else:
+                run.ended = "left" if run.ended == "unanswered" else run.ended
+                raise
+        except BaseException as error:
+            r.failed(run, error)
+
+    def loop(vanishes: bool) -> Callable[[random.Random], None]:
+        async def main(rng: random.Random) -> None:
+            asyncio.get_running_loop().set_exception_handler(unhandled)
+            tasks = [asyncio.create_task(client(rng, job)) for job in rng.choices(r.jobs, k=r.runs_each)]
+            if vanishes:
+                await asyncio.sleep(rng.random() * 0.5)
+            else:
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+        return lambda rng: _run(main(rng), vanishes and rng.random() < 0.5)
+
+    def unhandled(_: Any, context: dict[str, Any]) -> None:
+        if "destroyed but it is pending" not in context["message"]:
+            r.wrong.append(f"an event loop has: {context}")
+
+    with failing(r.rng, rate, r.counts):
+        for thread in r.threads([loop(False), loop(False), loop(True)]):
+            thread.join()
+    for run in r.runs.values():
+        if run.face == "async" and run.ended == "unanswered":
+            r.abort(run, "vanished loop")
+            run.ended = "left"
+    r.wrong += asyncio.run(_end(r, llm))
+
+
+def _run(main: Coroutine[Any, Any, None], abruptly: bool) -> None:
+    """Run `main`. abruptly: the loop is closed without a chance for its other tasks."""
+    if not abruptly:
+        asyncio.run(main)
+        return
+    loop = asyncio.new_event_loop()
+    try:
+        loop.run_until_complete(main)
+    finally:
+        loop.close()
+
+
+async def _end(r: Round, llm: AsyncLLM) -> list[str]:
+    """One more client in a loop of its own, then the end of the engine."""
+    run = r.run(r.rng, "async", r.rng.choice(r.jobs))
+    async for output in llm.generate(run.job.prompt, run.params(), request_id=run.request_id):
+        run.take(output)
+    drained = await llm.drain(30.0)
+    wrong = settle(r.engine)
+    await llm.close()
+    return wrong + ([] if drained else ["drain did not end"]) + ([] if llm.closed else ["close did not close"])
+
+
+def settle(engine: LLMEngine) -> list[str]:
+    """What an idle engine still holds."""
+    from tests.engine.invariants import check_scheduler
+
+    stats = engine.stats()
+    wrong = [
+        f"idle, and {name}={value}"
+        for name, value in (
+            ("requests", stats.requests), ("running", stats.scheduler.running), ("waiting", stats.scheduler.waiting),
+            ("pages_used", stats.scheduler.pages_used),
+        ) if value
+    ]  # fmt: skip
+    try:
+        check_scheduler(engine.scheduler)
+    except AssertionError as error:
+        wrong.append(f"scheduler: {error}")
+    return wrong
