@@ -32,6 +32,8 @@ from .traffic import draw_jobs
 from .world import draw_model, draw_options, write_model
 
 JOBS, RUNS = 24, 14
+FAILURES = [0.0, 0.0, 0.002, 0.01]  # share of the calls in a step that raise
+CTRL_C = [0.0, 0.0, 0.02, 0.2]  # seconds between two; 0: none
 HANGS = 180.0  # seconds: no round takes half of that
 
 
@@ -108,7 +110,7 @@ def _faces(r: Round) -> None:
     """The engine's faces in turn; the last one takes the engine with it."""
     rng, engine = r.rng, r.engine
     for face in rng.sample([step_loop, llm_threads], 2):
-        face(r, rng.choice([0.0, 0.005, 0.03]), rng.choice([0.0, 0.02, 0.2]))
+        face(r, rng.choice(FAILURES), rng.choice(CTRL_C))
         r.wrong += [f"{problem} after {face.__name__}" for problem in settle(engine)]
         if what := fork(engine, r.counts):
             r.wrong.append(what)
@@ -118,7 +120,7 @@ def _faces(r: Round) -> None:
         if engine.closed:
             r.wrong.append(f"{face.__name__} closed the engine")
             return
-    event_loops(r, rng.choice([0.0, 0.005, 0.03]), 0.0)
+    event_loops(r, rng.choice(FAILURES), 0.0)
 
 
 def _sleep(r: Round) -> None:
@@ -153,7 +155,8 @@ def _judge(r: Round, oracle: Oracle) -> None:
                 r.lost, run.ended = r.lost - 1, "lost to Ctrl-C"
             else:
                 wrong.append("no last output")
-        r.wrong += [f"{run.request_id} {run.kind.name} {run.job}: {problem}" for problem in wrong]
+        if wrong:
+            r.wrong.append("\n    ".join([f"{run.request_id} ({run.kind.name}, {run.ended}), {run.job}", *wrong]))
         r.counts[f"face: {run.face}"] += 1
         r.counts[f"ended: {run.ended}"] += 1
         r.counts["tokens compared"] += compared

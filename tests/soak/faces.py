@@ -54,7 +54,7 @@ class Round:
     def abort(self, run: Run, by: str) -> None:
         """Mark a run as aborted, before it is."""
         self.counts[f"aborted by: {by}"] += 1
-        run.fate = "abort"
+        run.fate = "abort" if run.fate == "finish" else run.fate
 
     def failed(self, run: Run, error: BaseException) -> None:
         run.ended = "raised"
@@ -130,13 +130,15 @@ def step_loop(r: Round, rate: float, ctrl_c: float) -> None:
                 engine.add_request(run.request_id, job.prompt, run.params(*processors(r, rng, run)), job.priority)
             except Exception as error:
                 r.failed(run, error)
+                time.sleep(0.05)
             if rng.random() < 0.1:
                 r.bad(rng, lambda prompt, params: engine.add_request("bad", prompt, params))
             if rng.random() < 0.7:
                 time.sleep(rng.random() * 0.02)
 
     def abort(rng: random.Random) -> None:
-        while not fed.wait(rng.random() * 0.05):
+        for _ in range(r.runs_each // 2):
+            fed.wait(rng.random() * 0.1)
             open_runs = [run for run in list(r.runs.values()) if run.face == "engine" and run.ended == "unanswered"]
             if open_runs:
                 r.abort(run := rng.choice(open_runs), "thread")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,12 @@ class Job:
     params: SamplingParams
     priority: int
     kinds: tuple[str, ...]
+
+    def __str__(self) -> str:
+        plain = SamplingParams()
+        names = [f.name for f in fields(plain) if getattr(self.params, f.name) != getattr(plain, f.name)]
+        options = ", ".join(f"{name}={getattr(self.params, name)!r:.200}" for name in names)
+        return f"job {self.number}, {self.prompt!r:.200}, {options}"
 
 
 def draw_jobs(rng: random.Random, count: int) -> list[Job]:

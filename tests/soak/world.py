@@ -57,7 +57,7 @@ def draw_options(rng: random.Random, packed: bool) -> dict[str, Any]:
         "max_num_batched_tokens": seqs + rng.choice([0, 7, 60]),
         "num_pages": -(-int(LONGEST * rng.choice([1.1, 1.5, 3])) // page_size),
         "enable_prefix_caching": rng.random() < 0.8, "enforce_eager": rng.random() < 0.3,
-        "max_waiting": rng.choice([6, 64]), "seed": rng.choice([None, 5]),
+        "max_waiting": rng.choice([6, 64, 64]), "seed": rng.choice([None, 5]),
     }  # fmt: skip
 
 
