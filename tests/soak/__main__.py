@@ -18,7 +18,6 @@ import threading
 import time
 import traceback
 import weakref
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,13 @@ from grok_engine import LLM, EngineAsleepError, SamplingParams
 from .chaos import fork, is_injected, refused
 from .faces import Round, event_loops, llm_threads, settle, step_loop
 from .oracle import Oracle
-from .report import GROWTH, growth, resident, table
+from .report import GROWTH, Tally, growth, resident
 from .traffic import draw_jobs
 from .world import draw_model, draw_options, write_model
 
 JOBS, RUNS = 24, 14
 FAILURES = [0.0, 0.0, 0.002, 0.01]  # share of the calls in a step that raise
-CTRL_C = [0.0, 0.0, 0.02, 0.2]  # seconds between two; 0: none
+CTRL_C = [0.0, 0.0, 0.05, 0.3]  # seconds between two; 0: none
 HANGS = 180.0  # seconds: no round takes half of that
 
 
@@ -46,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     seeds = [options.seed] * options.repeat if options.repeat else range(options.seed, options.seed + 10**6)
     end = time.monotonic() + (float("inf") if options.repeat else options.minutes * 60)
-    counts: Counter[str] = Counter()
+    tally = Tally()
     memory: list[float] = []
     wrong: list[str] = []
     sys.unraisablehook = lambda hint: None if is_injected(hint.exc_value) else wrong.append(f"unraisable: {hint}")
@@ -57,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
                 break
             faulthandler.dump_traceback_later(HANGS, exit=True)
             try:
-                found, what = play(seed, options.runs, counts)
+                found, what = play(seed, options.runs, tally)
             except Exception:
                 found, what = [traceback.format_exc()], "the round itself failed"
             wrong += [f"{problem}\n  {what}\n  python -m tests.soak --seed {seed} --repeat 10" for problem in found]
@@ -69,14 +68,14 @@ def main(arguments: list[str] | None = None) -> int:
     rise = growth(memory)
     if rise > GROWTH:
         wrong.append(f"memory rose by {rise:.1f} MiB after the warm-up, expected at most {GROWTH}")
-    print(f"\n{table(counts)}\n\nmemory: {rise:+.1f} MiB after the warm-up")
+    print(f"\n{tally.table()}\n\nmemory: {rise:+.1f} MiB after the warm-up")
     for problem in wrong[:20]:
         print(f"\nWRONG: {problem}")
     print(f"\n{len(wrong)} differences")
     return 1 if wrong else 0
 
 
-def play(seed: int, runs_each: int, counts: Counter[str]) -> tuple[list[str], str]:
+def play(seed: int, runs_each: int, tally: Tally) -> tuple[list[str], str]:
     """One round: what went wrong, and what it was about."""
     rng = random.Random(seed)
     threads = set(threading.enumerate())
@@ -86,7 +85,7 @@ def play(seed: int, runs_each: int, counts: Counter[str]) -> tuple[list[str], st
         model = write_model(draw_model(rng), Path(folder), rng, options["dtype"]) if packed else "tiny"
         what = f"{'random' if packed else model} {options}"
         print(f"seed {seed} begins", file=sys.stderr, flush=True)
-        r = Round(rng, LLM(model, **options), draw_jobs(rng, JOBS), runs_each, counts)
+        r = Round(rng, LLM(model, **options), draw_jobs(rng, JOBS), runs_each, tally)
         left = weakref.ref(r.engine.model)
         try:
             _faces(r)
@@ -112,7 +111,7 @@ def _faces(r: Round) -> None:
     for face in rng.sample([step_loop, llm_threads], 2):
         face(r, rng.choice(FAILURES), rng.choice(CTRL_C))
         r.wrong += [f"{problem} after {face.__name__}" for problem in settle(engine)]
-        if what := fork(engine, r.counts):
+        if what := fork(engine, r.tally.events):
             r.wrong.append(what)
         if rng.random() < 0.5:
             _sleep(r)
@@ -127,9 +126,9 @@ def _sleep(r: Round) -> None:
     """Free the weights and load them again."""
     engine = r.engine
     engine.sleep()
-    r.counts["sleeps"] += 1
+    r.tally.events["sleeps"] += 1
     for call in (engine.step, lambda: engine.add_request("x", [5], SamplingParams())):
-        r.counts["refused: asleep"] += 1
+        r.tally.events["refused: asleep"] += 1
         if what := refused(call, EngineAsleepError):
             r.wrong.append(f"asleep, {what}")
     engine.wake_up()
@@ -137,9 +136,9 @@ def _sleep(r: Round) -> None:
 
 def _count(r: Round) -> None:
     stats: Any = r.engine.stats()
-    r.counts["steps"] += stats.steps
-    r.counts["preemptions"] += stats.scheduler.preemptions
-    r.counts["prefix hits, tokens"] += stats.scheduler.hit_tokens
+    r.tally.events["steps"] += stats.steps
+    r.tally.events["preemptions"] += stats.scheduler.preemptions
+    r.tally.events["prefix hits, tokens"] += stats.scheduler.hit_tokens
 
 
 def _judge(r: Round, oracle: Oracle) -> None:
@@ -157,11 +156,9 @@ def _judge(r: Round, oracle: Oracle) -> None:
                 wrong.append("no last output")
         if wrong:
             r.wrong.append("\n    ".join([f"{run.request_id} ({run.kind.name}, {run.ended}), {run.job}", *wrong]))
-        r.counts[f"face: {run.face}"] += 1
-        r.counts[f"ended: {run.ended}"] += 1
-        r.counts["tokens compared"] += compared
-        for kind in run.job.kinds:
-            r.counts[f"kind: {kind}"] += 1
+        r.tally.events["tokens compared"] += compared
+        for row in (run.face, *run.job.kinds):
+            r.tally.ended[row, run.ended] += 1
 
 
 if __name__ == "__main__":

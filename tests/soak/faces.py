@@ -19,6 +19,7 @@ from torch import Tensor
 from grok_engine import LLM, AsyncLLM, LLMEngine, QueueFullError, RequestOutputKind, SamplingParams
 
 from .chaos import ERRORS, OTHERS, failing, interrupts, is_injected, meddler, raiser, refused
+from .report import Tally
 from .traffic import Job, Run
 from .world import LONGEST
 
@@ -36,11 +37,15 @@ class Round:
     llm: LLM
     jobs: list[Job]
     runs_each: int  # of each client
-    counts: Counter[str] = field(default_factory=Counter)
+    tally: Tally
     runs: dict[str, Run] = field(default_factory=dict)  # by request id
     wrong: list[str] = field(default_factory=list)
     lost: int = 0  # runs that Ctrl-C may have left without an answer: it can meet the return of `step`
     _serial: count[int] = field(default_factory=count)
+
+    @property
+    def events(self) -> Counter[str]:
+        return self.tally.events
 
     @property
     def engine(self) -> LLMEngine:
@@ -53,20 +58,20 @@ class Round:
 
     def abort(self, run: Run, by: str) -> None:
         """Mark a run as aborted, before it is."""
-        self.counts[f"aborted by: {by}"] += 1
+        self.events[f"aborted by: {by}"] += 1
         run.fate = "abort" if run.fate == "finish" else run.fate
 
     def failed(self, run: Run, error: BaseException) -> None:
         run.ended = "raised"
         if isinstance(error, QueueFullError):
             run.ended = "refused"
-            self.counts["refused: queue full"] += 1
+            self.events["refused: queue full"] += 1
         elif not is_injected(error):
             run.wrong.append(f"raised {error!r}")
 
     def bad(self, rng: random.Random, call: Callable[[Any, SamplingParams], Any]) -> None:
         prompt, options = rng.choice(BAD)
-        self.counts["refused: bad"] += 1
+        self.events["refused: bad"] += 1
         if what := refused(lambda: call(prompt, SamplingParams(**options)), ValueError):
             self.wrong.append(f"{prompt!r:.60} with {options!r:.60} {what}")
 
@@ -108,11 +113,11 @@ def processors(r: Round, rng: random.Random, run: Run) -> list[Any]:
 
     fate = rng.random()
     if fate < 0.06:
-        return [raiser(rng, [*ERRORS], r.counts)]
+        return [raiser(rng, [*ERRORS], r.events)]
     if fate < 0.09:
-        return [raiser(rng, OTHERS, r.counts)]
+        return [raiser(rng, OTHERS, r.events)]
     if fate < 0.13:
-        return [meddler(engine, r.wrong, r.counts)]
+        return [meddler(engine, r.wrong, r.events)]
     if fate < 0.20:
         return [at(rng.choice([0, 2]), abort)]
     return []
@@ -148,14 +153,14 @@ def step_loop(r: Round, rate: float, ctrl_c: float) -> None:
                 else:
                     engine.abort_request([run.request_id, "unknown"])
 
-    before = r.counts["Ctrl-C"]
+    before = r.events["Ctrl-C"]
     feeders, aborter = r.threads([feed, feed]), r.threads([abort])
-    with failing(r.rng, rate, r.counts), interrupts(r.rng, ctrl_c, r.counts) if ctrl_c else nullcontext():
+    with failing(r.rng, rate, r.events), interrupts(r.rng, ctrl_c, r.events) if ctrl_c else nullcontext():
         while any(thread.is_alive() for thread in feeders) or engine.has_unfinished_requests():
             try:
                 outputs = engine.step()
-            except BaseException as error:
-                r.counts["steps that raised"] += 1
+            except BaseException as error:  # noqa: PERF203
+                r.events["steps that raised"] += 1
                 if not is_injected(error):
                     r.wrong.append(f"step raised {error!r}")
                     break
@@ -167,7 +172,7 @@ def step_loop(r: Round, rate: float, ctrl_c: float) -> None:
     fed.set()
     for thread in (*feeders, *aborter):
         thread.join()
-    r.lost += (r.counts["Ctrl-C"] - before) * engine.config.max_num_seqs
+    r.lost += (r.events["Ctrl-C"] - before) * engine.config.max_num_seqs
 
 
 def llm_threads(r: Round, rate: float, ctrl_c: float) -> None:
@@ -184,13 +189,13 @@ def llm_threads(r: Round, rate: float, ctrl_c: float) -> None:
             else:
                 generate(rng, jobs)
             if rng.random() < 0.1:
-                r.bad(rng, rng.choice([llm.generate, llm.stream]))
+                r.bad(rng, rng.choice([lambda prompt, params: llm.generate([prompt], params), llm.stream]))
             if rng.random() < 0.2:
                 gc.collect()
 
     def generate(rng: random.Random, jobs: list[Job]) -> None:
         runs = [r.run(rng, "llm", job, RequestOutputKind.FINAL_ONLY) for job in jobs]
-        params = [run.params(*processors(r, rng, run)) for run in runs]
+        params = [run.params(*(() if number else processors(r, rng, run))) for number, run in enumerate(runs)]
         try:
             outputs = llm.generate([job.prompt for job in jobs], params)
         except BaseException as error:
@@ -219,9 +224,9 @@ def llm_threads(r: Round, rate: float, ctrl_c: float) -> None:
         except BaseException as error:
             r.failed(run, error)
 
-    with failing(r.rng, rate, r.counts):
+    with failing(r.rng, rate, r.events):
         clients = r.threads([client] * 3)
-        with interrupts(r.rng, ctrl_c, r.counts) if ctrl_c else nullcontext():
+        with interrupts(r.rng, ctrl_c, r.events) if ctrl_c else nullcontext():
             client(r.rng)
         for thread in clients:
             thread.join()
@@ -291,7 +296,7 @@ def event_loops(r: Round, rate: float, ctrl_c: float) -> None:
         if "destroyed but it is pending" not in context["message"]:
             r.wrong.append(f"an event loop has: {context}")
 
-    with failing(r.rng, rate, r.counts):
+    with failing(r.rng, rate, r.events):
         for thread in r.threads([loop(False), loop(False), loop(True)]):
             thread.join()
     for run in r.runs.values():

@@ -6,10 +6,11 @@ import ctypes
 import gc
 import os
 from collections import Counter
-from itertools import zip_longest
+from dataclasses import dataclass, field
 
 import numpy as np
 
+FACES = ("engine", "llm", "async")
 GROWTH = 24.0  # MiB over a run: what may be left by fragmentation
 
 
@@ -27,13 +28,19 @@ def growth(samples: list[float]) -> float:
     return float(np.polyfit(range(len(kept)), kept, 1)[0]) * (len(kept) - 1) if len(kept) >= 5 else 0.0
 
 
-def table(counts: Counter[str]) -> str:
-    """A column for each prefix before a colon, and one for the rest."""
-    columns: dict[str, list[tuple[str, int]]] = {}
-    for name in sorted(counts):
-        column, _, label = name.rpartition(": ")
-        columns.setdefault(column, []).append((label, counts[name]))
-    cells = [[title.upper() or "OTHER", *(f"{label:<18}{number:>9,}" for label, number in rows)]
-             for title, rows in columns.items()]  # fmt: skip
-    lines = zip_longest(*cells, fillvalue="")
-    return "\n".join("   ".join(f"{cell:<27}" for cell in line).rstrip() for line in lines)
+@dataclass
+class Tally:
+    """What a soak has seen."""
+
+    ended: Counter[tuple[str, str]] = field(default_factory=Counter)  # requests by face or kind, and how they ended
+    events: Counter[str] = field(default_factory=Counter)
+
+    def table(self) -> str:
+        ways = sorted({way for _, way in self.ended})
+        rows = sorted({row for row, _ in self.ended}, key=lambda row: (row not in FACES, row))
+        first, width = max(map(len, rows), default=0), max(map(len, ways), default=0) + 2
+        lines = ["".join([f"{'requests':<{first}}", *(f"{title:>{width}}" for title in (*ways, "in all"))])]
+        for row in rows:
+            numbers = [self.ended[row, way] for way in ways]
+            lines.append("".join([f"{row:<{first}}", *(f"{number:>{width},}" for number in (*numbers, sum(numbers)))]))
+        return "\n".join([*lines, "", *(f"{number:>9,}  {name}" for name, number in sorted(self.events.items()))])

@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from grok_engine import CompletionOutput, RequestOutput, RequestOutputKind, SamplingParams, StreamChunk, StructuredOutput
+from grok_engine import (
+    CompletionOutput,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+    StreamChunk,
+    StructuredOutput,
+)
 
 VOCAB = 1536
 SHARED = [
@@ -86,8 +93,8 @@ def draw_job(rng: random.Random, number: int) -> Job:
     }  # fmt: skip
     if sampled:
         options |= {
-            "temperature": rng.choice([0.3, 1.0, 4.0]), "top_p": rng.choice([1.0, 0.9]), "top_k": rng.choice([0, 1, 40]),
-            "min_p": rng.choice([0.0, 0.02]),
+            "temperature": rng.choice([0.3, 1.0, 4.0]), "top_p": rng.choice([1.0, 0.9]),
+            "top_k": rng.choice([0, 1, 40]), "min_p": rng.choice([0.0, 0.02]),
         }  # fmt: skip
     if now("n", 0.25):
         options["n"] = rng.choice([2, 3, 5])

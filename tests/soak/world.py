@@ -68,5 +68,5 @@ def write_model(config: ModelConfig, folder: Path, rng: random.Random, dtype: st
     (source / "config.json").write_text(json.dumps(config.to_dict()))
     shutil.copy(resolve_model("tiny") / "tokenizer.model", source)
     weights = random_checkpoint(Decoder(config, torch.float32, max_positions=1), rng.choice([None, "bf16", "fp8"]))
-    with mock.patch.object(convert, "open_checkpoint", lambda path, config: weights):
+    with mock.patch.object(convert, "open_checkpoint", return_value=weights):
         return convert.convert(source, folder / "model", dtype=dtype)
