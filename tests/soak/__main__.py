@@ -19,7 +19,6 @@ import time
 import traceback
 import weakref
 from pathlib import Path
-from typing import Any
 
 from grok_engine import LLM, EngineAsleepError, SamplingParams
 
@@ -115,7 +114,6 @@ def _faces(r: Round) -> None:
             r.wrong.append(what)
         if rng.random() < 0.5:
             _sleep(r)
-        _count(r)
         if engine.closed:
             r.wrong.append(f"{face.__name__} closed the engine")
             return
@@ -132,13 +130,6 @@ def _sleep(r: Round) -> None:
         if what := refused(call, EngineAsleepError):
             r.wrong.append(f"asleep, {what}")
     engine.wake_up()
-
-
-def _count(r: Round) -> None:
-    stats: Any = r.engine.stats()
-    r.tally.events["steps"] += stats.steps
-    r.tally.events["preemptions"] += stats.scheduler.preemptions
-    r.tally.events["prefix hits, tokens"] += stats.scheduler.hit_tokens
 
 
 def _judge(r: Round, oracle: Oracle) -> None:

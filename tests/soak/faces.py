@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from grok_engine import LLM, AsyncLLM, LLMEngine, QueueFullError, RequestOutputKind, SamplingParams
+from tests.engine.invariants import check_scheduler
 
 from .chaos import ERRORS, OTHERS, failing, interrupts, is_injected, meddler, raiser, refused
 from .report import Tally
@@ -237,7 +238,7 @@ def event_loops(r: Round, rate: float, ctrl_c: float) -> None:
     llm = AsyncLLM(r.engine)
 
     async def client(rng: random.Random, job: Job) -> None:
-        run, fate = r.run(rng, "async", job), rng.choice(["read"] * 5 + ["slow", "leave", "drop", "cancel", "abort"])
+        run, fate = r.run(rng, "async", job), rng.choice(["read"] * 8 + ["slow", "leave", "drop", "cancel", "abort"])
         leaves, options = rng.choice([0, 1, 5]), {}
         if rng.random() < 0.1:
             r.abort(run, "deadline")
@@ -272,7 +273,7 @@ def event_loops(r: Round, rate: float, ctrl_c: float) -> None:
                 r.abort(run, "left loop" if fate == "leave" else "dropped iterator")
                 if fate == "leave":
                     await outputs.aclose()
-        except asyncio.CancelledError as error:
+        except (asyncio.CancelledError, GeneratorExit) as error:  # the task is cancelled, or destroyed with its loop
             if is_injected(error):
                 r.failed(run, error)
             else:
@@ -323,7 +324,10 @@ async def _end(r: Round, llm: AsyncLLM) -> list[str]:
     run = r.run(r.rng, "async", r.rng.choice(r.jobs))
     async for output in llm.generate(run.job.prompt, run.params(), request_id=run.request_id):
         run.take(output)
-    drained = await llm.drain(30.0)
+    drained, stats = await llm.drain(30.0), llm.stats()
+    r.events["steps"] += stats.steps
+    r.events["preemptions"] += stats.scheduler.preemptions
+    r.events["prefix hits, tokens"] += stats.scheduler.hit_tokens
     wrong = settle(r.engine)
     await llm.close()
     return wrong + ([] if drained else ["drain did not end"]) + ([] if llm.closed else ["close did not close"])
@@ -331,8 +335,6 @@ async def _end(r: Round, llm: AsyncLLM) -> list[str]:
 
 def settle(engine: LLMEngine) -> list[str]:
     """What an idle engine still holds."""
-    from tests.engine.invariants import check_scheduler
-
     stats = engine.stats()
     wrong = [
         f"idle, and {name}={value}"
