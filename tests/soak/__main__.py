@@ -20,6 +20,8 @@ import traceback
 import weakref
 from pathlib import Path
 
+import torch
+
 from grok_engine import LLM, EngineAsleepError, SamplingParams
 
 from .chaos import fork, is_injected, refused
@@ -47,7 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
     tally = Tally()
     memory: list[float] = []
     wrong: list[str] = []
-    sys.unraisablehook = lambda hint: None if is_injected(hint.exc_value) else wrong.append(f"unraisable: {hint}")
+    hook, sys.unraisablehook = (
+        sys.unraisablehook,
+        lambda hint: None if is_injected(hint.exc_value) else wrong.append(f"unraisable: {hint}"),
+    )
     try:
         for seed in seeds:
             began = time.monotonic()
@@ -60,10 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
                 found, what = [traceback.format_exc()], "the round itself failed"
             wrong += [f"{problem}\n  {what}\n  python -m tests.soak --seed {seed} --repeat 10" for problem in found]
             memory.append(resident())
-            print(f"seed {seed}: {what}: {time.monotonic() - began:.1f} s, {memory[-1]:.0f} MiB", flush=True)
+            print(f"seed {seed}: {time.monotonic() - began:4.1f} s, {memory[-1]:.1f} MiB, {what}", flush=True)
     finally:
         faulthandler.cancel_dump_traceback_later()
-        sys.unraisablehook = sys.__unraisablehook__
+        sys.unraisablehook = hook
     rise = growth(memory)
     if rise > GROWTH:
         wrong.append(f"memory rose by {rise:.1f} MiB after the warm-up, expected at most {GROWTH}")
@@ -82,7 +87,7 @@ def play(seed: int, runs_each: int, tally: Tally) -> tuple[list[str], str]:
         packed = rng.random() < 0.75
         options = draw_options(rng, packed)
         model = write_model(draw_model(rng), Path(folder), rng, options["dtype"]) if packed else "tiny"
-        what = f"{'random' if packed else model} {options}"
+        what = f"{'random' if packed else model}, " + ", ".join(f"{name}={value}" for name, value in options.items())
         print(f"seed {seed} begins", file=sys.stderr, flush=True)
         r = Round(rng, LLM(model, **options), draw_jobs(rng, JOBS), runs_each, tally)
         left = weakref.ref(r.engine.model)
@@ -134,6 +139,10 @@ def _sleep(r: Round) -> None:
 
 def _judge(r: Round, oracle: Oracle) -> None:
     """Compare every run with its job alone, and count how it ended."""
+    for job, logits_TV in r.logits:
+        r.tally.events["logits compared"] += 1
+        if not torch.equal(logits_TV, oracle.logits(job)):
+            r.wrong.append(f"logits of {job} differ")
     for run in r.runs.values():
         compared, wrong = oracle.judge(run)
         if run.ended == "abort" and run.fate == "finish":

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import grok_engine
 import grok_kernels
-from grok_engine import EngineBusyError, LLMEngine
+from grok_engine import LLM, EngineBusyError, LLMEngine
 from grok_engine.models.decoder import Decoder, DecoderLayer
 from grok_engine.runtime.runner import Runner
 
@@ -126,24 +126,27 @@ def raiser(rng: random.Random, kinds: list[Any], counts: Counter[str]) -> Callab
     return process
 
 
-def meddler(engine: LLMEngine, wrong: list[str], counts: Counter[str]) -> Callable[[list[int], Tensor], Tensor]:
+def meddler(llm: LLM, wrong: list[str], counts: Counter[str]) -> Callable[[list[int], Tensor], Tensor]:
     """A processor from which calls during a step must be refused: its own and those of another thread."""
+    engine = llm.engine
+    calls: dict[str, Callable[[], Any]] = {
+        "step": engine.step, "logits": lambda: engine.logits([5, 6]), "close": engine.close, "sleep": engine.sleep,
+        "generate": lambda: llm.generate([5, 6]),
+    }  # fmt: skip
 
     def process(token_ids: list[int], logits_V: Tensor) -> Tensor:
         if len(token_ids) == 1:
-            _meddle("re-entered")
-            thread = threading.Thread(target=_meddle, args=("from another thread",))
+            meddle("re-entered", list(calls))
+            # from elsewhere `generate` would wait for the step
+            thread = threading.Thread(target=meddle, args=("from another thread", list(calls)[:-1]))
             thread.start()
             thread.join()
         return logits_V
 
-    def _meddle(how: str) -> None:
-        calls: dict[str, Callable[[], Any]] = {
-            "step": engine.step, "logits": lambda: engine.logits([5, 6]), "close": engine.close, "sleep": engine.sleep,
-        }  # fmt: skip
-        for name, call in calls.items():
+    def meddle(how: str, names: list[str]) -> None:
+        for name in names:
             counts["refused: busy"] += 1
-            if what := refused(call, EngineBusyError):
+            if what := refused(calls[name], EngineBusyError):
                 wrong.append(f"{name} {how} {what}")
 
     return process

@@ -40,6 +40,7 @@ class Round:
     runs_each: int  # of each client
     tally: Tally
     runs: dict[str, Run] = field(default_factory=dict)  # by request id
+    logits: list[tuple[Job, Tensor]] = field(default_factory=list)  # that `LLM.logits` gave of a job's prompt
     wrong: list[str] = field(default_factory=list)
     lost: int = 0  # runs that Ctrl-C may have left without an answer: it can meet the return of `step`
     _serial: count[int] = field(default_factory=count)
@@ -118,7 +119,7 @@ def processors(r: Round, rng: random.Random, run: Run) -> list[Any]:
     if fate < 0.09:
         return [raiser(rng, OTHERS, r.events)]
     if fate < 0.13:
-        return [meddler(engine, r.wrong, r.events)]
+        return [meddler(r.llm, r.wrong, r.events)]
     if fate < 0.20:
         return [at(rng.choice([0, 2]), abort)]
     return []
@@ -141,6 +142,7 @@ def step_loop(r: Round, rate: float, ctrl_c: float) -> None:
                 r.bad(rng, lambda prompt, params: engine.add_request("bad", prompt, params))
             if rng.random() < 0.7:
                 time.sleep(rng.random() * 0.02)
+            engine.stats()
 
     def abort(rng: random.Random) -> None:
         for _ in range(r.runs_each // 2):
@@ -191,8 +193,17 @@ def llm_threads(r: Round, rate: float, ctrl_c: float) -> None:
                 generate(rng, jobs)
             if rng.random() < 0.1:
                 r.bad(rng, rng.choice([lambda prompt, params: llm.generate([prompt], params), llm.stream]))
+            if rng.random() < 0.1:
+                score(rng.choice(r.jobs))
             if rng.random() < 0.2:
                 gc.collect()
+
+    def score(job: Job) -> None:
+        try:
+            r.logits.append((job, llm.logits(job.prompt)))
+        except BaseException as error:
+            if not is_injected(error) and "are free" not in str(error):  # pages, while others have them
+                r.wrong.append(f"logits raised {error!r}")
 
     def generate(rng: random.Random, jobs: list[Job]) -> None:
         runs = [r.run(rng, "llm", job, RequestOutputKind.FINAL_ONLY) for job in jobs]
@@ -320,14 +331,17 @@ def _run(main: Coroutine[Any, Any, None], abruptly: bool) -> None:
 
 
 async def _end(r: Round, llm: AsyncLLM) -> list[str]:
-    """One more client in a loop of its own, then the end of the engine."""
-    run = r.run(r.rng, "async", r.rng.choice(r.jobs))
-    async for output in llm.generate(run.job.prompt, run.params(), request_id=run.request_id):
-        run.take(output)
+    """Drained, asleep, awake, one more client in a loop of its own, and the end of the engine."""
     drained, stats = await llm.drain(30.0), llm.stats()
     r.events["steps"] += stats.steps
     r.events["preemptions"] += stats.scheduler.preemptions
     r.events["prefix hits, tokens"] += stats.scheduler.hit_tokens
+    r.events["sleeps"] += 1
+    await llm.sleep()
+    await llm.wake_up()
+    run = r.run(r.rng, "async", r.rng.choice(r.jobs))
+    async for output in llm.generate(run.job.prompt, run.params(), request_id=run.request_id):
+        run.take(output)
     wrong = settle(r.engine)
     await llm.close()
     return wrong + ([] if drained else ["drain did not end"]) + ([] if llm.closed else ["close did not close"])

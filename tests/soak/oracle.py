@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from grok_engine import CompletionOutput, LLMEngine, RequestOutput, StreamChunk
 
 from .traffic import Job, Run, Seen
@@ -28,6 +30,9 @@ class Oracle:
                 outputs = self._engine.step()
             self._outputs[job.number] = outputs[-1]
         return self._outputs[job.number]
+
+    def logits(self, job: Job) -> Tensor:
+        return self._engine.logits(job.prompt)
 
     def close(self) -> None:
         self._engine.close()
