@@ -49,16 +49,14 @@ def main(arguments: list[str] | None = None) -> int:
     tally = Tally()
     memory: list[float] = []
     wrong: list[str] = []
-    hook, sys.unraisablehook = (
-        sys.unraisablehook,
-        lambda hint: None if is_injected(hint.exc_value) else wrong.append(f"unraisable: {hint}"),
-    )
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda hint: None if is_injected(hint.exc_value) else wrong.append(f"unraisable: {hint}")
     try:
         for seed in seeds:
             began = time.monotonic()
             if began >= end or wrong:
                 break
-            faulthandler.dump_traceback_later(HANGS, exit=True)
+            faulthandler.dump_traceback_later(HANGS, exit=True, file=sys.__stderr__)
             try:
                 found, what = play(seed, options.runs, tally)
             except Exception:
