@@ -27,13 +27,13 @@ from grok_engine import LLM, EngineAsleepError, SamplingParams
 from .chaos import fork, is_injected, refused
 from .faces import Round, event_loops, llm_threads, settle, step_loop
 from .oracle import Oracle
-from .report import GROWTH, Tally, growth, resident
+from .report import GROWTH, Tally, growth, one_arena, resident
 from .traffic import draw_jobs
 from .world import draw_model, draw_options, write_model
 
 JOBS, RUNS = 24, 14
-FAILURES = [0.0, 0.0, 0.002, 0.01]  # share of the calls in a step that raise
-CTRL_C = [0.0, 0.0, 0.05, 0.3]  # seconds between two; 0: none
+FAILURES = [0.0, 0.0, 0.001, 0.005]  # share of the calls in a step that raise
+CTRL_C = [0.0, 0.0, 0.05, 0.5]  # seconds between two; 0: none
 HANGS = 180.0  # seconds: no round takes half of that
 
 
@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     seeds = [options.seed] * options.repeat if options.repeat else range(options.seed, options.seed + 10**6)
     end = time.monotonic() + (float("inf") if options.repeat else options.minutes * 60)
     tally = Tally()
+    one_arena()
     memory: list[float] = []
     wrong: list[str] = []
     hook = sys.unraisablehook

@@ -74,7 +74,7 @@ class Round:
     def bad(self, rng: random.Random, call: Callable[[Any, SamplingParams], Any]) -> None:
         prompt, options = rng.choice(BAD)
         self.events["refused: bad"] += 1
-        if what := refused(lambda: call(prompt, SamplingParams(**options)), ValueError):
+        if what := refused(lambda: call(prompt, SamplingParams(**options)), (ValueError, QueueFullError)):
             self.wrong.append(f"{prompt!r:.60} with {options!r:.60} {what}")
 
     def threads(self, clients: list[Callable[[random.Random], None]]) -> list[threading.Thread]:
@@ -114,13 +114,13 @@ def processors(r: Round, rng: random.Random, run: Run) -> list[Any]:
             engine.abort_request(victim.request_id)
 
     fate = rng.random()
-    if fate < 0.06:
+    if fate < 0.05:
         return [raiser(rng, [*ERRORS], r.events)]
-    if fate < 0.09:
+    if fate < 0.06:
         return [raiser(rng, OTHERS, r.events)]
-    if fate < 0.13:
+    if fate < 0.10:
         return [meddler(r.llm, r.wrong, r.events)]
-    if fate < 0.20:
+    if fate < 0.16:
         return [at(rng.choice([0, 2]), abort)]
     return []
 
