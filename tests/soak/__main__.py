@@ -27,7 +27,7 @@ from grok_engine import LLM, EngineAsleepError, SamplingParams
 from .chaos import fork, is_injected, refused
 from .faces import Round, event_loops, llm_threads, settle, step_loop
 from .oracle import Oracle
-from .report import GROWTH, Tally, growth, one_arena, resident
+from .report import LIMITS, Tally, growth, one_arena, resident
 from .traffic import draw_jobs
 from .world import draw_model, draw_options, write_model
 
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     end = time.monotonic() + (float("inf") if options.repeat else options.minutes * 60)
     tally = Tally()
     one_arena()
-    memory: list[float] = []
+    memory: list[dict[str, float]] = []
     wrong: list[str] = []
     hook = sys.unraisablehook
     sys.unraisablehook = lambda hint: None if is_injected(hint.exc_value) else wrong.append(f"unraisable: {hint}")
@@ -64,14 +64,15 @@ def main(arguments: list[str] | None = None) -> int:
                 found, what = [traceback.format_exc()], "the round itself failed"
             wrong += [f"{problem}\n  {what}\n  python -m tests.soak --seed {seed} --repeat 10" for problem in found]
             memory.append(resident())
-            print(f"seed {seed}: {time.monotonic() - began:4.1f} s, {memory[-1]:.1f} MiB, {what}", flush=True)
+            print(f"seed {seed}: {time.monotonic() - began:4.1f} s, {memory[-1]['MiB']:.1f} MiB, {what}", flush=True)
     finally:
         faulthandler.cancel_dump_traceback_later()
         sys.unraisablehook = hook
-    rise = growth(memory)
-    if rise > GROWTH:
-        wrong.append(f"memory rose by {rise:.1f} MiB after the warm-up, expected at most {GROWTH}")
-    print(f"\n{tally.table()}\n\nmemory: {rise:+.1f} MiB after the warm-up")
+    rises = growth(memory)
+    for name, rise in rises.items():
+        if rise > LIMITS[name]:
+            wrong.append(f"{rise:.1f} {name} more after the warm-up, expected at most {LIMITS[name]}")
+    print(f"\n{tally.table()}\n\nafter the warm-up: " + ", ".join(f"{r:+.1f} {name}" for name, r in rises.items()))
     for problem in wrong[:20]:
         print(f"\nWRONG: {problem}")
     print(f"\n{len(wrong)} differences")

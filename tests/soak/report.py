@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 FACES = ("engine", "llm", "async")
-GROWTH = 12.0  # MiB over a run: what may be left by fragmentation
+LIMITS = {"MiB": 12.0, "objects": 2000.0}  # growth over a run: what fragmentation and caches may take
 M_ARENA_MAX = -8  # of malloc.h
 
 
@@ -20,18 +20,22 @@ def one_arena() -> None:
     ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
-def resident() -> float:
-    """MiB of this process, after what is free was given back."""
+def resident() -> dict[str, float]:
+    """MiB of this process, after what is free was given back, and objects that the garbage collector knows."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+        pages = int(file.read().split()[1])
+    return {"MiB": pages * os.sysconf("SC_PAGE_SIZE") / 2**20, "objects": len(gc.get_objects())}
 
 
-def growth(samples: list[float]) -> float:
-    """MiB that a straight line through `samples` rises from the first third, the warm-up, to the end."""
+def growth(samples: list[dict[str, float]]) -> dict[str, float]:
+    """How far a straight line through `samples` rises from the first third, the warm-up, to the end."""
     kept = samples[len(samples) // 3 :]
-    return float(np.polyfit(range(len(kept)), kept, 1)[0]) * (len(kept) - 1) if len(kept) >= 5 else 0.0
+    if len(kept) < 5:
+        return dict.fromkeys(LIMITS, 0.0)
+    at = range(len(kept))
+    return {name: float(np.polyfit(at, [sample[name] for sample in kept], 1)[0]) * (len(kept) - 1) for name in LIMITS}
 
 
 @dataclass
