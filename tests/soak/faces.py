@@ -169,7 +169,10 @@ def step_loop(r: Round, rate: float, ctrl_c: float) -> None:
                     break
             else:
                 for output in outputs:
-                    r.runs[output.request_id].take(output)
+                    if output.request_id in r.runs:
+                        r.runs[output.request_id].take(output)
+                    else:
+                        r.wrong.append(f"an output of {output.request_id!r}, which another client had")
                 if not outputs:
                     time.sleep(0.001)
     fed.set()
@@ -349,6 +352,7 @@ async def _end(r: Round, llm: AsyncLLM) -> list[str]:
 
 def settle(engine: LLMEngine) -> list[str]:
     """What an idle engine still holds."""
+    gc.collect()  # streams that were left in cycles
     stats = engine.stats()
     wrong = [
         f"idle, and {name}={value}"
@@ -357,6 +361,8 @@ def settle(engine: LLMEngine) -> list[str]:
             ("pages_used", stats.scheduler.pages_used),
         ) if value
     ]  # fmt: skip
+    if engine.has_unfinished_requests():
+        wrong.append("idle, with something to compute or to return")
     try:
         check_scheduler(engine.scheduler)
     except AssertionError as error:
