@@ -52,7 +52,7 @@ def refused(call: Callable[[], Any], kinds: type[BaseException] | tuple[type[Bas
     except kinds as error:
         return None if " " in str(error) else f"raised {error!r} without a sentence"
     except BaseException as error:
-        return f"raised {error!r}"
+        return None if is_injected(error) else f"raised {error!r}"
     return f"returned {result!r}"
 
 
