@@ -25,9 +25,10 @@ import torch
 from grok_engine import LLM, EngineAsleepError, SamplingParams
 
 from .chaos import fork, is_injected, refused
-from .faces import Round, event_loops, llm_threads, settle, step_loop
+from .faces import event_loops, llm_threads, step_loop
 from .oracle import Oracle
 from .report import LIMITS, Tally, growth, one_arena, resident
+from .round import Round, settle
 from .traffic import draw_jobs
 from .world import draw_model, draw_options, write_model
 
