@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 FACES = ("engine", "llm", "async")
-LIMITS = {"MiB": 8.0, "objects": 1000.0}  # growth over a run: what fragmentation and caches may take
+LIMITS = {"MiB": 12.0, "objects": 1000.0}  # growth over a run: what fragmentation and caches may take
 M_ARENA_MAX = -8  # of malloc.h
 
 
