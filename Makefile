@@ -7,6 +7,8 @@ PROMPT ?= To Sherlock Holmes she is always
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 PART ?= first
+MINUTES ?= 3
+SOAK_ARGS ?=
 
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 SANITIZED := build/sanitized
@@ -19,7 +21,7 @@ BUILT := $(VENV)/.built
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test more sanitize bench bench-cpu bench-gpu lint clean
+.PHONY: help setup demo test more sanitize soak bench bench-cpu bench-gpu lint clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -32,7 +34,7 @@ demo: $(BUILT) ## generate text with the small model that ships with the project
 test: $(BUILT) $(OTHER_TRITON) ## run the tests (PYTEST_ARGS="-k name" to choose)
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
-more: sanitize ## run what is too slow for `make test`
+more: sanitize soak ## run what is too slow for `make test`
 
 # Builds the module again, beside a copy of its package. libstdc++ is preloaded too: without it, the sanitizers do not
 # intercept the exceptions that the module throws.
@@ -48,6 +50,9 @@ sanitize: $(BUILT) ## run the tests of the native kernels with the address and u
 	$(BIN)/python -m pytest -q -p no:cacheprovider -o "pythonpath=. $(SANITIZED) benchmarks" \
 	  tests/kernels/test_cpu_*.py tests/kernels/test_shortcut.py tests/kernels/test_weights.py \
 	  -k "not registers and not vector_instructions" $(PYTEST_ARGS)
+
+soak: $(BUILT) ## run random traffic of everything at once against each request alone (MINUTES=3 SOAK_ARGS="--seed 7")
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.soak --minutes $(MINUTES) $(SOAK_ARGS)
 
 bench: $(BUILT) ## run the quick kernels, the runtime's overhead and a decode step of 1.30 B parameters
 	$(BIN)/grok-engine bench kernels @quick --seconds 1 --no-compile
