@@ -34,6 +34,7 @@ class ModelConfig:
     A softcap of 0 is none, `sliding_window` 0 is full attention, `attn_temperature_len` 0 is off.
     `num_experts` 0 is a dense model, whose one feed-forward block has width `dense_d_ff`; a model
     with both has a dense branch beside its experts, and the two outputs are summed over √2.
+    `rope_factors` divide the C/2 rotary frequencies, one each; none leaves them as `rope_theta` gives them.
     """
 
     name: str = "custom"
@@ -57,6 +58,7 @@ class ModelConfig:
     output_multiplier: float = 1.0
     attn_scale: float = 0.0  # 0 resolves to head_dim ** -0.5
     rope_theta: float = 1e4
+    rope_factors: tuple[float, ...] = ()
     attn_temperature_len: int = 0
     sliding_window: int = 0
     tie_embeddings: bool = True
@@ -78,9 +80,8 @@ class ModelConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
         """From this class's own field names; an unknown key is an error that names it."""
         check_keys(values, {f.name for f in fields(cls)}, set(_REQUIRED), "model configuration")
-        if isinstance(ids := values.get("eos_token_ids"), list):  # as JSON has it
-            values = {**values, "eos_token_ids": tuple(ids)}
-        return cls(**values)
+        lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}  # as JSON has tuples
+        return cls(**{**values, **lists})
 
     def to_dict(self) -> dict[str, Any]:
         """Every field by name, as `from_dict` takes it back."""
@@ -161,6 +162,7 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "Activation": ("text", lambda value: isinstance(value, str)),
     "int | None": ("an integer or null", lambda value: value is None or is_int(value)),
     "tuple[int, ...]": ("a list of integers", lambda value: isinstance(value, tuple) and all(map(is_int, value))),
+    "tuple[float, ...]": ("a list of numbers", lambda value: isinstance(value, tuple) and all(map(is_number, value))),
 }
 
 
@@ -191,6 +193,11 @@ def _problems(c: ModelConfig) -> Iterator[str]:
         yield f"num_heads={c.num_heads} is not a multiple of num_kv_heads={c.num_kv_heads}"
     if c.head_dim % 2:
         yield f"head_dim={c.head_dim} is odd: rotary embedding turns its two halves against each other"
+    elif c.rope_factors and len(c.rope_factors) != c.head_dim // 2:
+        yield f"rope_factors has {len(c.rope_factors)} numbers, expected none or head_dim / 2 = {c.head_dim // 2}"
+    for factor in c.rope_factors:
+        if not 0 < factor < math.inf:
+            yield f"rope_factors holds {factor!r}, expected finite positive numbers"
     if c.activation not in ACTIVATIONS:
         yield f"activation={c.activation!r} is not one of {', '.join(ACTIVATIONS)}"
     if c.num_experts == 0:

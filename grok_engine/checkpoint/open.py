@@ -5,12 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 from grok_engine.config import ModelConfig
+from grok_engine.models.families import family_of
 
-from .base import Checkpoint
+from .base import Checkpoint, CheckpointError
+from .hf.files import is_hf_folder
+from .hf.reader import HfCheckpoint
 from .packed import PackedCheckpoint, is_packed_folder
+from .strict_json import read_object
 from .xai.reader import XaiCheckpoint
 
 
 def open_checkpoint(folder: str | Path, config: ModelConfig) -> Checkpoint:
     """The checkpoint of `config` in a folder, whatever its format. CheckpointError with everything that is wrong."""
-    return PackedCheckpoint(folder) if is_packed_folder(folder) else XaiCheckpoint(folder, config)
+    folder = Path(folder)
+    if is_packed_folder(folder):
+        return PackedCheckpoint(folder)
+    values = read_object(folder / "config.json") if (folder / "config.json").exists() else {}
+    if family_of(values) is not None:
+        return HfCheckpoint(folder, config, values)
+    if is_hf_folder(folder):
+        raise CheckpointError(f"{folder} holds safetensors: expected a config.json with `architectures` beside them")
+    return XaiCheckpoint(folder, config)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from importlib.resources import files
 from pathlib import Path
 
+from grok_engine.checkpoint.base import CheckpointError
+from grok_engine.checkpoint.strict_json import read_object
 from grok_engine.config import ConfigError, ModelConfig
 from grok_engine.models.families import parse_config, preset
 
@@ -43,19 +44,14 @@ def model_folder(path: str | Path) -> Path:
 def read_config(path: str | Path) -> ModelConfig:
     """The configuration of a checkpoint folder: its `config.json`, in the keys of any family or of `ModelConfig`.
 
-    The release carries none: a folder without one is Grok-1 itself. ConfigError names the file and what is wrong.
+    The release carries none: a folder without one is Grok-1 itself. CheckpointError names the file and what is wrong.
     """
     path = model_folder(path)
     file = path / "config.json"
-    if not file.is_file():
+    if not file.exists():
         return preset("grok-1")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file} holds a {type(values).__name__}, expected an object")
+    values = read_object(file)
     try:
         return parse_config(values, path.name)
     except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from None
+        raise CheckpointError(f"{file}: {error}") from None

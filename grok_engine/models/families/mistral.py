@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from grok_engine.config import ModelConfig
 
 from .base import Family
+from .hf import DECODER_NAMES, LLAMA_DEFAULTS, MLP_NAMES, HfKeys, llama_fields
 
 MISTRAL_7B = ModelConfig(
     name="mistral-7b",
@@ -22,4 +26,24 @@ MISTRAL_7B = ModelConfig(
     max_position=32768,
 )
 
-MISTRAL = Family(presets=(MISTRAL_7B,))
+DEFAULTS = {
+    **LLAMA_DEFAULTS,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+
+
+def parse(values: Mapping[str, Any], name: str) -> ModelConfig:
+    keys = HfKeys(values, DEFAULTS)
+    return keys.build(name=name, **llama_fields(keys), dense_d_ff=keys.integer("intermediate_size"))
+
+
+MISTRAL = Family(
+    presets=(MISTRAL_7B,),
+    architectures=("MistralForCausalLM",),
+    model_types=("mistral",),
+    parse=parse,
+    spellings=({**DECODER_NAMES, **MLP_NAMES},),
+)
