@@ -80,8 +80,8 @@ class ModelConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
         """From this class's own field names; an unknown key is an error that names it."""
         check_keys(values, {f.name for f in fields(cls)}, set(_REQUIRED), "model configuration")
-        lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}  # as JSON has tuples
-        return cls(**{**values, **lists})
+        tuples = [key for key in ("eos_token_ids", "rope_factors") if isinstance(values.get(key), list)]  # as JSON has
+        return cls(**{**values, **{key: tuple(values[key]) for key in tuples}})
 
     def to_dict(self) -> dict[str, Any]:
         """Every field by name, as `from_dict` takes it back."""

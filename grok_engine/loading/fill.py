@@ -85,7 +85,7 @@ def load(slot: Slot, checkpoint: Checkpoint, device: torch.device | str, packed:
     if isinstance(module, NamedTensor):
         (info,) = slot.sources
         values, *scales = checkpoint.read(info.name)
-        module.fill(_times(values.float(), *scales, info) if scales else values)
+        module.fill(_times(values.float(), scales[0], info) if scales else values)
         return
     for part, info in zip(module.parts, slot.sources, strict=True):
         for e in range(module.experts):
