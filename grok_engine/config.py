@@ -174,14 +174,30 @@ def _wrong_types(c: ModelConfig) -> Iterator[str]:
             yield f"{field.name}={value!r} is not {what}"
 
 
+# Far beyond every model; what a broken file says beyond them would take hours or all memory before it failed.
+_BOUNDS = {
+    "vocab_size": 1 << 24,
+    "d_model": 1 << 20,
+    "num_layers": 1 << 12,
+    "num_heads": 1 << 14,
+    "num_kv_heads": 1 << 14,
+    "head_dim": 1 << 14,
+    "num_experts": 1 << 12,
+    "num_experts_per_tok": 1 << 12,
+    "d_ff": 1 << 22,
+    "dense_d_ff": 1 << 22,
+    "sliding_window": 1 << 40,
+    "attn_temperature_len": 1 << 40,
+    "max_position": 1 << 28,
+}
+
+
 def _problems(c: ModelConfig) -> Iterator[str]:
-    for name in (*_REQUIRED, "max_position"):
-        if (value := getattr(c, name)) < 1:
-            yield f"{name}={value!r} is not a positive integer"
-            return
-    for name in ("num_experts", "num_experts_per_tok", "d_ff", "dense_d_ff", "sliding_window", "attn_temperature_len"):
-        if (value := getattr(c, name)) < 0:
-            yield f"{name}={value!r} is not an integer of 0 or more"
+    for name, bound in _BOUNDS.items():
+        least = 1 if name in _REQUIRED or name == "max_position" else 0
+        if not least <= (value := getattr(c, name)) <= bound:
+            what = "a positive integer" if least else "an integer of 0 or more"
+            yield f"{name}={value!r} is not {what}" + (f" up to {bound}" if value > bound else "")
             return
     for name in ("attn_softcap", "router_softcap", "final_softcap"):
         if not 0 <= (value := getattr(c, name)) < math.inf:
