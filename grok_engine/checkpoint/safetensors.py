@@ -105,14 +105,15 @@ class SafetensorsFile:
         return mapped
 
     def read(self, name: str) -> Tensor:
-        """A view of a fresh mapping. Its address need not be a multiple of its item size."""
+        """A view of a fresh mapping; a copy where the file has it at an odd address."""
         tensor = self.tensors[name]
         if not tensor.nbytes:
             return torch.empty(tensor.shape, dtype=tensor.dtype)
-        flat = torch.frombuffer(
-            self.map(), dtype=tensor.dtype, count=math.prod(tensor.shape), offset=self.start + tensor.start
-        )
-        return flat.view(tensor.shape)
+        at = self.start + tensor.start
+        flat = torch.frombuffer(self.map(), dtype=torch.uint8, count=tensor.nbytes, offset=at)
+        if at % tensor.dtype.itemsize:
+            flat = flat.clone()
+        return flat.view(tensor.dtype).view(tensor.shape)
 
 
 def _metadata(values: Any, path: Path) -> Mapping[str, str]:
