@@ -190,6 +190,7 @@ _BOUNDS = {
     "attn_temperature_len": 1 << 40,
     "max_position": 1 << 28,
 }
+_MAX_EXPERTS = 1 << 17  # in all layers
 
 
 def _problems(c: ModelConfig) -> Iterator[str]:
@@ -205,6 +206,8 @@ def _problems(c: ModelConfig) -> Iterator[str]:
     for name in ("embedding_multiplier", "output_multiplier", "attn_scale", "rope_theta", "norm_eps"):
         if not 0 < (value := getattr(c, name)) < math.inf:
             yield f"{name}={value!r} is not a finite positive number"
+    if c.num_layers * c.num_experts > _MAX_EXPERTS:
+        yield f"num_layers={c.num_layers} of num_experts={c.num_experts} have more than {_MAX_EXPERTS} experts in all"
     if c.num_heads % c.num_kv_heads:
         yield f"num_heads={c.num_heads} is not a multiple of num_kv_heads={c.num_kv_heads}"
     if c.head_dim % 2:

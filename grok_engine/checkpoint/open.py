@@ -7,8 +7,7 @@ from pathlib import Path
 from grok_engine.config import ModelConfig
 from grok_engine.models.families import family_of
 
-from .base import Checkpoint, CheckpointError
-from .hf.files import is_hf_folder
+from .base import Checkpoint
 from .hf.reader import HfCheckpoint
 from .packed import PackedCheckpoint, is_packed_folder
 from .strict_json import read_object
@@ -23,6 +22,4 @@ def open_checkpoint(folder: str | Path, config: ModelConfig) -> Checkpoint:
     values = read_object(folder / "config.json") if (folder / "config.json").exists() else {}
     if family_of(values) is not None:
         return HfCheckpoint(folder, config, values)
-    if is_hf_folder(folder):
-        raise CheckpointError(f"{folder} holds safetensors: expected a config.json with `architectures` beside them")
     return XaiCheckpoint(folder, config)

@@ -20,9 +20,8 @@ from torch import Tensor
 from grok_engine.config import is_int
 
 from .base import CheckpointError
-from .strict_json import parse_object
+from .strict_json import MAX_BYTES, parse_object
 
-MAX_HEADER = 100_000_000  # bytes, the bound of the safetensors library
 _DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -71,9 +70,9 @@ class SafetensorsFile:
             with path.open("rb") as file:
                 self.size = os.fstat(file.fileno()).st_size
                 length = int.from_bytes(file.read(8), "little")
-                if not 2 <= length <= min(self.size - 8, MAX_HEADER):
+                if not 2 <= length <= min(self.size - 8, MAX_BYTES):
                     raise CheckpointError(
-                        f"{path}: expected the length of a header within {self.size} bytes and {MAX_HEADER:,}, "
+                        f"{path}: expected the length of a header within {self.size} bytes and {MAX_BYTES:,}, "
                         f"found {length}"
                     )
                 text = file.read(length)

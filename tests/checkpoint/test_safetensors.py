@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from grok_engine.checkpoint.base import CheckpointError
-from grok_engine.checkpoint.safetensors import MAX_HEADER, SafetensorsFile
+from grok_engine.checkpoint.safetensors import SafetensorsFile
+from grok_engine.checkpoint.strict_json import MAX_BYTES
 
 
 def write(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:
@@ -102,9 +103,9 @@ def test_a_wrong_file_is_one_error(make: Callable[[Path], Any], message: str, tm
 def test_a_huge_header_is_not_read(tmp_path: Path) -> None:
     """A sparse file of a terabyte, whose header would fill it."""
     with (tmp_path / "x").open("wb") as file:
-        file.write((MAX_HEADER + 1).to_bytes(8, "little"))
+        file.write((MAX_BYTES + 1).to_bytes(8, "little"))
         file.truncate(1 << 40)
-    with pytest.raises(CheckpointError, match=f"found {MAX_HEADER + 1}"):
+    with pytest.raises(CheckpointError, match=f"found {MAX_BYTES + 1}"):
         SafetensorsFile(tmp_path / "x")
 
 

@@ -294,7 +294,7 @@ def test_reference_with_one_expert_is_dense(tmp_path: Path) -> None:
         (f'{{"num_layers": {10**400}}}', "is beyond 64 bits"),
         ('{"vocab_size": 2, "vocab_size": 3}', "key 'vocab_size' stands twice"),
         ("[" * 100_000, "too deeply nested"),
-        ('{"name": "' + "x" * (1 << 24), "expected at most 16,777,216 bytes"),
+        ('{"name": "' + "x" * (1 << 24), "expected at most 8,388,608 bytes"),
     ],
 )
 def test_bad_json(text: str, message: str, tmp_path: Path) -> None:

@@ -90,17 +90,22 @@ def _add_indexed(files: Files, folder: Path) -> None:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         files.problems.append(f"{INDEX}: expected weight_map to map names of tensors to names of files")
         return
-    for name in sorted(set(weight_map.values())):
-        wanted = {tensor for tensor, file in weight_map.items() if file == name}
+    absent: list[str] = []
+    by_file: dict[str, set[str]] = {}
+    for tensor, name in weight_map.items():
+        by_file.setdefault(name, set()).add(tensor)
+    for name, wanted in sorted(by_file.items()):
         if Path(name).name != name or not name.endswith(".safetensors"):
             files.problems.append(f"{INDEX} names the file {name!r}: expected a safetensors file beside it")
         elif not (folder / name).exists():
-            files.problems.append(f"{INDEX} names {name} for {len(wanted)} tensors: there is no such file")
+            absent.append(name)
         elif file := files.add(folder / name):
-            if absent := wanted - file.tensors.keys():
-                files.problems.append(f"{INDEX} says that {name} holds {some(absent)}: it does not")
+            if unfound := wanted - file.tensors.keys():
+                files.problems.append(f"{INDEX} says that {name} holds {some(unfound)}: it does not")
             if unnamed := file.tensors.keys() - wanted:
                 files.problems.append(f"{name} holds {some(unnamed)}, which {INDEX} does not place there")
+    if absent:
+        files.problems.append(f"{INDEX} names {len(absent)} file(s) that are not there: {some(absent)}")
 
 
 def _nothing(folder: Path, names: list[str]) -> str:

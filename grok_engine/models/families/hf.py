@@ -22,6 +22,7 @@ ACTIVATIONS: dict[str, Activation] = {
 _READ = ("attention_bias", "mlp_bias", "rope_theta", "rope_parameters", "rope_scaling", "partial_rotary_factor",
          "original_max_position_embeddings", "layer_types", "quantization_config", "architectures", "model_type",
          "torch_dtype", "pad_token_id", "initializer_range")  # fmt: skip
+MAX_KEYS = 1000
 
 
 class HfKeys:
@@ -31,6 +32,8 @@ class HfKeys:
         self.values, self.defaults = values, defaults
         self.problems: list[str] = []
         known = {*defaults, *_READ}
+        if len(values) > MAX_KEYS:
+            raise ConfigError(f"{len(values)} keys, expected at most {MAX_KEYS}")
         for key in values.keys() - known:
             if near := difflib.get_close_matches(key, known, 1, 0.9):  # a typo must not become a default
                 self.problems.append(f"unknown key {key!r}: expected {near[0]!r}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from grok_engine.config import is_number
 
+MAX_HEAD_DIM = 1 << 14  # ModelConfig refuses more, later
 SERVED = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
@@ -22,6 +23,7 @@ def rope_fields(
     transformers 4.3x has `rope_theta` and `rope_scaling` side by side, 5.x has both in `rope_parameters`. What is wrong
     or not served is added to `problems`.
     """
+    head_dim = min(head_dim, MAX_HEAD_DIM)
     merged: dict[str, Any] = {}
     flat = {"rope_theta": values.get("rope_theta")}
     for key, group in (("rope_theta", flat), *((k, values.get(k)) for k in ("rope_parameters", "rope_scaling"))):
@@ -39,9 +41,9 @@ def rope_fields(
 
     def number(key: str, default: float | None = None) -> float:
         value: Any = merged.get(key, default)
-        if is_number(value) and 0 < value < math.inf:
+        if is_number(value) and 1e-12 < value < 1e12:
             return float(value)
-        problems.append(f"{key}={value!r} of the rotary embedding is not a finite positive number")
+        problems.append(f"{key}={value!r} of the rotary embedding is not a number in 1e-12..1e12")
         return 1.0
 
     fields: dict[str, Any] = {"rope_theta": number("rope_theta", default_theta), "rope_factors": ()}
