@@ -36,6 +36,14 @@ def cached_folder(name: str) -> Path:
         ) from None
 
 
+def snapshot_of(folder: Path) -> Path:
+    """The snapshot that a model's folder in the hub's cache, models--org--name, has as its main one; else `folder`."""
+    ref = folder / "refs" / "main"
+    if _CACHED.fullmatch(folder.absolute().name) and ref.is_file():
+        return folder / "snapshots" / ref.read_text(encoding="utf-8", errors="replace")[:64].strip()
+    return folder
+
+
 def model_name(folder: Path) -> str:
     """What to call the model in a folder: its name, or org/name for a snapshot of the hub's cache."""
     folder = folder.absolute()

@@ -12,7 +12,7 @@ from grok_engine.checkpoint.strict_json import read_object
 from grok_engine.config import ConfigError, ModelConfig
 from grok_engine.models.families import family_of, parse_config, preset
 
-from .hub import cached_folder, is_hub_name, model_name
+from .hub import cached_folder, is_hub_name, model_name, snapshot_of
 
 
 def resolve_model(model: str | Path) -> Path:
@@ -28,7 +28,7 @@ def resolve_model(model: str | Path) -> Path:
         return cached_folder(str(model))
     if not path.is_dir():
         raise ConfigError(f"model {str(model)!r} is not a folder: expected 'tiny' or the path of a checkpoint")
-    return model_folder(path)
+    return model_folder(snapshot_of(path))
 
 
 def find_model(model: str | Path) -> tuple[Path, ModelConfig]:

@@ -29,6 +29,7 @@ KINDS: dict[str, tuple[dict[str, Any], torch.dtype, tuple[int, int], str]] = {
     "fp8-blocks": (
         {"quant_method": "fp8", "weight_block_size": [16, 24]}, torch.float8_e4m3fn, (16, 24), "weight_scale_inv",
     ),
+    "fbgemm": ({"quant_method": "fbgemm_fp8"}, torch.float8_e4m3fn, (1, 0), "weight_scale"),
     "ct-fp8-channel": (compressed(type="float"), torch.float8_e4m3fn, (1, 0), "weight_scale"),
     "ct-int8-channel": (compressed(type="int"), torch.int8, (1, 0), "weight_scale"),
     "ct-int8-tensor": (compressed(type="int", strategy="tensor"), torch.int8, (0, 0), "weight_scale"),
@@ -147,6 +148,17 @@ def test_fp16_is_read_as_fp32_and_nothing_is_lost(tmp_path: Path, caplog: pytest
     assert torch.equal(model.layers[1].feed_forward.w13.matrices()[0], torch.cat([gate, up]))
     assert torch.equal(model.embed.values(), stored["model.embed_tokens.weight"].float())
     assert "fp16 are held in fp32" in caplog.text
+
+
+def test_zero_points_of_a_symmetric_scheme_are_zero(mixtral: Path, tmp_path: Path) -> None:
+    folder, _ = write("ct-int8-channel", mixtral, tmp_path)
+    tensors, values = tensors_of(folder), config_of(folder)
+    name = "model.layers.0.self_attn.q_proj.weight_zero_point"
+    old = {key: value for key, value in values.items() if key != "quantization_config"}
+    old["compression_config"] = values["quantization_config"]
+    LLM(save(folder, {**tensors, name: torch.zeros(32, 1, dtype=torch.int8)}, old))
+    with pytest.raises(CheckpointError, match=f"{name} is not zero"):
+        LLM(save(folder, {**tensors, name: torch.ones(32, 1, dtype=torch.int8)}, old))
 
 
 def test_a_quantised_router_and_head_are_dequantised(mixtral: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What the `quantization_config` of a `config.json` says about the tensors: 8 bits, with scales beside the values.
 
-AutoFP8 and the blocks of DeepSeek both say quant_method "fp8", llm-compressor says "compressed-tensors". What they say
-about activations is ignored: those are not quantised unless the engine is asked to.
+AutoFP8 and the blocks of DeepSeek both say quant_method "fp8", Llama 3.1 "fbgemm_fp8", llm-compressor
+"compressed-tensors". What they say about activations is ignored: those are not quantised unless the engine is asked to.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 
 from grok_engine.config import is_int
 
-SERVED = "fp8 (per tensor or in blocks) and compressed-tensors (8 bits, symmetric)"
-IGNORED = (".input_scale", ".output_scale", ".k_scale", ".v_scale")  # of activations, keys and values
+SERVED = "fp8, fbgemm_fp8 and compressed-tensors (8 bits, symmetric)"
+# Of activations, keys and values.
+IGNORED = (".input_scale", ".input_scale_ub", ".output_scale", ".k_scale", ".v_scale")
 _CODES = {"float": "F8_E4M3", "int": "I8"}
 
 
@@ -43,7 +44,7 @@ def schemes_of(values: Any, problems: list[str]) -> tuple[Scheme, ...]:
         problems.append(f"quantization_config={values!r} is not an object")
         return ()
     method = values.get("quant_method")
-    if method == "fp8":
+    if method in ("fp8", "fbgemm_fp8"):
         return _fp8(values, problems)
     if method == "compressed-tensors":
         return _compressed_tensors(values, problems)

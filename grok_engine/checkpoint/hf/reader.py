@@ -75,7 +75,8 @@ class HfCheckpoint:
         family = family_of(values)
         assert family is not None
         files = open_files(folder)
-        schemes = schemes_of(values.get("quantization_config"), files.problems)
+        quantization = values.get("quantization_config", values.get("compression_config"))  # as old tools wrote it
+        schemes = schemes_of(quantization, files.problems)
         shapes = tensor_shapes(config)
         names = max(family.spellings, key=lambda names: _hits(names, shapes, files))
         self._matrices = _Resolver(config, files, names, schemes).resolve(shapes)
@@ -225,11 +226,19 @@ class _Resolver:
             if places is None or len(places) > 1 or places[0].tensor.code not in SCALES:
                 continue
             self.used.add(stem)
+            self._zero_points(name.removesuffix("weight") + "weight_zero_point")
             if (block := scheme.block_of(shape, places[0].tensor.shape)) is not None:
                 return places[0], block
         expected = " or ".join(f"{scheme.scale} in blocks of {scheme.block}" for scheme in own)
         self.problems.append(f"{name} is {code} {shape}: expected {expected or 'bf16, fp16 or fp32 (no quantisation)'}")
         return None
+
+    def _zero_points(self, name: str) -> None:
+        """Old tools write zeros, though the scheme is symmetric."""
+        for place in self.files.places.get(name, ()):
+            self.used.add(name)
+            if place.file.read(name).float().any():
+                self.problems.append(f"{name} is not zero, though the quantisation is symmetric")
 
     def _tied(self, found: Mapping[str, tuple[Matrix, ...]]) -> None:
         """A tied model may carry its matrix twice."""
