@@ -8,6 +8,7 @@ from grok_engine.config import ModelConfig
 from grok_engine.models.families import family_of
 
 from .base import Checkpoint
+from .hf.files import config_file
 from .hf.reader import HfCheckpoint
 from .packed import PackedCheckpoint, is_packed_folder
 from .strict_json import read_object
@@ -19,7 +20,8 @@ def open_checkpoint(folder: str | Path, config: ModelConfig) -> Checkpoint:
     folder = Path(folder)
     if is_packed_folder(folder):
         return PackedCheckpoint(folder)
-    values = read_object(folder / "config.json") if (folder / "config.json").exists() else {}
+    file = config_file(folder)
+    values = read_object(file) if file.exists() else {}
     if family_of(values) is not None:
         return HfCheckpoint(folder, config, values)
     return XaiCheckpoint(folder, config)

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from grok_engine.checkpoint.base import CheckpointError
-from grok_engine.checkpoint.hf.files import is_hf_folder
+from grok_engine.checkpoint.hf.files import config_file, is_hf_folder
 from grok_engine.checkpoint.strict_json import read_object
 from grok_engine.config import ConfigError, ModelConfig
 from grok_engine.models.families import family_of, parse_config, preset
@@ -55,7 +55,7 @@ def read_config(path: str | Path) -> ModelConfig:
     Tokens that end an answer may also stand in a `generation_config.json` of the hub.
     """
     path = model_folder(path)
-    file = path / "config.json"
+    file = config_file(path)
     if not file.exists():
         if is_hf_folder(path):
             raise CheckpointError(f"{path} holds safetensors: expected a config.json with `architectures` beside them")

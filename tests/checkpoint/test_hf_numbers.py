@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -9,10 +10,11 @@ from zlib import crc32
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from grok_engine import LLM, SamplingParams, read_config
+from grok_engine import LLM, CheckpointError, SamplingParams, read_config
 from grok_engine.config import ModelConfig
-from grok_engine.models.families import parse_config
+from grok_engine.models.families import parse_config, preset
 from tests.checkpoint.hf_models import (
     SMALL,
     TOKENS,
@@ -210,6 +212,38 @@ def test_buffers_of_old_files_are_no_weights(models: dict[str, Path], tmp_path: 
     tensors = tensors_of(models["llama"])
     tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     same(held(save(tmp_path / "old", tensors, config_of(models["llama"]))), held(models["llama"]))
+
+
+def test_mistrals_own_files_are_the_same(models: dict[str, Path], tmp_path: Path) -> None:
+    """Neighbouring rows of q and k are a pair for rotation there."""
+    source, own = models["mistral-nemo"], {}
+    names = {
+        "embed_tokens": "tok_embeddings", "lm_head": "output", "self_attn": "attention", "mlp": "feed_forward",
+        "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo", "gate_proj": "w1", "up_proj": "w3",
+        "down_proj": "w2", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+    }  # fmt: skip
+    for name, tensor in tensors_of(source).items():
+        parts = [names.get(part, part) for part in name.removeprefix("model.").split(".")]
+        if "wq" in parts or "wk" in parts:
+            tensor = tensor.view(-1, 2, 8, 32).transpose(1, 2).reshape(-1, 32)
+        own[".".join(parts)] = tensor.contiguous()
+    save_file(own, tmp_path / "consolidated.safetensors")
+    params = {"dim": 32, "n_layers": 2, "head_dim": 16, "hidden_dim": 48, "n_heads": 4, "n_kv_heads": 2,
+              "norm_eps": 1e-6, "vocab_size": 96, "rope_theta": 1e6, "max_seq_len": 64}  # fmt: skip
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    same(held(tmp_path), held(source))
+    agrees(tmp_path, source)
+    (tmp_path / "params.json").write_text(json.dumps({**params, "moe": {"num_experts": 8}}))
+    with pytest.raises(CheckpointError, match=r"params\.json: .*unknown key 'moe'"):
+        LLM(tmp_path)
+
+
+def test_params_without_theta_are_those_of_v0_1_or_later() -> None:
+    """v0.1's file has a window and no theta, and the code that reads it takes 1e4 then."""
+    params = {"dim": 4096, "n_layers": 32, "head_dim": 128, "hidden_dim": 14336, "n_heads": 32, "n_kv_heads": 8,
+              "norm_eps": 1e-05, "vocab_size": 32000}  # fmt: skip
+    assert parse_config({**params, "sliding_window": 4096}, "mistral-7b") == preset("mistral-7b")
+    assert parse_config(params, "x").rope_theta == 1e6
 
 
 # Grok-1, converted

@@ -11,6 +11,7 @@ from grok_engine.checkpoint.safetensors import SafetensorsFile, StoredTensor
 from grok_engine.checkpoint.strict_json import read_object
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+CONSOLIDATED, PARAMS = "consolidated.safetensors", "params.json"  # Mistral's own
 _NUMBERED = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _RANKED = re.compile(r"pytorch_model-\d{5}-TP-(common|\d{3})\.safetensors")  # Grok-2's
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "consolidated.*.pth")
@@ -55,7 +56,7 @@ def is_hf_folder(folder: Path) -> bool:
 
 
 def open_files(folder: Path) -> Files:
-    """The files that an index names, else `model.safetensors`, else numbered files, else Grok-2's for ranks."""
+    """The files that an index names, else `model.safetensors`, numbered ones, Grok-2's for ranks, or Mistral's own."""
     files = Files()
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     if (folder / INDEX).exists():
@@ -76,9 +77,16 @@ def open_files(folder: Path) -> Files:
     elif ranked := [match for name in names if (match := _RANKED.fullmatch(name))]:
         for match in sorted(ranked, key=lambda match: match[1]):
             files.add(folder / match[0], None if match[1] == "common" else int(match[1]))
+    elif CONSOLIDATED in names:
+        files.add(folder / CONSOLIDATED)
     else:
         files.problems.append(_nothing(folder, names))
     return files
+
+
+def config_file(folder: Path) -> Path:
+    """`config.json`, or Mistral's `params.json` where that stands alone."""
+    return folder / ("config.json" if (folder / "config.json").exists() else PARAMS)
 
 
 def _add_indexed(files: Files, folder: Path) -> None:

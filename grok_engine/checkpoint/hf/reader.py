@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from grok_engine.checkpoint.base import CheckpointError, TensorInfo, take
 from grok_engine.checkpoint.shapes import tensor_shapes
 from grok_engine.config import ModelConfig
 from grok_engine.models.families import family_of
-from grok_engine.models.families.base import Names, Stacked
+from grok_engine.models.families.base import Interleaved, Names, Stacked
 
 from .files import Files, Place, open_files, some
 from .quantization import IGNORED, Scheme, schemes_of
@@ -38,6 +38,7 @@ class Matrix:
     expert: int | None = None  # of a stack
     part: int = 0
     parts: int = 1
+    head_dim: int = 0  # where the rows of each head are interleaved
 
     @property
     def format(self) -> str:
@@ -55,6 +56,8 @@ class Matrix:
         if self.expert is not None:
             values = values[self.expert]
         values = values.chunk(self.parts)[self.part]
+        if self.head_dim:
+            values = values.unflatten(0, (-1, self.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
         if self.scale is None or self.block is None:
             return (values,)
         (n, k), (rows, columns) = values.shape, self.block
@@ -131,7 +134,7 @@ def _hits(names: Names, shapes: Iterable[str], files: Files) -> int:
     for name in shapes:
         template, layer = _template(name)
         if (stored := names.get(template)) is not None:
-            text = stored.name if isinstance(stored, Stacked) else stored
+            text = stored if isinstance(stored, str) else stored.name
             found += text.format(i=layer, e=0) in files.places
     return found
 
@@ -169,8 +172,8 @@ class _Resolver:
     def _matrices(self, name: str, shape: tuple[int, ...]) -> Iterator[Matrix]:
         template, layer = _template(name)
         stored, axis = self.names[template], int(name.endswith((".down", ".o")))
-        parts, text = (stored.parts, stored.name) if isinstance(stored, Stacked) else (1, stored)
-        part = stored.part if isinstance(stored, Stacked) else 0
+        text = stored if isinstance(stored, str) else stored.name
+        part, parts = (stored.part, stored.parts) if isinstance(stored, Stacked) else (0, 1)
         if len(shape) == 3 and "{e}" not in text:
             whole = (shape[0], parts * shape[1], shape[2])
             for matrix in self._matrix(text.format(i=layer), whole, axis):
@@ -178,7 +181,13 @@ class _Resolver:
                     yield Matrix(matrix.pieces, axis, None, None, e, part, parts)
             return
         for e in range(shape[0] if len(shape) == 3 else 1):
-            yield from self._matrix(text.format(i=layer, e=e), shape[-2:], axis)
+            for matrix in self._matrix(text.format(i=layer, e=e), shape[-2:], axis):
+                if not isinstance(stored, Interleaved):
+                    yield matrix
+                elif matrix.scale is None:
+                    yield replace(matrix, head_dim=self.config.head_dim)
+                else:
+                    self.problems.append(f"{text.format(i=layer)} is quantised: expected floats in Mistral's own files")
 
     def _matrix(self, name: str, shape: tuple[int, ...], axis: int) -> Iterator[Matrix]:
         if name == self.names["embed"] and name not in self.files.places and self.config.tie_embeddings:

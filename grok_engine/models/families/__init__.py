@@ -11,7 +11,7 @@ from .base import Family
 from .grok import parse_reference
 from .grok_hf import GROK
 from .llama import LLAMA
-from .mistral import MISTRAL
+from .mistral import MISTRAL, is_params, parse_params
 from .mixtral import MIXTRAL
 
 FAMILIES: tuple[Family, ...] = (GROK, MIXTRAL, MISTRAL, LLAMA)
@@ -27,10 +27,12 @@ def preset(name: str) -> ModelConfig:
 
 
 def family_of(values: Mapping[str, Any]) -> Family | None:
-    """The family of a `config.json` in the keys of transformers; None for one in other keys.
+    """The family of a `config.json` in the keys of transformers, or of a `params.json`; None for other keys.
 
     ConfigError for an architecture that is not served.
     """
+    if is_params(values):
+        return MISTRAL
     architectures, model_type = values.get("architectures"), values.get("model_type")
     if "model" in values or (architectures is None and model_type is None):
         return None
@@ -47,11 +49,13 @@ def family_of(values: Mapping[str, Any]) -> Family | None:
 
 
 def parse_config(values: Mapping[str, Any], name: str) -> ModelConfig:
-    """The architecture that the values of a `config.json` describe: in the keys of transformers, of xAI's reference
-    code or of `ModelConfig`.
+    """The architecture that the values of a `config.json` describe: in the keys of transformers, of Mistral's
+    `params.json`, of xAI's reference code or of `ModelConfig`.
 
     name: of the model, where the values carry none. ConfigError for keys and values that do not fit.
     """
+    if is_params(values):
+        return parse_params(values, name)
     if (family := family_of(values)) is not None:
         return family.parse(values, name)
     return parse_reference(values, name) if "model" in values else ModelConfig.from_dict(values)

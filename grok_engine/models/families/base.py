@@ -18,9 +18,16 @@ class Stacked:
     parts: int
 
 
+@dataclass(frozen=True, slots=True)
+class Interleaved:
+    """A tensor of q or k whose rows pair neighbours 2i and 2i + 1 of a head for rotation, instead of i and i + C/2."""
+
+    name: str
+
+
 # The engine's name of a tensor → a file's. In both, {i} is the layer; in a file's, {e} is the expert, and a tensor of
 # experts whose name has no {e} is stored stacked.
-Names = Mapping[str, str | Stacked]
+Names = Mapping[str, str | Stacked | Interleaved]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
