@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from grok_engine import LLM, CheckpointError
+from grok_engine import LLM, CheckpointError, read_config
+from grok_engine.checkpoint.open import open_checkpoint
 from grok_engine.layers.weight import FusedWeight
 from grok_engine.models.decoder import Decoder
 from tests.checkpoint.hf_models import TOKENS, build, config_of, error, judge, save, tensors_of
@@ -148,6 +149,17 @@ def test_fp16_is_read_as_fp32_and_nothing_is_lost(tmp_path: Path, caplog: pytest
     assert torch.equal(model.layers[1].feed_forward.w13.matrices()[0], torch.cat([gate, up]))
     assert torch.equal(model.embed.values(), stored["model.embed_tokens.weight"].float())
     assert "fp16 are held in fp32" in caplog.text
+
+
+def test_experts_in_several_float_formats_become_fp32(mixtral: Path, tmp_path: Path) -> None:
+    stored = tensors_of(mixtral)
+    name = "model.layers.0.block_sparse_moe.experts.{}.w2.weight"
+    stored |= {name.format(1): stored[name.format(1)].half(), name.format(2): stored[name.format(2)].float() / 3}
+    folder = save(tmp_path, stored, config_of(mixtral))
+    whole = torch.stack([stored[name.format(e)].float() for e in range(4)])
+    checkpoint = open_checkpoint(folder, read_config(folder))
+    assert torch.equal(checkpoint.read("layers.0.moe.down")[0], whole)
+    assert torch.equal(LLM(folder, weights="fp32").model.layers[0].feed_forward.w2.matrices(), whole)
 
 
 def test_zero_points_of_a_symmetric_scheme_are_zero(mixtral: Path, tmp_path: Path) -> None:
