@@ -34,6 +34,7 @@ class ModelConfig:
     A softcap of 0 is none, `sliding_window` 0 is full attention, `attn_temperature_len` 0 is off.
     `num_experts` 0 is a dense model, whose one feed-forward block has width `dense_d_ff`; a model
     with both has a dense branch beside its experts, and the two outputs are summed over √2.
+    `rope_factors` divide the C/2 rotary frequencies, one each; none leaves them as `rope_theta` gives them.
     """
 
     name: str = "custom"
@@ -57,6 +58,7 @@ class ModelConfig:
     output_multiplier: float = 1.0
     attn_scale: float = 0.0  # 0 resolves to head_dim ** -0.5
     rope_theta: float = 1e4
+    rope_factors: tuple[float, ...] = ()
     attn_temperature_len: int = 0
     sliding_window: int = 0
     tie_embeddings: bool = True
@@ -78,9 +80,8 @@ class ModelConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
         """From this class's own field names; an unknown key is an error that names it."""
         check_keys(values, {f.name for f in fields(cls)}, set(_REQUIRED), "model configuration")
-        if isinstance(ids := values.get("eos_token_ids"), list):  # as JSON has it
-            values = {**values, "eos_token_ids": tuple(ids)}
-        return cls(**values)
+        tuples = [key for key in ("eos_token_ids", "rope_factors") if isinstance(values.get(key), list)]  # as JSON has
+        return cls(**{**values, **{key: tuple(values[key]) for key in tuples}})
 
     def to_dict(self) -> dict[str, Any]:
         """Every field by name, as `from_dict` takes it back."""
@@ -161,6 +162,7 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "Activation": ("text", lambda value: isinstance(value, str)),
     "int | None": ("an integer or null", lambda value: value is None or is_int(value)),
     "tuple[int, ...]": ("a list of integers", lambda value: isinstance(value, tuple) and all(map(is_int, value))),
+    "tuple[float, ...]": ("a list of numbers", lambda value: isinstance(value, tuple) and all(map(is_number, value))),
 }
 
 
@@ -172,14 +174,31 @@ def _wrong_types(c: ModelConfig) -> Iterator[str]:
             yield f"{field.name}={value!r} is not {what}"
 
 
+# Far beyond every model; what a broken file says beyond them would take hours or all memory before it failed.
+_BOUNDS = {
+    "vocab_size": 1 << 24,
+    "d_model": 1 << 20,
+    "num_layers": 1 << 12,
+    "num_heads": 1 << 14,
+    "num_kv_heads": 1 << 14,
+    "head_dim": 1 << 14,
+    "num_experts": 1 << 12,
+    "num_experts_per_tok": 1 << 12,
+    "d_ff": 1 << 22,
+    "dense_d_ff": 1 << 22,
+    "sliding_window": 1 << 40,
+    "attn_temperature_len": 1 << 40,
+    "max_position": 1 << 28,
+}
+_MAX_EXPERTS = 1 << 17  # in all layers
+
+
 def _problems(c: ModelConfig) -> Iterator[str]:
-    for name in (*_REQUIRED, "max_position"):
-        if (value := getattr(c, name)) < 1:
-            yield f"{name}={value!r} is not a positive integer"
-            return
-    for name in ("num_experts", "num_experts_per_tok", "d_ff", "dense_d_ff", "sliding_window", "attn_temperature_len"):
-        if (value := getattr(c, name)) < 0:
-            yield f"{name}={value!r} is not an integer of 0 or more"
+    for name, bound in _BOUNDS.items():
+        least = 1 if name in _REQUIRED or name == "max_position" else 0
+        if not least <= (value := getattr(c, name)) <= bound:
+            what = "a positive integer" if least else "an integer of 0 or more"
+            yield f"{name}={value!r} is not {what}" + (f" up to {bound}" if value > bound else "")
             return
     for name in ("attn_softcap", "router_softcap", "final_softcap"):
         if not 0 <= (value := getattr(c, name)) < math.inf:
@@ -187,10 +206,17 @@ def _problems(c: ModelConfig) -> Iterator[str]:
     for name in ("embedding_multiplier", "output_multiplier", "attn_scale", "rope_theta", "norm_eps"):
         if not 0 < (value := getattr(c, name)) < math.inf:
             yield f"{name}={value!r} is not a finite positive number"
+    if c.num_layers * c.num_experts > _MAX_EXPERTS:
+        yield f"num_layers={c.num_layers} of num_experts={c.num_experts} have more than {_MAX_EXPERTS} experts in all"
     if c.num_heads % c.num_kv_heads:
         yield f"num_heads={c.num_heads} is not a multiple of num_kv_heads={c.num_kv_heads}"
     if c.head_dim % 2:
         yield f"head_dim={c.head_dim} is odd: rotary embedding turns its two halves against each other"
+    elif c.rope_factors and len(c.rope_factors) != c.head_dim // 2:
+        yield f"rope_factors has {len(c.rope_factors)} numbers, expected none or head_dim / 2 = {c.head_dim // 2}"
+    for factor in c.rope_factors:
+        if not 0 < factor < math.inf:
+            yield f"rope_factors holds {factor!r}, expected finite positive numbers"
     if c.activation not in ACTIVATIONS:
         yield f"activation={c.activation!r} is not one of {', '.join(ACTIVATIONS)}"
     if c.num_experts == 0:

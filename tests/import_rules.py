@@ -133,7 +133,7 @@ LAZY = {"grok_engine": "grok_bench"}  # imported inside functions alone
 PEERS = ("deep_gemm",)
 # The extras whose packages a package may import. Outside grok_bench, whose commands are imported on demand, such an
 # import stands inside a function: the distribution works without its extras.
-EXTRAS: Table = {"grok_engine": ("structured",), "grok_kernels": (), "grok_bench": ("bench",)}
+EXTRAS: Table = {"grok_engine": ("structured", "hub"), "grok_kernels": (), "grok_bench": ("bench",)}
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # In a string: "cpu" and "cuda" are devices too, so a layer may say those.

@@ -15,9 +15,11 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from grok_engine.config import ConfigError
 
-class CheckpointError(ValueError):
-    """A checkpoint that is not what it should be. `problems` holds one line for each finding."""
+
+class CheckpointError(ConfigError):
+    """A checkpoint that is not what it should be, its `config.json` included. `problems`: a line for each finding."""
 
     def __init__(self, message: str, problems: tuple[str, ...] = ()) -> None:
         super().__init__(message)
@@ -34,6 +36,7 @@ class TensorInfo:
     output channel, (N, K) one per tensor. None: no scales.
     layout: "rows", or "panels" for values that lie as the CPU kernels want them in memory.
     nbytes: stored, headers included.
+    stored: the file's own name of the values' format where it is not `format`, to which `read` converts exactly.
     """
 
     name: str
@@ -42,6 +45,7 @@ class TensorInfo:
     block: tuple[int, int] | None = None
     layout: Literal["rows", "panels"] = "rows"
     nbytes: int
+    stored: str = ""
 
 
 class Checkpoint(Protocol):

@@ -1,9 +1,7 @@
 """The engine's own format: the tensors of a model's modules in one file, as they lie in memory, to be read or mapped.
 
-The file is a safetensors file (8 bytes of header length, a JSON header of dtypes, shapes and offsets, then the data),
-which other tools can read. The safetensors library is not used: it can neither read into memory that the caller
-chose, nor write a model larger than half the memory. The data begins at a multiple of 4096. Each tensor begins at a
-multiple of 64 while the sizes before it are multiples of 64, as those of all large tensors are.
+The file is a safetensors file, which other tools can read. The data begins at a multiple of 4096. Each tensor begins at
+a multiple of 64 while the sizes before it are multiples of 64, as those of all large tensors are.
 
 A module's values are `<module>.weight`, its scales, (E, groups, N), `<module>.scale`. The header's metadata names the
 format, and gives the (E, N, K) of the values that lie in panels.
@@ -12,7 +10,6 @@ format, and gives the (E, N, K) of the values that lie in panels.
 from __future__ import annotations
 
 import json
-import mmap
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,14 +17,16 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from grok_engine.config import is_int
 from grok_kernels.dtypes import DTYPES
 
 from .base import CheckpointError, TensorInfo, take
+from .safetensors import SafetensorsFile, StoredTensor
+from .strict_json import parse_object
 
 FILE = "weights.safetensors"
 FORMAT = "grok-engine 2"
@@ -90,17 +89,21 @@ class PackedCheckpoint:
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / FILE
         self.source = str(self.path)
-        try:
-            planes, panels, self._start, size = _read_header(self.path)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: expected a readable file, found: {error.strerror}") from None
-        self.total_bytes = sum(plane.nbytes for plane in planes.values())
-        if size != self._start + self.total_bytes:
+        self._file = SafetensorsFile(self.path)
+        metadata = self._file.metadata
+        if metadata.get("format") != FORMAT:
             raise CheckpointError(
-                f"{self.path}: expected {self._start + self.total_bytes} bytes by its header, found {size}"
+                f"{self.path}: expected format {FORMAT!r}, as `grok-engine convert` writes it, found "
+                f"{metadata.get('format')!r}"
             )
+        if self._file.start % ALIGN:  # the kernels read a mapped file in place
+            raise CheckpointError(
+                f"{self.path}: expected data at a multiple of {ALIGN}, found it at {self._file.start}"
+            )
+        planes = {name: _plane(self.path, tensor) for name, tensor in self._file.tensors.items()}
+        self.total_bytes = sum(plane.nbytes for plane in planes.values())
         self._planes = planes
-        self.tensors = _modules(self.path, planes, panels)
+        self.tensors = _modules(self.path, planes, _panels(self.path, metadata))
         self._data: Tensor | None = None
 
     def read(self, name: str, *, expert: int | None = None, rows: slice | None = None) -> tuple[Tensor, ...]:
@@ -127,7 +130,7 @@ class PackedCheckpoint:
                 part = into[start : start + CHUNK]
                 at = 0
                 while at < len(part):
-                    count = os.preadv(file.fileno(), [part[at:]], self._start + start + at)
+                    count = os.preadv(file.fileno(), [part[at:]], self._file.start + start + at)
                     if not count:
                         raise CheckpointError(f"{self.path}: expected {len(part) - at} more bytes, found its end")
                     at += count
@@ -141,9 +144,7 @@ class PackedCheckpoint:
 
     def _map(self) -> Tensor:
         """All of the data, mapped copy-on-write: writing to it changes no file."""
-        with self.path.open("rb") as file:
-            mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-        return torch.frombuffer(mapped[self._start :], dtype=torch.uint8)
+        return torch.frombuffer(memoryview(self._file.map())[self._file.start :], dtype=torch.uint8)
 
     def _view(self, name: str) -> Tensor:
         assert self._data is not None
@@ -185,44 +186,19 @@ def _columns(path: Path, scale: Plane, shape: tuple[int, ...]) -> int:
     return shape[2] // groups
 
 
-def _read_header(path: Path) -> tuple[dict[str, Plane], dict[str, list[int]], int, int]:
-    """The planes, the shapes of those in panels, where the data begins, and the size of the file."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= size - 8:
-            raise CheckpointError(f"{path}: expected the length of a header within {size} bytes, found {length}")
-        text = file.read(length)
-    try:
-        values = json.loads(text)
-        metadata = values.pop("__metadata__", {})
-        planes = {name: _plane(name, value) for name, value in values.items()}
-        panels = json.loads(metadata.get("panels", "{}"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: expected a header of safetensors, found {error!r}") from None
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path}: expected format {FORMAT!r}, as `grok-engine convert` writes it, found {metadata.get('format')!r}"
-        )
-    if (8 + length) % ALIGN:
-        raise CheckpointError(f"{path}: expected its data to begin at a multiple of {ALIGN}, found it at {8 + length}")
-    start = 0
-    for plane in sorted(planes.values(), key=lambda plane: plane.start):
-        if plane.start != start:
-            raise CheckpointError(
-                f"{path}: expected {plane.name} at byte {start} of the data, found it at {plane.start}"
-            )
-        if start % DTYPES[plane.format].itemsize:
-            raise CheckpointError(f"{path}: {plane.name} of {plane.format} begins at byte {start}, expected a multiple")
-        start += plane.nbytes
-    return planes, panels, 8 + length, size
-
-
-def _plane(name: str, value: Mapping[str, Any]) -> Plane:
-    first, last = value["data_offsets"]
-    if value["dtype"] not in _FORMATS or any(not isinstance(n, int) or n < 0 for n in value["shape"]):
-        raise ValueError(f"{name} is {value['dtype']} {value['shape']}")
-    plane = Plane(name, _FORMATS[value["dtype"]], tuple(value["shape"]), first)
-    if last - first != plane.nbytes:
-        raise ValueError(f"{name} has {last - first} bytes for {value['dtype']} {value['shape']}")
+def _plane(path: Path, tensor: StoredTensor) -> Plane:
+    if tensor.code not in _FORMATS:
+        raise CheckpointError(f"{path}: {tensor.name} is {tensor.code}, expected one of {', '.join(_FORMATS)}")
+    plane = Plane(tensor.name, _FORMATS[tensor.code], tensor.shape, tensor.start)
+    if plane.start % DTYPES[plane.format].itemsize:
+        raise CheckpointError(f"{path}: {plane.name} of {plane.format} begins at byte {plane.start}, expected a multiple")
     return plane
+
+
+def _panels(path: Path, metadata: Mapping[str, str]) -> dict[str, list[int]]:
+    """(E, N, K) of the modules whose values lie in panels."""
+    panels = parse_object(metadata.get("panels", "{}").encode(), f"{path}: panels")
+    for module, shape in panels.items():
+        if not isinstance(shape, list) or len(shape) not in (2, 3) or not all(is_int(n) and n > 0 for n in shape):
+            raise CheckpointError(f"{path}: panels of {module} are {shape!r}, expected its (E, N, K)")
+    return panels

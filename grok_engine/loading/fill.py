@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import math
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -15,10 +18,13 @@ from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.models.decoder import Decoder
 from grok_kernels.dtypes import FP8_MAX, TINY
 
-from .slots import Slot, slots
+from .slots import Slot, keeps_scales, slots
+
+log = logging.getLogger("grok_engine")
 
 Progress = Callable[[int, int], None]  # bytes done, and in all
 CHUNK = 4 << 20  # bytes in fp32 that are converted at once
+LIMITS = {"int8": 127.0, "fp8_e4m3": FP8_MAX}  # the largest values of the formats that are rounded to
 
 
 def fill(
@@ -31,14 +37,17 @@ def fill(
 ) -> None:
     """Fill `model`, on its device and in the layout that the device's kernels want. Raises as `slots` does.
 
-    `weights` None keeps each matrix as the checkpoint has it, int8 bit for bit; bf16 and fp32 dequantise; fp8
-    dequantises and rounds to e4m3, saturating, with a scale amax / 448 for each output channel. Norms and router are
-    kept in fp32, the embedding in the model's dtype. Besides the model, at most one source tensor is in memory.
+    `weights` None keeps each matrix as the checkpoint has it, 8-bit values bit for bit where kernels take its scales,
+    else in fp32; bf16 and fp32 dequantise; int8 and fp8 dequantise and round, with a scale amax / 127 or amax / 448 for
+    each output channel. Norms and router are kept in fp32, the embedding in the model's dtype. Besides the model, at
+    most one source tensor is in memory.
 
     A converted checkpoint is read into one block of memory on a CPU. With `mapped` the file itself is used, and the
     system loads its pages on demand. Devices and kernels that do not use panels get rows.
     """
     found = slots(model, checkpoint, weights)
+    if weights is None:
+        _log_conversions(found)
     device, total, done = model.cos_sin.device, total_bytes(checkpoint), 0
     packed = checkpoint if isinstance(checkpoint, PackedCheckpoint) else None
     in_place = packed is not None and device.type == "cpu" and (mapped or all(_is_wanted(slot) for slot in found))
@@ -56,12 +65,27 @@ def fill(
                 progress(done, total)
 
 
+def _log_conversions(found: list[Slot]) -> None:
+    """Say which matrices are not held as they are stored, though nobody asked for it."""
+    changed = Counter(
+        (info.stored or info.format, slot.format)
+        for slot in found
+        if isinstance(slot.module, FusedWeight)
+        for info in slot.sources
+        if info.stored or info.format != slot.format
+    )
+    for (stored, held), count in changed.items():
+        log.warning("%d matrices of %s are held in %s, which loses nothing; `weights` chooses", count, stored, held)
+
+
 def load(slot: Slot, checkpoint: Checkpoint, device: torch.device | str, packed: bool | None = None) -> None:
     """Fill one module, a named tensor at a time and expert by expert. packed: as for `Slot.allocate`."""
     module = slot.module
     slot.allocate(device, packed)
     if isinstance(module, NamedTensor):
-        module.fill(checkpoint.read(slot.sources[0].name)[0])
+        (info,) = slot.sources
+        values, *scales = checkpoint.read(info.name)
+        module.fill(_times(values.float(), scales[0], info) if scales else values)
         return
     for part, info in zip(module.parts, slot.sources, strict=True):
         for e in range(module.experts):
@@ -73,30 +97,41 @@ def _write(
     slot: Slot, module: FusedWeight, expert: int, start: int, info: TensorInfo, planes: tuple[Tensor, ...]
 ) -> None:
     """One expert's matrix of a named tensor: bit for bit where format and scales can stay, else by way of fp32."""
-    values_NK, n, scales_EGN = planes[0], planes[0].shape[0], module.weight.scales
+    values_NK, scales_EGN = planes[0], module.weight.scales
+    n, k = values_NK.shape
     if info.block is None and not slot.groups:
         module.write(expert, start, values_NK)
         return
-    scales_NG = None
-    if info.block is not None:
+    if info.block is not None and keeps_scales(info, slot.format, slot.groups):
+        assert scales_EGN is not None
         scales_NG = planes[1].float().repeat_interleave(info.block[0], 0)[:n]
-        if info.format == slot.format and slot.groups * info.block[1] % module.k == 0:
-            assert scales_EGN is not None
-            repeats = slot.groups // scales_NG.shape[1]
-            scales_EGN[expert, :, start : start + n] = scales_NG.t().repeat_interleave(repeats, 0)
-            module.write(expert, start, values_NK)
-            return
-    rows = max(CHUNK // (4 * values_NK.shape[1]) // 64, 1) * 64  # panels hold 64 rows
+        scales_EGN[expert, :, start : start + n] = scales_NG.t().repeat_interleave(slot.groups // scales_NG.shape[1], 0)
+        module.write(expert, start, values_NK)
+        return
+    unit = math.lcm(info.block[0] if info.block else 1, 64)  # panels hold 64 rows
+    rows = max(CHUNK // (4 * k) // unit, 1) * unit
     for at in range(0, n, rows):
         x_NK = values_NK[at : at + rows].to(torch.float32, copy=True)
-        if scales_NG is not None and info.block is not None:
-            for scale_N1, columns_NK in zip(scales_NG.split(1, 1), x_NK.split(info.block[1], 1), strict=True):
-                columns_NK.mul_(scale_N1[at : at + rows])
+        if info.block is not None:
+            blocks = slice(at // info.block[0], -(-(at + rows) // info.block[0]))
+            _times(x_NK, planes[1][blocks], info)
         if scales_EGN is not None:
-            scale_N = x_NK.abs().amax(1).clamp_(min=TINY) / FP8_MAX
+            limit = LIMITS[slot.format]
+            scale_N = x_NK.abs().amax(1).clamp_(min=TINY) / limit
             scales_EGN[expert, 0, start + at : start + at + len(x_NK)] = scale_N
-            x_NK.div_(scale_N[:, None]).clamp_(-FP8_MAX, FP8_MAX)
+            x_NK.div_(scale_N[:, None]).clamp_(-limit, limit)
+            if slot.format == "int8":
+                x_NK.round_()
         module.write(expert, start + at, x_NK.to(module.weight.dtype))
+
+
+def _times(x_NK: Tensor, scales: Tensor, info: TensorInfo) -> Tensor:
+    """x with each block of rows and columns multiplied by its scale, in place."""
+    assert info.block is not None
+    scales_NG = scales.float().repeat_interleave(info.block[0], 0)[: len(x_NK)]
+    for scale_N1, columns_NK in zip(scales_NG.split(1, 1), x_NK.split(info.block[1], 1), strict=True):
+        columns_NK.mul_(scale_N1)
+    return x_NK
 
 
 def _is_wanted(slot: Slot) -> bool:

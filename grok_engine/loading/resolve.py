@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
+from grok_engine.checkpoint.base import CheckpointError
+from grok_engine.checkpoint.hf.files import config_file, is_hf_folder
+from grok_engine.checkpoint.strict_json import read_object
 from grok_engine.config import ConfigError, ModelConfig
-from grok_engine.models.families import parse_config, preset
+from grok_engine.models.families import family_of, parse_config, preset
+
+from .hub import cached_folder, is_hub_name, model_name, snapshot_of
 
 
 def resolve_model(model: str | Path) -> Path:
-    """The folder of a model: a path, or the name of the one that ships with the package, `tiny`.
+    """The folder of a model: a path, the name of the one that ships with the package, `tiny`, or of one in the hub's
+    local cache, org/name.
 
     The folder of the tensors stands for the one that it lies in (`model_folder`).
     """
     if str(model) == "tiny":
         return Path(str(files("grok_engine") / "assets" / "tiny"))
     path = Path(model).expanduser()
+    if not path.is_dir() and is_hub_name(model):
+        return cached_folder(str(model))
     if not path.is_dir():
         raise ConfigError(f"model {str(model)!r} is not a folder: expected 'tiny' or the path of a checkpoint")
-    return model_folder(path)
+    return model_folder(snapshot_of(path))
 
 
 def find_model(model: str | Path) -> tuple[Path, ModelConfig]:
@@ -43,19 +51,26 @@ def model_folder(path: str | Path) -> Path:
 def read_config(path: str | Path) -> ModelConfig:
     """The configuration of a checkpoint folder: its `config.json`, in the keys of any family or of `ModelConfig`.
 
-    The release carries none: a folder without one is Grok-1 itself. ConfigError names the file and what is wrong.
+    The release carries none: a folder without one is Grok-1 itself. CheckpointError names the file and what is wrong.
+    Tokens that end an answer may also stand in a `generation_config.json` of the hub.
     """
     path = model_folder(path)
-    file = path / "config.json"
-    if not file.is_file():
+    file = config_file(path)
+    if not file.exists():
+        if is_hf_folder(path):
+            raise CheckpointError(f"{path} holds safetensors: expected a config.json with `architectures` beside them")
         return preset("grok-1")
+    values = read_object(file)
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file} holds a {type(values).__name__}, expected an object")
-    try:
-        return parse_config(values, path.name)
+        config = parse_config(values, model_name(path))
     except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from None
+        raise CheckpointError(f"{file}: {error}") from None
+    more = path / "generation_config.json"
+    if family_of(values) is None or not more.exists():
+        return config
+    found = read_object(more).get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    try:
+        return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *ids))))
+    except (ConfigError, TypeError):
+        raise CheckpointError(f"{more}: eos_token_id={found!r} is not a token or a list of tokens") from None

@@ -92,17 +92,32 @@ def slots(model: Decoder, checkpoint: Checkpoint, weights: WeightFormat | None =
 def _held_as(
     model: Decoder, module: NamedTensor | FusedWeight, infos: Sequence[TensorInfo], weights: WeightFormat | None
 ) -> tuple[str, int]:
-    """Format, and groups of scales along K, of a module made of these tensors."""
+    """Format, and groups of scales along K, of a module made of these tensors.
+
+    Without `weights` it is the format that loses nothing: the tensors' own, or fp32 where kernels do not take their
+    scales or where their formats differ.
+    """
     if isinstance(module, NamedTensor):
         dtype = model.dtype if isinstance(module, Embedding) else torch.float32
         return NAMES[dtype], 0
-    stored = infos[0].format
-    wanted = FORMATS[weights] if weights else stored
+    formats = {info.format for info in infos}
+    stored = infos[0].format if len(formats) == 1 else "fp32"  # which holds what either has
+    groups = 1
+    if stored == "int8":
+        groups = math.lcm(*(-(-module.k // info.block[1]) for info in infos if info.block))
+    kept = all(keeps_scales(info, stored, groups) for info in infos)
+    wanted = FORMATS[weights] if weights else stored if kept or stored not in SCALED else "fp32"
     if wanted not in SCALED:
         return wanted, 0
-    if wanted == stored == "int8":
-        return wanted, math.lcm(*(module.k // info.block[1] for info in infos if info.block))
-    return wanted, 1  # e4m3 is held with a scale per output channel
+    return wanted, groups if kept and wanted == stored else 1
+
+
+def keeps_scales(info: TensorInfo, format: str, groups: int) -> bool:
+    """Whether a weight of this format, with so many groups of scales along K, can keep values and scales."""
+    if info.format != format or info.block is None:
+        return False
+    k, columns = info.shape[-1], info.block[1]
+    return k % columns == 0 and groups % (k // columns) == 0
 
 
 def _misfits(slot: Slot) -> Iterator[str]:
@@ -116,13 +131,6 @@ def _misfits(slot: Slot) -> Iterator[str]:
             yield f"{info.name} has shape {info.shape}, expected {shape}"
         if (info.block is None) == (info.format in SCALED):
             yield f"{info.name} is {info.format} {'without' if info.block is None else 'with'} scales"
-        elif slot.format == "int8" and info.block is not None and slot.shape[-1] % info.block[1]:
-            yield f"{info.name} has a scale for {info.block[1]} columns, expected a divisor of {slot.shape[-1]}"
-    if len(formats := sorted({info.format for info in infos})) > 1:
-        yield f"{', '.join(info.name for info in infos)} are fused, but have formats {', '.join(formats)}"
-    elif slot.format == "int8" and infos[0].format != "int8":
-        for info in infos:
-            yield f"{info.name} is {info.format}, expected int8: weights='int8' keeps released values"
 
 
 def _packed_misfits(slot: Slot, checkpoint: PackedCheckpoint) -> Iterator[str]:

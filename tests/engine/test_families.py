@@ -52,11 +52,11 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum()
 
 
-def rotate(x: np.ndarray, position: int, theta: float) -> np.ndarray:
+def rotate(x: np.ndarray, position: int, c: ModelConfig) -> np.ndarray:
     half = len(x) // 2
     out = np.empty_like(x)
     for i in range(half):
-        angle = position * theta ** (-2 * i / len(x))
+        angle = position * c.rope_theta ** (-2 * i / len(x)) / (c.rope_factors[i] if c.rope_factors else 1)
         out[i] = x[i] * math.cos(angle) - x[half + i] * math.sin(angle)
         out[half + i] = x[half + i] * math.cos(angle) + x[i] * math.sin(angle)
     return out
@@ -70,8 +70,8 @@ def attention(c: ModelConfig, w: Weights, prefix: str, x: np.ndarray) -> np.ndar
         kv = head // (c.num_heads // c.num_kv_heads)
         for t in range(tokens):
             first = max(0, t - c.sliding_window + 1) if c.sliding_window else 0
-            query = rotate(q[t, head], t, c.rope_theta)
-            scores = np.array([c.attn_scale * (query @ rotate(k[j, kv], j, c.rope_theta)) for j in range(first, t + 1)])
+            query = rotate(q[t, head], t, c)
+            scores = np.array([c.attn_scale * (query @ rotate(k[j, kv], j, c)) for j in range(first, t + 1)])
             scores = softcap(scores, c.attn_softcap)
             if c.attn_temperature_len and t > c.attn_temperature_len:
                 scores = scores * math.log2(t) / math.log2(c.attn_temperature_len)
@@ -203,6 +203,7 @@ FLIPS: list[tuple[ModelConfig, dict[str, Any]]] = [
     (RICH, {"attn_scale": 0.7}),
     (RICH, {"rope_theta": 1e6}),
     (PLAIN, {"rope_theta": 10.0}),
+    (PLAIN, {"rope_factors": (1.0, 2.5, 4.0)}),
     (RICH, {"attn_temperature_len": 0}),
     (PLAIN, {"attn_temperature_len": 4}),
     (PLAIN, {"attn_temperature_len": 2}),

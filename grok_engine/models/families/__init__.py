@@ -8,11 +8,13 @@ from typing import Any
 from grok_engine.config import ConfigError, ModelConfig
 
 from .base import Family
-from .grok import GROK
-from .mistral import MISTRAL
+from .grok import parse_reference
+from .grok_hf import GROK
+from .llama import LLAMA
+from .mistral import MISTRAL, is_params, parse_params
 from .mixtral import MIXTRAL
 
-FAMILIES: tuple[Family, ...] = (GROK, MIXTRAL, MISTRAL)
+FAMILIES: tuple[Family, ...] = (GROK, MIXTRAL, MISTRAL, LLAMA)
 
 PRESETS: dict[str, ModelConfig] = {config.name: config for family in FAMILIES for config in family.presets}
 
@@ -24,12 +26,36 @@ def preset(name: str) -> ModelConfig:
     return PRESETS[name]
 
 
+def family_of(values: Mapping[str, Any]) -> Family | None:
+    """The family of a `config.json` in the keys of transformers, or of a `params.json`; None for other keys.
+
+    ConfigError for an architecture that is not served.
+    """
+    if is_params(values):
+        return MISTRAL
+    architectures, model_type = values.get("architectures"), values.get("model_type")
+    if "model" in values or (architectures is None and model_type is None):
+        return None
+    for family in FAMILIES:
+        if architectures and isinstance(architectures, list):
+            if architectures[0] in family.architectures:
+                return family
+        elif model_type in family.model_types:
+            return family
+    raise ConfigError(
+        f"architecture {(architectures or model_type)!r} is not served: expected one of "
+        f"{', '.join(name for family in FAMILIES for name in family.architectures)}"
+    )
+
+
 def parse_config(values: Mapping[str, Any], name: str) -> ModelConfig:
-    """The architecture that the values of a `config.json` describe, in a family's keys or in `ModelConfig`'s own.
+    """The architecture that the values of a `config.json` describe: in the keys of transformers, of Mistral's
+    `params.json`, of xAI's reference code or of `ModelConfig`.
 
     name: of the model, where the values carry none. ConfigError for keys and values that do not fit.
     """
-    for family in FAMILIES:
-        if family.parse is not None and (config := family.parse(values, name)) is not None:
-            return config
-    return ModelConfig.from_dict(values)
+    if is_params(values):
+        return parse_params(values, name)
+    if (family := family_of(values)) is not None:
+        return family.parse(values, name)
+    return parse_reference(values, name) if "model" in values else ModelConfig.from_dict(values)

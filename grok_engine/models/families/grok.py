@@ -9,8 +9,6 @@ from typing import Any
 
 from grok_engine.config import ConfigError, ModelConfig, check_keys, is_int, is_number
 
-from .base import Family
-
 GROK_1 = ModelConfig(
     name="grok-1",
     vocab_size=131072,
@@ -72,10 +70,8 @@ _INNER_WRITTEN = {"shard_activations": True, "data_axis": "data", "model_axis": 
 _INNER_IGNORED = {*_INNER_WRITTEN, "vocab_size", "name", "capacity_factor", "init_scale"}
 
 
-def parse_reference(values: Mapping[str, Any], name: str) -> ModelConfig | None:
-    """The architecture in the reference's keys, known by their nested `model`; what they do not say is Grok-1's."""
-    if "model" not in values:
-        return None
+def parse_reference(values: Mapping[str, Any], name: str) -> ModelConfig:
+    """The architecture in the reference's keys, which have a nested `model`; what they do not say is Grok-1's."""
     outer_keys, inner_keys = {*_OUTER, "model", "eos_token"}, {*_INNER, "widening_factor"}
     check_keys(values, outer_keys | _OUTER_IGNORED, outer_keys, "reference configuration")
     inner = values["model"]
@@ -125,6 +121,3 @@ def _widening_factor(d_ff: int, d_model: int) -> float:
         if ffn_width(factor, d_model) == d_ff:
             return factor
     raise ConfigError(f"d_ff={d_ff}: expected a multiple of 8, as the reference rounds up to one")
-
-
-GROK = Family(presets=(GROK_1, GROK_2, GROK_0), parse=parse_reference)

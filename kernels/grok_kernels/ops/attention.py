@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -51,10 +53,19 @@ def rope_store_kv(
     return result(q.shape, q.dtype)
 
 
-def rope_table(max_position: int, head_dim: int, theta: float, device: torch.device | str = "cpu") -> Tensor:
-    """cos_sin (max_position, head_dim) fp32 for `rope_store_kv`: cos, then sin, of position · theta^(−2i/head_dim)."""
+def rope_table(
+    max_position: int,
+    head_dim: int,
+    theta: float,
+    device: torch.device | str = "cpu",
+    factors: Sequence[float] = (),
+) -> Tensor:
+    """cos_sin (max_position, head_dim) fp32 for `rope_store_kv`: cos, then sin, of position · theta^(−2i/head_dim),
+    divided by factors[i] where there are any (head_dim / 2)."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     inv_freq = 1.0 / torch.tensor(theta, dtype=torch.float32, device=device) ** exponents
+    if factors:
+        inv_freq /= torch.tensor(factors, dtype=torch.float32, device=device)
     angles = torch.outer(torch.arange(max_position, dtype=torch.float32, device=device), inv_freq)
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 

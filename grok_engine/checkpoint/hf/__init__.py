@@ -1,0 +1,1 @@
+"""Reads folders as the Hugging Face hub has them: a `config.json` and safetensors files."""

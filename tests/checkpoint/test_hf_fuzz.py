@@ -1,0 +1,129 @@
+"""Any value under any key, and any byte of a header: the model or one CheckpointError, within time and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from grok_engine import CheckpointError, read_config
+from grok_engine.checkpoint.hf.files import INDEX
+from grok_engine.checkpoint.open import open_checkpoint
+from grok_engine.checkpoint.strict_json import MAX_BYTES
+from tests.checkpoint.hf_models import config_of, configure
+
+DATA = Path(__file__).parents[1] / "data" / "hf"
+VALUES: list[Any] = [
+    None, True, False, -1, 0, 1, 3, 10**6, 2**62, -(2**62), 0.5, -0.5, 1e-300, 1e300, "", "x", "16", [], [1], [[1]],
+    ["x"], {}, {"x": 1}, {"rope_type": "yarn", "factor": 1e300}, {"rope_type": ["yarn"]}, {"type": {}},
+]  # fmt: skip
+ROPE = (
+    "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+    "attention_factor", "truncate", "original_max_position_embeddings", "rope_type",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["grok2-a", "llama-a", "mixtral-a"])
+def test_any_value_under_any_key(name: str, tmp_path: Path) -> None:
+    """Read it as an architecture, or refuse it in a sentence; never another exception."""
+    values = config_of(DATA / name)
+    keys = [*values, "rope_scaling", "rope_theta", "head_dim", "sliding_window", "partial_rotary_factor", "layer_types"]
+    refused = 0
+    for key in dict.fromkeys(keys):
+        for value in VALUES:
+            configure(tmp_path, {**values, key: value})
+            try:
+                read_config(tmp_path)
+            except CheckpointError:
+                refused += 1
+    assert refused > 200
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
+def test_any_rotary_parameter(kind: str, tmp_path: Path) -> None:
+    values = {key: value for key, value in config_of(DATA / "llama-a").items() if key != "rope_parameters"}
+    rope = {"rope_type": kind, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    for key in ROPE:
+        for value in VALUES:
+            configure(tmp_path, {**values, "rope_parameters": {**rope, key: value}, "head_dim": 16})
+            try:
+                config = read_config(tmp_path)
+            except CheckpointError:
+                continue
+            assert all(0 < factor < 1e13 for factor in config.rope_factors)
+
+
+def test_any_quantisation(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(DATA / "llama-a", folder)
+    values, config = config_of(folder), read_config(folder)
+    group = {"weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}
+    for base in ({"quant_method": "fp8"}, {"quant_method": "compressed-tensors", "config_groups": {"g": group}}):
+        for key in ("quant_method", "fmt", "weight_block_size", "config_groups", "sparsity_config", "transform_config"):
+            for value in [*VALUES, {"g": 1}, {"g": {"weights": 1}}, {"g": {"weights": {"strategy": "block"}}}]:
+                configure(folder, {**values, "quantization_config": {**base, key: value}})
+                with contextlib.suppress(CheckpointError):
+                    open_checkpoint(folder, config)
+
+
+def test_any_byte_of_a_header(tmp_path: Path) -> None:
+    """A changed byte changes a name, a size or a place: no tensor changes its meaning and is still accepted."""
+    folder = tmp_path / "model"
+    shutil.copytree(DATA / "llama-a", folder)
+    file, config, rng = folder / "model.safetensors", read_config(folder), random.Random(0)
+    whole = file.read_bytes()
+    length = 8 + int.from_bytes(whole[:8], "little")
+    expected = open_checkpoint(folder, config).tensors
+    for _ in range(400):
+        mutant = bytearray(whole)
+        for _ in range(rng.choice((1, 1, 1, 2, 8))):
+            mutant[rng.randrange(length)] = rng.choice(b'0123456789{}[]",:x\x00\xff')
+        if rng.random() < 0.1:
+            del mutant[rng.randrange(len(mutant)) :]
+        file.write_bytes(mutant)
+        try:
+            found = open_checkpoint(folder, config).tensors
+        except CheckpointError:
+            continue
+        assert found == expected  # the same digit, or a space, written again
+
+
+def index_of(count: int) -> bytes:
+    return json.dumps({"weight_map": {f"t{i}": f"f{i}.safetensors" for i in range(count)}}).encode()
+
+
+LARGE: dict[str, bytes] = {
+    "lists": b"[" + b"[]," * (MAX_BYTES // 12) + b"1]",
+    "keys": b"{" + b",".join(b'"%d":0' % i for i in range(100_000)) + b"}",
+    "index": index_of(20_000),
+    "beyond": b" " * (MAX_BYTES + 1),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+@pytest.mark.parametrize("file", ["config.json", INDEX])
+def test_a_large_file_is_refused_in_time(kind: str, file: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(DATA / "llama-a", folder)
+    config = read_config(folder)
+    (folder / file).write_bytes(LARGE[kind])
+    begun = time.process_time()
+    with pytest.raises(CheckpointError):
+        open_checkpoint(folder, read_config(folder) if file == "config.json" else config)
+    assert time.process_time() - begun < 5
+
+
+def test_more_experts_or_layers_than_there_are_is_said_at_once(tmp_path: Path) -> None:
+    for change in ({"num_local_experts": 4096}, {"num_hidden_layers": 4096}, {"num_local_experts": 40}):
+        configure(tmp_path, {**config_of(DATA / "mixtral-a"), **change})
+        save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=r"missing \d+ tensor|experts in all"):
+            open_checkpoint(tmp_path, read_config(tmp_path))

@@ -1,0 +1,211 @@
+"""Quantised folders mean what their scales say, keep their values bit for bit, and any folder may be rounded."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from grok_engine import LLM, CheckpointError, read_config
+from grok_engine.checkpoint.open import open_checkpoint
+from grok_engine.layers.weight import FusedWeight
+from grok_engine.models.decoder import Decoder
+from tests.checkpoint.hf_models import TOKENS, build, config_of, error, judge, save, tensors_of
+
+CHANNEL = {"num_bits": 8, "strategy": "channel", "symmetric": True, "dynamic": False}
+
+
+def compressed(**weights: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": {**CHANNEL, **weights}, "input_activations": None}
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+
+
+# How a checkpoint is quantised: its config, dtype, block (0 is all), and the name of the scales
+KINDS: dict[str, tuple[dict[str, Any], torch.dtype, tuple[int, int], str]] = {
+    "autofp8": ({"quant_method": "fp8", "activation_scheme": "static"}, torch.float8_e4m3fn, (0, 0), "weight_scale"),
+    "fp8-blocks": (
+        {"quant_method": "fp8", "weight_block_size": [16, 24]}, torch.float8_e4m3fn, (16, 24), "weight_scale_inv",
+    ),
+    "fbgemm": ({"quant_method": "fbgemm_fp8"}, torch.float8_e4m3fn, (1, 0), "weight_scale"),
+    "ct-fp8-channel": (compressed(type="float"), torch.float8_e4m3fn, (1, 0), "weight_scale"),
+    "ct-int8-channel": (compressed(type="int"), torch.int8, (1, 0), "weight_scale"),
+    "ct-int8-tensor": (compressed(type="int", strategy="tensor"), torch.int8, (0, 0), "weight_scale"),
+    "ct-int8-group": (compressed(type="int", strategy="group", group_size=16), torch.int8, (1, 16), "weight_scale"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("float") / "mixtral"
+    build("Mixtral", num_local_experts=4).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def quantize(w: torch.Tensor, dtype: torch.dtype, block: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+    """Values, scales, and what they mean, block by block."""
+    (n, k), limit = w.shape, 127 if dtype == torch.int8 else 448
+    rows, columns = block[0] or n, block[1] or k
+    values, meant = torch.empty(w.shape, dtype=dtype), torch.empty(w.shape)
+    scales = torch.empty(-(-n // rows), -(-k // columns))
+    for i, j in np.ndindex(*scales.shape):
+        at = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
+        scales[i, j] = w[at].float().abs().max() / limit
+        x = w[at].float() / scales[i, j]
+        values[at] = (x.round() if dtype == torch.int8 else x).to(dtype)
+        meant[at] = values[at].float() * scales[i, j]
+    return values, scales, meant
+
+
+def write(kind: str, source: Path, root: Path) -> tuple[Path, Path]:
+    """The model quantised, and in fp32 what that means."""
+    config, dtype, block, scale = KINDS[kind]
+    quantised, meant = {}, {}
+    for name, w in tensors_of(source).items():
+        quantised[name], meant[name] = w, w.float()
+        if "proj" in name or "experts" in name:
+            quantised[name], scales, meant[name] = quantize(w, dtype, block)
+            stem = name.removesuffix("weight")
+            quantised[stem + scale] = scales.reshape(()) if block == (0, 0) else scales
+            if kind == "autofp8":
+                quantised[stem + "input_scale"] = torch.ones(())
+    values = config_of(source)
+    return (
+        save(root / "quantised", quantised, {**values, "quantization_config": config}),
+        save(root / "meant", meant, values),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_folder_is_what_its_scales_say(
+    kind: str, mixtral: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By default values stay as they are where kernels take the scales; in blocks they become fp32, and we are told."""
+    quantised, meant = write(kind, mixtral, tmp_path)
+    theirs, _ = judge(meant, greedy=0)
+    with caplog.at_level(logging.WARNING, "grok_engine"):
+        llm = LLM(quantised, dtype="float32")
+    assert error(llm.logits(TOKENS), theirs) <= 2e-5
+    dtypes = {m.weight.dtype for layer in llm.model.layers for m in layer.modules() if isinstance(m, FusedWeight)}
+    assert dtypes == {torch.float32 if kind == "fp8-blocks" else KINDS[kind][1]}
+    assert ("fp8_e4m3 are held in fp32" in caplog.text) == (kind == "fp8-blocks")
+    stored = tensors_of(quantised)
+    if kind != "fp8-blocks":
+        w2 = llm.model.layers[1].feed_forward.w2.matrices()
+        assert torch.equal(
+            w2[2].view(torch.int8), stored["model.layers.1.block_sparse_moe.experts.2.w2.weight"].view(torch.int8)
+        )
+
+
+def dequantised(model: Decoder) -> dict[str, torch.Tensor]:
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, FusedWeight):
+            weight = module.weight.with_layout("rows")
+            found[path] = weight.values.float()
+            if (scales := weight.scales) is not None:
+                found[path] *= scales.mT.repeat_interleave(weight.shape[2] // scales.shape[1], 2)
+    return found
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp8", "bf16"])
+def test_a_float_folder_is_rounded_while_it_is_loaded(weights: Any, mixtral: Path) -> None:
+    """int8: within half a step of amax / 127 of each output channel; fp8: half a step of e4m3; bf16: as stored."""
+    exact = dequantised(LLM(mixtral, dtype="float32", weights="fp32").model)
+    found = LLM(mixtral, dtype="float32", weights=weights).model
+    assert {m.weight.dtype for m in found.modules() if isinstance(m, FusedWeight)} == {
+        {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}[weights]
+    }
+    for path, values in dequantised(found).items():
+        w = exact[path]
+        amax = w.abs().amax(-1, keepdim=True)
+        steps = {"int8": 0.5 / 127 * amax, "fp8": torch.maximum(w.abs() / 15, amax * 2**-9 / 448), "bf16": 0 * amax}
+        assert ((values - w).abs() <= steps[weights] * 1.001).all(), path
+        if weights == "int8":
+            assert (values - w).abs().max() > 0
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp8", "bf16", "fp32"])
+@pytest.mark.parametrize("kind", ["fp8-blocks", "ct-int8-group", "autofp8"])
+def test_a_quantised_folder_may_become_another_format(kind: str, weights: Any, mixtral: Path, tmp_path: Path) -> None:
+    quantised, meant = write(kind, mixtral, tmp_path)
+    wanted = dequantised(LLM(meant, dtype="float32").model)
+    bounds = {"int8": 0.51 / 127, "fp8": 1 / 15, "bf16": 2**-8, "fp32": 2e-7}
+    for path, values in dequantised(LLM(quantised, dtype="float32", weights=weights).model).items():
+        amax = wanted[path].abs().amax(-1, keepdim=True)
+        assert ((values - wanted[path]).abs() <= bounds[weights] * amax).all(), path
+
+
+def test_fp16_is_read_as_fp32_and_nothing_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """bf16 would lose three bits of each value."""
+    build("Llama").to(torch.float16).save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING, "grok_engine"):
+        model = LLM(tmp_path, dtype="float32").model
+    stored = tensors_of(tmp_path)
+    gate, up = (stored[f"model.layers.1.mlp.{name}_proj.weight"].float() for name in ("gate", "up"))
+    assert torch.equal(model.layers[1].feed_forward.w13.matrices()[0], torch.cat([gate, up]))
+    assert torch.equal(model.embed.values(), stored["model.embed_tokens.weight"].float())
+    assert "fp16 are held in fp32" in caplog.text
+
+
+def test_experts_in_several_float_formats_become_fp32(mixtral: Path, tmp_path: Path) -> None:
+    stored = tensors_of(mixtral)
+    name = "model.layers.0.block_sparse_moe.experts.{}.w2.weight"
+    stored |= {name.format(1): stored[name.format(1)].half(), name.format(2): stored[name.format(2)].float() / 3}
+    folder = save(tmp_path, stored, config_of(mixtral))
+    whole = torch.stack([stored[name.format(e)].float() for e in range(4)])
+    checkpoint = open_checkpoint(folder, read_config(folder))
+    assert torch.equal(checkpoint.read("layers.0.moe.down")[0], whole)
+    assert torch.equal(LLM(folder, weights="fp32").model.layers[0].feed_forward.w2.matrices(), whole)
+
+
+def test_zero_points_of_a_symmetric_scheme_are_zero(mixtral: Path, tmp_path: Path) -> None:
+    folder, _ = write("ct-int8-channel", mixtral, tmp_path)
+    tensors, values = tensors_of(folder), config_of(folder)
+    name = "model.layers.0.self_attn.q_proj.weight_zero_point"
+    old = {key: value for key, value in values.items() if key != "quantization_config"}
+    old["compression_config"] = values["quantization_config"]
+    LLM(save(folder, {**tensors, name: torch.zeros(32, 1, dtype=torch.int8)}, old))
+    with pytest.raises(CheckpointError, match=f"{name} is not zero"):
+        LLM(save(folder, {**tensors, name: torch.ones(32, 1, dtype=torch.int8)}, old))
+
+
+def test_a_quantised_router_and_head_are_dequantised(mixtral: Path, tmp_path: Path) -> None:
+    """Some tools leave nothing out, though the router is held in fp32."""
+    stored = tensors_of(mixtral)
+    router = "model.layers.0.block_sparse_moe.gate.weight"
+    values, scales, meant = quantize(stored[router], torch.int8, (1, 0))
+    stored |= {router: values, router + "_scale": scales}
+    folder = save(tmp_path, stored, {**config_of(mixtral), "quantization_config": compressed(type="int")})
+    assert torch.equal(LLM(folder, dtype="float32").model.layers[0].feed_forward.router.weight, meant)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "quantisation 'gptq' is not served: expected fp8"),
+        ({"quant_method": "awq"}, "quantisation 'awq' is not served"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quantisation 'bitsandbytes' is not served"),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt='e5m2' is not served"),
+        ({"quant_method": "fp8", "weight_block_size": [16]}, r"weight_block_size=\[16\]: expected positive integers"),
+        (compressed(num_bits=4), "weights of 4 bits"),
+        (compressed(symmetric=False), "symmetric=False"),
+        (compressed(strategy="tensor_group"), "strategy='tensor_group'"),
+        ({**compressed(), "transform_config": {"config_groups": {}, "x": 1}}, "transform_config"),
+        ({"quant_method": "compressed-tensors"}, "expected at least one group"),
+        (7, "quantization_config=7 is not an object"),
+        (compressed(type="int", strategy="group", group_size=20), r"is I8 .*blocks of \(1, 20\)"),
+        (compressed(type="float"), r"w1.weight is I8 \(48, 32\): expected bf16"),
+        (None, r"is I8 \(32, 32\): expected bf16, fp16 or fp32"),
+    ],
+)
+def test_what_is_not_served_is_said(config: Any, message: str, mixtral: Path, tmp_path: Path) -> None:
+    folder, _ = write("ct-int8-channel", mixtral, tmp_path)
+    values = config_of(folder)
+    (folder / "config.json").unlink()
+    save(folder, tensors_of(folder), {**values, "quantization_config": config})
+    with pytest.raises(CheckpointError, match=message):
+        LLM(folder)
