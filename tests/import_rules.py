@@ -28,7 +28,7 @@ ALLOWED: Table = {
     # the engine, from its leaves up
     "grok_engine.config": (),
     "grok_engine.batch": (),
-    "grok_engine.tokenizer": (),
+    "grok_engine.tokenizer": ("checkpoint.gguf.files",),
     "grok_engine.progress": (),
     "grok_engine.models.families": ("config",),
     "grok_engine.checkpoint": ("config", "models.families", "grok_kernels"),
