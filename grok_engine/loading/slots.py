@@ -138,8 +138,6 @@ def _misfits(slot: Slot) -> Iterator[str]:
     if isinstance(module, FusedWeight) and len(infos) == len(module.parts):  # a packed tensor is fused already
         places = [(module.experts, part.stop - part.start, module.k) for part in module.parts]
     for info, shape in zip(infos, places, strict=True):
-        if isinstance(module, NamedTensor) and info.format in SCALED:
-            yield f"{info.name} is {info.format}, expected a format without scales"
         if info.shape != shape and (1, *info.shape) != shape:  # one matrix may come without an axis of experts
             yield f"{info.name} has shape {info.shape}, expected {shape}"
         if (info.block is None) == (info.format in SCALED):

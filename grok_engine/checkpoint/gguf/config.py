@@ -6,12 +6,14 @@ that say "as usual" are let through (`_NEUTRAL`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from grok_engine.checkpoint.base import CheckpointError
 from grok_engine.config import ConfigError, ModelConfig, is_int, is_number
 from grok_engine.models.families import preset
+from grok_engine.models.families.rope import rope_fields
 
 from .header import Header, Place
 
@@ -84,8 +86,9 @@ class _Keys:
         return found
 
 
-def parse_metadata(header: Header, tensors: Mapping[str, Place]) -> ModelConfig:
-    """The architecture of a file, or of a split one: the first file's header, and the tensors of all.
+def parse_metadata(header: Header, tensors: Mapping[str, Place], factors: Sequence[float] = ()) -> ModelConfig:
+    """The architecture of a file, or of a split one: the first file's header, and the tensors of all. factors: of
+    `rope_freqs.weight`, which divide the rotary frequencies.
 
     CheckpointError with everything that is wrong in the metadata, or does not agree with the tensors.
     """
@@ -99,7 +102,12 @@ def parse_metadata(header: Header, tensors: Mapping[str, Place]) -> ModelConfig:
         keys.problems.append(f"general.type is {kind!r}, expected 'model'")
     if (version := keys.outer("general.quantization_version", "int", 2)) != 2:
         keys.problems.append(f"general.quantization_version is {version}, expected 2")
-    fields = _common(keys, tensors) | _ARCHITECTURES[arch](keys, tensors)
+    common = _common(keys, tensors)
+    fields = common | _ARCHITECTURES[arch](keys, common, tensors)
+    if factors:
+        fields["rope_factors"] = tuple(
+            a * b for a, b in zip_longest(factors, fields.get("rope_factors", ()), fillvalue=1.0)
+        )
     fields["name"] = keys.outer("general.name", "str") or header.path.stem
     problems = keys.problems + keys.unknown()
     if not problems:
@@ -142,15 +150,10 @@ def _common(keys: _Keys, tensors: Mapping[str, Place]) -> dict[str, Any]:
     }
 
 
-def _llama(keys: _Keys, tensors: Mapping[str, Place]) -> dict[str, Any]:
+def _llama(keys: _Keys, common: Mapping[str, Any], tensors: Mapping[str, Place]) -> dict[str, Any]:
     width = keys.get("feed_forward_length", "int", 0, required=True)
-    experts = keys.get("expert_count", "int", 0)
-    scaling = keys.get("rope.scaling.type", "str", "none")
-    factor = keys.get("rope.scaling.factor", "float", 1.0)
-    if scaling != "none" and (scaling != "linear" or factor != 1):
-        keys.problems.append(f"rope scaling {scaling!r} by {factor:g} is not served")
-    fields = {"attn_scale": keys.get("attention.scale", "float", 0.0), "activation": "silu", "post_norms": False}
-    if not experts:
+    fields = {"activation": "silu", "post_norms": False, **_rope(keys, common)}
+    if not common["num_experts"]:
         return fields | {"dense_d_ff": width, "num_experts_per_tok": 0}
     return fields | {
         "d_ff": keys.get("expert_feed_forward_length", "int", width),
@@ -158,7 +161,24 @@ def _llama(keys: _Keys, tensors: Mapping[str, Place]) -> dict[str, Any]:
     }
 
 
-def _grok(keys: _Keys, tensors: Mapping[str, Place]) -> dict[str, Any]:
+def _rope(keys: _Keys, common: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary scaling, as the keys of transformers have it, and the scale of the scores."""
+    kind = keys.get("rope.scaling.type", "str", "none")
+    if kind not in (served := ("none", "linear", "yarn")):
+        keys.problems.append(f"rope.scaling.type={kind!r} is not served, expected one of {', '.join(served)}")
+    values = {
+        "rope_theta": common["rope_theta"],
+        "rope_type": kind if kind in served[1:] else "default",
+        "factor": keys.get("rope.scaling.factor", "float", 1.0),
+        "original_max_position_embeddings": keys.get("rope.scaling.original_context_length", "int"),
+    }
+    context, head_dim = common["max_position"], common["head_dim"]
+    fields, attention = rope_fields({"rope_parameters": values}, 1e4, head_dim, context, keys.problems)
+    scale = keys.get("attention.scale", "float", head_dim**-0.5 if head_dim else 0.0)
+    return {**fields, "attn_scale": scale * attention**2}
+
+
+def _grok(keys: _Keys, common: Mapping[str, Any], tensors: Mapping[str, Place]) -> dict[str, Any]:
     width = keys.get("feed_forward_length", "int", 0, required=True)
     dense = "blk.0.ffn_up.weight" in tensors  # beside the experts, as Grok-2 has it
     # Grok-2's rope type "original" does not change the frequencies; llama.cpp's converter writes it as yarn.
@@ -197,4 +217,7 @@ def _disagreements(fields: Mapping[str, Any], tensors: Mapping[str, Place]) -> l
     return problems
 
 
-_ARCHITECTURES: dict[str, Callable[[_Keys, Mapping[str, Place]], dict[str, Any]]] = {"llama": _llama, "grok": _grok}
+_ARCHITECTURES: dict[str, Callable[[_Keys, Mapping[str, Any], Mapping[str, Place]], dict[str, Any]]] = {
+    "llama": _llama,
+    "grok": _grok,
+}

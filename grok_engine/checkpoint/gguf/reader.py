@@ -20,7 +20,7 @@ from .blocks import Bytes, TensorType, dequantize, int8_planes
 from .config import parse_metadata
 from .files import read_headers
 from .header import Place
-from .names import engine_names, interleaved_rows
+from .names import FACTORS, engine_names, interleaved_rows
 
 CHUNK = 1 << 22  # values that are dequantised at once
 
@@ -28,7 +28,13 @@ CHUNK = 1 << 22  # values that are dequantised at once
 def read_gguf_config(path: Path) -> ModelConfig:
     """The architecture that a file's metadata describes. CheckpointError for what is wrong or not served."""
     headers = read_headers(path)
-    return parse_metadata(headers[0], {name: place for header in headers for name, place in header.tensors.items()})
+    tensors = {name: place for header in headers for name, place in header.tensors.items()}
+    factors: Sequence[float] = ()
+    if (place := tensors.get(FACTORS)) is not None:
+        file = next(header.path for header in headers if FACTORS in header.tensors)
+        (vector,) = _matrices(place, _map(file), None)
+        factors = dequantize(vector.kind, vector.data)[0].tolist()
+    return parse_metadata(headers[0], tensors, factors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +53,8 @@ class _Matrix:
 class GGUFCheckpoint:
     """An opened file: its header read and checked, its data mapped.
 
-    Matrices of symmetric types (Q4_0, Q5_0, Q6_K, Q8_0) are int8 with a scale per 16 or 32 columns, which keeps all
-    their bits, and those of BF16 are bf16. Everything else is fp32: types with minima, F16 and F32, what is no matrix
-    of a layer, and a matrix whose experts have several types.
+    Symmetric types (Q4_0, Q5_0, Q6_K, Q8_0) are int8 with a scale per 16 or 32 columns, which keeps all their bits, and
+    BF16 is bf16. Everything else is fp32: types with minima, F16, F32, and tensors whose experts have several types.
     """
 
     def __init__(self, path: Path, config: ModelConfig) -> None:
@@ -77,14 +82,15 @@ class GGUFCheckpoint:
             raise CheckpointError(
                 f"{self.source}: {name} has experts of shapes {sorted({place.shape for place in places})}, expected one"
             )
-        keeps = name.endswith((".q", ".k", ".v", ".o", ".gate", ".up", ".down", "lm_head"))
-        fmt = kind.format if keeps and all(place.kind == kind for place in places) else "fp32"
+        kinds = sorted({place.kind.name for place in places})
+        fmt = kind.format if len(kinds) == 1 else "fp32"
         return TensorInfo(
             name=name,
             shape=shape if len(places) == 1 else (len(places), *shape),
             format=fmt,
             block=(1, kind.group) if fmt == "int8" else None,
             nbytes=sum(place.nbytes for place in places),
+            stored="" if kinds in (["F32"], ["BF16"]) else ", ".join(kinds),
         )
 
     def read(self, name: str, *, expert: int | None = None, rows: slice | None = None) -> tuple[Tensor, ...]:
