@@ -53,7 +53,7 @@ ALLOWED: Table = {
     "grok_engine.sampling": ("config", "tokenizer", "grok_kernels"),
     "grok_engine.layers": ("batch", "config", "grok_kernels"),
     "grok_engine.models": ("batch", "config", "layers"),
-    "grok_engine.loading": ("checkpoint", "config", "layers", "models", "grok_kernels"),
+    "grok_engine.loading": ("checkpoint", "config", "layers", "models", "tokenizer", "grok_kernels"),
     # the orchestrator, and the faces over it
     "grok_engine.engine": ("config", "loading", "runtime", "sampling", "tokenizer"),
     "grok_engine.llm": (

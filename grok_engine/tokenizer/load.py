@@ -9,6 +9,7 @@ from grok_engine.checkpoint.gguf.files import gguf_file, read_headers
 
 from .base import Tokenizer
 from .gguf import read_tokenizer
+from .gguf import tokenizer_files as gguf_tokenizer_files
 from .hf import HFTokenizer
 from .sentencepiece import SentencePieceTokenizer
 
@@ -17,6 +18,7 @@ KINDS: dict[str, Callable[[Path], Tokenizer]] = {
     "tokenizer.model": SentencePieceTokenizer,
     "tokenizer.json": HFTokenizer,
 }
+BESIDE = "tokenizer_config.json"  # of a tokenizer.json
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer | None:
@@ -28,3 +30,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer | None:
         if (file := Path(path) / name).is_file():
             return kind(file)
     return None
+
+
+def tokenizer_files(path: str | Path) -> dict[str, bytes]:
+    """What a folder needs to have the same tokenizer, by name: the files of a checkpoint's folder, or those that a GGUF
+    file's metadata becomes. Raises as `load_tokenizer` does."""
+    if (gguf := gguf_file(path)) is not None:
+        return gguf_tokenizer_files(read_headers(gguf)[0].metadata, gguf)
+    return {name: file.read_bytes() for name in (*KINDS, BESIDE) if (file := Path(path) / name).is_file()}
