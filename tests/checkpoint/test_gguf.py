@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,20 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
+from benchmarks.cpu_model import gguf_grok
 from grok_engine import LLM, SamplingParams
 from grok_engine.checkpoint.base import CheckpointError
 from grok_engine.checkpoint.gguf.blocks import OTHER_TYPES, TYPES, dequantize, int8_planes
 from grok_engine.checkpoint.gguf.reader import GGUFCheckpoint
 from grok_engine.checkpoint.open import open_checkpoint
+from grok_engine.config import ModelConfig
 from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.loading.convert import convert
+from grok_engine.loading.fill import fill
+from grok_engine.loading.random import random_checkpoint
 from grok_engine.loading.resolve import read_config
 from grok_engine.models.decoder import Decoder
+from grok_engine.models.families import preset
 from tests.checkpoint import gguf_models as models
 
 GOLDENS = Path(__file__).parents[1] / "data" / "gguf"
@@ -265,3 +271,56 @@ def test_a_folder_with_one_file_converts_and_one_with_two_is_refused(tmp_path: P
     with pytest.raises(CheckpointError, match=r"several GGUF files, model\.gguf, other\.gguf"):
         LLM(folder)
     assert isinstance(open_checkpoint(folder / "model.gguf", read_config(folder / "model.gguf")), GGUFCheckpoint)
+
+
+# Grok
+
+
+def grok_file(path: Path, c: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    """A model of the grok architecture, all F32. tensors: by the engine's names."""
+    writer = gguf.GGUFWriter(path, "grok")
+    for add, value in (
+        (writer.add_block_count, c.num_layers), (writer.add_context_length, c.max_position),
+        (writer.add_embedding_length, c.d_model), (writer.add_feed_forward_length, c.dense_d_ff or c.d_ff),
+        (writer.add_expert_feed_forward_length, c.d_ff), (writer.add_expert_count, c.num_experts),
+        (writer.add_expert_used_count, c.num_experts_per_tok), (writer.add_head_count, c.num_heads),
+        (writer.add_head_count_kv, c.num_kv_heads), (writer.add_key_length, c.head_dim),
+        (writer.add_value_length, c.head_dim), (writer.add_layer_norm_rms_eps, c.norm_eps),
+        (writer.add_rope_freq_base, c.rope_theta), (writer.add_vocab_size, c.vocab_size),
+    ):  # fmt: skip
+        add(value)
+    if c.dense_d_ff:  # a file of Grok-2; the first ones of Grok-1 say none of these
+        writer.add_attn_logit_softcapping(c.attn_softcap)
+        writer.add_router_logit_softcapping(c.router_softcap)
+        writer.add_final_logit_softcapping(c.final_softcap)
+        writer.add_embedding_scale(c.embedding_multiplier)
+        writer.add_logit_scale(c.output_multiplier)
+        writer.add_attn_output_scale(c.attn_scale)
+        writer.add_attn_temperature_length(c.attn_temperature_len)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(16.0)
+    names = {**gguf_grok.NAMES, "lm_head": "output", "mlp.gate": "ffn_gate", "mlp.up": "ffn_up", "mlp.down": "ffn_down"}
+    for name, values in tensors.items():
+        *layer, rest = name.removeprefix("layers.").split(".", 1) if name.startswith("layers.") else [name]
+        writer.add_tensor(".".join([*(("blk", *layer) if layer else ()), names[rest], "weight"]), values.numpy())
+    models.Writer.finish(writer)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("base", ["grok-1", "grok-2"])
+def test_grok(base: str, tmp_path: Path) -> None:
+    c = replace(
+        preset(base), vocab_size=64, d_model=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, num_experts=4,
+        d_ff=96, dense_d_ff=128 * (base == "grok-2"), attn_scale=128**-0.5, max_position=64,
+    )  # fmt: skip
+    model = Decoder(c, torch.float32)
+    fill(model, random_checkpoint(model, "fp32"))
+    wanted = held(model)
+    tensors = {name: torch.tensor(values) for name, values in wanted.items()}
+    grok_file(path := tmp_path / f"{base}.gguf", c, tensors)
+    found = read_config(path)
+    near = {
+        name: pytest.approx(value, rel=1e-7) if isinstance(value, float) else value
+        for name, value in c.to_dict().items()
+    }
+    assert found.to_dict() == near | {"bos_token_id": None, "eos_token_ids": ()}
+    assert_holds(path, wanted)
