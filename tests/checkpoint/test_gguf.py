@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from grok_engine.checkpoint.base import CheckpointError
 from grok_engine.checkpoint.gguf.blocks import OTHER_TYPES, TYPES, dequantize, int8_planes
 from grok_engine.checkpoint.gguf.reader import GGUFCheckpoint
 from grok_engine.checkpoint.open import open_checkpoint
+from grok_engine.cli import main
 from grok_engine.config import ModelConfig
 from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.loading.convert import convert
@@ -27,6 +29,7 @@ from grok_engine.loading.random import random_checkpoint
 from grok_engine.loading.resolve import read_config
 from grok_engine.models.decoder import Decoder
 from grok_engine.models.families import preset
+from grok_engine.tools.inspect import inspect_checkpoint
 from tests.checkpoint import gguf_models as models
 
 GOLDENS = Path(__file__).parents[1] / "data" / "gguf"
@@ -271,6 +274,33 @@ def test_a_folder_with_one_file_converts_and_one_with_two_is_refused(tmp_path: P
     with pytest.raises(CheckpointError, match=r"several GGUF files, model\.gguf, other\.gguf"):
         LLM(folder)
     assert isinstance(open_checkpoint(folder / "model.gguf", read_config(folder / "model.gguf")), GGUFCheckpoint)
+
+
+def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = models.write_model(path := tmp_path / "model.gguf", MIXED, models.EXPERTS)
+    stored = sum(data.nbytes for data, _ in tensors.values())
+    for verify in (False, True):
+        report = inspect_checkpoint(path, verify=verify)
+        assert (report.ok, report.files, report.total_bytes) == (True, None, stored)
+        assert sum(report.bytes_by_kind.values()) == sum(report.bytes_by_dtype.values()) == stored
+        found = {tensor.name: tensor for tensor in report.tensors}
+        down, gate = found["layers.1.moe.down"], found["layers.0.moe.gate"]
+        assert (down.dtype, down.shape, down.groups) == ("Q5_1", (models.EXPERTS, models.D, models.F), "")
+        assert (gate.dtype, gate.groups, gate.scale_layout) == (
+            "Q8_0",
+            "8 × 32",
+            "a scale for each row and 32 columns",
+        )
+        assert (gate.weight is None) is not verify
+    values = models.dequantized(*tensors["blk.1.ffn_down_exps.weight"])
+    assert down.weight is not None
+    assert (down.weight.minimum, down.weight.maximum) == (values.min(), values.max())
+    assert main(["inspect", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes_by_dtype"]["Q8_0"] == report.bytes_by_dtype["Q8_0"]
+    assert main(["inspect", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "top 2 of 4 experts of width 512 (silu) · context 64" in text
+    assert "23 tensors" in text
 
 
 # Grok
