@@ -84,8 +84,9 @@ def load(slot: Slot, checkpoint: Checkpoint, device: torch.device | str, packed:
     slot.allocate(device, packed)
     if isinstance(module, NamedTensor):
         (info,) = slot.sources
-        values, *scales = checkpoint.read(info.name)
-        module.fill(_times(values.float(), scales[0], info) if scales else values)
+        for rows in _spans(info) if len(info.shape) == 2 else [None]:
+            values, *scales = checkpoint.read(info.name, rows=rows)
+            module.fill(_times(values.float(), scales[0], info) if scales else values, rows.start if rows else 0)
         return
     for part, info in zip(module.parts, slot.sources, strict=True):
         for e in range(module.experts):

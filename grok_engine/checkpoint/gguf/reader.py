@@ -22,7 +22,7 @@ from .files import read_headers
 from .header import Place
 from .names import FACTORS, engine_names, interleaved_rows
 
-CHUNK = 1 << 22  # values that are dequantised at once
+CHUNK = 1 << 20  # values that are dequantised at once
 
 
 def read_gguf_config(path: Path) -> ModelConfig:
