@@ -18,8 +18,8 @@ from .hub import cached_folder, is_hub_name, model_name, snapshot_of
 
 
 def resolve_model(model: str | Path) -> Path:
-    """The folder of a model, or its GGUF file: a path, the name of the one that ships with the package, `tiny`, or of one
-    in the hub's local cache, org/name.
+    """The folder of a model, or its GGUF file: a path, the name of the one that ships with the package, `tiny`, or of
+    one in the hub's local cache, org/name.
 
     The folder of the tensors stands for the one that it lies in (`model_folder`).
     """
@@ -30,7 +30,7 @@ def resolve_model(model: str | Path) -> Path:
         return model_folder(snapshot_of(path))
     if gguf_file(path) is not None:
         return path
-    if is_hub_name(model):
+    if is_hub_name(model) and path.suffix != ".gguf":
         return cached_folder(str(model))
     raise ConfigError(
         f"model {str(model)!r} is neither a folder nor a .gguf file: expected 'tiny' or the path of a checkpoint"

@@ -51,8 +51,8 @@ class PaddedTokenizer:
         self.bos_token_id, self.eos_token_ids = tokenizer.bos_token_id, tokenizer.eos_token_ids
         self.replace_each_byte = tokenizer.replace_each_byte
 
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text)
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        return self._tokenizer.encode(text, special=special)
 
     def decode(self, ids: Sequence[int]) -> str:
         check_ids(ids, self.vocab_size)
