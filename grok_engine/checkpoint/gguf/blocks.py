@@ -29,6 +29,18 @@ class Groups(NamedTuple):
     d: Floats
     m: Floats | None = None
 
+    def is_finite(self) -> bool:
+        """Whether all values are: fp16 numbers times the integers here stay far below fp32's largest."""
+        return bool(np.isfinite(self.d).all() and (self.m is None or np.isfinite(self.m).all()))
+
+    def values(self) -> Floats:
+        """d · q + m in fp32, of the shape of q."""
+        with np.errstate(all="ignore"):
+            values: Floats = np.multiply(self.d[..., None], self.q, dtype=np.float32)
+            if self.m is not None:
+                values += self.m[..., None]
+        return values
+
 
 @dataclass(frozen=True, slots=True)
 class TensorType:
@@ -134,24 +146,16 @@ OTHER_TYPES = {
 }  # fmt: skip
 
 
-def dequantize(kind: TensorType, rows: Bytes) -> Floats:
-    """fp32 values (N, K) of rows (N, bytes of a row)."""
-    if kind.split is None:
-        raw = np.ascontiguousarray(rows)
-        if kind.name == "BF16":
-            return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
-        return raw.view({"F32": "<f4", "F16": "<f2"}[kind.name]).astype(np.float32)
-    with np.errstate(all="ignore"):  # NaN and infinity are values here; whoever reads them decides
-        q, d, m = kind.split(rows.reshape(-1, kind.nbytes))
-        values = d[..., None] * q.astype(np.float32)
-        if m is not None:
-            values += m[..., None]
-    return values.reshape(len(rows), -1)
-
-
-def int8_planes(kind: TensorType, rows: Bytes) -> tuple[NDArray[np.int8], Floats]:
-    """The same as int8 values (N, K) and scales (N, K / group), for types whose format is int8."""
+def read_groups(kind: TensorType, rows: Bytes) -> Groups:
+    """The groups of rows (N, bytes of a row) of a quantised type, row by row."""
     assert kind.split is not None, kind
-    with np.errstate(all="ignore"):
-        q, d, _ = kind.split(rows.reshape(-1, kind.nbytes))
-    return q.reshape(len(rows), -1), d.reshape(len(rows), -1)
+    with np.errstate(all="ignore"):  # NaN and infinity are values here; `is_finite` finds them
+        return kind.split(rows.reshape(-1, kind.nbytes))
+
+
+def read_floats(kind: TensorType, rows: Bytes) -> Floats:
+    """fp32 values (N, K) of rows (N, bytes of a row) of F32, F16 or BF16."""
+    raw = np.ascontiguousarray(rows)
+    if kind.name == "BF16":
+        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    return raw.view({"F32": "<f4", "F16": "<f2"}[kind.name]).astype(np.float32)

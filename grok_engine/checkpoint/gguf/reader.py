@@ -6,6 +6,7 @@ import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from grok_engine.checkpoint.base import CheckpointError, TensorInfo
 from grok_engine.config import ModelConfig
 from grok_kernels.dtypes import DTYPES
 
-from .blocks import Bytes, TensorType, dequantize, int8_planes
+from .blocks import Bytes, TensorType, read_floats, read_groups
 from .config import parse_metadata
 from .files import read_headers
 from .header import Place
@@ -33,7 +34,9 @@ def read_gguf_config(path: Path) -> ModelConfig:
     if (place := tensors.get(FACTORS)) is not None:
         file = next(header.path for header in headers if FACTORS in header.tensors)
         (vector,) = _matrices(place, _map(file), None)
-        factors = dequantize(vector.kind, vector.data)[0].tolist()
+        if vector.kind.name != "F32":
+            raise CheckpointError(f"{file}: {FACTORS} is {vector.kind.name}, expected F32")
+        factors = read_floats(vector.kind, vector.data)[0].tolist()
     return parse_metadata(headers[0], tensors, factors)
 
 
@@ -104,23 +107,30 @@ class GGUFCheckpoint:
         first, stop = (rows.start, rows.stop) if rows else (0, len(matrices[0].data))
         if lead:
             lead[-1] = stop - first
-        values = torch.empty((len(matrices), stop - first, k), dtype=DTYPES[info.format])
-        groups = k // info.block[1] if info.block else 0
-        scales = torch.empty((len(matrices), stop - first, groups), dtype=torch.float32)
+        shape, groups = (len(matrices), stop - first), k // info.block[1] if info.block else 0
+        planes = [torch.empty((*shape, k), dtype=DTYPES[info.format])]
+        planes += [torch.empty((*shape, groups))] if groups else []
         step = max(CHUNK // k, 1)
         for m, matrix in enumerate(matrices):
             for at in range(first, stop, step):
-                raw, here = matrix.rows(at, min(at + step, stop)), slice(at - first, at - first + step)
-                if info.format == "int8":
-                    q, d = int8_planes(matrix.kind, raw)
-                    values[m, here], scales[m, here] = torch.from_numpy(q), torch.from_numpy(d)
-                else:
-                    d = dequantize(matrix.kind, raw)
-                    values[m, here] = torch.from_numpy(d)
-                if not np.isfinite(d).all():
+                parts = _planes(matrix.kind, matrix.rows(at, min(at + step, stop)), keep=groups > 0)
+                if parts is None:
                     raise CheckpointError(f"{self.source}: {name} holds NaN or infinity, expected finite values")
-        planes = (values, scales) if info.block else (values,)
+                for plane, part in zip(planes, parts, strict=True):
+                    plane[m, at - first : at - first + step] = torch.from_numpy(part)
         return tuple(plane.view(*lead, plane.shape[-1]) for plane in planes)
+
+
+def _planes(kind: TensorType, raw: Bytes, *, keep: bool) -> tuple[NDArray[Any], ...] | None:
+    """Rows in fp32, or to `keep` the integers (rows, K) and scales (rows, groups); None where not all is finite."""
+    if kind.split is None:
+        values = read_floats(kind, raw)
+        return (values,) if np.isfinite(values).all() else None
+    groups = read_groups(kind, raw)
+    if not groups.is_finite():
+        return None
+    planes = (groups.q, groups.d) if keep else (groups.values(),)
+    return tuple(plane.reshape(len(raw), -1) for plane in planes)
 
 
 def _map(path: Path) -> Bytes:
