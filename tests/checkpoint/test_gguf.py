@@ -106,6 +106,7 @@ def assert_holds(path: Path, wanted: Mapping[str, np.ndarray], **options: Any) -
 def test_every_type_is_held_without_loss(kind: Kind, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     wanted = models.meaning(models.write_model(path, kind, layers=1))
+    assert_holds(path, wanted, weights="fp32")
     model = assert_holds(path, wanted)
     expected = torch.int8 if kind in SYMMETRIC else torch.bfloat16 if kind == Kind.BF16 else torch.float32
     fused = [module for module in model.modules() if isinstance(module, FusedWeight)]
