@@ -160,7 +160,7 @@ METADATA: dict[str, tuple[Callable[[gguf.GGUFWriter], Any], dict[str, Any], str]
     "blocks": (nothing, {"block_count": 2**31}, f"block_count={2**31}, found tensors of 1 blocks"),
     "context": (nothing, {"context_length": 2**31}, "context_length=2147483648, expected at most"),
     "stop": (lambda w: w.add_eos_token_id(2**31), {}, "special token 2147483648 is not in"),
-    "infinity": (lambda w: w.add_rope_freq_base(float("inf")), {}, "not a finite positive number"),
+    "infinity": (lambda w: w.add_rope_freq_base(float("inf")), {}, "rope_theta=inf"),
 }  # fmt: skip
 
 
