@@ -321,9 +321,9 @@ def grok_file(path: Path, c: ModelConfig, tensors: Mapping[str, torch.Tensor]) -
         (writer.add_rope_freq_base, c.rope_theta), (writer.add_vocab_size, c.vocab_size),
     ):  # fmt: skip
         add(value)
+    writer.add_router_logit_softcapping(30.0)  # as llama.cpp's converter does for Grok-1 too, which has none
     if c.dense_d_ff:  # a file of Grok-2; the first ones of Grok-1 say none of these
         writer.add_attn_logit_softcapping(c.attn_softcap)
-        writer.add_router_logit_softcapping(c.router_softcap)
         writer.add_final_logit_softcapping(c.final_softcap)
         writer.add_embedding_scale(c.embedding_multiplier)
         writer.add_logit_scale(c.output_multiplier)
@@ -355,4 +355,5 @@ def test_grok(base: str, tmp_path: Path) -> None:
         for name, value in c.to_dict().items()
     }
     assert found.to_dict() == near | {"bos_token_id": None, "eos_token_ids": ()}
+    assert found.router_softcap == (30 if c.dense_d_ff else 0)
     assert_holds(path, wanted)

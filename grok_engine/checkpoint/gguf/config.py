@@ -182,8 +182,10 @@ def _grok(keys: _Keys, common: Mapping[str, Any], tensors: Mapping[str, Place]) 
     width = keys.get("feed_forward_length", "int", 0, required=True)
     dense = "blk.0.ffn_up.weight" in tensors  # beside the experts, as Grok-2 has it
     # Grok-2's rope type "original" does not change the frequencies; llama.cpp's converter writes it as yarn.
-    for key in ("type", "factor", "yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow"):
-        keys.get(f"rope.scaling.{key}", "str" if key == "type" else "float")
+    if (kind := keys.get("rope.scaling.type", "str", "none")) not in ("none", "yarn"):
+        keys.problems.append(f"rope.scaling.type={kind!r} is not served, expected 'none' or 'yarn'")
+    for key in ("factor", "yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow"):
+        keys.get(f"rope.scaling.{key}", "float")
     names = {
         "attn_softcap": "attn_logit_softcapping",
         "router_softcap": "router_logit_softcapping",
@@ -193,8 +195,11 @@ def _grok(keys: _Keys, common: Mapping[str, Any], tensors: Mapping[str, Place]) 
         "attn_scale": "attention.output_scale",
     }
     default = preset("grok-1")  # the first converters wrote none of these keys
+    fields = {field: keys.get(key, "float", getattr(default, field)) for field, key in names.items()}
+    if not dense and fields["router_softcap"] == 30:  # the converter's default; Grok-1 has none, nor does llama.cpp cap
+        fields["router_softcap"] = 0.0
     return {
-        **{field: keys.get(key, "float", getattr(default, field)) for field, key in names.items()},
+        **fields,
         "attn_temperature_len": keys.get("attention.temperature_length", "int", 0),
         "d_ff": keys.get("expert_feed_forward_length", "int", width),
         "dense_d_ff": width if dense else 0,
