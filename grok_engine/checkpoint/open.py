@@ -1,4 +1,4 @@
-"""Which format a folder is in."""
+"""Which format a checkpoint is in."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from grok_engine.config import ModelConfig
 from grok_engine.models.families import family_of
 
 from .base import Checkpoint
+from .gguf.files import gguf_file
+from .gguf.reader import GGUFCheckpoint
 from .hf.files import config_file
 from .hf.reader import HfCheckpoint
 from .packed import PackedCheckpoint, is_packed_folder
@@ -15,13 +17,16 @@ from .strict_json import read_object
 from .xai.reader import XaiCheckpoint
 
 
-def open_checkpoint(folder: str | Path, config: ModelConfig) -> Checkpoint:
-    """The checkpoint of `config` in a folder, whatever its format. CheckpointError with everything that is wrong."""
-    folder = Path(folder)
-    if is_packed_folder(folder):
-        return PackedCheckpoint(folder)
-    file = config_file(folder)
+def open_checkpoint(path: str | Path, config: ModelConfig) -> Checkpoint:
+    """The checkpoint of `config` in a folder, whatever its format, or in a GGUF file. CheckpointError with everything
+    that is wrong."""
+    path = Path(path)
+    if is_packed_folder(path):
+        return PackedCheckpoint(path)
+    if (gguf := gguf_file(path)) is not None:
+        return GGUFCheckpoint(gguf, config)
+    file = config_file(path)
     values = read_object(file) if file.exists() else {}
     if family_of(values) is not None:
-        return HfCheckpoint(folder, config, values)
-    return XaiCheckpoint(folder, config)
+        return HfCheckpoint(path, config, values)
+    return XaiCheckpoint(path, config)

@@ -191,7 +191,7 @@ def _plane(path: Path, tensor: StoredTensor) -> Plane:
         raise CheckpointError(f"{path}: {tensor.name} is {tensor.code}, expected one of {', '.join(_FORMATS)}")
     plane = Plane(tensor.name, _FORMATS[tensor.code], tensor.shape, tensor.start)
     if plane.start % DTYPES[plane.format].itemsize:
-        raise CheckpointError(f"{path}: {plane.name} of {plane.format} begins at byte {plane.start}, expected a multiple")
+        raise CheckpointError(f"{path}: {plane.name} of {plane.format} begins at byte {plane.start}: not aligned")
     return plane
 
 

@@ -27,12 +27,12 @@ class Embedding(NamedTensor):
     def shape_in(self, layout: grok_kernels.Layout, dtype: torch.dtype) -> tuple[int, ...]:
         return grok_kernels.values_shape(layout, 1, self.vocab, self.d, dtype) if layout == "panels" else self.shape
 
-    def fill(self, source: Tensor) -> None:
+    def fill(self, source: Tensor, start: int = 0) -> None:
         if self.layout == "rows":
-            super().fill(source)
+            super().fill(source, start)
             return
-        for at in range(0, self.vocab, ROWS):
-            grok_kernels.pack_into(source[None, at : at + ROWS].to(self.weight.dtype), self.weight, at)
+        for at in range(0, len(source), ROWS):
+            grok_kernels.pack_into(source[None, at : at + ROWS].to(self.weight.dtype), self.weight, start + at)
 
     def values(self) -> Tensor:
         return self.matrix().with_layout("rows").values[0]

@@ -63,9 +63,9 @@ class NamedTensor(nn.Module):
         """Let the memory go."""
         self.register_parameter("weight", None)
 
-    def fill(self, source: Tensor) -> None:
-        """Copy the checkpoint's tensor into `weight`."""
-        self.weight.copy_(source)
+    def fill(self, source: Tensor, start: int = 0) -> None:
+        """Copy the checkpoint's tensor into `weight`, or only its rows from `start` on."""
+        self.weight[start : start + len(source)].copy_(source)
 
     def values(self) -> Tensor:
         """The tensor in its `shape`."""

@@ -11,12 +11,13 @@ import grok_kernels
 from grok_engine.checkpoint.base import Checkpoint
 from grok_engine.checkpoint.open import open_checkpoint
 from grok_engine.checkpoint.packed import PackedCheckpoint
-from grok_engine.config import ActFormat, ConfigError, EngineConfig
+from grok_engine.config import ActFormat, ConfigError, EngineConfig, ModelConfig
 from grok_engine.models.decoder import Decoder
 from grok_kernels.dtypes import dtype_of
 
 from .fill import Progress, fill
 from .random import random_checkpoint
+from .slots import slots
 
 
 def build_model(
@@ -35,6 +36,11 @@ def build_model(
     weights = random_checkpoint(model, config.weights) if checkpoint is None else checkpoint
     fill(model, weights, weights=config.weights, mapped=config.mmap, progress=progress)
     return model, replace(config, activations=activations)
+
+
+def check_checkpoint(config: ModelConfig, checkpoint: Checkpoint) -> None:
+    """Raise as `slots` does for a checkpoint that does not hold the model of `config`."""
+    slots(Decoder(config, torch.float32, max_positions=1), checkpoint)
 
 
 def _activations(config: EngineConfig, checkpoint: Checkpoint | None, device: torch.device) -> ActFormat:

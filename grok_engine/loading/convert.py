@@ -20,13 +20,12 @@ from grok_engine.checkpoint.open import open_checkpoint
 from grok_engine.checkpoint.packed import FILE, Plane, arrange, header, is_packed_folder
 from grok_engine.config import ConfigError, DType, WeightFormat
 from grok_engine.models.decoder import Decoder
+from grok_engine.tokenizer.load import tokenizer_files
 from grok_kernels.dtypes import dtype_of
 
 from .fill import Progress, load
 from .resolve import read_config, resolve_model
 from .slots import Slot, slots
-
-TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 
 
 def convert(
@@ -62,9 +61,8 @@ def convert(
     try:
         partial.mkdir()
         (partial / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n", encoding="utf-8")
-        for name in TOKENIZERS:
-            if (path / name).is_file():
-                shutil.copy(path / name, partial)
+        for name, content in tokenizer_files(path).items():
+            (partial / name).write_bytes(content)
         _write(partial / FILE, head, planes, found, checkpoint, progress)
         partial.rename(out)
     except BaseException:

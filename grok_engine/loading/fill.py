@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -84,13 +84,28 @@ def load(slot: Slot, checkpoint: Checkpoint, device: torch.device | str, packed:
     slot.allocate(device, packed)
     if isinstance(module, NamedTensor):
         (info,) = slot.sources
-        values, *scales = checkpoint.read(info.name)
-        module.fill(_times(values.float(), scales[0], info) if scales else values)
+        for rows in _spans(info) if len(info.shape) == 2 else [None]:
+            values, *scales = checkpoint.read(info.name, rows=rows)
+            module.fill(_times(values.float(), scales[0], info) if scales else values, rows.start if rows else 0)
         return
     for part, info in zip(module.parts, slot.sources, strict=True):
         for e in range(module.experts):
-            planes = checkpoint.read(info.name, expert=e if len(info.shape) == 3 else None)
-            _write(slot, module, e, part.start, info, planes)
+            for rows in _spans(info):
+                planes = checkpoint.read(info.name, expert=e if len(info.shape) == 3 else None, rows=rows)
+                _write(slot, module, e, part.start + rows.start, info, planes)
+
+
+def _spans(info: TensorInfo) -> Iterator[slice]:
+    """All rows of a matrix, in several spans where reading converts them: no whole matrix in fp32 is in memory."""
+    n, k = info.shape[-2:]
+    rows = _rows(info, k) if info.stored else n
+    return (slice(at, min(at + rows, n)) for at in range(0, n, rows))
+
+
+def _rows(info: TensorInfo, k: int) -> int:
+    """How many rows of k numbers to convert at once: whole blocks of scales and whole panels, which hold 64."""
+    unit = math.lcm(info.block[0] if info.block else 1, 64)
+    return max(CHUNK // (4 * k) // unit, 1) * unit
 
 
 def _write(
@@ -108,8 +123,7 @@ def _write(
         scales_EGN[expert, :, start : start + n] = scales_NG.t().repeat_interleave(slot.groups // scales_NG.shape[1], 0)
         module.write(expert, start, values_NK)
         return
-    unit = math.lcm(info.block[0] if info.block else 1, 64)  # panels hold 64 rows
-    rows = max(CHUNK // (4 * k) // unit, 1) * unit
+    rows = _rows(info, k)
     for at in range(0, n, rows):
         x_NK = values_NK[at : at + rows].to(torch.float32, copy=True)
         if info.block is not None:

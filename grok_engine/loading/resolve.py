@@ -1,4 +1,4 @@
-"""From what a user names to a folder, and from the folder to its configuration."""
+"""From what a user names to a path, and from the path to its configuration."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from grok_engine.checkpoint.base import CheckpointError
+from grok_engine.checkpoint.gguf.files import gguf_file
+from grok_engine.checkpoint.gguf.reader import read_gguf_config
 from grok_engine.checkpoint.hf.files import config_file, is_hf_folder
 from grok_engine.checkpoint.strict_json import read_object
 from grok_engine.config import ConfigError, ModelConfig
@@ -16,23 +18,27 @@ from .hub import cached_folder, is_hub_name, model_name, snapshot_of
 
 
 def resolve_model(model: str | Path) -> Path:
-    """The folder of a model: a path, the name of the one that ships with the package, `tiny`, or of one in the hub's
-    local cache, org/name.
+    """The folder of a model, or its GGUF file: a path, the name of the one that ships with the package, `tiny`, or of
+    one in the hub's local cache, org/name.
 
     The folder of the tensors stands for the one that it lies in (`model_folder`).
     """
     if str(model) == "tiny":
         return Path(str(files("grok_engine") / "assets" / "tiny"))
     path = Path(model).expanduser()
-    if not path.is_dir() and is_hub_name(model):
+    if path.is_dir():
+        return model_folder(snapshot_of(path))
+    if gguf_file(path) is not None:
+        return path
+    if is_hub_name(model) and path.suffix != ".gguf":
         return cached_folder(str(model))
-    if not path.is_dir():
-        raise ConfigError(f"model {str(model)!r} is not a folder: expected 'tiny' or the path of a checkpoint")
-    return model_folder(snapshot_of(path))
+    raise ConfigError(
+        f"model {str(model)!r} is neither a folder nor a .gguf file: expected 'tiny' or the path of a checkpoint"
+    )
 
 
 def find_model(model: str | Path) -> tuple[Path, ModelConfig]:
-    """The folder of a model and its configuration."""
+    """The path of a model and its configuration."""
     folder = resolve_model(model)
     return folder, read_config(folder)
 
@@ -43,17 +49,22 @@ def model_folder(path: str | Path) -> Path:
     A folder of tensors is recognised by its name, ckpt-0, or by a `config.json` in its parent and none of its own.
     """
     path = Path(path)
+    if not path.is_dir() or gguf_file(path) is not None:
+        return path
     inner = not (path / "config.json").is_file() and not (path / "ckpt-0").is_dir()
     above = path.absolute().parent
     return above if inner and (path.absolute().name == "ckpt-0" or (above / "config.json").is_file()) else path
 
 
 def read_config(path: str | Path) -> ModelConfig:
-    """The configuration of a checkpoint folder: its `config.json`, in the keys of any family or of `ModelConfig`.
+    """The configuration of a checkpoint: its `config.json`, in the keys of any family or of `ModelConfig`, or the
+    metadata of a GGUF file.
 
     The release carries none: a folder without one is Grok-1 itself. CheckpointError names the file and what is wrong.
     Tokens that end an answer may also stand in a `generation_config.json` of the hub.
     """
+    if (gguf := gguf_file(path)) is not None:
+        return read_gguf_config(gguf)
     path = model_folder(path)
     file = config_file(path)
     if not file.exists():

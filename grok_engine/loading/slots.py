@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,6 +12,7 @@ from grok_engine.checkpoint.base import Checkpoint, CheckpointError, TensorInfo
 from grok_engine.checkpoint.packed import PackedCheckpoint
 from grok_engine.config import WeightFormat
 from grok_engine.layers.embedding import Embedding
+from grok_engine.layers.moe import Experts
 from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.models.decoder import Decoder
 from grok_kernels import weights as kernel_weights
@@ -61,7 +62,7 @@ def slots(model: Decoder, checkpoint: Checkpoint, weights: WeightFormat | None =
     have the shape of its place, or that cannot become `weights`.
     """
     packed = checkpoint if isinstance(checkpoint, PackedCheckpoint) else None
-    found: list[Slot] = []
+    found: dict[str, Slot] = {}
     problems: list[str] = []
     names: set[str] = set()
     for path, module in model.named_modules():
@@ -73,11 +74,12 @@ def slots(model: Decoder, checkpoint: Checkpoint, weights: WeightFormat | None =
         infos = tuple(checkpoint.tensors[name] for name in wanted if name in checkpoint.tensors)
         if len(infos) < len(wanted):
             continue
-        slot = Slot(path, module, infos, *_held_as(model, module, infos, weights))
+        found[path] = Slot(path, module, infos, *_held_as(model, module, infos, weights))
+    found.update(_widened(model, found))
+    for slot in found.values():
         problems += _misfits(slot)
         if packed:
             problems += _packed_misfits(slot, packed)
-        found.append(slot)
     missing, unused = sorted(names - checkpoint.tensors.keys()), sorted(checkpoint.tensors.keys() - names)
     if unused:
         problems.insert(0, f"tensors without a place {unused}")
@@ -86,7 +88,7 @@ def slots(model: Decoder, checkpoint: Checkpoint, weights: WeightFormat | None =
     if problems:
         head = f"{checkpoint.source} does not hold the model:"
         raise CheckpointError("\n  ".join([head, *problems]), tuple(problems))
-    return found
+    return list(found.values())
 
 
 def _held_as(
@@ -118,6 +120,15 @@ def keeps_scales(info: TensorInfo, format: str, groups: int) -> bool:
         return False
     k, columns = info.shape[-1], info.block[1]
     return k % columns == 0 and groups % (k // columns) == 0
+
+
+def _widened(model: Decoder, found: Mapping[str, Slot]) -> Iterator[tuple[str, Slot]]:
+    """The two weights of experts, in fp32, where the checkpoint's formats differ: `moe` takes one format for both."""
+    for path, module in model.named_modules():
+        if isinstance(module, Experts):
+            pair = [slot for slot in (found.get(f"{path}.w13"), found.get(f"{path}.w2")) if slot]
+            if len({slot.format for slot in pair}) > 1:
+                yield from ((slot.path, replace(slot, format="fp32", groups=0)) for slot in pair)
 
 
 def _misfits(slot: Slot) -> Iterator[str]:

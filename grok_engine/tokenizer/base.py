@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -23,7 +24,8 @@ class Surface(NamedTuple):
 
 
 class Tokenizer(Protocol):
-    """Ids are 0..vocab_size − 1. `encode` adds no BOS and no EOS; `decode` leaves control tokens out.
+    """Ids are 0..vocab_size − 1. `encode` adds no BOS and no EOS; `decode` leaves control tokens out. Control tokens
+    spelled out in a text are text, or with `special` themselves: for templates of ours, never for what a user wrote.
 
     `IncrementalDetokenizer` needs two more. `surface`: what one token adds to the text, given whether it is the first.
     `replace_each_byte`: whether each undecodable byte becomes U+FFFD, rather than a truncated character as a whole.
@@ -34,7 +36,7 @@ class Tokenizer(Protocol):
     eos_token_ids: tuple[int, ...]
     replace_each_byte: bool
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, *, special: bool = False) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -49,8 +51,8 @@ class PaddedTokenizer:
         self.bos_token_id, self.eos_token_ids = tokenizer.bos_token_id, tokenizer.eos_token_ids
         self.replace_each_byte = tokenizer.replace_each_byte
 
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text)
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        return self._tokenizer.encode(text, special=special)
 
     def decode(self, ids: Sequence[int]) -> str:
         check_ids(ids, self.vocab_size)
@@ -103,6 +105,23 @@ class IncrementalDetokenizer:
                 out.append(REPLACEMENT)
                 data = data[error.start + 1 if self._tokenizer.replace_each_byte else error.end :]
         return "".join(out)
+
+
+class ControlTokens:
+    """The control tokens of a tokenizer, to be found in a text. ids: by how they are spelled."""
+
+    def __init__(self, ids: Mapping[str, int]) -> None:
+        self._ids = ids
+        longest_first = sorted(filter(None, ids), key=len, reverse=True)
+        self._spelled = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
+
+    def encode(self, text: str, plain: Callable[[str], list[int]]) -> list[int]:
+        """Their ids, and those that `plain` gives for the text before, between and after them."""
+        parts = self._spelled.split(text) if self._spelled else [text]
+        found: list[int] = []
+        for index, part in enumerate(parts):
+            found += [self._ids[part]] if index % 2 else plain(part) if part else []
+        return found
 
 
 def require_file(path: str | Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .base import SPACE, IncrementalDetokenizer, Surface, check_ids, check_text, require_file
+from .base import SPACE, ControlTokens, IncrementalDetokenizer, Surface, check_ids, check_text, require_file
 
 
 class HFTokenizer:
@@ -17,15 +17,19 @@ class HFTokenizer:
     `decode` differs from the tokenizers library's in one case: there, one wrong byte in a run of fallback bytes makes
     U+FFFD of the whole run, good characters too; here only of what cannot be decoded, as SentencePiece has it.
     The file names no BOS and EOS: they are read from `tokenizer_config.json` beside it, where there is one.
+    content, config: of the two where they are no files; `path` is then for messages.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, content: bytes | None = None, config: bytes = b"{}") -> None:
         import tokenizers  # lazily, as this import is slow
 
         path = Path(path)
-        require_file(path)
+        if content is None:
+            require_file(path)
+            beside = path.with_name("tokenizer_config.json")
+            content, config = path.read_bytes(), beside.read_bytes() if beside.is_file() else config
         try:
-            self._tk = tokenizers.Tokenizer.from_file(str(path))
+            self._tk = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from None
         decoder = json.loads(self._tk.to_str())["decoder"]
@@ -33,8 +37,10 @@ class HFTokenizer:
         self.replace_each_byte = not self._byte_level
         added = self._tk.get_added_tokens_decoder()
         self._special = {i for i, token in added.items() if token.special}
+        self._control = ControlTokens({added[i].content: i for i in self._special})
+        self._tk.encode_special_tokens = True  # as text, that is
         self.vocab_size: int = 1 + max(self._tk.get_vocab(with_added_tokens=True).values(), default=-1)
-        bos, eos = _special_tokens(path.with_name("tokenizer_config.json"))
+        bos, eos = _special_tokens(path, config)
         self.bos_token_id: int | None = None if bos is None else self._id_of(bos, path)
         self.eos_token_ids: tuple[int, ...] = () if eos is None else (self._id_of(eos, path),)
 
@@ -44,8 +50,11 @@ class HFTokenizer:
             raise ValueError(f"{path.with_name('tokenizer_config.json')} names {token!r}, which {path.name} lacks")
         return token_id
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
         check_text(text)
+        return self._control.encode(text, self._plain) if special else self._plain(text)
+
+    def _plain(self, text: str) -> list[int]:
         return list(self._tk.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -89,15 +98,13 @@ def _decoder_kind(decoder: Any, path: Path) -> tuple[bool, bool]:
     )
 
 
-def _special_tokens(file: Path) -> tuple[str | None, str | None]:
-    if not file.is_file():
-        return None, None
+def _special_tokens(path: Path, config: bytes) -> tuple[str | None, str | None]:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(config)
         tokens = [values.get("bos_token"), values.get("eos_token")]
         bos, eos = (t["content"] if isinstance(t, dict) else t for t in tokens)
     except (ValueError, AttributeError, KeyError) as error:
-        raise ValueError(f"{file} is not a tokenizer configuration: {error}") from None
+        raise ValueError(f"{path.with_name('tokenizer_config.json')} is not a configuration: {error}") from None
     return bos, eos
 
 

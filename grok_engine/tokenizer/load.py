@@ -1,11 +1,15 @@
-"""Which tokenizer a folder has."""
+"""Which tokenizer a checkpoint has."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
+from grok_engine.checkpoint.gguf.files import gguf_file, read_headers
+
 from .base import Tokenizer
+from .gguf import read_tokenizer
+from .gguf import tokenizer_files as gguf_tokenizer_files
 from .hf import HFTokenizer
 from .sentencepiece import SentencePieceTokenizer
 
@@ -14,11 +18,23 @@ KINDS: dict[str, Callable[[Path], Tokenizer]] = {
     "tokenizer.model": SentencePieceTokenizer,
     "tokenizer.json": HFTokenizer,
 }
+BESIDE = "tokenizer_config.json"  # of a tokenizer.json
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer | None:
-    """The tokenizer of a checkpoint folder, or None where it has none. ValueError for a file that cannot be read."""
+def load_tokenizer(path: str | Path) -> Tokenizer | None:
+    """The tokenizer of a checkpoint's folder or GGUF file, or None where it has none. ValueError for one that cannot be
+    read."""
+    if (gguf := gguf_file(path)) is not None:
+        return read_tokenizer(read_headers(gguf)[0].metadata, gguf)
     for name, kind in KINDS.items():
-        if (file := Path(folder) / name).is_file():
+        if (file := Path(path) / name).is_file():
             return kind(file)
     return None
+
+
+def tokenizer_files(path: str | Path) -> dict[str, bytes]:
+    """What a folder needs to have the same tokenizer, by name: the files of a checkpoint's folder, or those that a GGUF
+    file's metadata becomes. Raises as `load_tokenizer` does."""
+    if (gguf := gguf_file(path)) is not None:
+        return gguf_tokenizer_files(read_headers(gguf)[0].metadata, gguf)
+    return {name: file.read_bytes() for name in (*KINDS, BESIDE) if (file := Path(path) / name).is_file()}

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
-from .base import SPACE, Surface, check_ids, check_text, require_file
+from .base import SPACE, ControlTokens, Surface, check_ids, check_text, require_file
 
 
 class SentencePieceTokenizer:
     """A `tokenizer.model`, as the sentencepiece library reads it.
 
-    Control pieces spelled out in a text (`[EOS]`) are text, user-defined ones (`<|separator|>`) their token.
+    User-defined pieces spelled out in a text (`<|separator|>`) are their token, control pieces (`[EOS]`) only if asked.
+    model: the bytes of a model that is no file; `path` is then for messages.
     """
 
     replace_each_byte = True
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, model: bytes | None = None) -> None:
         import sentencepiece  # lazily, as this import is slow
 
-        require_file(path)
+        if model is None:
+            require_file(path)
         self._sp = sentencepiece.SentencePieceProcessor()
         try:
-            self._sp.Load(str(path))
+            self._sp.Load(model_file=None if model else str(path), model_proto=model)
         except (RuntimeError, OSError) as error:
             raise ValueError(f"{path} is not a SentencePiece model: {error}") from None
         sp = self._sp
@@ -36,9 +39,14 @@ class SentencePieceTokenizer:
         self._drops_space = probe is not None and not sp.DecodeIds([probe]).startswith(" ")
         self._drops_spaces = probe is not None and sp.DecodeIds([probe, probe]) == ""
 
-    def encode(self, text: str) -> list[int]:
+    @cached_property
+    def _control(self) -> ControlTokens:
+        sp = self._sp
+        return ControlTokens({sp.IdToPiece(i): i for i in range(self.vocab_size) if sp.IsControl(i)})
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
         check_text(text)
-        return list(self._sp.EncodeAsIds(text))
+        return self._control.encode(text, self._sp.EncodeAsIds) if special else list(self._sp.EncodeAsIds(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         check_ids(ids, self.vocab_size)

@@ -4,59 +4,63 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from grok_engine.checkpoint.base import CheckpointError, total_bytes
+from grok_engine.checkpoint.base import Checkpoint, CheckpointError, TensorInfo
+from grok_engine.checkpoint.open import open_checkpoint
 from grok_engine.checkpoint.packed import is_packed_folder
-from grok_engine.checkpoint.xai.layout import Kind
 from grok_engine.checkpoint.xai.reader import XaiCheckpoint, XaiFile
 from grok_engine.config import ModelConfig
+from grok_engine.loading.build import check_checkpoint
 from grok_engine.loading.resolve import read_config
+from grok_kernels.dtypes import DTYPES, dtype_name
 
-from .verify import Stats, scan
+from .verify import Stats, read_stats, scan
 
-_KINDS: dict[Kind, str] = {kind: {"expert": "experts", "norm": "norms"}.get(kind, kind) for kind in get_args(Kind)}
+Progress = Callable[[int, int], None]
+# By the end of a tensor's name, the first that fits.
+_KINDS = {
+    "embed": "embedding", ".q": "attention", ".k": "attention", ".v": "attention", ".o": "attention",
+    ".moe.gate": "experts", ".moe.up": "experts", ".moe.down": "experts", ".router": "router", "lm_head": "head",
+    ".mlp.gate": "feed-forward", ".mlp.up": "feed-forward", ".mlp.down": "feed-forward", "": "norms",
+}  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorReport:
-    """One tensor. `weight` and `scales` are there only after verification."""
+    """One tensor. dtype: as it is stored, by the format's own name. groups: along K, by what shares a scale;
+    `scale_layout` says it in words. index, scales_shape, scales_dtype: of the release's files. `weight` and `scales`
+    are there only after verification.
+    """
 
-    file: XaiFile
+    name: str
+    file: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    groups: str = ""
+    scale_layout: str | None = None
+    scales_shape: tuple[int, ...] | None = None
+    scales_dtype: str | None = None
+    index: int | None = None
     weight: Stats | None = None
     scales: Stats | None = None
 
-    @property
-    def scale_layout(self) -> str | None:
-        if not (groups := self.file.groups):
-            return None
-        return f"{groups} group{'s' if groups > 1 else ''} of {self.file.spec.shape[-2] // groups} input rows"
-
     def to_dict(self) -> dict[str, Any]:
-        spec, header = self.file.spec, self.file.header
-        return {
-            "name": spec.name,
-            "index": spec.index,
-            "file": spec.file,
-            "kind": spec.kind,
-            "shape": list(header.weight.shape),
-            "dtype": header.weight.dtype.name,
-            "scales_shape": list(header.scales.shape) if header.scales else None,
-            "scales_dtype": header.scales.dtype.name if header.scales else None,
-            "scale_layout": self.scale_layout,
-            "bytes": header.file_size,
-            "weight": asdict(self.weight) if self.weight else None,
-            "scales": asdict(self.scales) if self.scales else None,
-        }
+        values = asdict(self)
+        return {**values, "bytes": values.pop("nbytes")}
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The findings. Bytes by kind sum to `total_bytes`, those by dtype to the same without the files' headers."""
+    """The findings. Bytes by kind sum to `total_bytes`, those by dtype to the same without "file headers", which only
+    the release counts. files: how many, where each holds one tensor."""
 
     path: str
+    files: int | None
     config: ModelConfig
     total_bytes: int
     bytes_by_kind: dict[str, int]
@@ -79,7 +83,7 @@ class Report:
             "architecture": self.config.to_dict() | {"eos_token_ids": list(self.config.eos_token_ids)},
             "parameters": self.config.param_count(),
             "active_parameters": self.config.active_param_count(),
-            "files": len(self.tensors),
+            "files": self.files,
             "total_bytes": self.total_bytes,
             "bytes_by_kind": self.bytes_by_kind,
             "bytes_by_dtype": self.bytes_by_dtype,
@@ -87,44 +91,101 @@ class Report:
         }
 
 
-def inspect_checkpoint(
-    path: str | Path, *, verify: bool = False, progress: Callable[[int, int], None] | None = None
-) -> Report:
+def inspect_checkpoint(path: str | Path, *, verify: bool = False, progress: Progress | None = None) -> Report:
     """Open the checkpoint at `path` and describe it. Without `verify` no weight is read.
 
     With `verify` all of it is, in pieces, and NaN, infinity and scales out of range become `problems`; `progress` is
-    called with the bytes read so far and in total. A checkpoint whose files do not fit its configuration raises
-    CheckpointError, as it does when opened for use.
+    called with the bytes read so far and in total. A checkpoint that does not hold the model of its configuration
+    raises CheckpointError, as it does when opened for use.
     """
     path = Path(path).absolute()
     if is_packed_folder(path):
         raise CheckpointError(f"{path} holds converted weights: expected the checkpoint that they were made from")
-    checkpoint = XaiCheckpoint(path, read_config(path))
-    files = tuple(checkpoint.files.values())
+    config = read_config(path)
+    checkpoint = open_checkpoint(path, config)
+    check_checkpoint(config, checkpoint)
     kinds, dtypes = dict.fromkeys([*_KINDS.values(), "scales", "file headers"], 0), Counter[str]()
-    for file in files:
-        header = file.header
-        kinds["file headers"] += header.file_size
-        for kind, array in ((_KINDS[file.spec.kind], header.weight), ("scales", header.scales)):
-            if array is not None:
-                kinds[kind] += array.nbytes
-                kinds["file headers"] -= array.nbytes
-                dtypes[array.dtype.name] += array.nbytes
-    tensors = tuple(_verified(files, dtypes.total(), progress) if verify else map(TensorReport, files))
+    if isinstance(checkpoint, XaiCheckpoint):
+        tensors = [_of_release(file) for file in checkpoint.files.values()]
+        for file in checkpoint.files.values():
+            _count_release(file, kinds, dtypes)
+    else:
+        tensors = [_of(info, path) for info in checkpoint.tensors.values()]
+        for tensor in tensors:
+            kinds[tensor.kind] += tensor.nbytes
+            dtypes[tensor.dtype] += tensor.nbytes
+    problems: list[str] = []
+    if verify:
+        tensors = list(_verified(checkpoint, tensors, dtypes.total(), progress, problems))
     return Report(
         path=str(path),
-        config=checkpoint.config,
-        total_bytes=total_bytes(checkpoint),
+        files=len(tensors) if isinstance(checkpoint, XaiCheckpoint) else None,
+        config=config,
+        total_bytes=sum(tensor.nbytes for tensor in tensors),
         bytes_by_kind=kinds,
         bytes_by_dtype=dict(dtypes.most_common()),
-        tensors=tensors,
+        tensors=tuple(tensors),
         verified=verify,
-        problems=tuple(problem for tensor in tensors for problem in _problems(tensor)),
+        problems=tuple(problems),
     )
 
 
+def _kind(name: str) -> str:
+    return next(kind for end, kind in _KINDS.items() if name.endswith(end))
+
+
+def _of(info: TensorInfo, path: Path) -> TensorReport:
+    groups, layout = "", None
+    if info.block is not None:
+        (n, k), (rows, columns) = info.shape[-2:], info.block
+        groups = f"{-(-k // columns)} × {columns}" if rows == 1 else f"{rows} × {columns} blocks"
+        layout = f"a scale for each {'row' if rows == 1 else f'{min(rows, n)} rows'} and {columns} columns"
+    return TensorReport(
+        name=info.name,
+        file=path.name,
+        kind=_kind(info.name),
+        shape=info.shape,
+        dtype=info.stored or dtype_name(DTYPES[info.format]),
+        nbytes=info.nbytes,
+        groups=groups,
+        scale_layout=layout,
+    )
+
+
+def _of_release(file: XaiFile) -> TensorReport:
+    spec, header = file.spec, file.header
+    groups, layout = "", None
+    if header.scales:
+        rows = spec.shape[-2] // file.groups
+        groups = f"{file.groups} × {rows} {header.scales.dtype.name}"
+        layout = f"{file.groups} group{'s' if file.groups > 1 else ''} of {rows} input rows"
+    return TensorReport(
+        name=spec.name,
+        file=spec.file,
+        kind=spec.kind,
+        shape=header.weight.shape,
+        dtype=header.weight.dtype.name,
+        nbytes=header.file_size,
+        groups=groups,
+        scale_layout=layout,
+        scales_shape=header.scales.shape if header.scales else None,
+        scales_dtype=header.scales.dtype.name if header.scales else None,
+        index=spec.index,
+    )
+
+
+def _count_release(file: XaiFile, kinds: dict[str, int], dtypes: Counter[str]) -> None:
+    header = file.header
+    kinds["file headers"] += header.file_size
+    for kind, array in ((_kind(file.spec.name), header.weight), ("scales", header.scales)):
+        if array is not None:
+            kinds[kind] += array.nbytes
+            kinds["file headers"] -= array.nbytes
+            dtypes[array.dtype.name] += array.nbytes
+
+
 def _verified(
-    files: tuple[XaiFile, ...], total: int, progress: Callable[[int, int], None] | None
+    checkpoint: Checkpoint, tensors: list[TensorReport], total: int, progress: Progress | None, problems: list[str]
 ) -> Iterator[TensorReport]:
     done = 0
 
@@ -134,15 +195,16 @@ def _verified(
         if progress is not None:
             progress(done, total)
 
-    for file in files:
-        header = file.header
-        weight = scan(header.path, header.weight, read)
-        yield TensorReport(file, weight, scan(header.path, header.scales, read) if header.scales else None)
-
-
-def _problems(tensor: TensorReport) -> Iterator[str]:
-    who = f"{tensor.file.spec.file} ({tensor.file.spec.name})"
-    if tensor.weight:
-        yield from (f"{who}: {problem}" for problem in tensor.weight.weight_problems())
-    if tensor.scales:
-        yield from (f"{who}: {problem}" for problem in tensor.scales.scale_problems())
+    for tensor in tensors:
+        who, scales = tensor.name, None
+        if isinstance(checkpoint, XaiCheckpoint):
+            header, who = checkpoint.files[tensor.name].header, f"{tensor.file} ({tensor.name})"
+            weight = scan(header.path, header.weight, read)
+            scales = scan(header.path, header.scales, read) if header.scales else None
+            found = [*weight.weight_problems(), *(scales.scale_problems() if scales else ())]
+        else:
+            weight, scales = read_stats(checkpoint, checkpoint.tensors[tensor.name])
+            read(tensor.nbytes)
+            found = [*weight.weight_problems(), *(scales.weight_problems() if scales else ())]  # may be negative or 0
+        problems += [f"{who}: {problem}" for problem in found]
+        yield replace(tensor, weight=weight, scales=scales)

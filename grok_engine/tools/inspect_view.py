@@ -24,20 +24,24 @@ def render(report: Report, console: Console, *, every_tensor: bool = False) -> N
     c = report.config
     rows = [[t] for t in report.tensors] if every_tensor else _grouped(report.tensors)
     console.print(Text(c.name, style="bold"), Text(report.path, style="dim"))
+    blocks = [f"top {c.num_experts_per_tok} of {c.num_experts} experts of width {c.d_ff}"] if c.num_experts else []
+    blocks += [f"a dense block of width {c.dense_d_ff}"] if c.dense_d_ff else []
+    capped = f"attention capped at {c.attn_softcap:g} · " if c.attn_softcap else ""
+    count = f"{len(report.tensors)} {'tensors' if report.files is None else 'files'}"
     facts = (
         f"{c.num_layers} layers · width {c.d_model} · {c.num_heads} query and {c.num_kv_heads} key/value heads "
         f"of {c.head_dim} · vocabulary {c.vocab_size:,}",
-        f"top {c.num_experts_per_tok} of {c.num_experts} experts of width {c.d_ff} ({c.activation}) · "
-        f"attention capped at {c.attn_softcap:g} · context {c.max_position:,}",
+        f"{' and '.join(blocks)} ({c.activation}) · {capped}context {c.max_position:,}",
         f"{_scaled(c.param_count(), 'BMk', '', 1)} parameters, {_scaled(c.active_param_count(), 'BMk', '', 1)} used "
-        f"per token · {len(report.tensors)} files · {report.total_bytes:,} bytes",
+        f"per token · {count} · {report.total_bytes:,} bytes",
     )
     for line in facts:
         console.print(Text(line))
     for table in (_sizes(report), _tensors(rows)):
         console.print()
         console.print(table)
-    console.print(Text("scales: groups × the input rows that share one", style="dim"))
+    if any(t.groups for t in report.tensors):
+        console.print(Text("scales: groups × the inputs that share one", style="dim"))
     if report.verified:
         console.print()
         console.print(_ranges(rows))
@@ -64,17 +68,16 @@ def _sizes(report: Report) -> Table:
 
 def _tensors(rows: Sequence[Group]) -> Table:
     every = all(len(group) == 1 for group in rows)
-    table = _table("tensor", "file" if every else ">files", ">shape", "dtype", ">scales", ">bytes")
+    table = _table("tensor", "file" if every else ">tensors", ">shape", "dtype", ">scales", ">bytes")
     for group in rows:
-        file = group[0].file
-        weight, scales = file.header.weight, file.header.scales
+        first = group[0]
         table.add_row(
             _name(group),
-            file.spec.file if every else str(len(group)),
-            "×".join(map(str, weight.shape)),
-            _short(weight.dtype.name),
-            f"{file.groups} × {weight.shape[-2] // file.groups} {_short(scales.dtype.name)}" if scales else "",
-            _scaled(sum(t.file.header.file_size for t in group), "GMk", "B", 2),
+            first.file if every else str(len(group)),
+            "×".join(map(str, first.shape)),
+            _short(first.dtype),
+            " ".join(map(_short, first.groups.split(" "))),
+            _scaled(sum(t.nbytes for t in group), "GMk", "B", 2),
         )
     return table
 
@@ -105,14 +108,13 @@ def _table(*headers: str) -> Table:
 def _grouped(tensors: Iterable[TensorReport]) -> list[list[TensorReport]]:
     groups: dict[object, list[TensorReport]] = {}
     for t in tensors:
-        arrays = ((a.shape, a.dtype) for a in (t.file.header.weight, t.file.header.scales) if a)
-        groups.setdefault((_layer(t.file.spec.name)[1], *arrays), []).append(t)
+        groups.setdefault((_layer(t.name)[1], t.shape, t.dtype, t.groups), []).append(t)
     return list(groups.values())
 
 
 def _name(group: Group) -> str:
-    _, suffix = _layer(group[0].file.spec.name)
-    layers = sorted(n for t in group if (n := _layer(t.file.spec.name)[0]) is not None)
+    _, suffix = _layer(group[0].name)
+    layers = sorted(n for t in group if (n := _layer(t.name)[0]) is not None)
     return f"layers.{_spans(layers)}.{suffix}" if layers else suffix
 
 

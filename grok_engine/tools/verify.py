@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from grok_engine.checkpoint.base import CheckpointError
+from grok_engine.checkpoint.base import Checkpoint, CheckpointError, TensorInfo
 from grok_engine.checkpoint.xai.pickle_machine import ArrayPlace
 from grok_engine.checkpoint.xai.pickles import Array
 
@@ -62,6 +63,17 @@ def scan(path: Path, place: ArrayPlace, read: Callable[[int], None]) -> Stats:
     except OSError as error:
         raise CheckpointError(f"{path}: expected a readable file, found: {error.strerror}") from None
     return stats
+
+
+def read_stats(checkpoint: Checkpoint, info: TensorInfo) -> tuple[Stats, Stats | None]:
+    """The statistics of a tensor's values, and of its scales where it has any. Reads one matrix at a time."""
+    weight, scales = Stats(), Stats() if info.block else None
+    for expert in range(info.shape[0]) if len(info.shape) == 3 else [None]:
+        values, *others = checkpoint.read(info.name, expert=expert)
+        weight += _stats((values if values.dtype == torch.int8 else values.float()).numpy())
+        if scales is not None:
+            scales += _stats(others[0].float().numpy())
+    return weight, scales
 
 
 def _stats(values: Array) -> Stats:

@@ -1,0 +1,58 @@
+"""Which files make up a model in GGUF: one, or several that a name like NAME-00001-of-00003.gguf counts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from grok_engine.checkpoint.base import CheckpointError
+
+from .header import Header, read_header
+
+_SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+
+
+def gguf_file(path: str | Path) -> Path | None:
+    """The GGUF file that a path names: itself, or the only one in a folder, of a split one the first. None for a folder
+    without any, or with weights in another format. CheckpointError for a folder with several.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path if path.suffix == ".gguf" and path.is_file() else None
+    if (path / "ckpt-0").is_dir() or any(path.glob("*.safetensors")):
+        return None
+    found = sorted(file for file in path.glob("*.gguf") if file.is_file())
+    models = {match[1] if (match := _SPLIT.fullmatch(file.name)) else file.name: file for file in reversed(found)}
+    if len(models) > 1:
+        names = ", ".join(sorted(file.name for file in models.values()))
+        raise CheckpointError(f"{path} holds several GGUF files, {names}: expected one, or the path of one of them")
+    return next(iter(models.values()), None)
+
+
+def read_headers(path: Path) -> tuple[Header, ...]:
+    """The headers of a file, or of all files of a split one, whose first has the metadata. CheckpointError if any is
+    missing, or not what its name says."""
+    match = _SPLIT.fullmatch(path.name)
+    if match is None:
+        header = read_header(path)
+        if (count := header.metadata.get("split.count", 1)) not in (0, 1):
+            raise CheckpointError(f"{path}: split.count={count}, expected a name like NAME-00001-of-{count:05d}.gguf")
+        return (header,)
+    count = int(match[3])
+    paths = [path.with_name(f"{match[1]}-{i:05d}-of-{match[3]}.gguf") for i in range(1, count + 1)]
+    missing = [f"{file.name} is missing" for file in paths if not file.is_file()]
+    if missing or not count:
+        raise CheckpointError("\n  ".join([f"{path} is one of {count} files:", *missing]), tuple(missing))
+    headers = tuple(map(read_header, paths))
+    problems = []
+    for number, header in enumerate(headers):
+        found = {key: header.metadata.get(f"split.{key}") for key in ("no", "count")}
+        if found != {"no": number, "count": count}:
+            problems.append(f"{header.path.name} says split {found}, expected no {number} of count {count}")
+    names = [name for header in headers for name in header.tensors]
+    problems += [f"tensor {name!r} is in two files" for name in sorted({n for n in names if names.count(n) > 1})]
+    if (total := headers[0].metadata.get("split.tensors.count", len(names))) != len(names):
+        problems.append(f"split.tensors.count={total}, found {len(names)} tensors")
+    if problems:
+        raise CheckpointError("\n  ".join([f"{path} and the files beside it do not fit:", *problems]), tuple(problems))
+    return headers

@@ -1,0 +1,149 @@
+"""A GGUF file, or a split one, as a checkpoint."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from grok_engine.checkpoint.base import CheckpointError, TensorInfo
+from grok_engine.config import ModelConfig
+from grok_kernels.dtypes import DTYPES
+
+from .blocks import Bytes, TensorType, read_floats, read_groups
+from .config import parse_metadata
+from .files import read_headers
+from .header import Place
+from .names import FACTORS, engine_names, interleaved_rows
+
+CHUNK = 1 << 20  # values that are dequantised at once
+
+
+def read_gguf_config(path: Path) -> ModelConfig:
+    """The architecture that a file's metadata describes. CheckpointError for what is wrong or not served."""
+    headers = read_headers(path)
+    tensors = {name: place for header in headers for name, place in header.tensors.items()}
+    factors: Sequence[float] = ()
+    if (place := tensors.get(FACTORS)) is not None:
+        file = next(header.path for header in headers if FACTORS in header.tensors)
+        (vector,) = _matrices(place, _map(file), None)
+        if vector.kind.name != "F32":
+            raise CheckpointError(f"{file}: {FACTORS} is {vector.kind.name}, expected F32")
+        factors = read_floats(vector.kind, vector.data)[0].tolist()
+    return parse_metadata(headers[0], tensors, factors)
+
+
+@dataclass(frozen=True, slots=True)
+class _Matrix:
+    """One matrix of a tensor of a file, or one vector as a row. data: bytes (rows, bytes of a row), mapped. order: row
+    n of the engine's is row order[n] of the file's."""
+
+    kind: TensorType
+    data: Bytes
+    order: NDArray[np.int64] | None = None
+
+    def rows(self, start: int, stop: int) -> Bytes:
+        return self.data[start:stop] if self.order is None else self.data[self.order[start:stop]]
+
+
+class GGUFCheckpoint:
+    """An opened file: its header read and checked, its data mapped.
+
+    Symmetric types (Q4_0, Q5_0, Q6_K, Q8_0) are int8 with a scale per 16 or 32 columns, which keeps all their bits, and
+    BF16 is bf16. Everything else is fp32: types with minima, F16, F32, and tensors whose experts have several types.
+    """
+
+    def __init__(self, path: Path, config: ModelConfig) -> None:
+        headers = read_headers(path)
+        self.source = str(path)
+        orders: dict[str, NDArray[np.int64]] = {}
+        if headers[0].metadata["general.architecture"] == "llama":
+            orders["q"] = interleaved_rows(config.num_heads, config.head_dim)
+            orders["k"] = interleaved_rows(config.num_kv_heads, config.head_dim)
+        places, mapped = {}, {}
+        for header in headers:
+            data = _map(header.path)
+            for name, place in header.tensors.items():
+                places[name], mapped[name] = place, data
+        self.tensors: dict[str, TensorInfo] = {}
+        self._matrices: dict[str, list[_Matrix]] = {}
+        for name, parts in engine_names(places).items():
+            self.tensors[name] = self._info(name, [places[part] for part in parts])
+            order = orders.get(name.rpartition(".attn.")[2])
+            self._matrices[name] = [m for part in parts for m in _matrices(places[part], mapped[part], order)]
+
+    def _info(self, name: str, places: Sequence[Place]) -> TensorInfo:
+        shape, kind = places[0].shape, places[0].kind
+        if any(place.shape != shape for place in places):
+            raise CheckpointError(
+                f"{self.source}: {name} has experts of shapes {sorted({place.shape for place in places})}, expected one"
+            )
+        kinds = sorted({place.kind.name for place in places})
+        fmt = kind.format if len(kinds) == 1 else "fp32"
+        return TensorInfo(
+            name=name,
+            shape=shape if len(places) == 1 else (len(places), *shape),
+            format=fmt,
+            block=(1, kind.group) if fmt == "int8" else None,
+            nbytes=sum(place.nbytes for place in places),
+            stored="" if kinds in (["F32"], ["BF16"]) else ", ".join(kinds),
+        )
+
+    def read(self, name: str, *, expert: int | None = None, rows: slice | None = None) -> tuple[Tensor, ...]:
+        """As `Checkpoint.read`. The planes are copies, made of a few rows at a time."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.source}: expected the name of a tensor, found {name!r}")
+        info, matrices = self.tensors[name], self._matrices[name]
+        *lead, k = info.shape
+        if expert is not None:
+            matrices, lead = [matrices[expert]], lead[1:]
+        first, stop = (rows.start, rows.stop) if rows else (0, len(matrices[0].data))
+        if lead:
+            lead[-1] = stop - first
+        shape, groups = (len(matrices), stop - first), k // info.block[1] if info.block else 0
+        planes = [torch.empty((*shape, k), dtype=DTYPES[info.format])]
+        planes += [torch.empty((*shape, groups))] if groups else []
+        step = max(CHUNK // k, 1)
+        for m, matrix in enumerate(matrices):
+            for at in range(first, stop, step):
+                parts = _planes(matrix.kind, matrix.rows(at, min(at + step, stop)), keep=groups > 0)
+                if parts is None:
+                    raise CheckpointError(f"{self.source}: {name} holds NaN or infinity, expected finite values")
+                for plane, part in zip(planes, parts, strict=True):
+                    plane[m, at - first : at - first + step] = torch.from_numpy(part)
+        return tuple(plane.view(*lead, plane.shape[-1]) for plane in planes)
+
+
+def _planes(kind: TensorType, raw: Bytes, *, keep: bool) -> tuple[NDArray[Any], ...] | None:
+    """Rows in fp32, or to `keep` the integers (rows, K) and scales (rows, groups); None where not all is finite."""
+    if kind.split is None:
+        values = read_floats(kind, raw)
+        return (values,) if np.isfinite(values).all() else None
+    groups = read_groups(kind, raw)
+    if not groups.is_finite():
+        return None
+    planes = (groups.q, groups.d) if keep else (groups.values(),)
+    return tuple(plane.reshape(len(raw), -1) for plane in planes)
+
+
+def _map(path: Path) -> Bytes:
+    try:
+        with path.open("rb") as file:
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    except OSError as error:
+        raise CheckpointError(f"{path}: expected a readable file, found: {error.strerror}") from None
+
+
+def _matrices(place: Place, data: Bytes, order: NDArray[np.int64] | None) -> list[_Matrix]:
+    n = place.shape[-2] if len(place.shape) > 1 else 1
+    stored = data[place.start : place.start + place.nbytes].reshape(-1, n, place.row_nbytes)
+    if order is None or len(order) != n:  # whose shape the model will refuse
+        return [_Matrix(place.kind, matrix) for matrix in stored]
+    return [_Matrix(place.kind, matrix, order) for matrix in stored]
