@@ -21,7 +21,9 @@ at::Tensor grouped_gemm(const at::Tensor& x, const WeightArg& weight, const Opti
   const bool is_float = p.x.type == DType::f32 || p.x.type == DType::bf16;
   check(is_float != x_scale.has_value(), op, ": x_scale is ", x_scale ? "given" : "None", " for x of ",
         c10::toString(x.scalar_type()));
-  at::Tensor own_scale, own_offsets;
+  const at::ScalarType y_dtype = out_dtype.value_or(is_float ? x.scalar_type() : at::kBFloat16);
+  p.y_type = float_dtype(op, "out_dtype", y_dtype);
+  at::Tensor own_scale;
   if (x_scale) {
     check_tensor(op, "x_scale", *x_scale, 2);
     check_dtype(op, "x_scale", *x_scale, at::kFloat);
@@ -32,16 +34,14 @@ at::Tensor grouped_gemm(const at::Tensor& x, const WeightArg& weight, const Opti
     p.x.scale = own_scale.const_data_ptr<float>();
     p.x.groups = groups;
   }
+  std::vector<int32_t> own_offsets;
   if (offsets) {
-    check_tensor(op, "offsets", *offsets, 1);
-    check_dtype(op, "offsets", *offsets, at::kInt);
+    own_offsets = copy_indices(op, "offsets", *offsets, 1);
     check(offsets->size(0) == p.w.experts + 1, op, ": offsets has ", offsets->size(0),
           " entries, expected (E + 1,) with E=", p.w.experts);
-    own_offsets = offsets->contiguous();
-    p.offsets = own_offsets.const_data_ptr<int32_t>();
+    p.offsets = own_offsets.data();
   }
-  at::Tensor y = empty({p.rows, p.w.n}, out_dtype.value_or(is_float ? x.scalar_type() : at::kBFloat16));
-  p.y_type = float_dtype(op, "out_dtype", y);
+  at::Tensor y = empty({p.rows, p.w.n}, y_dtype);
   p.y = y.mutable_data_ptr();
   cpu::grouped_gemm(p, executor());
   return y;
@@ -49,6 +49,10 @@ at::Tensor grouped_gemm(const at::Tensor& x, const WeightArg& weight, const Opti
 
 }  // namespace
 
-void define_gemm(pybind11::module_& module) { define_native_op(module, "grouped_gemm", grouped_gemm); }
+void define_gemm(pybind11::module_& module) {
+  using pybind11::arg;
+  define_native_op(module, "grouped_gemm", grouped_gemm, arg("x"), arg("weight"), arg("offsets"), arg("x_scale"),
+                   arg("out_dtype"));
+}
 
 }  // namespace grok

@@ -19,6 +19,8 @@ std::vector<std::string> available_isas() {
 
 // The distinct threads that share a loop of `tasks` steps: tells a build without OpenMP from one with it.
 int64_t parallel_threads(int64_t tasks) {
+  constexpr int64_t kMost = 1 << 20;
+  check(tasks >= 0 && tasks <= kMost, "parallel_threads: tasks=", tasks, ", expected 0..", kMost);
   std::vector<int> ids(tasks, 0);
   executor().run(tasks, [&](int64_t i) { ids[i] = at::get_thread_num(); });
   std::sort(ids.begin(), ids.end());
@@ -34,6 +36,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("current_isa", [] { return grok::cpu::name(grok::cpu::current_isa()); }, "The instruction set in use.");
   module.def("use_isa", &grok::cpu::use_isa, pybind11::arg("name"), "Force one for the process; '' undoes it.");
   module.def("parallel_threads", &grok::parallel_threads, pybind11::arg("tasks"),
+             pybind11::call_guard<pybind11::gil_scoped_release>(),
              "How many threads share a parallel loop of so many steps.");
   grok::define_attention(module);
   grok::define_gemm(module);

@@ -1,6 +1,8 @@
 #include "cpu/moe/moe.h"
 
+#include <limits>
 #include <string>
+#include <vector>
 
 #include "bindings.h"
 #include "native_op.h"
@@ -8,6 +10,8 @@
 
 namespace grok {
 namespace {
+
+constexpr int64_t kMostSlots = std::numeric_limits<int32_t>::max();  // T · A: slots are int32
 
 cpu::Activation activation_of(const char* op, const std::string& name) {
   if (name == "gelu_tanh") return cpu::Activation::gelu_tanh;
@@ -24,32 +28,26 @@ DType row_type(const char* op, const std::string& act_format, DType x) {
   return x;
 }
 
-const int32_t* indices(const char* op, const char* name, const at::Tensor& tensor, int64_t dims, int64_t size) {
-  check_tensor(op, name, tensor, dims);
-  check_dtype(op, name, tensor, at::kInt);
-  check(tensor.numel() == size && tensor.is_contiguous(), op, ": ", name, " has shape ", tensor.sizes(),
-        " and strides ", tensor.strides(), ", expected ", size, " entries, contiguous");
-  return tensor.const_data_ptr<int32_t>();
-}
-
-cpu::Grouping grouping_of(const char* op, const at::Tensor& order, const at::Tensor& offsets, int64_t experts,
-                          int64_t active) {
-  check(active >= 1, op, ": active=", active, ", expected at least 1");
+// The kernels' Grouping, over copies of its indices.
+struct OwnGrouping {
+  std::vector<int32_t> order, offsets;
   cpu::Grouping g{};
-  g.rows = order.numel();
-  g.order = indices(op, "order", order, 1, g.rows);
-  g.offsets = indices(op, "offsets", offsets, 1, experts + 1);
-  g.experts = experts;
-  g.active = active;
-  return g;
+};
+
+OwnGrouping grouping_of(const char* op, const at::Tensor& order, const at::Tensor& offsets, int64_t experts,
+                        int64_t tokens, int64_t active) {
+  check(active >= 1 && (tokens == 0 || active <= kMostSlots / tokens), op, ": active=", active,
+        ", expected at least 1, and at most ", kMostSlots, " / T with T=", tokens);
+  OwnGrouping own{copy_indices(op, "order", order, 1), copy_indices(op, "offsets", offsets, 1)};
+  check(offsets.size(0) == experts + 1, op, ": offsets has shape ", offsets.sizes(), ", expected (E + 1,) with E=",
+        experts);
+  own.g = {own.order.data(), own.offsets.data(), order.size(0), experts, active};
+  return own;
 }
 
-const float* weights_of(const char* op, const at::Tensor& topk_weights) {
+void check_weights(const char* op, const at::Tensor& topk_weights) {
   check_tensor(op, "topk_weights", topk_weights, 2);
   check_dtype(op, "topk_weights", topk_weights, at::kFloat);
-  check(topk_weights.is_contiguous(), op, ": topk_weights has strides ", topk_weights.strides(),
-        ", expected contiguous");
-  return topk_weights.const_data_ptr<float>();
 }
 
 at::Tensor moe(const at::Tensor& x, const at::Tensor& topk_weights, const at::Tensor& experts, const WeightArg& w13,
@@ -57,25 +55,31 @@ at::Tensor moe(const at::Tensor& x, const at::Tensor& topk_weights, const at::Te
                const OptionalTensor& order, const OptionalTensor& offsets) {
   const char* op = "moe";
   check_tensor(op, "x", x, 2);
-  check_tensor(op, "experts", experts, 2);
+  check_weights(op, topk_weights);
+  const std::vector<int32_t> own_experts = copy_indices(op, "experts", experts, 2);
   const KernelWeight up = kernel_weight(op, "w13", w13), down = kernel_weight(op, "w2", w2);
   check(x.size(1) == up.w.k && experts.sizes() == topk_weights.sizes() && experts.size(0) == x.size(0), op,
         ": x has shape ", x.sizes(), ", experts ", experts.sizes(), ", topk_weights ", topk_weights.sizes(),
         " and w13 (", w13.experts, ", ", w13.n, ", ", w13.k, "), which do not fit together");
   check(order.has_value() == offsets.has_value(), op, ": ", order ? "offsets" : "order",
         " is None, expected both or none");
-  const at::Tensor own_experts = experts.contiguous(), own_weights = topk_weights.contiguous();
+  const at::Tensor own_weights = topk_weights.contiguous();
   cpu::Moe p{};
   p.x = x.const_data_ptr();
   p.x_type = float_dtype(op, "x", x);
   p.x_stride = x.stride(0);
   p.tokens = x.size(0);
   p.active = experts.size(1);
-  p.experts = indices(op, "experts", own_experts, 2, p.tokens * p.active);
-  p.weights = weights_of(op, own_weights);
+  p.experts = own_experts.data();
+  p.weights = own_weights.const_data_ptr<float>();
+  check(p.active == 0 || p.tokens <= kMostSlots / p.active, op, ": experts has shape ", experts.sizes(), ", expected ",
+        kMostSlots, " entries at most");
+  OwnGrouping own;
   if (order) {
-    p.order = indices(op, "order", *order, 1, p.tokens * p.active);
-    p.offsets = indices(op, "offsets", *offsets, 1, up.w.experts + 1);
+    own = grouping_of(op, *order, *offsets, up.w.experts, p.tokens, std::max<int64_t>(1, p.active));
+    check_size(op, "order", *order, 0, "T*A", p.tokens * p.active);
+    p.order = own.g.order;
+    p.offsets = own.g.offsets;
   }
   p.w13 = up.w;
   p.w2 = down.w;
@@ -100,7 +104,8 @@ std::tuple<at::Tensor, OptionalTensor> moe_up(const at::Tensor& x, const at::Ten
   p.x_type = float_dtype(op, "x", x);
   p.x_stride = x.stride(0);
   p.tokens = x.size(0);
-  p.grouping = grouping_of(op, order, offsets, up.w.experts, active);
+  const OwnGrouping own = grouping_of(op, order, offsets, up.w.experts, p.tokens, active);
+  p.grouping = own.g;
   p.w13 = up.w;
   p.activation = activation_of(op, activation);
   p.row_type = row_type(op, act_format, p.x_type);
@@ -122,10 +127,15 @@ at::Tensor moe_down(const at::Tensor& rows, const OptionalTensor& row_scale, con
   const char* op = "moe_down";
   check_tensor(op, "rows", rows, 2);
   const KernelWeight down = kernel_weight(op, "w2", w2);
+  check_weights(op, topk_weights);
+  check(topk_weights.is_contiguous(), op, ": topk_weights has strides ", topk_weights.strides(),
+        ", expected contiguous");
   cpu::MoeDown p{};
-  p.weights = weights_of(op, topk_weights);
+  p.weights = topk_weights.const_data_ptr<float>();
   p.tokens = topk_weights.size(0);
-  p.grouping = grouping_of(op, order, offsets, down.w.experts, topk_weights.size(1));
+  p.y_type = float_dtype(op, "out_dtype", out_dtype);
+  const OwnGrouping own = grouping_of(op, order, offsets, down.w.experts, p.tokens, topk_weights.size(1));
+  p.grouping = own.g;
   p.rows.data = rows.const_data_ptr();
   p.rows.type = element_type(op, "rows", rows);
   p.rows.stride = rows.stride(0);
@@ -136,8 +146,9 @@ at::Tensor moe_down(const at::Tensor& rows, const OptionalTensor& row_scale, con
   check(is_float != row_scale.has_value(), op, ": row_scale is ", row_scale ? "given" : "None", " for rows of ",
         c10::toString(rows.scalar_type()));
   if (row_scale) {
+    check_tensor(op, "row_scale", *row_scale, 2);
     check_dtype(op, "row_scale", *row_scale, at::kFloat);
-    check(row_scale->device().is_cpu() && row_scale->sizes() == at::IntArrayRef({p.grouping.rows, groups}) &&
+    check(row_scale->sizes() == at::IntArrayRef({p.grouping.rows, groups}) &&
               row_scale->is_contiguous(),
           op, ": row_scale has shape ", row_scale->sizes(), ", expected (", p.grouping.rows, ", ", groups,
           "), contiguous");
@@ -146,7 +157,6 @@ at::Tensor moe_down(const at::Tensor& rows, const OptionalTensor& row_scale, con
   }
   p.w2 = down.w;
   at::Tensor y = empty({p.tokens, down.w.n}, out_dtype);
-  p.y_type = float_dtype(op, "out_dtype", y);
   p.y = y.mutable_data_ptr();
   cpu::moe_down(p, executor());
   return y;
@@ -159,8 +169,10 @@ void define_moe(pybind11::module_& module) {
   define_native_op(module, "moe", moe, arg("x"), arg("topk_weights"), arg("experts"), arg("w13"), arg("w2"),
                    arg("activation"), arg("act_format"), arg("order") = pybind11::none(),
                    arg("offsets") = pybind11::none());
-  define_native_op(module, "moe_up", moe_up);
-  define_native_op(module, "moe_down", moe_down);
+  define_native_op(module, "moe_up", moe_up, arg("x"), arg("order"), arg("offsets"), arg("active"), arg("w13"),
+                   arg("activation"), arg("act_format"));
+  define_native_op(module, "moe_down", moe_down, arg("rows"), arg("row_scale"), arg("topk_weights"), arg("order"),
+                   arg("offsets"), arg("w2"), arg("out_dtype"));
 }
 
 }  // namespace grok

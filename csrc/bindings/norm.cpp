@@ -61,8 +61,10 @@ std::tuple<at::Tensor, at::Tensor> sandwich_norm(const at::Tensor& h, const at::
 }  // namespace
 
 void define_norm(pybind11::module_& module) {
-  define_native_op(module, "rms_norm", rms_norm);
-  define_native_op(module, "sandwich_norm", sandwich_norm);
+  using pybind11::arg;
+  define_native_op(module, "rms_norm", rms_norm, arg("x"), arg("weight"), arg("eps"));
+  define_native_op(module, "sandwich_norm", sandwich_norm, arg("h"), arg("delta"), arg("post_weight"),
+                   arg("pre_weight"), arg("eps"));
 }
 
 }  // namespace grok

@@ -1,5 +1,7 @@
 #include "cpu/gemm/pack_weight.h"
 
+#include <vector>
+
 #include "bindings.h"
 #include "cpu/gemm/layout.h"
 #include "native_op.h"
@@ -14,8 +16,8 @@ constexpr int64_t kPackedDims = 6;
 // Writes weight (E, N, K), of any strides, to the rows row .. row + N − 1 of a packed weight.
 void pack_into(const at::Tensor& weight, const at::Tensor& packed, int64_t row) {
   const char* op = "pack_into";
-  check(weight.device().is_cpu() && packed.device().is_cpu(), op, ": weight is on ", weight.device(), ", packed on ",
-        packed.device(), ", expected cpu");
+  check_memory(op, "weight", weight);
+  check_memory(op, "packed", packed);
   check(weight.dim() == 3, op, ": weight has shape ", weight.sizes(), ", expected 3 dimensions");
   check(packed.dim() == kPackedDims && packed.is_contiguous(), op, ": packed has shape ", packed.sizes(),
         ", expected what pack_weight returns");
@@ -27,11 +29,12 @@ void pack_into(const at::Tensor& weight, const at::Tensor& packed, int64_t row) 
   check(packed.size(0) == experts && packed.size(2) * run == k && packed.size(3) * packed.size(4) == kPanel &&
             packed.size(5) == run,
         op, ": packed has shape ", packed.sizes(), " and does not hold rows of weight ", weight.sizes());
-  check(row >= 0 && row % kPanel == 0 && n % kPanel == 0 && row + n <= panels * kPanel, op, ": rows ", row, "..",
-        row + n, ", expected multiples of 64 within 0..", panels * kPanel);
+  check(row >= 0 && row % kPanel == 0 && n % kPanel == 0 && row <= panels * kPanel - n, op, ": row=", row, " for ",
+        n, " rows, expected multiples of 64 within 0..", panels * kPanel);
   cpu::PackWeight p{};
-  p.w = weight.const_data_ptr();
   p.packed = packed.mutable_data_ptr();
+  p.w = weight.const_data_ptr();
+  check_apart(op, "packed", packed, "weight", weight);
   p.experts = experts;
   p.n = n;
   p.k = k;
@@ -47,24 +50,20 @@ void pack_into(const at::Tensor& weight, const at::Tensor& packed, int64_t row) 
 // Rows (R,) of the one matrix of a packed weight.
 at::Tensor packed_rows(const at::Tensor& packed, const at::Tensor& rows) {
   const char* op = "packed_rows";
-  check(packed.device().is_cpu() && rows.device().is_cpu(), op, ": packed is on ", packed.device(), ", rows on ",
-        rows.device(), ", expected cpu");
+  check_memory(op, "packed", packed);
   check(packed.dim() == kPackedDims && packed.is_contiguous() && packed.size(0) == 1 &&
             packed.size(3) * packed.size(4) == kPanel && packed.size(5) * packed.element_size() == 4,
         op, ": packed has shape ", packed.sizes(), ", expected what pack_weight returns for one matrix");
-  check(rows.dim() == 1 && rows.scalar_type() == at::kInt && rows.is_contiguous(), op, ": rows has shape ",
-        rows.sizes(), " and dtype ", c10::toString(rows.scalar_type()), ", expected (R,) of Int, contiguous");
+  const std::vector<int32_t> row = copy_indices(op, "rows", rows, 1);
   const int64_t item = packed.element_size(), n = packed.size(1) * kPanel, k = packed.size(2) * packed.size(5);
-  const int32_t* row = rows.const_data_ptr<int32_t>();
-  for (int64_t i = 0; i < rows.size(0); ++i) {
-    check(row[i] >= 0 && row[i] < n, op, ": row ", row[i], " is not in 0..", n - 1);
-  }
-  at::Tensor out = empty({rows.size(0), k}, packed.scalar_type());
+  for (const int32_t i : row) check(i >= 0 && i < n, op, ": row ", i, " is not in 0..", n - 1);
+  const int64_t count = static_cast<int64_t>(row.size());
+  at::Tensor out = empty({count, k}, packed.scalar_type());
   cpu::UnpackRows p{};
   p.packed = packed.const_data_ptr();
-  p.rows = row;
+  p.rows = row.data();
   p.out = out.mutable_data_ptr();
-  p.count = rows.size(0);
+  p.count = count;
   p.k = k;
   p.item = item;
   cpu::unpack_rows(p, executor());
@@ -74,8 +73,9 @@ at::Tensor packed_rows(const at::Tensor& packed, const at::Tensor& rows) {
 }  // namespace
 
 void define_pack(pybind11::module_& module) {
-  define_native_op(module, "pack_into", pack_into);
-  define_native_op(module, "packed_rows", packed_rows);
+  using pybind11::arg;
+  define_native_op(module, "pack_into", pack_into, arg("weight"), arg("packed"), arg("row"));
+  define_native_op(module, "packed_rows", packed_rows, arg("packed"), arg("rows"));
 }
 
 }  // namespace grok

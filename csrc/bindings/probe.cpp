@@ -16,12 +16,14 @@ constexpr const char* kCompiler = "GCC ";
 #endif
 
 uint64_t probe_read(const at::Tensor& tensor) {
-  check(tensor.device().is_cpu(), "probe_read: tensor is on ", tensor.device(), ", expected cpu");
+  check_memory("probe_read", "tensor", tensor);
   check(tensor.is_contiguous(), "probe_read: tensor has strides ", tensor.strides(), ", expected a contiguous one");
   return cpu::probe_read(tensor.const_data_ptr(), tensor.nbytes(), executor());
 }
 
 int64_t probe_peak(const std::string& kind, int64_t iterations) {
+  constexpr int64_t kMost = int64_t{1} << 40;  // the operations are counted in int64
+  check(iterations <= kMost, "probe_peak: iterations=", iterations, ", expected at most ", kMost);
   return cpu::run_probe_peak(cpu::probe_peak(kind), iterations, executor());
 }
 

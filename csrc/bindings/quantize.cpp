@@ -14,8 +14,9 @@ std::tuple<at::Tensor, at::Tensor> quantize(const char* op, const at::Tensor& x,
   p.q_type = format;
   p.rows = x.size(0);
   p.d = x.size(1);
-  p.group = group_size ? group_size : std::max<int64_t>(1, p.d);
-  p.groups = group_size ? (p.d + group_size - 1) / group_size : 1;
+  const int64_t columns = std::max<int64_t>(1, p.d);
+  p.group = group_size ? std::min(group_size, columns) : columns;
+  p.groups = group_size ? (p.d + p.group - 1) / p.group : 1;
   at::Tensor q = empty(x.sizes(), format == DType::e4m3 ? at::kFloat8_e4m3fn : at::kChar);
   at::Tensor scale = empty({x.size(0), p.groups}, at::kFloat);
   p.x = x.const_data_ptr();
@@ -37,8 +38,9 @@ std::tuple<at::Tensor, at::Tensor> quantize_int8(const at::Tensor& x, int64_t gr
 }  // namespace
 
 void define_quantize(pybind11::module_& module) {
-  define_native_op(module, "quantize_fp8", quantize_fp8);
-  define_native_op(module, "quantize_int8", quantize_int8);
+  using pybind11::arg;
+  define_native_op(module, "quantize_fp8", quantize_fp8, arg("x"), arg("group_size"));
+  define_native_op(module, "quantize_int8", quantize_int8, arg("x"), arg("group_size"));
 }
 
 }  // namespace grok

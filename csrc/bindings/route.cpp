@@ -1,12 +1,15 @@
 #include "cpu/route.h"
 
 #include <limits>
+#include <vector>
 
 #include "bindings.h"
 #include "native_op.h"
 
 namespace grok {
 namespace {
+
+constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
 
 std::tuple<at::Tensor, at::Tensor> route_topk(const at::Tensor& x, const at::Tensor& router, int64_t k, double softcap,
                                               bool renormalize) {
@@ -15,8 +18,8 @@ std::tuple<at::Tensor, at::Tensor> route_topk(const at::Tensor& x, const at::Ten
   check_tensor(op, "router", router, 2);
   check(router.size(1) == x.size(1), op, ": router has shape ", router.sizes(), ", expected (E, D) with D=", x.size(1),
         " from x");
-  check(router.scalar_type() == at::kFloat, op, ": router has dtype ", c10::toString(router.scalar_type()),
-        ", expected Float");
+  check_dtype(op, "router", router, at::kFloat);
+  check(router.size(0) <= kMost, op, ": router has shape ", router.sizes(), ", expected ", kMost, " experts at most");
   check(k >= 1 && k <= router.size(0), op, ": k=", k, ", expected 1..E=", router.size(0));
   cpu::RouteTopk p{};
   p.x_type = float_dtype(op, "x", x);
@@ -40,20 +43,17 @@ std::tuple<at::Tensor, at::Tensor> route_topk(const at::Tensor& x, const at::Ten
 
 std::tuple<at::Tensor, at::Tensor> group_tokens(const at::Tensor& experts, int64_t num_experts) {
   const char* op = "group_tokens";
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  check_tensor(op, "experts", experts, 2);
-  check(experts.scalar_type() == at::kInt, op, ": experts has dtype ", c10::toString(experts.scalar_type()),
-        ", expected Int");
+  const std::vector<int32_t> own_experts = copy_indices(op, "experts", experts, 2);
   check(experts.numel() <= kMost, op, ": experts has shape ", experts.sizes(), ", expected ", kMost,
         " entries at most");
   check(num_experts >= 1 && num_experts <= kMost, op, ": num_experts=", num_experts, ", expected 1..", kMost);
   at::Tensor order = empty({experts.numel()}, at::kInt);
   at::Tensor offsets = empty({num_experts + 1}, at::kInt);
   cpu::GroupTokens p{};
-  p.experts = experts.const_data_ptr<int32_t>();
+  p.experts = own_experts.data();
   p.order = order.mutable_data_ptr<int32_t>();
   p.offsets = offsets.mutable_data_ptr<int32_t>();
-  p.stride = experts.stride(0);
+  p.stride = experts.size(1);
   p.rows = experts.size(0);
   p.a = experts.size(1);
   p.num_experts = num_experts;
@@ -64,8 +64,10 @@ std::tuple<at::Tensor, at::Tensor> group_tokens(const at::Tensor& experts, int64
 }  // namespace
 
 void define_route(pybind11::module_& module) {
-  define_native_op(module, "route_topk", route_topk);
-  define_native_op(module, "group_tokens", group_tokens);
+  using pybind11::arg;
+  define_native_op(module, "route_topk", route_topk, arg("x"), arg("router"), arg("k"), arg("softcap"),
+                   arg("renormalize"));
+  define_native_op(module, "group_tokens", group_tokens, arg("experts"), arg("num_experts"));
 }
 
 }  // namespace grok

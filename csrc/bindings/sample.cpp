@@ -41,6 +41,10 @@ at::Tensor sample_top_p(const at::Tensor& logits, const at::Tensor& temperature,
 
 }  // namespace
 
-void define_sample(pybind11::module_& module) { define_native_op(module, "sample_top_p", sample_top_p); }
+void define_sample(pybind11::module_& module) {
+  using pybind11::arg;
+  define_native_op(module, "sample_top_p", sample_top_p, arg("logits"), arg("temperature"), arg("top_p"),
+                   arg("uniform"));
+}
 
 }  // namespace grok

@@ -16,14 +16,6 @@
 namespace grok {
 namespace {
 
-using c10::DispatchKey;
-using c10::DispatchKeySet;
-
-// The dispatch keys of an ordinary tensor on the CPU. Autograd's count only where a gradient is wanted; our ops have no
-// autocast.
-const DispatchKeySet kPlain = DispatchKeySet(DispatchKey::CPU) | c10::autocast_dispatch_keyset |
-                              c10::autograd_dispatch_keyset_with_ADInplaceOrView;
-
 PyObject* weight_type = nullptr;  // owned
 
 template <class T>
@@ -40,8 +32,9 @@ void put_text(std::string& key, char tag, const char* text, size_t size) {
 }
 
 bool put_tensor(std::string& key, const at::Tensor& tensor) {
-  if (!tensor.defined() || !kPlain.has_all(tensor.key_set())) return false;
+  if (!is_plain(tensor)) return false;
   if (tensor.requires_grad() && at::GradMode::is_enabled()) return false;
+  if (tensor._fw_grad(0).defined()) return false;  // a tangent of forward-mode differentiation; there is one level
   if (tensor.dim() == 0) return false;  // torch takes it for a number, and then its value counts
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   put(key, 't', static_cast<int16_t>(tensor.scalar_type()));

@@ -31,7 +31,8 @@ const Format& format_of(const char* op, const char* name, const WeightArg& arg) 
 
 void place_values(const char* op, const char* name, const WeightArg& arg, cpu::Weights& w) {
   const at::Tensor& values = arg.planes[0];
-  check(values.device().is_cpu(), op, ": ", name, " is on ", values.device(), ", expected cpu");
+  check_memory(op, name, values);
+  check_aligned(op, name, values);
   w.data = values.const_data_ptr();
   if (arg.layout == "rows") {
     w.layout = cpu::Layout::rows;
@@ -67,8 +68,10 @@ KernelWeight kernel_weight(const char* op, const char* name, const WeightArg& ar
   place_values(op, name, arg, w);
   if (format.planes == 1) return result;
   const at::Tensor& scale = arg.planes[1];
-  check(scale.device().is_cpu() && scale.scalar_type() == at::kFloat && scale.dim() == 3 &&
-            scale.size(0) == w.experts && scale.size(2) == w.n && scale.size(1) > 0 && w.k % scale.size(1) == 0,
+  check_memory(op, name, scale);
+  check_aligned(op, name, scale);
+  check(scale.scalar_type() == at::kFloat && scale.dim() == 3 && scale.size(0) == w.experts && scale.size(2) == w.n &&
+            scale.size(1) > 0 && w.k % scale.size(1) == 0,
         op, ": the scale of ", name, " has shape ", scale.sizes(), " and dtype ", c10::toString(scale.scalar_type()),
         ", expected (E, groups, N) of Float with E=", w.experts, ", N=", w.n, " and groups a divisor of K=", w.k);
   result.scale = scale.contiguous();

@@ -6,9 +6,10 @@ a kernel. A replay goes from one native call to the next without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import compress
+from threading import Lock
 from typing import Any
 
 import torch
@@ -16,22 +17,33 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import registry
-from .ops.define import unflatten
+from .ops.define import tensors_in, unflatten
 
 Step = Callable[[], object]
 
 
 class Recorded:
     """A recorded run. Calling it computes the run again from the current contents of its input tensors, into the same
-    result tensors, which it returns. One thread at a time may call it."""
+    result tensors, which it returns.
+
+    ValueError, before anything is written, where a tensor that the run read has had another shape, dtype or memory
+    since, as by `resize_` or `.data =`; and where a call has not ended, in another thread or in this one.
+    """
 
     def __init__(self, native: Any, steps: Sequence[Step], result: Any) -> None:
         self._native, self._steps, self._result = native, steps, result
+        self._running = Lock()
 
     @torch.inference_mode()
     def __call__(self) -> Any:
-        for step in self._steps:
-            step()
+        if not self._running.acquire(blocking=False):
+            raise ValueError("a recorded run is called again before its last call has ended; it has one set of results")
+        try:
+            self._native.verify()
+            for step in self._steps:
+                step()
+        finally:
+            self._running.release()
         return self._result
 
     def seconds(self) -> dict[str, float]:
@@ -67,16 +79,23 @@ class _Recorder(TorchDispatchMode):
         before = self._native.calls
         result = func(*args, **kwargs)
         kept = self._native.calls - before
-        kernel = None
+        kernel, flat = None, args
         if func.namespace == "grok":
             args = unflatten(func._opname, args)
             kernel = registry.select(func._opname, args)
         if kept != (kernel is not None and kernel.backend == "cpu"):
             raise RuntimeError(f"{func} made {kept} native calls in a way that cannot be recorded")
         if not kept:
+            self._watch(func, flat, kwargs)
             again = partial(func if kernel is None else kernel.fn, *args, **kwargs)
             self._keep(func, again, result)
         return result
+
+    def _watch(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        names = [argument.name for argument in func._schema.arguments]
+        for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
+            for tensor in tensors_in([value]):
+                self._native.watch(f"{func}: {name}", tensor)
 
     def _keep(self, func: Any, again: Callable[[], Any], result: Any) -> None:
         results = _listed(result)
@@ -92,6 +111,11 @@ class _Recorder(TorchDispatchMode):
 
 def _refill(kept: Sequence[Tensor], fresh: Sequence[bool], again: Callable[[], Any]) -> None:
     for old, new in zip(kept, compress(_listed(again()), fresh), strict=True):
+        if (old.shape, old.dtype) != (new.shape, new.dtype):
+            raise ValueError(
+                f"a result of the recording has shape {tuple(old.shape)} and dtype {old.dtype}, that of the replay "
+                f"{tuple(new.shape)} and {new.dtype}"
+            )
         old.copy_(new)
 
 
@@ -103,10 +127,6 @@ def record(module: Any, run: Callable[[], Any]) -> Recorded:
     """Call `run` under the native recording of `module`."""
     native = module.Recording()
     recorder = _Recorder(native)
-    native.start()
-    try:
-        with torch.inference_mode(), recorder:
-            result = run()
-    finally:
-        native.stop()
+    with torch.inference_mode(), recorder:
+        result = native.record(run)
     return Recorded(native, recorder.steps(), result)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import registry
 from ..weights import Weight
@@ -56,7 +57,7 @@ def op(*, writes: Sequence[str] = ()) -> Callable[[Function], Function]:
             return registry.call(name, *args)
 
         def autograd(*flat: Any) -> Any:
-            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(flat)):
+            if _differentiated(flat):
                 with registry.use_backend("reference"):
                     return run(*flat)
             with torch._C._AutoDispatchBelowAutograd():
@@ -135,12 +136,22 @@ def unflatten(name: str, flat: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(args)
 
 
-def _tensors(flat: Sequence[Any]) -> Iterator[Tensor]:
+def tensors_in(flat: Sequence[Any]) -> Iterator[Tensor]:
+    """The tensors among these values, and in their lists and tuples."""
     for a in flat:
         if isinstance(a, Tensor):
             yield a
         elif isinstance(a, (list, tuple)):
-            yield from _tensors(a)
+            yield from tensors_in(a)
+
+
+def _differentiated(flat: Sequence[Any]) -> bool:
+    """Whether a gradient is wanted, or one of the tensors has a tangent of forward-mode differentiation."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_in(flat)):
+        return True
+    if forward_ad._current_level < 0:  # outside of `dual_level` and `torch.func.jvp`: no tensor has one
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors_in(flat))
 
 
 class _Binding:
