@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import layouts, registry
 from .checks import FP32, Checker
@@ -120,7 +121,10 @@ class Weight:
 
     @property
     def signature(self) -> bytes | None:
-        """What checks and selection depend on, for the validated-call cache; None where a plane requires grad."""
+        """What checks and selection depend on, for the validated-call cache; None where a plane requires grad, or
+        tensors may have tangents (forward-mode differentiation)."""
+        if forward_ad._current_level >= 0:
+            return None
         for plane in self.planes:  # a loop, since this runs at every call
             if plane.requires_grad:
                 return None
