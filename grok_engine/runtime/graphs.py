@@ -11,7 +11,8 @@ once, on inputs that one transfer has copied to where the graph reads them.
   kernels take so long that replaying gains little. Attention there never reads unused columns, so one width is enough.
   A recording keeps all intermediate results, about 10 · d_model values per row and layer.
 
-A graph is captured when its shape first occurs. On a GPU the memory of all graphs is measured before pages get the
+A graph is captured when its shape first occurs, and all are dropped when a weight of the model has been replaced: they
+would go on reading the old one. On a GPU the memory of all graphs is measured before pages get the
 rest. Logits are not part of the graphs: their kernels are launched while the replay runs, and each graph would have to
 keep a result as wide as the vocabulary.
 """
@@ -21,10 +22,11 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from itertools import count, product, takewhile
-from typing import Protocol
+from operator import is_
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import grok_kernels
 from grok_engine.batch import Batch, KVPages
@@ -66,6 +68,29 @@ def widths(longest: int, page_size: int) -> tuple[int, ...]:
     return (*takewhile(lambda width: width < last, (narrowest << i for i in count())), last)
 
 
+class Weights:
+    """What a model's modules hold, to notice that a parameter, a buffer, a `Weight` or a module was replaced, or a
+    tensor given other memory (`.data =`)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        places: list[tuple[dict[str, Any], str]] = []
+        for module in model.modules():
+            held = module._parameters, module._buffers, module._modules
+            places += [(entries, name) for entries in held for name in entries]
+            own = vars(module)
+            places += [(own, name) for name, value in own.items() if isinstance(value, grok_kernels.Weight)]
+        self._dicts, self._names = [d for d, _ in places], [name for _, name in places]
+        self._values = [d[name] for d, name in places]
+        self._tensors = [value for value in self._values if isinstance(value, Tensor)]
+        self._addresses = [*map(Tensor.data_ptr, self._tensors)]
+
+    def same(self) -> bool:
+        """Whether all is as it was. Chained maps, since this runs in every step over thousands of entries."""
+        return all(map(is_, map(dict.get, self._dicts, self._names), self._values)) and (
+            [*map(Tensor.data_ptr, self._tensors)] == self._addresses
+        )
+
+
 class DecodeGraphs:
     """The captured decode steps of one model over one set of pages."""
 
@@ -74,6 +99,7 @@ class DecodeGraphs:
         self._page_size, self._device = config.page_size, model.cos_sin.device
         self._rungs, self._widths = capture.shapes(config.max_num_seqs, config.max_len, config.page_size)
         self._runs: dict[tuple[int, int, Hashable], tuple[Tensor, Run]] = {}
+        self._weights = Weights(model)
 
     def run(self, entries: Sequence[Entry]) -> Tensor | None:
         """x_TD as `Runner.run` gives it; None for a step that is not captured: a prompt, or one that is too large."""
@@ -107,6 +133,9 @@ class DecodeGraphs:
 
     def _replay(self, entries: Sequence[Entry], rows: int, width: int, key: Hashable) -> Tensor:
         numbers, sizes = flatten(entries, self._page_size, rows, width)
+        if not self._weights.same():
+            self._runs.clear()
+            self._weights = Weights(self._model)
         if (rows, width, key) not in self._runs:
             inputs = numbers.to(self._device, copy=True)
             batch = Batch.of(inputs, sizes, 1)

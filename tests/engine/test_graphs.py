@@ -3,6 +3,7 @@ tensors."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import grok_kernels
 from grok_engine import LLMEngine
@@ -192,6 +193,55 @@ def test_which_steps_have_graphs() -> None:
         assert capture.captured == 4
         stand_in.now = None
         assert graphs.run([one]) is None
+
+
+def scale(parameter: Tensor) -> nn.Parameter:
+    return nn.Parameter(parameter * 2, requires_grad=False)
+
+
+def replace_norm(model: Decoder) -> None:
+    model.final_norm.weight = scale(model.final_norm.weight)
+
+
+def replace_weight(model: Decoder) -> None:
+    weight = model.layers[0].attn.qkv.weight
+    values, scales = weight.planes
+    model.layers[0].attn.qkv.hold(grok_kernels.Weight.of(values, scales * 2, weight.layout))
+
+
+def replace_memory(model: Decoder) -> None:
+    model.final_norm.weight.data = model.final_norm.weight * 2
+
+
+def replace_module(model: Decoder) -> None:
+    norm = copy.deepcopy(model.final_norm)
+    norm.weight = scale(norm.weight)
+    model.final_norm = norm
+
+
+def replace_buffer(model: Decoder) -> None:
+    model.cos_sin = model.cos_sin.flip(0).contiguous()
+
+
+@pytest.mark.parametrize("kind", CAPTURES)
+@pytest.mark.parametrize("change", [replace_norm, replace_weight, replace_memory, replace_module, replace_buffer])
+def test_a_weight_that_is_replaced_drops_the_graphs(change: Callable[[Decoder], None], kind: str) -> None:
+    engine = make_engine(SMALL, "float32", "float32", max_num_seqs=4, max_model_len=64, page_size=4, num_pages=40)
+    capture, runner = with_graphs(engine, kind), engine.runner
+    work = [Entry([5], 3, [0])]
+    for pages in runner.cache:
+        pages.k.fill_(0.5)
+        pages.v.fill_(0.5)
+    before = runner.run(work).clone()
+    change(runner.model)
+    after = runner.run(work).clone()
+    with torch.inference_mode():
+        expected = runner.model(Batch.of(*flatten(work, 4), 1), runner.cache)
+    assert torch.equal(after, expected)
+    assert not torch.equal(after, before)
+    assert capture.captured == 2
+    assert torch.equal(runner.run(work), expected)
+    assert capture.captured == 2
 
 
 def test_the_backends_that_a_graph_holds() -> None:
