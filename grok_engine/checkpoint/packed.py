@@ -204,12 +204,16 @@ def _read_header(path: Path) -> tuple[dict[str, Plane], dict[str, list[int]], in
         raise CheckpointError(
             f"{path}: expected format {FORMAT!r}, as `grok-engine convert` writes it, found {metadata.get('format')!r}"
         )
+    if (8 + length) % ALIGN:
+        raise CheckpointError(f"{path}: expected its data to begin at a multiple of {ALIGN}, found it at {8 + length}")
     start = 0
     for plane in sorted(planes.values(), key=lambda plane: plane.start):
         if plane.start != start:
             raise CheckpointError(
                 f"{path}: expected {plane.name} at byte {start} of the data, found it at {plane.start}"
             )
+        if start % DTYPES[plane.format].itemsize:
+            raise CheckpointError(f"{path}: {plane.name} of {plane.format} begins at byte {start}, expected a multiple")
         start += plane.nbytes
     return planes, panels, 8 + length, size
 

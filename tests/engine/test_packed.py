@@ -42,6 +42,7 @@ def change_header(folder: Path, change: Any) -> None:
     values = json.loads(data[8 : 8 + length])
     change(values)
     text = json.dumps(values).encode()
+    text += b" " * (-(len(text) + 8) % 64)
     (folder / FILE).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
 
 
@@ -216,6 +217,14 @@ def test_a_file_cut_short_is_one_error(size: int, folder: Path) -> None:
     (folder / FILE).write_bytes(data[:size])
     with pytest.raises(CheckpointError, match=r"weights\.safetensors: expected"):
         LLM(folder)
+
+
+def test_data_that_would_lie_at_odd_addresses_is_refused(folder: Path) -> None:
+    data = (folder / FILE).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    (folder / FILE).write_bytes((length + 1).to_bytes(8, "little") + data[8 : 8 + length] + b" " + data[8 + length :])
+    with pytest.raises(CheckpointError, match=f"begin at a multiple of 64, found it at {8 + length + 1}"):
+        PackedCheckpoint(folder)
 
 
 def test_a_file_with_more_than_its_tensors_is_refused(folder: Path) -> None:
