@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -260,3 +261,24 @@ def test_a_weight_that_requires_grad_is_not_cached() -> None:
     weight.values.requires_grad_()
     assert weight.signature is None
     assert grok_kernels.grouped_gemm(randn(2, 8), weight).requires_grad
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize(
+    ("changed", "error"),
+    [
+        ({"shape": (1, 64, 16)}, r"weight is int8 \(1, 64, 16\), but its planes are int8 \(1, 64, 8\)"),
+        ({"shape": (1, 64, 8), "layout": "panels"}, "weight of format int8: Weight: values have shape"),
+        ({"format": "fp8_e4m3"}, r"weight is fp8_e4m3 \(1, 64, 8\), but its planes are int8"),
+        ({"planes": (randint8(1, 64, 8),)}, "weight has 1 planes, expected values, scales"),
+        ({"planes": (randint8(1, 64, 8), torch.ones(1, 1, 63))}, "weight of format int8: Weight: scales has shape"),
+        ({"planes": (randint8(1, 64, 8), torch.ones(1, 3, 64))}, "weight of format int8: Weight: scales has 3 groups"),
+        ({"planes": (randint8(1, 64, 8), *torch.ones(2, 1, 1, 64))}, "weight has 3 planes, expected values, scales"),
+    ],
+)
+def test_an_op_refuses_planes_that_are_not_the_weight_s(backend: str, changed: dict[str, Any], error: str) -> None:
+    """The constructor takes anything; on a GPU a plane that is too small would be read beyond its end."""
+    weight = replace(Weight.of(randint8(1, 64, 8), torch.ones(1, 1, 64)), **changed)
+    x = randn(2, weight.shape[2])
+    with grok_kernels.use_backend(backend), pytest.raises(ValueError, match=f"grouped_gemm: {error}"):
+        grok_kernels.grouped_gemm(x, weight)

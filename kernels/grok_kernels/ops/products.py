@@ -8,7 +8,7 @@ from torch import Tensor
 from ..checks import EIGHT_BIT, FP32, GROUP, INT, Checker
 from ..dtypes import FLOATS, dtype_name
 from ..experts import ExpertLayer
-from ..weights import Weight
+from ..weights import FORMATS, Weight
 from .define import op, result
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "silu")
@@ -135,8 +135,18 @@ def _check_layer(c: Checker, layer: ExpertLayer) -> None:
 
 
 def _check_weight(c: Checker, name: str, weight: Weight, dims: str) -> None:
-    """Its logical sizes and its device; the rest `Weight.of` has checked."""
+    """Its logical sizes, its device, and that its planes are those of a weight of its format, layout and shape: the
+    constructor does not check, and kernels compute addresses from the shape."""
     c.sizes(name, weight.shape, dims.split())
+    if weight.format in FORMATS:  # a backend refuses others by name
+        if len(weight.planes) != len(FORMATS[weight.format].planes):
+            c.fail(f"{name} has {len(weight.planes)} planes, expected {', '.join(FORMATS[weight.format].planes)}")
+        try:
+            fits = Weight.of(**weight.named_planes(), layout=weight.layout)
+        except ValueError as error:
+            raise c.error(f"{name} of format {weight.format}: {error}") from None
+        if (fits.format, fits.shape) != (weight.format, weight.shape):
+            c.fail(f"{name} is {weight.format} {weight.shape}, but its planes are {fits.format} {fits.shape}")
     for plane in weight.planes:
         c.same_device(name, plane)
 
