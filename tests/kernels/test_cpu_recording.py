@@ -169,3 +169,128 @@ def test_replays_past_the_end() -> None:
     recorded = cpu.record(lambda: grok_kernels.rms_norm(x, ONES))
     with pytest.raises(ValueError, match="replay of the calls 0 to 2, there are 1"):
         recorded._native.replay(0, 2)
+
+
+def resize(x: Tensor) -> None:
+    x.resize_(6, D)
+
+
+def replace_data(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Callable[[Tensor], None]:
+    def change(x: Tensor) -> None:
+        x.data = torch.ones(shape, dtype=dtype)
+
+    return change
+
+
+CHANGES = {
+    "resized": (resize, r"x has shape \[6, 64\], strides \[64, 1\] and dtype Float in a replay, expected .* \[3, 64\]"),
+    "more rows": (replace_data((5, D)), r"x has shape \[5, 64\]"),
+    "another dtype": (replace_data((T, D), torch.bfloat16), "x has .* dtype BFloat16 in a replay, expected .*Float"),
+    "other memory": (replace_data((T, D)), "x lies in other memory than when it was recorded"),
+    "less memory": (lambda x: x.untyped_storage().resize_(0), "x lies in other memory"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_replay_refuses_tensors_that_have_changed(change: str) -> None:
+    x = torch.ones(T, D)
+    recorded = cpu.record(lambda: grok_kernels.rms_norm(x, ONES))
+    CHANGES[change][0](x)
+    with pytest.raises(ValueError, match=f"rms_norm: {CHANGES[change][1]}"):
+        recorded()
+
+
+def test_a_replay_refuses_weights_that_have_changed() -> None:
+    """Each of these once wrote beyond the kept results."""
+    x, weight = torch.ones(T, D), torch.ones(1, N, D)
+    recorded = cpu.record(lambda: grok_kernels.grouped_gemm(x, Weight.of(weight)))
+    weight.data = torch.ones(1, 2 * N, D)
+    with pytest.raises(ValueError, match=r"grouped_gemm: weight has shape \[1, 256, 64\]"):
+        recorded()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_replay_refuses_what_torch_s_own_ops_read(change: str) -> None:
+    """A view keeps the memory that its base had: a replay would read that for ever."""
+    x = torch.ones(T, D)
+    recorded = cpu.record(lambda: grok_kernels.rms_norm(x[:, : D // 2] * 2, ONES[: D // 2]))
+    CHANGES[change][0](x)
+    with pytest.raises(ValueError, match=r"aten\.slice\.Tensor: self (has shape|lies in other memory)"):
+        recorded()
+
+
+def test_a_replay_refuses_results_that_have_changed() -> None:
+    x = torch.ones(T, D)
+    for change, message in (
+        (lambda r: r.resize_(6, D), r"a result of the replay has shape \[3, 64\].* expected .*\[6, 64\]"),
+        (replace_data((T, D)), "a result of the recording has other strides or other memory since"),
+        (lambda r: r.untyped_storage().resize_(0), "a result of the recording has shape .* a storage of 0"),
+    ):
+        recorded = cpu.record(lambda: grok_kernels.rms_norm(x, ONES))
+        with torch.inference_mode():
+            change(recorded())
+        with pytest.raises(ValueError, match=message):
+            recorded()
+
+
+def test_below_the_recorder_a_replay_still_keeps_to_its_results() -> None:
+    from grok_kernels import _C
+
+    x, recording = torch.ones(T, D), _C.Recording()
+    result = recording.record(lambda: _C.rms_norm(x, ONES, 1e-5))
+    x.resize_(6, D)
+    with pytest.raises(ValueError, match=r"rms_norm: a result of the replay has shape \[6, 64\]"):
+        recording.replay(0, 1)
+    x.resize_(T, D).fill_(2.0)
+    recording.replay(0, 1)
+    assert torch.equal(result, _C.rms_norm(x, ONES, 1e-5))
+
+
+def test_one_use_at_a_time() -> None:
+    x, refused = torch.ones(T, D), list[str]()
+
+    class Again(torch.utils._python_dispatch.TorchDispatchMode):
+        """Calls the recording in the middle of its own replay, here and in another thread."""
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            threads = [threading.Thread(target=self.attempt), threading.Thread(target=self.attempt)]
+            for thread in threads:
+                thread.start()
+                thread.join()
+            self.attempt()
+            return func(*args, **(kwargs or {}))
+
+        def attempt(self) -> None:
+            try:
+                recorded()
+            except ValueError as error:
+                refused.append(str(error))
+
+    recorded = cpu.record(lambda: grok_kernels.rms_norm(x * 2, ONES))
+    expected = recorded().clone()
+    with Again():
+        recorded()
+    assert len(refused) >= 3
+    assert all("called again before its last call has ended" in message for message in refused)
+    assert torch.equal(recorded(), expected)
+
+
+def test_a_native_recording_is_used_by_one_thread_at_a_time() -> None:
+    from grok_kernels import _C
+
+    recording, refused = _C.Recording(), list[str]()
+
+    def attempt() -> None:
+        for use in (recording.seconds, recording.verify, lambda: recording.replay(0, 0)):
+            with pytest.raises(ValueError, match="Recording: it is in use") as error:
+                use()
+            refused.append(str(error.value))
+
+    def run() -> None:
+        thread = threading.Thread(target=attempt)
+        thread.start()
+        thread.join()
+
+    recording.record(run)
+    assert len(refused) == 3
+    recording.replay(0, 0)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 
 import grok_kernels
 from grok_kernels import Weight, registry
@@ -192,3 +194,23 @@ def test_gradients_are_the_reference_s_whatever_backend_is_forced(monkeypatch: p
         grok_kernels.rms_norm(**args).sum().backward()
     assert grok_kernels.chosen() == {"rms_norm": ("reference",)}
     assert args["x"].grad is not None
+
+
+def test_forward_mode_tangents_are_the_reference_s() -> None:
+    x, weight, tangent = randn(5, 16), Weight.of(randn(1, 8, 16, seed=1)), randn(5, 16, seed=2)
+
+    def function(x: Tensor) -> Tensor:
+        return grok_kernels.grouped_gemm(grok_kernels.rms_norm(x, randn(16, seed=3)), weight)
+
+    function(x)  # known from now on
+    with grok_kernels.use_backend("reference"):
+        jacobian = torch.autograd.functional.jacobian(function, x)
+    expected = torch.einsum("tnsd,sd->tn", jacobian, tangent)
+    torch.testing.assert_close(torch.func.jvp(function, (x,), (tangent,))[1], expected)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent))).tangent
+        torch.testing.assert_close(found, expected)
+        planes = tuple(forward_ad.make_dual(plane, plane) for plane in weight.planes)  # y is linear in the weight
+        y = grok_kernels.grouped_gemm(x, replace(weight, planes=planes))
+        torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, grok_kernels.grouped_gemm(x, weight))
+        assert forward_ad.unpack_dual(grok_kernels.grouped_gemm(x, weight)).tangent is None
