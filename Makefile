@@ -42,9 +42,10 @@ sanitize: $(BUILT) ## run the tests of the native kernels with the address and u
 	  --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects > $(SANITIZED)/build.log \
 	  || { cat $(SANITIZED)/build.log; exit 1; }
 	cp -r $$(ls -d kernels/grok_kernels/* | grep -v "\.so$$") $(SANITIZED)/grok_kernels/
-	LD_PRELOAD="$$(for lib in asan ubsan stdc++; do c++ -print-file-name=lib$$lib.so; done | xargs)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 GROK_TEST_NATIVE=$(SANITIZED) \
-	  $(BIN)/python -m pytest -q -p no:cacheprovider -o "pythonpath=. $(SANITIZED) benchmarks" \
+	export LD_PRELOAD="$$(for lib in asan ubsan stdc++; do c++ -print-file-name=lib$$lib.so; done | xargs)" \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 GROK_TEST_NATIVE=$(SANITIZED) && \
+	PYTHONPATH=.:$(SANITIZED) $(BIN)/python -m tests.kernels.native_fuzz --calls 20000 && \
+	$(BIN)/python -m pytest -q -p no:cacheprovider -o "pythonpath=. $(SANITIZED) benchmarks" \
 	  tests/kernels/test_cpu_*.py tests/kernels/test_shortcut.py tests/kernels/test_weights.py \
 	  -k "not registers and not vector_instructions" $(PYTEST_ARGS)
 
