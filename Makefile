@@ -35,7 +35,8 @@ test: $(BUILT) $(OTHER_TRITON) ## run the tests (PYTEST_ARGS="-k name" to choose
 more: sanitize ## run what is too slow for `make test`
 
 # Builds the module again, beside a copy of its package. libstdc++ is preloaded too: without it, the sanitizers do not
-# intercept the exceptions that the module throws.
+# intercept the exceptions that the module throws. Tests are left out that read the machine code, start processes or
+# programs without this module, or repeat calls that others make.
 sanitize: $(BUILT) ## run the tests of the native kernels with the address and undefined-behaviour sanitizers
 	rm -rf $(SANITIZED)/grok_kernels && mkdir -p $(SANITIZED)
 	CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" $(BIN)/python -W ignore setup.py -q build_ext \
@@ -46,8 +47,10 @@ sanitize: $(BUILT) ## run the tests of the native kernels with the address and u
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 GROK_TEST_NATIVE=$(SANITIZED) && \
 	PYTHONPATH=.:$(SANITIZED) $(BIN)/python -m tests.kernels.native_fuzz --calls 20000 && \
 	$(BIN)/python -m pytest -q -p no:cacheprovider -o "pythonpath=. $(SANITIZED) benchmarks" \
-	  tests/kernels/test_cpu_*.py tests/kernels/test_shortcut.py tests/kernels/test_weights.py \
-	  -k "not registers and not vector_instructions" $(PYTEST_ARGS)
+	  tests/kernels/test_cpu_*.py tests/kernels/test_native.py tests/kernels/test_shortcut.py \
+	  tests/kernels/test_weights.py --ignore tests/kernels/test_cpu_standalone.py \
+	  -k "not registers and not vector_instructions and not environment_forces and not bits_depend_on_nothing and not fuzz" \
+	  $(PYTEST_ARGS)
 
 bench: $(BUILT) ## run the quick kernels, the runtime's overhead and a decode step of 1.30 B parameters
 	$(BIN)/grok-engine bench kernels @quick --seconds 1 --no-compile
