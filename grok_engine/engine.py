@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -15,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .config import ConfigError, EngineConfig, ModelConfig
+from .config import ConfigError, EngineConfig, ModelConfig, shown
 from .loading.build import build_model
 from .loading.fill import Progress
 from .loading.resolve import find_model
+from .log import QuietLogger
 from .runtime.allocator import PageAllocator
 from .runtime.builder import Prompt, RequestBuilder
 from .runtime.flatten import take_rows
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from .config import EngineOptions
 
-logger = logging.getLogger(__name__)
+logger = QuietLogger(__name__)
 
 Taker = tuple[Request, Answer]  # an answer that takes a token in this step
 
@@ -92,7 +92,7 @@ class LLMEngine:
         **options: Unpack[EngineOptions],
     ) -> None:
         folder, architecture = (None, model) if isinstance(model, ModelConfig) else find_model(model)
-        self._folder: Path | None = folder
+        self._folder: Path | None = None if folder is None else folder.absolute()  # `wake_up` finds it after a chdir
         self.config = EngineConfig.of(architecture, options)
         self.tokenizer = None if self._folder is None else _tokenizer(self._folder, self.config)
         self._turn = Turn()
@@ -106,6 +106,7 @@ class LLMEngine:
         )
         self._builder = RequestBuilder(c, self.tokenizer)
         self._requests: dict[str, Request] = {}  # unfinished ones
+        self._fresh: dict[str, None] = {}  # those of them that have no token yet
         self._by_seq_id: dict[int, Taker] = {}  # of the sequences that the scheduler has
         # changes that other calls asked for, in their order
         self._inbox: deque[tuple[Callable[[Any], None], Any]] = deque()
@@ -152,9 +153,12 @@ class LLMEngine:
         self._check_open()
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
-            raise ValueError(f"params={params!r} is not a SamplingParams")
-        if not isinstance(request_id, str) or request_id in self._requests:
-            raise ValueError(f"request_id={request_id!r}: expected text that no unfinished request has")
+            raise ValueError(f"params={shown(params)} is not a SamplingParams")
+        if not isinstance(request_id, str):
+            raise ValueError(f"request_id={shown(request_id)} is not text")
+        request_id = str.__str__(request_id)  # a subclass may compare and hash as it likes
+        if request_id in self._requests:
+            raise ValueError(f"request_id={shown(request_id)} is in use by an unfinished request")
         request = self._builder.build(request_id, prompt, params, priority)
         self.scheduler.check_fits(request.answers[0].state)
         return request
@@ -174,7 +178,8 @@ class LLMEngine:
         )  # fmt: skip
         try:
             if self._requests.setdefault(request.request_id, request) is not request:
-                raise ValueError(f"request_id={request.request_id!r}: expected text that no unfinished request has")
+                raise ValueError(f"request_id={shown(request.request_id)} is in use by an unfinished request")
+            self._fresh[request.request_id] = None
             self._ask(self._add, request)
         except BaseException:
             if self._requests.get(request.request_id) is request:  # interrupted
@@ -193,8 +198,8 @@ class LLMEngine:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that have not started, or were preempted, and requests not handed to the scheduler yet."""
-        return len(self.scheduler.waiting) + len(self._inbox)
+        """Requests that have no token yet."""
+        return len(self._fresh)
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything to compute or to return."""
@@ -225,7 +230,7 @@ class LLMEngine:
             finally:
                 try:
                     self._turn.leave()
-                except KeyboardInterrupt:  # it fell in here
+                except BaseException:  # a signal handler's, Ctrl-C say, fell in here
                     self._turn.leave()
                     raise
 
@@ -377,6 +382,7 @@ class LLMEngine:
         for (request, answer), result in zip(takers, sampled, strict=True):
             if request.first_token is None:
                 request.first_token = now
+                self._fresh.pop(request.request_id, None)
             if result.error is not None:
                 logger.warning("request %r: %s", request.request_id, result.error)
                 answer.error = result.error
@@ -418,6 +424,7 @@ class LLMEngine:
             request.finished = now
             self._ready.append(request.output())
             logger.debug("request %r: %s", request.request_id, [a.text.finish_reason for a in request.answers])
+        self._fresh.pop(request.request_id, None)
         del self._requests[request.request_id]
 
     # Failures
@@ -462,7 +469,7 @@ class LLMEngine:
         with self._alone("logits"):
             chunk = self.config.max_num_batched_tokens if chunk is None else chunk
             if not isinstance(chunk, Integral) or chunk < 1:
-                raise ValueError(f"chunk={chunk!r} is not a positive integer")
+                raise ValueError(f"chunk={shown(chunk)} is not a positive integer")
             ids = self.encode(token_ids)
             need = self.allocator.pages_for(len(ids))
             self._settle()
@@ -502,8 +509,8 @@ class LLMEngine:
             self._settle()
             if self.has_unfinished_requests():
                 raise EngineBusyError(f"sleep() with {len(self._requests)} unfinished requests: expected none")
+            self.asleep = True  # first: freeing takes long, and may be interrupted
             self._free()
-            self.asleep = True
             logger.info("asleep")
 
     def wake_up(self) -> None:
@@ -530,10 +537,10 @@ class LLMEngine:
             self._closed = EngineClosedError(what)
             self._closed.__cause__ = cause
             self.asleep = False
-            for state in (self._requests, self._by_seq_id, self._ready, self._inbox):
+            for state in (self._requests, self._fresh, self._by_seq_id, self._ready, self._inbox):
                 state.clear()
-            self._free()
             logger.info("closed")
+        self._free()  # again, if the first time was interrupted
 
     def _free(self) -> None:
         self.allocator.reset()
@@ -551,7 +558,9 @@ class LLMEngine:
 
 
 def _listed(request_ids: str | Iterable[str]) -> frozenset[str]:
-    return frozenset([request_ids] if isinstance(request_ids, str) else request_ids)
+    """The ids as Python's own text: a subclass may compare and hash as it likes."""
+    ids = [request_ids] if isinstance(request_ids, str) else request_ids
+    return frozenset(str.__str__(request_id) for request_id in ids if isinstance(request_id, str))
 
 
 def _tokenizer(folder: Path, config: EngineConfig) -> Tokenizer | None:

@@ -192,7 +192,7 @@ class LLM:
         finally:
             try:
                 self._leave(call, me)
-            except KeyboardInterrupt:  # it fell in here
+            except BaseException:  # a signal handler's, Ctrl-C say, fell in here
                 self._leave(call, me)
                 raise
 

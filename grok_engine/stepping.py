@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -12,11 +11,12 @@ from concurrent.futures import Future
 from itertools import count
 
 from .engine import EngineClosedError, LLMEngine, QueueFullError
+from .log import QuietLogger
 from .runtime.mailbox import Mailbox, wake
 from .runtime.request import Request, RequestOutput
 from .runtime.turn import EngineBusyError
 
-logger = logging.getLogger(__name__)
+logger = QuietLogger(__name__)
 _COMPILERS = 4  # threads at most, so that one slow grammar does not delay the next
 _LINGER = (
     0.1  # seconds that an idle thread waits for the next request: a new one costs a millisecond of OpenMP's set-up
@@ -52,7 +52,7 @@ class Stepper:
     def register(self, request_id: str | None, deadline: float) -> Mailbox:
         """A mailbox for a new request. EngineClosedError if there can be none, ValueError if the id is in use,
         QueueFullError if `max_waiting` requests wait for their first step or their grammar."""
-        self._check_process()
+        self._check_caller()
         if not isinstance(request_id, (str, type(None))):
             raise ValueError(f"request_id={request_id!r} is not text, or None")
         with self._lock:
@@ -126,6 +126,7 @@ class Stepper:
 
     def idle(self) -> Future[None]:
         """Resolved once no request is left."""
+        self._check_caller()
         future = Future[None]()
         with self._lock:
             self._idle.append(future)
@@ -134,7 +135,7 @@ class Stepper:
 
     def call(self, function: Callable[[], None]) -> Future[None]:
         """Run a function on the stepping thread, between two steps. It cannot be cancelled."""
-        self._check_process()
+        self._check_caller()
         future = Future[None]()
         future.set_running_or_notify_cancel()
         with self._lock:
@@ -166,12 +167,15 @@ class Stepper:
 
     # Threads
 
-    def _check_process(self) -> None:
+    def _check_caller(self) -> None:
+        """RuntimeError in a fork. EngineBusyError on the stepping thread, which would wait for itself."""
         if os.getpid() != self._pid:
             raise RuntimeError(
                 f"process {os.getpid()} is a fork of {self._pid}, where this AsyncLLM was made: its threads are not "
                 "here. Make engine and AsyncLLM after the fork, or start the child with spawn"
             )
+        if self._thread is threading.current_thread():
+            raise EngineBusyError("an AsyncLLM was called from within a step: expected a call from outside")
 
     def _spawn(self, target: Callable[[], None]) -> threading.Thread:
         thread = _Worker(target=target, name="grok-engine")

@@ -29,6 +29,7 @@ ALLOWED: Table = {
     "grok_engine.config": (),
     "grok_engine.batch": (),
     "grok_engine.tokenizer": ("checkpoint.gguf.files",),
+    "grok_engine.log": (),
     "grok_engine.progress": (),
     "grok_engine.models.families": ("config",),
     "grok_engine.checkpoint": ("config", "models.families", "grok_kernels"),
@@ -56,12 +57,12 @@ ALLOWED: Table = {
     "grok_engine.models": ("batch", "config", "layers"),
     "grok_engine.loading": ("checkpoint", "config", "layers", "models", "tokenizer", "grok_kernels"),
     # the orchestrator, and the faces over it
-    "grok_engine.engine": ("config", "loading", "runtime", "sampling", "tokenizer"),
+    "grok_engine.engine": ("config", "loading", "log", "runtime", "sampling", "tokenizer"),
     "grok_engine.llm": (
         "config", "engine", "models", "runtime.builder", "runtime.request", "runtime.text", "runtime.turn", "sampling",
         "tokenizer", "progress",
     ),
-    "grok_engine.stepping": ("engine", "runtime.mailbox", "runtime.request", "runtime.turn"),
+    "grok_engine.stepping": ("engine", "log", "runtime.mailbox", "runtime.request", "runtime.turn"),
     "grok_engine.async_llm": (
         "config", "engine", "runtime.builder", "runtime.mailbox", "sampling", "stepping", "tokenizer",
     ),

@@ -52,4 +52,4 @@ def flatten(entries: Sequence[Entry], page_size: int, rows: int = 0, width: int 
 
 def take_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
     """x[rows], as a copy. Indexing with a list would synchronise with the device."""
-    return x.index_select(0, torch.tensor(rows).to(x.device, non_blocking=True))
+    return x.index_select(0, torch.tensor(rows, device="cpu").to(x.device, non_blocking=True))

@@ -69,24 +69,24 @@ def widths(longest: int, page_size: int) -> tuple[int, ...]:
 
 
 class Weights:
-    """What a model's modules hold, to notice that a parameter, a buffer, a `Weight` or a module was replaced, or a
-    tensor given other memory (`.data =`)."""
+    """What a model computes with, to notice that a parameter, a buffer, a `Weight` or a module was replaced, or that a
+    tensor was given other memory (`.data =`)."""
 
     def __init__(self, model: nn.Module) -> None:
         places: list[tuple[dict[str, Any], str]] = []
         for module in model.modules():
-            held = module._parameters, module._buffers, module._modules
-            places += [(entries, name) for entries in held for name in entries]
-            own = vars(module)
-            places += [(own, name) for name, value in own.items() if isinstance(value, grok_kernels.Weight)]
-        self._dicts, self._names = [d for d, _ in places], [name for _, name in places]
-        self._values = [d[name] for d, name in places]
-        self._tensors = [value for value in self._values if isinstance(value, Tensor)]
+            own = [(vars(module), name) for name, v in vars(module).items() if isinstance(v, grok_kernels.Weight)]
+            # a module with a `Weight` computes with that alone; its parameters are the planes
+            places += own or [(module._parameters, name) for name in module._parameters]
+            places += [(held, name) for held in (module._buffers, module._modules) for name in held]
+        self._held, self._names = [held for held, _ in places], [name for _, name in places]
+        self._values = [held[name] for held, name in places]
+        self._tensors = [*model.parameters(), *model.buffers()]
         self._addresses = [*map(Tensor.data_ptr, self._tensors)]
 
     def same(self) -> bool:
-        """Whether all is as it was. Chained maps, since this runs in every step over thousands of entries."""
-        return all(map(is_, map(dict.get, self._dicts, self._names), self._values)) and (
+        """Whether all is as it was. In C-level loops, since every step asks, of thousands of entries."""
+        return all(map(is_, map(dict.get, self._held, self._names), self._values)) and (
             [*map(Tensor.data_ptr, self._tensors)] == self._addresses
         )
 
@@ -133,7 +133,7 @@ class DecodeGraphs:
 
     def _replay(self, entries: Sequence[Entry], rows: int, width: int, key: Hashable) -> Tensor:
         numbers, sizes = flatten(entries, self._page_size, rows, width)
-        if not self._weights.same():
+        if not (self._runs and self._weights.same()):
             self._runs.clear()
             self._weights = Weights(self._model)
         if (rows, width, key) not in self._runs:

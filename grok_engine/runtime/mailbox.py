@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
+from typing import NoReturn
 
 from .request import CompletionOutput, RequestOutput, TopLogprobs
 
@@ -60,24 +61,27 @@ class Mailbox:
         self._error = error
 
     def leave(self) -> None:
-        """Drop what is unread and all that comes."""
+        """Drop what is unread and all that comes, and end a `take` that waits."""
         self.left = True
         self._unread.clear()
+        wake([self])
 
     async def take(self) -> RequestOutput:
-        """The unread output, as soon as there is one. Raises what `fail` was given."""
+        """The unread output, as soon as there is one. Raises what `fail` was given, StopAsyncIteration after `leave`."""
         self.loop = loop = asyncio.get_running_loop()
         while True:
             try:
                 unread = self._unread.popleft()
             except IndexError:
+                if self.left:
+                    raise StopAsyncIteration from None
                 if self._error is not None:
                     raise self._error from self._error.__cause__
             else:
                 return unread.merged() if isinstance(unread, _Deltas) else unread
             self.waiter = loop.create_future()
             try:
-                if not self._unread and self._error is None:  # what came before this line found no waiter
+                if not (self._unread or self._error or self.left):  # what came before this line found no waiter
                     await self.waiter
             finally:
                 self.waiter = None
@@ -117,6 +121,9 @@ class OutputStream:
 
     def __del__(self) -> None:
         self._leave()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(f"request {self.request_id!r}: a stream cannot be copied or pickled")
 
     def _leave(self) -> None:
         if not self._ended:

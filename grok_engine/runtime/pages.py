@@ -37,7 +37,9 @@ def copy_pages(cache: Sequence[KVPages], copies: Sequence[tuple[int, int]]) -> N
     """Copy each (source, destination) page in all layers. All sources are read before a destination is written."""
     device = cache[0].k.device
     # as tensors: indexing with lists would synchronise with the device at each use
-    source, destination = (torch.tensor(ids).to(device, non_blocking=True) for ids in zip(*copies, strict=True))
+    source, destination = (
+        torch.tensor(ids, device="cpu").to(device, non_blocking=True) for ids in zip(*copies, strict=True)
+    )
     for pages in cache:
         for tensor in (pages.k, pages.v, pages.k_scale, pages.v_scale):
             if tensor is not None:

@@ -89,6 +89,7 @@ class Runner:
         torch.cuda.empty_cache()
         return int(total * GPU_SHARE) - used
 
+    @torch.inference_mode()
     def forward(self, plan: StepPlan) -> Tensor:
         """x_RD: the hidden states of the rows that want logits, in the order of the plan. The next call may overwrite
         them. The keys and values of all of the plan's tokens are in their pages afterwards."""

@@ -16,8 +16,8 @@ class EngineBusyError(RuntimeError):
 class Turn:
     """Refuses a call before it touches anything: from another thread, from within the current call, or in a fork.
 
-    A Ctrl-C does not keep the turn, wherever it falls: Python raises it when a function is entered or a call returns,
-    so every such place lies in a `try`, and the turn knows its thread.
+    What a signal handler raises, Ctrl-C say, does not keep the turn, wherever it falls: Python calls the handler when a
+    function is entered or a call returns, so every such place lies in a `try`, and the turn knows its thread.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Turn:
         finally:
             try:
                 self.leave()
-            except KeyboardInterrupt:  # it fell in here
+            except BaseException:  # a signal handler's, Ctrl-C say, fell in here
                 self.leave()
                 raise
 

@@ -444,3 +444,40 @@ def test_what_finished_can_be_read_after_the_close() -> None:
         assert [o.outputs[0].token_ids async for o in stream] == [CONTINUATIONS[0]]
 
     bounded(main())
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_stream_left_from_elsewhere_ends_for_its_reader(elsewhere: bool) -> None:
+    """`aclose` by another task, or in another thread's loop, while a task waits for the next output."""
+
+    async def main(llm: AsyncLLM) -> None:
+        stream = llm.generate(PROMPTS[0], greedy(100))
+        await anext(stream)
+        reader = asyncio.create_task(rest(stream))
+        await asyncio.sleep(0)
+        if elsewhere:
+            await asyncio.to_thread(lambda: asyncio.run(stream.aclose()))
+        else:
+            await stream.aclose()
+        with suppress(IndexError):  # `rest` returns its last output, and there may be none
+            await reader
+        await all_free(llm)
+
+    run(main)
+
+
+@pytest.mark.parametrize("name", ["generate", "drain", "sleep", "close"])
+def test_a_call_from_within_a_step_ends_its_request_alone(name: str) -> None:
+    async def main(llm: AsyncLLM) -> None:
+        async def call() -> None:
+            await (last(llm) if name == "generate" else getattr(llm, name)())
+
+        def processor(output: list[int], logits_V: Tensor) -> Tensor:
+            asyncio.run(call())
+            return logits_V
+
+        bad, good = await asyncio.gather(last(llm, 0, greedy(5, logits_processors=[processor])), last(llm, 1))
+        assert "EngineBusyError" in str(bad.outputs[0].error)
+        assert good.outputs[0].token_ids == CONTINUATIONS[1]
+
+    run(main)

@@ -1,0 +1,23 @@
+"""Logging that cannot fail the engine."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from typing import Any
+
+
+class QuietLogger(logging.LoggerAdapter):  # type: ignore[type-arg]
+    """A logger under whose calls a user's handler or filter may raise: that is printed, as `logging` does with errors of
+    its own handlers, and the caller goes on. The engine logs while requests and pages change."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(logging.getLogger(name), {})
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        try:
+            super().log(level, msg, *args, **kwargs)
+        except Exception:
+            if logging.raiseExceptions and sys.stderr is not None:
+                traceback.print_exc()
