@@ -9,8 +9,8 @@ from typing import Any
 
 
 class QuietLogger(logging.LoggerAdapter):  # type: ignore[type-arg]
-    """A logger under whose calls a user's handler or filter may raise: that is printed, as `logging` does with errors of
-    its own handlers, and the caller goes on. The engine logs while requests and pages change."""
+    """A logger whose calls return, whatever a user's handler or filter raises: that is printed, as `logging` does with
+    errors of its own handlers. The engine logs while requests and pages change."""
 
     def __init__(self, name: str) -> None:
         super().__init__(logging.getLogger(name), {})

@@ -26,8 +26,9 @@ LONG, SHORT = list(range(3, 20)), [5, 6, 7]
 
 
 def interrupted(run: Callable[[], Any], at: int) -> bool:
-    """Call `run`, with a KeyboardInterrupt or, as a handler of SIGTERM raises it, a SystemExit where Python would notice the signal for the at-th time in our own code:
-    when a function is entered, or a C function returns. Returns whether it came to that."""
+    """Call `run`, with a KeyboardInterrupt or, as a handler of SIGTERM raises it, a SystemExit at the at-th place in our
+    own code where Python would notice a signal: where a function is entered, or a C function returns. Returns whether
+    it came to that."""
     events = 0
 
     def profile(frame: Any, event: str, arg: Any) -> None:
@@ -102,7 +103,7 @@ def test_an_interrupt_of_the_engine(engine: LLMEngine, alone: dict[str, list[lis
         engine.logits(SHORT)
 
     ends = {"length": 0, "error": 0, "abort": 0}
-    for at in everywhere(40):
+    for at in everywhere(41):
         finished: dict[str, Any] = {}
         hit = interrupted(run, at)
         finished |= finish(engine) if engine.has_unfinished_requests() else {}
@@ -138,7 +139,7 @@ def test_an_interrupt_of_one_thread_of_an_llm(engine: LLMEngine, alone: dict[str
         except RuntimeError as error:
             results.append(type(error.__cause__).__name__)
 
-    for at in everywhere(40):
+    for at in everywhere(41):
         thread = threading.Thread(target=other)
         thread.start()
         hit = interrupted(lambda: llm.generate(*REQUESTS["c"]), at)
