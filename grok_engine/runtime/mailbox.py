@@ -67,7 +67,7 @@ class Mailbox:
         wake([self])
 
     async def take(self) -> RequestOutput:
-        """The unread output, as soon as there is one. Raises what `fail` was given; StopAsyncIteration after `leave`."""
+        """The unread output, as soon as there is one. Raises what `fail` was given, or StopAsyncIteration once left."""
         self.loop = loop = asyncio.get_running_loop()
         while True:
             try:

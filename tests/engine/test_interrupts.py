@@ -26,9 +26,9 @@ LONG, SHORT = list(range(3, 20)), [5, 6, 7]
 
 
 def interrupted(run: Callable[[], Any], at: int) -> bool:
-    """Call `run`, with a KeyboardInterrupt or, as a handler of SIGTERM raises it, a SystemExit at the at-th place in our
-    own code where Python would notice a signal: where a function is entered, or a C function returns. Returns whether
-    it came to that."""
+    """Call `run`, with a KeyboardInterrupt or, as a handler of SIGTERM raises it, a SystemExit at the at-th place in
+    our own code where Python would notice a signal: where a function is entered, or a C function returns. Returns
+    whether it came to that."""
     events = 0
 
     def profile(frame: Any, event: str, arg: Any) -> None:
