@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .config import ConfigError, EngineConfig, ModelConfig
+from .config import ConfigError, EngineConfig, ModelConfig, described, shown
 from .loading.build import build_model
 from .loading.fill import Progress
 from .loading.resolve import find_model
@@ -153,8 +153,10 @@ class LLMEngine:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params={params!r} is not a SamplingParams")
-        if not isinstance(request_id, str) or request_id in self._requests:
-            raise ValueError(f"request_id={request_id!r}: expected text that no unfinished request has")
+        if not isinstance(request_id, str):
+            raise ValueError(f"request_id={shown(request_id)} is not text")
+        if request_id in self._requests:
+            raise ValueError(f"request_id={request_id!r} is in use: expected one that no unfinished request has")
         request = self._builder.build(request_id, prompt, params, priority)
         self.scheduler.check_fits(request.answers[0].state)
         return request
@@ -174,7 +176,9 @@ class LLMEngine:
         )  # fmt: skip
         try:
             if self._requests.setdefault(request.request_id, request) is not request:
-                raise ValueError(f"request_id={request.request_id!r}: expected text that no unfinished request has")
+                raise ValueError(
+                    f"request_id={request.request_id!r} is in use: expected one that no unfinished request has"
+                )
             self._ask(self._add, request)
         except BaseException:
             if self._requests.get(request.request_id) is request:  # interrupted
@@ -399,7 +403,7 @@ class LLMEngine:
         for answer in request.started:
             if cause is not None and answer.text.finish_reason is None:
                 answer.cause = cause
-                answer.error = f"the step failed: {type(cause).__name__}: {cause}"
+                answer.error = f"the step failed: {described(cause)}"
             self._finish(answer, reason)
         self._retire(request, time.monotonic())
 
