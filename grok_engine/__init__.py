@@ -9,6 +9,7 @@ from .engine import EngineAsleepError, EngineClosedError, EngineStats, LLMEngine
 from .llm import LLM, StreamChunk
 from .loading.resolve import read_config
 from .models.families import preset
+from .runtime.builder import Prompt
 from .runtime.mailbox import OutputStream
 from .runtime.request import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from .runtime.turn import EngineBusyError
@@ -20,7 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM", "AsyncLLM", "CheckpointError", "CompletionOutput", "ConfigError", "EngineAsleepError", "EngineBusyError",
-    "EngineClosedError", "EngineConfig", "EngineStats", "LLMEngine", "Logprob", "ModelConfig", "OutputStream",
+    "EngineClosedError", "EngineConfig", "EngineStats", "LLMEngine", "Logprob", "ModelConfig", "OutputStream", "Prompt",
     "QueueFullError", "RequestMetrics", "RequestOutput", "RequestOutputKind", "SamplingParams", "StreamChunk",
     "StructuredOutput", "__version__", "preset", "read_config",
 ]  # fmt: skip

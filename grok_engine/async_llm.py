@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 
-from .config import as_float
+from .config import as_float, shown
 from .engine import EngineStats, LLMEngine
 from .runtime.builder import Prompt
 from .runtime.mailbox import OutputStream
@@ -30,6 +30,8 @@ class AsyncLLM:
     """
 
     def __init__(self, engine: LLMEngine) -> None:
+        if not isinstance(engine, LLMEngine):
+            raise TypeError(f"engine={shown(engine)}: expected an LLMEngine, as in AsyncLLM(LLMEngine('tiny'))")
         self.engine = engine
         self._stepper = Stepper(engine)
 
@@ -54,9 +56,9 @@ class AsyncLLM:
     def generate(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
-        *,
+        sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
+        *,
         priority: int = 0,
         timeout: float | None = None,
     ) -> OutputStream:
@@ -74,7 +76,7 @@ class AsyncLLM:
             raise ValueError(f"timeout={timeout!r} is not a positive number of seconds, or None")
         mailbox = self._stepper.register(request_id, time.monotonic() + seconds)
         try:
-            request = self.engine.prepare(mailbox.key, prompt, params, priority)
+            request = self.engine.prepare(mailbox.key, prompt, sampling_params, priority)
             mailbox.delta = request.params.output_kind is RequestOutputKind.DELTA
             if request.params.structured is None or mailbox.loop is None:
                 self._stepper.submit(mailbox, request)

@@ -11,6 +11,7 @@ GEMM code says M, N, K instead.
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -151,6 +152,15 @@ def shown(value: Any) -> str:
     except Exception:  # an integer of 5000 digits, a list that contains itself through a faulty __repr__
         return f"<{type(value).__name__} that has no repr>"
     return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def described(error: BaseException) -> str:
+    """An exception as an error message shows it: its type, and what it says if it says anything."""
+    try:
+        text = str(error)
+    except Exception:  # a user's exception class
+        text = ""
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 # By annotation: a JSON file can put anything under any key.
@@ -295,7 +305,8 @@ class EngineConfig:
     max_model_len: tokens of a request, prompt and answer together; None is the model's own context.
     max_num_seqs, max_num_batched_tokens: sequences that run at once, and tokens of one step.
     num_pages, kv_memory: size of the KV cache in pages or in bytes, one of them. With neither it is what a GPU has
-    left, and on a CPU 2 GiB, or one request of max_model_len if that takes more.
+    left, and on a CPU 2 GiB, or one request of max_model_len if that takes more. A size in bytes, given or not, is
+    capped at what max_num_seqs requests of max_model_len take.
     enforce_eager: launch the kernels of a decode step one by one instead of replaying a CUDA graph or, on a CPU, a
     recording. Slower, with the same results; hooks on the model's modules run in every step.
     seed: of requests that bring none, so that a run can be repeated; None draws fresh ones.
@@ -340,7 +351,9 @@ class EngineConfig:
         known = [f.name for f in fields(cls) if f.name != "model"]
         for option in options:
             if option not in known:
-                raise ConfigError(f"unknown option {option!r}: expected one of {', '.join(known)}")
+                near = _VLLM_OPTIONS.get(option) or next(iter(difflib.get_close_matches(option, known, 1)), None)
+                hint = f", perhaps {near}" if near else ""
+                raise ConfigError(f"unknown option {option!r}{hint}: expected one of {', '.join(known)}")
         named = {
             name: str(value).removeprefix("torch.")
             for name in ("dtype", "kv_dtype", "device")
@@ -406,6 +419,12 @@ class EngineConfig:
         return self.max_model_len
 
 
+_VLLM_OPTIONS = {
+    "gpu_memory_utilization": "kv_memory (bytes)",
+    "block_size": "page_size",
+    "kv_cache_dtype": "kv_dtype",
+    "quantization": "weights",
+}
 _LITERALS: dict[str, Any] = {"dtype": DType, "weights": WeightFormat, "activations": ActFormat, "kv_dtype": KVDType}
 _INT32_MAX = 2**31 - 1
 _DAY = 86400

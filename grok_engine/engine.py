@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .config import ConfigError, EngineConfig, ModelConfig, shown
+from .config import ConfigError, EngineConfig, ModelConfig, described, shown
 from .loading.build import build_model
 from .loading.fill import Progress
 from .loading.resolve import find_model
@@ -158,7 +158,7 @@ class LLMEngine:
             raise ValueError(f"request_id={shown(request_id)} is not text")
         request_id = str.__str__(request_id)  # a subclass may compare and hash as it likes
         if request_id in self._requests:
-            raise ValueError(f"request_id={shown(request_id)} is in use by an unfinished request")
+            raise ValueError(f"request_id={shown(request_id)} is in use: expected one that no unfinished request has")
         request = self._builder.build(request_id, prompt, params, priority)
         self.scheduler.check_fits(request.answers[0].state)
         return request
@@ -178,7 +178,9 @@ class LLMEngine:
         )  # fmt: skip
         try:
             if self._requests.setdefault(request.request_id, request) is not request:
-                raise ValueError(f"request_id={shown(request.request_id)} is in use by an unfinished request")
+                raise ValueError(
+                    f"request_id={shown(request.request_id)} is in use: expected one that no unfinished request has"
+                )
             self._fresh[request.request_id] = None
             self._ask(self._add, request)
         except BaseException:
@@ -405,7 +407,7 @@ class LLMEngine:
         for answer in request.started:
             if cause is not None and answer.text.finish_reason is None:
                 answer.cause = cause
-                answer.error = f"the step failed: {type(cause).__name__}: {cause}"
+                answer.error = f"the step failed: {described(cause)}"
             self._finish(answer, reason)
         self._retire(request, time.monotonic())
 

@@ -93,11 +93,14 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Complete all prompts (text or token ids) in one batch. Outputs are in the order of the prompts.
+        """Complete all prompts (text or token ids) in one batch. Outputs are in the order of the prompts. On a
+        terminal, `use_tqdm` shows a progress bar.
 
-        Nothing runs unless all prompts are valid. An error of one request is in its output, with finish_reason "error";
-        RuntimeError if it was a step that failed, with its exception as the cause.
+        Nothing runs unless all prompts are valid; a ValueError says which one is not. An error of one request is in its
+        output, with finish_reason "error"; RuntimeError if it was a step that failed, with its exception as the cause.
         """
         requests = _as_requests(prompts)
         if isinstance(sampling_params, Sequence):
@@ -110,15 +113,19 @@ class LLM:
         call = _Call(self._lock)
         try:
             prepared = []
-            for prompt, param in zip(requests, params, strict=True):
+            for i, (prompt, param) in enumerate(zip(requests, params, strict=True)):
                 if isinstance(param, SamplingParams):
                     param = replace(param, output_kind=RequestOutputKind.FINAL_ONLY)
-                prepared.append(self.engine.prepare(str(next(self._ids)), prompt, param, 0))
-                self.engine.compile(prepared[-1])
+                try:
+                    prepared.append(self.engine.prepare(str(next(self._ids)), prompt, param, 0))
+                    self.engine.compile(prepared[-1])
+                except ValueError as error:
+                    if len(requests) == 1:
+                        raise
+                    raise ValueError(f"prompts[{i}]: {error}") from error
             for request in prepared:
                 self._submit(request, call)
-            with request_bar() as progress:
-                progress(0, len(prepared))
+            with request_bar(len(prepared), shown=use_tqdm) as progress:
                 while len(finished) < len(prepared):
                     output = self._next(call)
                     _raise_failed_step(output)

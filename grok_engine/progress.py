@@ -18,13 +18,13 @@ def byte_bar(label: str, *, shown: bool = True) -> AbstractContextManager[Update
     return _bar(label, shown, of_bytes=True)
 
 
-def request_bar() -> AbstractContextManager[Update]:
+def request_bar(total: int, *, shown: bool = True) -> AbstractContextManager[Update]:
     """A bar of requests done."""
-    return _bar("{task.completed}/{task.total} requests")
+    return _bar("{task.completed}/{task.total} requests", shown, total=total)
 
 
 @contextmanager
-def _bar(text: str, shown: bool = True, of_bytes: bool = False) -> Iterator[Update]:
+def _bar(text: str, shown: bool, *, of_bytes: bool = False, total: int | None = None) -> Iterator[Update]:
     if not shown or sys.stderr is None or not sys.stderr.isatty():
         yield lambda done, total: None
         return
@@ -35,5 +35,5 @@ def _bar(text: str, shown: bool = True, of_bytes: bool = False) -> Iterator[Upda
     rates = (progress.DownloadColumn(), progress.TransferSpeedColumn()) if of_bytes else ()
     columns = (progress.TextColumn(text), progress.BarColumn(), *rates, progress.TimeRemainingColumn())
     with progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
+        task = bar.add_task("", total=total)
         yield lambda done, total: bar.update(task, completed=done, total=total)

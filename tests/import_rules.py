@@ -72,8 +72,8 @@ ALLOWED: Table = {
         "grok_bench",
     ),
     "grok_engine": (
-        "async_llm", "checkpoint", "config", "engine", "llm", "loading", "models.families", "runtime.mailbox",
-        "runtime.request", "runtime.turn", "sampling",
+        "async_llm", "checkpoint", "config", "engine", "llm", "loading", "models.families", "runtime.builder",
+        "runtime.mailbox", "runtime.request", "runtime.turn", "sampling",
     ),
     # the kernels
     "grok_kernels.registry": (),

@@ -40,7 +40,7 @@ def test_the_model_runs_without_llama_and_says_so(
     file = tmp_path / "found.json"
     assert whole_model.main(["--smoke", "--threads", "1", "--json", str(file)]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "llama.cpp is not installed: pip install llama-cpp-python 'grok-engine[bench]'" in out
+    assert "llama.cpp is not installed: pip install llama-cpp-python '.[bench]'" in out
     assert "tokens/s" in out
     results = load(file).kernels
     assert [r.problem.removeprefix("model/grok-1.30b/") for r in results] == PROBLEMS

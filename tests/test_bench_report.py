@@ -290,6 +290,6 @@ def test_without_matplotlib_one_line_says_what_to_install(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # type: ignore[arg-type]
     for option in ("--html", "--figure"):
-        with pytest.raises(ValueError, match=r"figures need matplotlib: pip install 'grok-engine\[bench\]'"):
+        with pytest.raises(ValueError, match=r"figures need matplotlib: pip install '\.\[bench\]'"):
             invoke(report_command, files[0], option, "/nonexistent")
     assert "moe/grok-1/decode/fp8-even-t1" in invoke(report_command, files[0]).output

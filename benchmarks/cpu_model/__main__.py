@@ -35,7 +35,7 @@ from .gguf_grok import write_gguf
 from .llama import Load
 
 KINDS = ("Q8_0", "BF16", "Q4_K_S")
-GET = "pip install llama-cpp-python 'grok-engine[bench]'"
+GET = "pip install llama-cpp-python '.[bench]'"
 CALL = 600.0  # seconds of a turn at most
 ACTIVATIONS: tuple[ActFormat, ...] = ("none", "int8")
 

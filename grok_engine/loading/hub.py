@@ -26,13 +26,14 @@ def cached_folder(name: str) -> Path:
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     except ImportError:
         raise ConfigError(
-            f"model {name!r} is not a folder; to find it in the hub's cache, install 'grok-engine[hub]'"
+            f"model {name!r} is not a folder; to find it in the hub's cache, pip install huggingface_hub"
         ) from None
     try:
         return Path(snapshot_download(name, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError):
         raise ConfigError(
-            f"model {name!r} is neither a folder nor in the hub's cache: `hf download {name}` puts it there"
+            f"model {name!r} is neither a folder nor in the hub's cache: `hf download {name}` puts it there, "
+            "nothing is downloaded here"
         ) from None
 
 

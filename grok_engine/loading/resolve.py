@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -11,7 +12,7 @@ from grok_engine.checkpoint.gguf.files import gguf_file
 from grok_engine.checkpoint.gguf.reader import read_gguf_config
 from grok_engine.checkpoint.hf.files import config_file, is_hf_folder
 from grok_engine.checkpoint.strict_json import read_object
-from grok_engine.config import ConfigError, ModelConfig
+from grok_engine.config import ConfigError, ModelConfig, shown
 from grok_engine.models.families import family_of, parse_config, preset
 
 from .hub import cached_folder, is_hub_name, model_name, snapshot_of
@@ -23,6 +24,10 @@ def resolve_model(model: str | Path) -> Path:
 
     The folder of the tensors stands for the one that it lies in (`model_folder`).
     """
+    if not isinstance(model, (str, os.PathLike)):
+        raise ConfigError(
+            f"model={shown(model)} is neither text nor a path: expected 'tiny' or the path of a checkpoint"
+        )
     if str(model) == "tiny":
         return Path(str(files("grok_engine") / "assets" / "tiny"))
     path = Path(model).expanduser()

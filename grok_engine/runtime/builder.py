@@ -147,8 +147,9 @@ class RequestBuilder:
         for value in ids:
             token = as_int(value)
             if token is None or not 0 <= token < vocab:
+                several = ", and one prompt, not a list of them" if isinstance(value, (Sequence, Mapping)) else ""
                 raise ValueError(
-                    f"token id {shown(value)} is not in the vocabulary: expected an integer in 0..{vocab - 1}"
+                    f"token id {shown(value)} is not in the vocabulary: expected an integer in 0..{vocab - 1}{several}"
                 )
             token_ids.append(token)
         return text, token_ids

@@ -89,7 +89,6 @@ class SamplingParams:
     holds a part of the word's neighbour), and a model that is drawn to a word often does. Upper and lower case are two
     words. Where a text must not appear, search the output for it.
 
-
     `logprobs` n asks for the log-probabilities of each chosen token and of the n most probable ones (-1: of the whole
     vocabulary), `prompt_logprobs` n for those of the prompt's tokens. Both refer to the model's own distribution,
     before the steps above.
@@ -211,7 +210,8 @@ class SamplingParams:
         found = tuple(map(read, value))
         for item, becomes in zip(value, found, strict=True):
             if becomes is None:
-                raise ValueError(f"{name} has {shown(item)}, which is not {expected}")
+                empty = ", which is empty" if isinstance(item, str) and not item else ""
+                raise ValueError(f"{name} has {shown(item)}{empty}: expected {expected}")
         object.__setattr__(self, name, found)
 
 

@@ -7,6 +7,7 @@ order does not depend on the number of rows.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,10 +17,13 @@ import torch
 from torch import Tensor
 
 import grok_kernels
+from grok_engine.config import described
 
 from .logprobs import TokenLogprobs, to_device, token_logprobs
 from .rules import Ints
 from .state import SamplingState
+
+logger = logging.getLogger(__name__)
 
 FEW = 2048  # entries of a logit_bias: for more, adding a row of the whole vocabulary takes less time
 
@@ -84,8 +88,11 @@ def _edit(rows: Sequence[SamplingState], x_BV: Tensor, errors: dict[int, str]) -
         if row.params.logits_processors:
             try:
                 x_BV[i] = _processed(row, x_BV[i].clone())
-            except Exception as error:  # a user's code: whatever it raises ends its own request
-                errors[i] = f"logits processor: {type(error).__name__}: {error}"
+            except (KeyboardInterrupt, SystemExit):  # for the program, not for this request
+                raise
+            except BaseException as error:  # a user's code: what it raises, CancelledError too, ends its own request
+                errors[i] = f"logits processor: {described(error)}"
+                logger.warning("a logits processor failed", exc_info=error)
 
     if biased := [(i, *row.rules.bias) for i, row in good if 0 < len(row.rules.bias[0]) <= FEW]:
         x_BV[_places([(i, ids) for i, ids, _ in biased], x_BV)] += to_device(

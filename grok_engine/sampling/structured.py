@@ -224,7 +224,7 @@ def _llguidance() -> ModuleType:
         import llguidance
     except ImportError as error:
         raise ImportError(
-            f"structured output needs the library llguidance ({error}): pip install 'grok-engine[structured]'"
+            f"structured output needs the library llguidance ({error}): pip install '.[structured]' in a checkout"
         ) from None
     return llguidance
 

@@ -48,10 +48,12 @@ def test_a_model_by_its_name_on_the_hub(cache: Path) -> None:
 
 
 def test_a_name_that_is_not_in_the_cache_says_what_to_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="neither a folder nor in the hub's cache: `hf download some-org/other`"):
+    with pytest.raises(
+        ConfigError, match=r"nor in the hub's cache: `hf download some-org/other` .*nothing is downloaded"
+    ):
         LLM("some-org/other")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ConfigError, match=r"install 'grok-engine\[hub\]'"):
+    with pytest.raises(ConfigError, match="pip install huggingface_hub"):
         LLM("some-org/llama-a")
 
 

@@ -211,9 +211,14 @@ def test_an_id_can_be_used_again_at_once() -> None:
     run(main)
 
 
+def test_what_is_no_engine_is_refused_at_construction() -> None:
+    with pytest.raises(TypeError, match="engine='tiny': expected an LLMEngine"):
+        AsyncLLM("tiny")  # type: ignore[arg-type]
+
+
 def test_an_id_in_use() -> None:
     async def main(llm: AsyncLLM) -> None:
-        first = llm.generate(PROMPTS[0], greedy(), request_id="x")
+        first = llm.generate(PROMPTS[0], greedy(), "x")
         assert first.request_id == "x"
         with pytest.raises(ValueError, match="request_id='x' is in use"):
             llm.generate(PROMPTS[1], request_id="x")

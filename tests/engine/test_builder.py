@@ -30,7 +30,7 @@ class Bytes:
     def __init__(self) -> None:
         self.encoded = 0  # characters
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
         self.encoded += len(text)
         return list(text.replace("hello", "\u0100").encode("latin-1", "replace"))
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from grok_engine.config import ACTIVATIONS, ConfigError, EngineConfig, EngineOptions, ModelConfig
+from grok_engine.config import ACTIVATIONS, ConfigError, EngineConfig, EngineOptions, ModelConfig, described
 from grok_engine.loading.resolve import read_config
 from grok_engine.models.families import PRESETS, preset
 from grok_engine.models.families.grok import ffn_width
@@ -431,10 +431,24 @@ def test_options_as_torch_has_them() -> None:
     assert (c.dtype, c.kv_dtype, c.device) == ("float32", "bfloat16", "cpu")
     with pytest.raises(ConfigError, match="dtype='float16' is not one of bfloat16, float32"):
         EngineConfig.of(ENGINE_MODEL, {"dtype": torch.float16})
-    with pytest.raises(ConfigError, match="unknown option 'dtyp': expected one of dtype, "):
+    with pytest.raises(ConfigError, match="unknown option 'dtyp', perhaps dtype: expected one of dtype, "):
         EngineConfig.of(ENGINE_MODEL, {"dtyp": "float32"})
+    with pytest.raises(ConfigError, match=r"unknown option 'gpu_memory_utilization', perhaps kv_memory \(bytes\): "):
+        EngineConfig.of(ENGINE_MODEL, {"gpu_memory_utilization": 0.9})
+    with pytest.raises(ConfigError, match="unknown option 'zzz': expected one of dtype, "):
+        EngineConfig.of(ENGINE_MODEL, {"zzz": 1})
     with pytest.raises(ConfigError, match="model='tiny' is not a ModelConfig"):
         EngineConfig(model="tiny")  # type: ignore[arg-type]
+
+
+def test_an_exception_as_messages_show_it() -> None:
+    class Faulty(Exception):
+        def __str__(self) -> str:
+            raise self
+
+    errors = [(KeyError("x"), "KeyError: 'x'"), (KeyboardInterrupt(), "KeyboardInterrupt"), (Faulty(), "Faulty")]
+    for error, text in errors:
+        assert described(error) == text
 
 
 def test_a_step_has_a_token_for_each_sequence() -> None:

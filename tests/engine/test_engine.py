@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from grok_engine import LLM, ConfigError, SamplingParams, StreamChunk
+from grok_engine import LLM, ConfigError, Prompt, SamplingParams, StreamChunk
 from tests.engine.spelled import spell
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
@@ -150,7 +150,7 @@ def test_nothing_runs_unless_all_prompts_are_valid(llm: LLM, eager: LLM) -> None
     ran: list[Any] = []
     handle = eager.model.register_forward_hook(lambda *args: ran.append(1))
     try:
-        with pytest.raises(ValueError, match="token id -5"):
+        with pytest.raises(ValueError, match=r"prompts\[2\]: token id -5"):
             eager.generate([PROMPT, PROMPT, [3, -5]], GREEDY)
         assert not ran
         eager.generate(PROMPT, GREEDY)
@@ -161,6 +161,13 @@ def test_nothing_runs_unless_all_prompts_are_valid(llm: LLM, eager: LLM) -> None
 
 
 # Parameters
+
+
+def test_a_list_where_one_prompt_is_expected(spelling: LLM) -> None:
+    prompts: list[list[Prompt]] = [["a", "b"], [PROMPT], [{"prompt": "a"}]]
+    for several in prompts:
+        with pytest.raises(ValueError, match=r"expected an integer in 0\.\.1023, and one prompt, not a list of them"):
+            spelling.stream(several)  # type: ignore[arg-type]
 
 
 def test_one_params_or_as_many_as_prompts(llm: LLM) -> None:
@@ -390,8 +397,10 @@ def test_what_cannot_be_run_is_one_line(options: dict[str, Any], message: str) -
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere' is not a folder"):
+    with pytest.raises(ConfigError, match=r"nowhere' is neither a folder nor a \.gguf file"):
         LLM(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="model=None is neither text nor a path"):
+        LLM(None)  # type: ignore[arg-type]
 
 
 def test_two_models_live_together(llm: LLM) -> None:

@@ -255,6 +255,9 @@ def test_generate_raises_where_its_step_fails() -> None:
         assert isinstance(caught.value.__cause__, Boom)
         assert not llm.engine.has_unfinished_requests()
         assert llm.generate([5, 6], SamplingParams(temperature=0))[0].outputs[0].token_ids == expected
+    fail_once(llm.engine, "run", Boom())
+    with pytest.raises(RuntimeError, match=r"the step failed: Boom$"):
+        llm.generate([5, 6])
 
 
 def test_only_a_lost_device_closes_the_engine() -> None:

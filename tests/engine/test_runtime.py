@@ -157,8 +157,12 @@ def test_abort_of_one_that_waits() -> None:
 
 def test_a_name_in_use(engine: LLMEngine) -> None:
     engine.add_request("a", PROMPT, greedy())
-    for wrong in ("a", 5, None):
-        with pytest.raises(ValueError, match=f"request_id={wrong!r}"):
+    for wrong, why in (
+        ("a", "in use: expected one that no unfinished request has"),
+        (5, "not text"),
+        (None, "not text"),
+    ):
+        with pytest.raises(ValueError, match=f"request_id={wrong!r} is {why}"):
             engine.add_request(wrong, PROMPT, greedy())  # type: ignore[arg-type]
     assert len({o.request_id for o in drain(engine)}) == 1
     with pytest.raises(ValueError, match="is not a SamplingParams"):

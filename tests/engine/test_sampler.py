@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import itertools
 import random
 from collections.abc import Iterator, Sequence
@@ -307,6 +308,24 @@ def test_processors_in_turn_and_their_failures() -> None:
         assert words in (found[i].error or ""), found[i]
     sample(rows[:1], x_BV[:1])
     assert seen == [[], [6]]
+
+
+@pytest.mark.parametrize("error", [ValueError, asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit])
+def test_what_a_processor_raises_ends_its_request_but_for_what_ends_the_program(
+    error: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(ids: list[int], x_V: Tensor) -> Tensor:
+        raise error
+
+    rows, x_BV = [row(logits_processors=[fails]), row(temperature=0)], logits(2, 10)
+    if error in (KeyboardInterrupt, SystemExit):
+        with pytest.raises(error):
+            sample(rows, x_BV)
+        return
+    failed, other = sample(rows, x_BV)
+    assert failed.error == f"logits processor: {error.__name__}"
+    assert other.token == int(x_BV[1].argmax())
+    assert "in fails" in caplog.text  # the traceback
 
 
 @pytest.mark.parametrize("more", [0, FEW_BANS])

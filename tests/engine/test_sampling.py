@@ -67,6 +67,12 @@ ODD: dict[str, tuple[list[Any], list[tuple[Any, Any]]]] = {
 }  # fmt: skip
 
 
+def test_an_empty_text_is_called_empty() -> None:
+    for stop in ("", ["a", ""]):
+        with pytest.raises(ValueError, match="stop has '', which is empty: expected text of at least one character"):
+            SamplingParams(stop=stop)
+
+
 def test_every_field_is_tried() -> None:
     assert set(ODD) == {f.name for f in dataclasses.fields(SamplingParams)}
 

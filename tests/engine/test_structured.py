@@ -327,7 +327,7 @@ def test_sequences_of_one_request_do_not_share_a_state(all_models: dict[str, Mod
 
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, all_models: dict[str, Model]) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(ImportError, match=r"grok-engine\[structured\]"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[structured\]' in a checkout"):
         StructuredCompiler(all_models["dummy"].tokenizer, 400, (2,), LIMITS)
 
 

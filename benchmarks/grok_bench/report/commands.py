@@ -40,7 +40,7 @@ def report_command(
 ) -> None:
     """Show result files in the terminal, or write them as Markdown, a page or a figure.
 
-    The page and the figure need matplotlib: pip install 'grok-engine[bench]'.
+    The page and the figure need matplotlib: pip install '.[bench]'.
     """
     loaded = [load(path) for path in files]
     if html_path:

@@ -32,7 +32,7 @@ def speedup(files: Sequence[ResultFile]) -> Any:
         from matplotlib.figure import Figure
         from matplotlib.ticker import FuncFormatter, NullLocator
     except ImportError:
-        raise MissingLibrary("figures need matplotlib: pip install 'grok-engine[bench]'") from None
+        raise MissingLibrary("figures need matplotlib: pip install '.[bench]'") from None
     raced = [[(r.op, s.speedup) for r in f.kernels if (s := best_of_ours(r)) and s.speedup] for f in files]
     ops = list(dict.fromkeys(op for marks in raced for op, _ in marks))[::-1]
     if not ops:
