@@ -73,7 +73,7 @@ class AsyncLLM:
         """
         seconds = math.inf if timeout is None else as_float(timeout)
         if seconds is None or not seconds > 0:
-            raise ValueError(f"timeout={timeout!r} is not a positive number of seconds, or None")
+            raise ValueError(f"timeout={shown(timeout)} is not a positive number of seconds, or None")
         mailbox = self._stepper.register(request_id, time.monotonic() + seconds)
         try:
             request = self.engine.prepare(mailbox.key, prompt, sampling_params, priority)
@@ -96,9 +96,12 @@ class AsyncLLM:
 
         Returns whether none had to be aborted. `wake_up` lets requests in again.
         """
+        seconds = None if timeout is None else as_float(timeout)
+        if timeout is not None and (seconds is None or not seconds >= 0):
+            raise ValueError(f"timeout={shown(timeout)} is not a number of seconds, or None")
         self._stepper.refusal = self._stepper.refusal or _DRAINING
         idle = asyncio.wrap_future(self._stepper.idle())
-        finished, _ = await asyncio.wait([idle], timeout=timeout)
+        finished, _ = await asyncio.wait([idle], timeout=seconds)
         if not finished:
             self._stepper.abort(self._stepper.all())
             await idle

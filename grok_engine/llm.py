@@ -7,7 +7,8 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -65,7 +66,7 @@ class LLM:
         self._ids = count()
         self._lock = threading.RLock()  # of the next two
         self._stepping = 0  # the thread that has the engine; 0: none
-        self._waiting: dict[_Call, None] = {}  # the calls that wait for it
+        self._waiting: dict[_Call, int] = {}  # the calls that wait for it, and their threads
         self._calls: dict[str, _Call] = {}  # by request
 
     @property
@@ -115,7 +116,7 @@ class LLM:
             prepared = []
             for i, (prompt, param) in enumerate(zip(requests, params, strict=True)):
                 if isinstance(param, SamplingParams):
-                    param = replace(param, output_kind=RequestOutputKind.FINAL_ONLY)
+                    param = _with_kind(param, RequestOutputKind.FINAL_ONLY)
                 try:
                     prepared.append(self.engine.prepare(str(next(self._ids)), prompt, param, 0))
                     self.engine.compile(prepared[-1])
@@ -142,7 +143,7 @@ class LLM:
         if isinstance(params, SamplingParams):
             if params.n != 1:
                 raise ValueError(f"n={params.n}: a stream has one answer, expected 1")
-            params = replace(params, output_kind=RequestOutputKind.DELTA)
+            params = _with_kind(params, RequestOutputKind.DELTA)
         call = _Call(self._lock)
         self._submit(self.engine.prepare(str(next(self._ids)), prompt, params, 0), call)
         stream = self._stream(call)
@@ -185,11 +186,12 @@ class LLM:
     def _having_engine(self, call: _Call, name: str) -> Iterator[None]:
         """Wait until no other thread has the engine, or until `call` has an output without it; then run the block."""
         me = threading.get_ident()
-        if self._stepping == me:
-            raise EngineBusyError(f"{name}() was called from within a step: expected a call from outside")
+        self.engine._turn.check_process(name)
+        if self._stepping == me or me in list(self._waiting.values()):  # a processor's, or a signal handler's
+            raise EngineBusyError(f"{name}() was called from within another call: expected one call a thread")
         try:
             with self._lock:
-                self._waiting[call] = None
+                self._waiting[call] = me
                 while not call.outputs and (self._stepping or next(self._order()) is not call):
                     call.changed.wait()
                 del self._waiting[call]
@@ -269,6 +271,13 @@ def _raise_failed_step(output: RequestOutput) -> None:
     for answer in output.outputs:
         if answer.cause is not None:
             raise RuntimeError(answer.error) from answer.cause
+
+
+def _with_kind(params: SamplingParams, kind: RequestOutputKind) -> SamplingParams:
+    """A copy with another output kind. A subclass may have an `__init__` of its own, which `replace` would call."""
+    found = copy(params)
+    object.__setattr__(found, "output_kind", kind)
+    return found
 
 
 def _as_requests(prompts: Any) -> list[Prompt]:

@@ -126,7 +126,7 @@ class RequestBuilder:
 
     def _read(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """The text of a prompt, None if it has none, and its token ids."""
-        text: Any = str(prompt) if isinstance(prompt, str) else None
+        text: Any = str.__str__(prompt) if isinstance(prompt, str) else None
         ids: Any = None if isinstance(prompt, str) else prompt
         if isinstance(prompt, Mapping):
             given = {key: value for key, value in prompt.items() if value is not None}

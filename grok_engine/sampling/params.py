@@ -227,7 +227,7 @@ def _text(value: Any) -> str | None:
         value.encode()
     except UnicodeEncodeError:
         return None
-    return str(value)
+    return str.__str__(value)  # not its own __str__: that of a (str, Enum) is another text
 
 
 def _bias(given: Any) -> dict[int, float]:

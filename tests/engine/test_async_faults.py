@@ -481,3 +481,13 @@ def test_a_call_from_within_a_step_ends_its_request_alone(name: str) -> None:
         assert good.outputs[0].token_ids == CONTINUATIONS[1]
 
     run(main)
+
+
+@pytest.mark.parametrize("timeout", ["x", float("nan"), -1, object()])
+def test_a_drain_that_is_refused_lets_requests_in(timeout: Any) -> None:
+    async def main(llm: AsyncLLM) -> None:
+        with pytest.raises(ValueError, match="is not a number of seconds"):
+            await llm.drain(timeout)
+        assert (await last(llm)).outputs[0].token_ids == CONTINUATIONS[0]
+
+    run(main)

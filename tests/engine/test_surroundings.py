@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import enum
 import logging
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from grok_engine import LLM, EngineClosedError, LLMEngine, QueueFullError, SamplingParams
+from grok_engine import LLM, EngineBusyError, EngineClosedError, LLMEngine, QueueFullError, SamplingParams
 from tests.engine.invariants import check_scheduler
 
 FOLDER = Path(__file__).parents[1] / "data" / "goldens" / "g8-a-emb128-k16"
@@ -158,3 +161,55 @@ def test_ids_that_compare_oddly() -> None:
     engine.abort_request([Odd("odd"), 7, Odd("good ")])  # type: ignore[list-item]
     ends = {o.request_id: o.outputs[0].finish_reason for _ in range(5) for o in engine.step() if o.finished}
     assert ends == {"odd": "abort", "good": "length"}
+
+
+class Name(str, enum.Enum):
+    STOP = "end"
+    PROMPT = "wort für wort"
+
+
+class Greedy(SamplingParams):
+    def __init__(self) -> None:
+        super().__init__(temperature=0, max_tokens=3)
+
+
+def test_texts_of_an_enum_and_params_of_a_subclass() -> None:
+    """`str()` of such a member is its name in Python 3.11."""
+    assert SamplingParams(stop=Name.STOP, bad_words=[Name.STOP]).stop == ("end",)
+    llm = LLM("tiny")
+    assert llm.encode(Name.PROMPT) == llm.encode("wort für wort")
+    tokens = llm.generate("My dear", SamplingParams(temperature=0, max_tokens=3))[0].outputs[0].token_ids
+    assert llm.generate("My dear", Greedy())[0].outputs[0].token_ids == tokens
+    assert [chunk.token_id for chunk in llm.stream("My dear", Greedy())] == tokens
+
+
+def test_a_signal_handler_that_generates_is_refused_while_its_thread_waits() -> None:
+    """Its call could not return before the call that it interrupts, which waits for another thread."""
+    llm, entered, go_on = LLM(FOLDER, dtype="float32"), threading.Event(), threading.Event()
+
+    def hold(output: list[int], logits_V: torch.Tensor) -> torch.Tensor:
+        entered.set()
+        assert go_on.wait(20)
+        return logits_V
+
+    refused: list[BaseException] = []
+
+    def handler(number: int, frame: Any) -> None:
+        try:
+            llm.generate([5], greedy())
+        except EngineBusyError as error:
+            refused.append(error)
+        go_on.set()
+
+    other = threading.Thread(target=lambda: llm.generate([5], greedy(logits_processors=[hold])))
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        other.start()
+        assert entered.wait(20)
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        assert len(llm.generate([5, 6], greedy())[0].outputs[0].token_ids) == 4
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        other.join(20)
+    assert len(refused) == 1
