@@ -50,7 +50,7 @@ def test_what_can_never_fit_is_refused() -> None:
     [
         ({"max_num_seq": 4}, "unknown option 'max_num_seq', perhaps max_num_seqs: expected one of "),
         ({"model_": 4}, "unknown option 'model_'"),
-        ({"num_pages": 0}, "num_pages=0 is not a positive integer"),
+        ({"num_pages": 0}, r"num_pages=0 is not an integer in 1\.\."),
         ({"num_pages": 4, "kv_memory": 4096}, "num_pages=4 and kv_memory=4096: expected one of them"),
         ({"kv_dtype": "fp8"}, "kv_dtype='fp8' is not one of bfloat16, float32, fp8_e4m3"),
         ({"seed": -1}, "seed=-1"),
