@@ -5,14 +5,15 @@ import logging
 from .async_llm import AsyncLLM
 from .checkpoint.base import CheckpointError
 from .config import ConfigError, EngineConfig, ModelConfig
-from .engine import EngineAsleepError, EngineClosedError, EngineStats, LLMEngine, QueueFullError
+from .engine import LLMEngine
+from .errors import EngineAsleepError, EngineBusyError, EngineClosedError, QueueFullError
 from .llm import LLM, StreamChunk
 from .loading.resolve import read_config
 from .models.families import preset
 from .runtime.builder import Prompt
 from .runtime.mailbox import OutputStream
 from .runtime.request import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from .runtime.turn import EngineBusyError
+from .runtime.stats import EngineStats
 from .sampling.params import RequestOutputKind, SamplingParams, StructuredOutput
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless the program configures logging

@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable
 
 from .config import as_float, shown
-from .engine import EngineStats, LLMEngine
+from .engine import LLMEngine
 from .runtime.builder import Prompt
 from .runtime.mailbox import OutputStream
+from .runtime.stats import EngineStats
 from .sampling.params import RequestOutputKind, SamplingParams
 from .stepping import Stepper
 from .tokenizer.base import Tokenizer

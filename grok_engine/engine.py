@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .config import ConfigError, EngineConfig, ModelConfig, described, shown
-from .loading.build import build_model
+from .config import EngineConfig, ModelConfig, described, shown
+from .errors import EngineAsleepError, EngineBusyError, EngineClosedError, QueueFullError
+from .loading.build import build_model, build_tokenizer
 from .loading.fill import Progress
 from .loading.resolve import find_model
 from .log import QuietLogger
@@ -25,14 +24,13 @@ from .runtime.flatten import take_rows
 from .runtime.plan import Entry, StepPlan
 from .runtime.request import Answer, Request, RequestOutput
 from .runtime.runner import Runner
-from .runtime.scheduler import Scheduler, SchedulerStats
+from .runtime.scheduler import Scheduler
 from .runtime.sequence import Status
+from .runtime.stats import EngineStats
 from .runtime.text import FinishReason
-from .runtime.turn import EngineBusyError, Turn
+from .runtime.turn import Turn
 from .sampling.params import RequestOutputKind, SamplingParams
 from .sampling.sampler import Sampled, sample
-from .tokenizer.base import PaddedTokenizer, Tokenizer
-from .tokenizer.load import load_tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -42,31 +40,6 @@ if TYPE_CHECKING:
 logger = QuietLogger(__name__)
 
 Taker = tuple[Request, Answer]  # an answer that takes a token in this step
-
-
-class EngineClosedError(RuntimeError):
-    """The engine was closed, by its user or because the device failed, whose exception is the cause."""
-
-
-class EngineAsleepError(RuntimeError):
-    """The engine sleeps: `wake_up` loads it again."""
-
-
-class QueueFullError(RuntimeError):
-    """As many requests wait as the engine takes: come again later."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-    """Requests, sequences and pages now; steps, tokens and seconds by part of a step since the start."""
-
-    requests: int
-    scheduler: SchedulerStats
-    kv_bytes: int
-    steps: int
-    prompt_tokens: int  # computed; those of preempted sequences count again
-    generated_tokens: int
-    seconds: dict[str, float]
 
 
 class LLMEngine:
@@ -94,8 +67,8 @@ class LLMEngine:
         folder, architecture = (None, model) if isinstance(model, ModelConfig) else find_model(model)
         self._folder: Path | None = None if folder is None else folder.absolute()  # `wake_up` finds it after a chdir
         self.config = EngineConfig.of(architecture, options)
-        self.tokenizer = None if self._folder is None else _tokenizer(self._folder, self.config)
-        self._turn = Turn()
+        self.tokenizer = None if self._folder is None else build_tokenizer(self._folder, self.config)
+        self._turn = Turn(self._reset)
         self._closed: EngineClosedError | None = None
         self.asleep = False
         self._load(progress)
@@ -108,10 +81,7 @@ class LLMEngine:
         self._requests: dict[str, Request] = {}  # unfinished ones
         self._fresh: dict[str, None] = {}  # those of them that have no token yet
         self._by_seq_id: dict[int, Taker] = {}  # of the sequences that the scheduler has
-        # changes that other calls asked for, in their order
-        self._inbox: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._ready: deque[RequestOutput] = deque()  # for `step` to return
-        self._intact = True  # no change of requests, sequences or pages was interrupted half-way
         self._steps = self._generated = 0
         self._lap_began = 0.0
         self._seconds = dict.fromkeys(("schedule", "forward", "sample", "output"), 0.0)
@@ -182,7 +152,7 @@ class LLMEngine:
                     f"request_id={shown(request.request_id)} is in use: expected one that no unfinished request has"
                 )
             self._fresh[request.request_id] = None
-            self._ask(self._add, request)
+            self._turn.ask(self._add, request)
         except BaseException:
             if self._requests.get(request.request_id) is request:  # interrupted
                 self.discard_request(request.request_id)
@@ -192,11 +162,11 @@ class LLMEngine:
         """End requests: now, or at the end of the step that runs. Their pages are free then, and the next outputs
         hold what they had, with finish_reason "abort". Unknown and finished requests are ignored. It never waits, so
         it may be called from anywhere: a processor, a signal handler, a finaliser."""
-        self._ask(self._abort, _listed(request_ids))
+        self._turn.ask(self._abort, _listed(request_ids))
 
     def discard_request(self, request_ids: str | Iterable[str]) -> None:
         """`abort_request`, without the outputs."""
-        self._ask(self._discard, _listed(request_ids))
+        self._turn.ask(self._discard, _listed(request_ids))
 
     @property
     def num_waiting(self) -> int:
@@ -205,51 +175,7 @@ class LLMEngine:
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything to compute or to return."""
-        return bool(self._requests or self._ready or self._inbox)
-
-    def _ask(self, change: Callable[[Any], None], argument: Any) -> None:
-        """Have a change made: at once if no call has the turn, else at the edge of the step that runs."""
-        self._inbox.append((change, argument))
-        self._catch_up()
-
-    @contextmanager
-    def _alone(self, call: str) -> Iterator[None]:
-        """The turn for a call, and what others asked for meanwhile."""
-        try:
-            with self._turn(call):
-                self._check_open()
-                yield
-        finally:
-            self._catch_up()
-
-    def _catch_up(self) -> None:
-        """Make the changes that were asked for, unless another call has the turn: it does so when it leaves."""
-        while self._inbox and not self._turn.mine:
-            try:
-                if not self._turn.take():
-                    return
-                self._settle()
-            finally:
-                try:
-                    self._turn.leave()
-                except BaseException:  # a signal handler's, Ctrl-C say, fell in here
-                    self._turn.leave()
-                    raise
-
-    def _settle(self) -> None:
-        """Make the changes that were asked for. Only who has the turn may."""
-        if not self._intact:
-            self._reset(RuntimeError("a change of requests or pages was interrupted"))
-        while self._inbox:
-            self._intact = False
-            change, argument = self._inbox[0]
-            try:
-                change(argument)
-            except Exception:
-                self._inbox.popleft()  # it would fail again
-                raise
-            self._inbox.popleft()
-            self._intact = True
+        return bool(self._requests or self._ready or self._turn.asked)
 
     def _add(self, request: Request) -> None:
         first = request.answers[0]
@@ -288,13 +214,14 @@ class LLMEngine:
 
     def advance(self, take: Callable[[RequestOutput], None]) -> None:
         """`step`, handing out one output after the other. An output that `take` did not return from comes again."""
-        with self._alone("step"):
+        with self._turn("step"):
+            self._check_open()
             try:
-                self._settle()
+                self._turn.settle()
                 self._step()
-                self._settle()
+                self._turn.settle()
             except BaseException as error:
-                if not self._intact:
+                if not self._turn.intact:
                     self._reset(error)
                 if not isinstance(error, Exception):
                     raise
@@ -307,10 +234,10 @@ class LLMEngine:
         """Schedule, forward, sample, emit. Scheduler and sequences change in the first and the last alone: where the
         two between them fail, the requests of the plan end, and the others are untouched."""
         self._lap_began = time.perf_counter()
-        self._intact = False
+        self._turn.intact = False
         plan = self.scheduler.schedule()
         try:
-            self._intact = True
+            self._turn.intact = True
             if not plan.entries:
                 return
             self._lap("schedule")
@@ -321,9 +248,9 @@ class LLMEngine:
         except BaseException as error:
             self._give_up(plan, error)
             raise
-        self._intact = False
+        self._turn.intact = False
         self._emit(plan, takers, sampled)
-        self._intact = True
+        self._turn.intact = True
         self._lap("output")
 
     def _forward(self, plan: StepPlan) -> tuple[list[Taker], Tensor, list[int]]:
@@ -433,20 +360,20 @@ class LLMEngine:
 
     def _give_up(self, plan: StepPlan, error: BaseException) -> None:
         """End the requests of a plan that failed between `schedule` and `commit`. Pages and prefix index stay."""
-        self._intact = False
+        self._turn.intact = False
         logger.error("a step failed, and its %d sequences end with it", len(plan.entries), exc_info=error)
         for entry in plan.entries:
             request, _ = self._by_seq_id.get(entry.seq_id, (None, None))
             if request is not None:
                 self._end(request, "error", error)
         self.scheduler.commit(plan)
-        self._intact = True
+        self._turn.intact = True
         if not self.runner.device_works():
             self._close(f"the device failed: {error}", error)
 
     def _reset(self, error: BaseException) -> None:
         """Where a change was interrupted half-way: end the requests that the scheduler has, and empty all pages."""
-        added = {id(argument) for _, argument in self._inbox}  # requests that are still to be added
+        added = {id(argument) for _, argument in self._turn.asked}  # requests that are still to be added
         ended = [request for request in list(self._requests.values()) if id(request) not in added]
         logger.error("pages were left half changed: %d requests end", len(ended), exc_info=error)
         self.allocator.reset()
@@ -457,7 +384,7 @@ class LLMEngine:
                 answer.state.status = Status.NEW  # the scheduler knows it no longer
         for request in ended:
             self._end(request, "error", error)
-        self._intact = True
+        self._turn.intact = True
 
     # The rest
 
@@ -468,17 +395,18 @@ class LLMEngine:
 
     def logits(self, token_ids: Prompt, *, chunk: int | None = None) -> Tensor:
         """logits_TV in fp32 after each token. `chunk` of them go through the model at once; no result depends on it."""
-        with self._alone("logits"):
+        with self._turn("logits"):
+            self._check_open()
             chunk = self.config.max_num_batched_tokens if chunk is None else chunk
             if not isinstance(chunk, Integral) or chunk < 1:
                 raise ValueError(f"chunk={shown(chunk)} is not a positive integer")
             ids = self.encode(token_ids)
             need = self.allocator.pages_for(len(ids))
-            self._settle()
-            self._intact = False
+            self._turn.settle()
+            self._turn.intact = False
             pages = self.allocator.allocate(need)
             try:
-                self._intact = True
+                self._turn.intact = True
                 if pages is None:
                     raise ValueError(f"{len(ids)} tokens need {need} pages, {self.allocator.available} are free")
                 parts = [
@@ -486,9 +414,9 @@ class LLMEngine:
                     for at in range(0, len(ids), chunk)
                 ]
             finally:
-                self._intact = False
+                self._turn.intact = False
                 self.allocator.release(pages or [])
-                self._intact = True
+                self._turn.intact = True
             return torch.cat(parts)
 
     def stats(self) -> EngineStats:
@@ -507,8 +435,9 @@ class LLMEngine:
     def sleep(self) -> None:
         """Free weights and pages, the prefix cache included; `wake_up` loads them again. EngineBusyError while requests
         are unfinished. Asleep, the engine refuses other calls with EngineAsleepError."""
-        with self._alone("sleep"):
-            self._settle()
+        with self._turn("sleep"):
+            self._check_open()
+            self._turn.settle()
             if self.has_unfinished_requests():
                 raise EngineBusyError(f"sleep() with {len(self._requests)} unfinished requests: expected none")
             self.asleep = True  # first: freeing takes long, and may be interrupted
@@ -539,7 +468,7 @@ class LLMEngine:
             self._closed = EngineClosedError(what)
             self._closed.__cause__ = cause
             self.asleep = False
-            for state in (self._requests, self._fresh, self._by_seq_id, self._ready, self._inbox):
+            for state in (self._requests, self._fresh, self._by_seq_id, self._ready, self._turn.asked):
                 state.clear()
             logger.info("closed")
         self._free()  # again, if the first time was interrupted
@@ -563,13 +492,3 @@ def _listed(request_ids: str | Iterable[str]) -> frozenset[str]:
     """The ids as Python's own text: a subclass may compare and hash as it likes."""
     ids = [request_ids] if isinstance(request_ids, str) else request_ids
     return frozenset(str.__str__(request_id) for request_id in ids if isinstance(request_id, str))
-
-
-def _tokenizer(folder: Path, config: EngineConfig) -> Tokenizer | None:
-    tokenizer = load_tokenizer(folder)
-    size = config.model.vocab_size
-    if tokenizer and tokenizer.vocab_size > size:
-        raise ConfigError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, more than the model's vocab_size={size}"
-        )
-    return PaddedTokenizer(tokenizer, size) if tokenizer and tokenizer.vocab_size < size else tokenizer

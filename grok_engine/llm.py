@@ -19,12 +19,12 @@ from torch import Tensor
 
 from .config import EngineConfig
 from .engine import LLMEngine
+from .errors import EngineBusyError
 from .models.decoder import Decoder
 from .progress import byte_bar, request_bar
 from .runtime.builder import Prompt
 from .runtime.request import Request, RequestOutput
 from .runtime.text import FinishReason
-from .runtime.turn import EngineBusyError
 from .sampling.params import RequestOutputKind, SamplingParams
 from .tokenizer.base import Tokenizer
 

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from itertools import count
 
-from .engine import EngineClosedError, LLMEngine, QueueFullError
+from .engine import LLMEngine
+from .errors import EngineBusyError, EngineClosedError, QueueFullError
 from .log import QuietLogger
 from .runtime.mailbox import Mailbox, wake
 from .runtime.request import Request, RequestOutput
-from .runtime.turn import EngineBusyError
 
 logger = QuietLogger(__name__)
 _COMPILERS = 4  # threads at most, so that one slow grammar does not delay the next

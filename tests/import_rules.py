@@ -29,6 +29,7 @@ ALLOWED: Table = {
     "grok_engine.config": (),
     "grok_engine.batch": (),
     "grok_engine.tokenizer": ("checkpoint.gguf.files",),
+    "grok_engine.errors": (),
     "grok_engine.log": (),
     "grok_engine.progress": (),
     "grok_engine.models.families": ("config",),
@@ -38,10 +39,11 @@ ALLOWED: Table = {
     "grok_engine.runtime.plan": (),
     "grok_engine.runtime.sequence": (),
     "grok_engine.runtime.scheduler": ("runtime.allocator", "runtime.plan", "runtime.sequence"),
+    "grok_engine.runtime.stats": ("runtime.scheduler",),
     "grok_engine.runtime.flatten": ("batch", "runtime.plan"),
     "grok_engine.runtime.pages": ("batch", "config"),
     "grok_engine.runtime.text": ("sampling", "tokenizer"),
-    "grok_engine.runtime.turn": (),
+    "grok_engine.runtime.turn": ("errors",),
     "grok_engine.runtime.request": ("runtime.sequence", "runtime.text", "sampling"),
     "grok_engine.runtime.mailbox": ("runtime.request",),
     "grok_engine.runtime.builder": (
@@ -57,14 +59,14 @@ ALLOWED: Table = {
     "grok_engine.models": ("batch", "config", "layers"),
     "grok_engine.loading": ("checkpoint", "config", "layers", "models", "tokenizer", "grok_kernels"),
     # the orchestrator, and the faces over it
-    "grok_engine.engine": ("config", "loading", "log", "runtime", "sampling", "tokenizer"),
+    "grok_engine.engine": ("config", "errors", "loading", "log", "runtime", "sampling"),
     "grok_engine.llm": (
-        "config", "engine", "models", "runtime.builder", "runtime.request", "runtime.text", "runtime.turn", "sampling",
+        "config", "engine", "errors", "models", "runtime.builder", "runtime.request", "runtime.text", "sampling",
         "tokenizer", "progress",
     ),
-    "grok_engine.stepping": ("engine", "log", "runtime.mailbox", "runtime.request", "runtime.turn"),
+    "grok_engine.stepping": ("engine", "errors", "log", "runtime.mailbox", "runtime.request"),
     "grok_engine.async_llm": (
-        "config", "engine", "runtime.builder", "runtime.mailbox", "sampling", "stepping", "tokenizer",
+        "config", "engine", "runtime.builder", "runtime.mailbox", "runtime.stats", "sampling", "stepping", "tokenizer",
     ),
     "grok_engine.tools": ("checkpoint", "config", "loading", "models.families", "grok_kernels"),
     "grok_engine.cli": (
@@ -72,8 +74,8 @@ ALLOWED: Table = {
         "grok_bench",
     ),
     "grok_engine": (
-        "async_llm", "checkpoint", "config", "engine", "llm", "loading", "models.families", "runtime.builder",
-        "runtime.mailbox", "runtime.request", "runtime.turn", "sampling",
+        "async_llm", "checkpoint", "config", "engine", "errors", "llm", "loading", "models.families", "runtime.builder",
+        "runtime.mailbox", "runtime.request", "runtime.stats", "sampling",
     ),
     # the kernels
     "grok_kernels.registry": (),

@@ -13,6 +13,8 @@ from grok_engine.checkpoint.open import open_checkpoint
 from grok_engine.checkpoint.packed import PackedCheckpoint
 from grok_engine.config import ActFormat, ConfigError, EngineConfig, ModelConfig
 from grok_engine.models.decoder import Decoder
+from grok_engine.tokenizer.base import PaddedTokenizer, Tokenizer
+from grok_engine.tokenizer.load import load_tokenizer
 from grok_kernels.dtypes import dtype_of
 
 from .fill import Progress, fill
@@ -41,6 +43,17 @@ def build_model(
 def check_checkpoint(config: ModelConfig, checkpoint: Checkpoint) -> None:
     """Raise as `slots` does for a checkpoint that does not hold the model of `config`."""
     slots(Decoder(config, torch.float32, max_positions=1), checkpoint)
+
+
+def build_tokenizer(folder: Path, config: EngineConfig) -> Tokenizer | None:
+    """The tokenizer of a model's files, as wide as the model; None if there is none. ConfigError if it is wider."""
+    tokenizer = load_tokenizer(folder)
+    size = config.model.vocab_size
+    if tokenizer and tokenizer.vocab_size > size:
+        raise ConfigError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, more than the model's vocab_size={size}"
+        )
+    return PaddedTokenizer(tokenizer, size) if tokenizer and tokenizer.vocab_size < size else tokenizer
 
 
 def _activations(config: EngineConfig, checkpoint: Checkpoint | None, device: torch.device) -> ActFormat:

@@ -1,33 +1,42 @@
-"""Whose turn it is: one call at a time may touch an engine's state."""
+"""Whose turn it is: one call at a time may touch an engine's state, and others ask it for changes."""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-
-class EngineBusyError(RuntimeError):
-    """A call that needs the engine alone, while another call runs or requests are unfinished."""
+from grok_engine.errors import EngineBusyError
 
 
 class Turn:
     """Refuses a call before it touches anything: from another thread, from within the current call, or in a fork.
 
+    A change that may come from anywhere is asked for instead: it is made at once if the turn is free, else by the call
+    that has it, at its end at the latest. A change that is interrupted half-way leaves `intact` False; `mend` is called
+    before the next one, and sets it again.
+
     What a signal handler raises, Ctrl-C say, does not keep the turn, wherever it falls: Python calls the handler when a
     function is entered or a call returns, so every such place lies in a `try`, and the turn knows its thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mend: Callable[[BaseException], None]) -> None:
+        self.intact, self._mend = True, mend
+        self.asked: deque[tuple[Callable[[Any], None], Any]] = deque()  # changes and their arguments, in order
         self._lock, self._pid = threading.RLock(), os.getpid()  # the lock guards the next two, for an instant
         self._thread = 0  # that has the turn; 0: none
         self._call = ""  # that has the turn; "": it is a short one, which the others wait for
 
     @contextmanager
     def __call__(self, call: str) -> Iterator[None]:
-        """Have the turn, for the call of this name. EngineBusyError if another one has it, RuntimeError in a fork."""
+        """Have the turn, for the call of this name. EngineBusyError if another one has it, RuntimeError in a fork.
+
+        What was asked for meanwhile is done when the turn is left.
+        """
         self.check_process(call)
         if self.mine:
             raise EngineBusyError(f"{call}() was called from within {self._call}(): expected one call at a time")
@@ -45,6 +54,41 @@ class Turn:
             except BaseException:  # a signal handler's, Ctrl-C say, fell in here
                 self.leave()
                 raise
+            self._catch_up()
+
+    def ask(self, change: Callable[[Any], None], argument: Any) -> None:
+        """Have `change(argument)` made. Waits for nobody."""
+        self.asked.append((change, argument))
+        self._catch_up()
+
+    def settle(self) -> None:
+        """Make the changes that were asked for. Only who has the turn may."""
+        if not self.intact:
+            self._mend(RuntimeError("a change of requests or pages was interrupted"))
+        while self.asked:
+            self.intact = False
+            change, argument = self.asked[0]
+            try:
+                change(argument)
+            except Exception:
+                self.asked.popleft()  # it would fail again
+                raise
+            self.asked.popleft()
+            self.intact = True
+
+    def _catch_up(self) -> None:
+        """`settle`, unless another call has the turn: it does so when it leaves."""
+        while self.asked and not self.mine:
+            try:
+                if not self.take():
+                    return
+                self.settle()
+            finally:
+                try:
+                    self.leave()
+                except BaseException:  # a signal handler's, Ctrl-C say, fell in here
+                    self.leave()
+                    raise
 
     def take(self, call: str = "") -> bool:
         """Take the turn if it is free, without a name for an instant."""

@@ -115,7 +115,7 @@ def test_an_interrupt_of_the_engine(engine: LLMEngine, alone: dict[str, list[lis
                 assert answer.token_ids == tokens[: len(answer.token_ids)], (at, name)
                 assert answer.finish_reason != "length" or answer.token_ids == tokens, (at, name)
         assert not engine._requests
-        assert not engine._inbox
+        assert not engine._turn.asked
         assert engine.allocator.available == engine.allocator.num_pages, at
         check_scheduler(engine.scheduler)
         check_allocator(engine.allocator, [])

@@ -244,15 +244,15 @@ def test_a_fork_is_refused() -> None:
 def test_an_abort_before_the_request_is_queued() -> None:
     """Another thread aborts it between the two halves of adding it: it does not run, and harms nobody."""
     engine = LLMEngine(FOLDER, dtype="float32")
-    ask = engine._ask
+    ask = engine._turn.ask
 
     def late(change: Any, argument: Any) -> None:
-        engine._ask = ask  # type: ignore[method-assign]
+        engine._turn.ask = ask  # type: ignore[method-assign]
         engine.abort_request("a")
         ask(change, argument)
 
     engine.add_request("b", PROMPTS[0], params(max_tokens=3))
-    engine._ask = late  # type: ignore[method-assign]
+    engine._turn.ask = late  # type: ignore[method-assign]
     engine.add_request("a", PROMPTS[0], params(max_tokens=3))
     ends = {}
     while engine.has_unfinished_requests():

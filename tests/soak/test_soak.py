@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from grok_engine.engine import LLMEngine
 from grok_engine.runtime.allocator import PageAllocator
+from grok_engine.runtime.turn import Turn
 from grok_engine.sampling.state import SamplingState
 
 from .__main__ import main
@@ -19,10 +19,10 @@ def test_a_round() -> None:
 
 
 def abort_within_a_step(patch: pytest.MonkeyPatch) -> None:
-    def ask(self: LLMEngine, change: Callable[[Any], None], argument: Any) -> None:
+    def ask(self: Turn, change: Callable[[Any], None], argument: Any) -> None:
         change(argument)
 
-    patch.setattr(LLMEngine, "_ask", ask)
+    patch.setattr(Turn, "ask", ask)
 
 
 def keep_a_page(patch: pytest.MonkeyPatch) -> None:
