@@ -368,7 +368,7 @@ class LLMEngine:
                 self._end(request, "error", error)
         self.scheduler.commit(plan)
         self._turn.intact = True
-        if not self.runner.device_works():
+        if not self.runner.recover():
             self._close(f"the device failed: {error}", error)
 
     def _reset(self, error: BaseException) -> None:

@@ -12,9 +12,9 @@ once, on inputs that one transfer has copied to where the graph reads them.
   A recording keeps all intermediate results, about 10 · d_model values per row and layer.
 
 A graph is captured when its shape first occurs, and all are dropped when a weight of the model has been replaced: they
-would go on reading the old one. On a GPU the memory of all graphs is measured before pages get the
-rest. Logits are not part of the graphs: their kernels are launched while the replay runs, and each graph would have to
-keep a result as wide as the vocabulary.
+would go on reading the old one. On a GPU the memory of all graphs is measured before pages get the rest. Logits are not
+part of the graphs: their kernels are launched while the replay runs, and each graph would have to keep a result as wide
+as the vocabulary.
 """
 
 from __future__ import annotations
@@ -112,6 +112,10 @@ class DecodeGraphs:
         rows = self._rungs[bisect_left(self._rungs, len(entries))]
         width = self._widths[bisect_left(self._widths, widest)]
         return self._replay(entries, rows, width, key)[: len(entries)]
+
+    def clear(self) -> None:
+        """Drop all captured steps, after a step that failed: an interrupt may have left one half made, or in use."""
+        self._runs.clear()
 
     @torch.inference_mode()
     def bytes_needed(self, free: Callable[[], int]) -> int:

@@ -114,8 +114,11 @@ class Runner:
         """logits_TV in fp32 of hidden states."""
         return self.model.logits(x_TD)
 
-    def device_works(self) -> bool:
-        """Whether the device still computes, after a step that failed: an error on a GPU can end its every use."""
+    def recover(self) -> bool:
+        """After a step that failed: drop what was captured, and say whether the device still computes. An error on a
+        GPU can end its every use."""
+        if self.graphs is not None:
+            self.graphs.clear()
         try:
             return bool(torch.ones((), device=self.device) == 1)
         except RuntimeError:

@@ -195,7 +195,7 @@ def test_an_engine_that_closes_itself_ends_everyone() -> None:
             raise ArithmeticError("the device is gone")
 
         llm.engine.runner.forward = fail  # type: ignore[method-assign]
-        llm.engine.runner.device_works = lambda: False  # type: ignore[method-assign]
+        llm.engine.runner.recover = lambda: False  # type: ignore[method-assign]
         results = await asyncio.gather(*(last(llm, i % 3, greedy(100)) for i in range(6)), return_exceptions=True)
         assert [type(r) for r in results] == [EngineClosedError] * 6
         assert llm.closed

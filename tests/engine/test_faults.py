@@ -264,7 +264,7 @@ def test_only_a_lost_device_closes_the_engine() -> None:
     engine = make()
     engine.add_request("a", [5, 6, 7], SamplingParams(max_tokens=5))
     fail_once(engine, "run", Boom("an illegal memory access"))
-    engine.runner.device_works = lambda: False  # type: ignore[method-assign]
+    engine.runner.recover = lambda: False  # type: ignore[method-assign]
     calls: list[Callable[[], Any]] = [
         engine.step, engine.stats, lambda: engine.add_request("b", [5]), lambda: engine.logits([5]), engine.sleep,
     ]  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import grok_engine
+import grok_kernels
 from grok_engine import LLM, LLMEngine, SamplingParams
 from tests.engine.invariants import check_allocator, check_scheduler
 
@@ -21,7 +22,7 @@ from tests.engine.invariants import check_allocator, check_scheduler
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 FOLDER = Path(__file__).parents[1] / "data" / "goldens" / "g8-a-emb128-k16"
 SCALE = int(os.environ.get("GROK_TEST_SCALE", "1"))  # 40: at every place
-HERE = str(Path(grok_engine.__file__).parent)
+OURS = tuple(str(Path(package.__file__).parent) for package in (grok_engine, grok_kernels))
 LONG, SHORT = list(range(3, 20)), [5, 6, 7]
 
 
@@ -33,7 +34,7 @@ def interrupted(run: Callable[[], Any], at: int) -> bool:
 
     def profile(frame: Any, event: str, arg: Any) -> None:
         nonlocal events
-        if event in ("call", "c_return") and frame.f_code.co_filename.startswith(HERE):
+        if event in ("call", "c_return") and frame.f_code.co_filename.startswith(OURS):
             events += 1
             if events == at:
                 sys.setprofile(None)
