@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakMethod
 
 from grok_engine.errors import EngineBusyError
 
@@ -25,7 +26,8 @@ class Turn:
     """
 
     def __init__(self, mend: Callable[[BaseException], None]) -> None:
-        self.intact, self._mend = True, mend
+        self.intact = True
+        self._mend = WeakMethod(mend)  # no cycle: an engine that is dropped frees its weights at once
         self.asked: deque[tuple[Callable[[Any], None], Any]] = deque()  # changes and their arguments, in order
         self._lock, self._pid = threading.RLock(), os.getpid()  # the lock guards the next two, for an instant
         self._thread = 0  # that has the turn; 0: none
@@ -64,7 +66,9 @@ class Turn:
     def settle(self) -> None:
         """Make the changes that were asked for. Only who has the turn may."""
         if not self.intact:
-            self._mend(RuntimeError("a change of requests or pages was interrupted"))
+            mend = self._mend()
+            assert mend is not None
+            mend(RuntimeError("a change of requests or pages was interrupted"))
         while self.asked:
             self.intact = False
             change, argument = self.asked[0]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from grok_engine.runtime.plan import StepPlan
-from grok_engine.runtime.sequence import Status
+from grok_engine.runtime.sequence import SequenceState, Status
 from tests.engine.fake_engine import Engine
 from tests.engine.invariants import check_scheduler
 
@@ -83,7 +83,8 @@ def test_without_work_a_step_is_empty() -> None:
 def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
     engine = Engine(4, page_size=4)
     with pytest.raises(ValueError, match="14 prompt tokens \\+ 4 new ones need 5 pages of 4 tokens, there are 4"):
-        engine.prompt(*range(14))
+        engine.scheduler.check_fits(SequenceState(0, list(range(14)), 4))
+    engine.scheduler.check_fits(SequenceState(0, list(range(13)), 4))
     assert not engine.scheduler.has_work
     engine.prompt(*range(13))  # 13 + 4 - 1 = 16 tokens: the last one needs no place
     engine.run()

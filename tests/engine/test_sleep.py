@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,21 @@ def test_sleep_and_wake_up() -> None:
     for call in (llm.wake_up, lambda: llm.generate([5])):
         with pytest.raises(EngineClosedError):
             call()
+
+
+def test_what_is_dropped_is_freed_at_once() -> None:
+    """Without the garbage collector, which may come late: weights are large."""
+    llm = LLM(FOLDER, dtype="float32")
+    llm.generate([[5, 6, 7], [8]], GREEDY)
+    next(iter(llm.stream([5], GREEDY)))
+    left = weakref.ref(llm.model)
+    gc.collect()
+    gc.disable()
+    try:
+        del llm
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_no_sleep_while_requests_run() -> None:
