@@ -62,7 +62,8 @@ void check_memory(const char* op, const char* name, const at::Tensor& tensor) {
           ", expected those of a plain tensor");
   }
   if (tensor.numel() == 0) return;
-  const int64_t bytes = (tensor.storage_offset() + reach(tensor) + 1) * static_cast<int64_t>(tensor.element_size());
+  const int64_t last = tensor.is_contiguous() ? tensor.numel() - 1 : reach(tensor);
+  const int64_t bytes = (tensor.storage_offset() + last + 1) * static_cast<int64_t>(tensor.element_size());
   check(bytes <= static_cast<int64_t>(tensor.storage().nbytes()), op, ": ", name, " has shape ", tensor.sizes(),
         " and strides ", tensor.strides(), ", which reach to byte ", bytes, " of a storage of ",
         tensor.storage().nbytes());
@@ -93,7 +94,7 @@ void check_size(const char* op, const char* name, const at::Tensor& tensor, int6
 }
 
 void check_written(const char* op, const char* name, const at::Tensor& tensor) {
-  if (tensor.numel() == 0) return;
+  if (tensor.numel() == 0 || tensor.is_contiguous()) return;
   int64_t span = 0;
   for (const Dim& dim : dims_of(tensor)) {
     check(dim.stride > span, op, ": ", name, " has shape ", tensor.sizes(), " and strides ", tensor.strides(),
@@ -102,20 +103,31 @@ void check_written(const char* op, const char* name, const at::Tensor& tensor) {
   }
 }
 
-void check_apart(const char* op, const char* name, const at::Tensor& tensor, const char* other_name,
-                 const at::Tensor& other) {
-  if (tensor.numel() == 0 || other.numel() == 0) return;
-  const auto end = [](int64_t begin, const at::Tensor& of) {
-    return begin + (reach(of) + 1) * static_cast<int64_t>(of.element_size());
+void check_apart(const char* op, std::initializer_list<Named> tensors, size_t written) {
+  struct Range {
+    int64_t begin, end;
   };
-  const auto begin = reinterpret_cast<int64_t>(tensor.const_data_ptr());
-  const auto other_begin = reinterpret_cast<int64_t>(other.const_data_ptr());
-  if (end(begin, tensor) <= other_begin || end(other_begin, other) <= begin) return;
-  const bool alike = tensor.sizes() == other.sizes() && tensor.strides() == other.strides() &&
-                     tensor.element_size() == other.element_size();
-  const Dims dims = dims_of(tensor);
-  check(alike && !meets(dims, dims.size(), other_begin - begin), op, ": ", name, " and ", other_name,
-        " lie in the same memory, and ", name, " is written");
+  c10::SmallVector<Range, 8> ranges;
+  for (const auto& [name, tensor] : tensors) {
+    if (!tensor || tensor->numel() == 0) {
+      ranges.push_back({0, 0});
+      continue;
+    }
+    const auto begin = reinterpret_cast<int64_t>(tensor->const_data_ptr());
+    ranges.push_back({begin, begin + (reach(*tensor) + 1) * static_cast<int64_t>(tensor->element_size())});
+  }
+  for (size_t i = 0; i < written; ++i) {
+    for (size_t j = i + 1; j < ranges.size(); ++j) {
+      if (ranges[i].end <= ranges[j].begin || ranges[j].end <= ranges[i].begin) continue;
+      const auto& [name, tensor] = tensors.begin()[i];
+      const auto& [other_name, other] = tensors.begin()[j];
+      const bool alike = tensor->sizes() == other->sizes() && tensor->strides() == other->strides() &&
+                         tensor->element_size() == other->element_size();
+      const Dims dims = dims_of(*tensor);
+      check(alike && !meets(dims, dims.size(), ranges[j].begin - ranges[i].begin), op, ": ", name, " and ", other_name,
+            " lie in the same memory, and ", name, " is written");
+    }
+  }
 }
 
 DType float_dtype(const char* op, const char* name, at::ScalarType dtype) {

@@ -6,7 +6,9 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "common/check.h"
@@ -38,10 +40,11 @@ void check_size(const char* op, const char* name, const at::Tensor& tensor, int6
 // the smaller ones span together, as those of slices, transposed and padded tensors are.
 void check_written(const char* op, const char* name, const at::Tensor& tensor);
 
-// Two tensors without a byte in common. Those of equal shape, strides and dtype may be interleaved; the address ranges
-// of others must not intersect.
-void check_apart(const char* op, const char* name, const at::Tensor& tensor, const char* other_name,
-                 const at::Tensor& other);
+// The first `written` of these tensors, which check_written has passed, have no byte in common with each other or with
+// the rest; null is none. Two of equal shape, strides and dtype may be interleaved; the address ranges of others must
+// not intersect.
+using Named = std::pair<const char*, const at::Tensor*>;
+void check_apart(const char* op, std::initializer_list<Named> tensors, size_t written);
 
 // The type of an activation, of a norm's weight or of a result.
 DType float_dtype(const char* op, const char* name, at::ScalarType dtype);

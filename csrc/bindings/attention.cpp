@@ -97,16 +97,10 @@ at::Tensor rope_store_kv(const at::Tensor& q, const at::Tensor& k, const at::Ten
     check(p.slots[t] >= -1 && p.slots[t] < places, op, ": slots[", t, "] is ", p.slots[t],
           ", expected -1 or more and less than P*S=", places, " of k_cache");
   }
-  const std::pair<const char*, const at::Tensor*> tensors[] = {
-      {"k_cache", &k_cache}, {"v_cache", &v_cache}, {"k_scale", k_scale ? &*k_scale : nullptr},
-      {"v_scale", v_scale ? &*v_scale : nullptr}, {"q", &q}, {"k", &k}, {"v", &v}, {"cos_sin", &cos_sin}};
-  constexpr size_t kWritten = 4;  // the first of them
-  for (size_t i = 0; i < kWritten; ++i) {
-    for (size_t j = i + 1; j < std::size(tensors); ++j) {
-      if (!tensors[i].second || !tensors[j].second) continue;
-      check_apart(op, tensors[i].first, *tensors[i].second, tensors[j].first, *tensors[j].second);
-    }
-  }
+  check_apart(op,
+              {{"k_cache", &k_cache}, {"v_cache", &v_cache}, {"k_scale", k_scale ? &*k_scale : nullptr},
+               {"v_scale", v_scale ? &*v_scale : nullptr}, {"q", &q}, {"k", &k}, {"v", &v}, {"cos_sin", &cos_sin}},
+              4);
   at::Tensor out = empty(q.sizes(), q.scalar_type());
   p.out = out.mutable_data_ptr();
   cpu::rope_store_kv(p, executor());

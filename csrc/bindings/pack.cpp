@@ -34,7 +34,7 @@ void pack_into(const at::Tensor& weight, const at::Tensor& packed, int64_t row) 
   cpu::PackWeight p{};
   p.packed = packed.mutable_data_ptr();
   p.w = weight.const_data_ptr();
-  check_apart(op, "packed", packed, "weight", weight);
+  check_apart(op, {{"packed", &packed}, {"weight", &weight}}, 1);
   p.experts = experts;
   p.n = n;
   p.k = k;

@@ -31,12 +31,10 @@ const Format& format_of(const char* op, const char* name, const WeightArg& arg) 
 
 void place_values(const char* op, const char* name, const WeightArg& arg, cpu::Weights& w) {
   const at::Tensor& values = arg.planes[0];
-  check_memory(op, name, values);
-  check_aligned(op, name, values);
-  w.data = values.const_data_ptr();
   if (arg.layout == "rows") {
     w.layout = cpu::Layout::rows;
     check_tensor(op, name, values, 3);
+    w.data = values.const_data_ptr();
     check(values.sizes() == at::IntArrayRef({w.experts, w.n, w.k}), op, ": the values of ", name, " have shape ",
           values.sizes(), ", expected (", w.experts, ", ", w.n, ", ", w.k, ")");
     w.expert_stride = values.stride(0);
@@ -44,7 +42,10 @@ void place_values(const char* op, const char* name, const WeightArg& arg, cpu::W
     return;
   }
   check(arg.layout == "panels", op, ": ", name, " has layout '", arg.layout, "', expected rows or panels");
+  check_memory(op, name, values);
+  check_aligned(op, name, values);
   w.layout = cpu::Layout::panels;
+  w.data = values.const_data_ptr();
   const int64_t columns = 4 / size_of(w.type);  // of a run
   check(values.is_contiguous() && w.n % cpu::kPanel == 0 && w.k % 4 == 0 &&
             values.sizes() == at::IntArrayRef({w.experts, w.n / cpu::kPanel, w.k / columns, 4, 16, columns}),
