@@ -88,7 +88,7 @@ def test_generate_with_token_ids_needs_no_tokenizer(capsys: Captured) -> None:
         (["generate", "--model", GOLDEN, "--token-ids", "1024"], ["1024", "0..1023"]),
         (["generate", "--model", GOLDEN, "--token-ids", "5", "--prompt", "a"], ["--prompt", "--token-ids"]),
         (["generate", "--prompt", ""], ["empty"]),
-        (["generate", "--prompt", "a", "--max-tokens", "0"], ["max_tokens=0", "positive"]),
+        (["generate", "--prompt", "a", "--max-tokens", "0"], ["max_tokens=0", "integer"]),
         (["generate", "--prompt", "a", "--max-tokens", "many"], ["--max-tokens", "many", "integer"]),
         (["generate", "--prompt", "a", "--temperature", "-1"], ["-1"]),
         (["generate", "--prompt", "a", "--temperature", "nan"], ["nan"]),
