@@ -61,8 +61,8 @@ sanitize: $(BUILT) ## run the tests of the native kernels with the address and u
 	PYTHONPATH=.:$(SANITIZED) $(BIN)/python -m tests.kernels.native_fuzz --calls 20000 && \
 	$(BIN)/python -m pytest -q -p no:cacheprovider -o "pythonpath=. $(SANITIZED) benchmarks" \
 	  tests/kernels/test_cpu_*.py tests/kernels/test_native.py tests/kernels/test_shortcut.py \
-	  tests/kernels/test_weights.py --ignore tests/kernels/test_cpu_standalone.py \
-	  -k "not (registers or vector_instructions or environment_forces or bits_depend_on_nothing or fuzz)" $(PYTEST_ARGS)
+	  tests/kernels/test_weights.py $(PYTEST_ARGS) \
+	  -k "not (standalone or registers or vector_instructions or environment_forces or bits_depend_on_nothing or fuzz)"
 
 soak: $(BUILT) ## run random traffic of everything at once against each request alone (MINUTES=3 SOAK_ARGS="--seed 7")
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.soak --minutes $(MINUTES) $(SOAK_ARGS)
