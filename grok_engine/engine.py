@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,9 +44,9 @@ Taker = tuple[Request, Answer]  # an answer that takes a token in this step
 
 
 class LLMEngine:
-    """A decoder loaded from `model`, and the requests it serves. `model` is `tiny`, or a folder: one that holds a
-    release's `ckpt-0`, or one that `grok-engine convert` wrote. A `ModelConfig` in its place gets random weights
-    and no tokenizer: to measure speed with.
+    """A decoder loaded from `model`, and the requests it serves. `model` is `tiny`, a folder (a release's, a model of
+    the Hugging Face hub, or what `grok-engine convert` wrote), a GGUF file, or the name of a model in the hub's local
+    cache. A `ModelConfig` in its place gets random weights and no tokenizer: to measure speed with.
 
     `options` are the fields of `EngineConfig`. Nothing runs but inside `step`; nothing is shared between two engines.
     A request's tokens are the same, bit for bit, whatever else runs. `progress` is called while loading, with the bytes
@@ -440,6 +441,8 @@ class LLMEngine:
             self._turn.settle()
             if self.has_unfinished_requests():
                 raise EngineBusyError(f"sleep() with {len(self._requests)} unfinished requests: expected none")
+            # as many pages again, whatever memory is free then
+            self.config = replace(self.config, num_pages=self.runner.num_pages, kv_memory=None)
             self.asleep = True  # first: freeing takes long, and may be interrupted
             self._free()
             logger.info("asleep")

@@ -47,11 +47,12 @@ class StreamChunk:
 class LLM:
     """A model in an engine of its own.
 
-    model: `tiny`, which ships with the package, a folder that holds a release's `ckpt-0`, or one that `grok-engine
-    convert` wrote. dtype: of the computation, bfloat16 or float32. weights: None keeps the checkpoint's format (the
-    release's int8, bit for bit), bf16 or fp32 dequantise while loading, fp8 rounds to e4m3 with one scale per output
-    channel. The other options are those of `EngineConfig`. Loading and generating show a progress bar on a terminal.
-    Errors are those of `LLMEngine`. `with LLM(...) as llm:` closes it at the end.
+    model: `tiny`, which ships with the package, a folder (a release's, a model of the Hugging Face hub, or what
+    `grok-engine convert` wrote), a GGUF file, or the name of a model in the hub's local cache. dtype: of the
+    computation, bfloat16 or float32. weights: None keeps the checkpoint's format (the release's int8, bit for bit),
+    bf16 or fp32 dequantise while loading, int8 and fp8 round, with a scale per output channel. The other options are
+    those of `EngineConfig`. Loading and generating show a progress bar on a terminal. Errors are those of `LLMEngine`.
+    `with LLM(...) as llm:` closes it at the end.
 
     Threads: calls may come from many at once. One of them steps the engine for all, each waits for its own requests,
     and when the one that steps leaves, another takes over. A call from within a step (a logits processor's) raises

@@ -44,6 +44,16 @@ def test_sleep_and_wake_up() -> None:
             call()
 
 
+def test_as_many_pages_after_waking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much memory a device has left then: the scheduler counts on them."""
+    llm = LLM(FOLDER, dtype="float32")
+    before = llm.engine.runner.num_pages
+    llm.sleep()
+    monkeypatch.setattr("grok_engine.runtime.runner.CPU_KV_BYTES", 1)
+    llm.wake_up()
+    assert llm.engine.runner.num_pages == llm.engine.allocator.num_pages == before
+
+
 def test_what_is_dropped_is_freed_at_once() -> None:
     """Without the garbage collector, which may come late: weights are large."""
     llm = LLM(FOLDER, dtype="float32")
