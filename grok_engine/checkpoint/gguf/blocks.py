@@ -17,9 +17,7 @@ from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
-_LOW_HIGH = np.array([0, 4], np.uint8)[
-    :, None
-]  # shifts: the low halves of all bytes of a run come before the high ones
+_LOW_HIGH = np.array([[0], [4]], np.uint8)  # shifts: the low halves of all bytes of a run come before the high ones
 
 
 class Groups(NamedTuple):
