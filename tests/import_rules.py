@@ -54,10 +54,10 @@ ALLOWED: Table = {
         "batch", "config", "models", "runtime.flatten", "runtime.graphs", "runtime.pages", "runtime.plan",
         "grok_kernels",
     ),
-    "grok_engine.sampling": ("config", "tokenizer", "grok_kernels"),
+    "grok_engine.sampling": ("config", "log", "tokenizer", "grok_kernels"),
     "grok_engine.layers": ("batch", "config", "grok_kernels"),
     "grok_engine.models": ("batch", "config", "layers"),
-    "grok_engine.loading": ("checkpoint", "config", "layers", "models", "tokenizer", "grok_kernels"),
+    "grok_engine.loading": ("checkpoint", "config", "layers", "log", "models", "tokenizer", "grok_kernels"),
     # the orchestrator, and the faces over it
     "grok_engine.engine": ("config", "errors", "loading", "log", "runtime", "sampling"),
     "grok_engine.llm": (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,12 +14,13 @@ from grok_engine.checkpoint.base import Checkpoint, TensorInfo, total_bytes
 from grok_engine.checkpoint.packed import PackedCheckpoint
 from grok_engine.config import WeightFormat
 from grok_engine.layers.weight import FusedWeight, NamedTensor
+from grok_engine.log import QuietLogger
 from grok_engine.models.decoder import Decoder
 from grok_kernels.dtypes import FP8_MAX, TINY
 
 from .slots import Slot, keeps_scales, slots
 
-log = logging.getLogger("grok_engine")
+log = QuietLogger("grok_engine")
 
 Progress = Callable[[int, int], None]  # bytes done, and in all
 CHUNK = 4 << 20  # bytes in fp32 that are converted at once

@@ -7,7 +7,6 @@ order does not depend on the number of rows.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,12 +17,13 @@ from torch import Tensor
 
 import grok_kernels
 from grok_engine.config import described
+from grok_engine.log import QuietLogger
 
 from .logprobs import TokenLogprobs, to_device, token_logprobs
 from .rules import Ints
 from .state import SamplingState
 
-logger = logging.getLogger(__name__)
+logger = QuietLogger(__name__)
 
 FEW = 2048  # entries of a logit_bias: for more, adding a row of the whole vocabulary takes less time
 

@@ -7,7 +7,6 @@ advanced byte by byte.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import OrderedDict
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from grok_engine.log import QuietLogger
 from grok_engine.tokenizer.base import Tokenizer
 
 from . import grammar_worker
@@ -30,7 +30,7 @@ from .params import StructuredOutput
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-logger = logging.getLogger(__name__)
+logger = QuietLogger(__name__)
 
 _CACHED = 64  # grammars that passed, at most max_bytes each
 # What the tokens of one sequence may cost its engine's thread: some time at once, and some for each token.

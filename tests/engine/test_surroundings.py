@@ -68,6 +68,19 @@ def test_a_logging_handler_that_fails_costs_nobody(calls_back: bool, failing: Fa
     check_scheduler(engine.scheduler)
 
 
+def test_a_logging_handler_that_fails_beside_a_processor_that_does(failing: Failing) -> None:
+    """The sampler logs the processor's traceback, in the middle of a step."""
+
+    def fails(output: list[int], logits_V: torch.Tensor) -> torch.Tensor:
+        raise ArithmeticError("its own")
+
+    engine = LLMEngine(FOLDER, dtype="float32")
+    engine.add_request("bad", [5, 6, 7], greedy(logits_processors=[fails]))
+    engine.add_request("good", [5, 6, 7], greedy())
+    ends = {o.request_id: o.outputs[0].finish_reason for _ in range(4) for o in engine.step() if o.finished}
+    assert ends == {"bad": "error", "good": "length"}
+
+
 def test_an_engine_that_was_loaded_in_inference_mode() -> None:
     """n = 3 copies pages, which are inference tensors then."""
     expected = LLM(FOLDER, dtype="float32").generate([5, 6, 7], SamplingParams(n=3, seed=1))[0]
