@@ -47,7 +47,7 @@ def test_an_answer(number: int, llm: LLM) -> None:
     assert llm.tokenizer.encode(chat["prompt"], special=True) == chat["ids"]
     wanted = np.load(ROOT / "tests/data/smollm2/smollm2.npz")[f"c{number}_last_logits"]
     logits = llm.logits(chat["ids"])[-1].numpy()
-    assert np.abs(logits - wanted).max() <= 1e-5 * np.abs(wanted).max()
+    assert np.abs(logits - wanted).max() <= 1e-4  # of 29
     assert np.linalg.norm(logits - wanted) <= 5e-6 * np.linalg.norm(wanted)
     (output,) = llm.generate(chat["ids"], SamplingParams(max_tokens=20, temperature=0))
     assert list(output.outputs[0].token_ids) == chat["greedy"]

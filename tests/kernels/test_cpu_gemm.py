@@ -66,6 +66,13 @@ def test_products(e: int, n: int, k: int, dtype: torch.dtype, groups: int, x_dty
     assert all(torch.equal(other, plain) for other in packed)
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_rounding_errors_grow_with_blocks_and_not_with_columns(dtype: torch.dtype) -> None:
+    """In fp32, one chain of additions over these columns is wrong by 1.5e-6."""
+    x, weight = randn(4, 8192, seed=1), randn(1, 64, 8192, seed=2).to(dtype)
+    assert_near(product(x, weight, None), x.double() @ weight[0].double().T, 5e-7)
+
+
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 251, 252, 253, 259, 510])
 @pytest.mark.parametrize("x_dtype", [BF16, INT8], ids=str)
 def test_every_height_of_tiles_and_blocks(m: int, x_dtype: torch.dtype) -> None:

@@ -45,6 +45,7 @@ inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 inline Vec zero() { return Vec{}; }
 inline Vec splat(float x) { return Vec{x, x, x, x}; }
+inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec add_product(Vec sum, Vec a, Vec b) { return sum + a * b; }
 #include "cpu/gemm/block_f32.inl"
 #undef GROK_F32
@@ -59,6 +60,7 @@ GROK_AVX2 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 GROK_AVX2 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 GROK_AVX2 inline Vec zero() { return _mm256_setzero_ps(); }
 GROK_AVX2 inline Vec splat(float x) { return _mm256_set1_ps(x); }
+GROK_AVX2 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 GROK_AVX2 inline Vec add_product(Vec sum, Vec a, Vec b) { return _mm256_fmadd_ps(a, b, sum); }
 #include "cpu/gemm/block_f32.inl"
 #undef GROK_F32
@@ -72,6 +74,7 @@ GROK_AVX512 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 GROK_AVX512 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 GROK_AVX512 inline Vec zero() { return _mm512_setzero_ps(); }
 GROK_AVX512 inline Vec splat(float x) { return _mm512_set1_ps(x); }
+GROK_AVX512 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 GROK_AVX512 inline Vec add_product(Vec sum, Vec a, Vec b) { return _mm512_fmadd_ps(a, b, sum); }
 #include "cpu/gemm/block_f32.inl"
 #undef GROK_F32

@@ -1,5 +1,5 @@
 // Included once for each instruction set, which defines: the target GROK_F32, the register type Vec of kWidth floats,
-// how many registers of outputs a step uses (kColumns), and load, store, zero, splat and add_product.
+// how many registers of outputs a step uses (kColumns), and load, store, zero, splat, add and add_product.
 
 GROK_F32 inline void convert(const uint8_t* w, DType type, int64_t column, int64_t columns, float* out) {
   for (int64_t k = column; k < column + columns; ++k, out += kPanel) {
@@ -15,6 +15,8 @@ GROK_F32 inline void convert(const uint8_t* w, DType type, int64_t column, int64
   }
 }
 
+// A block's sums begin at zero, and are then added to those of the blocks before: in one chain over all of K, rounding
+// errors would be twice as large.
 template <int kRows>
 GROK_F32 void tile(const float* x, const float* w, int64_t columns, float* c, bool first) {
   for (int64_t from = 0; from < kPanel; from += kColumns * kWidth) {
@@ -22,7 +24,7 @@ GROK_F32 void tile(const float* x, const float* w, int64_t columns, float* c, bo
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int j = 0; j < kColumns; ++j) sum[r][j] = first ? zero() : load(c + r * kPanel + from + j * kWidth);
+      for (int j = 0; j < kColumns; ++j) sum[r][j] = zero();
     }
     for (int64_t k = 0; k < columns; ++k) {
       Vec v[kColumns];
@@ -38,7 +40,10 @@ GROK_F32 void tile(const float* x, const float* w, int64_t columns, float* c, bo
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int j = 0; j < kColumns; ++j) store(c + r * kPanel + from + j * kWidth, sum[r][j]);
+      for (int j = 0; j < kColumns; ++j) {
+        float* to = c + r * kPanel + from + j * kWidth;
+        store(to, first ? sum[r][j] : add(load(to), sum[r][j]));
+      }
     }
   }
 }
