@@ -32,8 +32,9 @@ setup: $(BUILT) ## create .venv, install the project there for development, buil
 demo: $(BUILT) ## generate text with the small model that ships with the project
 	$(BIN)/grok-engine generate --model tiny --prompt "$(PROMPT)" --max-tokens 120 --stats
 
+# Several processes, each with whole files: their fixtures load models.
 test: $(BUILT) $(OTHER_TRITON) ## run the tests (PYTEST_ARGS="-k name" to choose)
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 more: sanitize soak $(SMOLLM2) ## run what is too slow for `make test`
 	GROK_TEST_MORE=1 $(BIN)/python -m pytest -q tests/e2e/test_smollm2.py \
