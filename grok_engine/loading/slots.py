@@ -105,7 +105,7 @@ def _held_as(
     formats = {info.format for info in infos}
     stored = infos[0].format if len(formats) == 1 else "fp32"  # which holds what either has
     groups = 1
-    if stored == "int8":
+    if stored in SCALED:
         groups = math.lcm(*(-(-module.k // info.block[1]) for info in infos if info.block))
     kept = all(keeps_scales(info, stored, groups) for info in infos)
     wanted = FORMATS[weights] if weights else stored if kept or stored not in SCALED else "fp32"

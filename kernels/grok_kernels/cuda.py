@@ -158,6 +158,8 @@ def _supports_product(name: str, weight: Weight) -> str | None:
     if n < 8 or n % 8:
         return f"N={n} of {name}, the cuda backend takes multiples of 8"
     groups = weight.planes[1].shape[1]
+    if groups > 1 and weight.format == "fp8_e4m3":
+        return f"{name} is fp8_e4m3 with {groups} groups of scales, the cuda backend takes one"
     if groups > 1 and k % (groups * GROUP):
         return (
             f"{name} has {groups} groups of K={k}, the cuda backend takes one or those of a multiple of {GROUP} columns"

@@ -29,13 +29,12 @@ class Format:
     # The tensors of a weight, in their order. scales is (E, groups, N) fp32: w[e, n, k] = values[e, n, k] ·
     # scales[e, g, n].
     planes: tuple[str, ...] = ("values",)
-    grouped: bool = False  # whether there may be several groups of scales, each of K / groups columns
 
 
 FORMATS: dict[str, Format] = {
     "fp32": Format(dtype=DTYPES["fp32"]),
     "bf16": Format(dtype=DTYPES["bf16"]),
-    "int8": Format(dtype=DTYPES["int8"], planes=("values", "scales"), grouped=True),
+    "int8": Format(dtype=DTYPES["int8"], planes=("values", "scales")),
     "fp8_e4m3": Format(dtype=DTYPES["fp8_e4m3"], planes=("values", "scales")),
 }
 _FORMAT_OF = {format.dtype: name for name, format in FORMATS.items()}
@@ -59,7 +58,7 @@ class Weight:
 
         values (E, N, K) int8, e4m3, bf16 or fp32, the last dimension contiguous; with layout "panels" as
         `Weight.with_layout` or `pack_into` gave them. scales (E, groups, N) fp32, for int8 and e4m3 only: groups
-        divides K, and is 1 for e4m3. ValueError for what does not fit.
+        divides K. ValueError for what does not fit.
         """
         c = Checker("Weight")
         c.one_of("layout", layout, ("rows", "panels"))
@@ -84,8 +83,6 @@ class Weight:
         groups = c.size("groups")
         if groups < 1 or c.size("K") % groups:
             c.fail(f"scales has {groups} groups, expected a divisor of K={c.size('K')}")
-        if groups != 1 and not FORMATS[name].grouped:
-            c.fail(f"scales has {groups} groups, expected 1 for values of {dtype}")
         return Weight(name, layout, shape, (values, scales))
 
     @property

@@ -16,7 +16,7 @@ from tests.kernels.cases import ints, randint8, randn
 STATUS = grok_kernels.backends()["grouped_gemm"]["cpu"]
 pytestmark = [pytest.mark.skipif(not STATUS.available, reason=STATUS.reason), pytest.mark.usefixtures("isa")]
 FP8, BF16, INT8, FP32 = torch.float8_e4m3fn, torch.bfloat16, torch.int8, torch.float32
-WEIGHTS = [(INT8, 1), (INT8, 4), (FP8, 1), (BF16, 1), (FP32, 1)]
+WEIGHTS = [(INT8, 1), (INT8, 4), (FP8, 1), (FP8, 4), (BF16, 1), (FP32, 1)]
 
 
 def matrices(e: int, n: int, k: int, dtype: torch.dtype, groups: int, seed: int = 1) -> tuple[Tensor, Tensor | None]:

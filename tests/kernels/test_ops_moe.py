@@ -180,7 +180,9 @@ def dequantized(weight: Weight) -> oracle.Array:
 
 @pytest.mark.parametrize("x_dtype", [*FLOATS, torch.int8, FP8], ids=str)
 @pytest.mark.parametrize(
-    ("dtype", "groups"), [(torch.float32, 1), (torch.bfloat16, 1), (FP8, 1), (torch.int8, 1), (torch.int8, 4)], ids=str
+    ("dtype", "groups"),
+    [(torch.float32, 1), (torch.bfloat16, 1), (FP8, 1), (FP8, 4), (torch.int8, 1), (torch.int8, 4)],
+    ids=str,
 )
 @pytest.mark.parametrize("out_dtype", [None, *FLOATS], ids=str)
 def test_grouped_gemm(x_dtype: torch.dtype, dtype: torch.dtype, groups: int, out_dtype: torch.dtype | None) -> None:
@@ -226,7 +228,6 @@ def test_one_scale_a_row_and_one_for_each_group_of_it() -> None:
 @pytest.mark.parametrize("groups", [1, 2, 8])
 def test_weights_dequantise_to_the_exact_product(dtype: torch.dtype, groups: int) -> None:
     """Rows of the unit matrix pick single weights, so that nothing but the product of value and scale is rounded."""
-    groups = groups if dtype == torch.int8 else 1
     weight = matrices(2, 5, 16, dtype, groups)
     got = grok_kernels.grouped_gemm(torch.eye(16).repeat(2, 1), weight, ints(0, 16, 32))
     exact = dequantized(weight).astype(np.float32)
@@ -267,7 +268,7 @@ def exact_layer(c: dict[str, Any], activation: str = "gelu_tanh", act_format: st
 @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "silu"])
 @pytest.mark.parametrize(
     ("weight_dtype", "groups"),
-    [(torch.float32, 1), (torch.bfloat16, 1), (FP8, 1), (torch.int8, 1), (torch.int8, 4)],
+    [(torch.float32, 1), (torch.bfloat16, 1), (FP8, 2), (torch.int8, 1), (torch.int8, 4)],
     ids=str,
 )
 def test_moe(weight_dtype: torch.dtype, groups: int, activation: str, dtype: torch.dtype) -> None:

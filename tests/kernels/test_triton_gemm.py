@@ -65,6 +65,8 @@ def exact(c: dict[str, Any]) -> oracle.Array:
 
 PAIRS = [
     (FP8, FP8, 1),
+    (FP8, FP8, 2),
+    (torch.bfloat16, FP8, 2),
     (torch.bfloat16, torch.int8, 2),
     (torch.bfloat16, torch.bfloat16, 1),
     (torch.int8, torch.int8, 2),

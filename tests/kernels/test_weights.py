@@ -221,7 +221,7 @@ PACKED = layouts.pack(randint8(1, 64, 8))
         ((randn(1, 4, 8).to(FP8),), r"scales is None, expected \(E, groups, N\) for values of float8_e4m3fn"),
         ((randint8(1, 4, 8), torch.ones(1, 0, 4)), "scales has 0 groups, expected a divisor of K=8"),
         ((randint8(1, 4, 8), torch.ones(1, 3, 4)), "scales has 3 groups, expected a divisor of K=8"),
-        ((randn(1, 4, 8).to(FP8), torch.ones(1, 2, 4)), "scales has 2 groups, expected 1 for values of float8_e4m3fn"),
+        ((randn(1, 4, 8).to(FP8), torch.ones(1, 3, 4)), "scales has 3 groups, expected a divisor of K=8"),
         ((randint8(1, 4, 8), torch.ones(1, 1, 5)), r"scales has shape \(1, 1, 5\), .* with N=4 from values"),
         ((randint8(2, 4, 8), torch.ones(1, 1, 4)), r"scales has shape \(1, 1, 4\), .* with E=2 from values"),
         ((randint8(1, 4, 8), torch.ones(1, 4)), r"scales has shape \(1, 4\), expected 3 dimensions"),

@@ -112,6 +112,7 @@ def test_a_hopper_is_served_after_one_compilation(compiled: list[dict[str, Any]]
         (lambda: gemm(format="int8"), "x has dtype float8_e4m3fn for weights of int8, the cuda backend takes bfloat16"),
         (lambda: gemm(format="bf16"), "a weight has format bf16, the cuda backend takes int8, fp8_e4m3"),
         (lambda: gemm(x=torch.bfloat16, format="int8", groups=32), "weight has 32 groups of K=6144, the cuda backend"),
+        (lambda: gemm(groups=48), "weight is fp8_e4m3 with 48 groups of scales, the cuda backend takes one"),
         (lambda: gemm(layout="panels"), "a weight has layout panels, the cuda backend takes rows"),
         (lambda: gemm(contiguous=False), "weight has strides (7, 7, 7), the cuda backend takes contiguous weights"),
         (lambda: gemm(65, 8, 16), "weight has 65 experts, the cuda backend takes 64 at most"),
