@@ -33,7 +33,7 @@ ALLOWED: Table = {
     "grok_engine.log": (),
     "grok_engine.progress": (),
     "grok_engine.models.families": ("config",),
-    "grok_engine.checkpoint": ("config", "models.families", "grok_kernels"),
+    "grok_engine.checkpoint": ("config", "log", "models.families", "grok_kernels"),
     "grok_engine.runtime": (),
     "grok_engine.runtime.allocator": (),
     "grok_engine.runtime.plan": (),

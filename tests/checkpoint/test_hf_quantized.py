@@ -186,13 +186,14 @@ def test_a_quantised_router_and_head_are_dequantised(mixtral: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "quantisation 'gptq' is not served: expected fp8"),
-        ({"quant_method": "awq"}, "quantisation 'awq' is not served"),
+        ({"quant_method": "hqq"}, "quantisation 'hqq' is not served: expected fp8, .* gptq or awq"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quantisation 'bitsandbytes' is not served"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt='e5m2' is not served"),
         ({"quant_method": "fp8", "weight_block_size": [16]}, r"weight_block_size=\[16\]: expected positive integers"),
-        (compressed(num_bits=4), "weights of 4 bits"),
-        (compressed(symmetric=False), "symmetric=False"),
+        (compressed(num_bits=4, type="float"), "weights of 4 bits, type='float'"),
+        (compressed(num_bits=16), "weights of 16 bits"),
+        (compressed(symmetric=False, type="float"), "type='float', symmetric=False"),
+        (compressed(symmetric=False), "missing .*q_proj.weight_zero_point: the quantisation is not symmetric"),
         (compressed(strategy="tensor_group"), "strategy='tensor_group'"),
         ({**compressed(), "transform_config": {"config_groups": {}, "x": 1}}, "transform_config"),
         ({"quant_method": "compressed-tensors"}, "expected at least one group"),

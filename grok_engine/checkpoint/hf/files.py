@@ -79,6 +79,8 @@ def open_files(folder: Path) -> Files:
             files.add(folder / match[0], None if match[1] == "common" else int(match[1]))
     elif CONSOLIDATED in names:
         files.add(folder / CONSOLIDATED)
+    elif len(names) == 1 and not names[0].startswith("adapter"):  # as old tools named a quantised model
+        files.add(folder / names[0])
     else:
         files.problems.append(_nothing(folder, names))
     return files

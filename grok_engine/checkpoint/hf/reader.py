@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grok_engine.checkpoint.base import CheckpointError, TensorInfo, take
+from grok_engine.checkpoint.base import CheckpointError, TensorInfo
 from grok_engine.checkpoint.shapes import tensor_shapes
 from grok_engine.config import ModelConfig
+from grok_engine.log import QuietLogger
 from grok_engine.models.families import family_of
 
 from .files import open_files
-from .quantization import schemes_of
-from .resolver import Matrix, Resolver, best_spelling
+from .quantization import quantization_of
+from .resolver import AnyMatrix, Resolver, best_spelling
 
+log = QuietLogger("grok_engine")
 SHOWN = 40  # problems in a message; all of them are in `CheckpointError.problems`
 
 
@@ -34,23 +36,28 @@ class HfCheckpoint:
         family = family_of(values)
         assert family is not None
         files = open_files(folder)
-        quantization = values.get("quantization_config", values.get("compression_config"))  # as old tools wrote it
-        schemes = schemes_of(quantization, files.problems)
+        quantization = quantization_of(values, folder, files.problems)
         shapes = tensor_shapes(config)
         names = best_spelling(family.spellings, shapes, files)
-        self._matrices = Resolver(config, files, names, schemes).resolve(shapes)
+        self._matrices = Resolver(config, files, names, quantization).resolve(shapes)
         if files.problems:
             _fail(folder, config, files.problems)
+        if quantization.ignored:
+            log.warning(
+                "%s of %s ignored: `activations` and `kv_dtype` choose whether and how those are rounded",
+                " and ".join(quantization.ignored), folder / "config.json",
+            )  # fmt: skip
         self.tensors = {name: _info(name, shapes[name], found) for name, found in self._matrices.items()}
 
     def read(self, name: str, *, expert: int | None = None, rows: slice | None = None) -> tuple[Tensor, ...]:
-        """As `Checkpoint.read`. A tensor of all experts is a copy, and so is what was fp16 or lay in pieces."""
+        """As `Checkpoint.read`. A tensor of all experts is a copy, and so is what was fp16, packed or in pieces."""
         if name not in self.tensors:
             raise CheckpointError(f"{self.source}: expected the name of a tensor, found {name!r}")
         found, info = self._matrices[name], self.tensors[name]
-        planes = [take(info, m.planes(), None, rows) for m in (found if expert is None else [found[expert]])]
-        if info.format == "fp32":  # also where experts are stored in several float formats
-            planes = [(values.float(),) for (values,) in planes]
+        planes = [
+            matrix.read(rows, dequantised=info.format == "fp32")
+            for matrix in (found if expert is None else [found[expert]])
+        ]
         if len(info.shape) == 3 and expert is None:
             return tuple(torch.stack(plane) for plane in zip(*planes, strict=True))
         (whole,) = planes
@@ -63,17 +70,15 @@ def _fail(folder: Path, config: ModelConfig, problems: list[str]) -> None:
     raise CheckpointError("\n  ".join([head, *problems[:SHOWN], *more]), tuple(problems))
 
 
-def _info(name: str, shape: tuple[int, ...], matrices: tuple[Matrix, ...]) -> TensorInfo:
-    first = matrices[0]
-    formats = {matrix.format for matrix in matrices}
-    nbytes = sum(matrix.nbytes // matrix.parts for matrix in matrices)
-    if first.expert is not None:  # each counted the whole stack
-        nbytes //= len(matrices)
+def _info(name: str, shape: tuple[int, ...], matrices: tuple[AnyMatrix, ...]) -> TensorInfo:
+    """Where experts differ in format or scales, all are dequantised."""
+    alike = len({(matrix.format, matrix.block) for matrix in matrices}) == 1
+    stored = {matrix.stored if alike else matrix.stored or matrix.format for matrix in matrices} - {""}
     return TensorInfo(
         name=name,
         shape=shape,
-        format=first.format if len(formats) == 1 else "fp32",
-        block=first.block,
-        nbytes=nbytes,
-        stored="fp16" if any(matrix.pieces[0].tensor.code == "F16" for matrix in matrices) else "",
+        format=matrices[0].format if alike else "fp32",
+        block=matrices[0].block if alike else None,
+        nbytes=sum(matrix.nbytes for matrix in matrices),
+        stored=", ".join(sorted(stored)),
     )

@@ -4,59 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from grok_engine.config import ModelConfig
 from grok_engine.models.families.base import Interleaved, Names, Stacked
 
 from .files import Files, Place, some
-from .quantization import IGNORED, Scheme
+from .integers import SCALES, VALUES, PackedMatrix, find_packed
+from .matrix import FORMATS, Matrix
+from .quantization import Quantization, Scheme
 
-# fp16 is read as fp32, which holds it exactly; bf16 would lose three bits of its mantissa.
-FORMATS = {"F32": "fp32", "BF16": "bf16", "F16": "fp32", "F8_E4M3": "fp8_e4m3", "I8": "int8"}
-SCALES = ("F32", "BF16", "F16")
+AnyMatrix = Matrix | PackedMatrix
+SUFFIXES = ("weight", *dict.fromkeys(VALUES.values()))
+# Of activations, keys and values.
+IGNORED = (
+    ".input_scale", ".input_scale_ub", ".activation_scale", ".output_scale", ".q_scale", ".k_scale", ".v_scale",
+    ".input_zero_point", ".output_zero_point", ".k_zero_point", ".v_zero_point",
+)  # fmt: skip
 BUFFERS = (".rotary_emb.inv_freq",)  # of old files; computed from the configuration
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """One expert's matrix, or a tensor without experts. part, parts: which of how many equal ranges of its rows."""
-
-    pieces: tuple[Place, ...]  # in the order of ranks, along `axis`
-    axis: int
-    scale: Place | None
-    block: tuple[int, int] | None
-    expert: int | None = None  # of a stack
-    part: int = 0
-    parts: int = 1
-    head_dim: int = 0  # where the rows of each head are interleaved
-
-    @property
-    def format(self) -> str:
-        return FORMATS[self.pieces[0].tensor.code]
-
-    @property
-    def nbytes(self) -> int:
-        places = self.pieces if self.scale is None else (*self.pieces, self.scale)
-        return sum(place.tensor.nbytes for place in places)
-
-    def planes(self) -> tuple[Tensor, ...]:
-        """Values, and scales (⌈N/rows⌉, ⌈K/columns⌉) where there are any; views unless pieces are joined."""
-        pieces = [place.file.read(place.tensor.name) for place in self.pieces]
-        values = pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.axis)
-        if self.expert is not None:
-            values = values[self.expert]
-        values = values.chunk(self.parts)[self.part]
-        if self.head_dim:
-            values = values.unflatten(0, (-1, self.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-        if self.scale is None or self.block is None:
-            return (values,)
-        (n, k), (rows, columns) = values.shape, self.block
-        scales = self.scale.file.read(self.scale.tensor.name).float()
-        return values, scales.reshape(-(-n // rows), -(-k // columns))
 
 
 def _template(name: str) -> tuple[str, int]:
@@ -74,7 +41,8 @@ def best_spelling(spellings: Iterable[Names], shapes: Iterable[str], files: File
             template, layer = _template(name)
             if (stored := names.get(template)) is not None:
                 text = stored if isinstance(stored, str) else stored.name
-                found += text.format(i=layer, e=0) in files.places
+                stem = text.format(i=layer, e=0).removesuffix("weight")
+                found += any(stem + suffix in files.places for suffix in ("", *SUFFIXES))
         return found
 
     return max(spellings, key=hits)
@@ -83,23 +51,19 @@ def best_spelling(spellings: Iterable[Names], shapes: Iterable[str], files: File
 class Resolver:
     """Finds the tensors of a model among those of its files. What is wrong is added to the files' problems."""
 
-    def __init__(self, config: ModelConfig, files: Files, names: Names, schemes: tuple[Scheme, ...]) -> None:
-        self.config, self.files, self.names, self.schemes = config, files, names, schemes
+    def __init__(self, config: ModelConfig, files: Files, names: Names, quantization: Quantization) -> None:
+        self.config, self.files, self.names, self.quantization = config, files, names, quantization
         self.problems = files.problems
         self.missing: list[str] = []
         self.used: set[str] = set()
         ranks = {place.rank for places in files.places.values() for place in places if place.rank is not None}
         self.ranks = max(ranks, default=-1) + 1
 
-    def resolve(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Matrix, ...]]:
+    def resolve(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[AnyMatrix, ...]]:
         if not self.files.places:
             return {}
         found = {name: tuple(self._matrices(name, shape)) for name, shape in shapes.items()}
         self._tied(found)
-        for name, matrices in found.items():
-            kinds = {(matrix.format if matrix.block else "", matrix.block) for matrix in matrices}
-            if len(kinds) > 1:
-                self.problems.append(f"the experts of {name} differ in format or scales: {sorted(map(str, kinds))}")
         self._experts()
         if self.missing:
             self.problems.append(f"missing {len(self.missing)} tensor(s): {some(self.missing)}")
@@ -108,9 +72,14 @@ class Resolver:
         return found
 
     def _ignored(self, name: str) -> bool:
-        return name.endswith(BUFFERS) or (bool(self.schemes) and name.endswith(IGNORED))
+        """Whether a tensor without a place changes nothing: zeros are what AutoGPTQ writes where there is no bias."""
+        if name.endswith(BUFFERS) or (self.quantization and name.endswith(IGNORED)):
+            return True
+        if not name.endswith(".bias") or name.removesuffix("bias") + "qweight" not in self.used:
+            return False
+        return not any(place.file.read(name).float().any() for place in self.files.places[name])
 
-    def _matrices(self, name: str, shape: tuple[int, ...]) -> Iterator[Matrix]:
+    def _matrices(self, name: str, shape: tuple[int, ...]) -> Iterator[AnyMatrix]:
         template, layer = _template(name)
         stored, axis = self.names[template], int(name.endswith((".down", ".o")))
         text = stored if isinstance(stored, str) else stored.name
@@ -118,23 +87,30 @@ class Resolver:
         if len(shape) == 3 and "{e}" not in text:
             whole = (shape[0], parts * shape[1], shape[2])
             for matrix in self._matrix(text.format(i=layer), whole, axis):
-                for e in range(shape[0]):
-                    yield Matrix(matrix.pieces, axis, None, None, e, part, parts)
+                if isinstance(matrix, Matrix):
+                    for e in range(shape[0]):
+                        yield Matrix(matrix.pieces, axis, expert=e, experts=shape[0], part=part, parts=parts)
             return
         for e in range(shape[0] if len(shape) == 3 else 1):
             for matrix in self._matrix(text.format(i=layer, e=e), shape[-2:], axis):
                 if not isinstance(stored, Interleaved):
                     yield matrix
-                elif matrix.scale is None:
+                elif isinstance(matrix, Matrix) and matrix.scale is None:
                     yield replace(matrix, head_dim=self.config.head_dim)
                 else:
                     self.problems.append(f"{text.format(i=layer)} is quantised: expected floats in Mistral's own files")
 
-    def _matrix(self, name: str, shape: tuple[int, ...], axis: int) -> Iterator[Matrix]:
+    def _matrix(self, name: str, shape: tuple[int, ...], axis: int) -> Iterator[AnyMatrix]:
         if name == self.names["embed"] and name not in self.files.places and self.config.tie_embeddings:
             name = str(self.names["lm_head"])  # the same matrix, under its other name
         if name not in self.files.places:
-            self.missing.append(name)
+            stem = name.removesuffix("weight")
+            packed, used = find_packed(stem, shape, self.quantization.packings, self.files, self.problems)
+            self.used |= used
+            if packed is not None:
+                yield packed
+            elif not used:
+                self.missing.append(name)
             return
         self.used.add(name)
         pieces = tuple(self.files.places[name])
@@ -147,12 +123,10 @@ class Resolver:
         if len(codes) > 1 or not codes <= FORMATS.keys():
             self.problems.append(f"{name} is {' and '.join(sorted(codes))}, expected one of {', '.join(FORMATS)}")
             return
-        scale, block = None, None
-        if (code := pieces[0].tensor.code) in ("F8_E4M3", "I8"):
-            if (found := self._scales(name, code, shape)) is None:
-                return
-            scale, block = found
-        yield Matrix(pieces, axis, scale, block)
+        if (code := pieces[0].tensor.code) not in ("F8_E4M3", "I8"):
+            yield Matrix(pieces, axis)
+        elif (found := self._scales(name, code, shape)) is not None:
+            yield Matrix(pieces, axis, *found)
 
     def _joined(self, name: str, pieces: tuple[Place, ...], axis: int) -> tuple[int, ...] | None:
         """The shape of the pieces of all ranks side by side, or of the one tensor."""
@@ -166,45 +140,61 @@ class Resolver:
         n, k = shapes[0]
         return (n, k * self.ranks) if axis else (n * self.ranks, k)
 
-    def _scales(self, name: str, code: str, shape: tuple[int, ...]) -> tuple[Place, tuple[int, int]] | None:
+    def _scales(
+        self, name: str, code: str, shape: tuple[int, ...]
+    ) -> tuple[Place, tuple[int, int], Place | None] | None:
+        """Where the scales of a matrix lie, its block, and where its zero points lie if it has some."""
         if len(shape) != 2:
             self.problems.append(f"{name} is {code} of shape {shape}, expected a matrix")
             return None
-        own = [scheme for scheme in self.schemes if scheme.code == code]
+        own, stem = [s for s in self.quantization.schemes if s.code == code], name.removesuffix("weight")
         for scheme in own:
-            places = self.files.places.get(stem := name.removesuffix("weight") + scheme.scale)
+            places = self.files.places.get(stem + scheme.scale)
             if places is None or len(places) > 1 or places[0].tensor.code not in SCALES:
                 continue
-            self.used.add(stem)
-            self._zero_points(name.removesuffix("weight") + "weight_zero_point")
             if (block := scheme.block_of(shape, places[0].tensor.shape)) is not None:
-                return places[0], block
+                self.used.add(stem + scheme.scale)
+                return places[0], block, self._zero_points(stem + "weight_zero_point", scheme, places[0])
+        for kind in ("weight_scale", "weight_scale_inv", "weight_zero_point"):  # said already
+            self.used.update({stem + kind} & self.files.places.keys())
         expected = " or ".join(f"{scheme.scale} in blocks of {scheme.block}" for scheme in own)
         self.problems.append(f"{name} is {code} {shape}: expected {expected or 'bf16, fp16 or fp32 (no quantisation)'}")
         return None
 
-    def _zero_points(self, name: str) -> None:
+    def _zero_points(self, name: str, scheme: Scheme, scale: Place) -> Place | None:
         """Old tools write zeros, though the scheme is symmetric."""
-        for place in self.files.places.get(name, ()):
-            self.used.add(name)
+        (place,) = self.files.places.get(name, [None])[:1]
+        if place is None:
+            if not scheme.symmetric:
+                self.problems.append(f"missing {name}: the quantisation is not symmetric")
+            return None
+        self.used.add(name)
+        if scheme.symmetric:
             if place.file.read(name).float().any():
                 self.problems.append(f"{name} is not zero, though the quantisation is symmetric")
+            return None
+        if place.tensor.code != "I8" or place.tensor.shape != scale.tensor.shape:
+            found = f"{place.tensor.code} {place.tensor.shape}"
+            self.problems.append(f"{name} is {found}: expected I8 {scale.tensor.shape}, as its scales")
+        return place
 
-    def _tied(self, found: Mapping[str, tuple[Matrix, ...]]) -> None:
+    def _tied(self, found: Mapping[str, tuple[AnyMatrix, ...]]) -> None:
         """A tied model may carry its matrix twice."""
         head = str(self.names["lm_head"])
         if not self.config.tie_embeddings or head not in self.files.places or head in self.used:
             return
         self.used.add(head)
         (place,) = self.files.places[head]
-        if found["embed"] and not self.problems and not _equal(found["embed"][0].pieces[0], place):
+        embed = found["embed"][0] if found["embed"] else None
+        if embed and not self.problems and not (isinstance(embed, Matrix) and _equal(embed.pieces[0], place)):
             self.problems.append(f"{head} differs from {self.names['embed']}, though tie_word_embeddings is true")
 
     def _experts(self) -> None:
         """The number of experts in the files, where it is not the configuration's."""
         text = self.names.get("layers.{i}.moe.gate")
         if isinstance(text, str) and "{e}" in text and self.config.num_experts:
-            pattern = re.escape(text).replace(r"\{i\}", r"\d+").replace(r"\{e\}", r"(\d+)")
+            pattern = re.escape(text.removesuffix("weight")).replace(r"\{i\}", r"\d+").replace(r"\{e\}", r"(\d+)")
+            pattern += f"({'|'.join(SUFFIXES)})"
             ids = {int(m[1]) for name in self.files.places if (m := re.fullmatch(pattern, name))}
             if ids and ids != set(range(self.config.num_experts)):
                 self.problems.append(
