@@ -27,7 +27,11 @@ def compressed(**weights: Any) -> dict[str, Any]:
 # How a checkpoint is quantised: its config, dtype, block (0 is all), and the name of the scales
 KINDS: dict[str, tuple[dict[str, Any], torch.dtype, tuple[int, int], str]] = {
     "autofp8": ({"quant_method": "fp8", "activation_scheme": "static"}, torch.float8_e4m3fn, (0, 0), "weight_scale"),
+    "fp8-named-as-blocks": ({"quant_method": "fp8"}, torch.float8_e4m3fn, (0, 0), "weight_scale_inv"),
     "fp8-blocks": (
+        {"quant_method": "fp8", "weight_block_size": [12, 16]}, torch.float8_e4m3fn, (12, 16), "weight_scale_inv",
+    ),
+    "fp8-partial-blocks": (
         {"quant_method": "fp8", "weight_block_size": [16, 24]}, torch.float8_e4m3fn, (16, 24), "weight_scale_inv",
     ),
     "fbgemm": ({"quant_method": "fbgemm_fp8"}, torch.float8_e4m3fn, (1, 0), "weight_scale"),
@@ -83,17 +87,18 @@ def write(kind: str, source: Path, root: Path) -> tuple[Path, Path]:
 def test_a_quantised_folder_is_what_its_scales_say(
     kind: str, mixtral: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By default values stay as they are where kernels take the scales; in blocks they become fp32, and we are told."""
+    """By default values stay as they are where kernels take the scales; where the last block of columns has fewer they
+    become fp32, and we are told."""
     quantised, meant = write(kind, mixtral, tmp_path)
     theirs, _ = judge(meant, greedy=0)
     with caplog.at_level(logging.WARNING, "grok_engine"):
         llm = LLM(quantised, dtype="float32")
     assert error(llm.logits(TOKENS), theirs) <= 2e-5
     dtypes = {m.weight.dtype for layer in llm.model.layers for m in layer.modules() if isinstance(m, FusedWeight)}
-    assert dtypes == {torch.float32 if kind == "fp8-blocks" else KINDS[kind][1]}
-    assert ("fp8_e4m3 are held in fp32" in caplog.text) == (kind == "fp8-blocks")
+    assert dtypes == {torch.float32 if kind == "fp8-partial-blocks" else KINDS[kind][1]}
+    assert ("fp8_e4m3 are held in fp32" in caplog.text) == (kind == "fp8-partial-blocks")
     stored = tensors_of(quantised)
-    if kind != "fp8-blocks":
+    if kind != "fp8-partial-blocks":
         w2 = llm.model.layers[1].feed_forward.w2.matrices()
         assert torch.equal(
             w2[2].view(torch.int8), stored["model.layers.1.block_sparse_moe.experts.2.w2.weight"].view(torch.int8)
@@ -129,7 +134,7 @@ def test_a_float_folder_is_rounded_while_it_is_loaded(weights: Any, mixtral: Pat
 
 
 @pytest.mark.parametrize("weights", ["int8", "fp8", "bf16", "fp32"])
-@pytest.mark.parametrize("kind", ["fp8-blocks", "ct-int8-group", "autofp8"])
+@pytest.mark.parametrize("kind", ["fp8-blocks", "fp8-partial-blocks", "ct-int8-group", "autofp8"])
 def test_a_quantised_folder_may_become_another_format(kind: str, weights: Any, mixtral: Path, tmp_path: Path) -> None:
     quantised, meant = write(kind, mixtral, tmp_path)
     wanted = dequantised(LLM(meant, dtype="float32").model)
@@ -171,6 +176,55 @@ def test_zero_points_of_a_symmetric_scheme_are_zero(mixtral: Path, tmp_path: Pat
     LLM(save(folder, {**tensors, name: torch.zeros(32, 1, dtype=torch.int8)}, old))
     with pytest.raises(CheckpointError, match=f"{name} is not zero"):
         LLM(save(folder, {**tensors, name: torch.ones(32, 1, dtype=torch.int8)}, old))
+
+
+def test_asymmetric_integers_are_dequantised(mixtral: Path, tmp_path: Path) -> None:
+    """q − z may need nine bits."""
+    folder, meant = write("ct-int8-group", mixtral, tmp_path)
+    tensors, expected, generator = tensors_of(folder), tensors_of(meant), torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith("weight_scale")]:
+        w, scales = name.removesuffix("_scale"), tensors[name]
+        zeros = torch.randint(-128, 128, scales.shape, generator=generator).to(torch.int8)
+        tensors[w + "_zero_point"] = zeros
+        shifted = tensors[w].short() - zeros.short().repeat_interleave(16, 1)
+        expected[w] = shifted.float() * scales.repeat_interleave(16, 1)
+    config = compressed(type="int", strategy="group", group_size=16, symmetric=False)
+    values = config_of(meant)
+    found = LLM(save(folder, tensors, {**values, "quantization_config": config}), dtype="float32").model
+    exact = dequantised(LLM(save(meant, expected, values), dtype="float32").model)
+    assert all(torch.equal(values, exact[path]) for path, values in dequantised(found).items())
+
+
+def test_groups_of_several_formats_and_what_is_ignored(
+    mixtral: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Attention in e4m3 by channel and experts in int8 by group, with activations and keys quantised on top."""
+    (tmp_path / "e4m3").mkdir()
+    attention, meant = write("ct-fp8-channel", mixtral, tmp_path / "e4m3")
+    experts, more = write("ct-int8-group", mixtral, tmp_path)
+    tensors = {name: x for name, x in tensors_of(attention).items() if "experts" not in name}
+    tensors |= {name: x for name, x in tensors_of(experts).items() if "experts" in name}
+    exact = tensors_of(meant) | {name: x for name, x in tensors_of(more).items() if "experts" in name}
+    tensors["model.layers.0.self_attn.k_scale"] = torch.ones(1)
+    groups = {
+        "a": {
+            "weights": {**CHANNEL, "type": "float"},
+            "format": "float-quantized",
+            "input_activations": {"num_bits": 8},
+        },
+        "b": {"weights": {**CHANNEL, "strategy": "group", "group_size": 16}, "format": "int-quantized"},
+    }
+    config = {
+        "quant_method": "compressed-tensors", "format": "mixed-precision", "quantization_status": "compressed",
+        "config_groups": groups, "kv_cache_scheme": {"num_bits": 8, "type": "float"},
+    }  # fmt: skip
+    values = config_of(mixtral)
+    with caplog.at_level(logging.WARNING, "grok_engine"):
+        model = LLM(save(tmp_path / "both", tensors, {**values, "quantization_config": config}), dtype="float32").model
+    expected = dequantised(LLM(save(tmp_path / "exact", exact, values), dtype="float32").model)
+    assert all(torch.equal(x, expected[path]) for path, x in dequantised(model).items())
+    assert {m.weight.format for m in model.modules() if isinstance(m, FusedWeight)} == {"fp8_e4m3", "int8", "bf16"}
+    assert "kv_cache_scheme and input_activations of " in caplog.text
 
 
 def test_a_quantised_router_and_head_are_dequantised(mixtral: Path, tmp_path: Path) -> None:

@@ -5,11 +5,11 @@ g is the group of column k. A word holds 32 / bits integers, the first in its lo
     tool                 q                  z                      s         g
     GPTQ                 qweight (K/p, N)   qzeros (G, N/p)        (G, N)    g_idx (K,), else k // group
     AWQ                  qweight (K, N/p)   qzeros (G, N/p)        (G, N)    k // group
-    compressed-tensors   (N, ⌈K/p⌉)         (⌈N/p⌉, G) or (N, G)   (N, G)    weight_g_idx (K,), else k // group
+    compressed-tensors   (N, K/p)           (N/p, G) or (N, G)     (N, G)    weight_g_idx (K,), else k // group
 
-with p = 32 / bits: K/p says that a word's integers are neighbours along K, N/p along N. AWQ's words hold columns in the
-order 0, 2, 4, 6, 1, 3, 5, 7. GPTQ's first version stores z − 1. compressed-tensors stores 8-bit integers unpacked too
-(`Matrix`), and zero points of asymmetric matrices either way, packed with 2^(bits − 1) added.
+with p = 32 / bits: K/p, rounded up, says that a word's integers are neighbours along K, N/p along N. AWQ's words hold
+rows n in the order 0, 2, 4, 6, 1, 3, 5, 7. GPTQ's first version stores z − 1. compressed-tensors adds 2^(bits − 1) to q
+and z before it packs them, and has 8-bit q (`Matrix`) and any z in int8 too.
 
 The layouts follow AutoGPTQ 0.7, GPTQModel 7.7, AutoAWQ 0.2.9 and compressed-tensors 0.20.
 """
@@ -196,8 +196,8 @@ def _misfits(packing: Packing, names: dict[str, str], found: dict[str, Place], s
     (n, k), p = shape, packing.per_word
     groups = -(-k // (packing.group or k))
     fits: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
-        "GPTQ": {"values": ((k // p, n),), "zeros": ((groups, n // p),), "scales": ((groups, n),)},
-        "AWQ": {"values": ((k, n // p),), "zeros": ((groups, n // p),), "scales": ((groups, n),)},
+        "GPTQ": {"values": ((-(-k // p), n),), "zeros": ((groups, -(-n // p)),), "scales": ((groups, n),)},
+        "AWQ": {"values": ((k, -(-n // p)),), "zeros": ((groups, -(-n // p)),), "scales": ((groups, n),)},
         "compressed-tensors": {
             "values": ((n, -(-k // p)),),
             "zeros": ((-(-n // p), groups), (n, groups)),
