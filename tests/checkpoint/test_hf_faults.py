@@ -72,6 +72,7 @@ def test_wrong_tensors(change: Callable[[dict[str, torch.Tensor]], Any], message
 CONFIG: list[tuple[str, dict[str, Any], str]] = [
     ("architecture", {"architectures": ["Qwen3ForCausalLM"]},
      r"'Qwen3ForCausalLM'.* is not served: expected one of Grok1ForCausalLM, .*MixtralForCausalLM.*LlamaForCausalLM"),
+    ("two-families", {"architectures": ["MistralForCausalLM"]}, "and model_type='llama' name two families"),
     ("model-type", {"architectures": None, "model_type": "gpt_neox"}, "'gpt_neox' is not served"),
     ("no-architecture", {"architectures": None, "model_type": None}, "unknown key|missing key"),
     ("layers", {"num_hidden_layers": 5}, r"missing 9 tensor\(s\): model.layers.4"),
@@ -171,7 +172,7 @@ def test_wrong_ranks(change: Callable[[Path], Any], message: str, tmp_path: Path
 def test_everything_is_said_at_once(tmp_path: Path) -> None:
     folder = copy("llama-a", tmp_path / "model")
     edit(folder, lambda t: (t.pop(Q), t.update(odd=torch.ones(2), **{"model.norm.weight": torch.ones(5)})))
-    configure(folder, {**config_of(folder), "quantization_config": {"quant_method": "gptq"}})
+    configure(folder, {**config_of(folder), "quantization_config": {"quant_method": "hqq"}})
     problems = refused(folder).problems
     assert len(problems) == 4
     for word in ("gptq", "missing 1", "model.norm.weight has shape (5,)", "odd"):

@@ -181,6 +181,18 @@ def test_stacked_experts_are_the_same(models: dict[str, Path], tmp_path: Path) -
     same(held(configure(folder, values)), held(source))
 
 
+@pytest.mark.parametrize("names", [("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj")])
+def test_experts_one_by_one_under_the_names_of_transformers_5(
+    names: tuple[str, ...], models: dict[str, Path], tmp_path: Path
+) -> None:
+    renamed = {}
+    for name, tensor in tensors_of(models["mixtral"]).items():
+        for w, new in zip(("w1", "w3", "w2"), names, strict=True):
+            name = name.replace(f".{w}.", f".{new}.")
+        renamed[name.replace("block_sparse_moe", "mlp")] = tensor
+    same(held(save(tmp_path / "renamed", renamed, config_of(models["mixtral"]))), held(models["mixtral"]))
+
+
 def test_shards_without_order_and_links_are_the_same(models: dict[str, Path], tmp_path: Path) -> None:
     """Shards cut in the middle of a layer, then the hub cache's layout: links into a folder of blobs."""
     source, tensors = models["mixtral"], tensors_of(models["mixtral"])
@@ -214,28 +226,79 @@ def test_buffers_of_old_files_are_no_weights(models: dict[str, Path], tmp_path: 
     same(held(save(tmp_path / "old", tensors, config_of(models["llama"]))), held(models["llama"]))
 
 
-def test_mistrals_own_files_are_the_same(models: dict[str, Path], tmp_path: Path) -> None:
-    """Neighbouring rows of q and k are a pair for rotation there."""
-    source, own = models["mistral-nemo"], {}
+def mistrals_own(tensors: dict[str, torch.Tensor], stacked: bool = False) -> dict[str, torch.Tensor]:
+    """In Mistral's names; neighbouring rows of q and k are a pair for rotation there. stacked: the experts below one
+    another, w2's transposed."""
+    own: dict[str, torch.Tensor] = {}
     names = {
         "embed_tokens": "tok_embeddings", "lm_head": "output", "self_attn": "attention", "mlp": "feed_forward",
         "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo", "gate_proj": "w1", "up_proj": "w3",
         "down_proj": "w2", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
     }  # fmt: skip
-    for name, tensor in tensors_of(source).items():
+    stacks: dict[str, list[torch.Tensor]] = {}
+    for name, tensor in sorted(tensors.items()):
         parts = [names.get(part, part) for part in name.removeprefix("model.").split(".")]
+        if "experts" in parts and stacked:
+            layer, w = parts[1], parts[-2]
+            stacks.setdefault(f"layers.{layer}.block_sparse_moe.{w}", []).append(tensor.T if w == "w2" else tensor)
+            continue
         if "wq" in parts or "wk" in parts:
-            tensor = tensor.view(-1, 2, 8, 32).transpose(1, 2).reshape(-1, 32)
-        own[".".join(parts)] = tensor.contiguous()
+            half = len(tensor) // {"wq": 4, "wk": 2}[parts[-2]] // 2
+            tensor = tensor.view(-1, 2, half, 32).transpose(1, 2).reshape(-1, 32)
+        name = ".".join(parts)
+        own[name if stacked else name.replace("block_sparse_moe", "feed_forward")] = tensor.contiguous()
+    return own | {name: torch.cat(tensors) for name, tensors in stacks.items()}
+
+
+PARAMS: dict[str, Any] = {
+    "dim": 32, "n_layers": 2, "head_dim": 16, "hidden_dim": 48, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-6,
+    "vocab_size": 96, "rope_theta": 1e6, "max_seq_len": 64,
+}  # fmt: skip
+
+
+def test_mistrals_own_files_are_the_same(models: dict[str, Path], tmp_path: Path) -> None:
+    """One file, numbered ones, and numbered ones with an index."""
+    source = models["mistral-nemo"]
+    own = mistrals_own(tensors_of(source))
     save_file(own, tmp_path / "consolidated.safetensors")
-    params = {"dim": 32, "n_layers": 2, "head_dim": 16, "hidden_dim": 48, "n_heads": 4, "n_kv_heads": 2,
-              "norm_eps": 1e-6, "vocab_size": 96, "rope_theta": 1e6, "max_seq_len": 64}  # fmt: skip
+    (tmp_path / "params.json").write_text(json.dumps(PARAMS))
+    same(held(tmp_path), held(source))
+    agrees(tmp_path, source)
+    (tmp_path / "consolidated.safetensors").unlink()
+    names = [f"consolidated-{i:05d}-of-00002.safetensors" for i in (1, 2)]
+    halves = [dict(list(own.items())[i::2]) for i in (0, 1)]
+    for name, half in zip(names, halves, strict=True):
+        save_file(half, tmp_path / name)
+    same(held(tmp_path), held(source))
+    weight_map = {tensor: name for name, half in zip(names, halves, strict=True) for tensor in half}
+    (tmp_path / "consolidated.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    same(held(tmp_path), held(source))
+    (tmp_path / names[0]).unlink()
+    with pytest.raises(CheckpointError, match=rf"index.json names 1 file\(s\) that are not there: {names[0]}"):
+        LLM(tmp_path)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_mixtral_in_mistrals_own_files_is_the_same(stacked: bool, models: dict[str, Path], tmp_path: Path) -> None:
+    """With experts one by one, or stacked as in the first release."""
+    source, moe = models["mixtral"], {"num_experts": 8, "num_experts_per_tok": 2}
+    params = {**PARAMS, "head_dim": 8, "norm_eps": 1e-5, "moe": moe, "use_biases": False}
+    own = mistrals_own(tensors_of(source), stacked)
+    save_file(own, tmp_path / "consolidated.00.safetensors")
     (tmp_path / "params.json").write_text(json.dumps(params))
     same(held(tmp_path), held(source))
     agrees(tmp_path, source)
-    (tmp_path / "params.json").write_text(json.dumps({**params, "moe": {"num_experts": 8}}))
-    with pytest.raises(CheckpointError, match=r"params\.json: .*unknown key 'moe'"):
+    save_file(own, tmp_path / "consolidated.01.safetensors")
+    with pytest.raises(CheckpointError, match=r"consolidated.01.safetensors: pieces of every matrix, and no file says"):
         LLM(tmp_path)
+    for wrong, message in (
+        ({**moe, "num_shared_experts": 1}, "params.json: moe: unknown key 'num_shared_experts'"),
+        ({"num_experts": 8}, "missing key 'num_experts_per_tok'"),
+        ([8], r"moe=\[8\] is not an object"),
+    ):
+        (tmp_path / "params.json").write_text(json.dumps({**params, "moe": wrong}))
+        with pytest.raises(CheckpointError, match=message):
+            LLM(tmp_path)
 
 
 def test_params_without_theta_are_those_of_v0_1_or_later() -> None:

@@ -12,7 +12,9 @@ from grok_engine.checkpoint.strict_json import read_object
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 CONSOLIDATED, PARAMS = "consolidated.safetensors", "params.json"  # Mistral's own
-_NUMBERED = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+CONSOLIDATED_INDEX = f"{CONSOLIDATED}.index.json"
+_NUMBERED = re.compile(r"(model|consolidated)-(\d{5})-of-(\d{5})\.safetensors")
+_PIECES = re.compile(r"consolidated\.\d\d\.safetensors")  # for the ranks of a tensor-parallel group
 _RANKED = re.compile(r"pytorch_model-\d{5}-TP-(common|\d{3})\.safetensors")  # Grok-2's
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "consolidated.*.pth")
 
@@ -52,7 +54,7 @@ class Files:
 
 def is_hf_folder(folder: Path) -> bool:
     """Whether a folder holds safetensors files, or says that it should."""
-    return any(folder.glob("*.safetensors")) or (folder / INDEX).exists()
+    return any(folder.glob("*.safetensors")) or any((folder / name).exists() for name in (INDEX, CONSOLIDATED_INDEX))
 
 
 def open_files(folder: Path) -> Files:
@@ -60,14 +62,16 @@ def open_files(folder: Path) -> Files:
     files = Files()
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     if (folder / INDEX).exists():
-        _add_indexed(files, folder)
+        _add_indexed(files, folder, INDEX)
         if SINGLE in names and not any(p.file.path.name == SINGLE for places in files.places.values() for p in places):
             files.problems.append(f"{SINGLE} lies beside {INDEX}, which does not name it: expected one of the two")
     elif SINGLE in names:
         files.add(folder / SINGLE)
-    elif numbered := [match for name in names if (match := _NUMBERED.fullmatch(name))]:
-        totals = {int(match[2]) for match in numbered}
-        expected = {f"model-{i:05d}-of-{max(totals):05d}.safetensors" for i in range(1, min(max(totals), 9999) + 1)}
+    elif (folder / CONSOLIDATED_INDEX).exists() and not any(name.startswith("model-") for name in names):
+        _add_indexed(files, folder, CONSOLIDATED_INDEX)
+    elif numbered := _numbered(names):
+        stem, totals = numbered[0][1], {int(match[3]) for match in numbered}
+        expected = {f"{stem}-{i:05d}-of-{max(totals):05d}.safetensors" for i in range(1, min(max(totals), 9999) + 1)}
         found = {match[0] for match in numbered}
         for what, these in (("missing", expected - found), ("unexpected", found - expected)):
             if these:
@@ -79,6 +83,11 @@ def open_files(folder: Path) -> Files:
             files.add(folder / match[0], None if match[1] == "common" else int(match[1]))
     elif CONSOLIDATED in names:
         files.add(folder / CONSOLIDATED)
+    elif len(pieces := [name for name in names if _PIECES.fullmatch(name)]) > 1:
+        files.problems.append(
+            f"found {some(pieces)}: pieces of every matrix, and no file says how they were cut. Expected "
+            f"{CONSOLIDATED}, or files that {INDEX} names"
+        )
     elif len(names) == 1 and not names[0].startswith("adapter"):  # as old tools named a quantised model
         files.add(folder / names[0])
     else:
@@ -86,19 +95,25 @@ def open_files(folder: Path) -> Files:
     return files
 
 
+def _numbered(names: list[str]) -> list[re.Match[str]]:
+    """Files of one numbered set: those of transformers, else Mistral's own."""
+    found = [match for name in names if (match := _NUMBERED.fullmatch(name))]
+    return [match for match in found if match[1] == "model"] or found
+
+
 def config_file(folder: Path) -> Path:
     """`config.json`, or Mistral's `params.json` where that stands alone."""
     return folder / ("config.json" if (folder / "config.json").exists() else PARAMS)
 
 
-def _add_indexed(files: Files, folder: Path) -> None:
+def _add_indexed(files: Files, folder: Path, index: str) -> None:
     try:
-        weight_map = read_object(folder / INDEX).get("weight_map")
+        weight_map = read_object(folder / index).get("weight_map")
     except CheckpointError as error:
         files.problems.append(str(error))
         return
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        files.problems.append(f"{INDEX}: expected weight_map to map names of tensors to names of files")
+        files.problems.append(f"{index}: expected weight_map to map names of tensors to names of files")
         return
     absent: list[str] = []
     by_file: dict[str, set[str]] = {}
@@ -106,16 +121,16 @@ def _add_indexed(files: Files, folder: Path) -> None:
         by_file.setdefault(name, set()).add(tensor)
     for name, wanted in sorted(by_file.items()):
         if Path(name).name != name or not name.endswith(".safetensors"):
-            files.problems.append(f"{INDEX} names the file {name!r}: expected a safetensors file beside it")
+            files.problems.append(f"{index} names the file {name!r}: expected a safetensors file beside it")
         elif not (folder / name).exists():
             absent.append(name)
         elif file := files.add(folder / name):
             if unfound := wanted - file.tensors.keys():
-                files.problems.append(f"{INDEX} says that {name} holds {some(unfound)}: it does not")
+                files.problems.append(f"{index} says that {name} holds {some(unfound)}: it does not")
             if unnamed := file.tensors.keys() - wanted:
-                files.problems.append(f"{name} holds {some(unnamed)}, which {INDEX} does not place there")
+                files.problems.append(f"{name} holds {some(unnamed)}, which {index} does not place there")
     if absent:
-        files.problems.append(f"{INDEX} names {len(absent)} file(s) that are not there: {some(absent)}")
+        files.problems.append(f"{index} names {len(absent)} file(s) that are not there: {some(absent)}")
 
 
 def _nothing(folder: Path, names: list[str]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from grok_engine.config import ModelConfig
-from grok_engine.models.families.base import Interleaved, Names, Stacked
+from grok_engine.models.families.base import Flat, Interleaved, Names, Stacked
 
 from .files import Files, Place, some
 from .integers import SCALES, VALUES, PackedMatrix, find_packed
@@ -84,6 +84,15 @@ class Resolver:
         stored, axis = self.names[template], int(name.endswith((".down", ".o")))
         text = stored if isinstance(stored, str) else stored.name
         part, parts = (stored.part, stored.parts) if isinstance(stored, Stacked) else (0, 1)
+        if len(shape) == 3 and isinstance(stored, Flat):
+            e, n, k = shape
+            for matrix in self._matrix(text.format(i=layer), (e * k, n) if stored.transposed else (e * n, k), axis):
+                if isinstance(matrix, Matrix) and matrix.scale is None:
+                    stack = replace(matrix, experts=e, flat=True, transposed=stored.transposed)
+                    yield from (replace(stack, expert=i) for i in range(e))
+                else:
+                    self.problems.append(f"{text.format(i=layer)} is quantised: expected floats in stacked experts")
+            return
         if len(shape) == 3 and "{e}" not in text:
             whole = (shape[0], parts * shape[1], shape[2])
             for matrix in self._matrix(text.format(i=layer), whole, axis):

@@ -11,8 +11,9 @@ from .base import Family
 from .grok import parse_reference
 from .grok_hf import GROK
 from .llama import LLAMA
-from .mistral import MISTRAL, is_params, parse_params
+from .mistral import MISTRAL
 from .mixtral import MIXTRAL
+from .params import has_experts, in_keys_of_transformers, is_params
 
 FAMILIES: tuple[Family, ...] = (GROK, MIXTRAL, MISTRAL, LLAMA)
 
@@ -32,16 +33,17 @@ def family_of(values: Mapping[str, Any]) -> Family | None:
     ConfigError for an architecture that is not served.
     """
     if is_params(values):
-        return MISTRAL
+        return MIXTRAL if has_experts(values) else MISTRAL
     architectures, model_type = values.get("architectures"), values.get("model_type")
     if "model" in values or (architectures is None and model_type is None):
         return None
-    for family in FAMILIES:
-        if architectures and isinstance(architectures, list):
-            if architectures[0] in family.architectures:
-                return family
-        elif model_type in family.model_types:
-            return family
+    named = architectures[0] if architectures and isinstance(architectures, list) else None
+    by_name = [family for family in FAMILIES if named in family.architectures]
+    by_type = [family for family in FAMILIES if model_type in family.model_types]
+    if by_name and by_type and by_name != by_type:
+        raise ConfigError(f"architectures={architectures!r} and model_type={model_type!r} name two families")
+    if found := by_type if named is None else by_name:
+        return found[0]
     raise ConfigError(
         f"architecture {(architectures or model_type)!r} is not served: expected one of "
         f"{', '.join(name for family in FAMILIES for name in family.architectures)}"
@@ -54,8 +56,6 @@ def parse_config(values: Mapping[str, Any], name: str) -> ModelConfig:
 
     name: of the model, where the values carry none. ConfigError for keys and values that do not fit.
     """
-    if is_params(values):
-        return parse_params(values, name)
     if (family := family_of(values)) is not None:
-        return family.parse(values, name)
+        return family.parse(in_keys_of_transformers(values) if is_params(values) else values, name)
     return parse_reference(values, name) if "model" in values else ModelConfig.from_dict(values)

@@ -25,9 +25,17 @@ class Interleaved:
     name: str
 
 
+@dataclass(frozen=True, slots=True)
+class Flat:
+    """A tensor of all experts that a file holds as one matrix (E · N, K), or as (E · K, N) with each transposed."""
+
+    name: str
+    transposed: bool = False
+
+
 # The engine's name of a tensor → a file's. In both, {i} is the layer; in a file's, {e} is the expert, and a tensor of
 # experts whose name has no {e} is stored stacked.
-Names = Mapping[str, str | Stacked | Interleaved]
+Names = Mapping[str, str | Stacked | Interleaved | Flat]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

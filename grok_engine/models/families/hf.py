@@ -52,7 +52,8 @@ class HfKeys:
         return value
 
     def flag(self, key: str) -> bool:
-        value: bool = self._checked(key, None, lambda value: isinstance(value, bool), "true or false")
+        """null is false."""
+        value: bool = self._checked(key, False, lambda value: isinstance(value, bool), "true or false")
         return value
 
     def token(self, key: str) -> int | None:

@@ -25,7 +25,7 @@ def parse(values: Mapping[str, Any], name: str) -> ModelConfig:
 
 LLAMA = Family(
     presets=(),
-    architectures=("LlamaForCausalLM",),
+    architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
     model_types=("llama",),
     parse=parse,
     spellings=({**DECODER_NAMES, **MLP_NAMES},),

@@ -8,6 +8,7 @@ from typing import Any
 
 from grok_engine.config import ConfigError, ModelConfig
 
+from . import params
 from .base import Family, Names, Stacked
 from .hf import DECODER_NAMES, LLAMA_DEFAULTS, HfKeys, llama_fields
 
@@ -91,13 +92,33 @@ def stacked_names(block: str) -> Names:
     }
 
 
+def unstacked_names(gate: str, up: str, down: str) -> Names:
+    """As tools that quantise transformers 5's experts one by one write them."""
+    experts = "model.layers.{i}.mlp.experts.{e}"
+    return {
+        "layers.{i}.moe.router": "model.layers.{i}.mlp.gate.weight",
+        "layers.{i}.moe.gate": f"{experts}.{gate}.weight",
+        "layers.{i}.moe.up": f"{experts}.{up}.weight",
+        "layers.{i}.moe.down": f"{experts}.{down}.weight",
+    }
+
+
+_EXPERTS = (
+    EXPERT_NAMES,
+    stacked_names("mlp"),
+    stacked_names("block_sparse_moe"),
+    unstacked_names("w1", "w3", "w2"),
+    unstacked_names("gate_proj", "up_proj", "down_proj"),
+)
+
 MIXTRAL = Family(
     presets=(MIXTRAL_8X7B, MIXTRAL_8X22B),
     architectures=("MixtralForCausalLM",),
     model_types=("mixtral",),
     parse=parse,
-    spellings=tuple(
-        {**DECODER_NAMES, **experts}
-        for experts in (EXPERT_NAMES, stacked_names("mlp"), stacked_names("block_sparse_moe"))
+    spellings=(
+        *({**DECODER_NAMES, **experts} for experts in _EXPERTS),
+        params.EXPERTS,
+        params.STACKED_EXPERTS,
     ),
 )

@@ -36,7 +36,8 @@ def rope_fields(
                 problems.append(f"{name} is {merged[name]!r} in one place and {value!r} in {key}")
     if (original := values.get("original_max_position_embeddings")) is not None:
         merged["original_max_position_embeddings"] = original
-    if (partial := merged.get("partial_rotary_factor", values.get("partial_rotary_factor", 1))) != 1:
+    partial = merged.get("partial_rotary_factor", values.get("partial_rotary_factor"))
+    if partial not in (None, 1):
         problems.append(f"partial_rotary_factor={partial!r} is not served, expected 1")
 
     def number(key: str, default: float | None = None) -> float:
