@@ -36,7 +36,8 @@ def judge(folder: Path, tokens: list[int] = TOKENS, greedy: int = 8) -> tuple[np
     """Logits (T, V) of transformers in fp32, and its greedy continuation."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}  # the others take some sizes only
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **eager)
     ids = list(tokens)
     logits = model(torch.tensor([ids])).logits[0].double().numpy()
     for _ in range(greedy):
