@@ -83,17 +83,9 @@ def awq(stem: str, x: Integers) -> dict[str, Tensor]:
 
 
 def compressed(stem: str, x: Integers, symmetric: bool) -> dict[str, Tensor]:
-    """As the package itself packs them."""
-    from compressed_tensors.compressors.pack_quantized import pack_to_int32
-
-    middle = 2 ** (x.bits - 1)
-
-    def packed(values: np.ndarray, axis: int) -> Tensor:
-        return pack_to_int32(torch.from_numpy((values - middle).astype(np.int8)), x.bits, axis)
-
     found = {
-        "packed": packed(x.q_NK, 1), "scale": x.s_NG, "shape": torch.tensor(x.q_NK.shape, dtype=torch.int64),
+        "packed": words(x.q_NK, x.bits, 1), "scale": x.s_NG, "shape": torch.tensor(x.q_NK.shape, dtype=torch.int64),
         "g_idx": torch.from_numpy(x.group_K.astype(np.int32)),
     }  # fmt: skip
-    found |= {} if symmetric else {"zero_point": packed(x.z_NG, 0)}
+    found |= {} if symmetric else {"zero_point": words(x.z_NG, x.bits, 0)}
     return {f"{stem}weight_{name}": tensor for name, tensor in found.items()}

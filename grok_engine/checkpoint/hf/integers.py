@@ -25,6 +25,7 @@ from grok_engine.checkpoint.base import CheckpointError
 
 from .files import Files, Place
 
+CHUNK = 1 << 18  # values that are dequantised at once
 SCALES = ("F32", "BF16", "F16")
 VALUES = {"GPTQ": "qweight", "AWQ": "qweight", "compressed-tensors": "weight_packed"}  # stand for `weight`
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where in a word column 0, 1, … is
@@ -92,22 +93,29 @@ class PackedMatrix:
 
     def read(self, rows: slice | None, *, dequantised: bool) -> tuple[Tensor, ...]:
         """Integers q − z in int8 (N, K) and scales (N, G) in fp32 of these rows, or their products in fp32."""
-        n, k = self.shape
-        first, stop = (rows.start, rows.stop) if rows else (0, n)
-        q_NK, s_NG = self._values(first, stop), self._scales(first, stop)
-        z_NG = self._zeros(first, stop)
-        if not dequantised:
-            assert self.block is not None, self
-            if self.packing.bits == 8 and (z_NG != self.packing.middle).any():  # q − z would need nine bits
-                raise CheckpointError(
-                    f"{self.values.file.path}: {self.values.tensor.name} has zero points other than "
-                    f"{self.packing.middle}, though the quantisation is symmetric"
-                )
-            groups = q_NK.unflatten(1, (-1, self.group))
-            return groups.sub_(z_NG[..., None]).view(torch.int8).flatten(1), s_NG
+        first, stop = (rows.start, rows.stop) if rows else (0, self.shape[0])
+        if dequantised:
+            return (self._products(first, stop),)
+        assert self.block is not None, self
+        q_NK, z_NG = self._values(first, stop), self._zeros(first, stop)
+        if self.packing.bits == 8 and (z_NG != self.packing.middle).any():  # q − z would need nine bits
+            raise CheckpointError(
+                f"{self.values.file.path}: {self.values.tensor.name} has zero points other than "
+                f"{self.packing.middle}, though the quantisation is symmetric"
+            )
+        groups = q_NK.unflatten(1, (-1, self.group))
+        return groups.sub_(z_NG[..., None]).view(torch.int8).flatten(1), self._scales(first, stop)
+
+    def _products(self, first: int, stop: int) -> Tensor:
+        """(q − z) · s in fp32, a few rows at a time."""
+        k = self.shape[1]
         group_K = torch.arange(k) // self.group if self.group_K is None else self.group_K
-        w_NK = q_NK.float().sub_(z_NG.float()[:, group_K])
-        return (w_NK.mul_(s_NG[:, group_K]),)
+        w_NK, step = torch.empty(stop - first, k), max(CHUNK // k, 1)
+        for at in range(first, stop, step):
+            end = min(at + step, stop)
+            part = w_NK[at - first : end - first].copy_(self._values(at, end))
+            part.sub_(self._zeros(at, end).float()[:, group_K]).mul_(self._scales(at, end)[:, group_K])
+        return w_NK
 
     def _values(self, first: int, stop: int) -> Tensor:
         """q in uint8 (N, K)."""
