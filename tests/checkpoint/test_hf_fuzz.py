@@ -65,13 +65,27 @@ def test_any_quantisation(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(DATA / "llama-a", folder)
     values, config = config_of(folder), read_config(folder)
-    group = {"weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}
-    for base in ({"quant_method": "fp8"}, {"quant_method": "compressed-tensors", "config_groups": {"g": group}}):
-        for key in ("quant_method", "fmt", "weight_block_size", "config_groups", "sparsity_config", "transform_config"):
+    group: dict[str, Any] = {"weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}
+    keys: dict[str, tuple[str, ...]] = {
+        "fp8": ("quant_method", "fmt", "weight_block_size"),
+        "compressed-tensors": ("config_groups", "sparsity_config", "transform_config", "format", "kv_cache_scheme"),
+        "gptq": ("bits", "group_size", "sym", "checkpoint_format", "dynamic", "pack_dtype", "is_marlin_format"),
+        "awq": ("bits", "w_bit", "group_size", "version", "zero_point", "backend"),
+    }
+    for method in keys:
+        base = {"quant_method": method, "config_groups": {"g": group}}
+        for key in keys[method]:
             for value in [*VALUES, {"g": 1}, {"g": {"weights": 1}}, {"g": {"weights": {"strategy": "block"}}}]:
                 configure(folder, {**values, "quantization_config": {**base, key: value}})
                 with contextlib.suppress(CheckpointError):
                     open_checkpoint(folder, config)
+    for key in ("type", "num_bits", "strategy", "symmetric", "group_size", "block_structure", "format"):
+        for value in VALUES:
+            one = {**group, "weights": {**group["weights"], key: value}, "format": value if key == "format" else None}
+            found = {"quant_method": "compressed-tensors", "config_groups": {"g": one}}
+            configure(folder, {**values, "quantization_config": found})
+            with contextlib.suppress(CheckpointError):
+                open_checkpoint(folder, config)
 
 
 def test_any_byte_of_a_header(tmp_path: Path) -> None:
