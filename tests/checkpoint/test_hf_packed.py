@@ -178,14 +178,16 @@ def test_compressed_tensors_reads_the_same_in_awq() -> None:
     assert torch.equal(by_compressed_tensors("m.", tensors, {**W4, "symmetric": False}), x.meant)
 
 
-def read(tensors: dict[str, Tensor], shape: tuple[int, int], packing: Packing, folder: Path) -> tuple[Tensor, ...]:
+def read(
+    tensors: dict[str, Tensor], shape: tuple[int, int], packing: Packing, folder: Path, dequantised: bool = False
+) -> tuple[Tensor, ...]:
     save(folder, tensors, {})
     file = SafetensorsFile(folder / "model.safetensors")
     problems: list[str] = []
     places = {name: [Place(file, tensor)] for name, tensor in file.tensors.items()}
     matrix, _ = find_packed("m.", shape, (packing,), Files(places), problems)
     assert matrix is not None, problems
-    return matrix.read(None, dequantised=False)
+    return matrix.read(None, dequantised=dequantised)
 
 
 def test_words_by_hand(tmp_path: Path) -> None:
@@ -205,6 +207,11 @@ def test_words_by_hand(tmp_path: Path) -> None:
     tensors["m.qzeros"] = torch.tensor([[0x00000001]], dtype=torch.int32)
     q, _ = read(tensors, (8, 8), Packing("AWQ", 4, 8, False), tmp_path)
     assert q.t().tolist() == [[-1, 1, 2, 3, 4, 5, 6, 7]] * 8
+    byte = {"qweight": torch.tensor([[0x00FF8001] * 4]), "qzeros": torch.tensor([[-256]])}  # −256 is 0xFFFFFF00
+    tensors = {f"m.{name}": tensor.int() for name, tensor in byte.items()} | {"m.scales": scales[:, :4].contiguous()}
+    (w,) = read(tensors, (4, 4), Packing("GPTQ", 8, 0, False, shift=1), tmp_path, dequantised=True)
+    assert w[0].tolist() == [0, 63.5, 127, -0.5]  # its zero point is stored as 0 and is 1
+    assert w[1].tolist() == [-127.5, -64, -0.5, -128]  # 255 and is 256, not 0
 
 
 # Memory

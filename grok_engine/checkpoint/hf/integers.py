@@ -121,7 +121,7 @@ class PackedMatrix:
         """q in uint8 (N, K)."""
         words = _read(self.values)
         if self.packing.tool == "AWQ":
-            return _along_columns(words, self.packing, first, stop).t().contiguous()
+            return _unpacked_rows(words, self.packing, first, stop)
         words = words[:, first:stop].t() if self.packing.tool == "GPTQ" else words[first:stop]
         return _unpacked(words, self.packing.bits)[:, : self.shape[1]].contiguous()
 
@@ -132,7 +132,7 @@ class PackedMatrix:
         return scales[:, first:stop].t().float().contiguous()
 
     def _zeros(self, first: int, stop: int) -> Tensor:
-        """z in uint8 (N, G)."""
+        """z (N, G) in uint8, or in int16 where 255 + shift may be there."""
         packing = self.packing
         if self.zeros is None:
             groups = self.scales.tensor.shape[1 if packing.tool == "compressed-tensors" else 0]
@@ -141,7 +141,8 @@ class PackedMatrix:
         if zeros.dtype == torch.int8:
             return (zeros[first:stop].view(torch.uint8) + packing.middle).contiguous()
         words = zeros.t() if packing.tool == "compressed-tensors" else zeros
-        return (_along_columns(words, packing, first, stop) + packing.shift).t().contiguous()
+        rows = _unpacked_rows(words, packing, first, stop)
+        return (rows if packing.bits == 4 else rows.short()) + packing.shift
 
 
 def _read(place: Place) -> Tensor:
@@ -149,20 +150,28 @@ def _read(place: Place) -> Tensor:
 
 
 def _unpacked(words: Tensor, bits: int) -> Tensor:
-    """int32 (R, W) → uint8 (R, 32 / bits · W), neighbours from one word."""
-    rows = words.clone(memory_format=torch.contiguous_format)  # for a single word, `contiguous` would keep its stride
-    run = rows.view(torch.uint8)  # little-endian: the lowest bits come first
-    return run if bits == 8 else torch.stack((run & 15, run >> 4), -1).flatten(1)
+    """int32 (R, W) → uint8 (R, 32 / bits · W), neighbours along a row from one word."""
+    # a clone, since for a single word `contiguous` would keep its stride; little-endian: the lowest bits come first
+    run = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    if bits == 8:
+        return run
+    pairs = run.short()
+    return pairs.bitwise_or_(pairs << 4).bitwise_and_(0x0F0F).view(torch.uint8)
 
 
-def _along_columns(words: Tensor, packing: Packing, first: int, stop: int) -> Tensor:
-    """Columns first..stop − 1 of a matrix whose words hold neighbours of one row."""
-    p = packing.per_word
-    found = _unpacked(words[:, first // p : -(-stop // p)], packing.bits)
-    if packing.tool == "AWQ":
-        found = found.unflatten(1, (-1, p))[..., _AWQ_ORDER].flatten(1)
+def _unpacked_rows(words: Tensor, packing: Packing, first: int, stop: int) -> Tensor:
+    """int32 (R, W) → uint8: columns first..stop − 1 of (R, 32 / bits · W), as rows (stop − first, R)."""
+    p, bits = packing.per_word, packing.bits
+    run = words[:, first // p : -(-stop // p)].t().clone(memory_format=torch.contiguous_format)
+    bytes_WR4 = run.view(torch.uint8).unflatten(1, (-1, 4))
+    rows = torch.empty(len(run), p, run.shape[1], dtype=torch.uint8)
+    for i in range(p):
+        at = bits * (_AWQ_ORDER[i] if packing.tool == "AWQ" else i)
+        torch.bitwise_right_shift(bytes_WR4[..., at // 8], at % 8, out=rows[:, i])
+    if bits == 4:
+        rows &= 15
     at = first // p * p
-    return found[:, first - at : stop - at]
+    return rows.flatten(0, 1)[first - at : stop - at]
 
 
 def find_packed(
