@@ -19,7 +19,7 @@ from grok_kernels.dtypes import DTYPES
 
 from .blocks import Bytes, TensorType, read_floats, read_groups
 from .config import parse_metadata
-from .files import read_headers
+from .files import forget_headers, read_headers
 from .header import Place
 from .names import FACTORS, engine_names, interleaved_rows
 
@@ -78,6 +78,7 @@ class GGUFCheckpoint:
             self.tensors[name] = self._info(name, [places[part] for part in parts])
             order = orders.get(name.rpartition(".attn.")[2])
             self._matrices[name] = [m for part in parts for m in _matrices(places[part], mapped[part], order)]
+        forget_headers()  # opening the tensors is the last step of a load
 
     def _info(self, name: str, places: Sequence[Place]) -> TensorInfo:
         shape, kind = places[0].shape, places[0].kind
