@@ -222,24 +222,10 @@ def test_llama_3s_frequency_factors_and_linear_scaling(tmp_path: Path) -> None:
 # Folders, split files, conversion
 
 
-def split(path: Path, tensors: Mapping[str, tuple[np.ndarray, Kind]], **lies: Any) -> list[Path]:
-    count, names, files = 3, list(tensors), []
-    for number in range(count):
-        files.append(path / f"model-{number + 1:05d}-of-{count:05d}.gguf")
-        writer = models.Writer(files[-1]) if number == 0 else gguf.GGUFWriter(files[-1], "llama")
-        writer.add_uint16("split.no", lies.get("no", number))
-        writer.add_uint16("split.count", lies.get("count", count))
-        writer.add_int32("split.tensors.count", lies.get("total", len(names)))
-        for name in names[number::count]:
-            writer.add_tensor(name, tensors[name][0], raw_dtype=tensors[name][1])
-        models.Writer.finish(writer)  # type: ignore[arg-type]
-    return files
-
-
 def test_split_files(tmp_path: Path) -> None:
     tensors = models.write_model(tmp_path / "whole.gguf", Kind.Q4_K)
     (tmp_path / "split").mkdir()
-    first, _, last = split(tmp_path / "split", tensors)
+    first, _, last = models.split(tmp_path / "split", tensors)
     wanted = models.meaning(tensors)
     for path in (tmp_path / "split", first, last):
         assert read_config(path).num_layers == models.LAYERS
@@ -260,7 +246,7 @@ def test_split_files(tmp_path: Path) -> None:
 def test_split_files_that_disagree(lies: dict[str, int], message: str, tmp_path: Path) -> None:
     tensors = models.write_model(tmp_path / "whole.gguf", Kind.Q4_K)
     (tmp_path / "split").mkdir()
-    files = split(tmp_path / "split", tensors, **lies)
+    files = models.split(tmp_path / "split", tensors, lies)
     with pytest.raises(CheckpointError, match=message):
         read_config(files[0])
 
