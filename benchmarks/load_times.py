@@ -35,9 +35,9 @@ from grok_engine import LLMEngine, SamplingParams
 path, options = sys.argv[1], json.loads(sys.argv[2])
 print("ready", flush=True)
 sys.stdin.readline()
-start = time.perf_counter()
+start, cpu = time.perf_counter(), time.process_time()
 engine = LLMEngine(path, max_num_seqs=1, num_pages=64, **options)
-print(time.perf_counter() - start, flush=True)
+print(time.perf_counter() - start, time.process_time() - cpu, flush=True)
 engine.add_request("a", [5], SamplingParams(max_tokens=1, temperature=0, ignore_eos=True))
 assert engine.step()[0].outputs[0].token_ids
 print(time.perf_counter() - start, flush=True)
@@ -49,9 +49,9 @@ from benchmarks.cpu_model.llama import Llama, Load, _api
 _api()
 print("ready", flush=True)
 sys.stdin.readline()
-start = time.perf_counter()
+start, cpu = time.perf_counter(), time.process_time()
 model = Llama(Path(sys.argv[1]), Load(1, 1, 0))
-print(time.perf_counter() - start, flush=True)
+print(time.perf_counter() - start, time.process_time() - cpu, flush=True)
 model.time(0)
 print(time.perf_counter() - start, flush=True)
 """
@@ -67,9 +67,11 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds to the return of the load, and to the first token; the growth of anonymous memory at its peak, bytes."""
+    """Seconds to the return of the load, of all cores until then, and to the first token; bytes of anonymous memory at
+    the peak of the load, beyond those before it."""
 
     load: float
+    cpu: float
     token: float
     peak: int
 
@@ -153,8 +155,7 @@ def measure(contestant: Contestant) -> Sample:
         text = process.stdout.read()
     if text.count("\n") != 2:
         raise RuntimeError(f"{contestant.name}: the process ended with {process.returncode}")
-    load, token = map(float, text.split())
-    return Sample(load, token, peak - before)
+    return Sample(*map(float, text.split()), peak=peak - before)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -182,10 +183,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         evict(contestant.path)
                     samples.setdefault((contestant.name, cache), []).append(measure(contestant))
     print(f"{torch.get_num_threads()} threads, medians of {len(next(iter(samples.values())))} rounds")
-    print(f"{'':26} cold: load  to a token   warm: load  to a token   peak MB")
+    print(f"{'':26} cold: load   to a token   warm: load   to a token   of all cores   peak MB")
     for contestant in found:
         cold, warm = (samples[contestant.name, cache] for cache in ("cold", "warm"))
-        times = [statistics.median(getattr(s, key) for s in some) for some in (cold, warm) for key in ("load", "token")]
+        keys = ("load", "token", "cpu")
+        times = [statistics.median(getattr(s, key) for s in some) for some in (cold, warm) for key in keys]
+        del times[2]
         peak = max(s.peak for s in [*cold, *warm])
         print(f"{contestant.name:26}" + "".join(f"{t:10.2f} s" for t in times) + f"{peak / 1e6:10,.0f}")
     if a.json:
