@@ -20,7 +20,7 @@ import grok_kernels
 from grok_kernels.chips import GPUS
 
 from . import __version__
-from .config import ActFormat, ConfigError, DType, WeightFormat
+from .config import ActFormat, ConfigError, DType, WeightFormat, described
 from .llm import LLM
 from .loading.convert import convert
 from .loading.resolve import read_config, resolve_model
@@ -166,9 +166,7 @@ def inspect(path: str, verify: bool, all_tensors: bool, as_json: bool) -> None:
 
 
 @app.command(name="plan")
-@click.option(
-    "--model", default="grok-1", show_default=True, help=f"{', '.join(PRESETS)}, tiny, a folder or a .gguf file."
-)
+@click.argument("model", default="grok-1")
 @click.option("--gpu", type=click.Choice(list(GPUS)), default="h100-80gb", show_default=True, help="The chip.")
 @click.option("--gpus", default=8, show_default=True, help="How many, as one tensor-parallel group.")
 @click.option("--weights", type=_one_of(PlanWeights), default="int8", show_default=True)
@@ -178,7 +176,11 @@ def inspect(path: str, verify: bool, all_tensors: bool, as_json: bool) -> None:
 @_json
 @_debug
 def plan_command(model: str, gpu: str, as_json: bool, **options: Any) -> None:
-    """Say before a download whether a model fits, and how fast the chips could run it at best."""
+    """Say before a download whether a model fits, and how fast the chips could run it at best.
+
+    MODEL is grok-1 (the default), another published architecture by name, tiny, a folder, a .gguf file, or org/name in
+    the hub's cache.
+    """
     config = PRESETS[model] if model in PRESETS else read_config(_folder(model))
     result = plan(config, chip=gpu, **options)
     if as_json:
@@ -213,8 +215,8 @@ def bench() -> None:
 def _folder(model: str) -> Path:
     try:
         return resolve_model(model)
-    except ConfigError:
-        raise ConfigError(f"model {model!r} is neither a folder nor one of {', '.join(PRESETS)}, tiny") from None
+    except ConfigError as error:
+        raise ConfigError(f"{error}; the published architectures are {', '.join(PRESETS)}") from None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -236,12 +238,20 @@ def main(argv: list[str] | None = None) -> int:
             return 141
         if "--debug" in argv and not isinstance(error, click.ClickException):
             raise
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        print(f"grok-engine: error: {' '.join(message.split())}", file=sys.stderr)
-        return 2
+        return _fail(error.format_message() if isinstance(error, click.ClickException) else str(error))
     except (KeyboardInterrupt, click.Abort):
         print(file=sys.stderr)
         return 130
+    except Exception as error:  # a fault of ours, or more than the machine has: whatever it was, one line
+        if "--debug" in argv:
+            raise
+        return _fail(f"{described(error)} (--debug shows where)")
+
+
+def _fail(message: str) -> int:
+    """The one line on standard error; gives the exit status."""
+    print(f"grok-engine: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -84,6 +84,7 @@ ALLOWED: Table = {
     "grok_kernels.chips": (),
     "grok_kernels.counters": (),
     "grok_kernels.cuda_home": (),
+    "grok_kernels.extension": (),
     "grok_kernels.checks": ("dtypes",),
     "grok_kernels.layouts": ("dtypes", "memory", "registry"),
     "grok_kernels.weights": ("checks", "dtypes", "layouts", "registry"),
@@ -95,9 +96,10 @@ ALLOWED: Table = {
     "grok_kernels.triton": (
         "checks", "chips", "counters", "dtypes", "experts", "registry", "tuning", "weights",
     ),
-    "grok_kernels.cpu": ("experts", "layouts", "recording", "registry", "weights", "_C"),
+    "grok_kernels.cpu": ("experts", "extension", "layouts", "recording", "registry", "weights", "_C"),
     "grok_kernels.cuda": (
-        "checks", "chips", "counters", "cuda_home", "dtypes", "experts", "registry", "tuning", "weights", "_CUDA",
+        "checks", "chips", "counters", "cuda_home", "dtypes", "experts", "extension", "registry", "tuning", "weights",
+        "_CUDA",
     ),
     "grok_kernels.autotune": (  # a command
         "chips", "cuda", "dtypes", "ops", "registry", "triton", "tuning", "weights",

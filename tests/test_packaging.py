@@ -129,3 +129,11 @@ def test_an_extension_that_does_not_load_is_the_reason(tree: Path) -> None:
 def test_an_extension_of_another_torch_is_refused(tree: Path) -> None:
     (tree / "kernels/grok_kernels/_C.py").write_text("torch_version = '1.13.1'\n")
     assert_reference_serves(tree / "kernels", "was built against torch 1.13, this is torch")
+
+
+def test_an_extension_of_another_checkout_is_refused(tree: Path) -> None:
+    """As the finder of an editable installation gives it, where this checkout was not built."""
+    text = "import torch\ntorch_version, __file__ = torch.__version__, '/elsewhere/grok_kernels/_C.so'\n"
+    (tree / "kernels/grok_kernels/_C.py").write_text(text)
+    own = (tree / "kernels/grok_kernels").resolve()
+    assert_reference_serves(tree / "kernels", f"lies in /elsewhere/grok_kernels, this package in {own}: it is another")

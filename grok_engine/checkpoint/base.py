@@ -9,21 +9,52 @@ free.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 from torch import Tensor
 
-from grok_engine.config import ConfigError
+from grok_engine.config import ConfigError, described
+
+LONGEST = 2000  # characters of a line in a message: files hold texts of any length
 
 
 class CheckpointError(ConfigError):
     """A checkpoint that is not what it should be, its `config.json` included. `problems`: a line for each finding."""
 
     def __init__(self, message: str, problems: tuple[str, ...] = ()) -> None:
+        message = "\n".join(map(_shortened, message.splitlines()))
         super().__init__(message)
-        self.problems = problems or (message,)
+        self.problems = tuple(map(_shortened, problems)) or (message,)
+
+
+SHOWN = 40  # problems in a message; all of them are in `CheckpointError.problems`
+
+
+def all_problems(head: str, problems: Sequence[str]) -> CheckpointError:
+    """One error of all problems, the first of them in its message."""
+    more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+    return CheckpointError("\n  ".join([head, *problems[:SHOWN], *more]), tuple(problems))
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]}…"
+
+
+@contextmanager
+def reading(source: str | Path) -> Iterator[None]:
+    """Whatever goes wrong inside because of what a file holds is a CheckpointError that begins with its name.
+
+    Files are checked before they are used, with errors that say more. This is for what no check foresaw: a depth, a
+    size or a shape beyond what Python, the machine or torch can do.
+    """
+    try:
+        yield
+    except (RecursionError, MemoryError, OverflowError, RuntimeError, OSError) as error:
+        raise CheckpointError(f"{source}: expected a checkpoint that can be read, found {described(error)}") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -72,7 +72,7 @@ def read_config(path: str | Path) -> ModelConfig:
         return read_gguf_config(gguf)
     path = model_folder(path)
     file = config_file(path)
-    if not file.exists():
+    if not os.path.lexists(file):
         if is_hf_folder(path):
             raise CheckpointError(f"{path} holds safetensors: expected a config.json with `architectures` beside them")
         return preset("grok-1")

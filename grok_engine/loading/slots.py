@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from grok_engine.checkpoint.base import Checkpoint, CheckpointError, TensorInfo
+from grok_engine.checkpoint.base import Checkpoint, TensorInfo, all_problems
 from grok_engine.checkpoint.packed import PackedCheckpoint
 from grok_engine.config import WeightFormat
 from grok_engine.layers.embedding import Embedding
@@ -87,7 +87,7 @@ def slots(model: Decoder, checkpoint: Checkpoint, weights: WeightFormat | None =
         problems.insert(0, f"missing tensors {missing}")
     if problems:
         head = f"{checkpoint.source} does not hold the model:"
-        raise CheckpointError("\n  ".join([head, *problems]), tuple(problems))
+        raise all_problems(head, problems)
     return list(found.values())
 
 

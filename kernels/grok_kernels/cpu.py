@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import layouts, registry
 from .experts import ExpertLayer
+from .extension import misfit
 from .recording import Recorded
 from .recording import record as _record
 from .weights import Weight, unsupported
@@ -42,9 +42,8 @@ def _load() -> tuple[Any, str]:
         if isinstance(error, ModuleNotFoundError) and error.name == name:
             return None, f"the extension {name} was not built; {BUILD}"
         return None, f"the extension {name} does not load ({error}); {BUILD}"
-    built, running = (".".join(v.split(".")[:2]) for v in (module.torch_version, torch.__version__))
-    if built != running:  # the ABI holds within a minor version only: it may load, and then fail anywhere
-        return None, f"the extension {name} was built against torch {built}, this is torch {running}; {BUILD}"
+    if reason := misfit(module, name, BUILD):
+        return None, reason
     if stale := [op for op in OPS if not hasattr(module, op)]:
         return None, f"the extension {name} is older than these sources and has no {', '.join(stale)}; {BUILD}"
     return module, ""

@@ -23,6 +23,7 @@ from .counters import counter
 from .cuda_home import cuda_home
 from .dtypes import dtype_name
 from .experts import ExpertLayer
+from .extension import misfit
 from .tuning import swapped_tile
 from .weights import Weight, unsupported
 
@@ -94,7 +95,7 @@ def _no_chip() -> str:
 def unusable() -> str:
     """Load the kernels, compiling them if need be. Returns, and logs once, what failed; "" if nothing did."""
     try:
-        if find_spec(NAME) is None:
+        if compiled := find_spec(NAME) is None:
             from torch.utils import cpp_extension
 
             log.warning("compiling the CUDA kernels, once: this takes minutes")
@@ -102,14 +103,11 @@ def unusable() -> str:
             module = cpp_extension.load(**_build_arguments())
         else:
             import grok_kernels._CUDA as module
+        reason = misfit(module, NAME, "install it again", compiled_here=compiled)
     except Exception as error:  # compilers, linkers and loaders each raise their own
         reason = f"the extension {NAME} does not compile or load ({type(error).__name__}: {error})"
-    else:
-        built, running = (".".join(v.split(".")[:2]) for v in (module.torch_version, torch.__version__))
-        if built == running:  # the ABI holds within a minor version only
-            return ""
-        reason = f"the extension {NAME} was built against torch {built}, this is torch {running}; install it again"
-    log.warning("no CUDA kernels, Triton serves: %s", reason)
+    if reason:
+        log.warning("no CUDA kernels, Triton serves: %s", reason)
     return reason
 
 

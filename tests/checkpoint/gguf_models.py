@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Kind
 from grok_engine.config import ModelConfig
 
 Array = np.ndarray[Any, Any]
-D, F, HEADS, KV_HEADS, C, VOCAB, LAYERS, EXPERTS = 256, 512, 4, 2, 64, 96, 2, 4
+D, F, HEADS, KV_HEADS, C, VOCAB, LAYERS, EXPERTS = 256, 512, 4, 2, 64, 300, 2, 4
 
 
 def shapes(experts: int = 0, tied: bool = False, layers: int = LAYERS) -> dict[str, tuple[int, ...]]:
@@ -89,14 +89,23 @@ class Writer(gguf.GGUFWriter):
 
 
 def write_model(
-    path: Path, kinds: Mapping[str, Kind] | Kind, experts: int = 0, *, tied: bool = False, layers: int = LAYERS
+    path: Path,
+    kinds: Mapping[str, Kind] | Kind,
+    experts: int = 0,
+    *,
+    tied: bool = False,
+    layers: int = LAYERS,
+    change: Callable[[Writer], None] | None = None,
 ) -> dict[str, tuple[Array, Kind]]:
-    """A random model in the llama architecture. kinds: of every matrix, or by the end of its name, others F32.
+    """A random model in the llama architecture. kinds: of every matrix, or by the end of its name, others F32. change:
+    adds metadata.
 
     Returns its tensors as stored, by name.
     """
     rng = np.random.default_rng(7)
     writer, tensors = Writer(path, experts, layers), {}
+    if change is not None:
+        change(writer)
     for name, shape in shapes(experts, tied, layers).items():
         if isinstance(kinds, Mapping):
             kind = next((kind for end, kind in kinds.items() if name.endswith(f"{end}.weight")), Kind.F32)
@@ -108,6 +117,23 @@ def write_model(
         writer.add_tensor(name, tensors[name][0], raw_dtype=kind)
     writer.finish()
     return tensors
+
+
+def split(
+    folder: Path, tensors: Mapping[str, tuple[Array, Kind]], lies: Mapping[str, int] | None = None, **options: Any
+) -> list[Path]:
+    """The model in three files, the first of which has the metadata. lies: what `split.*` says instead of the truth."""
+    count, names, files, lies = 3, list(tensors), [], lies or {}
+    for number in range(count):
+        files.append(folder / f"model-{number + 1:05d}-of-{count:05d}.gguf")
+        writer = Writer(files[-1], **options) if number == 0 else gguf.GGUFWriter(files[-1], "llama")
+        writer.add_uint16("split.no", lies.get("no", number))
+        writer.add_uint16("split.count", lies.get("count", count))
+        writer.add_int32("split.tensors.count", lies.get("total", len(names)))
+        for name in names[number::count]:
+            writer.add_tensor(name, tensors[name][0], raw_dtype=tensors[name][1])
+        Writer.finish(writer)  # type: ignore[arg-type]
+    return files
 
 
 def meaning(tensors: Mapping[str, tuple[Array, Kind]]) -> dict[str, Array]:

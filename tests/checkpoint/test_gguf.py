@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from grok_engine.models.decoder import Decoder
 from grok_engine.models.families import preset
 from grok_engine.tools.inspect import inspect_checkpoint
 from tests.checkpoint import gguf_models as models
+from tests.checkpoint import hf_models
 
 GOLDENS = Path(__file__).parents[1] / "data" / "gguf"
 SYMMETRIC = (Kind.Q4_0, Kind.Q5_0, Kind.Q8_0, Kind.Q6_K)
@@ -222,24 +224,10 @@ def test_llama_3s_frequency_factors_and_linear_scaling(tmp_path: Path) -> None:
 # Folders, split files, conversion
 
 
-def split(path: Path, tensors: Mapping[str, tuple[np.ndarray, Kind]], **lies: Any) -> list[Path]:
-    count, names, files = 3, list(tensors), []
-    for number in range(count):
-        files.append(path / f"model-{number + 1:05d}-of-{count:05d}.gguf")
-        writer = models.Writer(files[-1]) if number == 0 else gguf.GGUFWriter(files[-1], "llama")
-        writer.add_uint16("split.no", lies.get("no", number))
-        writer.add_uint16("split.count", lies.get("count", count))
-        writer.add_int32("split.tensors.count", lies.get("total", len(names)))
-        for name in names[number::count]:
-            writer.add_tensor(name, tensors[name][0], raw_dtype=tensors[name][1])
-        models.Writer.finish(writer)  # type: ignore[arg-type]
-    return files
-
-
 def test_split_files(tmp_path: Path) -> None:
     tensors = models.write_model(tmp_path / "whole.gguf", Kind.Q4_K)
     (tmp_path / "split").mkdir()
-    first, _, last = split(tmp_path / "split", tensors)
+    first, _, last = models.split(tmp_path / "split", tensors)
     wanted = models.meaning(tensors)
     for path in (tmp_path / "split", first, last):
         assert read_config(path).num_layers == models.LAYERS
@@ -260,7 +248,7 @@ def test_split_files(tmp_path: Path) -> None:
 def test_split_files_that_disagree(lies: dict[str, int], message: str, tmp_path: Path) -> None:
     tensors = models.write_model(tmp_path / "whole.gguf", Kind.Q4_K)
     (tmp_path / "split").mkdir()
-    files = split(tmp_path / "split", tensors, **lies)
+    files = models.split(tmp_path / "split", tensors, lies)
     with pytest.raises(CheckpointError, match=message):
         read_config(files[0])
 
@@ -357,3 +345,53 @@ def test_grok(base: str, tmp_path: Path) -> None:
     assert found.to_dict() == near | {"bos_token_id": None, "eos_token_ids": ()}
     assert found.router_softcap == (30 if c.dense_d_ff else 0)
     assert_holds(path, wanted)
+
+
+def test_yarn_against_transformers(tmp_path: Path) -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    source = hf_models.build("Llama", rope_parameters=rope, max_position_embeddings=64)
+    source.save_pretrained(folder := tmp_path / "hf")
+    config, stored = source.config, hf_models.tensors_of(folder)
+    writer = gguf.GGUFWriter(path := tmp_path / "model.gguf", "llama")
+    for add, value in (
+        (writer.add_block_count, config.num_hidden_layers), (writer.add_context_length, 64),
+        (writer.add_embedding_length, config.hidden_size), (writer.add_feed_forward_length, config.intermediate_size),
+        (writer.add_head_count, config.num_attention_heads), (writer.add_head_count_kv, config.num_key_value_heads),
+        (writer.add_layer_norm_rms_eps, config.rms_norm_eps), (writer.add_rope_freq_base, 1e4),
+        (writer.add_rope_scaling_type, gguf.RopeScalingType.YARN), (writer.add_rope_scaling_factor, 4.0),
+        (writer.add_rope_scaling_orig_ctx_len, 16), (writer.add_vocab_size, config.vocab_size),
+    ):  # fmt: skip
+        add(value)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, tensor in stored.items():
+        x = tensor.float().numpy()
+        if count := heads.get(name.split(".")[-2]):  # as llama.cpp's converter orders rows
+            x = x.reshape(count, 2, -1, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(x))
+    models.Writer.finish(writer)  # type: ignore[arg-type]
+    logits, _ = hf_models.judge(folder, greedy=0)
+    assert hf_models.error(LLM(path, dtype="float32", num_pages=8).logits(hf_models.TOKENS), logits) <= 2e-5
+
+
+def test_pieces_of_a_split_file_that_changed_places_or_are_there_twice(tmp_path: Path) -> None:
+    tensors = models.write_model(tmp_path / "whole.gguf", Kind.Q4_K)
+    for case, message in (("swapped", "model-00002-of-00003.gguf says split .*'no': 2"), ("repeated", "is in two")):
+        (folder := tmp_path / case).mkdir()
+        _, second, third = models.split(folder, tensors)
+        data = second.read_bytes()
+        second.write_bytes(third.read_bytes())
+        if case == "swapped":
+            third.write_bytes(data)
+        with pytest.raises(CheckpointError, match=message):
+            read_config(folder)
+
+
+def test_a_file_that_is_cut_between_header_and_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading its mapping beyond the end would kill the process."""
+    models.write_model(path := tmp_path / "model.gguf", Kind.Q8_0, layers=1)
+    config = read_config(path)
+    monkeypatch.setattr("grok_engine.checkpoint.gguf.header.Header.is_current", lambda header: True)
+    os.truncate(path, path.stat().st_size - 1000)
+    with pytest.raises(CheckpointError, match="bytes as when opened, found"):
+        open_checkpoint(path, config)

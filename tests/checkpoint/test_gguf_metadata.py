@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import struct
 import time
 import tracemalloc
@@ -19,7 +18,6 @@ from grok_engine import LLM
 from grok_engine.checkpoint.base import CheckpointError
 from grok_engine.checkpoint.gguf import header
 from grok_engine.checkpoint.gguf.header import read_header
-from grok_engine.checkpoint.open import open_checkpoint
 from grok_engine.cli import main
 from grok_engine.loading.resolve import read_config
 from tests.checkpoint import gguf_models as models
@@ -84,8 +82,10 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     "tensor type": (file([], [tensor("t", (256,), 10)]), "'t' is Q2_K, expected one of F32, F16, Q4_0"),
     "tensor type number": (file([], [tensor("t", (256,), 99)]), "an unknown type, 99"),
     "offset": (file([], [tensor("t", (4,), offset=8)]), "lies at 8, expected a multiple of the alignment 32"),
-    "end": (file([], [tensor("t", (4,), offset=64)]), "ends at byte 144 of a file of 128"),
-    "overlap": (file([], [tensor("t", (9,)), tensor("u", (4,), offset=32)]), "'u' lies at 32, inside of 't'"),
+    "gap": (file([], [tensor("t", (4,), offset=64)]), "'t' lies at 64, expected 0"),
+    "overlap": (file([], [tensor("t", (9,)), tensor("u", (4,), offset=32)]), "'u' lies at 32, expected 64"),
+    "end": (file([], [tensor("t", (17,))]), "end at byte 132 of a file of 128"),
+    "more": (file([], [tensor("t", (4,))]), "end at byte 80 of a file of 128, expected its end"),
     "tensor twice": (file([], [tensor("t", (4,)), tensor("t", (4,), offset=32)]), "tensor 't' is there twice"),
     "tensor name": (file([], [text("t" * 2000) + bytes(64)]), "2000 bytes long, expected at most 1024"),
 }
@@ -219,41 +219,9 @@ def test_numbers_that_are_not_finite(kind: Kind, tmp_path: Path) -> None:
         LLM(path)
 
 
-def test_mutated_files_load_or_are_refused(tmp_path: Path) -> None:
-    """A byte changed, a run of bytes removed, doubled or zeroed, in the header or anywhere."""
-    models.write_model(path := tmp_path / "model.gguf", Kind.Q8_0, layers=1)
-    data, rng = path.read_bytes(), random.Random(3)
-    start = min(place.start for place in read_header(path).tensors.values())
-    loaded = 0
-    for _ in range(300):
-        mutant, at, length = bytearray(data), rng.randrange(start), rng.randrange(1, 40)
-        match rng.randrange(5):
-            case 0:
-                mutant[at] = rng.randrange(256)
-            case 1:
-                del mutant[at : at + length]
-            case 2:
-                mutant[at:at] = mutant[at : at + length]
-            case 3:
-                mutant[at : at + length] = bytes(length)
-            case 4:
-                mutant[at : at + 8] = struct.pack("<Q", rng.choice([2**63, 2**31, 2**64 - 1, 10**6]))
-        path.write_bytes(mutant)
-        began = time.monotonic()
-        try:
-            checkpoint = open_checkpoint(path, read_config(path))
-            for name in checkpoint.tensors:
-                checkpoint.read(name)
-            loaded += 1
-        except CheckpointError:
-            pass
-        assert time.monotonic() - began < 5
-    assert loaded < 150
-
-
 def test_the_command_line_says_it_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (path := tmp_path / "model.gguf").write_bytes(file([], counts=(0, 2**63)))
-    for command in (["generate", "--model", str(path), "--prompt", "x"], ["plan", "--model", str(path)]):
+    for command in (["generate", "--model", str(path), "--prompt", "x"], ["plan", str(path)]):
         assert main(command) == 2
         out, err = capsys.readouterr()
         assert (out, err.count("\n")) == ("", 1)

@@ -151,6 +151,8 @@ GROK_2: list[tuple[str, Callable[[Path], Any], str]] = [
     ("last-rank-missing", lambda f: drop_rank(f, 7), r"w1.weight has shape \(56, 64\), expected \(64, 64\)"),
     ("middle-rank-missing", lambda f: drop_rank(f, 3), "expected a matrix of one shape in each of 8 ranks"),
     ("all-but-one-missing", lambda f: [drop_rank(f, r) for r in range(1, 8)], r"w1.weight has shape \(8, 64\)"),
+    ("repeated-as-another-rank", lambda f: shutil.copy(f / ranked("00003", "001"), f / ranked("00003", "004")),
+     r"00003-TP-004\.safetensors and pytorch_model-00003-TP-001\.safetensors hold the same values of"),
     ("repeated", lambda f: shutil.copy(f / ranked("00003", "001"), f / ranked("00005", "001")), "expected it once"),
     ("repeated-as-common", lambda f: shutil.copy(f / ranked("00003", "001"), f / ranked("00005", "common")),
      "expected it once"),

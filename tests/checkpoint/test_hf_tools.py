@@ -89,14 +89,14 @@ def test_a_rotary_scaling_survives_conversion(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_plan(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--model", str(DATA / name), "--gpus", "1", "--json"]) == 0
+    assert main(["plan", str(DATA / name), "--gpus", "1", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert (planned["model"], planned["params_total"]) == (name, read_config(DATA / name).param_count())
 
 
 def test_a_wrong_folder_is_one_line_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     configure(tmp_path, {"architectures": ["GPT2LMHeadModel"]})
-    for command in (["generate", "--token-ids", "1", "--model"], ["plan", "--model"], ["inspect"]):
+    for command in (["generate", "--token-ids", "1", "--model"], ["plan"], ["inspect"]):
         assert main([*command, str(tmp_path)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert "GPT2LMHeadModel" in line

@@ -105,7 +105,7 @@ def test_generate_with_token_ids_needs_no_tokenizer(capsys: Captured) -> None:
         (["plan", "--gpus", "0"], ["0", "expected"]),
         (["plan", "--batch", "-2"], ["-2"]),
         (["plan", "--context", "9999999"], ["9999999"]),
-        (["plan", "--model", "grok-7"], ["grok-7", "grok-1"]),
+        (["plan", "grok-7"], ["grok-7", "grok-1"]),
         (["plan", "--weights", "int3"], ["int3", "fp8"]),
         (["frobnicate"], ["frobnicate"]),
         (["generate", "--frobnicate"], ["--frobnicate"]),
@@ -171,13 +171,13 @@ def test_inspect_and_plan_of_the_full_size_release(tmp_path: Path) -> None:
     assert shown.returncode == 0, shown.stderr
     assert "770 files" in shown.stdout
     assert "318,239,886,140 bytes" in shown.stdout
-    planned = run("plan", "--model", str(tmp_path), "--gpu", "h100-80gb", "--gpus", "8", "--json")
+    planned = run("plan", str(tmp_path), "--gpu", "h100-80gb", "--gpus", "8", "--json")
     assert planned.returncode == 0, planned.stderr
     assert json.loads(planned.stdout)["fits"]
 
 
 def test_plan_says_grok_1s_sizes(capsys: Captured) -> None:
-    assert main(["plan", "--model", "grok-1", "--gpu", "h100-80gb", "--gpus", "8"]) == 0
+    assert main(["plan", "grok-1", "--gpu", "h100-80gb", "--gpus", "8"]) == 0
     text = capsys.readouterr().out
     for figure in ("315.7 B parameters", "83.8 B active", "318.2 GB as released", "fits"):
         assert figure in text

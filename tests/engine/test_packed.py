@@ -102,7 +102,7 @@ def test_text_comes_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         texts.append(capsys.readouterr().out)
     assert len(set(texts)) == 1
     assert len(texts[0]) > 8
-    assert main(["plan", "--model", str(out), "--gpus", "1", "--json"]) == 0
+    assert main(["plan", str(out), "--gpus", "1", "--json"]) == 0
 
 
 def test_other_tools_can_read_the_file(whole: Path) -> None:

@@ -7,10 +7,11 @@ that say "as usual" are let through (`_NEUTRAL`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from itertools import zip_longest
 from typing import Any
 
-from grok_engine.checkpoint.base import CheckpointError
+from grok_engine.checkpoint.base import CheckpointError, all_problems
 from grok_engine.config import ConfigError, ModelConfig, is_int, is_number
 from grok_engine.models.families import preset
 from grok_engine.models.families.rope import rope_fields
@@ -74,11 +75,18 @@ class _Keys:
         return value
 
     def unknown(self) -> list[str]:
-        """One line for each key of the architecture that was not read and is not neutral."""
-        found = []
+        """One line for each key of the architecture that was not read and is not neutral, and for each misspelt key: a
+        typo must not become a default."""
+        found, absent = [], [key for key in self._read if key not in self._metadata]
         for key, value in self._metadata.items():
             name = key.removeprefix(f"{self._prefix}.")
-            if name == key or key in self._read:
+            if key in self._read:
+                continue
+            if name == key:
+                if f"{self._prefix}.{key.partition('.')[2]}" in self._read:
+                    found.append(f"{key} does not begin with the architecture {self._prefix}: not served")
+                elif key != "tokenizer.ggml.mask_token_id" and (near := get_close_matches(key, absent, 1, 0.9)):
+                    found.append(f"unknown key {key!r}: expected {near[0]!r}")
                 continue
             neutral = _NEUTRAL.get(name, ())
             if neutral is not None and value not in neutral:
@@ -117,7 +125,7 @@ def parse_metadata(header: Header, tensors: Mapping[str, Place], factors: Sequen
             return ModelConfig(**fields)
         except ConfigError as error:
             problems = [str(error)]
-    raise CheckpointError("\n  ".join([f"{header.path}: the metadata does not fit:", *problems]), tuple(problems))
+    raise all_problems(f"{header.path}: the metadata does not fit:", problems)
 
 
 def _common(keys: _Keys, tensors: Mapping[str, Place]) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from grok_engine.checkpoint.base import CheckpointError
+from grok_engine.checkpoint.base import CheckpointError, all_problems
 
 from .header import Header, read_header
 
+MAX_FILES = 1000
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -29,9 +30,28 @@ def gguf_file(path: str | Path) -> Path | None:
     return next(iter(models.values()), None)
 
 
+# What was read last. Configuration, tokenizer and tensors are read one after the other, and each asks for the headers:
+# parsing a vocabulary takes some 0.1 s for 100,000 strings.
+_last: dict[Path, tuple[Header, ...]] = {}
+
+
 def read_headers(path: Path) -> tuple[Header, ...]:
     """The headers of a file, or of all files of a split one, whose first has the metadata. CheckpointError if any is
-    missing, or not what its name says."""
+    missing, or not what its name says. They are kept for the next call until `forget_headers`."""
+    headers = _last.get(path)
+    if headers is None or not all(header.is_current() for header in headers):
+        headers = _read_headers(path)
+        _last.clear()
+        _last[path] = headers
+    return headers
+
+
+def forget_headers() -> None:
+    """Let go of the headers that were read last."""
+    _last.clear()
+
+
+def _read_headers(path: Path) -> tuple[Header, ...]:
     match = _SPLIT.fullmatch(path.name)
     if match is None:
         header = read_header(path)
@@ -39,10 +59,12 @@ def read_headers(path: Path) -> tuple[Header, ...]:
             raise CheckpointError(f"{path}: split.count={count}, expected a name like NAME-00001-of-{count:05d}.gguf")
         return (header,)
     count = int(match[3])
+    if count > MAX_FILES:
+        raise CheckpointError(f"{path} is one of {count} files, expected at most {MAX_FILES}")
     paths = [path.with_name(f"{match[1]}-{i:05d}-of-{match[3]}.gguf") for i in range(1, count + 1)]
     missing = [f"{file.name} is missing" for file in paths if not file.is_file()]
     if missing or not count:
-        raise CheckpointError("\n  ".join([f"{path} is one of {count} files:", *missing]), tuple(missing))
+        raise all_problems(f"{path} is one of {count} files:", missing)
     headers = tuple(map(read_header, paths))
     problems = []
     for number, header in enumerate(headers):
@@ -54,5 +76,5 @@ def read_headers(path: Path) -> tuple[Header, ...]:
     if (total := headers[0].metadata.get("split.tensors.count", len(names))) != len(names):
         problems.append(f"split.tensors.count={total}, found {len(names)} tensors")
     if problems:
-        raise CheckpointError("\n  ".join([f"{path} and the files beside it do not fit:", *problems]), tuple(problems))
+        raise all_problems(f"{path} and the files beside it do not fit:", problems)
     return headers

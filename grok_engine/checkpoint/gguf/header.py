@@ -14,6 +14,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -57,11 +58,23 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """metadata: by key; arrays are tuples. tensors: by name."""
+    """metadata: by key; arrays are tuples. tensors: by name. size: of the file; length, checksum: of its header."""
 
     path: Path
     metadata: Mapping[str, Value]
     tensors: Mapping[str, Place]
+    size: int
+    length: int
+    checksum: int
+
+    def is_current(self) -> bool:
+        """Whether the file still begins with this header, and is as long as it was."""
+        try:
+            with self.path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                return size == self.size and zlib.crc32(file.read(self.length)) == self.checksum
+        except OSError:
+            return False
 
 
 def read_header(path: str | Path) -> Header:
@@ -115,7 +128,9 @@ class _Parser:
             if place.name in places:
                 raise self._error(f"tensor {place.name!r} is there twice")
             places[place.name] = place
-        return Header(self._path, metadata, self._located(places, -(-self._at // alignment) * alignment))
+        located = self._located(places, -(-self._at // alignment) * alignment, alignment)
+        checksum = zlib.crc32(memoryview(self._data)[: self._at])
+        return Header(self._path, metadata, located, self._size, self._at, checksum)
 
     def _place(self, alignment: int) -> Place:
         name = self._string("the name of a tensor", MAX_NAME)
@@ -139,17 +154,19 @@ class _Parser:
             raise self._error(f"tensor {name!r} lies at {offset}, expected a multiple of the alignment {alignment}")
         return Place(name, kind, shape, offset)
 
-    def _located(self, places: Mapping[str, Place], start: int) -> dict[str, Place]:
-        """The same counted from the file's first byte; all of them lie in the file, and none in another."""
-        end, before = 0, ""
+    def _located(self, places: Mapping[str, Place], start: int, alignment: int) -> dict[str, Place]:
+        """The same counted from the file's first byte; one lies after the other, and the file ends with the last.
+
+        ggml writes no gaps and refuses them, since a type or a size that was changed leaves one.
+        """
+        end = 0
         for place in sorted(places.values(), key=lambda place: place.start):
-            if place.start < end:
-                raise self._error(
-                    f"tensor {place.name!r} lies at {place.start}, inside of {before!r}, which ends at {end}"
-                )
-            end, before = place.start + place.nbytes, place.name
-            if start + end > self._size:
-                raise self._error(f"tensor {before!r} ends at byte {start + end} of a file of {self._size}")
+            if place.start != (expected := -(-end // alignment) * alignment):
+                raise self._error(f"tensor {place.name!r} lies at {place.start}, expected {expected}")
+            end = place.start + place.nbytes
+        last, padding = start + end, start + -(-end // alignment) * alignment
+        if places and self._size not in (last, padding):
+            raise self._error(f"the tensors end at byte {last} of a file of {self._size}, expected its end")
         return {name: Place(name, p.kind, p.shape, start + p.start) for name, p in places.items()}
 
     def _value(self, kind: int, key: str) -> Value:

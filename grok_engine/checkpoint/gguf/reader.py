@@ -19,8 +19,8 @@ from grok_kernels.dtypes import DTYPES
 
 from .blocks import Bytes, TensorType, read_floats, read_groups
 from .config import parse_metadata
-from .files import read_headers
-from .header import Place
+from .files import forget_headers, read_headers
+from .header import Header, Place
 from .names import FACTORS, engine_names, interleaved_rows
 
 CHUNK = 1 << 20  # values that are dequantised at once
@@ -32,10 +32,10 @@ def read_gguf_config(path: Path) -> ModelConfig:
     tensors = {name: place for header in headers for name, place in header.tensors.items()}
     factors: Sequence[float] = ()
     if (place := tensors.get(FACTORS)) is not None:
-        file = next(header.path for header in headers if FACTORS in header.tensors)
+        file = next(header for header in headers if FACTORS in header.tensors)
         (vector,) = _matrices(place, _map(file), None)
         if vector.kind.name != "F32":
-            raise CheckpointError(f"{file}: {FACTORS} is {vector.kind.name}, expected F32")
+            raise CheckpointError(f"{file.path}: {FACTORS} is {vector.kind.name}, expected F32")
         factors = read_floats(vector.kind, vector.data)[0].tolist()
     return parse_metadata(headers[0], tensors, factors)
 
@@ -69,7 +69,7 @@ class GGUFCheckpoint:
             orders["k"] = interleaved_rows(config.num_kv_heads, config.head_dim)
         places, mapped = {}, {}
         for header in headers:
-            data = _map(header.path)
+            data = _map(header)
             for name, place in header.tensors.items():
                 places[name], mapped[name] = place, data
         self.tensors: dict[str, TensorInfo] = {}
@@ -78,6 +78,7 @@ class GGUFCheckpoint:
             self.tensors[name] = self._info(name, [places[part] for part in parts])
             order = orders.get(name.rpartition(".attn.")[2])
             self._matrices[name] = [m for part in parts for m in _matrices(places[part], mapped[part], order)]
+        forget_headers()  # opening the tensors is the last step of a load
 
     def _info(self, name: str, places: Sequence[Place]) -> TensorInfo:
         shape, kind = places[0].shape, places[0].kind
@@ -133,12 +134,15 @@ def _planes(kind: TensorType, raw: Bytes, *, keep: bool) -> tuple[NDArray[Any], 
     return tuple(plane.reshape(len(raw), -1) for plane in planes)
 
 
-def _map(path: Path) -> Bytes:
+def _map(header: Header) -> Bytes:
     try:
-        with path.open("rb") as file:
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    except OSError as error:
-        raise CheckpointError(f"{path}: expected a readable file, found: {error.strerror}") from None
+        with header.path.open("rb") as file:
+            data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{header.path}: expected a readable file, found: {error}") from None
+    if len(data) != header.size:  # reading beyond its end would kill the process
+        raise CheckpointError(f"{header.path}: expected {header.size} bytes as when opened, found {len(data)}")
+    return data
 
 
 def _matrices(place: Place, data: Bytes, order: NDArray[np.int64] | None) -> list[_Matrix]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,7 +104,7 @@ def _numbered(names: list[str]) -> list[re.Match[str]]:
 
 def config_file(folder: Path) -> Path:
     """`config.json`, or Mistral's `params.json` where that stands alone."""
-    return folder / ("config.json" if (folder / "config.json").exists() else PARAMS)
+    return folder / ("config.json" if os.path.lexists(folder / "config.json") else PARAMS)
 
 
 def _add_indexed(files: Files, folder: Path, index: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -56,6 +57,7 @@ class Resolver:
         self.problems = files.problems
         self.missing: list[str] = []
         self.used: set[str] = set()
+        self._compared: set[tuple[Path, ...]] = set()
         ranks = {place.rank for places in files.places.values() for place in places if place.rank is not None}
         self.ranks = max(ranks, default=-1) + 1
 
@@ -146,8 +148,22 @@ class Resolver:
             what = ", ".join(f"rank {place.rank} {place.tensor.shape}" for place in pieces)
             self.problems.append(f"{name} has {what}: expected a matrix of one shape in each of {self.ranks} ranks")
             return None
+        self._repeated(name, pieces)
         n, k = shapes[0]
         return (n, k * self.ranks) if axis else (n * self.ranks, k)
+
+    def _repeated(self, name: str, pieces: tuple[Place, ...]) -> None:
+        """A file copied under another rank's name is a problem. One tensor tells, by its first rows."""
+        files = tuple(place.file.path for place in pieces)
+        if files in self._compared:
+            return
+        self._compared.add(files)
+        first: dict[bytes, str] = {}
+        for place in pieces:
+            head = bytes(place.file.read(name)[:4].contiguous().view(torch.uint8).flatten().tolist())
+            other = first.setdefault(head, place.file.path.name)
+            if other != place.file.path.name and len(set(head)) > 1:  # all zeros may be
+                self.problems.append(f"{place.file.path.name} and {other} hold the same values of {name}")
 
     def _scales(
         self, name: str, code: str, shape: tuple[int, ...]

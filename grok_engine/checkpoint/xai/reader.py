@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grok_engine.checkpoint.base import CheckpointError, TensorInfo, take
+from grok_engine.checkpoint.base import CheckpointError, TensorInfo, all_problems, take
 from grok_engine.config import ModelConfig
 
 from .layout import TensorSpec, layout
@@ -75,7 +75,7 @@ class XaiCheckpoint:
             problems.append(f"{name}: expected {len(specs)} files up to {specs[-1].file}, found this one too")
         if problems:
             head = f"{self.folder} does not hold the checkpoint of {config.name!r}, {len(problems)} problem(s):"
-            raise CheckpointError("\n  ".join([head, *problems]), tuple(problems))
+            raise all_problems(head, problems)
         self.tensors = {name: file.info for name, file in self.files.items()}
 
     def arrays(self, name: str) -> MappedTensor:

@@ -5,6 +5,7 @@ f_i = theta^(−2i/C) becomes f_i / factors[i], whatever the method; a factor on
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,6 +13,12 @@ from typing import Any
 from grok_engine.config import is_number
 
 MAX_HEAD_DIM = 1 << 14  # ModelConfig refuses more, later
+# What the methods of transformers read; a near miss is a typo, which must not become a default.
+KEYS = (
+    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor",
+    "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor",
+    "truncate", "short_factor", "long_factor", "finetuned",
+)  # fmt: skip
 SERVED = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
@@ -31,6 +38,8 @@ def rope_fields(
             problems.append(f"{key}={group!r} is not an object or null")
             continue
         for name, value in (group or {}).items():
+            if name not in KEYS and (near := difflib.get_close_matches(name, KEYS, 1, 0.85)):
+                problems.append(f"unknown key {name!r} in {key}: expected {near[0]!r}")
             name = "rope_type" if name == "type" else name
             if value is not None and merged.setdefault(name, value) != value:
                 problems.append(f"{name} is {merged[name]!r} in one place and {value!r} in {key}")
