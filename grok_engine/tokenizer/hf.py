@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,15 @@ class HFTokenizer:
             self._tk = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from None
-        decoder = json.loads(self._tk.to_str())["decoder"]
+        values = json.loads(self._tk.to_str())
+        decoder, self.spaces_parts = values["decoder"], _spaces_parts(values)
         self._byte_level, self._strip = _decoder_kind(decoder, path)
         self.replace_each_byte = not self._byte_level
         added = self._tk.get_added_tokens_decoder()
         self._special = {i for i, token in added.items() if token.special}
-        self._control = ControlTokens({added[i].content: i for i in self._special})
+        eats = {token.content: (token.lstrip, token.rstrip) for token in added.values() if token.lstrip or token.rstrip}
+        self.control = ControlTokens({added[i].content: i for i in self._special}, eats)
+        self.user_defined = {token.content: i for i, token in added.items() if not token.special}
         self._tk.encode_special_tokens = True  # as text, that is
         self.vocab_size: int = 1 + max(self._tk.get_vocab(with_added_tokens=True).values(), default=-1)
         bos, eos = _special_tokens(path, config)
@@ -52,7 +55,7 @@ class HFTokenizer:
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         check_text(text)
-        return self._control.encode(text, self._plain) if special else self._plain(text)
+        return self.control.encode(text, self._plain) if special else self._plain(text)
 
     def _plain(self, text: str) -> list[int]:
         return list(self._tk.encode(text, add_special_tokens=False).ids)
@@ -96,6 +99,13 @@ def _decoder_kind(decoder: Any, path: Path) -> tuple[bool, bool]:
         f"{path}: decoder {json.dumps(decoder, ensure_ascii=False)} is not read: expected ByteLevel, or "
         f"Replace({SPACE} by a space), ByteFallback, Fuse and perhaps Strip(one space at the start)"
     )
+
+
+def _spaces_parts(values: Mapping[str, Any]) -> bool:
+    """Whether the space that goes before a text goes behind every control token too."""
+    normalizer, pre_tokenizer = (values[key] or {} for key in ("normalizer", "pre_tokenizer"))
+    steps = [*normalizer.get("normalizers", [normalizer]), *pre_tokenizer.get("pretokenizers", [pre_tokenizer])]
+    return any(step.get("type") == "Prepend" or step.get("prepend_scheme") == "always" for step in steps)
 
 
 def _special_tokens(path: Path, config: bytes) -> tuple[str | None, str | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,11 @@ class SentencePieceTokenizer:
             self._sp.Load(model_file=None if model else str(path), model_proto=model)
         except (RuntimeError, OSError) as error:
             raise ValueError(f"{path} is not a SentencePiece model: {error}") from None
+        beside = Path(path).with_name("tokenizer_config.json")
+        values = (
+            json.loads(beside.read_bytes()) if model is None and beside.is_file() else {"legacy": model is not None}
+        )
+        self.spaces_parts: bool = values.get("legacy") is True  # transformers' word for it
         sp = self._sp
         self.vocab_size: int = sp.GetPieceSize()
         self.bos_token_id: int | None = sp.bos_id() if sp.bos_id() >= 0 else None
@@ -40,13 +46,20 @@ class SentencePieceTokenizer:
         self._drops_spaces = probe is not None and sp.DecodeIds([probe, probe]) == ""
 
     @cached_property
-    def _control(self) -> ControlTokens:
+    def user_defined(self) -> dict[str, int]:
+        """Found by their score, 0, which only the first merge has besides."""
+        sp = self._sp
+        others = [i for i in range(self.vocab_size) if sp.GetScore(i) == 0 and len(sp.IdToPiece(i)) > 2]
+        return {sp.IdToPiece(i): i for i in others if not (sp.IsControl(i) or sp.IsUnknown(i) or sp.IsByte(i))}
+
+    @cached_property
+    def control(self) -> ControlTokens:
         sp = self._sp
         return ControlTokens({sp.IdToPiece(i): i for i in range(self.vocab_size) if sp.IsControl(i)})
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         check_text(text)
-        return self._control.encode(text, self._sp.EncodeAsIds) if special else list(self._sp.EncodeAsIds(text))
+        return self.control.encode(text, self._sp.EncodeAsIds) if special else list(self._sp.EncodeAsIds(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         check_ids(ids, self.vocab_size)
