@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .config import EngineConfig, ModelConfig, described, shown
 from .errors import EngineAsleepError, EngineBusyError, EngineClosedError, QueueFullError
-from .loading.build import build_model, build_tokenizer
+from .loading.build import build_model, build_tokenizer, with_turn_ends
 from .loading.fill import Progress
 from .loading.resolve import find_model
 from .log import QuietLogger
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .config import EngineOptions
+    from .tokenizer.chat import ChatOptions
+    from .tokenizer.chat_messages import Message
 
 logger = QuietLogger(__name__)
 
@@ -69,6 +71,7 @@ class LLMEngine:
         self._folder: Path | None = None if folder is None else folder.absolute()  # `wake_up` finds it after a chdir
         self.config = EngineConfig.of(architecture, options)
         self.tokenizer = None if self._folder is None else build_tokenizer(self._folder, self.config)
+        self.config = with_turn_ends(self.config, self.tokenizer)
         self._turn = Turn(self._reset)
         self._closed: EngineClosedError | None = None
         self.asleep = False
@@ -78,7 +81,7 @@ class LLMEngine:
         self.scheduler = Scheduler(
             self.allocator, max_num_seqs=c.max_num_seqs, max_num_batched_tokens=c.max_num_batched_tokens
         )
-        self._builder = RequestBuilder(c, self.tokenizer)
+        self._builder = RequestBuilder(c, self.tokenizer, self._folder)
         self._requests: dict[str, Request] = {}  # unfinished ones
         self._fresh: dict[str, None] = {}  # those of them that have no token yet
         self._by_seq_id: dict[int, Taker] = {}  # of the sequences that the scheduler has
@@ -102,6 +105,10 @@ class LLMEngine:
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. ValueError without a tokenizer for text, or if an id or the length is out of range."""
         return self._builder.encode(prompt)
+
+    def apply_chat_template(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> list[int]:
+        """Token ids of a conversation, for `add_request`. The options and the errors are those of `LLM.chat`."""
+        return self._builder.apply_chat_template(messages, **options)
 
     def add_request(
         self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0
@@ -424,14 +431,10 @@ class LLMEngine:
         """Counts now and since the start."""
         self._check_open()
         return EngineStats(
-            requests=len(self._requests),
-            scheduler=self.scheduler.stats(),
-            kv_bytes=self.runner.num_pages * self.runner.page_bytes,
-            steps=self._steps,
-            prompt_tokens=self.scheduler.prompt_tokens,
-            generated_tokens=self._generated,
-            seconds=dict(self._seconds),
-        )
+            requests=len(self._requests), scheduler=self.scheduler.stats(), steps=self._steps,
+            kv_bytes=self.runner.num_pages * self.runner.page_bytes, prompt_tokens=self.scheduler.prompt_tokens,
+            generated_tokens=self._generated, seconds=dict(self._seconds),
+        )  # fmt: skip
 
     def sleep(self) -> None:
         """Free weights and pages, the prefix cache included; `wake_up` loads them again. EngineBusyError while requests

@@ -27,11 +27,13 @@ from .runtime.request import Request, RequestOutput
 from .runtime.text import FinishReason
 from .sampling.params import RequestOutputKind, SamplingParams
 from .tokenizer.base import Tokenizer
+from .tokenizer.chat_messages import Message, is_conversation
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
     from .config import EngineOptions
+    from .tokenizer.chat import ChatOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,10 @@ class LLM:
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, checked as `LLMEngine.encode` does."""
         return self.engine.encode(prompt)
+
+    def apply_chat_template(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> list[int]:
+        """Token ids of a conversation, for `generate` and `stream`. The options and the errors are those of `chat`."""
+        return self.engine.apply_chat_template(messages, **options)
 
     def logits(self, token_ids: Prompt, *, chunk: int | None = None) -> Tensor:
         """logits_TV in fp32 after each token, computed `chunk` tokens at a time; no result depends on `chunk`."""
@@ -136,6 +142,33 @@ class LLM:
         finally:
             self._end(call)
         return [finished[request.request_id] for request in prepared]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        **options: Unpack[ChatOptions],
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of several, in one batch.
+
+        A message is OpenAI's: `{"role": "user", "content": "Hello"}`, its content text or parts of type text. Turns are
+        written by the model's chat template, or by `chat_template`; the other options are those of `ChatOptions`. A
+        control token that a message spells out is text. ValueError for a wrong message, with its index, for a template
+        that fails, and for a model without one; otherwise errors are those of `generate`.
+        """
+        conversations: Any = [messages] if is_conversation(messages) else messages
+        prompts: list[Prompt] = []
+        for i, conversation in enumerate(conversations):
+            if len(conversations) == 1:
+                prompts.append(self.apply_chat_template(conversation, **options))
+                continue
+            try:
+                prompts.append(self.apply_chat_template(conversation, **options))
+            except ValueError as error:
+                raise ValueError(f"conversations[{i}]: {error}") from error
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamChunk]:
         """Generate token by token. The request is checked at the call; leaving the loop aborts it. RuntimeError if it

@@ -14,6 +14,7 @@ from grok_engine.checkpoint.packed import PackedCheckpoint
 from grok_engine.config import ActFormat, ConfigError, EngineConfig, ModelConfig
 from grok_engine.models.decoder import Decoder
 from grok_engine.tokenizer.base import PaddedTokenizer, Tokenizer
+from grok_engine.tokenizer.chat_builtin import GROK_2_ENDS
 from grok_engine.tokenizer.load import load_tokenizer
 from grok_kernels.dtypes import dtype_of
 
@@ -54,6 +55,16 @@ def build_tokenizer(folder: Path, config: EngineConfig) -> Tokenizer | None:
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, more than the model's vocab_size={size}"
         )
     return PaddedTokenizer(tokenizer, size) if tokenizer and tokenizer.vocab_size < size else tokenizer
+
+
+def with_turn_ends(config: EngineConfig, tokenizer: Tokenizer | None) -> EngineConfig:
+    """`config`, in which an answer ends at Grok-2's end of a turn too, where the tokenizer has one."""
+    control = {} if tokenizer is None else tokenizer.control.ids
+    ends = [control[token] for token in GROK_2_ENDS if token in control]
+    if len(ends) < len(GROK_2_ENDS):
+        return config
+    ids = tuple(dict.fromkeys((*config.model.eos_token_ids, *ends)))
+    return replace(config, model=replace(config.model, eos_token_ids=ids))
 
 
 def _activations(config: EngineConfig, checkpoint: Checkpoint | None, device: torch.device) -> ActFormat:

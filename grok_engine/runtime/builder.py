@@ -8,7 +8,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 from itertools import count
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from grok_engine.config import EngineConfig, as_int, shown
 from grok_engine.sampling.grammar_limits import GrammarLimits, check_grammar
@@ -17,10 +18,16 @@ from grok_engine.sampling.rules import SamplingRules, bad_word_tokens
 from grok_engine.sampling.state import SamplingState
 from grok_engine.sampling.structured import StructuredCompiler
 from grok_engine.tokenizer.base import Tokenizer
+from grok_engine.tokenizer.chat import ChatFormat, ChatOptions
+from grok_engine.tokenizer.chat_files import load_chat
+from grok_engine.tokenizer.chat_messages import Message
 
 from .request import Answer, Request
 from .sequence import SequenceState
 from .text import SequenceText, begins_text, token_text
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Text, token ids, or vLLM's dicts: {"prompt": text}, {"prompt_token_ids": ids}. With both the ids are used and the text
 # is what outputs show. Ids also as a numpy array or a tensor.
@@ -31,8 +38,8 @@ _KEYS = ("prompt", "prompt_token_ids")
 class RequestBuilder:
     """Makes the requests of one engine. Every method may be called from any thread."""
 
-    def __init__(self, config: EngineConfig, tokenizer: Tokenizer | None) -> None:
-        self.config, self.tokenizer = config, tokenizer
+    def __init__(self, config: EngineConfig, tokenizer: Tokenizer | None, folder: Path | None = None) -> None:
+        self.config, self.tokenizer, self._folder = config, tokenizer, folder
         self._serial, self._seq_ids = count(), count()
         self._lock = threading.Lock()
         self._grammar_limits = GrammarLimits(
@@ -45,6 +52,15 @@ class RequestBuilder:
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. ValueError without a tokenizer for text, or if an id or the length is out of range."""
         return self._read(prompt)[1]
+
+    def apply_chat_template(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> list[int]:
+        """Token ids of a conversation, as `ChatFormat.encode` gives them."""
+        fits = self.config.max_len * self._token_bytes if self.tokenizer else 0
+        return self._chat.encode(messages, max_bytes=fits, **options)
+
+    @cached_property
+    def _chat(self) -> ChatFormat:
+        return load_chat(self._folder, self.tokenizer)
 
     def build(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int) -> Request:
         """A request with all of its n answers, not started yet. ValueError names what this engine cannot serve.

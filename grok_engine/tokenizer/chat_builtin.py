@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+GROK_2_ENDS = ("<|separator|>", "<|eos|>")
 GROK_2 = """\
 {%- for message in messages %}
 {%- if message.role == 'user' %}{{- 'Human: ' + message.content.strip() + '<|separator|>\\n\\n' }}
@@ -103,7 +104,7 @@ BUILT_IN = {"grok-2": GROK_2, "mistral-v1": _V1, "mistral-v3": _V3, "mistral-v7"
 
 def built_in(control: Collection[str], architecture: str) -> str | None:
     """The name of the template that a model's control tokens and architecture (`MixtralForCausalLM`) ask for."""
-    if {"<|separator|>", "<|eos|>"} <= {*control}:
+    if {*GROK_2_ENDS} <= {*control}:
         return "grok-2"
     if {"[INST]", "[/INST]"} <= {*control}:
         return "mistral-v7" if "[SYSTEM_PROMPT]" in control else "mistral-v3"
