@@ -27,6 +27,9 @@ from .loading.resolve import read_config, resolve_model
 from .models.families import PRESETS
 from .progress import byte_bar
 from .sampling.params import SamplingParams
+from .tokenizer.chat_files import require_template
+from .tools.chat import Conversation
+from .tools.chat import run as run_chat
 from .tools.inspect import inspect_checkpoint
 from .tools.inspect_view import render as render_report
 from .tools.plan import PlanKV, PlanWeights, plan
@@ -127,6 +130,36 @@ def _peak_bytes(llm: LLM) -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@app.command(name="chat")
+@click.argument("model")
+@click.option("--system", help="A system prompt.")
+@click.option("--chat-template", help="Jinja text or its file; by default the model's own.")
+@click.option("--max-tokens", default=512, show_default=True, help="Tokens of an answer at most.")
+@click.option("--temperature", type=float, help="0 takes the most probable token; by default as for generate.")
+@click.option("--top-p", type=float, help="Sample among the likeliest tokens of this probability, as for generate.")
+@click.option("--seed", type=int, help="Repeats a conversation.")
+@click.option("--max-model-len", type=int, help="Tokens of the context; by default all that the model takes.")
+@click.option("--dtype", type=_one_of(DType), default="bfloat16", show_default=True, help="Of the computation.")
+@click.option("--weights", type=_one_of(WeightFormat), help="Convert while loading; by default as they are stored.")
+@click.option("--device", default="cpu", show_default=True, help="As torch names them.")
+@_debug
+def chat_command(model: str, system: str | None, chat_template: str | None, **options: Any) -> None:
+    """Talk to a model: answers stream, Ctrl-C stops one, Ctrl-D ends. Off a terminal, each line of input is a turn."""
+    given = {name: options.pop(name) for name in ("max_tokens", "temperature", "top_p", "seed")}
+    given = {name: value for name, value in given.items() if value is not None}
+    SamplingParams(**given)  # reject a wrong number before loading
+    if chat_template is None:
+        require_template(resolve_model(model))  # reject a base model before loading it
+    elif Path(chat_template).is_file():
+        chat_template = Path(chat_template).read_text(encoding="utf-8")
+    llm = LLM(model, **options)
+    run_chat(Conversation(llm, _sampling(llm, given), system=system, chat_template=chat_template))
+
+
+def _sampling(llm: LLM, given: dict[str, Any]) -> SamplingParams:
+    return SamplingParams(**{"temperature": 0.8, "top_p": 0.95, **given})
 
 
 @app.command(name="convert")

@@ -28,7 +28,7 @@ ALLOWED: Table = {
     # the engine, from its leaves up
     "grok_engine.config": (),
     "grok_engine.batch": (),
-    "grok_engine.tokenizer": ("checkpoint.gguf.files",),
+    "grok_engine.tokenizer": ("checkpoint.gguf.files", "checkpoint.strict_json"),
     "grok_engine.errors": (),
     "grok_engine.log": (),
     "grok_engine.progress": (),
@@ -59,7 +59,7 @@ ALLOWED: Table = {
     "grok_engine.models": ("batch", "config", "layers"),
     "grok_engine.loading": ("checkpoint", "config", "layers", "log", "models", "tokenizer", "grok_kernels"),
     # the orchestrator, and the faces over it
-    "grok_engine.engine": ("config", "errors", "loading", "log", "runtime", "sampling"),
+    "grok_engine.engine": ("config", "errors", "loading", "log", "runtime", "sampling", "tokenizer"),
     "grok_engine.llm": (
         "config", "engine", "errors", "models", "runtime.builder", "runtime.request", "runtime.text", "sampling",
         "tokenizer", "progress",
@@ -69,9 +69,10 @@ ALLOWED: Table = {
         "config", "engine", "runtime.builder", "runtime.mailbox", "runtime.stats", "sampling", "stepping", "tokenizer",
     ),
     "grok_engine.tools": ("checkpoint", "config", "loading", "models.families", "grok_kernels"),
+    "grok_engine.tools.chat": ("llm", "sampling"),
     "grok_engine.cli": (
-        ".", "config", "llm", "loading", "models.families", "progress", "sampling", "tools", "grok_kernels",
-        "grok_bench",
+        ".", "config", "llm", "loading", "models.families", "progress", "sampling", "tokenizer", "tools",
+        "grok_kernels", "grok_bench",
     ),
     "grok_engine": (
         "async_llm", "checkpoint", "config", "engine", "errors", "llm", "loading", "models.families", "runtime.builder",

@@ -61,8 +61,6 @@ class ChatFormat:
         are those of transformers' `apply_chat_template`. ValueError for messages and options that are wrong, for a
         model without a template or a tokenizer, for a template that fails, and for more than `max_bytes` of text.
         """
-        if self.tokenizer is None:
-            raise ValueError(f"{self.name} has no tokenizer, so it cannot be talked to: give token ids to `generate`")
         if continue_final_message and add_generation_prompt:
             raise ValueError("continue_final_message=True needs add_generation_prompt=False")
         values: dict[str, Any] = {"messages": check_messages(messages)}
@@ -74,7 +72,7 @@ class ChatFormat:
                 found = f"has the keys {wrong}" if isinstance(more, dict) else f"is {more!r:.80}"
                 raise ValueError(f"chat_template_kwargs {found}: expected a dict of other variables of the template")
             values |= more
-        template = self._template(chat_template, bool(tools))
+        template = self.template(chat_template, with_tools=bool(tools))
         if template == BUILT_IN["mistral-v3"]:
             _parse_tool_results(values["messages"])
         tokens = self._control(template)
@@ -90,7 +88,10 @@ class ChatFormat:
             raise ValueError(f"the conversation has {size} bytes, more than fit into the model's context ({max_bytes})")
         return self._encode(text, tokens, marks, apart=template in BUILT_IN.values())
 
-    def _template(self, wanted: str | None, with_tools: bool) -> str:
+    def template(self, wanted: str | None = None, *, with_tools: bool = False) -> str:
+        """The text of the template that serves. ValueError where there is none, and without a tokenizer."""
+        if self.tokenizer is None:
+            raise ValueError(f"{self.name} has no tokenizer, so it cannot be talked to: give token ids to `generate`")
         if wanted is None:
             name = "tool_use" if with_tools and "tool_use" in self.templates else "default"
             if name in self.templates:

@@ -13,6 +13,7 @@ from grok_engine.checkpoint.strict_json import MAX_BYTES, read_object
 from .base import Tokenizer
 from .chat import ChatFormat
 from .chat_builtin import BUILT_IN, built_in
+from .load import load_tokenizer
 
 JINJA, MORE, JSON = "chat_template.jinja", "additional_chat_templates", "chat_template.json"
 _CONFIG, _KEY = "tokenizer_config.json", "chat_template"
@@ -32,6 +33,12 @@ def load_chat(path: Path | None, tokenizer: Tokenizer | None) -> ChatFormat:
     ids = {"bos_token": tokenizer.bos_token_id, "eos_token": next(iter(tokenizer.eos_token_ids), None)}
     found = {key: spelled[token_id] for key, token_id in ids.items() if token_id in spelled}
     return ChatFormat(str(path), tokenizer, templates, found | special)
+
+
+def require_template(path: Path) -> None:
+    """ValueError for a model that has no template. Reads no tokenizer where the files have one."""
+    if not _read(path)[0]:
+        load_chat(path, load_tokenizer(path)).template()
 
 
 def chat_files(path: Path, tokenizer: Tokenizer | None) -> dict[str, bytes]:
