@@ -15,6 +15,7 @@ from .chat_marks import Marks
 from .chat_messages import Message, check_messages, plain
 from .chat_template import render, string_constants
 
+_LEAD = "\ue000"  # a character that no tokenizer merges with others: it is made of bytes
 _OURS = ("messages", "tools", "add_generation_prompt")
 
 
@@ -142,17 +143,16 @@ class ChatFormat:
         """Ids of a text that is not the first: without the space that SentencePiece puts before a text."""
         assert self.tokenizer is not None
         if self._spaces:
-            ids, newline = self.tokenizer.encode(f"\n{text}"), self.tokenizer.encode("\n")
-            if ids[: len(newline)] == newline:
-                return ids[len(newline) :]
+            ids, lead = self.tokenizer.encode(_LEAD + text), self.tokenizer.encode(_LEAD)
+            if ids[: len(lead)] == lead:
+                return ids[len(lead) :]
         return self.tokenizer.encode(text)
 
     @cached_property
     def _spaces(self) -> bool:
         """Whether the tokenizer puts a space before a text."""
         assert self.tokenizer is not None
-        ids, newline = self.tokenizer.encode("\na"), self.tokenizer.encode("\n")
-        return ids != newline + self.tokenizer.encode("a")
+        return self.tokenizer.encode(f"{_LEAD}a") != self.tokenizer.encode(_LEAD) + self.tokenizer.encode("a")
 
 
 def _parse_tool_results(messages: list[dict[str, Any]]) -> None:
