@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from .base import ControlTokens, Tokenizer, check_text
 from .chat_builtin import BUILT_IN
-from .chat_marks import Marks
+from .chat_marks import ControlSpellings, Marks
 from .chat_messages import Message, check_messages, plain
 from .chat_template import render, string_constants
 
 _LEAD = "\ue000"  # a character that no tokenizer merges with others: it is made of bytes
+_MOST_TEMPLATES = 16  # that are kept compiled
 _OURS = ("messages", "tools", "add_generation_prompt")
 
 
@@ -32,6 +33,15 @@ class ChatOptions(TypedDict, total=False):
     chat_template_kwargs: Mapping[str, Any] | None
 
 
+class _Turns(NamedTuple):
+    """What marks the turns of one template: the control tokens, and, of other tokens, those spelled `<|…|>` that the
+    template writes (`written`)."""
+
+    tokens: ControlTokens
+    written: ControlTokens
+    spellings: ControlSpellings
+
+
 @dataclass(frozen=True)
 class ChatFormat:
     """How a model's turns are written.
@@ -44,6 +54,7 @@ class ChatFormat:
     tokenizer: Tokenizer | None
     templates: Mapping[str, str]
     special: Mapping[str, Any]
+    _known: dict[str, _Turns] = field(default_factory=dict, repr=False)
 
     def encode(
         self,
@@ -76,8 +87,8 @@ class ChatFormat:
         template = self.template(chat_template, with_tools=bool(tools))
         if template == BUILT_IN["mistral-v3"]:
             _parse_tool_results(values["messages"])
-        tokens = self._control(template)
-        marks = Marks(tokens, string_constants(template, self.name), json.dumps([values, template], ensure_ascii=False))
+        turns = self._turns(template)
+        marks = Marks(turns.spellings, json.dumps([values, template], ensure_ascii=False))
         given = {**self.special, **marks.put(values), "add_generation_prompt": add_generation_prompt}
         if continue_final_message:
             last = given["messages"][-1]
@@ -87,7 +98,7 @@ class ChatFormat:
             text = _until(text, marks.end)
         if max_bytes is not None and (size := len(text.encode(errors="replace"))) > max_bytes:
             raise ValueError(f"the conversation has {size} bytes, more than fit into the model's context ({max_bytes})")
-        return self._encode(text, tokens, marks, apart=template in BUILT_IN.values())
+        return self._encode(text, turns, marks, apart=template in BUILT_IN.values())
 
     def template(self, wanted: str | None = None, *, with_tools: bool = False) -> str:
         """The text of the template that serves. ValueError where there is none, and without a tokenizer."""
@@ -111,32 +122,31 @@ class ChatFormat:
             raise ValueError(f"chat_template={wanted!r:.80} is neither Jinja nor the name of a template ({names})")
         return wanted
 
-    def _control(self, template: str) -> Mapping[str, int]:
-        """The tokens that mark turns: the control tokens, and others spelled `<|…|>` that the template writes."""
-        assert self.tokenizer is not None
-        turns = {
-            token: token_id
-            for token, token_id in self.tokenizer.user_defined.items()
-            if re.fullmatch(r"<\|.+\|>", token) and token in template
-        }
-        return {**self.tokenizer.control.ids, **turns}
+    def _turns(self, template: str) -> _Turns:
+        if (found := self._known.get(template)) is None:
+            assert self.tokenizer is not None
+            control, written = self.tokenizer.control, self.tokenizer.user_defined
+            spelled = {t: i for t, i in written.items() if re.fullmatch(r"<\|.+\|>", t) and t in template}
+            tokens = ControlTokens({**control.ids, **spelled}, control.eats)
+            spellings = ControlSpellings(tokens.ids, string_constants(template, self.name))
+            if len(self._known) >= _MOST_TEMPLATES:
+                self._known.clear()
+            found = self._known[template] = _Turns(tokens, ControlTokens(spelled), spellings)
+        return found
 
-    def _encode(self, text: str, tokens: Mapping[str, int], marks: Marks, apart: bool) -> list[int]:
+    def _encode(self, text: str, turns: _Turns, marks: Marks, apart: bool) -> list[int]:
         """Ids of a rendered text. apart: each text between two control tokens begins like a prompt of its own."""
         assert self.tokenizer is not None
         check_text(text)
-        eats = self.tokenizer.control.eats
-        written = ControlTokens({t: i for t, i in tokens.items() if t in self.tokenizer.user_defined})
         ids: list[int] = []
-        for index, part in enumerate(ControlTokens(tokens, eats).split(text)):
+        for index, part in enumerate(turns.tokens.split(text)):
             if isinstance(part, int):
                 ids.append(part)
                 continue
-            first = not index or apart or self.tokenizer.spaces_parts
-            # A message spells a token that is one in any text: cut behind its first character, it is none.
-            pieces = written.cut(marks.take_away(part))
-            for number, piece in enumerate(pieces):
-                ids += self.tokenizer.encode(piece) if first and not number else self._go_on(piece)
+            begins = not index or apart or self.tokenizer.spaces_parts
+            # A token that any text becomes is none when it is cut.
+            for number, piece in enumerate(turns.written.cut(marks.take_away(part))):
+                ids += self.tokenizer.encode(piece) if begins and not number else self._go_on(piece)
         return ids
 
     def _go_on(self, text: str) -> list[int]:

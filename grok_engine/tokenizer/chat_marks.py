@@ -12,30 +12,40 @@ in contents, unless a control token could begin inside of one.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 _PRIVATE = range(0xF0000, 0xFFFFE)
 
 
-class Marks:
-    """The replacements for one conversation. control: how control tokens are spelled. constants: the template's
-    strings. taken: text whose characters must not serve as replacements."""
+class ControlSpellings:
+    """What control tokens are recognised by. control: how they are spelled. constants: the template's strings."""
 
-    def __init__(self, control: Collection[str], constants: Iterable[str], taken: str) -> None:
-        tails = [token[_key(token) :] for token in control]
-        keys = sorted({tail[0] for tail in tails})
-        used = set(taken)
-        free = [chr(code) for code in _PRIVATE if chr(code) not in used][: len(keys) + 1]
+    def __init__(self, control: Collection[str], constants: Iterable[str]) -> None:
+        tails: dict[str, list[str]] = {}
+        for token in filter(None, control):
+            tail = token[_key(token) :]
+            tails.setdefault(tail[0], []).append(tail)
+        self.keys = sorted(tails)
+        kept = [c for c in constants if not tails.keys().isdisjoint(c) and not _may_begin(c, tails)]
+        kept.sort(key=len, reverse=True)
+        found = [*map(re.escape, kept), f"[{re.escape(''.join(self.keys))}]"] if self.keys else ["(?!)"]
+        self.pattern = re.compile("|".join(found))
+
+
+class Marks:
+    """The replacements in one conversation. taken: text whose characters must not serve as replacements."""
+
+    def __init__(self, spellings: ControlSpellings, taken: str) -> None:
+        keys, used = spellings.keys, set(taken)
+        free = [chr(code) for code in islice((c for c in _PRIVATE if chr(c) not in used), len(keys) + 1)]
         if len(free) <= len(keys):
             raise ValueError("the messages use all private-use characters of Unicode: expected fewer")
         self.end = free.pop()  # a character that nothing else has
+        self._pattern = spellings.pattern
         self._marks = dict(zip(keys, free, strict=True))
         self._keys = str.maketrans({mark: key for key, mark in self._marks.items()})
-        kept = [c for c in constants if not set(keys).isdisjoint(c) and not _may_begin(c, tails)]
-        kept.sort(key=len, reverse=True)
-        found = [*map(re.escape, kept), f"[{re.escape(''.join(keys))}]"] if keys else ["(?!)"]
-        self._pattern = re.compile("|".join(found))
 
     def put(self, value: Any) -> Any:
         """Plain data with its strings marked, keys of dicts too."""
@@ -46,6 +56,7 @@ class Marks:
         return [self.put(item) for item in value] if isinstance(value, list) else value
 
     def take_away(self, text: str) -> str:
+        """The text as it was before marking."""
         return text.translate(self._keys)
 
 
@@ -54,9 +65,9 @@ def _key(token: str) -> int:
     return next((i for i, c in enumerate(token) if not c.isalnum() and not c.isspace()), 0)
 
 
-def _may_begin(text: str, tails: Collection[str]) -> bool:
+def _may_begin(text: str, tails: Mapping[str, Collection[str]]) -> bool:
     return any(
         text.startswith(tail, at) or tail.startswith(text[at:])
-        for tail in tails
-        for at in (i for i, c in enumerate(text) if c == tail[0])
+        for at, character in enumerate(text)
+        for tail in tails.get(character, ())
     )
