@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -10,11 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from grok_engine.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 ENV = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "TERM": "dumb", "INPUTRC": "/dev/null"}
@@ -74,7 +77,10 @@ def test_a_conversation_on_a_terminal() -> None:
         screen.read_until(r"\w+ \w+ \w+")
         screen.type("\x03")  # Ctrl-C stops the answer, not the program
         screen.read_until(r"\(stopped\)\s+> $")
-        screen.type("half a li\x03")  # and clears a line
+        screen.type("half a li")
+        screen.read_until("half a li")
+        time.sleep(0.2)  # readline waits for the next key
+        screen.type("\x03")  # and clears a line
         screen.read_until(r"/exit[^>]*> $")
         screen.type("/reset\n")
         screen.read_until("> $")
@@ -84,30 +90,34 @@ def test_a_conversation_on_a_terminal() -> None:
         assert screen.process.wait(60) == 0
 
 
-def chat(lines: str, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*CHAT, *options], input=lines, capture_output=True, text=True, env=ENV, timeout=300, check=False
-    )
+@pytest.fixture
+def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[list[str], str]]:
+    def run(lines: str, *options: str) -> tuple[list[str], str]:
+        """The answers to lines of standard input, and what the program said itself."""
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        assert main([*CHAT[3:], *options]) == 0
+        captured = capsys.readouterr()
+        return captured.out.splitlines(), captured.err
+
+    return run
 
 
-def test_lines_from_a_pipe_are_turns() -> None:
-    done = chat("The king\n\n/system You are Holmes.\nThe king\n/exit\nnot read\n", "--max-tokens", "8")
-    assert done.returncode == 0, done.stderr
-    first, second = done.stdout.splitlines()
-    assert first
-    assert second  # whatever a model says that continues texts
-    assert done.stderr.count("cut off") == 2
-    assert chat("The king", "--max-tokens", "8").stdout == f"{first}\n"
+def test_lines_from_a_pipe_are_turns(chat: Callable[..., tuple[list[str], str]]) -> None:
+    answers, said = chat("The king\n\n/system You are Holmes.\nThe king\n/exit\nnot read\n", "--max-tokens", "8")
+    assert len(answers) == 2
+    assert all(answers)
+    assert said.count("cut off") == 2
+    assert chat("The king", "--max-tokens", "8")[0] == answers[:1]
 
 
-def test_a_full_context_forgets_whole_turns() -> None:
-    done = chat("The king and the queen of the land\n" * 6, "--max-tokens", "8", "--max-model-len", "64")
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 6
-    assert "the context is full: forgot the first 1 turn of the conversation" in done.stderr
-    done = chat(f"{'word ' * 60}\nThe king\n", "--max-tokens", "8", "--max-model-len", "64")
-    assert re.search(r"this text is too long: with the template it has \d+ of 64 tokens", done.stderr)
-    assert len(done.stdout.splitlines()) == 1
+def test_a_full_context_forgets_whole_turns(chat: Callable[..., tuple[list[str], str]]) -> None:
+    options = ("--max-tokens", "8", "--max-model-len", "64")
+    answers, said = chat("The king and the queen of the land\n" * 6, *options)
+    assert len(answers) == 6
+    assert "the context is full: forgot the first 1 turn of the conversation" in said
+    answers, said = chat(f"{'word ' * 60}\nThe king\n", *options)
+    assert re.search(r"this text is too long: with the template it has \d+ of 64 tokens", said)
+    assert len(answers) == 1
 
 
 @pytest.mark.parametrize(
@@ -120,8 +130,6 @@ def test_a_full_context_forgets_whole_turns() -> None:
     ],
 )
 def test_what_cannot_be_talked_to(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from grok_engine.cli import main
-
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
