@@ -27,8 +27,7 @@ from .loading.resolve import read_config, resolve_model
 from .models.families import PRESETS
 from .progress import byte_bar
 from .sampling.params import SamplingParams
-from .tokenizer.chat_files import require_template
-from .tools.chat import Conversation
+from .tools.chat import Conversation, require_template
 from .tools.chat import run as run_chat
 from .tools.inspect import inspect_checkpoint
 from .tools.inspect_view import render as render_report

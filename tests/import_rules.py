@@ -69,10 +69,10 @@ ALLOWED: Table = {
         "config", "engine", "runtime.builder", "runtime.mailbox", "runtime.stats", "sampling", "stepping", "tokenizer",
     ),
     "grok_engine.tools": ("checkpoint", "config", "loading", "models.families", "grok_kernels"),
-    "grok_engine.tools.chat": ("llm", "sampling"),
+    "grok_engine.tools.chat": ("llm", "sampling", "tokenizer"),
     "grok_engine.cli": (
-        ".", "config", "llm", "loading", "models.families", "progress", "sampling", "tokenizer", "tools",
-        "grok_kernels", "grok_bench",
+        ".", "config", "llm", "loading", "models.families", "progress", "sampling", "tools", "grok_kernels",
+        "grok_bench",
     ),
     "grok_engine": (
         "async_llm", "checkpoint", "config", "engine", "errors", "llm", "loading", "models.families", "runtime.builder",

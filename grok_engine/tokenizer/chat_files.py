@@ -13,7 +13,6 @@ from grok_engine.checkpoint.strict_json import MAX_BYTES, read_object
 from .base import Tokenizer
 from .chat import ChatFormat
 from .chat_builtin import BUILT_IN, built_in
-from .load import load_tokenizer
 
 JINJA, MORE, JSON = "chat_template.jinja", "additional_chat_templates", "chat_template.json"
 _CONFIG, _KEY = "tokenizer_config.json", "chat_template"
@@ -35,17 +34,19 @@ def load_chat(path: Path | None, tokenizer: Tokenizer | None) -> ChatFormat:
     return ChatFormat(str(path), tokenizer, templates, found | special)
 
 
-def require_template(path: Path) -> None:
-    """ValueError for a model that has no template. Reads no tokenizer where the files have one."""
-    if not _read(path)[0]:
-        load_chat(path, load_tokenizer(path)).template()
+def has_template(path: Path) -> bool:
+    """Whether a model's own files have a template."""
+    return bool(_read(path)[0])
 
 
 def chat_files(path: Path, tokenizer: Tokenizer | None) -> dict[str, bytes]:
-    """The files, by name, that give a folder the same templates."""
+    """The files, by name, that give a folder the same templates: one for the default, one for several with names."""
     templates = dict(load_chat(path, tokenizer).templates)
-    default = {JINJA: templates.pop("default").encode()} if "default" in templates else {}
-    return default | {f"{MORE}/{name}.jinja": text.encode() for name, text in templates.items()}
+    if not templates:
+        return {}
+    if [*templates] == ["default"]:
+        return {JINJA: templates["default"].encode()}
+    return {JSON: json.dumps({_KEY: templates}, ensure_ascii=False).encode()}
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Any], str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from grok_engine.checkpoint.gguf.files import gguf_file, read_headers
 
 from .base import Tokenizer
+from .chat_files import chat_files
 from .gguf import read_tokenizer
 from .gguf import tokenizer_files as gguf_tokenizer_files
 from .hf import HFTokenizer
@@ -33,8 +34,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer | None:
 
 
 def tokenizer_files(path: str | Path) -> dict[str, bytes]:
-    """What a folder needs to have the same tokenizer, by name: the files of a checkpoint's folder, or those that a GGUF
-    file's metadata becomes. Raises as `load_tokenizer` does."""
+    """What a folder needs to have the same tokenizer and chat templates, by name: the files of a checkpoint's folder,
+    or those that a GGUF file's metadata becomes. Raises as `load_tokenizer` and `load_chat` do."""
+    templates = chat_files(Path(path), load_tokenizer(path))
     if (gguf := gguf_file(path)) is not None:
-        return gguf_tokenizer_files(read_headers(gguf)[0].metadata, gguf)
-    return {name: file.read_bytes() for name in (*KINDS, BESIDE) if (file := Path(path) / name).is_file()}
+        return templates | gguf_tokenizer_files(read_headers(gguf)[0].metadata, gguf)
+    return templates | {name: file.read_bytes() for name in (*KINDS, BESIDE) if (file := Path(path) / name).is_file()}

@@ -5,14 +5,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
+from pathlib import Path
 
 import click
 
 from grok_engine.llm import LLM, StreamChunk
 from grok_engine.sampling.params import SamplingParams
+from grok_engine.tokenizer.chat_files import has_template, load_chat
+from grok_engine.tokenizer.load import load_tokenizer
 
 _PROMPT = "> "
 _HELP = "/reset forgets the conversation, /system TEXT also sets a system prompt, /exit or Ctrl-D ends, Ctrl-C stops"
+
+
+def require_template(path: Path) -> None:
+    """ValueError for a model that has no chat template. Reads no tokenizer where the files have one."""
+    if not has_template(path):
+        load_chat(path, load_tokenizer(path)).template()
 
 
 class Conversation:

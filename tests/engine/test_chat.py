@@ -13,8 +13,9 @@ import transformers
 
 from grok_engine.tokenizer.base import PaddedTokenizer
 from grok_engine.tokenizer.chat import ChatFormat
-from grok_engine.tokenizer.chat_files import chat_files, load_chat
+from grok_engine.tokenizer.chat_files import load_chat
 from grok_engine.tokenizer.hf import HFTokenizer
+from grok_engine.tokenizer.load import tokenizer_files
 from tests.engine import chat_models as made
 
 USER = {"role": "user", "content": "Hello"}
@@ -190,11 +191,19 @@ def test_the_files_of_a_folder(folder: Path) -> None:
     chat = load_chat(folder, tokenizer := HFTokenizer(folder / "tokenizer.json"))
     for options, said in [({}, "jinja"), ({"tools": made.TOOLS}, "two"), ({"chat_template": "rag"}, "rag")]:
         assert tokenizer.decode(chat.encode([USER], **options)) == said
-    copied = folder / "copied"
-    for name, content in chat_files(folder, tokenizer).items():
-        (copied / name).parent.mkdir(parents=True, exist_ok=True)
-        (copied / name).write_bytes(content)
-    assert dict(load_chat(copied, tokenizer).templates) == dict(chat.templates)
+
+
+def test_a_conversion_keeps_the_templates(folder: Path) -> None:
+    """Of the files, and the built-in one that the files of the original are chosen by."""
+    (folder / "config.json").write_text('{"architectures": ["MixtralForCausalLM"]}')
+    named = [{"name": "default", "template": "{{ 'é' }}"}, {"name": "tool_use", "template": "{{ 2 }}"}]
+    for number, value in enumerate((None, "{{ 'one' }}", named)):
+        made.configure(folder, value)
+        copied = folder / str(number)
+        copied.mkdir()
+        for name, content in tokenizer_files(folder).items():
+            (copied / name).write_bytes(content)
+        assert templates(copied) == templates(folder) != {}
 
 
 @pytest.mark.parametrize("value", [5, [5], [{"name": "x"}], {"default": 5}])

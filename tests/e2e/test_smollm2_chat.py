@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from grok_engine import LLM, SamplingParams
-from tests.e2e.test_chat import terminal
+from tests.e2e.test_chat_cli import terminal
 from tests.e2e.test_smollm2 import FILE, GOLDEN
 
 pytestmark = pytest.mark.skipif(not FILE.is_file(), reason=f"{FILE} is not there: `make smollm` fetches it")
