@@ -46,9 +46,9 @@ class AsyncLLM:
         """Whether the engine is closed: by `close`, or because the device was damaged."""
         return self.engine.closed
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, checked as `LLMEngine.encode` does."""
-        return self.engine.encode(prompt)
+    def encode(self, prompt: Prompt, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a prompt, as `LLMEngine.encode` gives them."""
+        return self.engine.encode(prompt, add_special_tokens=add_special_tokens)
 
     def stats(self) -> EngineStats:
         """Counts now and since the start."""

@@ -84,7 +84,7 @@ def generate(model: str, prompt: str | None, token_ids: str | None, stats: bool,
         print(text, end="", flush=True)
     print()
     if stats:
-        _print_stats(llm, len(llm.encode(request)), load_s, times)
+        _print_stats(llm, len(llm.encode(request, add_special_tokens=True)), load_s, times)
 
 
 def _prompt(prompt: str | None, token_ids: str | None) -> str | list[int]:

@@ -99,9 +99,10 @@ class LLMEngine:
 
     # Requests
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt. ValueError without a tokenizer for text, or if an id or the length is out of range."""
-        return self._builder.encode(prompt)
+    def encode(self, prompt: Prompt, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a prompt; of a text its own alone, or with BOS and EOS around it as every other call puts them.
+        ValueError without a tokenizer for text, or if an id or the length is out of range."""
+        return self._builder.encode(prompt, add_special_tokens=add_special_tokens)
 
     def add_request(
         self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0
@@ -401,7 +402,7 @@ class LLMEngine:
             chunk = self.config.max_num_batched_tokens if chunk is None else chunk
             if not isinstance(chunk, Integral) or chunk < 1:
                 raise ValueError(f"chunk={shown(chunk)} is not a positive integer")
-            ids = self.encode(token_ids)
+            ids = self.encode(token_ids, add_special_tokens=True)
             need = self.allocator.pages_for(len(ids))
             self._turn.settle()
             self._turn.intact = False

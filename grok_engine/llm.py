@@ -75,9 +75,9 @@ class LLM:
         """The decoder."""
         return self.engine.model
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, checked as `LLMEngine.encode` does."""
-        return self.engine.encode(prompt)
+    def encode(self, prompt: Prompt, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a prompt, as `LLMEngine.encode` gives them."""
+        return self.engine.encode(prompt, add_special_tokens=add_special_tokens)
 
     def logits(self, token_ids: Prompt, *, chunk: int | None = None) -> Tensor:
         """logits_TV in fp32 after each token, computed `chunk` tokens at a time; no result depends on `chunk`."""
@@ -86,7 +86,7 @@ class LLM:
 
     def score(self, token_ids: Prompt) -> Tensor:
         """(T − 1,) fp32: the log-probability of each token after the first, given those before it."""
-        ids = self.encode(token_ids)
+        ids = self.encode(token_ids, add_special_tokens=True)
         logits_TV = self.logits(ids)[:-1]
         targets = torch.tensor(ids[1:], dtype=torch.int64, device=logits_TV.device)[:, None]
         return torch.log_softmax(logits_TV, -1).gather(1, targets).squeeze(1)

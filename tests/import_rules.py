@@ -28,7 +28,7 @@ ALLOWED: Table = {
     # the engine, from its leaves up
     "grok_engine.config": (),
     "grok_engine.batch": (),
-    "grok_engine.tokenizer": ("checkpoint.gguf.files",),
+    "grok_engine.tokenizer": ("checkpoint.gguf.files", "checkpoint.strict_json"),
     "grok_engine.errors": (),
     "grok_engine.log": (),
     "grok_engine.progress": (),
