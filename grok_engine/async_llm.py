@@ -50,6 +50,10 @@ class AsyncLLM:
         """Token ids of a prompt, as `LLMEngine.encode` gives them."""
         return self.engine.encode(prompt, add_special_tokens=add_special_tokens)
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """How requests without SamplingParams sample: as the model's files say, else by the defaults of the class."""
+        return self.engine.default_sampling_params
+
     def stats(self) -> EngineStats:
         """Counts now and since the start."""
         return self.engine.stats()

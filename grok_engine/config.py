@@ -262,6 +262,7 @@ DType = Literal["bfloat16", "float32"]
 WeightFormat = Literal["int8", "fp8", "bf16", "fp32"]
 ActFormat = Literal["none", "fp8", "int8"]
 KVDType = Literal["bfloat16", "float32", "fp8_e4m3"]
+GenerationConfig = Literal["auto", "vllm"]
 
 
 class EngineOptions(TypedDict, total=False):
@@ -282,6 +283,7 @@ class EngineOptions(TypedDict, total=False):
     enable_prefix_caching: bool
     enforce_eager: bool
     seed: int | None
+    generation_config: GenerationConfig
     max_n: int
     max_logprobs: int
     max_stop_bytes: int
@@ -310,6 +312,8 @@ class EngineConfig:
     enforce_eager: launch the kernels of a decode step one by one instead of replaying a CUDA graph or, on a CPU, a
     recording. Slower, with the same results; hooks on the model's modules run in every step.
     seed: of requests that bring none, so that a run can be repeated; None draws fresh ones.
+    generation_config: how requests without SamplingParams sample: "auto" as the model's files say, "vllm" by the
+    defaults of SamplingParams.
 
     The limits of one request. What exceeds them is refused with a ValueError before it costs other requests anything.
     max_n: answers of a request.
@@ -336,6 +340,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
     seed: int | None = None
+    generation_config: GenerationConfig = "auto"
     max_n: int = 128
     max_logprobs: int = 20
     max_stop_bytes: int = 16384
@@ -425,7 +430,13 @@ _VLLM_OPTIONS = {
     "kv_cache_dtype": "kv_dtype",
     "quantization": "weights",
 }
-_LITERALS: dict[str, Any] = {"dtype": DType, "weights": WeightFormat, "activations": ActFormat, "kv_dtype": KVDType}
+_LITERALS: dict[str, Any] = {
+    "dtype": DType,
+    "weights": WeightFormat,
+    "activations": ActFormat,
+    "kv_dtype": KVDType,
+    "generation_config": GenerationConfig,
+}
 _INT32_MAX = 2**31 - 1
 _DAY = 86400
 _RANGES = {  # of integers; the others are in 1..2**31 - 1

@@ -17,6 +17,7 @@ from .config import EngineConfig, ModelConfig, described, shown
 from .errors import EngineAsleepError, EngineBusyError, EngineClosedError, QueueFullError
 from .loading.build import build_model, build_tokenizer
 from .loading.fill import Progress
+from .loading.generation import default_sampling_params
 from .loading.resolve import find_model
 from .log import QuietLogger
 from .runtime.allocator import PageAllocator
@@ -69,6 +70,8 @@ class LLMEngine:
         self._folder: Path | None = None if folder is None else folder.absolute()  # `wake_up` finds it after a chdir
         self.config = EngineConfig.of(architecture, options)
         self.tokenizer = None if self._folder is None else build_tokenizer(self._folder, self.config)
+        says = self._folder if self.config.generation_config == "auto" else None
+        self.default_sampling_params = default_sampling_params(says)
         self._turn = Turn(self._reset)
         self._closed: EngineClosedError | None = None
         self.asleep = False
@@ -123,7 +126,7 @@ class LLMEngine:
     def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams | None, priority: int) -> Request:
         """A request for `submit`, with everything checked but its grammar. Takes no longer than encoding the prompt."""
         self._check_open()
-        params = SamplingParams() if params is None else params
+        params = self.default_sampling_params if params is None else params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params={shown(params)} is not a SamplingParams")
         if not isinstance(request_id, str):

@@ -79,6 +79,10 @@ class LLM:
         """Token ids of a prompt, as `LLMEngine.encode` gives them."""
         return self.engine.encode(prompt, add_special_tokens=add_special_tokens)
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """How requests without SamplingParams sample: as the model's files say, else by the defaults of the class."""
+        return self.engine.default_sampling_params
+
     def logits(self, token_ids: Prompt, *, chunk: int | None = None) -> Tensor:
         """logits_TV in fp32 after each token, computed `chunk` tokens at a time; no result depends on `chunk`."""
         with self._alone("logits"):
@@ -110,7 +114,8 @@ class LLM:
             if len(params) != len(requests):
                 raise ValueError(f"{len(params)} sampling_params for {len(requests)} prompts: expected as many, or one")
         else:
-            params = [SamplingParams() if sampling_params is None else sampling_params] * len(requests)
+            params = [self.engine.default_sampling_params if sampling_params is None else sampling_params]
+            params *= len(requests)
         finished: dict[str, RequestOutput] = {}
         call = _Call(self._lock)
         try:
@@ -140,7 +145,7 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamChunk]:
         """Generate token by token. The request is checked at the call; leaving the loop aborts it. RuntimeError if it
         fails."""
-        params = SamplingParams() if params is None else params
+        params = self.engine.default_sampling_params if params is None else params
         if isinstance(params, SamplingParams):
             if params.n != 1:
                 raise ValueError(f"n={params.n}: a stream has one answer, expected 1")

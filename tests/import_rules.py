@@ -28,7 +28,7 @@ ALLOWED: Table = {
     # the engine, from its leaves up
     "grok_engine.config": (),
     "grok_engine.batch": (),
-    "grok_engine.tokenizer": ("checkpoint.gguf.files", "checkpoint.strict_json"),
+    "grok_engine.tokenizer": ("checkpoint.generation", "checkpoint.gguf.files", "checkpoint.strict_json"),
     "grok_engine.errors": (),
     "grok_engine.log": (),
     "grok_engine.progress": (),
@@ -57,7 +57,9 @@ ALLOWED: Table = {
     "grok_engine.sampling": ("config", "log", "tokenizer", "grok_kernels"),
     "grok_engine.layers": ("batch", "config", "grok_kernels"),
     "grok_engine.models": ("batch", "config", "layers"),
-    "grok_engine.loading": ("checkpoint", "config", "layers", "log", "models", "tokenizer", "grok_kernels"),
+    "grok_engine.loading": (
+        "checkpoint", "config", "layers", "log", "models", "sampling.params", "tokenizer", "grok_kernels",
+    ),
     # the orchestrator, and the faces over it
     "grok_engine.engine": ("config", "errors", "loading", "log", "runtime", "sampling"),
     "grok_engine.llm": (

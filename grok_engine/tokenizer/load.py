@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from grok_engine.checkpoint.generation import generation_files
 from grok_engine.checkpoint.gguf.files import gguf_file, read_headers
 from grok_engine.checkpoint.strict_json import read_object
 
@@ -38,12 +39,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer | None:
 
 
 def tokenizer_files(path: str | Path) -> dict[str, bytes]:
-    """What a folder needs to have the same tokenizer, by name: the files of a checkpoint's folder, or those that a GGUF
-    file's metadata becomes. Raises as `load_tokenizer` does."""
+    """What a folder needs to have the same tokenizer and sampling defaults, by name: the files of a checkpoint's
+    folder, or those that a GGUF file's metadata becomes. Raises as `load_tokenizer` does."""
+    files = generation_files(path)
     if (gguf := gguf_file(path)) is not None:
-        return gguf_tokenizer_files(read_headers(gguf)[0].metadata, gguf)
+        return files | gguf_tokenizer_files(read_headers(gguf)[0].metadata, gguf)
     path = Path(path)
-    files = {name: read_file(path / name) for name in (HF, SENTENCEPIECE, CONFIG) if _is_there(path / name)}
+    files |= {name: read_file(path / name) for name in (HF, SENTENCEPIECE, CONFIG) if _is_there(path / name)}
     if SENTENCEPIECE in files and any(adds := tuple(_adds(path))):  # the folder may not say which family it is of
         values = read_config(path / SENTENCEPIECE) | dict(zip(("add_bos_token", "add_eos_token"), adds, strict=True))
         files[CONFIG] = json.dumps(values, indent=1).encode()
