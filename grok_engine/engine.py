@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,8 +24,9 @@ from .log import QuietLogger
 from .runtime.allocator import PageAllocator
 from .runtime.builder import Prompt, RequestBuilder
 from .runtime.flatten import take_rows
+from .runtime.memory import fit
 from .runtime.plan import Entry, StepPlan
-from .runtime.request import Answer, Request, RequestOutput
+from .runtime.request import Answer, Request, RequestOutput, id_set
 from .runtime.runner import Runner
 from .runtime.scheduler import Scheduler
 from .runtime.sequence import Status
@@ -70,18 +72,17 @@ class LLMEngine:
         self._folder: Path | None = None if folder is None else folder.absolute()  # `wake_up` finds it after a chdir
         self.config = EngineConfig.of(architecture, options)
         self.tokenizer = None if self._folder is None else build_tokenizer(self._folder, self.config)
-        says = self._folder if self.config.generation_config == "auto" else None
-        self.default_sampling_params = default_sampling_params(says)
+        self.default_sampling_params = default_sampling_params(self._folder, self.config.generation_config)
         self._turn = Turn(self._reset)
         self._closed: EngineClosedError | None = None
         self.asleep = False
-        self._load(progress)
+        self._load(progress, cut=options.get("max_model_len") is None)
         c = self.config
         self.allocator = PageAllocator(self.runner.num_pages, c.page_size, c.enable_prefix_caching)
         self.scheduler = Scheduler(
             self.allocator, max_num_seqs=c.max_num_seqs, max_num_batched_tokens=c.max_num_batched_tokens
         )
-        self._builder = RequestBuilder(c, self.tokenizer)
+        self._builder = RequestBuilder(c, self.tokenizer, self.runner.num_pages * c.page_size)
         self._requests: dict[str, Request] = {}  # unfinished ones
         self._fresh: dict[str, None] = {}  # those of them that have no token yet
         self._by_seq_id: dict[int, Taker] = {}  # of the sequences that the scheduler has
@@ -90,9 +91,9 @@ class LLMEngine:
         self._lap_began = 0.0
         self._seconds = dict.fromkeys(("schedule", "forward", "sample", "output"), 0.0)
 
-    def _load(self, progress: Progress | None) -> None:
+    def _load(self, progress: Progress | None, *, cut: bool) -> None:
         began = time.perf_counter()
-        self.model, self.config = build_model(self.config, self._folder, progress)
+        self.model, self.config = build_model(self.config, self._folder, progress, partial(fit, cut=cut))
         self.runner = Runner(self.model, self.config)
         logger.info(
             "loaded %s in %.1f s: %d KV pages of %d tokens, %s",
@@ -167,11 +168,11 @@ class LLMEngine:
         """End requests: now, or at the end of the step that runs. Their pages are free then, and the next outputs
         hold what they had, with finish_reason "abort". Unknown and finished requests are ignored. It never waits, so
         it may be called from anywhere: a processor, a signal handler, a finaliser."""
-        self._turn.ask(self._abort, _listed(request_ids))
+        self._turn.ask(self._abort, id_set(request_ids))
 
     def discard_request(self, request_ids: str | Iterable[str]) -> None:
         """`abort_request`, without the outputs."""
-        self._turn.ask(self._discard, _listed(request_ids))
+        self._turn.ask(self._discard, id_set(request_ids))
 
     @property
     def num_waiting(self) -> int:
@@ -455,7 +456,7 @@ class LLMEngine:
         """Load what `sleep` freed. Awake, it does nothing. An error of loading leaves the engine asleep."""
         with self._turn("wake_up"):
             if self.asleep:
-                self._load(None)
+                self._load(None, cut=False)
                 self.asleep = False
             self._check_open()
 
@@ -493,9 +494,3 @@ class LLMEngine:
             raise EngineClosedError(str(self._closed)) from self._closed.__cause__
         if self.asleep:
             raise EngineAsleepError("the engine is asleep: wake_up() loads it again")
-
-
-def _listed(request_ids: str | Iterable[str]) -> frozenset[str]:
-    """The ids as Python's own text: a subclass may compare and hash as it likes."""
-    ids = [request_ids] if isinstance(request_ids, str) else request_ids
-    return frozenset(str.__str__(request_id) for request_id in ids if isinstance(request_id, str))

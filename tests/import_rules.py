@@ -42,6 +42,7 @@ ALLOWED: Table = {
     "grok_engine.runtime.stats": ("runtime.scheduler",),
     "grok_engine.runtime.flatten": ("batch", "runtime.plan"),
     "grok_engine.runtime.pages": ("batch", "config"),
+    "grok_engine.runtime.memory": ("config", "log", "runtime.pages", "grok_kernels"),
     "grok_engine.runtime.text": ("sampling", "tokenizer"),
     "grok_engine.runtime.turn": ("errors",),
     "grok_engine.runtime.request": ("runtime.sequence", "runtime.text", "sampling"),
@@ -51,8 +52,8 @@ ALLOWED: Table = {
     ),
     "grok_engine.runtime.graphs": ("batch", "config", "models", "runtime.flatten", "runtime.plan", "grok_kernels"),
     "grok_engine.runtime.runner": (
-        "batch", "config", "models", "runtime.flatten", "runtime.graphs", "runtime.pages", "runtime.plan",
-        "grok_kernels",
+        "batch", "config", "models", "runtime.flatten", "runtime.graphs", "runtime.memory", "runtime.pages",
+        "runtime.plan", "grok_kernels",
     ),
     "grok_engine.sampling": ("config", "log", "tokenizer", "grok_kernels"),
     "grok_engine.layers": ("batch", "config", "grok_kernels"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from grok_engine.checkpoint.base import CheckpointError
 from grok_engine.checkpoint.generation import read_generation
-from grok_engine.config import shown
+from grok_engine.config import GenerationConfig, shown
 from grok_engine.log import QuietLogger
 from grok_engine.sampling.params import SamplingParams
 
@@ -24,11 +24,12 @@ _FIELDS = {
 }
 
 
-def default_sampling_params(path: Path | None) -> SamplingParams:
+def default_sampling_params(path: Path | None, choice: GenerationConfig = "auto") -> SamplingParams:
     """The sampling defaults of a checkpoint; `do_sample` false is a temperature of 0. Those of `SamplingParams` where
-    its files say nothing, or without a path. CheckpointError names the file and every value that is wrong."""
+    its files say nothing, or without a path, or by choice. CheckpointError names the file and every value that is
+    wrong."""
     params, said, problems = SamplingParams(), {}, []
-    if path is None:
+    if path is None or choice == "vllm":
         return params
     source, values = read_generation(path)
     for key, field in _FIELDS.items():

@@ -31,10 +31,11 @@ _ADD = "add_special_tokens"
 
 
 class RequestBuilder:
-    """Makes the requests of one engine. Every method may be called from any thread."""
+    """Makes the requests of one engine. Every method may be called from any thread. capacity: in tokens, of the KV
+    cache."""
 
-    def __init__(self, config: EngineConfig, tokenizer: Tokenizer | None) -> None:
-        self.config, self.tokenizer = config, tokenizer
+    def __init__(self, config: EngineConfig, tokenizer: Tokenizer | None, capacity: int) -> None:
+        self.config, self.tokenizer, self.capacity = config, tokenizer, capacity
         self._serial, self._seq_ids = count(), count()
         self._lock = threading.Lock()
         self._grammar_limits = GrammarLimits(
@@ -65,6 +66,8 @@ class RequestBuilder:
         room = config.max_len - len(prompt_ids)
         if room < 1:
             raise ValueError(f"prompt has {len(prompt_ids)} tokens, all of max_model_len: no room for a new one")
+        if params.max_tokens is None:  # what the cache holds, and the last token, which is never fed back
+            room = max(min(room, self.capacity + 1 - len(prompt_ids)), 1)
         rules = SamplingRules(
             params, config.model.vocab_size, eos_token_ids=config.model.eos_token_ids, prompt=prompt_ids,
             bad_words=bad_word_tokens(params.bad_words, tokenizer.encode) if tokenizer else (),

@@ -44,7 +44,9 @@ class Bytes:
 
 
 def builder(tokenizer: Any = None, **options: Any) -> RequestBuilder:
-    return RequestBuilder(EngineConfig(model=MODEL, **options), PaddedTokenizer(tokenizer or Bytes(), MODEL.vocab_size))
+    return RequestBuilder(
+        EngineConfig(model=MODEL, **options), PaddedTokenizer(tokenizer or Bytes(), MODEL.vocab_size), 1000
+    )
 
 
 def build(prompt: Any = "word", *, priority: Any = 0, limits: Any = None, **params: Any) -> Request:
@@ -178,7 +180,7 @@ def test_limits(params: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("params", [{"stop": "x"}, {"bad_words": ["x"]}, {"structured": StructuredOutput(regex="x")}])
 def test_text_needs_a_tokenizer(params: dict[str, Any]) -> None:
-    bare = RequestBuilder(EngineConfig(model=MODEL), None)
+    bare = RequestBuilder(EngineConfig(model=MODEL), None, 1000)
     with pytest.raises(ValueError, match=f"{next(iter(params))}=.* needs text"):
         bare.build("it", IDS, SamplingParams(**params), 0)
     for prompt in ("text", {"prompt": "text"}):
