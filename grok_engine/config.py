@@ -307,11 +307,13 @@ class EngineConfig:
     mmap: run on the mapped file of a converted model instead of a copy in memory. It starts at once, shares its pages
     with other processes, and is slower until they are in memory.
     kv_dtype: of keys and values; None is `dtype`.
-    max_model_len: tokens of a request, prompt and answer together; None is the model's own context.
+    max_model_len: tokens of a request, prompt and answer together; None is the model's own context, or what memory
+    holds of it (`runtime/memory.py`).
     max_num_seqs, max_num_batched_tokens: sequences that run at once, and tokens of one step.
     num_pages, kv_memory: size of the KV cache in pages or in bytes, one of them. With neither it is what a GPU has
-    left, and on a CPU 2 GiB, or one request of max_model_len if that takes more. A size in bytes, given or not, is
-    capped at what max_num_seqs requests of max_model_len take.
+    left, and on a CPU 2 GiB, or one request of max_model_len if that takes more, of at most half of the memory that the
+    weights leave. A size in bytes, given or not, is capped at what max_num_seqs requests of max_model_len take. Sizes
+    that do not fit into memory are a ConfigError before anything is loaded.
     enforce_eager: launch the kernels of a decode step one by one instead of replaying a CUDA graph or, on a CPU, a
     recording. Slower, with the same results; hooks on the model's modules run in every step.
     seed: of requests that bring none, so that a run can be repeated; None draws fresh ones.
