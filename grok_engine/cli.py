@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import resource
 import sys
@@ -241,6 +242,9 @@ def main(argv: list[str] | None = None) -> int:
         # The process is ours, and what it imported lives as long as it does. Unfrozen, GC passes at exit would scan all
         # of torch's objects several times, which takes 0.4 s.
         gc.freeze()
+        shown = logging.StreamHandler()  # of warnings, on standard error
+        shown.setFormatter(logging.Formatter("grok-engine: %(message)s"))
+        logging.getLogger("grok_engine").addHandler(shown)
         argv = sys.argv[1:]
     try:
         status = app.main(argv, prog_name="grok-engine", standalone_mode=False, obj=argv)

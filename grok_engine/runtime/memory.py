@@ -90,8 +90,10 @@ def _refusal(config: EngineConfig, loading: Loading, pages: int, available: int)
         f"{_gb(pages * page)} of keys and values for {pages * config.page_size} tokens and about {_gb(work)} to "
         f"compute with, {_gb(available)} are available; "
     )
-    fitting = list(_fitting(config, loading, available))
-    return head + (f"expected {', or '.join(fitting)}" if fitting else "no weights= makes it fit")
+    if fitting := list(_fitting(config, loading, available)):
+        return head + f"expected {', or '.join(fitting)}"
+    mapped = "" if config.mmap or config.device.startswith("cuda") else ", but a converted folder runs with mmap=True"
+    return f"{head}no weights= makes it fit{mapped}"
 
 
 def _fitting(config: EngineConfig, loading: Loading, available: int) -> Iterator[str]:

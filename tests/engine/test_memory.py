@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,17 @@ def test_a_context_that_memory_does_not_hold_is_cut(
     bound(monkeypatch, BESIDE + 2 * left)
     engine.wake_up()
     assert engine.config == before
+
+
+def test_the_command_says_so() -> None:
+    program = (
+        "import sys; from grok_engine import cli; from grok_engine.runtime import memory\n"
+        f"memory.available_bytes = lambda device: {150 << 20}; memory.CPU_SHARE, memory.LEAST = 1e-4, 32\n"
+        "sys.argv[1:] = ['generate', '--prompt', 'The', '--max-tokens', '2']; sys.exit(cli.main())"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"grok-engine: max_model_len=\d+, not the model's 512: .*\n", run.stderr)
+    assert run.stdout.strip()
 
 
 @pytest.mark.parametrize("available", [None, BESIDE + (4 << 30)])
