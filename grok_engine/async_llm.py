@@ -53,9 +53,13 @@ class AsyncLLM:
         """Whether the engine is closed: by `close`, or because the device was damaged."""
         return self.engine.closed
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, checked as `LLMEngine.encode` does."""
-        return self.engine.encode(prompt)
+    def encode(self, prompt: Prompt, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a prompt, as `LLMEngine.encode` gives them."""
+        return self.engine.encode(prompt, add_special_tokens=add_special_tokens)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """How requests without SamplingParams sample: as the model's files say, else by the defaults of the class."""
+        return self.engine.default_sampling_params
 
     def apply_chat_template(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> list[int]:
         """Token ids of a conversation. The options and the errors are those of `LLM.chat`."""

@@ -77,9 +77,13 @@ class LLM:
         """The decoder."""
         return self.engine.model
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, checked as `LLMEngine.encode` does."""
-        return self.engine.encode(prompt)
+    def encode(self, prompt: Prompt, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a prompt, as `LLMEngine.encode` gives them."""
+        return self.engine.encode(prompt, add_special_tokens=add_special_tokens)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """How requests without SamplingParams sample: as the model's files say, else by the defaults of the class."""
+        return self.engine.default_sampling_params
 
     def apply_chat_template(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> list[int]:
         """Token ids of a conversation, for `generate` and `stream`. The options and the errors are those of `chat`."""
@@ -92,7 +96,7 @@ class LLM:
 
     def score(self, token_ids: Prompt) -> Tensor:
         """(T − 1,) fp32: the log-probability of each token after the first, given those before it."""
-        ids = self.encode(token_ids)
+        ids = self.encode(token_ids, add_special_tokens=True)
         logits_TV = self.logits(ids)[:-1]
         targets = torch.tensor(ids[1:], dtype=torch.int64, device=logits_TV.device)[:, None]
         return torch.log_softmax(logits_TV, -1).gather(1, targets).squeeze(1)
@@ -116,7 +120,8 @@ class LLM:
             if len(params) != len(requests):
                 raise ValueError(f"{len(params)} sampling_params for {len(requests)} prompts: expected as many, or one")
         else:
-            params = [SamplingParams() if sampling_params is None else sampling_params] * len(requests)
+            params = [self.engine.default_sampling_params if sampling_params is None else sampling_params]
+            params *= len(requests)
         finished: dict[str, RequestOutput] = {}
         call = _Call(self._lock)
         try:
@@ -173,7 +178,7 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamChunk]:
         """Generate token by token. The request is checked at the call; leaving the loop aborts it. RuntimeError if it
         fails."""
-        params = SamplingParams() if params is None else params
+        params = self.engine.default_sampling_params if params is None else params
         if isinstance(params, SamplingParams):
             if params.n != 1:
                 raise ValueError(f"n={params.n}: a stream has one answer, expected 1")

@@ -27,6 +27,9 @@ class Tokenizer(Protocol):
     """Ids are 0..vocab_size − 1. `encode` adds no BOS and no EOS; `decode` leaves control tokens out. Control tokens
     spelled out in a text are text, or with `special` themselves: for templates of ours, never for what a user wrote.
 
+    prefix, suffix: what the model's files put before and after a prompt of text, as a rule BOS and nothing. Whoever
+    makes a prompt adds them (`RequestBuilder`).
+
     Three are for chat templates. `control`: the control tokens. `user_defined`: tokens that text is made into wherever
     it spells them. `spaces_parts`: whether the space that is put before a text is put behind a control token too.
 
@@ -37,6 +40,8 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
     replace_each_byte: bool
     spaces_parts: bool
 
@@ -59,6 +64,7 @@ class PaddedTokenizer:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer, self.vocab_size = tokenizer, vocab_size
         self.bos_token_id, self.eos_token_ids = tokenizer.bos_token_id, tokenizer.eos_token_ids
+        self.prefix, self.suffix = tokenizer.prefix, tokenizer.suffix
         self.replace_each_byte = tokenizer.replace_each_byte
         self.spaces_parts = tokenizer.spaces_parts
 
@@ -157,9 +163,16 @@ class ControlTokens:
         return found
 
 
-def require_file(path: str | Path) -> None:
-    if not Path(path).is_file():
+MAX_BYTES = 256 << 20  # of a tokenizer's file; the largest published ones have 40 MB
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a tokenizer's file. ValueError for anything but a regular file of at most MAX_BYTES."""
+    if not path.is_file():  # opening a pipe would wait for ever
         raise ValueError(f"{path} is not a file: expected a tokenizer")
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes: expected a tokenizer of at most {MAX_BYTES:,}")
+    return path.read_bytes()
 
 
 def check_text(text: str) -> None:

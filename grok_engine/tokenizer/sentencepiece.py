@@ -7,26 +7,29 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from .base import SPACE, ControlTokens, Surface, check_ids, check_text, require_file
+from .base import SPACE, ControlTokens, Surface, check_ids, check_text, read_file
 
 
 class SentencePieceTokenizer:
     """A `tokenizer.model`, as the sentencepiece library reads it.
 
     User-defined pieces spelled out in a text (`<|separator|>`) are their token, control pieces (`[EOS]`) only if asked.
-    model: the bytes of a model that is no file; `path` is then for messages.
+    model: the bytes of a model that is no file; `path` is then for messages. add_bos, add_eos: whether BOS goes before
+    and EOS after a prompt of text, which the file does not say.
     """
 
     replace_each_byte = True
 
-    def __init__(self, path: str | Path, model: bytes | None = None) -> None:
+    def __init__(
+        self, path: str | Path, model: bytes | None = None, *, add_bos: bool = False, add_eos: bool = False
+    ) -> None:
         import sentencepiece  # lazily, as this import is slow
 
-        if model is None:
-            require_file(path)
+        model = read_file(Path(path)) if model is None else model
         self._sp = sentencepiece.SentencePieceProcessor()
         try:
-            self._sp.Load(model_file=None if model else str(path), model_proto=model)
+            if not (model and self._sp.LoadFromSerializedProto(model)):
+                raise RuntimeError("it is empty")
         except (RuntimeError, OSError) as error:
             raise ValueError(f"{path} is not a SentencePiece model: {error}") from None
         beside = Path(path).with_name("tokenizer_config.json")
@@ -38,6 +41,9 @@ class SentencePieceTokenizer:
         self.vocab_size: int = sp.GetPieceSize()
         self.bos_token_id: int | None = sp.bos_id() if sp.bos_id() >= 0 else None
         self.eos_token_ids: tuple[int, ...] = (sp.eos_id(),) if sp.eos_id() >= 0 else ()
+        bos = self.bos_token_id
+        self.prefix: tuple[int, ...] = (bos,) if add_bos and bos is not None else ()
+        self.suffix: tuple[int, ...] = self.eos_token_ids if add_eos else ()
         # How a leading space is decoded depends on the model's normalizer, which the library does not expose: try it.
         lone = sp.PieceToId(SPACE)
         spaced = (i for i in range(self.vocab_size) if sp.IdToPiece(i).startswith(SPACE))
