@@ -48,7 +48,11 @@ def tokenizer_files(metadata: Mapping[str, Any], path: Path) -> dict[str, bytes]
     if kind in ("no_vocab", "none"):
         return {}
     if kind == "llama":
-        return {"tokenizer.model": _sentencepiece_model(_Keys(metadata, path))}
+        config = {"legacy": True}  # as `read_tokenizer`
+        return {
+            "tokenizer.model": _sentencepiece_model(_Keys(metadata, path)),
+            "tokenizer_config.json": json.dumps(config).encode(),
+        }
     if kind == "gpt2":
         return _byte_level_files(_Keys(metadata, path))
     raise ValueError(f"{path}: tokenizer.ggml.model is {kind!r:.80}, expected 'llama', 'gpt2' or 'no_vocab'")
@@ -58,7 +62,7 @@ def read_tokenizer(metadata: Mapping[str, Any], path: Path) -> Tokenizer | None:
     """The tokenizer in a file's metadata, or None where it has none. Raises as `tokenizer_files` does."""
     files = tokenizer_files(metadata, path)
     if model := files.get("tokenizer.model"):
-        return SentencePieceTokenizer(path, model)
+        return SentencePieceTokenizer(path, model, spaces_parts=True)  # as llama.cpp
     return HFTokenizer(path, files["tokenizer.json"], files["tokenizer_config.json"]) if files else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +17,10 @@ from .sentencepiece import SentencePieceTokenizer
 
 # By file, the first that a folder has.
 KINDS: dict[str, Callable[[Path], Tokenizer]] = {
-    "tokenizer.model": SentencePieceTokenizer,
+    "tokenizer.model": lambda path: SentencePieceTokenizer(path, spaces_parts=_is_legacy(path)),
     "tokenizer.json": HFTokenizer,
 }
-BESIDE = "tokenizer_config.json"  # of a tokenizer.json
+BESIDE = "tokenizer_config.json"
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer | None:
@@ -40,3 +41,9 @@ def tokenizer_files(path: str | Path) -> dict[str, bytes]:
     if (gguf := gguf_file(path)) is not None:
         return templates | gguf_tokenizer_files(read_headers(gguf)[0].metadata, gguf)
     return templates | {name: file.read_bytes() for name in (*KINDS, BESIDE) if (file := Path(path) / name).is_file()}
+
+
+def _is_legacy(path: Path) -> bool:
+    """transformers' word for a `tokenizer.model` whose space before a text goes behind every control token too."""
+    beside = path.with_name(BESIDE)
+    return beside.is_file() and json.loads(beside.read_bytes()).get("legacy") is True

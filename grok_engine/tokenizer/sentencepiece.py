@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +13,13 @@ class SentencePieceTokenizer:
     """A `tokenizer.model`, as the sentencepiece library reads it.
 
     User-defined pieces spelled out in a text (`<|separator|>`) are their token, control pieces (`[EOS]`) only if asked.
-    model: the bytes of a model that is no file; `path` is then for messages.
+    model: the bytes of a model that is no file; `path` is then for messages. spaces_parts: see `Tokenizer`; the file
+    does not say.
     """
 
     replace_each_byte = True
 
-    def __init__(self, path: str | Path, model: bytes | None = None) -> None:
+    def __init__(self, path: str | Path, model: bytes | None = None, *, spaces_parts: bool = False) -> None:
         import sentencepiece  # lazily, as this import is slow
 
         if model is None:
@@ -29,11 +29,7 @@ class SentencePieceTokenizer:
             self._sp.Load(model_file=None if model else str(path), model_proto=model)
         except (RuntimeError, OSError) as error:
             raise ValueError(f"{path} is not a SentencePiece model: {error}") from None
-        beside = Path(path).with_name("tokenizer_config.json")
-        values = (
-            json.loads(beside.read_bytes()) if model is None and beside.is_file() else {"legacy": model is not None}
-        )
-        self.spaces_parts: bool = values.get("legacy") is True  # transformers' word for it
+        self.spaces_parts = spaces_parts
         sp = self._sp
         self.vocab_size: int = sp.GetPieceSize()
         self.bos_token_id: int | None = sp.bos_id() if sp.bos_id() >= 0 else None
