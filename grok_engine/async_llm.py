@@ -20,8 +20,7 @@ from .tokenizer.base import Tokenizer
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .tokenizer.chat import ChatOptions
-    from .tokenizer.chat_messages import Message
+    from .tokenizer.chat import ChatOptions, Message
 
 _CLOSED, _DRAINING = "the engine is closed", "the engine is draining: expected no new request"
 

@@ -176,10 +176,6 @@ def chat_command(model: str, system: str | None, chat_template: str | None, **op
     run_chat(Conversation(llm, _sampling(llm, given), system=system, chat_template=chat_template))
 
 
-def _sampling(llm: LLM, given: dict[str, Any]) -> SamplingParams:
-    return SamplingParams(**{"temperature": 0.8, "top_p": 0.95, **given})
-
-
 @app.command(name="convert")
 @click.argument("model")
 @click.argument("out")

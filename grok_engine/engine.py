@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .config import EngineConfig, ModelConfig, described, shown
 from .errors import EngineAsleepError, EngineBusyError, EngineClosedError, QueueFullError
-from .loading.build import build_model, build_tokenizer, with_turn_ends
+from .loading.build import build_model, build_tokenizer
 from .loading.fill import Progress
 from .loading.generation import default_sampling_params
 from .loading.resolve import find_model
@@ -40,8 +40,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .config import EngineOptions
-    from .tokenizer.chat import ChatOptions
-    from .tokenizer.chat_messages import Message
+    from .tokenizer.chat import ChatOptions, Message
 
 logger = QuietLogger(__name__)
 
@@ -64,17 +63,12 @@ class LLMEngine:
     """
 
     def __init__(
-        self,
-        model: str | Path | ModelConfig = "tiny",
-        *,
-        progress: Progress | None = None,
+        self, model: str | Path | ModelConfig = "tiny", *, progress: Progress | None = None,
         **options: Unpack[EngineOptions],
-    ) -> None:
+    ) -> None:  # fmt: skip
         folder, architecture = (None, model) if isinstance(model, ModelConfig) else find_model(model)
         self._folder: Path | None = None if folder is None else folder.absolute()  # `wake_up` finds it after a chdir
-        self.config = EngineConfig.of(architecture, options)
-        self.tokenizer = None if self._folder is None else build_tokenizer(self._folder, self.config)
-        self.config = with_turn_ends(self.config, self.tokenizer)
+        self.tokenizer, self.config = build_tokenizer(self._folder, EngineConfig.of(architecture, options))
         self.default_sampling_params = default_sampling_params(self._folder, self.config.generation_config)
         self._turn = Turn(self._reset)
         self._closed: EngineClosedError | None = None

@@ -75,25 +75,23 @@ def check_checkpoint(config: ModelConfig, checkpoint: Checkpoint) -> None:
     slots(Decoder(config, torch.float32, max_positions=1), checkpoint)
 
 
-def build_tokenizer(folder: Path, config: EngineConfig) -> Tokenizer | None:
-    """The tokenizer of a model's files, as wide as the model; None if there is none. ConfigError if it is wider."""
-    tokenizer = load_tokenizer(folder)
+def build_tokenizer(folder: Path | None, config: EngineConfig) -> tuple[Tokenizer | None, EngineConfig]:
+    """The tokenizer of a model's files, as wide as the model, and `config`, in which an answer ends at Grok-2's end of
+    a turn too, where the tokenizer has one. None if there is no tokenizer. ConfigError if it is wider."""
+    tokenizer = None if folder is None else load_tokenizer(folder)
+    if tokenizer is None:
+        return None, config
     size = config.model.vocab_size
-    if tokenizer and tokenizer.vocab_size > size:
+    if tokenizer.vocab_size > size:
         raise ConfigError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, more than the model's vocab_size={size}"
         )
-    return PaddedTokenizer(tokenizer, size) if tokenizer and tokenizer.vocab_size < size else tokenizer
-
-
-def with_turn_ends(config: EngineConfig, tokenizer: Tokenizer | None) -> EngineConfig:
-    """`config`, in which an answer ends at Grok-2's end of a turn too, where the tokenizer has one."""
-    control = {} if tokenizer is None else tokenizer.control.ids
-    ends = [control[token] for token in GROK_2_ENDS if token in control]
+    padded = PaddedTokenizer(tokenizer, size) if tokenizer.vocab_size < size else tokenizer
+    ends = [tokenizer.control.ids[token] for token in GROK_2_ENDS if token in tokenizer.control.ids]
     if len(ends) < len(GROK_2_ENDS):
-        return config
+        return padded, config
     ids = tuple(dict.fromkeys((*config.model.eos_token_ids, *ends)))
-    return replace(config, model=replace(config.model, eos_token_ids=ids))
+    return padded, replace(config, model=replace(config.model, eos_token_ids=ids))
 
 
 def _activations(config: EngineConfig, checkpoint: Checkpoint | None, device: torch.device) -> ActFormat:

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, TypedDict
 from .base import ControlTokens, Tokenizer, check_text
 from .chat_builtin import BUILT_IN
 from .chat_marks import ControlSpellings, Marks
-from .chat_messages import Message, check_messages, plain
+from .chat_messages import Message as Message  # for those who call `encode`
+from .chat_messages import check_messages, plain
 from .chat_template import render, string_constants
 
 _LEAD = "\ue000"  # a character that no tokenizer merges with others: it is made of bytes

@@ -13,9 +13,11 @@ from grok_engine.checkpoint.strict_json import MAX_BYTES, read_object
 from .base import Tokenizer
 from .chat import ChatFormat
 from .chat_builtin import BUILT_IN, built_in
+from .hf import CONFIG as _CONFIG
+from .hf import read_config
 
 JINJA, MORE, JSON = "chat_template.jinja", "additional_chat_templates", "chat_template.json"
-_CONFIG, _KEY = "tokenizer_config.json", "chat_template"
+_KEY = "chat_template"
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _GGUF_NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
 
@@ -53,7 +55,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Any], str]:
     """Templates, special tokens, and the architecture as its `config.json` names it."""
     if (gguf := gguf_file(path)) is not None:
         return _read_gguf(gguf)
-    config = _config(path / _CONFIG)
+    config = read_config(path / _CONFIG)
     templates = _named(_object(path / JSON).get(_KEY), path / JSON) | _named(config.get(_KEY), path / _CONFIG)
     if (file := path / JINJA).is_file():
         templates["default"] = _text(file)
@@ -85,17 +87,6 @@ def _read_gguf(path: Path) -> tuple[dict[str, str], dict[str, Any], str]:
 
 def _object(file: Path) -> dict[str, Any]:
     return read_object(file) if file.is_file() else {}
-
-
-def _config(file: Path) -> dict[str, Any]:
-    """A `tokenizer_config.json`, whose model_max_length is often 10**30."""
-    try:
-        values = json.loads(_text(file)) if file.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds a {type(values).__name__}, expected an object")
-    return values
 
 
 def _text(file: Path) -> str:

@@ -51,6 +51,7 @@ def tokenizer_files(metadata: Mapping[str, Any], path: Path) -> dict[str, bytes]
     if kind == "llama":
         keys = _Keys(metadata, path)
         config = dict(zip(("add_bos_token", "add_eos_token"), _adds(keys, True), strict=True))
+        config["legacy"] = True  # a control token begins a text, as llama.cpp has it
         return {"tokenizer.model": _sentencepiece_model(keys), "tokenizer_config.json": json.dumps(config).encode()}
     if kind == "gpt2":
         return _byte_level_files(_Keys(metadata, path))
@@ -62,7 +63,8 @@ def read_tokenizer(metadata: Mapping[str, Any], path: Path) -> Tokenizer | None:
     files = tokenizer_files(metadata, path)
     if model := files.get("tokenizer.model"):
         config = json.loads(files["tokenizer_config.json"])
-        return SentencePieceTokenizer(path, model, add_bos=config["add_bos_token"], add_eos=config["add_eos_token"])
+        adds = {key: config[f"{key}_token"] for key in ("add_bos", "add_eos")}
+        return SentencePieceTokenizer(path, model, spaces_parts=True, **adds)
     return HFTokenizer(path, files["tokenizer.json"], files["tokenizer_config.json"]) if files else None
 
 

@@ -35,7 +35,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer | None:
         return HFTokenizer(path / HF)
     if _is_there(path / SENTENCEPIECE):
         add_bos, add_eos = _adds(path)
-        return SentencePieceTokenizer(path / SENTENCEPIECE, add_bos=add_bos, add_eos=add_eos)
+        legacy = read_config(path / SENTENCEPIECE).get("legacy") is True  # transformers' word for it
+        return SentencePieceTokenizer(path / SENTENCEPIECE, add_bos=add_bos, add_eos=add_eos, spaces_parts=legacy)
     return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,14 +14,15 @@ class SentencePieceTokenizer:
 
     User-defined pieces spelled out in a text (`<|separator|>`) are their token, control pieces (`[EOS]`) only if asked.
     model: the bytes of a model that is no file; `path` is then for messages. add_bos, add_eos: whether BOS goes before
-    and EOS after a prompt of text, which the file does not say.
+    and EOS after a prompt of text, which the file does not say, nor spaces_parts (see `Tokenizer`).
     """
 
     replace_each_byte = True
 
     def __init__(
-        self, path: str | Path, model: bytes | None = None, *, add_bos: bool = False, add_eos: bool = False
-    ) -> None:
+        self, path: str | Path, model: bytes | None = None, *,
+        add_bos: bool = False, add_eos: bool = False, spaces_parts: bool = False,
+    ) -> None:  # fmt: skip
         import sentencepiece  # lazily, as this import is slow
 
         model = read_file(Path(path)) if model is None else model
@@ -32,11 +32,7 @@ class SentencePieceTokenizer:
                 raise RuntimeError("it is empty")
         except (RuntimeError, OSError) as error:
             raise ValueError(f"{path} is not a SentencePiece model: {error}") from None
-        beside = Path(path).with_name("tokenizer_config.json")
-        values = (
-            json.loads(beside.read_bytes()) if model is None and beside.is_file() else {"legacy": model is not None}
-        )
-        self.spaces_parts: bool = values.get("legacy") is True  # transformers' word for it
+        self.spaces_parts = spaces_parts
         sp = self._sp
         self.vocab_size: int = sp.GetPieceSize()
         self.bos_token_id: int | None = sp.bos_id() if sp.bos_id() >= 0 else None

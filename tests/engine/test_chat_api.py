@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import gguf
 import pytest
+import tokenizers
 
 from grok_engine import LLM, AsyncLLM, EngineConfig, LLMEngine, ModelConfig, SamplingParams
-from grok_engine.loading.build import with_turn_ends
-from grok_engine.tokenizer.base import ControlTokens
+from grok_engine.loading.build import build_tokenizer
 from grok_engine.tokenizer.chat_files import load_chat
 from grok_engine.tokenizer.load import load_tokenizer
 
@@ -99,15 +97,21 @@ def test_in_asyncio() -> None:
     assert (len(tokens), reason) == (6, "length")
 
 
-def test_an_answer_of_grok_2_ends_with_its_turn() -> None:
+def test_an_answer_of_grok_2_ends_with_its_turn(tmp_path: Path) -> None:
+    tk = tokenizers.Tokenizer(tokenizers.models.BPE({chr(97 + i): i for i in range(26)}, []))
+    tk.decoder = tokenizers.decoders.ByteLevel()
     config = EngineConfig(model=_small())
 
-    def ends(*control: str) -> tuple[int, ...]:
-        ids = ControlTokens({token: 5 + i for i, token in enumerate(control)})
-        return with_turn_ends(config, cast(Any, SimpleNamespace(control=ids))).model.eos_token_ids
+    def ends() -> tuple[int, ...]:
+        tk.save(str(tmp_path / "tokenizer.json"))
+        return build_tokenizer(tmp_path, config)[1].model.eos_token_ids
 
-    assert ends("<|separator|>", "<|eos|>") == (2, 5, 6)
-    assert ends("<|separator|>") == ends() == with_turn_ends(config, None).model.eos_token_ids == (2,)
+    assert ends() == (2,)
+    tk.add_special_tokens(["<|separator|>"])
+    assert ends() == (2,)
+    tk.add_special_tokens(["<|eos|>"])
+    assert ends() == (2, 26, 27)
+    assert build_tokenizer(None, config) == (None, config)
 
 
 def test_a_gguf_file_has_templates_with_names(tmp_path: Path) -> None:

@@ -79,6 +79,17 @@ def test_tools_of_mistral(both: tuple[str, ChatFormat, Any], result: str) -> Non
         assert chat.encode(talk, tools=TOOLS) == judged(judge, talk, tools=TOOLS)
 
 
+@pytest.mark.parametrize("spaces", [True, False])
+def test_a_space_behind_control_tokens(spaces: bool) -> None:
+    """SentencePiece puts one before a text; whether every control token begins one is for the model's files to say."""
+    tokenizer = SentencePieceTokenizer(DATA / VERSIONS["mistral-v3"], spaces_parts=spaces)
+    chat = ChatFormat("model", tokenizer, {"default": "{{ 'Hello[INST]Hello[/INST] Hello' }}"}, {})
+    hello, inner, inst = tokenizer.encode("Hello"), tokenizer.encode("\nHello")[2:], tokenizer.control.ids
+    last = tokenizer.encode(" Hello") if spaces else hello
+    wanted = [*hello, inst["[INST]"], *(hello if spaces else inner), inst["[/INST]"], *last]
+    assert chat.encode([user("x")]) == wanted
+
+
 GROK_2 = "System: Be brief.{0}Human: Hi{0}Assistant: Yes{0}Human: a{0}Assistant:".format("<|separator|>\n\n")
 
 
