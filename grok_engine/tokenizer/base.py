@@ -38,7 +38,9 @@ class Tokenizer(Protocol):
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     replace_each_byte: bool
-    spaces_parts: bool
+
+    @property
+    def spaces_parts(self) -> bool: ...
 
     @property
     def control(self) -> ControlTokens: ...
@@ -60,7 +62,10 @@ class PaddedTokenizer:
         self._tokenizer, self.vocab_size = tokenizer, vocab_size
         self.bos_token_id, self.eos_token_ids = tokenizer.bos_token_id, tokenizer.eos_token_ids
         self.replace_each_byte = tokenizer.replace_each_byte
-        self.spaces_parts = tokenizer.spaces_parts
+
+    @property
+    def spaces_parts(self) -> bool:
+        return self._tokenizer.spaces_parts
 
     @property
     def control(self) -> ControlTokens:
