@@ -43,7 +43,9 @@ class Tokenizer(Protocol):
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
     replace_each_byte: bool
-    spaces_parts: bool
+
+    @property
+    def spaces_parts(self) -> bool: ...
 
     @property
     def control(self) -> ControlTokens: ...
@@ -66,7 +68,10 @@ class PaddedTokenizer:
         self.bos_token_id, self.eos_token_ids = tokenizer.bos_token_id, tokenizer.eos_token_ids
         self.prefix, self.suffix = tokenizer.prefix, tokenizer.suffix
         self.replace_each_byte = tokenizer.replace_each_byte
-        self.spaces_parts = tokenizer.spaces_parts
+
+    @property
+    def spaces_parts(self) -> bool:
+        return self._tokenizer.spaces_parts
 
     @property
     def control(self) -> ControlTokens:
