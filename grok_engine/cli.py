@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import resource
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,6 +29,8 @@ from .loading.resolve import read_config, resolve_model
 from .models.families import PRESETS
 from .progress import byte_bar
 from .sampling.params import SamplingParams
+from .tools.chat import Conversation, require_template
+from .tools.chat import run as run_chat
 from .tools.inspect import inspect_checkpoint
 from .tools.inspect_view import render as render_report
 from .tools.plan import PlanKV, PlanWeights, plan
@@ -53,9 +57,15 @@ def _one_of(literal: Any) -> click.Choice[str]:
 )
 @click.option("--prompt", help="The text to continue; read from standard input if not given.")
 @click.option("--token-ids", help="The prompt as token ids, as in 17,4,99; prints token ids.")
-@click.option("--max-tokens", default=128, show_default=True, help="Tokens to generate at most.")
-@click.option("--temperature", default=0.8, show_default=True, help="0 takes the most probable token.")
-@click.option("--top-p", default=0.95, show_default=True, help="Sample among the likeliest tokens of this probability.")
+@click.option("--max-tokens", type=int, help="Tokens to generate at most; by default the model's own number, else 128.")
+@click.option(
+    "--temperature", type=float, help="0 takes the most probable token; by default as the model's files say, else 0.8."
+)
+@click.option(
+    "--top-p",
+    type=float,
+    help="Sample among the likeliest tokens of this probability; by default as the model's files say, else 0.95.",
+)
 @click.option("--seed", type=int, help="Repeats a text.")
 @click.option("--dtype", type=_one_of(DType), default="bfloat16", show_default=True, help="Of the computation.")
 @click.option("--weights", type=_one_of(WeightFormat), help="Convert while loading; by default as they are stored.")
@@ -68,13 +78,15 @@ def _one_of(literal: Any) -> click.Choice[str]:
 @_debug
 def generate(model: str, prompt: str | None, token_ids: str | None, stats: bool, **options: Any) -> None:
     """Continue a text, printing it as it comes."""
-    params = SamplingParams(**{name: options.pop(name) for name in ("max_tokens", "temperature", "top_p", "seed")})
+    given = {name: options.pop(name) for name in ("max_tokens", "temperature", "top_p", "seed")}
+    given = {name: value for name, value in given.items() if value is not None}
+    SamplingParams(**given)  # reject a wrong number before loading
     resolve_model(model)  # reject a wrong name before waiting for standard input
     request = _prompt(prompt, token_ids)
     began = time.monotonic()
     llm = LLM(model, **options)
     load_s = time.monotonic() - began
-    chunks = llm.stream(request, params)
+    chunks = llm.stream(request, _sampling(llm, given))
     if isinstance(request, str) and sys.stdout.isatty():
         click.secho(request, bold=True, nl=False)
     times = [time.monotonic()]
@@ -84,7 +96,16 @@ def generate(model: str, prompt: str | None, token_ids: str | None, stats: bool,
         print(text, end="", flush=True)
     print()
     if stats:
-        _print_stats(llm, len(llm.encode(request)), load_s, times)
+        _print_stats(llm, len(llm.encode(request, add_special_tokens=True)), load_s, times)
+
+
+def _sampling(llm: LLM, given: dict[str, Any]) -> SamplingParams:
+    """What was asked for, else what the model's files say, else numbers that suit a text."""
+    plain, defaults = SamplingParams(), llm.get_default_sampling_params()
+    chosen: dict[str, Any] = {"max_tokens": 128} if defaults.max_tokens == plain.max_tokens else {}
+    if replace(defaults, max_tokens=plain.max_tokens) == plain:
+        chosen |= {"temperature": 0.8, "top_p": 0.95}
+    return replace(defaults, **chosen | given)
 
 
 def _prompt(prompt: str | None, token_ids: str | None) -> str | list[int]:
@@ -127,6 +148,32 @@ def _peak_bytes(llm: LLM) -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@app.command(name="chat")
+@click.argument("model")
+@click.option("--system", help="A system prompt.")
+@click.option("--chat-template", help="Jinja text or its file; by default the model's own.")
+@click.option("--max-tokens", default=512, show_default=True, help="Tokens of an answer at most.")
+@click.option("--temperature", type=float, help="0 takes the most probable token; by default as for generate.")
+@click.option("--top-p", type=float, help="Sample among the likeliest tokens of this probability, as for generate.")
+@click.option("--seed", type=int, help="Repeats a conversation.")
+@click.option("--max-model-len", type=int, help="Tokens of the context; by default all that the model takes.")
+@click.option("--dtype", type=_one_of(DType), default="bfloat16", show_default=True, help="Of the computation.")
+@click.option("--weights", type=_one_of(WeightFormat), help="Convert while loading; by default as they are stored.")
+@click.option("--device", default="cpu", show_default=True, help="As torch names them.")
+@_debug
+def chat_command(model: str, system: str | None, chat_template: str | None, **options: Any) -> None:
+    """Talk to a model: answers stream, Ctrl-C stops one, Ctrl-D ends. Off a terminal, each line of input is a turn."""
+    given = {name: options.pop(name) for name in ("max_tokens", "temperature", "top_p", "seed")}
+    given = {name: value for name, value in given.items() if value is not None}
+    SamplingParams(**given)  # reject a wrong number before loading
+    if chat_template is None:
+        require_template(resolve_model(model))  # reject a base model before loading it
+    elif Path(chat_template).is_file():
+        chat_template = Path(chat_template).read_text(encoding="utf-8")
+    llm = LLM(model, **options)
+    run_chat(Conversation(llm, _sampling(llm, given), system=system, chat_template=chat_template))
 
 
 @app.command(name="convert")
@@ -225,6 +272,9 @@ def main(argv: list[str] | None = None) -> int:
         # The process is ours, and what it imported lives as long as it does. Unfrozen, GC passes at exit would scan all
         # of torch's objects several times, which takes 0.4 s.
         gc.freeze()
+        shown = logging.StreamHandler()  # of warnings, on standard error
+        shown.setFormatter(logging.Formatter("grok-engine: %(message)s"))
+        logging.getLogger("grok_engine").addHandler(shown)
         argv = sys.argv[1:]
     try:
         status = app.main(argv, prog_name="grok-engine", standalone_mode=False, obj=argv)

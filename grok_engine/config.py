@@ -71,11 +71,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         problems = list(_wrong_types(self))
         if not problems:
-            if self.attn_scale == 0 and self.head_dim > 0:
+            if self.attn_scale == 0 and 0 < self.head_dim <= _BOUNDS["head_dim"]:
                 object.__setattr__(self, "attn_scale", self.head_dim**-0.5)  # resolved once, here
             problems = list(_problems(self))
         if problems:
-            raise ConfigError(f"model {self.name!r}: " + "; ".join(problems))
+            raise ConfigError(f"model {shown(self.name)}: " + "; ".join(problems))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
@@ -118,7 +118,8 @@ def is_int(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether it is a number that fp64 holds: no integer of 400 digits."""
+    return isinstance(value, (int, float)) and as_float(value) is not None
 
 
 def as_int(value: Any) -> int | None:
@@ -181,7 +182,7 @@ def _wrong_types(c: ModelConfig) -> Iterator[str]:
         value = getattr(c, field.name)
         what, fits = _TYPES[str(field.type)]
         if not fits(value):
-            yield f"{field.name}={value!r} is not {what}"
+            yield f"{field.name}={shown(value)} is not {what}"
 
 
 # Far beyond every model; what a broken file says beyond them would take hours or all memory before it failed.
@@ -208,7 +209,7 @@ def _problems(c: ModelConfig) -> Iterator[str]:
         least = 1 if name in _REQUIRED or name == "max_position" else 0
         if not least <= (value := getattr(c, name)) <= bound:
             what = "a positive integer" if least else "an integer of 0 or more"
-            yield f"{name}={value!r} is not {what}" + (f" up to {bound}" if value > bound else "")
+            yield f"{name}={shown(value)} is not {what}" + (f" up to {bound}" if value > bound else "")
             return
     for name in ("attn_softcap", "router_softcap", "final_softcap"):
         if not 0 <= (value := getattr(c, name)) < math.inf:
@@ -226,7 +227,8 @@ def _problems(c: ModelConfig) -> Iterator[str]:
         yield f"rope_factors has {len(c.rope_factors)} numbers, expected none or head_dim / 2 = {c.head_dim // 2}"
     for factor in c.rope_factors:
         if not 0 < factor < math.inf:
-            yield f"rope_factors holds {factor!r}, expected finite positive numbers"
+            yield f"rope_factors holds {shown(factor)}, expected finite positive numbers"
+            return
     if c.activation not in ACTIVATIONS:
         yield f"activation={c.activation!r} is not one of {', '.join(ACTIVATIONS)}"
     if c.num_experts == 0:
@@ -244,9 +246,10 @@ def _problems(c: ModelConfig) -> Iterator[str]:
             yield f"d_ff=0 with num_experts={c.num_experts}: expected the experts' width"
     if c.attn_temperature_len == 1:
         yield "attn_temperature_len=1 divides by log2(1) = 0: expected 0 (off) or at least 2"
-    for token in (c.bos_token_id, *c.eos_token_ids):
-        if token is not None and not 0 <= token < c.vocab_size:
-            yield f"special token {token} is not in 0..{c.vocab_size - 1}"
+    for name, tokens in (("bos_token_id", (c.bos_token_id,)), ("eos_token_ids", c.eos_token_ids)):
+        wrong = [token for token in tokens if token is not None and not 0 <= token < c.vocab_size]
+        if wrong:
+            yield f"{name}: special token {shown(wrong[0])} is not in 0..{c.vocab_size - 1}"
 
 
 def check_keys(values: Mapping[str, Any], known: set[str], required: set[str], what: str) -> None:
@@ -262,6 +265,7 @@ DType = Literal["bfloat16", "float32"]
 WeightFormat = Literal["int8", "fp8", "bf16", "fp32"]
 ActFormat = Literal["none", "fp8", "int8"]
 KVDType = Literal["bfloat16", "float32", "fp8_e4m3"]
+GenerationConfig = Literal["auto", "vllm"]
 
 
 class EngineOptions(TypedDict, total=False):
@@ -282,6 +286,7 @@ class EngineOptions(TypedDict, total=False):
     enable_prefix_caching: bool
     enforce_eager: bool
     seed: int | None
+    generation_config: GenerationConfig
     max_n: int
     max_logprobs: int
     max_stop_bytes: int
@@ -302,14 +307,18 @@ class EngineConfig:
     mmap: run on the mapped file of a converted model instead of a copy in memory. It starts at once, shares its pages
     with other processes, and is slower until they are in memory.
     kv_dtype: of keys and values; None is `dtype`.
-    max_model_len: tokens of a request, prompt and answer together; None is the model's own context.
+    max_model_len: tokens of a request, prompt and answer together; None is the model's own context, or what memory
+    holds of it (`runtime/memory.py`).
     max_num_seqs, max_num_batched_tokens: sequences that run at once, and tokens of one step.
     num_pages, kv_memory: size of the KV cache in pages or in bytes, one of them. With neither it is what a GPU has
-    left, and on a CPU 2 GiB, or one request of max_model_len if that takes more. A size in bytes, given or not, is
-    capped at what max_num_seqs requests of max_model_len take.
+    left, and on a CPU 2 GiB, or one request of max_model_len if that takes more, of at most half of the memory that the
+    weights leave. A size in bytes, given or not, is capped at what max_num_seqs requests of max_model_len take. Sizes
+    that do not fit into memory are a ConfigError before anything is loaded.
     enforce_eager: launch the kernels of a decode step one by one instead of replaying a CUDA graph or, on a CPU, a
     recording. Slower, with the same results; hooks on the model's modules run in every step.
     seed: of requests that bring none, so that a run can be repeated; None draws fresh ones.
+    generation_config: how requests without SamplingParams sample: "auto" as the model's files say, "vllm" by the
+    defaults of SamplingParams.
 
     The limits of one request. What exceeds them is refused with a ValueError before it costs other requests anything.
     max_n: answers of a request.
@@ -336,6 +345,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
     seed: int | None = None
+    generation_config: GenerationConfig = "auto"
     max_n: int = 128
     max_logprobs: int = 20
     max_stop_bytes: int = 16384
@@ -425,7 +435,13 @@ _VLLM_OPTIONS = {
     "kv_cache_dtype": "kv_dtype",
     "quantization": "weights",
 }
-_LITERALS: dict[str, Any] = {"dtype": DType, "weights": WeightFormat, "activations": ActFormat, "kv_dtype": KVDType}
+_LITERALS: dict[str, Any] = {
+    "dtype": DType,
+    "weights": WeightFormat,
+    "activations": ActFormat,
+    "kv_dtype": KVDType,
+    "generation_config": GenerationConfig,
+}
 _INT32_MAX = 2**31 - 1
 _DAY = 86400
 _RANGES = {  # of integers; the others are in 1..2**31 - 1

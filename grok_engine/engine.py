@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +18,15 @@ from .config import EngineConfig, ModelConfig, described, shown
 from .errors import EngineAsleepError, EngineBusyError, EngineClosedError, QueueFullError
 from .loading.build import build_model, build_tokenizer
 from .loading.fill import Progress
+from .loading.generation import default_sampling_params
 from .loading.resolve import find_model
 from .log import QuietLogger
 from .runtime.allocator import PageAllocator
 from .runtime.builder import Prompt, RequestBuilder
 from .runtime.flatten import take_rows
+from .runtime.memory import fit
 from .runtime.plan import Entry, StepPlan
-from .runtime.request import Answer, Request, RequestOutput
+from .runtime.request import Answer, Request, RequestOutput, id_set
 from .runtime.runner import Runner
 from .runtime.scheduler import Scheduler
 from .runtime.sequence import Status
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .config import EngineOptions
+    from .tokenizer.chat import ChatOptions, Message
 
 logger = QuietLogger(__name__)
 
@@ -59,26 +63,23 @@ class LLMEngine:
     """
 
     def __init__(
-        self,
-        model: str | Path | ModelConfig = "tiny",
-        *,
-        progress: Progress | None = None,
+        self, model: str | Path | ModelConfig = "tiny", *, progress: Progress | None = None,
         **options: Unpack[EngineOptions],
-    ) -> None:
+    ) -> None:  # fmt: skip
         folder, architecture = (None, model) if isinstance(model, ModelConfig) else find_model(model)
         self._folder: Path | None = None if folder is None else folder.absolute()  # `wake_up` finds it after a chdir
-        self.config = EngineConfig.of(architecture, options)
-        self.tokenizer = None if self._folder is None else build_tokenizer(self._folder, self.config)
+        self.tokenizer, self.config = build_tokenizer(self._folder, EngineConfig.of(architecture, options))
+        self.default_sampling_params = default_sampling_params(self._folder, self.config.generation_config)
         self._turn = Turn(self._reset)
         self._closed: EngineClosedError | None = None
         self.asleep = False
-        self._load(progress)
+        self._load(progress, cut=options.get("max_model_len") is None)
         c = self.config
         self.allocator = PageAllocator(self.runner.num_pages, c.page_size, c.enable_prefix_caching)
         self.scheduler = Scheduler(
             self.allocator, max_num_seqs=c.max_num_seqs, max_num_batched_tokens=c.max_num_batched_tokens
         )
-        self._builder = RequestBuilder(c, self.tokenizer)
+        self._builder = RequestBuilder(c, self.tokenizer, self.runner.num_pages * c.page_size, self._folder)
         self._requests: dict[str, Request] = {}  # unfinished ones
         self._fresh: dict[str, None] = {}  # those of them that have no token yet
         self._by_seq_id: dict[int, Taker] = {}  # of the sequences that the scheduler has
@@ -87,9 +88,9 @@ class LLMEngine:
         self._lap_began = 0.0
         self._seconds = dict.fromkeys(("schedule", "forward", "sample", "output"), 0.0)
 
-    def _load(self, progress: Progress | None) -> None:
+    def _load(self, progress: Progress | None, *, cut: bool) -> None:
         began = time.perf_counter()
-        self.model, self.config = build_model(self.config, self._folder, progress)
+        self.model, self.config = build_model(self.config, self._folder, progress, partial(fit, cut=cut))
         self.runner = Runner(self.model, self.config)
         logger.info(
             "loaded %s in %.1f s: %d KV pages of %d tokens, %s",
@@ -99,9 +100,14 @@ class LLMEngine:
 
     # Requests
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt. ValueError without a tokenizer for text, or if an id or the length is out of range."""
-        return self._builder.encode(prompt)
+    def encode(self, prompt: Prompt, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a prompt; of a text its own alone, or with BOS and EOS around it as every other call puts them.
+        ValueError without a tokenizer for text, or if an id or the length is out of range."""
+        return self._builder.encode(prompt, add_special_tokens=add_special_tokens)
+
+    def apply_chat_template(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> list[int]:
+        """Token ids of a conversation, for `add_request`. The options and the errors are those of `LLM.chat`."""
+        return self._builder.apply_chat_template(messages, **options)
 
     def add_request(
         self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0
@@ -122,7 +128,7 @@ class LLMEngine:
     def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams | None, priority: int) -> Request:
         """A request for `submit`, with everything checked but its grammar. Takes no longer than encoding the prompt."""
         self._check_open()
-        params = SamplingParams() if params is None else params
+        params = self.default_sampling_params if params is None else params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params={shown(params)} is not a SamplingParams")
         if not isinstance(request_id, str):
@@ -163,11 +169,11 @@ class LLMEngine:
         """End requests: now, or at the end of the step that runs. Their pages are free then, and the next outputs
         hold what they had, with finish_reason "abort". Unknown and finished requests are ignored. It never waits, so
         it may be called from anywhere: a processor, a signal handler, a finaliser."""
-        self._turn.ask(self._abort, _listed(request_ids))
+        self._turn.ask(self._abort, id_set(request_ids))
 
     def discard_request(self, request_ids: str | Iterable[str]) -> None:
         """`abort_request`, without the outputs."""
-        self._turn.ask(self._discard, _listed(request_ids))
+        self._turn.ask(self._discard, id_set(request_ids))
 
     @property
     def num_waiting(self) -> int:
@@ -401,7 +407,7 @@ class LLMEngine:
             chunk = self.config.max_num_batched_tokens if chunk is None else chunk
             if not isinstance(chunk, Integral) or chunk < 1:
                 raise ValueError(f"chunk={shown(chunk)} is not a positive integer")
-            ids = self.encode(token_ids)
+            ids = self.encode(token_ids, add_special_tokens=True)
             need = self.allocator.pages_for(len(ids))
             self._turn.settle()
             self._turn.intact = False
@@ -424,14 +430,10 @@ class LLMEngine:
         """Counts now and since the start."""
         self._check_open()
         return EngineStats(
-            requests=len(self._requests),
-            scheduler=self.scheduler.stats(),
-            kv_bytes=self.runner.num_pages * self.runner.page_bytes,
-            steps=self._steps,
-            prompt_tokens=self.scheduler.prompt_tokens,
-            generated_tokens=self._generated,
-            seconds=dict(self._seconds),
-        )
+            requests=len(self._requests), scheduler=self.scheduler.stats(), steps=self._steps,
+            kv_bytes=self.runner.num_pages * self.runner.page_bytes, prompt_tokens=self.scheduler.prompt_tokens,
+            generated_tokens=self._generated, seconds=dict(self._seconds),
+        )  # fmt: skip
 
     def sleep(self) -> None:
         """Free weights and pages, the prefix cache included; `wake_up` loads them again. EngineBusyError while requests
@@ -451,7 +453,7 @@ class LLMEngine:
         """Load what `sleep` freed. Awake, it does nothing. An error of loading leaves the engine asleep."""
         with self._turn("wake_up"):
             if self.asleep:
-                self._load(None)
+                self._load(None, cut=False)
                 self.asleep = False
             self._check_open()
 
@@ -489,9 +491,3 @@ class LLMEngine:
             raise EngineClosedError(str(self._closed)) from self._closed.__cause__
         if self.asleep:
             raise EngineAsleepError("the engine is asleep: wake_up() loads it again")
-
-
-def _listed(request_ids: str | Iterable[str]) -> frozenset[str]:
-    """The ids as Python's own text: a subclass may compare and hash as it likes."""
-    ids = [request_ids] if isinstance(request_ids, str) else request_ids
-    return frozenset(str.__str__(request_id) for request_id in ids if isinstance(request_id, str))

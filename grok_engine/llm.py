@@ -27,11 +27,13 @@ from .runtime.request import Request, RequestOutput
 from .runtime.text import FinishReason
 from .sampling.params import RequestOutputKind, SamplingParams
 from .tokenizer.base import Tokenizer
+from .tokenizer.chat_messages import Message, is_conversation
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
     from .config import EngineOptions
+    from .tokenizer.chat import ChatOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +77,17 @@ class LLM:
         """The decoder."""
         return self.engine.model
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, checked as `LLMEngine.encode` does."""
-        return self.engine.encode(prompt)
+    def encode(self, prompt: Prompt, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a prompt, as `LLMEngine.encode` gives them."""
+        return self.engine.encode(prompt, add_special_tokens=add_special_tokens)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """How requests without SamplingParams sample: as the model's files say, else by the defaults of the class."""
+        return self.engine.default_sampling_params
+
+    def apply_chat_template(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> list[int]:
+        """Token ids of a conversation, for `generate` and `stream`. The options and the errors are those of `chat`."""
+        return self.engine.apply_chat_template(messages, **options)
 
     def logits(self, token_ids: Prompt, *, chunk: int | None = None) -> Tensor:
         """logits_TV in fp32 after each token, computed `chunk` tokens at a time; no result depends on `chunk`."""
@@ -86,7 +96,7 @@ class LLM:
 
     def score(self, token_ids: Prompt) -> Tensor:
         """(T − 1,) fp32: the log-probability of each token after the first, given those before it."""
-        ids = self.encode(token_ids)
+        ids = self.encode(token_ids, add_special_tokens=True)
         logits_TV = self.logits(ids)[:-1]
         targets = torch.tensor(ids[1:], dtype=torch.int64, device=logits_TV.device)[:, None]
         return torch.log_softmax(logits_TV, -1).gather(1, targets).squeeze(1)
@@ -110,7 +120,8 @@ class LLM:
             if len(params) != len(requests):
                 raise ValueError(f"{len(params)} sampling_params for {len(requests)} prompts: expected as many, or one")
         else:
-            params = [SamplingParams() if sampling_params is None else sampling_params] * len(requests)
+            params = [self.engine.default_sampling_params if sampling_params is None else sampling_params]
+            params *= len(requests)
         finished: dict[str, RequestOutput] = {}
         call = _Call(self._lock)
         try:
@@ -137,10 +148,37 @@ class LLM:
             self._end(call)
         return [finished[request.request_id] for request in prepared]
 
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        **options: Unpack[ChatOptions],
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of several, in one batch.
+
+        A message is OpenAI's: `{"role": "user", "content": "Hello"}`, its content text or parts of type text. Turns are
+        written by the model's chat template, or by `chat_template`; the other options are those of `ChatOptions`. A
+        control token that a message spells out is text. ValueError for a wrong message, with its index, for a template
+        that fails, and for a model without one; otherwise errors are those of `generate`.
+        """
+        conversations: Any = [messages] if is_conversation(messages) else messages
+        prompts: list[Prompt] = []
+        for i, conversation in enumerate(conversations):
+            if len(conversations) == 1:
+                prompts.append(self.apply_chat_template(conversation, **options))
+                continue
+            try:
+                prompts.append(self.apply_chat_template(conversation, **options))
+            except ValueError as error:
+                raise ValueError(f"conversations[{i}]: {error}") from error
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamChunk]:
         """Generate token by token. The request is checked at the call; leaving the loop aborts it. RuntimeError if it
         fails."""
-        params = SamplingParams() if params is None else params
+        params = self.engine.default_sampling_params if params is None else params
         if isinstance(params, SamplingParams):
             if params.n != 1:
                 raise ValueError(f"n={params.n}: a stream has one answer, expected 1")

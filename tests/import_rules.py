@@ -28,7 +28,7 @@ ALLOWED: Table = {
     # the engine, from its leaves up
     "grok_engine.config": (),
     "grok_engine.batch": (),
-    "grok_engine.tokenizer": ("checkpoint.gguf.files",),
+    "grok_engine.tokenizer": ("checkpoint.generation", "checkpoint.gguf.files", "checkpoint.strict_json"),
     "grok_engine.errors": (),
     "grok_engine.log": (),
     "grok_engine.progress": (),
@@ -42,6 +42,7 @@ ALLOWED: Table = {
     "grok_engine.runtime.stats": ("runtime.scheduler",),
     "grok_engine.runtime.flatten": ("batch", "runtime.plan"),
     "grok_engine.runtime.pages": ("batch", "config"),
+    "grok_engine.runtime.memory": ("config", "log", "runtime.pages", "grok_kernels"),
     "grok_engine.runtime.text": ("sampling", "tokenizer"),
     "grok_engine.runtime.turn": ("errors",),
     "grok_engine.runtime.request": ("runtime.sequence", "runtime.text", "sampling"),
@@ -51,15 +52,17 @@ ALLOWED: Table = {
     ),
     "grok_engine.runtime.graphs": ("batch", "config", "models", "runtime.flatten", "runtime.plan", "grok_kernels"),
     "grok_engine.runtime.runner": (
-        "batch", "config", "models", "runtime.flatten", "runtime.graphs", "runtime.pages", "runtime.plan",
-        "grok_kernels",
+        "batch", "config", "models", "runtime.flatten", "runtime.graphs", "runtime.memory", "runtime.pages",
+        "runtime.plan", "grok_kernels",
     ),
     "grok_engine.sampling": ("config", "log", "tokenizer", "grok_kernels"),
     "grok_engine.layers": ("batch", "config", "grok_kernels"),
     "grok_engine.models": ("batch", "config", "layers"),
-    "grok_engine.loading": ("checkpoint", "config", "layers", "log", "models", "tokenizer", "grok_kernels"),
+    "grok_engine.loading": (
+        "checkpoint", "config", "layers", "log", "models", "sampling.params", "tokenizer", "grok_kernels",
+    ),
     # the orchestrator, and the faces over it
-    "grok_engine.engine": ("config", "errors", "loading", "log", "runtime", "sampling"),
+    "grok_engine.engine": ("config", "errors", "loading", "log", "runtime", "sampling", "tokenizer"),
     "grok_engine.llm": (
         "config", "engine", "errors", "models", "runtime.builder", "runtime.request", "runtime.text", "sampling",
         "tokenizer", "progress",
@@ -69,6 +72,7 @@ ALLOWED: Table = {
         "config", "engine", "runtime.builder", "runtime.mailbox", "runtime.stats", "sampling", "stepping", "tokenizer",
     ),
     "grok_engine.tools": ("checkpoint", "config", "loading", "models.families", "grok_kernels"),
+    "grok_engine.tools.chat": ("llm", "sampling", "tokenizer"),
     "grok_engine.cli": (
         ".", "config", "llm", "loading", "models.families", "progress", "sampling", "tools", "grok_kernels",
         "grok_bench",

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import torch
 
 import grok_kernels
-from grok_engine.checkpoint.base import Checkpoint
+from grok_engine.checkpoint.base import Checkpoint, CheckpointError
 from grok_engine.checkpoint.open import open_checkpoint
 from grok_engine.checkpoint.packed import PackedCheckpoint
-from grok_engine.config import ActFormat, ConfigError, EngineConfig, ModelConfig
+from grok_engine.config import ActFormat, ConfigError, EngineConfig, ModelConfig, WeightFormat
 from grok_engine.models.decoder import Decoder
 from grok_engine.tokenizer.base import PaddedTokenizer, Tokenizer
+from grok_engine.tokenizer.chat_builtin import GROK_2_ENDS
 from grok_engine.tokenizer.load import load_tokenizer
 from grok_kernels.dtypes import dtype_of
 
@@ -21,11 +24,19 @@ from .fill import Progress, fill
 from .random import random_checkpoint
 from .slots import slots
 
+# From a configuration, and what loading takes in memory for each format of weights, to a configuration that fits.
+Fit = Callable[[EngineConfig, Callable[[WeightFormat | None], tuple[int, int] | None]], EngineConfig]
+SLACK = 30 << 20  # bytes that loading takes beside the weights and one tensor
+
 
 def build_model(
-    config: EngineConfig, folder: Path | None, progress: Progress | None = None
+    config: EngineConfig,
+    folder: Path | None,
+    progress: Progress | None = None,
+    fit: Fit = lambda config, loading: config,
 ) -> tuple[Decoder, EngineConfig]:
-    """The model of `config`, filled from `folder` or at random, and `config` with its activations resolved."""
+    """The model of `config`, filled from `folder` or at random, and `config` with its sizes, by `fit`, and its
+    activations resolved."""
     device = _device(config.device)
     checkpoint = None if folder is None else open_checkpoint(folder, config.model)
     if config.mmap and not (isinstance(checkpoint, PackedCheckpoint) and device.type == "cpu"):
@@ -33,6 +44,7 @@ def build_model(
             f"mmap=True with model {config.model.name!r} on {device}: expected a folder that `grok-engine convert` "
             "wrote, on the CPU"
         )
+    config = fit(config, lambda weights: _loading_bytes(config, checkpoint, weights))
     activations = _activations(config, checkpoint, device)
     model = Decoder(config.model, dtype_of(config.dtype), device, config.max_len, activations)
     weights = random_checkpoint(model, config.weights) if checkpoint is None else checkpoint
@@ -40,20 +52,46 @@ def build_model(
     return model, replace(config, activations=activations)
 
 
+def _loading_bytes(
+    config: EngineConfig, checkpoint: Checkpoint | None, weights: WeightFormat | None
+) -> tuple[int, int] | None:
+    """Bytes of the weights in this format, and those that loading takes beside them at its peak; None where the
+    checkpoint does not become them. CheckpointError, as `slots` raises it, for the format that is wanted."""
+    empty = Decoder(config.model, dtype_of(config.dtype), max_positions=1)
+    try:
+        found = slots(empty, random_checkpoint(empty, weights) if checkpoint is None else checkpoint, weights)
+    except CheckpointError:
+        if weights == config.weights:
+            raise
+        return None
+    if isinstance(checkpoint, PackedCheckpoint) and _device(config.device).type == "cpu":  # read in place, or mapped
+        return 0 if config.mmap else checkpoint.total_bytes, SLACK
+    pieces = (info.nbytes // prod(info.shape[:-2]) for slot in found for info in slot.sources)
+    return sum(slot.nbytes for slot in found), max(pieces) + SLACK
+
+
 def check_checkpoint(config: ModelConfig, checkpoint: Checkpoint) -> None:
     """Raise as `slots` does for a checkpoint that does not hold the model of `config`."""
     slots(Decoder(config, torch.float32, max_positions=1), checkpoint)
 
 
-def build_tokenizer(folder: Path, config: EngineConfig) -> Tokenizer | None:
-    """The tokenizer of a model's files, as wide as the model; None if there is none. ConfigError if it is wider."""
-    tokenizer = load_tokenizer(folder)
+def build_tokenizer(folder: Path | None, config: EngineConfig) -> tuple[Tokenizer | None, EngineConfig]:
+    """The tokenizer of a model's files, as wide as the model, and `config`, in which an answer ends at Grok-2's end of
+    a turn too, where the tokenizer has one. None if there is no tokenizer. ConfigError if it is wider."""
+    tokenizer = None if folder is None else load_tokenizer(folder)
+    if tokenizer is None:
+        return None, config
     size = config.model.vocab_size
-    if tokenizer and tokenizer.vocab_size > size:
+    if tokenizer.vocab_size > size:
         raise ConfigError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, more than the model's vocab_size={size}"
         )
-    return PaddedTokenizer(tokenizer, size) if tokenizer and tokenizer.vocab_size < size else tokenizer
+    padded = PaddedTokenizer(tokenizer, size) if tokenizer.vocab_size < size else tokenizer
+    ends = [tokenizer.control.ids[token] for token in GROK_2_ENDS if token in tokenizer.control.ids]
+    if len(ends) < len(GROK_2_ENDS):
+        return padded, config
+    ids = tuple(dict.fromkeys((*config.model.eos_token_ids, *ends)))
+    return padded, replace(config, model=replace(config.model, eos_token_ids=ids))
 
 
 def _activations(config: EngineConfig, checkpoint: Checkpoint | None, device: torch.device) -> ActFormat:

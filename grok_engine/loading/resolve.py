@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from grok_engine.checkpoint.base import CheckpointError
+from grok_engine.checkpoint.generation import read_generation
 from grok_engine.checkpoint.gguf.files import gguf_file
 from grok_engine.checkpoint.gguf.reader import read_gguf_config
 from grok_engine.checkpoint.hf.files import config_file, is_hf_folder
@@ -81,10 +82,10 @@ def read_config(path: str | Path) -> ModelConfig:
         config = parse_config(values, model_name(path))
     except ConfigError as error:
         raise CheckpointError(f"{file}: {error}") from None
-    more = path / "generation_config.json"
-    if family_of(values) is None or not more.exists():
+    if family_of(values) is None:  # a conversion's, which has the tokens of both files
         return config
-    found = read_object(more).get("eos_token_id")
+    more, generation = read_generation(path)
+    found = generation.get("eos_token_id")
     ids = found if isinstance(found, list) else [] if found is None else [found]
     try:
         return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *ids))))

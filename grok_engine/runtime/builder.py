@@ -8,31 +8,43 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 from itertools import count
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from grok_engine.config import EngineConfig, as_int, shown
+from grok_engine.config import EngineConfig, as_bool, as_int, shown
 from grok_engine.sampling.grammar_limits import GrammarLimits, check_grammar
 from grok_engine.sampling.params import SamplingParams
 from grok_engine.sampling.rules import SamplingRules, bad_word_tokens
 from grok_engine.sampling.state import SamplingState
 from grok_engine.sampling.structured import StructuredCompiler
 from grok_engine.tokenizer.base import Tokenizer
+from grok_engine.tokenizer.chat import ChatFormat, ChatOptions
+from grok_engine.tokenizer.chat_files import load_chat
+from grok_engine.tokenizer.chat_messages import Message
 
 from .request import Answer, Request
 from .sequence import SequenceState
 from .text import SequenceText, begins_text, token_text
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 # Text, token ids, or vLLM's dicts: {"prompt": text}, {"prompt_token_ids": ids}. With both the ids are used and the text
-# is what outputs show. Ids also as a numpy array or a tensor.
+# is what outputs show. Ids also as a numpy array or a tensor. `add_special_tokens` of a dict with text: whether BOS and
+# EOS go around it as the model's files say, which is the default; nothing is added to ids.
 Prompt = str | Sequence[int] | Mapping[str, Any]
 _KEYS = ("prompt", "prompt_token_ids")
+_ADD = "add_special_tokens"
 
 
 class RequestBuilder:
-    """Makes the requests of one engine. Every method may be called from any thread."""
+    """Makes the requests of one engine. Every method may be called from any thread. capacity: in tokens, of the KV
+    cache."""
 
-    def __init__(self, config: EngineConfig, tokenizer: Tokenizer | None) -> None:
-        self.config, self.tokenizer = config, tokenizer
+    def __init__(
+        self, config: EngineConfig, tokenizer: Tokenizer | None, capacity: int, folder: Path | None = None
+    ) -> None:
+        self.config, self.tokenizer, self.capacity, self._folder = config, tokenizer, capacity, folder
         self._serial, self._seq_ids = count(), count()
         self._lock = threading.Lock()
         self._grammar_limits = GrammarLimits(
@@ -42,9 +54,21 @@ class RequestBuilder:
         self._compiler: StructuredCompiler | None = None
         self._spell = lru_cache(1 << 17)(partial(token_text, tokenizer)) if tokenizer else lambda token: None
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt. ValueError without a tokenizer for text, or if an id or the length is out of range."""
-        return self._read(prompt)[1]
+    def encode(self, prompt: Prompt, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a prompt. ValueError without a tokenizer for text, or if an id or the length is out of range.
+
+        add_special_tokens: put BOS and EOS around a text, as a request does, unless the prompt's own key decides.
+        """
+        return self._read(prompt, add_special_tokens)[1]
+
+    def apply_chat_template(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> list[int]:
+        """Token ids of a conversation, as `ChatFormat.encode` gives them."""
+        fits = self.config.max_len * self._token_bytes if self.tokenizer else 0
+        return self._chat.encode(messages, max_bytes=fits, **options)
+
+    @cached_property
+    def _chat(self) -> ChatFormat:
+        return load_chat(self._folder, self.tokenizer)
 
     def build(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int) -> Request:
         """A request with all of its n answers, not started yet. ValueError names what this engine cannot serve.
@@ -56,10 +80,12 @@ class RequestBuilder:
         if urgency is None or abs(urgency) >= 2**63:
             raise ValueError(f"priority={shown(priority)} is not an integer of 64 bits")
         self._check_limits(params)
-        text, prompt_ids = self._read(prompt)
+        text, prompt_ids = self._read(prompt, add_special_tokens=True)
         room = config.max_len - len(prompt_ids)
         if room < 1:
             raise ValueError(f"prompt has {len(prompt_ids)} tokens, all of max_model_len: no room for a new one")
+        if params.max_tokens is None:  # what the cache holds, and the last token, which is never fed back
+            room = max(min(room, self.capacity + 1 - len(prompt_ids)), 1)
         rules = SamplingRules(
             params, config.model.vocab_size, eos_token_ids=config.model.eos_token_ids, prompt=prompt_ids,
             bad_words=bad_word_tokens(params.bad_words, tokenizer.encode) if tokenizer else (),
@@ -124,20 +150,24 @@ class RequestBuilder:
         if params.structured is not None:
             check_grammar(params.structured, self._grammar_limits)
 
-    def _read(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def _read(self, prompt: Prompt, add_special_tokens: bool) -> tuple[str | None, list[int]]:
         """The text of a prompt, None if it has none, and its token ids."""
         text: Any = str.__str__(prompt) if isinstance(prompt, str) else None
         ids: Any = None if isinstance(prompt, str) else prompt
         if isinstance(prompt, Mapping):
             given = {key: value for key, value in prompt.items() if value is not None}
+            if (add := as_bool(given.pop(_ADD, add_special_tokens))) is None:
+                raise ValueError(f"prompt has {_ADD}={shown(prompt[_ADD])}: expected True or False")
+            add_special_tokens = add
             if not given or set(given) - set(_KEYS):
                 raise ValueError(
-                    f"prompt has the keys {shown(list(given))}: expected one or both of {', '.join(_KEYS)}"
+                    f"prompt has the keys {shown(list(given))}: expected one or both of {', '.join(_KEYS)}, and "
+                    f"perhaps {_ADD}"
                 )
             text, ids = given.get("prompt"), given.get("prompt_token_ids")
             if text is not None and not isinstance(text, str):
                 raise ValueError(f"prompt={shown(text)} is not text")
-        ids = self._tokens(text) if ids is None and text is not None else _as_sequence(ids)
+        ids = self._tokens(text, add_special_tokens) if ids is None and text is not None else _as_sequence(ids)
         if not ids:
             raise ValueError(f"prompt {shown(prompt)} is empty: expected at least one token")
         vocab, longest = self.config.model.vocab_size, self.config.max_len
@@ -154,8 +184,9 @@ class RequestBuilder:
             token_ids.append(token)
         return text, token_ids
 
-    def _tokens(self, text: str) -> list[int]:
-        """The tokens of a text. One that cannot fit is refused before it is encoded, which takes a second for 10 MB."""
+    def _tokens(self, text: str, add_special_tokens: bool) -> list[int]:
+        """The tokens of a text, and perhaps those around it. A text that cannot fit is refused before it is encoded,
+        which takes a second for 10 MB."""
         if self.tokenizer is None:
             raise ValueError(f"prompt {shown(text)} is text, but the model has no tokenizer: give token ids")
         most = self.config.max_len
@@ -169,7 +200,8 @@ class RequestBuilder:
             raise ValueError(
                 f"prompt has {size} bytes, more than max_model_len={most} tokens of at most {self._token_bytes} bytes"
             )
-        return self.tokenizer.encode(text)
+        ids = self.tokenizer.encode(text)
+        return [*self.tokenizer.prefix, *ids, *self.tokenizer.suffix] if add_special_tokens else ids
 
     @cached_property
     def _token_bytes(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -169,6 +169,12 @@ class Request:
             cached_tokens=self.answers[0].state.cached_tokens,
             prompt_logprobs=None if self.prompt_logprobs is None else list(self.prompt_logprobs),
         )
+
+
+def id_set(request_ids: str | Iterable[str]) -> frozenset[str]:
+    """The ids as Python's own text: a subclass may compare and hash as it likes."""
+    ids = [request_ids] if isinstance(request_ids, str) else request_ids
+    return frozenset(str.__str__(request_id) for request_id in ids if isinstance(request_id, str))
 
 
 def _by_token(token: int, found: TokenLogprobs, spell: Spell) -> TopLogprobs:

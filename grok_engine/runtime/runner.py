@@ -9,17 +9,15 @@ from torch import Tensor
 
 import grok_kernels
 from grok_engine.batch import Batch
-from grok_engine.config import ConfigError, EngineConfig
+from grok_engine.config import EngineConfig
 from grok_engine.models.decoder import Decoder
 from grok_kernels.dtypes import dtype_of
 
 from .flatten import flatten, take_rows
 from .graphs import CpuCapture, CudaCapture, DecodeGraphs
+from .memory import CPU_KV_BYTES, GPU_SHARE, wanted_pages
 from .pages import allocate_pages, copy_pages, page_bytes
 from .plan import Entry, StepPlan
-
-CPU_KV_BYTES = 2 << 30
-GPU_SHARE = 0.9  # of the device's memory; the rest is for the driver, the allocator's slack and other processes
 
 
 class Runner:
@@ -31,7 +29,8 @@ class Runner:
         dtype = dtype_of(str(config.kv_dtype))
         self.page_bytes = page_bytes(config.model, config.page_size, dtype)
         self.graphs: DecodeGraphs | None = None
-        self.num_pages = self._num_pages(dtype)
+        measured = self.device.type == "cuda" and config.num_pages is None and config.kv_memory is None
+        self.num_pages = wanted_pages(config, self._left_on_device() if measured else CPU_KV_BYTES)
         self.cache = allocate_pages(config.model, self.num_pages, config.page_size, dtype, self.device)
         self.graphs = self._new_graphs()
         if self.device.type == "cuda":
@@ -54,21 +53,6 @@ class Runner:
             return None
         capture = CudaCapture(self.device) if self.device.type == "cuda" else CpuCapture()
         return DecodeGraphs(self.model, self.cache, self.config, capture)
-
-    def _num_pages(self, dtype: torch.dtype) -> int:
-        c = self.config
-        longest = -(-c.max_len // c.page_size)
-        if c.num_pages is not None:
-            return c.num_pages
-        budget = c.kv_memory
-        if budget is None:
-            on_gpu = self.device.type == "cuda"
-            budget = self._left_on_device() if on_gpu else max(CPU_KV_BYTES, longest * self.page_bytes)
-        pages = budget // self.page_bytes
-        if pages < 1:
-            raise ConfigError(f"kv_memory: {budget} bytes hold no page, expected {self.page_bytes} or more for one")
-        # no more than all sequences together could fill
-        return min(pages, c.max_num_seqs * (longest + 1))
 
     def _left_on_device(self) -> int:
         """Bytes left for pages beside weights, all graphs, and the activations and logits of the largest step."""

@@ -82,7 +82,7 @@ class SamplingParams:
     Generation ends with an end token of the model (unless `ignore_eos`) or one of `stop_token_ids`, whose text is not
     emitted, or where the text first completes one of `stop`, which is cut off (unless `include_stop_str_in_output`).
     The text of the first `min_tokens` tokens is not searched for `stop`. `max_tokens` None generates until
-    max_model_len is reached.
+    max_model_len is reached, or the KV cache is full.
 
     `bad_words` bans token sequences, not text: those that the tokenizer makes of each word at the start of a text,
     after a space and after punctuation. The model can still spell the word with other tokens (shorter ones, or one that
@@ -98,7 +98,7 @@ class SamplingParams:
     """
 
     n: int = 1
-    max_tokens: int | None = 16  # None: until max_model_len is reached
+    max_tokens: int | None = 16  # None: as long as there is room
     min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0

@@ -27,6 +27,12 @@ class Tokenizer(Protocol):
     """Ids are 0..vocab_size − 1. `encode` adds no BOS and no EOS; `decode` leaves control tokens out. Control tokens
     spelled out in a text are text, or with `special` themselves: for templates of ours, never for what a user wrote.
 
+    prefix, suffix: what the model's files put before and after a prompt of text, as a rule BOS and nothing. Whoever
+    makes a prompt adds them (`RequestBuilder`).
+
+    Three are for chat templates. `control`: the control tokens. `user_defined`: tokens that text is made into wherever
+    it spells them. `spaces_parts`: whether the space that is put before a text is put behind a control token too.
+
     `IncrementalDetokenizer` needs two more. `surface`: what one token adds to the text, given whether it is the first.
     `replace_each_byte`: whether each undecodable byte becomes U+FFFD, rather than a truncated character as a whole.
     """
@@ -34,7 +40,18 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
     replace_each_byte: bool
+
+    @property
+    def spaces_parts(self) -> bool: ...
+
+    @property
+    def control(self) -> ControlTokens: ...
+
+    @property
+    def user_defined(self) -> Mapping[str, int]: ...
 
     def encode(self, text: str, *, special: bool = False) -> list[int]: ...
 
@@ -49,7 +66,20 @@ class PaddedTokenizer:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer, self.vocab_size = tokenizer, vocab_size
         self.bos_token_id, self.eos_token_ids = tokenizer.bos_token_id, tokenizer.eos_token_ids
+        self.prefix, self.suffix = tokenizer.prefix, tokenizer.suffix
         self.replace_each_byte = tokenizer.replace_each_byte
+
+    @property
+    def spaces_parts(self) -> bool:
+        return self._tokenizer.spaces_parts
+
+    @property
+    def control(self) -> ControlTokens:
+        return self._tokenizer.control
+
+    @property
+    def user_defined(self) -> Mapping[str, int]:
+        return self._tokenizer.user_defined
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return self._tokenizer.encode(text, special=special)
@@ -108,25 +138,46 @@ class IncrementalDetokenizer:
 
 
 class ControlTokens:
-    """The control tokens of a tokenizer, to be found in a text. ids: by how they are spelled."""
+    """The control tokens of a tokenizer, to be found in a text. ids: by how they are spelled. eats: of those that take
+    the spaces beside them along, whether the ones before and the ones after."""
 
-    def __init__(self, ids: Mapping[str, int]) -> None:
-        self._ids = ids
+    def __init__(self, ids: Mapping[str, int], eats: Mapping[str, tuple[bool, bool]] | None = None) -> None:
+        self.ids, self.eats = ids, eats or {}
         longest_first = sorted(filter(None, ids), key=len, reverse=True)
         self._spelled = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
 
+    def split(self, text: str) -> list[str | int]:
+        """The ids of the control tokens in a text, and the text before, between and after them."""
+        parts = self._spelled.split(text) if self._spelled else [text]
+        for index in range(1, len(parts), 2) if self.eats else ():
+            before, after = self.eats.get(parts[index], (False, False))
+            parts[index - 1] = parts[index - 1].rstrip() if before else parts[index - 1]
+            parts[index + 1] = parts[index + 1].lstrip() if after else parts[index + 1]
+        return [self.ids[part] if index % 2 else part for index, part in enumerate(parts) if part]
+
+    def cut(self, text: str) -> list[str]:
+        """A text in pieces that spell no control token: each is cut behind its first character."""
+        at = [0, *(match.start() + 1 for match in self._spelled.finditer(text)), len(text)] if self._spelled else [0]
+        return [text[i:j] for i, j in zip(at, [*at[1:], len(text)], strict=True) if i < j]
+
     def encode(self, text: str, plain: Callable[[str], list[int]]) -> list[int]:
         """Their ids, and those that `plain` gives for the text before, between and after them."""
-        parts = self._spelled.split(text) if self._spelled else [text]
         found: list[int] = []
-        for index, part in enumerate(parts):
-            found += [self._ids[part]] if index % 2 else plain(part) if part else []
+        for part in self.split(text):
+            found += [part] if isinstance(part, int) else plain(part)
         return found
 
 
-def require_file(path: str | Path) -> None:
-    if not Path(path).is_file():
+MAX_BYTES = 256 << 20  # of a tokenizer's file; the largest published ones have 40 MB
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a tokenizer's file. ValueError for anything but a regular file of at most MAX_BYTES."""
+    if not path.is_file():  # opening a pipe would wait for ever
         raise ValueError(f"{path} is not a file: expected a tokenizer")
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes: expected a tokenizer of at most {MAX_BYTES:,}")
+    return path.read_bytes()
 
 
 def check_text(text: str) -> None:

@@ -35,11 +35,12 @@ _PRE: dict[str, str | None] = {
     "tekken": _TEKKEN,
     "grok-2": _GROK2,
 }  # fmt: skip
-_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")  # that are tokens are not merged
+# Of these, words that are tokens are not merged, and BOS goes before a prompt where `add_bos_token` does not say.
+_LLAMA3_KIND = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")
 
 
 def tokenizer_files(metadata: Mapping[str, Any], path: Path) -> dict[str, bytes]:
-    """What a file's metadata is as the files that the libraries read: a `tokenizer.model`, or a `tokenizer.json` and
+    """What a file's metadata is as the files that the libraries read: a `tokenizer.model` or a `tokenizer.json`, and
     its `tokenizer_config.json`; empty where there is none.
 
     path: for messages. ValueError for a kind or a pre-tokenizer that is not served, and for keys that do not fit.
@@ -48,7 +49,10 @@ def tokenizer_files(metadata: Mapping[str, Any], path: Path) -> dict[str, bytes]
     if kind in ("no_vocab", "none"):
         return {}
     if kind == "llama":
-        return {"tokenizer.model": _sentencepiece_model(_Keys(metadata, path))}
+        keys = _Keys(metadata, path)
+        config = dict(zip(("add_bos_token", "add_eos_token"), _adds(keys, True), strict=True))
+        config["legacy"] = True  # a control token begins a text, as llama.cpp has it
+        return {"tokenizer.model": _sentencepiece_model(keys), "tokenizer_config.json": json.dumps(config).encode()}
     if kind == "gpt2":
         return _byte_level_files(_Keys(metadata, path))
     raise ValueError(f"{path}: tokenizer.ggml.model is {kind!r:.80}, expected 'llama', 'gpt2' or 'no_vocab'")
@@ -58,7 +62,9 @@ def read_tokenizer(metadata: Mapping[str, Any], path: Path) -> Tokenizer | None:
     """The tokenizer in a file's metadata, or None where it has none. Raises as `tokenizer_files` does."""
     files = tokenizer_files(metadata, path)
     if model := files.get("tokenizer.model"):
-        return SentencePieceTokenizer(path, model)
+        config = json.loads(files["tokenizer_config.json"])
+        adds = {key: config[f"{key}_token"] for key in ("add_bos", "add_eos")}
+        return SentencePieceTokenizer(path, model, spaces_parts=True, **adds)
     return HFTokenizer(path, files["tokenizer.json"], files["tokenizer_config.json"]) if files else None
 
 
@@ -108,6 +114,11 @@ class _Keys:
         return self.tokens[found]
 
 
+def _adds(keys: _Keys, bos: bool) -> tuple[bool, bool]:
+    """Whether BOS goes before and EOS after a prompt; `bos` is llama.cpp's default."""
+    return keys.flag("add_bos_token", bos), keys.flag("add_eos_token", False)
+
+
 def _byte_level_files(keys: _Keys) -> dict[str, bytes]:
     """GPT-2's kind: bytes spelled as characters, and merges in the order of their ranks."""
     pre = keys.get("pre")
@@ -117,6 +128,10 @@ def _byte_level_files(keys: _Keys) -> dict[str, bytes]:
     if bad := next((merge for merge in merges if len(merge) != 2), None):
         raise ValueError(f"{keys.error('merges', 'pairs of tokens')}, found {' '.join(bad)!r:.80}")
     named = {kind: keys.token(kind) for kind in ("bos", "eos")}
+    around = dict(zip(named, _adds(keys, pre in _LLAMA3_KIND), strict=True))
+    for kind, token in named.items():
+        if token is None and keys.get(f"add_{kind}_token"):
+            raise keys.error(f"add_{kind}_token", f"false, since {kind}_token_id is missing")
     added = [
         {
             "id": index, "content": token, "special": kind != _USER_DEFINED, "normalized": False,
@@ -130,14 +145,28 @@ def _byte_level_files(keys: _Keys) -> dict[str, bytes]:
         "version": "1.0",
         "added_tokens": added,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": _pre_tokenizers(_PRE[pre], byte_level)},
+        "post_processor": _template(keys, *(token if around[kind] else None for kind, token in named.items())),
         "decoder": {**byte_level, "use_regex": True},
         "model": {
             "type": "BPE", "vocab": {token: i for i, token in enumerate(keys.tokens)}, "merges": merges,
-            "ignore_merges": pre in _WHOLE_WORDS,
+            "ignore_merges": pre in _LLAMA3_KIND,
         },
     }  # fmt: skip
     config = {f"{kind}_token": token for kind, token in named.items() if token is not None}
     return {"tokenizer.json": json.dumps(values).encode(), "tokenizer_config.json": json.dumps(config).encode()}
+
+
+def _template(keys: _Keys, before: str | None, after: str | None) -> dict[str, Any] | None:
+    """The post-processor that puts these tokens around a text."""
+    if before is None and after is None:
+        return None
+    tokens = {
+        token: {"id": token, "ids": [keys.tokens.index(token)], "tokens": [token]} for token in (before, after) if token
+    }
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    first, last = ([{"SpecialToken": {"id": token, "type_id": 0}}] if token else [] for token in (before, after))
+    pair = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    return {"type": "TemplateProcessing", "single": [*first, text, *last], "pair": pair, "special_tokens": tokens}
 
 
 def _pre_tokenizers(expression: str | None, byte_level: Mapping[str, Any]) -> list[dict[str, Any]]:

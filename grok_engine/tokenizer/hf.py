@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .base import SPACE, ControlTokens, IncrementalDetokenizer, Surface, check_ids, check_text, require_file
+from .base import SPACE, ControlTokens, IncrementalDetokenizer, Surface, check_ids, check_text, read_file
+
+CONFIG = "tokenizer_config.json"
 
 
 class HFTokenizer:
@@ -16,43 +18,59 @@ class HFTokenizer:
 
     `decode` differs from the tokenizers library's in one case: there, one wrong byte in a run of fallback bytes makes
     U+FFFD of the whole run, good characters too; here only of what cannot be decoded, as SentencePiece has it.
-    The file names no BOS and EOS: they are read from `tokenizer_config.json` beside it, where there is one.
+    What goes around a prompt is its post-processor's, as in transformers 5, which ignores `add_bos_token`. Which tokens
+    are BOS and EOS is read from `tokenizer_config.json` beside it, where there is one.
     content, config: of the two where they are no files; `path` is then for messages.
     """
 
-    def __init__(self, path: str | Path, content: bytes | None = None, config: bytes = b"{}") -> None:
+    def __init__(self, path: str | Path, content: bytes | None = None, config: bytes | None = None) -> None:
         import tokenizers  # lazily, as this import is slow
 
         path = Path(path)
-        if content is None:
-            require_file(path)
-            beside = path.with_name("tokenizer_config.json")
-            content, config = path.read_bytes(), beside.read_bytes() if beside.is_file() else config
+        values = read_config(path, config) if content is None or config is not None else {}
+        content = read_file(path) if content is None else content
         try:
             self._tk = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from None
-        decoder = json.loads(self._tk.to_str())["decoder"]
+        self._tk.no_truncation()  # which a file may ask for, and which is for training
+        self._tk.no_padding()
+        spelled = json.loads(self._tk.to_str())
+        decoder, self.spaces_parts = spelled["decoder"], _spaces_parts(spelled)
         self._byte_level, self._strip = _decoder_kind(decoder, path)
         self.replace_each_byte = not self._byte_level
         added = self._tk.get_added_tokens_decoder()
         self._special = {i for i, token in added.items() if token.special}
-        self._control = ControlTokens({added[i].content: i for i in self._special})
+        eats = {token.content: (token.lstrip, token.rstrip) for token in added.values() if token.lstrip or token.rstrip}
+        self.control = ControlTokens({added[i].content: i for i in self._special}, eats)
+        self.user_defined = {token.content: i for i, token in added.items() if not token.special}
         self._tk.encode_special_tokens = True  # as text, that is
         self.vocab_size: int = 1 + max(self._tk.get_vocab(with_added_tokens=True).values(), default=-1)
-        bos, eos = _special_tokens(path, config)
+        bos, eos = (_token(path, values, key) for key in ("bos_token", "eos_token"))
         self.bos_token_id: int | None = None if bos is None else self._id_of(bos, path)
         self.eos_token_ids: tuple[int, ...] = () if eos is None else (self._id_of(eos, path),)
+        self.prefix, self.suffix = self._around(path)
+
+    def _around(self, path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the post-processor puts before and after a text, found out on texts of one character."""
+        if self._tk.post_processor is None:
+            return (), ()
+        pairs = ((self._tk.encode(text, add_special_tokens=False).ids, self._tk.encode(text)) for text in "a b.0\n")
+        for plain, whole in pairs:
+            before = next((i for i, added in enumerate(whole.special_tokens_mask) if not added), 0)
+            if plain and whole.ids[before : before + len(plain)] == plain:
+                return tuple(whole.ids[:before]), tuple(whole.ids[before + len(plain) :])
+        raise ValueError(f"{path}: the post-processor does more than to put tokens before and after a text")
 
     def _id_of(self, token: str, path: Path) -> int:
         token_id: int | None = self._tk.token_to_id(token)
         if token_id is None:
-            raise ValueError(f"{path.with_name('tokenizer_config.json')} names {token!r}, which {path.name} lacks")
+            raise ValueError(f"{path.with_name(CONFIG)} names {token!r}, which {path.name} lacks")
         return token_id
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         check_text(text)
-        return self._control.encode(text, self._plain) if special else self._plain(text)
+        return self.control.encode(text, self._plain) if special else self._plain(text)
 
     def _plain(self, text: str) -> list[int]:
         return list(self._tk.encode(text, add_special_tokens=False).ids)
@@ -98,14 +116,37 @@ def _decoder_kind(decoder: Any, path: Path) -> tuple[bool, bool]:
     )
 
 
-def _special_tokens(path: Path, config: bytes) -> tuple[str | None, str | None]:
+def _spaces_parts(values: Mapping[str, Any]) -> bool:
+    """Whether the space that goes before a text goes behind every control token too."""
+    normalizer, pre_tokenizer = (values[key] or {} for key in ("normalizer", "pre_tokenizer"))
+    steps = [*normalizer.get("normalizers", [normalizer]), *pre_tokenizer.get("pretokenizers", [pre_tokenizer])]
+    return any(step.get("type") == "Prepend" or step.get("prepend_scheme") == "always" for step in steps)
+
+
+def read_config(path: Path, content: bytes | None = None) -> dict[str, Any]:
+    """The values of the `tokenizer_config.json` beside a tokenizer's file, none where there is none. content: of one
+    that is no file.
+
+    The strict reader of JSON does not do: `model_max_length` is 10^30 in many of these files.
+    """
+    beside = path.with_name(CONFIG)
+    if content is None and not (beside.is_symlink() or beside.exists()):
+        return {}
     try:
-        values = json.loads(config)
-        tokens = [values.get("bos_token"), values.get("eos_token")]
-        bos, eos = (t["content"] if isinstance(t, dict) else t for t in tokens)
-    except (ValueError, AttributeError, KeyError) as error:
-        raise ValueError(f"{path.with_name('tokenizer_config.json')} is not a configuration: {error}") from None
-    return bos, eos
+        values = json.loads(read_file(beside) if content is None else content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{beside} is not a configuration: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{beside} is not a configuration: it holds a {type(values).__name__}")
+    return values
+
+
+def _token(path: Path, values: Mapping[str, Any], key: str) -> str | None:
+    found = values.get(key)
+    token = found.get("content") if isinstance(found, dict) else found
+    if found is None or isinstance(token, str):
+        return token
+    raise ValueError(f"{path.with_name(CONFIG)}: {key}={found!r:.80} is not a token")
 
 
 # Byte-level BPE spells printable bytes as their Latin-1 characters, and the others from U+0100 on, in order.

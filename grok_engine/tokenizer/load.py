@@ -2,39 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
+from grok_engine.checkpoint.generation import generation_files
 from grok_engine.checkpoint.gguf.files import gguf_file, read_headers
+from grok_engine.checkpoint.strict_json import read_object
 
-from .base import Tokenizer
+from .base import Tokenizer, read_file
+from .chat_files import chat_files
 from .gguf import read_tokenizer
 from .gguf import tokenizer_files as gguf_tokenizer_files
-from .hf import HFTokenizer
+from .hf import CONFIG, HFTokenizer, read_config
 from .sentencepiece import SentencePieceTokenizer
 
-# By file, the first that a folder has.
-KINDS: dict[str, Callable[[Path], Tokenizer]] = {
-    "tokenizer.model": SentencePieceTokenizer,
-    "tokenizer.json": HFTokenizer,
-}
-BESIDE = "tokenizer_config.json"  # of a tokenizer.json
+HF, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+# Families of the hub whose models were trained with BOS in front; a lone tokenizer.model does not say so.
+_BEGIN_WITH_BOS = ("llama", "mistral", "mixtral")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer | None:
     """The tokenizer of a checkpoint's folder or GGUF file, or None where it has none. ValueError for one that cannot be
-    read."""
+    read.
+
+    A folder with both kinds has the one of its `tokenizer.json`, which knows the tokens that were added later.
+    """
     if (gguf := gguf_file(path)) is not None:
         return read_tokenizer(read_headers(gguf)[0].metadata, gguf)
-    for name, kind in KINDS.items():
-        if (file := Path(path) / name).is_file():
-            return kind(file)
+    path = Path(path)
+    if _is_there(path / HF):
+        return HFTokenizer(path / HF)
+    if _is_there(path / SENTENCEPIECE):
+        add_bos, add_eos = _adds(path)
+        legacy = read_config(path / SENTENCEPIECE).get("legacy") is True  # transformers' word for it
+        return SentencePieceTokenizer(path / SENTENCEPIECE, add_bos=add_bos, add_eos=add_eos, spaces_parts=legacy)
     return None
 
 
 def tokenizer_files(path: str | Path) -> dict[str, bytes]:
-    """What a folder needs to have the same tokenizer, by name: the files of a checkpoint's folder, or those that a GGUF
-    file's metadata becomes. Raises as `load_tokenizer` does."""
+    """What a folder needs to have the same tokenizer, chat templates and sampling defaults, by name: the files of a
+    checkpoint's folder, or those that a GGUF file's metadata becomes. Raises as `load_tokenizer` and `load_chat` do."""
+    files = generation_files(path) | chat_files(Path(path), load_tokenizer(path))
     if (gguf := gguf_file(path)) is not None:
-        return gguf_tokenizer_files(read_headers(gguf)[0].metadata, gguf)
-    return {name: file.read_bytes() for name in (*KINDS, BESIDE) if (file := Path(path) / name).is_file()}
+        return files | gguf_tokenizer_files(read_headers(gguf)[0].metadata, gguf)
+    path = Path(path)
+    files |= {name: read_file(path / name) for name in (HF, SENTENCEPIECE, CONFIG) if _is_there(path / name)}
+    if SENTENCEPIECE in files and any(adds := tuple(_adds(path))):  # the folder may not say which family it is of
+        values = read_config(path / SENTENCEPIECE) | dict(zip(("add_bos_token", "add_eos_token"), adds, strict=True))
+        files[CONFIG] = json.dumps(values, indent=1).encode()
+    return files
+
+
+def _is_there(file: Path) -> bool:
+    """Whether there is anything of this name: a folder, a pipe or a dangling link is an error, not no tokenizer."""
+    return file.is_symlink() or file.exists()
+
+
+def _adds(folder: Path) -> Iterator[bool]:
+    """Whether BOS goes before and EOS after a prompt, where a `tokenizer.model` is all that a folder has."""
+    values, config = read_config(folder / SENTENCEPIECE), folder / "config.json"
+    begins = read_object(config).get("model_type") in _BEGIN_WITH_BOS if config.is_file() else False
+    for key, default in (("add_bos_token", begins or (folder / "params.json").is_file()), ("add_eos_token", False)):
+        found = values.get(key)
+        if found not in (None, True, False):
+            raise ValueError(f"{folder / CONFIG}: {key}={found!r:.80} is not true or false")
+        yield default if found is None else found

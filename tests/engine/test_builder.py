@@ -26,6 +26,8 @@ class Bytes:
     """A token for each byte, and one for `hello`."""
 
     vocab_size, bos_token_id, eos_token_ids, replace_each_byte = 257, None, (2,), True
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
 
     def __init__(self) -> None:
         self.encoded = 0  # characters
@@ -42,7 +44,9 @@ class Bytes:
 
 
 def builder(tokenizer: Any = None, **options: Any) -> RequestBuilder:
-    return RequestBuilder(EngineConfig(model=MODEL, **options), PaddedTokenizer(tokenizer or Bytes(), MODEL.vocab_size))
+    return RequestBuilder(
+        EngineConfig(model=MODEL, **options), PaddedTokenizer(tokenizer or Bytes(), MODEL.vocab_size), 1000
+    )
 
 
 def build(prompt: Any = "word", *, priority: Any = 0, limits: Any = None, **params: Any) -> Request:
@@ -75,6 +79,27 @@ def test_prompts_of_text() -> None:
     assert build(range(3)).prompt_ids == [0, 1, 2]
 
 
+def test_bos_and_eos_go_around_a_prompt_of_text_and_nothing_else() -> None:
+    """Words that are banned, stop strings and ids get none."""
+    tokenizer = Bytes()
+    tokenizer.prefix, tokenizer.suffix = (1,), (2,)
+    around = builder(tokenizer)
+
+    def ids(prompt: Any) -> list[int]:
+        return around.build("it", prompt, SamplingParams(), 0).prompt_ids
+
+    assert around.encode("ab") == [97, 98] == ids([97, 98])
+    assert around.encode("ab", add_special_tokens=True) == [1, 97, 98, 2] == ids("ab")
+    assert around.encode([97], add_special_tokens=True) == [97]
+    for add, expected in ((True, [1, 97, 2]), (np.False_, [97])):
+        prompt = {"prompt": "a", "add_special_tokens": add}
+        assert ids(prompt) == around.encode(prompt) == expected
+    assert ids({"prompt": "a", "prompt_token_ids": [5], "add_special_tokens": True}) == [5]
+    assert ids("") == [1, 2]
+    request = around.build("it", "a", SamplingParams(bad_words=["b"], stop=["c"]), 0)
+    assert request.answers[0].sampler.rules.banned.tolist() == [98]
+
+
 WRONG_PROMPTS: list[tuple[Any, str]] = [
     (None, "prompt None is neither text nor a list of token ids"), (5, "prompt 5 is neither"), (1.5, "prompt 1.5"),
     (b"ab", "prompt b'ab' is neither text nor"), (bytearray(b"ab"), r"prompt bytearray"),
@@ -93,7 +118,8 @@ WRONG_PROMPTS: list[tuple[Any, str]] = [
     ({"prompt": "a", "multi_modal_data": {}}, "prompt has the keys .*multi_modal_data"),
     ({"prompt": 5}, "prompt=5 is not text"),
     ({"prompt": None}, r"keys \[\]"), ({"prompt_token_ids": "abc"}, "prompt 'abc' is neither"),
-    ({"prompt_token_ids": []}, "empty"),
+    ({"prompt_token_ids": []}, "empty"), ({"add_special_tokens": True}, r"keys \[\]"),
+    ({"prompt": "a", "add_special_tokens": 1}, "prompt has add_special_tokens=1: expected True or False"),
 ]  # fmt: skip
 
 
@@ -154,7 +180,7 @@ def test_limits(params: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("params", [{"stop": "x"}, {"bad_words": ["x"]}, {"structured": StructuredOutput(regex="x")}])
 def test_text_needs_a_tokenizer(params: dict[str, Any]) -> None:
-    bare = RequestBuilder(EngineConfig(model=MODEL), None)
+    bare = RequestBuilder(EngineConfig(model=MODEL), None, 1000)
     with pytest.raises(ValueError, match=f"{next(iter(params))}=.* needs text"):
         bare.build("it", IDS, SamplingParams(**params), 0)
     for prompt in ("text", {"prompt": "text"}):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,31 @@ def test_wrong_type(key: str, value: Any, tmp_path: Path) -> None:
         ModelConfig(**values)
 
 
+HOSTILE: tuple[Any, ...] = (
+    10**400, -(10**400), 10**5000, 2**63, -1, 0, 1.5, 1e308, 5e-324, math.nan, math.inf, -math.inf, True, None, "1",
+    b"x", [], {}, [10**400], (10**400,), (10**5000,), (math.nan,), (True,), ["a"],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [f.name for f in fields(ModelConfig)])
+def test_no_value_does_anything_but_fit_or_be_refused(key: str) -> None:
+    def outcome(build: Callable[[], ModelConfig]) -> ModelConfig | str:
+        try:
+            return build()
+        except ConfigError as error:
+            return str(error)
+
+    for value in HOSTILE:
+        values = SPARSE | {key: value}
+        for found in (outcome(lambda v=values: ModelConfig(**v)), outcome(lambda v=values: ModelConfig.from_dict(v))):
+            if isinstance(found, str):
+                assert key in found
+                assert len(found) < 1000
+            else:
+                assert 0 < found.active_param_count() <= found.param_count()
+                assert ModelConfig.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
 # config.json
 
 
@@ -388,6 +414,7 @@ ODD: dict[str, tuple[list[Any], list[tuple[Any, Any]]]] = {
     "enable_prefix_caching": (NOT_BOOLS, [(np.False_, False)]),
     "enforce_eager": (NOT_BOOLS, [(np.True_, True)]),
     "seed": ([-1, 2**63, 0.0, "0", True, math.nan], [(None, None), (0, 0), (np.uint64(2**63 - 1), 2**63 - 1)]),
+    "generation_config": (["file", None, True], [("vllm", "vllm")]),
     "max_n": ([*NOT_COUNTS, None], [(1, 1)]),
     "max_logprobs": ([-2, None, 5.0, True, 2**70], [(-1, -1), (0, 0)]),
     "max_stop_bytes": ([-1, None, 5.0, True, 2**70], [(0, 0)]),

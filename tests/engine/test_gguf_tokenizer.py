@@ -15,6 +15,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from grok_engine.tokenizer.base import IncrementalDetokenizer, Tokenizer
 from grok_engine.tokenizer.gguf import _PRE, read_tokenizer, tokenizer_files
 from grok_engine.tokenizer.hf import HFTokenizer
+from grok_engine.tokenizer.load import load_tokenizer
 from grok_engine.tokenizer.sentencepiece import SentencePieceTokenizer
 
 HERE = Path("model.gguf")
@@ -174,6 +175,35 @@ def test_words_that_are_tokens_are_not_merged_where_the_model_says_so() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("kind", "flags", "around"),
+    [
+        ("llama", {}, ("<s>", "")),  # llama.cpp's defaults, by kind and pre-tokenizer
+        ("llama", {"add_bos_token": False}, ("", "")),
+        ("llama", {"add_bos_token": True, "add_eos_token": True}, ("<s>", "</s>")),
+        ("gpt-2", {}, ("", "")),
+        ("smollm", {}, ("", "")),
+        ("smollm", {"add_bos_token": True}, ("<|start|>", "")),
+        ("smollm", {"add_bos_token": True, "add_eos_token": True}, ("<|start|>", "<|end|>")),
+        ("llama-bpe", {}, ("<|start|>", "")),
+        ("tekken", {}, ("<|start|>", "")),
+        ("llama-bpe", {"add_bos_token": False, "add_eos_token": True}, ("", "<|end|>")),
+        ("llama-bpe", {"bos_token_id": None}, ("", "")),
+    ],
+)
+def test_what_goes_around_a_prompt(tmp_path: Path, kind: str, flags: dict[str, Any], around: tuple[str, str]) -> None:
+    if kind == "llama":
+        keys = sentencepiece_metadata(trained(), **flags)
+    else:
+        keys = byte_level_metadata(byte_level(GPT2), kind, **flags)
+    for name, content in tokenizer_files(keys, HERE).items():
+        (tmp_path / name).write_bytes(content)
+    tokens = keys["tokenizer.ggml.tokens"]
+    for tokenizer in (read_tokenizer(keys, HERE), load_tokenizer(tmp_path)):  # the second as converted
+        assert tokenizer is not None
+        assert tuple("".join(tokens[i] for i in ids) for ids in (tokenizer.prefix, tokenizer.suffix)) == around
+
+
 # Refusals
 
 
@@ -198,6 +228,8 @@ def test_no_tokenizer() -> None:
         ({"merges": ("nothing here",)}, "is not a tokenizer.json"),
         ({"eos_token_id": 341}, "eos_token_id is 341, expected 0 to 340"),
         ({"bos_token_id": "1"}, "bos_token_id is '1', expected 0 to 340"),
+        ({"bos_token_id": None, "add_bos_token": True}, "add_bos_token is True, expected false, since bos_token_id"),
+        ({"add_eos_token": 1}, "add_eos_token is 1, expected a boolean"),
     ],
 )
 def test_keys_that_do_not_fit(changes: dict[str, Any], message: str) -> None:

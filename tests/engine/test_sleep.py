@@ -49,7 +49,7 @@ def test_as_many_pages_after_waking(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = LLM(FOLDER, dtype="float32")
     before = llm.engine.runner.num_pages
     llm.sleep()
-    monkeypatch.setattr("grok_engine.runtime.runner.CPU_KV_BYTES", 1)
+    monkeypatch.setattr("grok_engine.runtime.memory.CPU_KV_BYTES", 1)
     llm.wake_up()
     assert llm.engine.runner.num_pages == llm.engine.allocator.num_pages == before
 

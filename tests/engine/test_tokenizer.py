@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import sentencepiece
 import tokenizers
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
-from grok_engine.tokenizer.base import IncrementalDetokenizer, Surface, Tokenizer
+from grok_engine.tokenizer.base import IncrementalDetokenizer, PaddedTokenizer, Surface, Tokenizer
 from grok_engine.tokenizer.hf import HFTokenizer
-from grok_engine.tokenizer.load import load_tokenizer
+from grok_engine.tokenizer.load import load_tokenizer, tokenizer_files
 from grok_engine.tokenizer.sentencepiece import SentencePieceTokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -264,12 +265,110 @@ def test_bos_and_eos_come_from_the_files(folder: Path, tmp_path: Path) -> None:
             HFTokenizer(path)
 
 
+AROUND = {
+    "none": (None, [], []),
+    "bos": ("<|bos|> $A", [0], []),
+    "eos": ("$A <|eos|>", [], [1]),
+    "both": ("<|bos|> $A <|eos|>", [0], [1]),
+    "two": ("<|eos|> <|bos|> $A", [1, 0], []),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_a_post_processor_says_what_goes_around_a_prompt(folder: Path, tmp_path: Path, name: str) -> None:
+    """As AutoTokenizer has it, which ignores add_bos_token and add_eos_token beside a tokenizer.json."""
+    template, prefix, suffix = AROUND[name]
+    tk = tokenizers.Tokenizer.from_file(str(folder / "byte_level.json"))
+    if template:
+        specials = [("<|bos|>", 0), ("<|eos|>", 1)]
+        steps = [processors.ByteLevel(trim_offsets=False), processors.TemplateProcessing(template, None, specials)]
+        tk.post_processor = processors.Sequence(steps) if name == "both" else steps[1]
+    tk.enable_truncation(4)
+    tk.enable_padding(length=50)
+    tk.save(str(tmp_path / "tokenizer.json"))
+    config = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "add_bos_token": not prefix, "add_eos_token": not suffix}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 10**30}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer is not None
+    assert ([*tokenizer.prefix], [*tokenizer.suffix]) == (prefix, suffix)
+    judge = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in SENTENCES:
+        found = [*tokenizer.prefix, *tokenizer.encode(text), *tokenizer.suffix]
+        assert found == judge(text, truncation=False, padding=False).input_ids
+    assert tokenizer.encode("<|bos|>") != [0]
+    assert PaddedTokenizer(tokenizer, 1000).prefix == tokenizer.prefix
+
+
+def test_other_post_processors_are_refused(folder: Path, tmp_path: Path) -> None:
+    tk = tokenizers.Tokenizer.from_file(str(folder / "byte_level.json"))
+    tk.post_processor = processors.TemplateProcessing("$A <|bos|> $A", None, [("<|bos|>", 0)])
+    tk.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: the post-processor does more than to put tokens before"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "prefix", "suffix"),
+    [
+        ({}, (), ()),  # Grok-1's release
+        ({"config.json": {"model_type": "grok-1"}}, (), ()),
+        ({"config.json": {"model_type": "llama"}}, (1,), ()),
+        ({"config.json": {"model_type": "mixtral"}, "tokenizer_config.json": {}}, (1,), ()),
+        ({"params.json": {"dim": 8}}, (1,), ()),
+        ({"config.json": {"model_type": "mistral"}, "tokenizer_config.json": {"add_bos_token": False}}, (), ()),
+        ({"tokenizer_config.json": {"add_bos_token": True, "add_eos_token": True}}, (1,), (2,)),
+    ],
+)
+def test_what_goes_around_a_prompt_beside_a_tokenizer_model(
+    folder: Path, tmp_path: Path, files: dict[str, Any], prefix: tuple[int, ...], suffix: tuple[int, ...]
+) -> None:
+    for name, values in files.items():
+        (tmp_path / name).write_text(json.dumps(values))
+    (tmp_path / "tokenizer.model").write_bytes((folder / "plain.model").read_bytes())
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer is not None
+    assert (tokenizer.prefix, tokenizer.suffix) == (prefix, suffix)
+    copied = tmp_path / "copied"  # a conversion's, whose configuration names no family
+    copied.mkdir()
+    for name, content in tokenizer_files(tmp_path).items():
+        (copied / name).write_bytes(content)
+    again = load_tokenizer(copied)
+    assert again is not None
+    assert (again.prefix, again.suffix) == (prefix, suffix)
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": "yes"}')
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: add_bos_token='yes' is not true or false"):
+        load_tokenizer(tmp_path)
+
+
+def test_no_bos_where_a_model_has_none(folder: Path) -> None:
+    tokenizer = SentencePieceTokenizer(folder / "squeezed_no_dummy.model", add_bos=True, add_eos=True)
+    assert (tokenizer.prefix, tokenizer.suffix) == ((), ())
+
+
 def test_load_finds_what_a_folder_has(folder: Path, tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path) is None
-    (tmp_path / "tokenizer.json").write_bytes((folder / "byte_level.json").read_bytes())
-    assert isinstance(load_tokenizer(tmp_path), HFTokenizer)
     (tmp_path / "tokenizer.model").write_bytes((folder / "plain.model").read_bytes())
     assert isinstance(load_tokenizer(tmp_path), SentencePieceTokenizer)
+    (tmp_path / "tokenizer.json").write_bytes((folder / "byte_level.json").read_bytes())
+    assert isinstance(load_tokenizer(tmp_path), HFTokenizer)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "tokenizer_config.json"])
+def test_what_is_no_file_is_not_taken_for_none(folder: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((folder / "byte_level.json").read_bytes())
+    path = tmp_path / name
+    path.unlink(missing_ok=True)
+    for make in (path.mkdir, lambda: os.mkfifo(path), lambda: path.symlink_to("nowhere"), lambda: _sparse(path)):
+        make()
+        if not (name == "tokenizer.model" and (tmp_path / "tokenizer.json").exists()):
+            with pytest.raises(ValueError, match=rf"{name} (is not a file|has 1,0.* bytes)"):
+                load_tokenizer(tmp_path)
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def _sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a tokenizer", b"{}"])

@@ -16,8 +16,8 @@ import grok_kernels
 from grok_engine import LLM, LLMEngine, SamplingParams
 from grok_engine.loading.convert import convert
 from grok_engine.models.families import PRESETS
+from grok_engine.runtime.memory import GPU_SHARE
 from grok_engine.runtime.plan import Entry, StepPlan
-from grok_engine.runtime.runner import GPU_SHARE
 from grok_engine.sampling.logprobs import token_logprobs
 from grok_kernels.chips import GPUS, chip_name, multiplies_fp8
 from tests.engine.test_graphs import small

@@ -14,8 +14,8 @@ from grok_engine.loading.random import weight_bytes
 from grok_engine.loading.resolve import read_config, resolve_model
 from grok_engine.models.families import PRESETS
 from grok_engine.progress import byte_bar
+from grok_engine.runtime.memory import CPU_KV_BYTES
 from grok_engine.runtime.pages import page_bytes
-from grok_engine.runtime.runner import CPU_KV_BYTES
 from grok_kernels.dtypes import dtype_of
 
 from .workload import Job
