@@ -65,6 +65,9 @@ def _one_of(literal: Any) -> click.Choice[str]:
     help="Sample among the likeliest tokens of this probability; by default as the model's files say, else 0.95.",
 )
 @click.option("--seed", type=int, help="Repeats a text.")
+@click.option(
+    "--max-model-len", type=int, help="Tokens of the context; by default what the model has and memory holds."
+)
 @click.option("--dtype", type=_one_of(DType), default="bfloat16", show_default=True, help="Of the computation.")
 @click.option("--weights", type=_one_of(WeightFormat), help="Convert while loading; by default as they are stored.")
 @click.option(
