@@ -241,12 +241,12 @@ def _folder(model: str) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Bad input is one line on standard error and status 2; --debug shows the traceback."""
+    shown = logging.StreamHandler()  # of the engine's warnings, on standard error
+    shown.setFormatter(logging.Formatter("grok-engine: %(message)s"))
     if argv is None:
         # The process is ours, and what it imported lives as long as it does. Unfrozen, GC passes at exit would scan all
         # of torch's objects several times, which takes 0.4 s.
         gc.freeze()
-        shown = logging.StreamHandler()  # of warnings, on standard error
-        shown.setFormatter(logging.Formatter("grok-engine: %(message)s"))
         logging.getLogger("grok_engine").addHandler(shown)
         argv = sys.argv[1:]
     try:
@@ -267,6 +267,8 @@ def main(argv: list[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         print(file=sys.stderr)
         return 130
+    finally:
+        logging.getLogger("grok_engine").removeHandler(shown)
 
 
 if __name__ == "__main__":
