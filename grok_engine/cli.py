@@ -67,6 +67,9 @@ def _one_of(literal: Any) -> click.Choice[str]:
     help="Sample among the likeliest tokens of this probability; by default as the model's files say, else 0.95.",
 )
 @click.option("--seed", type=int, help="Repeats a text.")
+@click.option(
+    "--max-model-len", type=int, help="Tokens of the context; by default what the model has and memory holds."
+)
 @click.option("--dtype", type=_one_of(DType), default="bfloat16", show_default=True, help="Of the computation.")
 @click.option("--weights", type=_one_of(WeightFormat), help="Convert while loading; by default as they are stored.")
 @click.option(
@@ -268,12 +271,12 @@ def _folder(model: str) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Bad input is one line on standard error and status 2; --debug shows the traceback."""
+    shown = logging.StreamHandler()  # of the engine's warnings, on standard error
+    shown.setFormatter(logging.Formatter("grok-engine: %(message)s"))
     if argv is None:
         # The process is ours, and what it imported lives as long as it does. Unfrozen, GC passes at exit would scan all
         # of torch's objects several times, which takes 0.4 s.
         gc.freeze()
-        shown = logging.StreamHandler()  # of warnings, on standard error
-        shown.setFormatter(logging.Formatter("grok-engine: %(message)s"))
         logging.getLogger("grok_engine").addHandler(shown)
         argv = sys.argv[1:]
     try:
@@ -296,6 +299,8 @@ def main(argv: list[str] | None = None) -> int:
         if "--debug" in argv:
             raise
         return _fail(f"{described(error)} (--debug shows where)")
+    finally:
+        logging.getLogger("grok_engine").removeHandler(shown)
 
 
 def _fail(message: str) -> int:

@@ -50,8 +50,8 @@ def tokenizer_files(metadata: Mapping[str, Any], path: Path) -> dict[str, bytes]
         return {}
     if kind == "llama":
         keys = _Keys(metadata, path)
-        config = dict(zip(("add_bos_token", "add_eos_token"), _adds(keys, True), strict=True))
-        config["legacy"] = True  # a control token begins a text, as llama.cpp has it
+        # legacy: transformers' word for the space that llama.cpp puts behind control tokens too
+        config = dict(zip(("add_bos_token", "add_eos_token"), _adds(keys, True), strict=True)) | {"legacy": True}
         return {"tokenizer.model": _sentencepiece_model(keys), "tokenizer_config.json": json.dumps(config).encode()}
     if kind == "gpt2":
         return _byte_level_files(_Keys(metadata, path))

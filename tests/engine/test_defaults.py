@@ -109,6 +109,7 @@ def test_the_command_takes_them_where_no_option_is_given(folder: Path, capsys: p
     say(folder, {"do_sample": False, "max_new_tokens": 5})
     greedy = tokens()
     assert (len(greedy), greedy) == (5, tokens("--max-tokens", "9")[:5])
+    assert tokens("--max-model-len", "6") == greedy[:3]
     assert tokens("--seed", "1", "--max-tokens", "9", "--temperature", "0.8", "--top-p", "0.95") == own
     say(folder, {"top_k": 1})  # and nothing of a temperature: what the file says is not mixed with numbers of ours
     assert tokens("--max-tokens", "5") == greedy

@@ -48,6 +48,10 @@ def test_a_context_that_memory_does_not_hold_is_cut(
         engine.encode([5] * (tokens + 1))
     before = engine.config
     engine.sleep()
+    bound(monkeypatch, BESIDE)
+    with pytest.raises(ConfigError, match="does not fit into memory"):
+        engine.wake_up()
+    assert engine.asleep
     bound(monkeypatch, BESIDE + 2 * left)
     engine.wake_up()
     assert engine.config == before

@@ -299,6 +299,22 @@ def test_a_post_processor_says_what_goes_around_a_prompt(folder: Path, tmp_path:
     assert PaddedTokenizer(tokenizer, 1000).prefix == tokenizer.prefix
 
 
+@pytest.mark.parametrize("kind", ["LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+def test_a_prompt_of_llama_2_is_as_transformers_has_it(folder: Path, tmp_path: Path, kind: str) -> None:
+    tk = tokenizers.Tokenizer.from_file(str(folder / "byte_fallback.json"))
+    tk.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 1), ("</s>", 2)])
+    tk.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": kind, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer is not None
+    judge = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in SENTENCES:
+        assert [*tokenizer.prefix, *tokenizer.encode(text), *tokenizer.suffix] == judge(text).input_ids
+    assert tokenizer.prefix == (1,)
+
+
 def test_other_post_processors_are_refused(folder: Path, tmp_path: Path) -> None:
     tk = tokenizers.Tokenizer.from_file(str(folder / "byte_level.json"))
     tk.post_processor = processors.TemplateProcessing("$A <|bos|> $A", None, [("<|bos|>", 0)])
