@@ -1,5 +1,5 @@
-"""compressed-tensors' `quantization_config` for what is written: 8 bits, symmetric, weights alone or with activations
-that are rounded while the model runs."""
+"""The `quantization_config` of what is written: 8 bits, symmetric, in the keys of compressed-tensors, or of DeepSeek's
+fp8 for e4m3 in blocks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How one matrix (N, K) is stored. block: the rows and columns that share a scale; K columns are a channel."""
+    """How one matrix is stored. block: the rows and columns that share a scale; 0 is all columns."""
 
     format: str  # "int8" or "fp8_e4m3"
-    block: tuple[int, int]
-    channel: bool
+    block: tuple[int, int] = (1, 0)
+
+    @property
+    def scale(self) -> str:
+        """What stands for `weight` in the name of the scales."""
+        return "weight_scale_inv" if self.block[0] > 1 else "weight_scale"
 
     @property
     def container(self) -> str:
@@ -24,7 +28,7 @@ class Scheme:
 
     def weights(self) -> dict[str, Any]:
         """The arguments of a config group."""
-        strategy = "channel" if self.channel else "group" if self.block[0] == 1 else "block"
+        strategy = "group" if self.block[1] else "channel"
         return {
             "num_bits": 8,
             "type": "int" if self.format == "int8" else "float",
@@ -32,7 +36,6 @@ class Scheme:
             "dynamic": False,
             "strategy": strategy,
             "group_size": self.block[1] if strategy == "group" else None,
-            "block_structure": list(self.block) if strategy == "block" else None,
         }
 
     def activations(self) -> dict[str, Any] | None:
@@ -41,7 +44,7 @@ class Scheme:
         if self.format == "int8":
             return None
         args = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True}
-        if self.channel:
+        if not self.block[1]:
             return {**args, "strategy": "token", "group_size": None}
         return {**args, "strategy": "group", "group_size": self.block[1]}
 
@@ -55,6 +58,16 @@ def quantization_config(schemes: Mapping[str, Mapping[str, Scheme | None]]) -> d
     found = list(dict.fromkeys(s for modules in schemes.values() for s in modules.values() if s is not None))
     if not found:
         return None
+    blocks = [scheme.block for scheme in found if scheme.block[0] > 1]
+    if blocks:
+        assert len(found) == 1, found
+        return {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "weight_block_size": list(blocks[0]),
+            "activation_scheme": "dynamic",
+            "modules_to_not_convert": [n for modules in schemes.values() for n, s in modules.items() if s is None],
+        }
     ignored = [name for modules in schemes.values() for name, scheme in modules.items() if scheme is None]
     groups = {
         f"group_{i}": {

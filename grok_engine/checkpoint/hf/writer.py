@@ -65,7 +65,8 @@ class _Matrix:
             yield _Plane(self.name, code, shape, size)
             return
         (n, k), (rows, columns) = shape, self.scheme.block
-        yield _Plane(f"{self.module}.weight_scale", "F32", (-(-n // rows), -(-k // columns)), 4)
+        columns = columns or k
+        yield _Plane(f"{self.module}.{self.scheme.scale}", "F32", (-(-n // rows), -(-k // columns)), 4)
         if self.format == "int8":
             yield _Plane(f"{self.module}.weight_shape", "I64", (2,), 8)
             yield _Plane(f"{self.module}.weight_packed", "I32", (n, -(-k // 4)), 4)
@@ -82,7 +83,7 @@ class _Matrix:
             return
         packed = self.format == "int8"
         values_at = starts[f"{self.module}.weight_packed" if packed else self.name]
-        scales_at = starts[f"{self.module}.weight_scale"]
+        scales_at = starts[f"{self.module}.{self.scheme.scale}"]
         if packed:
             yield starts[f"{self.module}.weight_shape"], raw(torch.tensor(self.info.shape[-2:]))
         for _, values, scales in row_chunks(checkpoint, self.info, self.expert):
@@ -137,7 +138,9 @@ def hf_files(
     are. CheckpointError as of `hf_values`.
     """
     family, values = hf_values(config, source)
-    matrices = list(_matrices(checkpoint, config, _spelling(family, config), weights))
+    infos = [checkpoint.tensors[name] for name in tensor_shapes(config)]
+    stored = {info.name: _stored_as(info, weights, _common_block(infos)) for info in infos}
+    matrices = [m for info in infos for m in _matrices(info, _spelling(family, config), *stored[info.name])]
     schemes: dict[str, dict[str, Scheme | None]] = {}
     for matrix in matrices:
         if len(matrix.info.shape) > 1 and matrix.info.name != "embed":
@@ -167,23 +170,31 @@ def _spelling(family: Family, config: ModelConfig) -> Mapping[str, Any]:
     return family.spellings[1 if hpcai else 0]
 
 
-def _matrices(
-    checkpoint: Checkpoint, config: ModelConfig, names: Mapping[str, Any], weights: WeightFormat | None
-) -> Iterator[_Matrix]:
-    for info in (checkpoint.tensors[name] for name in tensor_shapes(config)):
-        match = re.match(r"layers\.(\d+)\.", info.name)
-        ours = f"layers.{{i}}.{info.name[match.end() :]}" if match else info.name
-        layer, template = int(match[1]) if match else 0, names[ours]
-        format, scheme = _stored_as(info, weights)
-        for e in range(info.shape[0]) if len(info.shape) == 3 else (None,):
-            name = template.format(i=layer, e=e)
-            module = name.removesuffix(".weight")
-            yield _Matrix(info, e, module, name, template.removesuffix(".weight"), format, scheme)
+def _matrices(info: TensorInfo, names: Mapping[str, Any], format: str, scheme: Scheme | None) -> Iterator[_Matrix]:
+    match = re.match(r"layers\.(\d+)\.", info.name)
+    ours = f"layers.{{i}}.{info.name[match.end() :]}" if match else info.name
+    layer, template = int(match[1]) if match else 0, names[ours]
+    for e in range(info.shape[0]) if len(info.shape) == 3 else (None,):
+        name = template.format(i=layer, e=e)
+        module = name.removesuffix(".weight")
+        yield _Matrix(info, e, module, name, template.removesuffix(".weight"), format, scheme)
 
 
-def _stored_as(info: TensorInfo, weights: WeightFormat | None) -> tuple[str, Scheme | None]:
+def _common_block(infos: list[TensorInfo]) -> tuple[int, int]:
+    """The block of rows and columns of which all e4m3 matrices have scales, smaller ones one of their own size; (0, 0)
+    where they have others, or matrices of int8 lie beside them."""
+    blocks = {info.shape[-2:]: info.block for info in infos if info.block}
+    if not blocks or {info.format for info in infos if info.block} != {"fp8_e4m3"}:
+        return 0, 0
+    rows, columns = (max(block[i] for block in blocks.values()) for i in (0, 1))
+    same = all(block == (min(rows, n), min(columns, k)) for (n, k), block in blocks.items())
+    whole = all(block == shape for shape, block in blocks.items())
+    return (rows, columns) if same and rows > 1 and not whole else (0, 0)
+
+
+def _stored_as(info: TensorInfo, weights: WeightFormat | None, block: tuple[int, int]) -> tuple[str, Scheme | None]:
     own = "fp16" if info.stored in _FLOAT16 else info.format
-    kept = _scheme(info)
+    kept = _scheme(info, block)
     exact = "fp32" if info.block else own
     if len(info.shape) == 1 or info.name.endswith(".router"):
         return exact, None
@@ -196,19 +207,23 @@ def _stored_as(info: TensorInfo, weights: WeightFormat | None) -> tuple[str, Sch
     format = {"int8": "int8", "fp8": "fp8_e4m3"}[weights]
     if kept and own == format:
         return own, kept
-    return format, Scheme(format, (1, info.shape[-1]), channel=True)
+    if block[0] and format == "fp8_e4m3":
+        return exact, None  # beside matrices in blocks, which keep theirs
+    return format, Scheme(format)
 
 
-def _scheme(info: TensorInfo) -> Scheme | None:
-    """That keeps values and scales; None for floats, and for scales that none can say."""
+def _scheme(info: TensorInfo, block: tuple[int, int]) -> Scheme | None:
+    """That keeps values and scales; None for floats, and for scales that none can say. block: of `_common_block`."""
     if info.block is None:
         return None
     (n, k), (rows, columns) = info.shape[-2:], info.block
+    if block[0]:
+        return Scheme(info.format, block)
     if columns >= k:  # a scale of the whole matrix is written once for each row
-        return Scheme(info.format, (1, k), channel=True) if rows == 1 or rows >= n else None
+        return Scheme(info.format) if rows == 1 or rows >= n else None
     if info.format == "int8":
-        return Scheme("int8", (1, columns), channel=False) if k % columns == 0 else None
-    return Scheme(info.format, info.block, channel=False) if rows > 1 or k % columns == 0 else None
+        return Scheme("int8", (1, columns)) if k % columns == 0 else None
+    return Scheme(info.format, info.block) if rows == 1 and k % columns == 0 else None
 
 
 def _dtype(matrices: list[_Matrix]) -> str:
