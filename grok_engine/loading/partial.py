@@ -28,7 +28,11 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def check_new(out: Path, model: Path) -> None:
-    """ConfigError unless `out` can be made: it does not exist, its folder does, and it is not inside of `model`."""
+    """ConfigError unless `out` can be made: it does not exist, its folder does, and it is not inside of `model`.
+
+    Removes what processes that were killed left beside it.
+    """
+    _sweep(out)
     if os.path.lexists(out) or not out.parent.is_dir():
         what = "exists" if os.path.lexists(out) else f"has no folder {out.parent} to be in"
         raise ConfigError(f"{out} {what}: expected a new name in a folder that is there")
@@ -51,7 +55,6 @@ def write_new(
     end the process with their status, and leave nothing.
     """
     need = sum(file.nbytes for file in weights) + sum(map(len, files.values())) + SPARE
-    sweep(out)
     if need > (free := shutil.disk_usage(out.parent).free):
         raise ConfigError(f"{out} needs {need:,} bytes, {free:,} are free there")
     total, done = need - SPARE, 0
@@ -59,7 +62,7 @@ def write_new(
     def report(count: int) -> None:
         nonlocal done
         done += count
-        if progress:
+        if progress and count:
             progress(done, total)
 
     with _signals(), _partial(out) as partial:
@@ -78,8 +81,8 @@ def write_new(
         _sync(out.parent)
 
 
-def sweep(out: Path) -> None:
-    """Remove what processes that were killed left beside `out`; what another is writing stays."""
+def _sweep(out: Path) -> None:
+    """Remove what is left beside `out`, unless another process is writing it."""
     for path in out.parent.glob(f".{_escaped(out.name)}.????????.partial"):
         with suppress(OSError):
             lock = _locked(path, wait=False)
