@@ -95,21 +95,28 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Sta
     return found
 
 
-def stages_of(stages: Stages) -> list[int]:
+def stages_of(stages: Stages, steps: tuple[str, ...]) -> list[int]:
     """The first and the last of each kind."""
-    return sorted({pick(i for i, kind in stages if kind == name) for _, name in stages for pick in (min, max)})
+    found = [[i for i, kind in stages if kind == step] for step in steps]
+    return sorted({pick(numbers) for numbers in found if numbers for pick in (min, max)})
 
 
 @pytest.mark.parametrize(
-    ("format", "number"),
-    [("hf", signal.SIGTERM), ("hf", signal.SIGHUP), *((f, signal.SIGKILL) for f in ("hf", "gguf", "packed"))],
+    ("format", "number", "steps"),
+    [
+        ("hf", signal.SIGTERM, STEPS),
+        ("hf", signal.SIGHUP, ("_write",)),
+        ("hf", signal.SIGKILL, STEPS),
+        ("gguf", signal.SIGKILL, ("_write_all", "_rename", "_sync")),
+        ("packed", signal.SIGKILL, ("_write_all", "_rename")),
+    ],
 )
 def test_stopped_at_any_moment(
-    format: str, number: signal.Signals, whole: dict[str, tuple[Path, Stages]], tmp_path: Path
+    format: Any, number: signal.Signals, steps: tuple[str, ...], whole: dict[str, tuple[Path, Stages]], tmp_path: Path
 ) -> None:
     complete, stages = whole[format]
     expected, renamed = content(complete), max(i for i, kind in stages if kind == "_rename")
-    for stage in stages_of(stages):
+    for stage in stages_of(stages, steps):
         out = tmp_path / str(stage) / name_of(format)
         out.parent.mkdir()
         child = Child(out, format, stage)
@@ -129,8 +136,11 @@ def test_stopped_at_any_moment(
             except ConfigError:
                 continue
             assert content(path).items() >= {k: v for k, v in expected.items() if format != "gguf"}.items()
-        again = Child(out, format, -1)
-        assert (str(again.wait()) == "done") == (stage <= renamed)
+        if stage > renamed:
+            with pytest.raises(ConfigError, match="exists"):
+                convert(MODEL, out, format=format)
+        else:
+            convert(MODEL, out, format=format)
         assert [path.name for path in out.parent.iterdir()] == [out.name]
         found = content(out)
         assert {k: v for k, v in found.items() if k != "config.json"} == {
@@ -252,7 +262,8 @@ def test_a_new_folder_has_the_rights_of_any_other(tmp_path: Path) -> None:
 def test_progress_counts_every_byte(tmp_path: Path) -> None:
     for format in ("packed", "hf", "gguf"):
         done: list[tuple[int, int]] = []
-        out = convert(MODEL, tmp_path / name_of(format), format=format, progress=lambda *counts: done.append(counts))
+        out = tmp_path / name_of(format)
+        convert(MODEL, out, format=format, progress=lambda now, total, done=done: done.append((now, total)))
         assert done == sorted(set(done))
         size = sum(map(len, content(out).values()))
         assert done[-1] == (size, size)
