@@ -34,10 +34,10 @@ from .slots import Slot, slots
 from .unfused import UnfusedCheckpoint
 
 FileFormat = Literal["packed", "hf", "gguf"]
-# Of a folder of the hub, beside weights and configuration.
+# What a folder of the hub may have beside weights, configuration and tokenizer.
 COMPANIONS = (
-    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 
 
@@ -94,11 +94,12 @@ def decoder_of(config: ModelConfig, checkpoint: PackedCheckpoint) -> Decoder:
 
 def _companions(path: Path) -> dict[str, bytes]:
     """The tokenizer, its chat template and the defaults of generation."""
-    if (gguf := gguf_file(path)) is None:
-        return {name: file.read_bytes() for name in COMPANIONS if (file := path / name).is_file()}
-    found = tokenizer_files(gguf)
-    template = tokenizer_metadata(gguf, 0).get("tokenizer.chat_template")
-    return {**found, "chat_template.jinja": template.encode()} if isinstance(template, str) else found
+    if gguf_file(path) is None:
+        found = {name: file.read_bytes() for name in COMPANIONS if (file := path / name).is_file()}
+    else:
+        template = tokenizer_metadata(path, 0).get("tokenizer.chat_template")
+        found = {"chat_template.jinja": template.encode()} if isinstance(template, str) else {}
+    return {**found, **tokenizer_files(path)}
 
 
 def _source(path: Path) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from grok_engine.checkpoint.gguf.files import gguf_file, read_headers
 
 from .gguf import pre_tokenizers
-from .sentencepiece import SentencePieceTokenizer
+from .load import load_tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # types of tokens
 _BPE = 2  # SentencePiece's number of the kind of model
@@ -33,10 +33,9 @@ def tokenizer_metadata(path: Path, vocab_size: int) -> dict[str, Any]:
         found = _byte_level(file)
     else:
         return _none()
-    for key, flag in (("add_bos_token", "add_bos_token"), ("add_eos_token", "add_eos_token")):
-        value = _config(path).get(flag)
-        if isinstance(value, bool):
-            found[f"tokenizer.ggml.{key}"] = value
+    tokenizer = load_tokenizer(path)
+    for key, around in (("bos", "prefix"), ("eos", "suffix")):  # said always: llama.cpp has defaults of its own
+        found[f"tokenizer.ggml.add_{key}_token"] = bool(getattr(tokenizer, around, ()))
     if (template := _chat_template(path)) is not None:
         found["tokenizer.chat_template"] = template
     return _padded(found, vocab_size)
@@ -70,7 +69,6 @@ def _chat_template(path: Path) -> str | None:
 
 
 def _sentencepiece(file: Path) -> dict[str, Any]:
-    SentencePieceTokenizer(file)  # which checks the file
     pieces: list[tuple[str, float, int]] = []
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
@@ -85,6 +83,7 @@ def _sentencepiece(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is SentencePiece's model type {kind}, expected {_BPE} (BPE) for a GGUF file")
     if normalizer.get(2):
         raise ValueError(f"{file} maps characters before it splits: expected the normalizer 'identity' in a GGUF file")
+    pieces += _added(file.with_name("tokenizer.json"), len(pieces))
     tokens, scores, types = zip(*pieces, strict=True)
     ids = {
         key: number
@@ -101,6 +100,14 @@ def _sentencepiece(file: Path) -> dict[str, Any]:
         "tokenizer.ggml.add_space_prefix": bool(normalizer.get(3, 1)),
         "tokenizer.ggml.remove_extra_whitespaces": bool(normalizer.get(4, 1)),
     }
+
+
+def _added(file: Path, size: int) -> list[tuple[str, float, int]]:
+    """Tokens that a `tokenizer.json` has from id `size` on, beyond those of the `tokenizer.model` beside it."""
+    tokens = json.loads(file.read_bytes()).get("added_tokens", ()) if file.is_file() else ()
+    found = {t["id"]: (t["content"], -1e4, _CONTROL if t["special"] else _USER_DEFINED) for t in tokens}
+    last = max(found, default=-1)
+    return [found.get(i, (f"[PAD{i}]", -1e4, _UNUSED)) for i in range(size, last + 1)]
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
