@@ -15,7 +15,6 @@ import grok_kernels
 from grok_engine.checkpoint.base import Checkpoint
 from grok_engine.checkpoint.gguf.files import gguf_file
 from grok_engine.checkpoint.gguf.writer import gguf_model
-from grok_engine.checkpoint.hf.files import config_file
 from grok_engine.checkpoint.hf.writer import hf_files
 from grok_engine.checkpoint.new_file import NewFile, Part, raw
 from grok_engine.checkpoint.open import open_checkpoint
@@ -103,10 +102,9 @@ def _companions(path: Path) -> dict[str, bytes]:
 
 
 def _source(path: Path) -> Mapping[str, Any]:
-    """The values of a folder's configuration."""
-    if path.is_dir() and (file := config_file(path)).is_file():
-        return read_object(file)
-    return {}
+    """The values of a folder's `config.json`; none of one with Mistral's own `params.json` alone."""
+    file = path / "config.json"
+    return read_object(file) if file.is_file() else {}
 
 
 def _generation(config: ModelConfig) -> dict[str, bytes]:

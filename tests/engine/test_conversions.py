@@ -160,7 +160,7 @@ def test_fp16_survives_gguf(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc/self/status")
 def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
-    """Of a model of 50 MB in int8, in a process of its own. A packed folder takes one module: gate and up of all experts."""
+    """Of a model of 50 MB, in a process of its own. A packed folder takes one module, gate and up of all experts."""
     code = f"""
 import re
 from dataclasses import replace

@@ -11,7 +11,6 @@ from grok_engine.checkpoint.base import CheckpointError
 from grok_engine.config import ConfigError, ModelConfig
 from grok_engine.models.families import family_of, parse_config
 from grok_engine.models.families.base import Family
-from grok_engine.models.families.mistral import is_params
 
 # Of a file's own values, what no longer holds: how it was quantised, and code that does not come along.
 _DROPPED = ("quantization_config", "compression_config", "auto_map", "torch_dtype", "dtype")
@@ -25,7 +24,7 @@ def hf_values(config: ModelConfig, source: Mapping[str, Any]) -> tuple[Family, d
     source: the `config.json` that it was read from, kept where it is in those keys already; empty for other files.
     CheckpointError names every field that no family can say.
     """
-    family = None if is_params(source) else family_of(source)
+    family = family_of(source)
     if family is not None:
         return family, {key: value for key, value in source.items() if key not in _DROPPED}
     least: list[str] | None = None
