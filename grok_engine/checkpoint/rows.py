@@ -41,12 +41,18 @@ def row_chunks(
         values, *scales = checkpoint.read(info.name)
         yield 0, values[None], scales[0] if scales else None
         return
-    step, block = row_step(info, unit), info.block[0] if info.block else 1
     for span in read_spans(info, unit):
-        values, *scales = checkpoint.read(info.name, expert=expert, rows=span)
-        for at in range(0, len(values), step):
-            blocks = slice(at // block, -(-(at + step) // block))
-            yield span.start + at, values[at : at + step], scales[0][blocks] if scales else None
+        for at, values_NK, blocks in chunks(info, checkpoint.read(info.name, expert=expert, rows=span), unit):
+            yield span.start + at, values_NK, blocks
+
+
+def chunks(info: TensorInfo, planes: tuple[Tensor, ...], unit: int = 1) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """The same of rows that are read already: their number within them, values and scales."""
+    values_NK, *scales = planes
+    step, block = row_step(info, unit), info.block[0] if info.block else 1
+    for at in range(0, len(values_NK), step):
+        blocks = slice(at // block, -(-(at + step) // block))
+        yield at, values_NK[at : at + step], scales[0][blocks] if scales else None
 
 
 def dequantized(values_NK: Tensor, scales: Tensor | None, block: Block | None) -> Tensor:
