@@ -37,8 +37,6 @@ _PRE: dict[str, str | None] = {
 }  # fmt: skip
 _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")  # that are tokens are not merged
 
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-
 
 def tokenizer_files(metadata: Mapping[str, Any], path: Path) -> dict[str, bytes]:
     """What a file's metadata is as the files that the libraries read: a `tokenizer.model`, or a `tokenizer.json` and
@@ -127,11 +125,12 @@ def _byte_level_files(keys: _Keys) -> dict[str, bytes]:
         for index, (token, kind) in enumerate(zip(keys.tokens, keys.types, strict=True))
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     ]  # fmt: skip
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     values = {
         "version": "1.0",
         "added_tokens": added,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": _pre_tokenizers(_PRE[pre], _BYTE_LEVEL)},
-        "decoder": {**_BYTE_LEVEL, "use_regex": True},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": _pre_tokenizers(_PRE[pre], byte_level)},
+        "decoder": {**byte_level, "use_regex": True},
         "model": {
             "type": "BPE", "vocab": {token: i for i, token in enumerate(keys.tokens)}, "merges": merges,
             "ignore_merges": pre in _WHOLE_WORDS,
@@ -139,11 +138,6 @@ def _byte_level_files(keys: _Keys) -> dict[str, bytes]:
     }  # fmt: skip
     config = {f"{kind}_token": token for kind, token in named.items() if token is not None}
     return {"tokenizer.json": json.dumps(values).encode(), "tokenizer_config.json": json.dumps(config).encode()}
-
-
-def pre_tokenizers() -> dict[str, tuple[list[dict[str, Any]], bool]]:
-    """By llama.cpp's names: the steps of tokenizer.json that cut a text, and whether whole words are never merged."""
-    return {name: (_pre_tokenizers(text, _BYTE_LEVEL), name in _WHOLE_WORDS) for name, text in _PRE.items()}
 
 
 def _pre_tokenizers(expression: str | None, byte_level: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from grok_engine.checkpoint.gguf.files import gguf_file, read_headers
 
-from .gguf import pre_tokenizers
+from .gguf import _PRE, tokenizer_files
 from .load import load_tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # types of tokens
@@ -177,10 +177,11 @@ def _byte_level(file: Path) -> dict[str, Any]:
 
 def _pre_name(found: Any, ignore_merges: bool) -> str | None:
     """llama.cpp's name of a pre-tokenizer."""
-    wanted = json.dumps(_plain(found), sort_keys=True)
-    for name, (steps, whole_words) in pre_tokenizers().items():
-        pre = _plain({"type": "Sequence", "pretokenizers": steps})
-        if whole_words == ignore_merges and json.dumps(pre, sort_keys=True) == wanted:
+    keys = {"model": "gpt2", "tokens": ("a",), "token_type": (_NORMAL,), "merges": ()}
+    for name in _PRE:
+        metadata = {f"tokenizer.ggml.{key}": value for key, value in (*keys.items(), ("pre", name))}
+        values = json.loads(tokenizer_files(metadata, Path(name))["tokenizer.json"])
+        if values["model"]["ignore_merges"] == ignore_merges and _plain(values["pre_tokenizer"]) == _plain(found):
             return name
     return None
 
