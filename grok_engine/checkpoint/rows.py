@@ -72,11 +72,13 @@ def expanded(scales: Tensor, block: Block, n: int) -> Tensor:
     return scales.float().repeat_interleave(block[0], 0)[:n]
 
 
-def rounded(x_NK: Tensor, format: str) -> tuple[Tensor, Tensor]:
-    """x rounded to `format` by the largest value of each row: q, and scales amax / limit (N,) in fp32. Overwrites x."""
+def rounded(x_NK: Tensor, format: str, groups: int = 1) -> tuple[Tensor, Tensor]:
+    """x rounded to `format` by the largest value of each row and group of columns: q, and scales amax / limit
+    (N, groups) in fp32. Overwrites x."""
     limit = LIMITS[format]
-    scale_N = x_NK.abs().amax(1).clamp_(min=TINY) / limit
-    x_NK.div_(scale_N[:, None]).clamp_(-limit, limit)
+    x_NGK = x_NK.unflatten(1, (groups, -1))
+    scale_NG = x_NGK.abs().amax(2).clamp_(min=TINY) / limit
+    x_NGK.div_(scale_NG[:, :, None]).clamp_(-limit, limit)
     if format == "int8":
         x_NK.round_()
-    return x_NK.to(DTYPES[format]), scale_N
+    return x_NK.to(DTYPES[format]), scale_NG

@@ -111,8 +111,8 @@ def _write(
     for at, chunk_NK, scales in chunks(info, planes):
         x_NK = dequantized(chunk_NK, scales, info.block)
         if scales_EGN is not None:
-            x_NK, scale_N = rounded(x_NK, slot.format)
-            scales_EGN[expert, 0, start + at : start + at + len(x_NK)] = scale_N
+            x_NK, scale_NG = rounded(x_NK, slot.format, slot.groups)
+            scales_EGN[expert, :, start + at : start + at + len(x_NK)] = scale_NG.t()
         module.write(expert, start + at, x_NK.to(module.weight.dtype))
 
 

@@ -146,7 +146,7 @@ def _kind(info: TensorInfo, weights: WeightFormat | None) -> TensorType:
         name = "F32"
     elif weights is None and info.format == "fp8_e4m3":
         raise CheckpointError(f"{info.name} is fp8_e4m3, which GGUF has not: expected weights of int8, bf16 or fp32")
-    elif weights == "int8" or (weights is None and info.format == "int8"):
+    elif (weights or info.format).startswith("int8"):  # whatever the groups, which are a block's here
         name = "F32" if info.shape[-1] % _BLOCK else "Q8_0"
     elif weights is None and info.stored in ("fp16", "F16"):
         name = "F16"

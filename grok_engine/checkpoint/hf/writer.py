@@ -28,6 +28,8 @@ from .values import hf_values
 SHARD = 5_000_000_000  # bytes of a file, unless one tensor takes more
 _CODES = {"fp32": ("F32", 4), "bf16": ("BF16", 2), "fp16": ("F16", 2), "fp8_e4m3": ("F8_E4M3", 1)}
 _TORCH = {**DTYPES, "fp16": torch.float16}
+# By `weights`: the format that is rounded to, and how many columns share a scale at most; 0 is all of them.
+ROUNDED: dict[str, tuple[str, int]] = {"int8": ("int8", 0), "int8_g128": ("int8", 128), "fp8": ("fp8_e4m3", 0)}
 _FLOAT16 = ("fp16", "F16")  # how readers name what they turn into fp32
 
 
@@ -97,8 +99,8 @@ class _Matrix:
         assert self.scheme is not None
         info = self.info
         if info.format != self.format:
-            q_NK, scale_N = rounded(dequantized(values, scales, info.block), self.format)
-            return q_NK, scale_N[:, None]
+            k = values.shape[1]
+            return rounded(dequantized(values, scales, info.block), self.format, k // (self.scheme.block[1] or k))
         assert scales is not None
         assert info.block is not None
         return values, scales.float() if self.scheme.block[0] > 1 else expanded(scales, info.block, len(values))
@@ -198,18 +200,20 @@ def _stored_as(info: TensorInfo, weights: WeightFormat | None, block: tuple[int,
     exact = "fp32" if info.block else own
     if len(info.shape) == 1 or info.name.endswith(".router"):
         return exact, None
-    if info.name == "embed" or (info.name == "lm_head" and weights in ("int8", "fp8")):
+    if info.name == "embed" or (info.name == "lm_head" and weights in ROUNDED):
         return (exact if weights is None else "fp32" if weights == "fp32" else "bf16"), None
     if weights is None:
         return (own, kept) if kept else (exact, None)
     if weights in ("bf16", "fp32"):
         return weights, None
-    format = {"int8": "int8", "fp8": "fp8_e4m3"}[weights]
+    format, columns = ROUNDED[weights]
     if kept and own == format:
         return own, kept
     if block[0] and format == "fp8_e4m3":
         return exact, None  # beside matrices in blocks, which keep theirs
-    return format, Scheme(format)
+    k = info.shape[-1]
+    groups = next(n for n in range(-(-k // columns), k + 1) if k % n == 0) if columns else 1
+    return format, Scheme(format, (1, k // groups if groups > 1 else 0))
 
 
 def _scheme(info: TensorInfo, block: tuple[int, int]) -> Scheme | None:
