@@ -40,12 +40,14 @@ def logits(model: Path) -> torch.Tensor:
 
 def dequantized(folder: Path) -> dict[str, torch.Tensor]:
     """What a folder in compressed-tensors' formats means, by that package's own unpacking."""
-    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
     stored, found = tensors_of(folder), {}
     for name, tensor in stored.items():
         stem = name.removesuffix("_packed")
         if stem != name:
-            tensor = helpers.unpack_from_int32(tensor, 8, torch.Size(stored[f"{stem}_shape"].tolist()))
+            tensor = unpack_from_int32(tensor, 8, torch.Size(stored[f"{stem}_shape"].tolist()))
         if (scale := stored.get(f"{stem}_scale")) is not None:
             tensor = tensor.float() * scale.repeat_interleave(tensor.shape[1] // scale.shape[1], 1)
         if not name.endswith(("_scale", "_shape")):
@@ -62,11 +64,12 @@ def plain(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
 @pytest.mark.parametrize("weights", ["int8", "fp8"])
 @pytest.mark.parametrize("name", ["mixtral-a", "llama-a", "mistral-a"])
 def test_transformers_reads_8_bits(name: str, weights: Any, tmp_path: Path) -> None:
-    quantization = pytest.importorskip("compressed_tensors.quantization")
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.quantization import QuantizationConfig
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
     folder = convert(HF / name, tmp_path / "out", format="hf", weights=weights)
-    quantization.QuantizationConfig.model_validate(config_of(folder)["quantization_config"])  # as vLLM does
+    QuantizationConfig.model_validate(config_of(folder)["quantization_config"])  # as vLLM does
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
