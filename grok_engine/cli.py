@@ -24,7 +24,7 @@ from grok_kernels.chips import GPUS
 from . import __version__
 from .config import ActFormat, ConfigError, DType, WeightFormat, described
 from .llm import LLM
-from .loading.convert import convert
+from .loading.convert import FileFormat, convert
 from .loading.resolve import read_config, resolve_model
 from .models.families import PRESETS
 from .progress import byte_bar
@@ -182,18 +182,27 @@ def chat_command(model: str, system: str | None, chat_template: str | None, **op
 @app.command(name="convert")
 @click.argument("model")
 @click.argument("out")
-@click.option("--weights", type=_one_of(WeightFormat), help="Convert the values too; by default as they are stored.")
-@click.option("--dtype", type=_one_of(DType), default="bfloat16", show_default=True, help="Of the later computation.")
+@click.option(
+    "--format",
+    type=_one_of(FileFormat),
+    default="packed",
+    show_default=True,
+    help="packed: as the CPU's kernels want it in memory, loaded as fast as it can be read. hf: a folder as the hub "
+    "has it, for transformers and vLLM. gguf: a file for llama.cpp.",
+)
+@click.option("--weights", type=_one_of(WeightFormat), help="Round or widen the values; by default nothing is lost.")
+@click.option("--dtype", type=_one_of(DType), default="bfloat16", show_default=True, help="Packed: of the computation.")
 @_debug
 def convert_command(model: str, out: str, **options: Any) -> None:
-    """Write a checkpoint as the CPU's kernels want it in memory, to be loaded as fast as it can be read.
+    """Write a checkpoint in another format.
 
-    MODEL is a folder, a .gguf file, or `tiny`; OUT is a new folder, which is then a model for --model.
+    MODEL is a folder, a .gguf file, or `tiny`; OUT is a new folder, or a new file .gguf, which is then a model for
+    --model.
     """
     with byte_bar("converting") as progress:
-        folder = convert(model, out, **options, progress=progress)
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    print(f"{folder}: {size:,} bytes")
+        made = convert(model, out, **options, progress=progress)
+    size = sum(file.stat().st_size for file in (made.iterdir() if made.is_dir() else (made,)))
+    print(f"{made}: {size:,} bytes")
 
 
 @app.command()

@@ -44,6 +44,19 @@ def generation_files(path: str | Path) -> dict[str, bytes]:
     return {FILE: source.read_bytes() if source.name == FILE else json.dumps(values, indent=1).encode()}
 
 
+def generation_metadata(path: str | Path) -> dict[str, Any]:
+    """The keys with which a GGUF file says the same; token ids have keys of their own."""
+    _, values = read_generation(path)
+    if values.get("do_sample") is False:
+        values["temperature"] = 0
+    found = {key: values.get(name) for key, name in _GGUF.items()}
+    return {
+        f"general.sampling.{key}": int(value) if key == "top_k" else float(value)
+        for key, value in found.items()
+        if type(value) in (int, float)
+    }
+
+
 def _shortest(value: Any) -> Any:
     """A number that fp32 holds with the digits that its writer meant: 0.6, not 0.6000000238."""
     exact = isinstance(value, float) and np.float32(value) == value

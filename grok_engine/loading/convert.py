@@ -1,74 +1,126 @@
-"""Convert a checkpoint to packed weights: written once, then read or mapped as they are.
+"""Convert a checkpoint: to packed weights, a folder of the hub, or a GGUF file.
 
-The file holds the weights as the CPU kernels want them in memory, fused and in panels, under the names of the model's
-modules. Loading is then reading, at the speed of the disk or of the page cache.
+Packed weights lie as the CPU kernels want them in memory, fused and in panels, under the names of the model's modules.
+Loading is then reading, at the speed of the disk or of the page cache.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-import torch
+from typing import Any, Literal
 
 import grok_kernels
-from grok_engine.checkpoint.base import Checkpoint, total_bytes
+from grok_engine.checkpoint.base import Checkpoint
+from grok_engine.checkpoint.generation import FILE as GENERATION
+from grok_engine.checkpoint.generation import generation_metadata
+from grok_engine.checkpoint.gguf.writer import gguf_model
+from grok_engine.checkpoint.hf.writer import hf_files
+from grok_engine.checkpoint.new_file import NewFile, Part, raw
 from grok_engine.checkpoint.open import open_checkpoint
-from grok_engine.checkpoint.packed import FILE, Plane, arrange, header, is_packed_folder
-from grok_engine.config import ConfigError, DType, WeightFormat
+from grok_engine.checkpoint.packed import FILE, PackedCheckpoint, Plane, arrange, header
+from grok_engine.checkpoint.strict_json import read_object
+from grok_engine.config import ConfigError, DType, ModelConfig, WeightFormat
 from grok_engine.models.decoder import Decoder
+from grok_engine.tokenizer.gguf_metadata import tokenizer_metadata
 from grok_engine.tokenizer.load import tokenizer_files
 from grok_kernels.dtypes import dtype_of
 
 from .fill import Progress, load
+from .partial import check_new, write_new
 from .resolve import read_config, resolve_model
 from .slots import Slot, slots
+from .unfused import UnfusedCheckpoint
+
+FileFormat = Literal["packed", "hf", "gguf"]
+# What a folder of the hub may have beside weights, configuration and tokenizer.
+# Of transformers' tokenizers, beside the files that `tokenizer_files` knows.
+COMPANIONS = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 
 
 def convert(
     model: str | Path,
     out: str | Path,
     *,
+    format: FileFormat = "packed",
     weights: WeightFormat | None = None,
     dtype: DType = "bfloat16",
     progress: Progress | None = None,
 ) -> Path:
-    """Write the checkpoint `model` as the folder `out`, which must not exist; returns its path.
+    """Write the checkpoint `model` as `out`, which must not exist; returns its path.
 
-    weights: as for `fill`; None keeps released int8 values and scales, bit for bit. dtype: of the computation that the
-    folder is for, in which the embedding is held. Only one module's weight is in memory at a time. The folder gets its
-    name once it is complete; a conversion that fails leaves nothing behind.
+    format: "packed", for this engine on a CPU; "hf", a folder as the hub has it; "gguf", a file `out` for llama.cpp.
+    weights: None loses nothing that the format can hold (`fill`, `hf_files`, `gguf_model`); others round. dtype: of the
+    computation that a packed folder is for, in which the embedding is held. Besides what is mapped, at most one tensor
+    is in memory, of a packed folder one module's weight. `out` gets its name once it is complete; a conversion that
+    fails leaves nothing behind (`write_new`). progress: bytes written, and in all.
     """
     path, out = resolve_model(model), Path(out).expanduser().absolute()
-    if is_packed_folder(path):
-        raise ConfigError(f"{path} is converted already: expected a checkpoint as released")
-    if out.exists() or not out.parent.is_dir():
-        what = "exists" if out.exists() else f"has no folder {out.parent} to be in"
-        raise ConfigError(f"{out} {what}: expected a new name in a folder that is there")
+    check_new(out, path)
     config = read_config(path)
     checkpoint = open_checkpoint(path, config)
     decoder = Decoder(config, dtype_of(dtype), max_positions=1)
+    if isinstance(checkpoint, PackedCheckpoint):
+        slots(decoder_of(config, checkpoint), checkpoint)
+        checkpoint = UnfusedCheckpoint(checkpoint, decoder)
     found = slots(decoder, checkpoint, weights)
+    if format == "gguf":
+        if out.suffix != ".gguf":
+            raise ConfigError(f"{out}: expected the name of a file that ends in .gguf")
+        tokenizer = tokenizer_metadata(path, config.vocab_size) | generation_metadata(path)
+        write_new(out, [gguf_model(checkpoint, config, tokenizer, weights)], {}, progress, single=True)
+        return out
+    if out.suffix == ".gguf":
+        raise ConfigError(f"{out}: expected the name of a folder for format {format!r}, or format 'gguf'")
+    companions = _companions(path)
+    if format == "hf":
+        files, small = hf_files(checkpoint, config, _source(path), weights)
+        small = {**companions, **_generation(config, companions.get(GENERATION, b"{}")), **small}
+    else:
+        files = [_packed_file(config, found, checkpoint)]
+        small = {**companions, "config.json": (json.dumps(config.to_dict(), indent=1) + "\n").encode()}
+    write_new(out, files, small, progress)
+    return out
+
+
+def decoder_of(config: ModelConfig, checkpoint: PackedCheckpoint) -> Decoder:
+    """A model whose modules a converted checkpoint holds: its embedding has the dtype that it was converted for."""
+    embed = checkpoint.tensors.get("embed")
+    return Decoder(config, dtype_of("fp32" if embed is None else embed.format), max_positions=1)
+
+
+def _companions(path: Path) -> dict[str, bytes]:
+    """The tokenizer, its chat template and the defaults of generation."""
+    found = {name: file.read_bytes() for name in COMPANIONS if (file := path / name).is_file()}
+    return found | tokenizer_files(path)
+
+
+def _source(path: Path) -> Mapping[str, Any]:
+    """The values of a folder's `config.json`; none of one with Mistral's own `params.json` alone."""
+    file = path / "config.json"
+    return read_object(file) if file.is_file() else {}
+
+
+def _generation(config: ModelConfig, said: bytes) -> dict[str, bytes]:
+    """generation_config.json with the tokens that end an answer. said: what a folder's own says."""
+    values = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids), **json.loads(said)}
+    return {GENERATION: (json.dumps(values, indent=2) + "\n").encode()}
+
+
+def _packed_file(config: ModelConfig, found: list[Slot], checkpoint: Checkpoint) -> NewFile:
     planes = arrange(plane for slot in found for plane in _planes(slot))
     head = header(planes, {s.path: s.shape for s in found if _layout(s) == "panels"}, config.name)
-    need, free = len(head) + sum(plane.nbytes for plane in planes) + (1 << 20), shutil.disk_usage(out.parent).free
-    if need > free:
-        raise ConfigError(f"{out} needs {need:,} bytes, {free:,} are free there")
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir()
-        (partial / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n", encoding="utf-8")
-        for name, content in tokenizer_files(path).items():
-            (partial / name).write_bytes(content)
-        _write(partial / FILE, head, planes, found, checkpoint, progress)
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return out
+    starts = {plane.name: len(head) + plane.start for plane in planes}
+
+    def body() -> Iterator[Part]:
+        for slot in found:
+            load(slot, checkpoint, "cpu", packed=True)
+            for plane, tensor in zip(_planes(slot), slot.module.parameters(), strict=True):
+                yield starts[plane.name], raw(tensor)
+            slot.module.release()
+
+    return NewFile(FILE, head, len(head) + sum(plane.nbytes for plane in planes), body)
 
 
 def _planes(slot: Slot) -> Iterator[Plane]:
@@ -79,23 +131,3 @@ def _planes(slot: Slot) -> Iterator[Plane]:
 
 def _layout(slot: Slot) -> grok_kernels.Layout:
     return slot.module.layout_for(slot.dtype, "cpu", packed=True)
-
-
-def _write(
-    path: Path, head: bytes, planes: list[Plane], found: list[Slot], checkpoint: Checkpoint, progress: Progress | None
-) -> None:
-    starts = {plane.name: len(head) + plane.start for plane in planes}
-    done, total = 0, total_bytes(checkpoint)
-    with path.open("wb") as file:
-        file.write(head)
-        for slot in found:
-            load(slot, checkpoint, "cpu", packed=True)
-            for plane, tensor in zip(_planes(slot), slot.module.parameters(), strict=True):
-                file.seek(starts[plane.name])
-                file.write(tensor.view(-1).view(torch.uint8).numpy().data)
-            slot.module.release()
-            done += sum(info.nbytes for info in slot.sources)
-            if progress:
-                progress(done, total)
-        file.flush()
-        os.fsync(file.fileno())

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,19 +11,17 @@ from torch import Tensor
 import grok_kernels
 from grok_engine.checkpoint.base import Checkpoint, TensorInfo, total_bytes
 from grok_engine.checkpoint.packed import PackedCheckpoint
+from grok_engine.checkpoint.rows import chunks, dequantized, expanded, read_spans, rounded
 from grok_engine.config import WeightFormat
 from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.log import QuietLogger
 from grok_engine.models.decoder import Decoder
-from grok_kernels.dtypes import FP8_MAX, TINY
 
 from .slots import Slot, keeps_scales, slots
 
 log = QuietLogger("grok_engine")
 
 Progress = Callable[[int, int], None]  # bytes done, and in all
-CHUNK = 4 << 20  # bytes in fp32 that are converted at once
-LIMITS = {"int8": 127.0, "fp8_e4m3": FP8_MAX}  # the largest values of the formats that are rounded to
 
 
 def fill(
@@ -84,28 +81,16 @@ def load(slot: Slot, checkpoint: Checkpoint, device: torch.device | str, packed:
     slot.allocate(device, packed)
     if isinstance(module, NamedTensor):
         (info,) = slot.sources
-        for rows in _spans(info) if len(info.shape) == 2 else [None]:
+        for rows in read_spans(info) if len(info.shape) == 2 else [None]:
             values, *scales = checkpoint.read(info.name, rows=rows)
-            module.fill(_times(values.float(), scales[0], info) if scales else values, rows.start if rows else 0)
+            values = dequantized(values, scales[0], info.block) if scales else values
+            module.fill(values, rows.start if rows else 0)
         return
     for part, info in zip(module.parts, slot.sources, strict=True):
         for e in range(module.experts):
-            for rows in _spans(info):
+            for rows in read_spans(info):
                 planes = checkpoint.read(info.name, expert=e if len(info.shape) == 3 else None, rows=rows)
                 _write(slot, module, e, part.start + rows.start, info, planes)
-
-
-def _spans(info: TensorInfo) -> Iterator[slice]:
-    """All rows of a matrix, in several spans where reading converts them: no whole matrix in fp32 is in memory."""
-    n, k = info.shape[-2:]
-    rows = _rows(info, k) if info.stored else n
-    return (slice(at, min(at + rows, n)) for at in range(0, n, rows))
-
-
-def _rows(info: TensorInfo, k: int) -> int:
-    """How many rows of k numbers to convert at once: whole blocks of scales and whole panels, which hold 64."""
-    unit = math.lcm(info.block[0] if info.block else 1, 64)
-    return max(CHUNK // (4 * k) // unit, 1) * unit
 
 
 def _write(
@@ -113,39 +98,22 @@ def _write(
 ) -> None:
     """One expert's matrix of a named tensor: bit for bit where format and scales can stay, else by way of fp32."""
     values_NK, scales_EGN = planes[0], module.weight.scales
-    n, k = values_NK.shape
+    n = len(values_NK)
     if info.block is None and not slot.groups:
         module.write(expert, start, values_NK)
         return
     if info.block is not None and keeps_scales(info, slot.format, slot.groups):
         assert scales_EGN is not None
-        scales_NG = planes[1].float().repeat_interleave(info.block[0], 0)[:n]
+        scales_NG = expanded(planes[1], info.block, n)
         scales_EGN[expert, :, start : start + n] = scales_NG.t().repeat_interleave(slot.groups // scales_NG.shape[1], 0)
         module.write(expert, start, values_NK)
         return
-    rows = _rows(info, k)
-    for at in range(0, n, rows):
-        x_NK = values_NK[at : at + rows].to(torch.float32, copy=True)
-        if info.block is not None:
-            blocks = slice(at // info.block[0], -(-(at + rows) // info.block[0]))
-            _times(x_NK, planes[1][blocks], info)
+    for at, chunk_NK, scales in chunks(info, planes):
+        x_NK = dequantized(chunk_NK, scales, info.block)
         if scales_EGN is not None:
-            limit = LIMITS[slot.format]
-            scale_N = x_NK.abs().amax(1).clamp_(min=TINY) / limit
-            scales_EGN[expert, 0, start + at : start + at + len(x_NK)] = scale_N
-            x_NK.div_(scale_N[:, None]).clamp_(-limit, limit)
-            if slot.format == "int8":
-                x_NK.round_()
+            x_NK, scale_NG = rounded(x_NK, slot.format, slot.groups)
+            scales_EGN[expert, :, start + at : start + at + len(x_NK)] = scale_NG.t()
         module.write(expert, start + at, x_NK.to(module.weight.dtype))
-
-
-def _times(x_NK: Tensor, scales: Tensor, info: TensorInfo) -> Tensor:
-    """x with each block of rows and columns multiplied by its scale, in place."""
-    assert info.block is not None
-    scales_NG = scales.float().repeat_interleave(info.block[0], 0)[: len(x_NK)]
-    for scale_N1, columns_NK in zip(scales_NG.split(1, 1), x_NK.split(info.block[1], 1), strict=True):
-        columns_NK.mul_(scale_N1)
-    return x_NK
 
 
 def _is_wanted(slot: Slot) -> bool:

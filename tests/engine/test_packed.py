@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
-from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import pytest
 import safetensors
 import torch
 
-import grok_engine.loading.convert
+import grok_engine
 from grok_engine import LLM, CheckpointError, ConfigError, SamplingParams
 from grok_engine.checkpoint import packed as container
 from grok_engine.checkpoint.packed import FILE, PackedCheckpoint, Plane, arrange
@@ -268,96 +266,19 @@ def test_mmap_needs_a_converted_model() -> None:
         LLM("tiny", mmap="yes")
 
 
-def test_inspect_and_a_second_conversion_say_what_they_expect(whole: Path, tmp_path: Path, capsys: Any) -> None:
+def test_inspect_says_what_it_expects(whole: Path, capsys: Any) -> None:
     assert main(["inspect", str(whole)]) == 2
     assert "holds converted weights: expected the checkpoint" in capsys.readouterr().err
-    assert main(["convert", str(whole), str(tmp_path / "again")]) == 2
-    assert "is converted already" in capsys.readouterr().err
 
 
-# Nothing half-valid
-
-
-def test_what_exists_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "file").write_text("mine")
-    for name in ("out", "file"):
-        with pytest.raises(ConfigError, match=f"{name} exists: expected a new name"):
-            convert(GROUPED, tmp_path / name)
-    with pytest.raises(ConfigError, match=r"has no folder .*nowhere to be in"):
-        convert(GROUPED, tmp_path / "nowhere" / "out")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "out"]
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(grok_engine.loading.convert.shutil, "disk_usage", lambda path: usage(10**6, 10**6, 1234))
-    with pytest.raises(ConfigError, match=r"out needs [\d,]+ bytes, 1,234 are free there"):
-        convert(GROUPED, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, MemoryError])
-def test_an_interrupted_conversion_leaves_nothing(error: type[BaseException], tmp_path: Path) -> None:
-    def progress(done: int, total: int) -> None:
-        if done > total / 2:
-            assert [p.name.endswith(".partial") for p in tmp_path.iterdir()] == [True]
-            raise error
-
-    with pytest.raises(error):
-        convert(GROUPED, tmp_path / "out", progress=progress)
-    assert not list(tmp_path.iterdir())
-
-
-def test_progress_rises_to_the_total(tmp_path: Path) -> None:
+def test_progress_rises_to_the_total(whole: Path) -> None:
     done: list[tuple[int, int]] = []
-    convert(GROUPED, tmp_path / "out", progress=lambda *counts: done.append(counts))
-    assert done[-1][0] == done[-1][1]
-    assert done == sorted(set(done))
     for mmap in (False, True):
         done.clear()
-        engine = grok_engine.LLMEngine(tmp_path / "out", mmap=mmap, progress=lambda *counts: done.append(counts))
-        assert done[-1] == (PackedCheckpoint(tmp_path / "out").total_bytes,) * 2
+        engine = grok_engine.LLMEngine(whole, mmap=mmap, progress=lambda *counts: done.append(counts))
+        assert done[-1] == (PackedCheckpoint(whole).total_bytes,) * 2
         assert done == sorted(set(done))
         engine.close()
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from Linux's /proc/self/status")
-def test_one_module_at_a_time_is_in_memory(tmp_path: Path) -> None:
-    """Of a model of 12 layers, converted in a process of its own to bf16, twice its size."""
-    code = f"""
-import re
-from dataclasses import replace
-from pathlib import Path
-import numpy as np, ml_dtypes
-from grok_engine.models.families import preset
-from grok_engine.checkpoint.xai.layout import layout
-from grok_engine.checkpoint.xai.writer import write_xai
-from grok_engine.loading.convert import convert
-config = replace(preset("grok-1"), name="m", vocab_size=64, d_model=256, num_layers=12, num_heads=4,
-                 num_kv_heads=4, head_dim=64, d_ff=2048, attn_scale=0.125, max_position=64)
-def tensors():
-    for spec in layout(config):
-        scales = np.ones(spec.scales_shape(1), ml_dtypes.bfloat16) if spec.quantizable else None
-        yield spec.name, (np.ones(spec.shape, np.int8 if spec.quantizable else np.float32), scales)
-source = Path({str(tmp_path)!r}) / "source"
-write_xai(source, config, tensors())
-def status(key):
-    return int(re.search(rf"{{key}}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
-convert("tiny", Path({str(tmp_path)!r}) / "first")
-before = status("VmRSS")
-convert(source, Path({str(tmp_path)!r}) / "out", weights="bf16")
-print(status("VmHWM") - before, (Path({str(tmp_path)!r}) / "out" / "weights.safetensors").stat().st_size)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=240,
-        env={"PYTHONPATH": ":".join(filter(None, sys.path)), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    over, size = map(int, done.stdout.split())
-    assert size > 300e6
-    assert over < 0.25 * size
 
 
 def test_generation_is_the_same(whole: Path) -> None:

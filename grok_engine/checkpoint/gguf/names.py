@@ -27,6 +27,8 @@ _LAYER = {
     "ffn_up_exps": "moe.up",
     "ffn_down_exps": "moe.down",
 }
+_OUTER_FILE = {ours: theirs for theirs, ours in _OUTER.items()}
+_LAYER_FILE = {ours: theirs for theirs, ours in _LAYER.items() if theirs != "post_ffw_norm"}  # Grok's other name
 FACTORS = "rope_freqs.weight"  # read with the metadata: not a weight of the model
 
 
@@ -64,6 +66,14 @@ def _engine_name(name: str) -> tuple[str, int]:
     layer, kind, expert = match.groups()
     kind = kind if expert is None else f"{kind}_exps"
     return (f"layers.{layer}.{_LAYER[kind]}", int(expert or 0)) if kind in _LAYER else (name, 0)
+
+
+def file_name(name: str) -> str:
+    """The name in a file of one of the engine's tensors, experts stacked."""
+    if (outer := _OUTER_FILE.get(name)) is not None:
+        return f"{outer}.weight"
+    _, layer, rest = name.split(".", 2)
+    return f"blk.{layer}.{_LAYER_FILE[rest]}.weight"
 
 
 def interleaved_rows(heads: int, head_dim: int) -> NDArray[np.int64]:

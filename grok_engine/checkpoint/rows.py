@@ -1,0 +1,84 @@
+"""The rows of a checkpoint's matrices, a few at a time: as they are stored, dequantised, or rounded to 8 bits.
+
+Writers and loading go through a matrix in spans whose copies in fp32 stay within CHUNK bytes, whatever its size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from grok_kernels.dtypes import DTYPES, FP8_MAX, TINY
+
+from .base import Checkpoint, TensorInfo
+
+CHUNK = 4 << 20  # bytes in fp32
+LIMITS = {"int8": 127.0, "fp8_e4m3": FP8_MAX}  # the largest values of the formats that are rounded to
+Block = tuple[int, int]
+
+
+def row_step(info: TensorInfo, unit: int = 1) -> int:
+    """Rows to convert at once: whole blocks of scales, whole panels, which hold 64, and multiples of `unit`."""
+    unit = math.lcm(info.block[0] if info.block else 1, 64, unit)
+    return max(CHUNK // (4 * info.shape[-1]) // unit, 1) * unit
+
+
+def read_spans(info: TensorInfo, unit: int = 1) -> Iterator[slice]:
+    """All rows of a matrix, in several spans where reading makes a converted copy."""
+    n = info.shape[-2]
+    rows = row_step(info, unit) if info.stored else n
+    return (slice(at, min(at + rows, n)) for at in range(0, n, rows))
+
+
+def row_chunks(
+    checkpoint: Checkpoint, info: TensorInfo, expert: int | None, unit: int = 1
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """(first row, values (rows, K), scales (blocks of rows, blocks of columns) or None), in order, `unit` rows or a
+    multiple of them at a time. A vector is one row."""
+    if len(info.shape) == 1:
+        values, *scales = checkpoint.read(info.name)
+        yield 0, values[None], scales[0] if scales else None
+        return
+    for span in read_spans(info, unit):
+        for at, values_NK, blocks in chunks(info, checkpoint.read(info.name, expert=expert, rows=span), unit):
+            yield span.start + at, values_NK, blocks
+
+
+def chunks(info: TensorInfo, planes: tuple[Tensor, ...], unit: int = 1) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """The same of rows that are read already: their number within them, values and scales."""
+    values_NK, *scales = planes
+    step, block = row_step(info, unit), info.block[0] if info.block else 1
+    for at in range(0, len(values_NK), step):
+        blocks = slice(at // block, -(-(at + step) // block))
+        yield at, values_NK[at : at + step], scales[0][blocks] if scales else None
+
+
+def dequantized(values_NK: Tensor, scales: Tensor | None, block: Block | None) -> Tensor:
+    """values · scales in fp32, a copy. block: the rows and columns that share a scale."""
+    x_NK = values_NK.float() if values_NK.element_size() < 4 else values_NK.clone()
+    if scales is None:
+        return x_NK
+    assert block is not None
+    scales_NG = expanded(scales, block, len(x_NK))
+    for scale_N1, columns_NK in zip(scales_NG.split(1, 1), x_NK.split(block[1], 1), strict=True):
+        columns_NK.mul_(scale_N1)
+    return x_NK
+
+
+def expanded(scales: Tensor, block: Block, n: int) -> Tensor:
+    """Scales in fp32 with a row for each of n rows."""
+    return scales.float().repeat_interleave(block[0], 0)[:n]
+
+
+def rounded(x_NK: Tensor, format: str, groups: int = 1) -> tuple[Tensor, Tensor]:
+    """x rounded to `format` by the largest value of each row and group of columns: q, and scales amax / limit
+    (N, groups) in fp32. Overwrites x."""
+    limit = LIMITS[format]
+    x_NGK = x_NK.unflatten(1, (groups, -1))
+    scale_NG = x_NGK.abs().amax(2).clamp_(min=TINY) / limit
+    x_NGK.div_(scale_NG[:, :, None]).clamp_(-limit, limit)
+    if format == "int8":
+        x_NK.round_()
+    return x_NK.to(DTYPES[format]), scale_NG
