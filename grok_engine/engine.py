@@ -394,9 +394,10 @@ class LLMEngine:
         self._seconds[part] += now - self._lap_began
         self._lap_began = now
 
-    def logits(self, token_ids: Prompt, *, chunk: int | None = None) -> Tensor:
-        """logits_TV in fp32 after each token. `chunk` of them go through the model at once; no result depends on it."""
-        return torch.cat(self.prefill(token_ids, lambda at, x_TD: self.runner.logits(x_TD), chunk))
+    def logits(self, token_ids: Prompt, *, first: int = 0, chunk: int | None = None) -> Tensor:
+        """logits_TV in fp32 after each token from `first` on. `chunk` of them go through the model at once; no result
+        depends on it."""
+        return torch.cat(self.prefill(token_ids, lambda at, x: self.runner.logits(x[max(first - at, 0) :]), chunk))
 
     def prefill(self, token_ids: Prompt, take: Callable[[int, Tensor], Tensor], chunk: int | None) -> list[Tensor]:
         """Run one sequence beside the requests; what `take` makes of the first position of each chunk of tokens, and

@@ -51,7 +51,8 @@ class LLM:
     model: `tiny`, which ships with the package, a folder (a release's, a model of the Hugging Face hub, or what
     `grok-engine convert` wrote), a GGUF file, or the name of a model in the hub's local cache. dtype: of the
     computation, bfloat16 or float32. weights: None keeps the checkpoint's format (the release's int8, bit for bit),
-    bf16 or fp32 dequantise while loading, int8 and fp8 round, with a scale per output channel. The other options are
+    bf16 or fp32 dequantise while loading, int8 and fp8 round, with a scale per output channel, int8_g128 with one per
+    channel and group of at most 128 columns. The other options are
     those of `EngineConfig`. Loading and generating show a progress bar on a terminal. Errors are those of `LLMEngine`.
     `with LLM(...) as llm:` closes it at the end.
 
@@ -80,10 +81,11 @@ class LLM:
         """Token ids of a prompt, checked as `LLMEngine.encode` does."""
         return self.engine.encode(prompt)
 
-    def logits(self, token_ids: Prompt, *, chunk: int | None = None) -> Tensor:
-        """logits_TV in fp32 after each token, computed `chunk` tokens at a time; no result depends on `chunk`."""
+    def logits(self, token_ids: Prompt, *, first: int = 0, chunk: int | None = None) -> Tensor:
+        """logits_TV in fp32 after each token from `first` on, computed `chunk` tokens at a time; no result depends on
+        `chunk`."""
         with self._alone("logits"):
-            return self.engine.logits(token_ids, chunk=chunk)
+            return self.engine.logits(token_ids, first=first, chunk=chunk)
 
     def score(self, token_ids: Prompt, *, first: int = 1) -> Tensor:
         """(T − first,) fp32: the log-probability of each token from `first` on, given all those before it.
