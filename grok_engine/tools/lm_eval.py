@@ -153,7 +153,7 @@ class GrokEngineLM(TemplateLM):
         options = dict(normalize_gen_kwargs(given, self.max_gen_toks))
         stop = [text for text in handle_stop_sequences(options.pop("until"), eos=None) if text]
         most, sampled = options.pop("max_gen_toks"), options.pop("do_sample")
-        temperature = options.pop("temperature", 1.0) if sampled else 0.0
+        temperature = options.pop("temperature", 1.0)
         for name, served in GREEDY_ONLY.items():
             if options.pop(name, served) != served:
                 raise ValueError(f"{name}={given[name]!r} is not served: expected {served}")
@@ -162,8 +162,8 @@ class GrokEngineLM(TemplateLM):
         room = self.max_length - most
         if room < 1:
             raise ValueError(f"max_gen_toks={most} leaves no room for a prompt in max_length={self.max_length}")
-        params = SamplingParams(max_tokens=most, temperature=temperature, stop=stop, **options)
-        return self.tok_encode(context)[-room:], params, stop
+        params = SamplingParams(max_tokens=most, temperature=temperature if sampled else 0, stop=stop, **options)
+        return self.tok_encode(context)[-room:] or [self.prefix_token_id], params, stop
 
 
 def main() -> None:
