@@ -83,7 +83,7 @@ def test_every_answer_is_that_of_transformers(task: str, found: dict[str, Any]) 
                 assert float(mine[0][0]) == pytest.approx(float(yours[0][0]), abs=1e-4), a["doc"]
                 assert mine[0][1] == yours[0][1]
             else:
-                assert float(mine[0]) == pytest.approx(float(yours[0]), abs=1e-3), a["doc"]
+                assert float(mine[0]) == pytest.approx(float(yours[0]), rel=1e-6), a["doc"]
 
 
 def test_every_figure_is_that_of_transformers(found: dict[str, Any]) -> None:
