@@ -39,8 +39,8 @@ def fill(
 
     `weights` None keeps each matrix as the checkpoint has it, 8-bit values bit for bit where kernels take its scales,
     else in fp32; bf16 and fp32 dequantise; int8 and fp8 dequantise and round, with a scale amax / 127 or amax / 448 for
-    each output channel. Norms and router are kept in fp32, the embedding in the model's dtype. Besides the model, at
-    most one source tensor is in memory.
+    each output channel, int8_g128 with one for each channel and group of at most 128 columns. Norms and router are kept
+    in fp32, the embedding in the model's dtype. Besides the model, at most one source tensor is in memory.
 
     A converted checkpoint is read into one block of memory on a CPU. With `mapped` the file itself is used, and the
     system loads its pages on demand. Devices and kernels that do not use panels get rows.
@@ -131,9 +131,10 @@ def _write(
             _times(x_NK, planes[1][blocks], info)
         if scales_EGN is not None:
             limit = LIMITS[slot.format]
-            scale_N = x_NK.abs().amax(1).clamp_(min=TINY) / limit
-            scales_EGN[expert, 0, start + at : start + at + len(x_NK)] = scale_N
-            x_NK.div_(scale_N[:, None]).clamp_(-limit, limit)
+            x_NGK = x_NK.unflatten(1, (slot.groups, -1))
+            scale_NG = x_NGK.abs().amax(2).clamp_(min=TINY) / limit
+            scales_EGN[expert, :, start + at : start + at + len(x_NK)] = scale_NG.t()
+            x_NGK.div_(scale_NG[:, :, None]).clamp_(-limit, limit)
             if slot.format == "int8":
                 x_NK.round_()
         module.write(expert, start + at, x_NK.to(module.weight.dtype))
