@@ -22,15 +22,16 @@ import grok_kernels
 from grok_kernels.chips import GPUS
 
 from . import __version__
-from .config import ActFormat, ConfigError, DType, WeightFormat, described
+from .config import ActFormat, ConfigError, DType, KVDType, WeightFormat, described
 from .llm import LLM
 from .loading.convert import FileFormat, convert
 from .loading.resolve import read_config, resolve_model
 from .models.families import PRESETS
-from .progress import byte_bar
+from .progress import byte_bar, window_bar
 from .sampling.params import SamplingParams
 from .tools.chat import Conversation, require_template
 from .tools.chat import run as run_chat
+from .tools.eval import CONTEXT, evaluate, read_text
 from .tools.inspect import inspect_checkpoint
 from .tools.inspect_view import render as render_report
 from .tools.plan import PlanKV, PlanWeights, plan
@@ -177,6 +178,39 @@ def chat_command(model: str, system: str | None, chat_template: str | None, **op
         chat_template = Path(chat_template).read_text(encoding="utf-8")
     llm = LLM(model, **options)
     run_chat(Conversation(llm, _sampling(llm, given), system=system, chat_template=chat_template))
+
+
+@app.command(name="eval")
+@click.argument("model")
+@click.option("--text", "file", required=True, help="A file in UTF-8, or - for standard input.")
+@click.option("--context", type=int, help="Tokens of a window; by default 1024, or what the model takes.")
+@click.option("--stride", type=int, help="Tokens from one window to the next; by default half of --context.")
+@click.option("--bos/--no-bos", default=None, help="Put BOS in front of the text; by default as the model's files say.")
+@click.option("--limit", type=int, help="Score the first tokens of the text alone, so many.")
+@click.option("--dtype", type=_one_of(DType), default="bfloat16", show_default=True, help="Of the computation.")
+@click.option("--weights", type=_one_of(WeightFormat), help="Convert while loading; by default as they are stored.")
+@click.option("--activations", type=_one_of(ActFormat), help="Round the rows too, as for generate.")
+@click.option("--kv", "kv_dtype", type=_one_of(KVDType), help="Of keys and values; by default that of --dtype.")
+@click.option("--device", default="cpu", show_default=True, help="As torch names them.")
+@_json
+@_debug
+def eval_command(
+    model: str, file: str, context: int | None, stride: int | None, bos: bool | None, limit: int | None,
+    as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Perplexity and bits per byte of a text.
+
+    MODEL is a folder, a .gguf file, or `tiny`. Every token is scored once, in the first window that reaches it.
+    """
+    text = read_text(file)
+    context = min(CONTEXT, read_config(resolve_model(model)).max_position) if context is None else context
+    with LLM(model, max_model_len=context, max_num_seqs=1, **options) as llm, window_bar() as progress:
+        result = evaluate(llm, text, context=context, stride=stride, bos=bos, limit=limit, progress=progress)
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+    else:
+        for name, value in result.lines():
+            print(f"{name:<15} {value}")
 
 
 @app.command(name="convert")

@@ -400,9 +400,15 @@ class LLMEngine:
         self._seconds[part] += now - self._lap_began
         self._lap_began = now
 
-    def logits(self, token_ids: Prompt, *, chunk: int | None = None) -> Tensor:
-        """logits_TV in fp32 after each token. `chunk` of them go through the model at once; no result depends on it."""
-        with self._turn("logits"):
+    def logits(self, token_ids: Prompt, *, first: int = 0, chunk: int | None = None) -> Tensor:
+        """logits_TV in fp32 after each token from `first` on. `chunk` of them go through the model at once; no result
+        depends on it."""
+        return torch.cat(self.prefill(token_ids, lambda at, x: self.runner.logits(x[max(first - at, 0) :]), chunk))
+
+    def prefill(self, token_ids: Prompt, take: Callable[[int, Tensor], Tensor], chunk: int | None) -> list[Tensor]:
+        """Run one sequence beside the requests; what `take` makes of the first position of each chunk of tokens, and
+        of their hidden states, which the next chunk may overwrite."""
+        with self._turn("prefill"):
             self._check_open()
             chunk = self.config.max_num_batched_tokens if chunk is None else chunk
             if not isinstance(chunk, Integral) or chunk < 1:
@@ -416,15 +422,12 @@ class LLMEngine:
                 self._turn.intact = True
                 if pages is None:
                     raise ValueError(f"{len(ids)} tokens need {need} pages, {self.allocator.available} are free")
-                parts = [
-                    self.runner.logits(self.runner.run([Entry(ids[at : at + chunk], at, pages)]))
-                    for at in range(0, len(ids), chunk)
-                ]
+                chunks = ((at, ids[at : at + chunk]) for at in range(0, len(ids), chunk))
+                return [take(at, self.runner.run([Entry(part, at, pages)])) for at, part in chunks]
             finally:
                 self._turn.intact = False
                 self.allocator.release(pages or [])
                 self._turn.intact = True
-            return torch.cat(parts)
 
     def stats(self) -> EngineStats:
         """Counts now and since the start."""

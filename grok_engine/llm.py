@@ -25,6 +25,7 @@ from .progress import byte_bar, request_bar
 from .runtime.builder import Prompt
 from .runtime.request import Request, RequestOutput
 from .runtime.text import FinishReason
+from .sampling.logprobs import chosen_logprobs
 from .sampling.params import RequestOutputKind, SamplingParams
 from .tokenizer.base import Tokenizer
 from .tokenizer.chat_messages import Message, is_conversation
@@ -52,7 +53,8 @@ class LLM:
     model: `tiny`, which ships with the package, a folder (a release's, a model of the Hugging Face hub, or what
     `grok-engine convert` wrote), a GGUF file, or the name of a model in the hub's local cache. dtype: of the
     computation, bfloat16 or float32. weights: None keeps the checkpoint's format (the release's int8, bit for bit),
-    bf16 or fp32 dequantise while loading, int8 and fp8 round, with a scale per output channel. The other options are
+    bf16 or fp32 dequantise while loading, int8 and fp8 round, with a scale per output channel, int8_g128 with one per
+    channel and group of at most 128 columns. The other options are
     those of `EngineConfig`. Loading and generating show a progress bar on a terminal. Errors are those of `LLMEngine`.
     `with LLM(...) as llm:` closes it at the end.
 
@@ -89,17 +91,35 @@ class LLM:
         """Token ids of a conversation, for `generate` and `stream`. The options and the errors are those of `chat`."""
         return self.engine.apply_chat_template(messages, **options)
 
-    def logits(self, token_ids: Prompt, *, chunk: int | None = None) -> Tensor:
-        """logits_TV in fp32 after each token, computed `chunk` tokens at a time; no result depends on `chunk`."""
+    def logits(self, token_ids: Prompt, *, first: int = 0, chunk: int | None = None) -> Tensor:
+        """logits_TV in fp32 after each token from `first` on, computed `chunk` tokens at a time; no result depends on
+        `chunk`."""
         with self._alone("logits"):
-            return self.engine.logits(token_ids, chunk=chunk)
+            return self.engine.logits(token_ids, first=first, chunk=chunk)
 
-    def score(self, token_ids: Prompt) -> Tensor:
-        """(T − 1,) fp32: the log-probability of each token after the first, given those before it."""
-        ids = self.encode(token_ids, add_special_tokens=True)
-        logits_TV = self.logits(ids)[:-1]
-        targets = torch.tensor(ids[1:], dtype=torch.int64, device=logits_TV.device)[:, None]
-        return torch.log_softmax(logits_TV, -1).gather(1, targets).squeeze(1)
+    def score(self, token_ids: Prompt, *, first: int = 1) -> Tensor:
+        """(T − first,) fp32: the log-probability of each token from `first` on, given all those before it.
+
+        T may be one more than max_model_len, since the last token is only scored. The logits of a few rows are in
+        memory at once.
+        """
+        ids = (
+            self.encode(token_ids, add_special_tokens=True)
+            if isinstance(token_ids, (str, Mapping))
+            else list(token_ids)
+        )
+        if not 1 <= first < len(ids):
+            raise ValueError(f"first={first} is not in 1..{len(ids) - 1}: {len(ids)} tokens are given")
+        self.encode(ids[-1:])  # checks the last token
+
+        def score(at: int, x_TD: Tensor) -> Tensor:
+            skipped = min(max(first - 1 - at, 0), len(x_TD))
+            return chosen_logprobs(
+                x_TD[skipped:], ids[at + 1 + skipped : at + 1 + len(x_TD)], self.engine.runner.logits
+            )
+
+        with self._alone("score"):
+            return torch.cat(self.engine.prefill(ids[:-1], score, None))
 
     def generate(
         self,

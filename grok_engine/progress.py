@@ -18,6 +18,11 @@ def byte_bar(label: str, *, shown: bool = True) -> AbstractContextManager[Update
     return _bar(label, shown, of_bytes=True)
 
 
+def window_bar() -> AbstractContextManager[Update]:
+    """A bar of windows of a text."""
+    return _bar("{task.completed}/{task.total} windows", True)
+
+
 def request_bar(total: int, *, shown: bool = True) -> AbstractContextManager[Update]:
     """A bar of requests done."""
     return _bar("{task.completed}/{task.total} requests", shown, total=total)

@@ -71,6 +71,8 @@ ALLOWED: Table = {
     "grok_engine.async_llm": (
         "config", "engine", "runtime.builder", "runtime.mailbox", "runtime.stats", "sampling", "stepping", "tokenizer",
     ),
+    "grok_engine.tools.eval": ("config", "llm", "tokenizer"),
+    "grok_engine.tools.lm_eval": ("llm", "sampling", "tools.eval"),
     "grok_engine.tools": ("checkpoint", "config", "loading", "models.families", "grok_kernels"),
     "grok_engine.tools.chat": ("llm", "sampling", "tokenizer"),
     "grok_engine.cli": (
@@ -142,7 +144,8 @@ LAZY = {"grok_engine": "grok_bench"}  # imported inside functions alone
 PEERS = ("deep_gemm",)
 # The extras whose packages a package may import. Outside grok_bench, whose commands are imported on demand, such an
 # import stands inside a function: the distribution works without its extras.
-EXTRAS: Table = {"grok_engine": ("structured", "hub"), "grok_kernels": (), "grok_bench": ("bench",)}
+EXTRAS: Table = {"grok_engine": ("structured", "hub", "eval"), "grok_kernels": (), "grok_bench": ("bench",)}
+PLUG_INS = ("grok_engine.tools.lm_eval",)  # of a package in an extra: nothing of ours imports them
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # In a string: "cpu" and "cuda" are devices too, so a layer may say those.
@@ -379,12 +382,19 @@ def dependency_errors(root: Path, project: Mapping[str, object]) -> list[str]:
         optional = {name for extra in EXTRAS[package] for name in extras.get(extra, ())}
         for found in imports(source, modules):
             top = found.name.split(".")[0]
+            if found.name in PLUG_INS:
+                errors.add(f"{source.module}:{found.line} imports {found.name}, which needs an extra")
             if top in PACKAGES or top in sys.stdlib_module_names:
                 continue
             used.add(top)
             if top not in core | optional | set(PEERS):
                 errors.add(f"{source.module}:{found.line} imports {top}, which pyproject.toml does not declare for it")
-            elif top not in core and not found.lazy and (package != "grok_bench" or top in PEERS):
+            elif (
+                top not in core
+                and not found.lazy
+                and source.module not in PLUG_INS
+                and (package != "grok_bench" or top in PEERS)
+            ):
                 errors.add(f"{source.module}:{found.line} imports {top}, which is optional, outside of a function")
     errors |= {f"nothing imports {name}, of PEERS" for name in PEERS if name not in used}
     errors |= {f"nothing imports {name}, a dependency" for name in core if name not in used}

@@ -203,6 +203,7 @@ PROJECT = {
     "dependencies": ["torch>=2", "rich; sys_platform == 'linux'"],
     "optional-dependencies": {
         "structured": ["llguidance>=1"],
+        "eval": ["lm-eval>=0.4"],
         "bench": ["matplotlib", "gguf"],
         "dev": ["pytest", "ruff==1", "llguidance>=1"],
     },
@@ -211,6 +212,7 @@ DECLARED = {
     "Makefile": "lint:\n\t$(BIN)/ruff check .",
     "grok_engine/cli.py": "import os, rich",
     "grok_engine/sampling/structured.py": "def f():\n    import llguidance",
+    "grok_engine/tools/lm_eval.py": "import lm_eval.api",
     "benchmarks/grok_bench/figure.py": "import matplotlib",
     "benchmarks/grok_bench/peers.py": "def f():\n    import deep_gemm",
     "benchmarks/gguf_writer.py": "import gguf",
@@ -221,6 +223,12 @@ MISFITS = [
     ("grok_engine/cli.py", "import rich, requests.sessions", "imports requests, which pyproject.toml does not declare"),
     ("grok_engine/cli.py", "def f():\n    import matplotlib", "imports matplotlib, which pyproject.toml does not"),
     ("grok_engine/sampling/structured.py", "import llguidance", "llguidance, which is optional, outside of a function"),
+    ("grok_engine/tools/eval.py", "import lm_eval", "lm_eval, which is optional, outside of a function"),
+    (
+        "grok_engine/cli.py",
+        "import rich\nfrom .tools import lm_eval",
+        "imports grok_engine.tools.lm_eval, which needs an",
+    ),
     ("grok_engine/sampling/structured.py", "", "nothing imports llguidance, of the extra structured"),
     ("benchmarks/grok_bench/figure.py", "", "nothing imports matplotlib, of the extra bench"),
     ("benchmarks/grok_bench/peers.py", "def f():\n    import flashinfer", "deep_gemm, of PEERS"),

@@ -49,12 +49,8 @@ def generation_metadata(path: str | Path) -> dict[str, Any]:
     _, values = read_generation(path)
     if values.get("do_sample") is False:
         values["temperature"] = 0
-    found = {key: values.get(name) for key, name in _GGUF.items()}
-    return {
-        f"general.sampling.{key}": int(value) if key == "top_k" else float(value)
-        for key, value in found.items()
-        if type(value) in (int, float)
-    }
+    found = {key: values[name] for key, name in _GGUF.items() if type(values.get(name)) in (int, float)}
+    return {f"general.sampling.{key}": int(value) if key == "top_k" else float(value) for key, value in found.items()}
 
 
 def _shortest(value: Any) -> Any:

@@ -36,7 +36,10 @@ from .unfused import UnfusedCheckpoint
 FileFormat = Literal["packed", "hf", "gguf"]
 # What a folder of the hub may have beside weights, configuration and tokenizer.
 # Of transformers' tokenizers, beside the files that `tokenizer_files` knows.
-COMPANIONS = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+COMPANIONS = (
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "chat_template.json",
+)  # fmt: skip
 
 
 def convert(

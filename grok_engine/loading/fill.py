@@ -36,8 +36,8 @@ def fill(
 
     `weights` None keeps each matrix as the checkpoint has it, 8-bit values bit for bit where kernels take its scales,
     else in fp32; bf16 and fp32 dequantise; int8 and fp8 dequantise and round, with a scale amax / 127 or amax / 448 for
-    each output channel. Norms and router are kept in fp32, the embedding in the model's dtype. Besides the model, at
-    most one source tensor is in memory.
+    each output channel, int8_g128 with one for each channel and group of at most 128 columns. Norms and router are kept
+    in fp32, the embedding in the model's dtype. Besides the model, at most one source tensor is in memory.
 
     A converted checkpoint is read into one block of memory on a CPU. With `mapped` the file itself is used, and the
     system loads its pages on demand. Devices and kernels that do not use panels get rows.

@@ -18,7 +18,10 @@ from grok_engine.models.decoder import Decoder
 from grok_kernels import weights as kernel_weights
 from grok_kernels.dtypes import DTYPES, NAMES
 
-FORMATS: dict[WeightFormat, str] = {"int8": "int8", "fp8": "fp8_e4m3", "bf16": "bf16", "fp32": "fp32"}
+FORMATS: dict[WeightFormat, str] = {
+    "int8": "int8", "int8_g128": "int8", "fp8": "fp8_e4m3", "bf16": "bf16", "fp32": "fp32",
+}  # fmt: skip
+GROUP = 128  # columns of K that share a scale in int8_g128, at most
 SCALED = tuple(name for name, format in kernel_weights.FORMATS.items() if "scales" in format.planes)
 
 
@@ -111,7 +114,14 @@ def _held_as(
     wanted = FORMATS[weights] if weights else stored if kept or stored not in SCALED else "fp32"
     if wanted not in SCALED:
         return wanted, 0
-    return wanted, groups if kept and wanted == stored else 1
+    if kept and wanted == stored:
+        return wanted, groups
+    return wanted, _groups_of_at_most(GROUP, module.k) if weights == "int8_g128" else 1
+
+
+def _groups_of_at_most(columns: int, k: int) -> int:
+    """The fewest equal groups of K columns."""
+    return next(groups for groups in range(-(-k // columns), k + 1) if k % groups == 0)
 
 
 def keeps_scales(info: TensorInfo, format: str, groups: int) -> bool:

