@@ -34,7 +34,7 @@ def llm(folder: Path) -> LLM:
     return LLM(folder, dtype="float32", max_num_batched_tokens=64)
 
 
-@pytest.mark.parametrize(("context", "stride"), [(64, 32), (50, 7), (48, 48), (64, 1)])
+@pytest.mark.parametrize(("context", "stride"), [(64, 32), (50, 7), (48, 48), (64, 9)])
 @pytest.mark.parametrize("bos", [True, False])
 def test_it_is_that_of_transformers(bos: bool, context: int, stride: int, folder: Path, llm: LLM) -> None:
     import transformers
