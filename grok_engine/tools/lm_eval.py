@@ -19,13 +19,18 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from grok_engine.llm import LLM
+from grok_engine.loading.resolve import resolve_model
 from grok_engine.sampling.params import SamplingParams
+from grok_engine.tokenizer.chat_files import load_chat
+from grok_engine.tokenizer.chat_template import render
 
 from .eval import prefix
 
 BATCH = 256  # requests at once: bounds the log-probabilities in memory; the engine makes its own batches of them
 SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
 GREEDY_ONLY = {"num_beams": 1, "use_cache": True}  # what tasks say for transformers, and the one value that is served
+
+OPEN = "\ue000\ue001"  # of private use: where a message that is not closed ends
 
 Scored = tuple[tuple[str, str], list[int], list[int]]  # lm-eval's: the texts, the context, the continuation
 
@@ -55,6 +60,7 @@ class GrokEngineLM(TemplateLM):
         if self.llm.tokenizer is None:
             raise ValueError(f"{pretrained} has no tokenizer: lm-eval's tasks are text")
         self._tokenizer = self.llm.tokenizer
+        self._chat = load_chat(resolve_model(pretrained), self._tokenizer)
         self.max_length = self.llm.config.max_len
         self.max_gen_toks = int(max_gen_toks)
         self._before = prefix(self._tokenizer)
@@ -82,6 +88,25 @@ class GrokEngineLM(TemplateLM):
         ids = self._tokenizer.encode(string, special=True)
         before = self._before if add_special_tokens in (None, True) else []
         return ids if add_special_tokens is None and ids[: len(before)] == before else [*before, *ids]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as text, as `hf` has it: without its system turns if the template takes none, and open in its
+        last message if no answer is to begin."""
+        messages = [dict(message) for message in chat_history]
+        if not add_generation_prompt:
+            messages[-1]["content"] += OPEN
+        try:
+            return self._render(messages, add_generation_prompt)
+        except ValueError:
+            return self._render([m for m in messages if m["role"] != "system"], add_generation_prompt)
+
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        values = {**self._chat.special, "messages": messages, "add_generation_prompt": add_generation_prompt}
+        return render(self._chat.template(), values, self._chat.name).split(OPEN)[0]
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The template, for the results' records."""
+        return self._chat.template() if chat_template else ""
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts, in windows of max_length that overlap by one token."""

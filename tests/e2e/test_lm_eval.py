@@ -41,6 +41,12 @@ DOCS: list[dict[str, Any]] = [
 ]
 
 
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    "<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
 def write_tasks(folder: Path) -> None:
     (folder / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in DOCS))
     for name, task in TASKS.items():
@@ -50,8 +56,8 @@ def write_tasks(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The results of both, by model."""
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], Any]:
+    """The results of both, by model and whether the tasks are written as turns."""
     os.environ |= {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -59,23 +65,29 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     import grok_engine.tools.lm_eval  # noqa: F401  registers the model
 
     folder = write_llama(tmp_path_factory.mktemp("llama"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
     tasks = tmp_path_factory.mktemp("tasks")
     write_tasks(tasks)
     return {
-        model: lm_eval.simple_evaluate(
+        (model, chat): lm_eval.simple_evaluate(
             model=model, model_args={"pretrained": str(folder), "dtype": "float32"}, tasks=list(TASKS),
             task_manager=TaskManager(include_path=str(tasks), include_defaults=False), device="cpu", batch_size=1,
-            bootstrap_iters=0, log_samples=True,
+            bootstrap_iters=0, log_samples=True, apply_chat_template=chat,
+            system_instruction="Be brief." if chat else None,
         )
         for model in ("hf", "grok_engine")
+        for chat in (False, True)
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_answer_is_that_of_transformers(task: str, found: dict[str, Any]) -> None:
-    theirs, ours = (found[model]["samples"][task] for model in ("hf", "grok_engine"))
+@pytest.mark.parametrize("chat", [False, True])
+def test_every_answer_is_that_of_transformers(chat: bool, task: str, found: dict[tuple[str, bool], Any]) -> None:
+    """With chat, the turns are those of a template that takes no system turn."""
+    theirs, ours = (found[model, chat]["samples"][task] for model in ("hf", "grok_engine"))
     assert len(ours) == len(DOCS) or task == "rolling"
     for a, b in zip(ours, theirs, strict=True):
+        assert ("<s>assistant" in str(a["arguments"])) == (chat and task != "rolling")
         for mine, yours in zip(a["resps"], b["resps"], strict=True):
             if task == "generation":
                 assert mine == yours, a["doc"]
@@ -86,8 +98,8 @@ def test_every_answer_is_that_of_transformers(task: str, found: dict[str, Any]) 
                 assert float(mine[0]) == pytest.approx(float(yours[0]), rel=1e-6), a["doc"]
 
 
-def test_every_figure_is_that_of_transformers(found: dict[str, Any]) -> None:
-    theirs, ours = (found[model]["results"] for model in ("hf", "grok_engine"))
+def test_every_figure_is_that_of_transformers(found: dict[tuple[str, bool], Any]) -> None:
+    theirs, ours = (found[model, False]["results"] for model in ("hf", "grok_engine"))
     figures = {
         (task, name): value for task, values in ours.items() for name, value in values.items() if "," in str(name)
     }
