@@ -16,7 +16,7 @@ from grok_bench import contestant as decorator
 from grok_bench.kernels import cases, contestant, lineup, peers_gpu
 from grok_bench.kernels.attention import Attend
 from grok_bench.kernels.case import error
-from grok_bench.kernels.problems import OPS, Problem, select
+from grok_bench.kernels.problems import Problem, select
 from grok_bench.schema import KernelResult, load
 from grok_engine.cli import main
 
@@ -25,7 +25,7 @@ README = Path(__file__).parents[1] / "benchmarks" / "README.md"
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contestant, "_contestants", {op: [] for op in OPS})
+    monkeypatch.setattr(contestant, "_contestants", {})
     lineup.load()
 
 

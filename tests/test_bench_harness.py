@@ -17,7 +17,6 @@ from grok_bench.kernels.contestant import Contestant
 from grok_bench.kernels.device import Ceiling, Device
 from grok_bench.kernels.entrant import Dropped, Entrant, Local
 from grok_bench.kernels.harness import Lane
-from grok_bench.kernels.problems import OPS
 from grok_bench.schema import KernelResult, Score, load
 from grok_bench.spread import interval
 from grok_engine.cli import main
@@ -205,7 +204,7 @@ def hangs(x, weight, eps):
 
 
 def test_in_a_process_of_its_own_it_may_die_or_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contestant, "_contestants", {op: [] for op in OPS})
+    monkeypatch.setattr(contestant, "_contestants", {})
     plugin, file = tmp_path / "plugin.py", tmp_path / "found.json"
     plugin.write_text(PLUGIN)
     options = [
