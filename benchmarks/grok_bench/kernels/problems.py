@@ -153,19 +153,22 @@ def select(patterns: Sequence[str], sizes: Mapping[str, Value] | None = None) ->
     there is no problem.
     """
     found: dict[str, Problem] = {}
+    sizes = sizes or {}
     for pattern in patterns or ("*",):
         op = pattern.split("/")[0]
         some = [f for f in FAMILIES if f.op == op] if re.fullmatch(r"\w+", op) and op != pattern else FAMILIES
-        own = [p for f in some for p in f if fnmatchcase(p.name, pattern)] or [p for f in some for p in f.sized(pattern)]
+        own = [p for f in some for p in f if fnmatchcase(p.name, pattern)] or [
+            p for f in some for p in f.sized(pattern)
+        ]
         if not own:
             raise ValueError(
                 f"no problem matches {pattern!r}: names are OP/MODEL/PHASE/DETAILS, of ops {', '.join(ops())} and "
                 f"models {', '.join(names())}; `grok-engine bench list` shows the rest"
             )
-        found |= {p.name: p for q in own if (p := q.having(sizes or {})).name not in found}
-    for name, value in (sizes or {}).items():
+        found = {p.name: p for p in [*found.values(), *own]}
+    for name, value in sizes.items():
         _check_size(name, value, list(found.values()))
-    return list(found.values())
+    return list({p.name: p for p in (q.having(sizes) for q in found.values())}.values())
 
 
 def _check_size(name: str, value: Value, chosen: Sequence[Problem]) -> None:
@@ -180,8 +183,6 @@ def _check_size(name: str, value: Value, chosen: Sequence[Problem]) -> None:
     if not families and not (modelled and name in {f.name for f in fields(ModelConfig)}):
         axes = ", ".join(dict.fromkeys(axis for p in chosen for axis in p.family.axes))
         raise ValueError(f"--set {name}={value}: these problems have {axes}, and sizes of a model, as in d_model=512")
-    for p in modelled:
-        p.shape  # noqa: B018 - refuses what is no model
 
 
 def parse_sizes(texts: Sequence[str]) -> dict[str, Value]:

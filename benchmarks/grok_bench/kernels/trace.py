@@ -278,15 +278,16 @@ def _status(score: Score) -> str:
 
 
 def _plain(file: Path) -> str:
-    """The source of a plug-in without what is of grok_bench: imports and decorators."""
+    """The source of a plug-in without what is of grok_bench: imports, decorators and calls."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    for node in list(tree.body):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            names = [a for a in node.names if "grok_bench" not in (a.name, getattr(node, "module", ""))]
-            if names:
-                node.names = names
-            else:
-                tree.body.remove(node)
-        elif isinstance(node, ast.FunctionDef):
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
             node.decorator_list = [d for d in node.decorator_list if "grok_bench" not in ast.unparse(d)]
-    return ast.unparse(tree) + "\n"
+        elif isinstance(node, ast.Import):
+            node.names = [a for a in node.names if a.name != "grok_bench"]
+    kept = [node for node in tree.body if getattr(node, "names", True) and _independent(node)]
+    return ast.unparse(ast.Module(kept, [])) + "\n"
+
+
+def _independent(node: ast.stmt) -> bool:
+    return isinstance(node, ast.FunctionDef) or "grok_bench" not in ast.unparse(node)

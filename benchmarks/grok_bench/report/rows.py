@@ -202,11 +202,11 @@ def _score(r: KernelResult, s: Score, scale: float) -> Row:
         cells = (duration(s.seconds), interval(s.seconds, s.low, s.high), *rates, share, speedup, error)
         return Row(s.contestant, s.ours, s.status, cells)
     tolerance = r.tolerance if s.tolerance is None else s.tolerance
-    allowed = "" if tolerance is None else f" where {tolerance:.1e} is allowed"
+    off = f"error {error or '?'}" + ("" if tolerance is None else f" where {tolerance:.1e} is allowed")
     because = f": {s.message}" if s.message else ""
     notes = {
         "ok": "no quiet round, so no time",
-        "wrong": f"WRONG, not timed: error {error or '?'}{allowed}{because}",
+        "wrong": f"WRONG{because if s.message and s.error is None else f': {off}{because}'}",
         "failed": f"FAILED{because}",
         "timeout": f"TIMED OUT{because}",
         "missing": "missing, see below",
