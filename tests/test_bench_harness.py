@@ -222,7 +222,7 @@ def test_in_a_process_of_its_own_it_may_die_or_hang(tmp_path: Path, monkeypatch:
         "--threads",
         "1",
         "--limit",
-        "5",
+        "1",
         "--plugin",
         str(plugin),
         "--json",

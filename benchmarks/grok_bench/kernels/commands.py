@@ -162,9 +162,7 @@ def kernels_command(
     bad = sum(status in rows.BAD for status in states)
     counts = [f"{states.count('ok')} ok", f"{bad} bad", f"{states.count('missing')} missing"]
     counts += [f"{states.count('noisy')} noisy"] if "noisy" in states else []
-    console.print(
-        f"{len(results)} of {len(chosen)} problems; of {' and '.join(mine)}: {', '.join(counts)}", markup=False
-    )
+    console.print(f"{len(results)} of {len(chosen)} problems; of the subject {', '.join(counts)}", markup=False)
     if found.interrupted or bad:
         raise click.exceptions.Exit(130 if found.interrupted else 1)
 

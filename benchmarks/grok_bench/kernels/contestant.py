@@ -58,7 +58,7 @@ def register(*contestants: Contestant) -> None:
 
 
 def contestant(op: str, name: str = "", *, prepare: bool = False, **options: Any) -> Callable[[Function], Function]:
-    """Decorator: the function is a contestant for `op`, called with the op's arguments (of `grok_kernels.<op>`) in order.
+    """Decorator: the function is a contestant for `op`, called with its arguments, as `grok_kernels.<op>` has them.
 
     With `prepare` the function gets them once, untimed, and returns a function without arguments that is timed.
     `enters` picks problems: `enters=lambda p: p["format"] == "fp8"`. Other options are members of `Contestant`.

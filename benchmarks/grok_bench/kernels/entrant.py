@@ -8,8 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
 from math import inf
+from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 import torch

@@ -17,7 +17,7 @@ from .problems import FAMILIES, select
 
 
 def load(plugins: Sequence[str | Path] = ()) -> list[str]:
-    """Fill the registry: ours, the peers, then those of plug-ins, whose names are returned.
+    """Fill the registry: ours, the peers, then those of plug-ins; return the names of those in files.
 
     A plug-in is a Python file that registers contestants and problems, or a folder in the format of FlashInfer-Trace.
     ValueError for one that fails.
@@ -27,13 +27,15 @@ def load(plugins: Sequence[str | Path] = ()) -> list[str]:
             _add_ours(op)
         for module in (peers_torch, peers_cpu, peers_gpu):
             module.add()
-    before = contestant.everyone()
-    for path in plugins:
+    mine = list[Contestant]()
+    for path in map(Path, plugins):
+        before = contestant.everyone()
         try:
-            trace.read(Path(path)) if Path(path).is_dir() else runpy.run_path(str(path), run_name="grok_bench_plugin")
-        except Exception as error:  # noqa: PERF203 - whatever it raises
+            trace.read(path) if path.is_dir() else runpy.run_path(str(path), run_name="grok_bench_plugin")
+        except Exception as error:  # whatever it raises
             raise ValueError(f"--plugin {path}: {type(error).__name__}: {error}") from error
-    return [c.name for c in contestant.everyone() if c not in before]
+        mine += [] if path.is_dir() else [c for c in contestant.everyone() if c not in before]
+    return [c.name for c in mine]
 
 
 def _add_ours(op: str) -> None:

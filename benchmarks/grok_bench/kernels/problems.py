@@ -135,8 +135,8 @@ def family(
     """Decorator: the function builds the problems of `op`, and of the ops `more`. `options`: members of `Family`."""
 
     def add(build: Build) -> Build:
-        for name in (op, *more):
-            FAMILIES.append(Family(op=name, details=details, axes=axes, build=build, **options))  # type: ignore[arg-type]
+        made = {"details": details, "axes": axes, "build": build, **options}
+        FAMILIES.extend(Family(op=name, **made) for name in (op, *more))  # type: ignore[arg-type]
         return build
 
     return add

@@ -52,11 +52,9 @@ def report_command(
     """Show result files in the terminal, or write them as Markdown, a page, a figure or a table."""
     loaded = [rows.with_subject(load(path), subject) for path in files]
     made: dict[Path | None, Callable[[], str]] = {
+        markdown_path: lambda: markdown.render(files, loaded, (markdown_path or files[0]).parent),
         html_path: lambda: page.render(loaded),
         figure_path: lambda: figure.svg(loaded),
-        markdown_path: lambda: markdown.render(
-            files, loaded, files[0].parent if not markdown_path else markdown_path.parent
-        ),
         csv_path: lambda: rows.as_csv(loaded),
     }
     for path, make in made.items():
