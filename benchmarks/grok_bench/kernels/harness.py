@@ -25,6 +25,7 @@ from .device import Ceiling, Device
 from .entrant import Dropped, Entrant
 
 NOISE, BUSY = 1.15, 0.6
+TICK = 1e-9  # seconds: a clock may not tell the end of an empty call from its start
 FALLEN = 0.9  # of the ceiling's rate at first: what it falls to without a warning
 FEWEST, PATIENCE = 5, 5  # least quiet rounds of a result, and the multiple of the seconds to wait for them
 NARROW, ENOUGH = 0.02, 15  # rounds end when every interval is this narrow (of its median), after at least so many
@@ -180,7 +181,7 @@ def _round(lanes: list[Lane], number: int) -> list[float]:
         lane = lanes[which]
         assert lane.entrant is not None
         try:
-            taken[which] = lane.entrant.time(number * stride + which)
+            taken[which] = max(lane.entrant.time(number * stride + which), TICK)
         except Dropped as dropped:
             status, message = dropped.args
             lane.drop(_after(status), message)
