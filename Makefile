@@ -69,9 +69,8 @@ sanitize: $(BUILT) ## run the tests of the native kernels with the address and u
 soak: $(BUILT) ## run random traffic of everything at once against each request alone (MINUTES=3 SOAK_ARGS="--seed 7")
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.soak --minutes $(MINUTES) $(SOAK_ARGS)
 
-bench: $(BUILT) ## run the quick kernels, the runtime's overhead and a decode step of 1.30 B parameters
+bench: $(BUILT) ## run the quick kernels and a decode step of 1.30 B parameters, by part
 	$(BIN)/grok-engine bench kernels @quick --seconds 1 --no-compile
-	$(BIN)/python -m benchmarks.bench_runtime
 	$(BIN)/python -m benchmarks.bench_step_share
 
 bench-cpu: $(BUILT) ## measure the CPU's kernels beside its ceilings and peers (BENCH_ARGS="'moe/*' --json FILE")
