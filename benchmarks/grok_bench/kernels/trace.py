@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..schema import KernelResult, ResultFile, Score
@@ -66,6 +65,15 @@ def _json(folder: Path) -> Iterator[Any]:
     for path in sorted([*folder.rglob("*.json"), *folder.rglob("*.jsonl")]):
         text = path.read_text(encoding="utf-8")
         yield from map(json.loads, filter(None, text.splitlines()) if path.suffix == ".jsonl" else [text])
+
+
+def _safetensors() -> Any:
+    """ValueError where the package is not installed."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ValueError("FlashInfer-Trace needs safetensors: pip install '.[bench]'") from None
+    return safetensors.torch
 
 
 @cache
@@ -115,7 +123,7 @@ def _input(folder: Path, device: str, d: Mapping[str, Any], workload: Mapping[st
     if given["type"] == "scalar":
         return given["value"]
     if given["type"] == "safetensors":
-        return load_file(folder / given["path"])[given["tensor_key"]].to(device, copy=True)
+        return _safetensors().load_file(folder / given["path"])[given["tensor_key"]].to(device, copy=True)
     sizes, dtype = _sizes(d, workload, tensor), getattr(torch, tensor["dtype"])
     if not dtype.is_floating_point:
         most = 2 if dtype == torch.bool else 128 if dtype == torch.int8 else 1024
@@ -166,7 +174,9 @@ class Writer:
         self._axes: dict[str, Any] = {}
         self._variable = {axis: v for axis, v in problem.values if isinstance(v, int)}
         blob = f"blob/workloads/{name}.safetensors"
-        inputs, given, stored, called = {}, {}, {}, []
+        inputs: dict[str, Any] = {}
+        given: dict[str, Any] = {}
+        stored, called = dict[str, Tensor](), list[str]()
         for key, x in self._arguments(case):
             if isinstance(x, Tensor):
                 inputs[key], given[key] = self._tensor(x), {"type": "random"}
@@ -206,7 +216,7 @@ class Writer:
         }  # fmt: skip
         if stored:
             (self._folder / blob).parent.mkdir(parents=True, exist_ok=True)
-            save_file(stored, self._folder / blob)
+            _safetensors().save_file(stored, self._folder / blob)
         self._put(f"definitions/{problem.op}/{name}.json", definition)
         self._put(f"workloads/{problem.op}/{name}.jsonl", {"definition": name, "workload": workload})
         traces = list[dict[str, Any]]()
