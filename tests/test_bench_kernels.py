@@ -37,11 +37,12 @@ def results(path: Path) -> list[KernelResult]:
 
 # Every format and kind of problem, and every contestant of a CPU, at sizes that take no time
 EVERYTHING = (
-    "*/grok-1/*/t[14]", "*/mixtral-8x7b/decode/t4", "rope_store_kv/grok-1/decode/*-p16-t4",
+    "*/grok-1/*/t4", "sandwich_norm/mixtral-8x7b/decode/t4", "rope_store_kv/grok-1/decode/*-p16-t4",
     "paged_attention/grok-[12]/*/*-p16-[bq]*-l256", "paged_attention/mixtral-8x7b/decode/bf16-p16-b1-l256",
-    "group_tokens/grok-1/decode/*-t4", "grouped_gemm/grok-1/decode/w13-*-t4", "grouped_gemm/grok-1/decode/[qo]*-t4",
-    "moe/grok-[12]/decode/*-t4", "moe_fp8/grok-1/decode/*-t4", "moe/mixtral-8x7b/decode/*-even-t1",
-    "sample_top_p/grok-1/decode/b[12]",
+    "group_tokens/grok-1/decode/*-t4", "grouped_gemm/grok-1/decode/w13-*-even-t4",
+    "grouped_gemm/grok-1/decode/w13-int8-*-t4", "grouped_gemm/grok-1/decode/[qo]*-t4",
+    "moe/grok-1/decode/*-even-t4", "moe/grok-1/decode/int8-*-t1", "moe/mixtral-8x7b/decode/fp8-even-t4",
+    "moe_fp8/grok-1/decode/*-t4", "sample_top_p/grok-1/decode/b[12]",
 )  # fmt: skip
 
 

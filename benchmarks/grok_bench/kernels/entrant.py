@@ -110,13 +110,20 @@ def limited(seconds: float, end: float = inf) -> Iterator[None]:
         yield
         return
 
+    over = list[Dropped]()
+
     def stop(*_: Any) -> None:
-        raise _too_long(seconds, left)
+        over.append(_too_long(seconds, left))
+        raise over[0]
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, min(seconds, left))
     try:
         yield
+    except Exception:  # a compiler may wrap what it is stopped by
+        if over:
+            raise over[0] from None
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
