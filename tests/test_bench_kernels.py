@@ -23,8 +23,9 @@ from grok_engine.models.families import PRESETS
 
 
 @pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A registry without what other tests put there, and as many threads as before."""
+def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A registry without what other tests put there, a cache of its own, and as many threads as before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(contestant, "_contestants", {})
     before = torch.get_num_threads()
     yield
