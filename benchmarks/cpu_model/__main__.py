@@ -116,13 +116,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--new", type=int, default=16, help="tokens decoded by each request")
     parser.add_argument("--threads", type=int, help="of both engines; torch's default without")
     parser.add_argument("--json", type=Path, help="write a summary there")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model, two rounds: whether it runs, not how fast")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, one round: whether it runs, not how fast")
     a = parser.parse_args(arguments)
     if a.threads:
         torch.set_num_threads(a.threads)
     config = small_configuration() if a.smoke else configuration()
     kinds = a.kinds if importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf") else ()
-    limits = Limits(60.0, 2, CALL, pick=False) if a.smoke else Limits(a.seconds, a.rounds, CALL)
+    limits = Limits(60.0, 1, CALL, pick=False) if a.smoke else Limits(a.seconds, a.rounds, CALL)
     machine, console, results = Device(small=a.smoke), table.terminal(), list[KernelResult]()
     command = shlex.join(["python", "-m", "benchmarks.cpu_model", *(sys.argv[1:] if arguments is None else arguments)])
     file = ResultFile(

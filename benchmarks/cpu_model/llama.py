@@ -61,7 +61,7 @@ class Llama:
         self.vocabulary = self.api.llama_vocab_n_tokens(self.api.llama_model_get_vocab(self.model))
         self.batch = self.api.llama_batch_init(BATCH, 0, 1)
 
-    def check(self) -> None:
+    def check(self, again: bool = False) -> None:
         """Warm up. There is no error to return: random tokens have no right answer that both engines share."""
         self._run([(0, i) for i in range(WARM)])
 

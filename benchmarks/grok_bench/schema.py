@@ -18,7 +18,8 @@ from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 SCHEMA = "grok-bench/2"
 Scalar: TypeAlias = str | int | float | bool | None
-Status = Literal["ok", "wrong", "failed", "missing", "timeout"]
+# "noisy": right, but the machine was too busy for a time; neither a failure nor a regression
+Status = Literal["ok", "noisy", "wrong", "failed", "missing", "timeout"]
 
 
 class SchemaError(ValueError):
@@ -58,11 +59,11 @@ class Score:
     """One contestant on one problem.
 
     `seconds` is the median over the problem's rounds and `low`, `high` its 95% interval; None unless "ok".
-    `speedup` is the median over rounds of (best peer's time / own time); ours have its 95% interval, too.
+    `speedup` is the median over rounds of (best peer's time / own time), with its 95% interval.
     """
 
     contestant: str
-    ours: bool = False
+    ours: bool = False  # of the subject, which is measured against the others
     status: Status = "ok"
     message: str = ""
     error: float | None = None
@@ -94,6 +95,13 @@ class GpuState:
     held_back: float
     readings: int
 
+    @property
+    def fell(self) -> str:
+        """A warning, if the clock fell during the rounds; else empty."""
+        if self.least_clock_mhz >= 0.95 * self.clock_mhz:
+            return ""
+        return f"the clock fell to {self.least_clock_mhz:.0f} MHz, from {self.clock_mhz:.0f} as a rule"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelResult:
@@ -112,6 +120,7 @@ class KernelResult:
     best_peer: str | None = None
     scores: list[Score] = field(default_factory=list)
     gpu: GpuState | None = None
+    warnings: list[str] = field(default_factory=list)  # what disturbed these rounds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +173,7 @@ class ResultFile:
     results: list[KernelResult] | list[EngineResult]
     ceilings: dict[str, Ceiling] = field(default_factory=dict)
     interrupted: bool = False
+    warnings: list[str] = field(default_factory=list)  # what makes the whole file doubtful
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"))
 
     @property
@@ -201,7 +211,9 @@ def _plain(value: Any, samples: bool) -> Any:
     if not is_dataclass(value):
         return value
     members = {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
-    return {name: _plain(member, samples) for name, member in members.items() if samples or name != "samples"}
+    left_out = {"samples"} if not samples else set()
+    left_out |= {f.name for f in fields(value) if f.name == "warnings" and not members.get("warnings")}
+    return {name: _plain(member, samples) for name, member in members.items() if name not in left_out}
 
 
 def load(path: str | Path) -> ResultFile:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .case import TURNS, Case, copies
 from .contestant import Contestant
 from .data import Once, kept
-from .problems import Problem
+from .problems import CONTEXTS, KV, PAGES, Problem, family
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,24 @@ class Attend:
         )  # fmt: skip
 
 
+def footprint(p: Problem) -> float:
+    m = p.shape
+    values = 2 * p.number("context") * m.num_kv_heads * m.head_dim * dict(p.values).get("batch", 1)
+    return int(values) * (2 if p["kv"] == "bf16" else 3)  # fp8 values are converted from bf16 ones
+
+
+@family(  # one query for each request of the batch
+    "paged_attention",
+    "{kv}-p{page}-b{batch}-l{context}",
+    {"kv": KV, "page": PAGES, "batch": (1, 8, 64, 256), "context": CONTEXTS},
+    phase="decode",
+    footprint=footprint,
+)
+@family(  # the last queries of one request
+    "paged_attention", "{kv}-p{page}-q{queries}-l{context}",
+    {"kv": KV, "page": PAGES, "queries": (128, 512, 2048, 16384), "context": CONTEXTS}, phase="prefill",
+    footprint=footprint, keep=lambda values: int(values["queries"]) <= int(values["context"]),
+)  # fmt: skip
 def build(p: Problem, device: str, cold: int) -> Case:
     m, length, page, fp8 = p.shape, p.number("context"), p.number("page"), p["kv"] == "fp8"
     batch, queries = (p.number("batch"), 1) if p.family.phase == "decode" else (1, p.number("queries"))
@@ -115,12 +133,6 @@ def build(p: Problem, device: str, cold: int) -> Case:
         weight_bytes=1 if fp8 else 2,
         stored=2 * batch * g * length * c,
     )
-
-
-def footprint(p: Problem) -> float:
-    m = p.shape
-    values = 2 * p.number("context") * m.num_kv_heads * m.head_dim * dict(p.values).get("batch", 1)
-    return int(values) * (2 if p["kv"] == "bf16" else 3)  # fp8 values are converted from bf16 ones
 
 
 def capped(p: Problem) -> bool:

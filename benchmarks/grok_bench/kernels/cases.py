@@ -1,59 +1,43 @@
-"""From a problem to its data: which function builds it, and whether it fits into memory."""
+"""From a problem to its data, where it fits into memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
+from math import inf
 
 import torch
 
 from ..schema import KernelResult
-from . import attention, gemm, moe, rowwise
+from . import attention, gemm, moe, ours, rowwise  # noqa: F401 - they register their families
 from .case import Case, seed
 from .data import forget
+from .entrant import limited
 from .problems import Problem
-
-BUILD: dict[str, Callable[[Problem, str, int], Case]] = {
-    "rms_norm": rowwise.rms_norm,
-    "sandwich_norm": rowwise.sandwich_norm,
-    "sandwich_norm_fp8": rowwise.sandwich_norm_fp8,
-    "rope_store_kv": rowwise.rope_store_kv,
-    "paged_attention": attention.build,
-    "route_topk": rowwise.route,
-    "route_and_group": rowwise.route,
-    "group_tokens": rowwise.group_tokens,
-    "quantize_fp8": rowwise.quantize,
-    "quantize_int8": rowwise.quantize,
-    "grouped_gemm": gemm.build,
-    "moe": moe.build,
-    "moe_fp8": moe.build,
-    "sample_top_p": rowwise.sample_top_p,
-}
-FOOTPRINT: dict[str, Callable[[Problem], float]] = {
-    "paged_attention": attention.footprint,
-    "grouped_gemm": gemm.footprint,
-    "moe": moe.footprint,
-    "moe_fp8": moe.footprint,
-}
 
 
 class TooLarge(ValueError):
     """A problem that the device's memory cannot hold."""
 
 
-def build(p: Problem, device: str, cold: int = 0, free: float | None = None) -> Case:
+def build(p: Problem, device: str, cold: int = 0, free: float | None = None, end: float = inf) -> Case:
     """The data of a problem; successive calls take other data until they have gone through `cold` bytes.
 
-    TooLarge where `free` bytes do not hold it.
+    TooLarge where `free` bytes do not hold it; Dropped where it is not made before `end`, by `time.perf_counter()`.
     """
     forget(p.op)
-    need = cold + (FOOTPRINT[p.op](p) if p.op in FOOTPRINT else 0.0)
+    need = cold + p.family.footprint(p)
     if free is not None and need > free:
         raise TooLarge(f"{p.name} needs {need / 1e9:.1f} GB on {device}, {free / 1e9:.1f} GB are available")
     seed(p.name)
     try:
-        return BUILD[p.op](p, device, cold)
+        with limited(inf, end):
+            case = p.family.build(p, device, cold)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise TooLarge(f"{p.name} does not fit on {device}: {str(error).splitlines()[0]}") from None
+    if p.family.modelled:
+        case.names = ours.names(p.op)
+        case.due, case.watched = partial(ours.due, p.op), partial(ours.watched, p.op)
+    return case
 
 
 def work(p: Problem, case: Case) -> KernelResult:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import runpy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any, TypeVar
 
 from . import ours
-from .problems import OPS, Problem
+from .problems import Problem, ops
 
 Call = Callable[[], Any]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -37,28 +35,30 @@ class Contestant:
     within: Callable[[], AbstractContextManager[Any]] = nullcontext  # around each call, outside its time
     tolerance: float | None = None  # where not the problem's
     weight_bytes: float | None = None  # of a weight in its own copy; None: it takes them as they are
+    prepares_rows: bool = False  # untimed, so that after a change of the rows it must be bound again
+    source: tuple[str, str] | None = None  # the file and the name of a plug-in's function
     on_request: bool = False  # takes part only where a pattern names it
     compiles: bool = False  # its first call takes seconds: left out of smoke runs
 
 
-_contestants: dict[str, list[Contestant]] = {op: [] for op in OPS}
+_contestants: dict[str, list[Contestant]] = {}
 
 
 def register(*contestants: Contestant) -> None:
     """ValueError for an unknown op or device, or a name that the op has already."""
     for c in contestants:
-        if c.op not in _contestants:
-            raise ValueError(f"contestant {c.name!r} is for op {c.op!r}, expected one of {', '.join(OPS)}")
-        if any(other.name == c.name for other in _contestants[c.op]):
+        if c.op not in ops():
+            raise ValueError(f"contestant {c.name!r} is for op {c.op!r}, expected one of {', '.join(ops())}")
+        if any(other.name == c.name for other in _contestants.get(c.op, ())):
             raise ValueError(f"op {c.op} already has a contestant {c.name!r}")
         unknown = [device for device in c.devices if device not in DEVICES]
         if unknown:
             raise ValueError(f"contestant {c.name!r} is for device {unknown[0]!r}, expected {' or '.join(DEVICES)}")
-        _contestants[c.op].append(c)
+        _contestants.setdefault(c.op, []).append(c)
 
 
 def contestant(op: str, name: str = "", *, prepare: bool = False, **options: Any) -> Callable[[Function], Function]:
-    """Decorator: the function is a contestant for `op`, called with the arguments of `grok_kernels.<op>`, in order.
+    """Decorator: the function is a contestant for `op`, called with its arguments, as `grok_kernels.<op>` has them.
 
     With `prepare` the function gets them once, untimed, and returns a function without arguments that is timed.
     `enters` picks problems: `enters=lambda p: p["format"] == "fp8"`. Other options are members of `Contestant`.
@@ -72,19 +72,15 @@ def contestant(op: str, name: str = "", *, prepare: bool = False, **options: Any
                 return call
             return lambda: function(*args)
 
-        register(Contestant(name=name or function.__name__, op=op, bind=bind, **options))
+        source = None if prepare else (function.__code__.co_filename, function.__name__)
+        register(Contestant(name=name or function.__name__, op=op, bind=bind, source=source, **options))
         return function
 
     return add
 
 
-def plug_in(files: Sequence[str | Path]) -> None:
-    """Run files that register contestants. ValueError for a file that fails."""
-    for file in files:
-        try:
-            runpy.run_path(str(file), run_name="grok_bench_plugin")
-        except Exception as error:  # noqa: PERF203 - whatever it raises
-            raise ValueError(f"--plugin {file}: {type(error).__name__}: {error}") from error
+def everyone() -> list[Contestant]:
+    return [c for several in _contestants.values() for c in several]
 
 
 def entrants(problem: Problem, device: str, patterns: Sequence[str] = (), compiles: bool = True) -> list[Contestant]:
@@ -94,7 +90,7 @@ def entrants(problem: Problem, device: str, patterns: Sequence[str] = (), compil
         named = any(fnmatchcase(c.name, pattern) for pattern in patterns) if patterns else not c.on_request
         return named and device in c.devices and (compiles or not c.compiles) and c.enters(problem)
 
-    return [c for c in _contestants[problem.op] if wanted(c)]
+    return [c for c in _contestants.get(problem.op, ()) if wanted(c)]
 
 
 def check(patterns: Sequence[str], problems: Sequence[Problem], device: str) -> None:

@@ -194,11 +194,16 @@ class Cuda(Device):
             torch.cuda.current_stream().wait_stream(side)
             captured = torch.cuda.CUDAGraph()
             with torch.cuda.graph(captured):
-                call()
+                result = call()
         except RuntimeError:
             self.recover()
             return call
-        return captured.replay
+
+        def replay() -> Any:
+            captured.replay()
+            return result
+
+        return replay
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()

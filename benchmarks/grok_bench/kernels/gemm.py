@@ -11,7 +11,10 @@ from torch import Tensor
 from .case import BF16_ERROR, EIGHT_BIT_ERROR, TURNS, Case, copies
 from .data import BYTES, Rows, Weights, kept, routing
 from .ours import quantize
-from .problems import Problem
+from .problems import ROUTINGS, TOKENS, Problem, family
+
+# The weights' format, with rows in bf16; with rows quantised beforehand (x); with rows quantised within the time (dyn).
+FORMATS = ("bf16", "int8", "fp8", "int8xint8", "fp8xfp8", "int8dyn", "fp8dyn")
 
 
 def parts(fmt: str) -> tuple[str, str]:
@@ -37,6 +40,13 @@ class Product:
         x, x_scale = self.quantized or (self.x_MK, None)
         return x, self.weights, self.rows.offsets, x_scale, torch.bfloat16
 
+    def flip(self) -> None:
+        """As `case.flip`, the quantised rows, too."""
+        self.x_MK.copy_(self.x_MK.flip(-1))
+        if self.quantized:
+            for old, new in zip(self.quantized, quantize(self.x_MK, parts(self.fmt)[1]), strict=True):
+                old.copy_(new)
+
     @property
     def dynamic(self) -> str:
         """The format that rows are to be quantised to within the call; empty if they are not."""
@@ -55,6 +65,24 @@ def size(p: Problem) -> tuple[int, int, int]:
     }[str(p["matrix"])]
 
 
+def footprint(p: Problem) -> float:
+    e, n, k = size(p)
+    rows = p.number("tokens") * (p.shape.num_experts_per_tok if e > 1 else 1)
+    weight = BYTES[parts(str(p["format"]))[0]]
+    # twice the weights, for our packed copy, and one matrix in fp32, twice
+    return 2 * e * n * k * weight + 8 * n * k + TURNS * 3 * rows * k + 6 * rows * n
+
+
+@family(
+    "grouped_gemm",
+    "{matrix}-{format}-{routing}-t{tokens}",
+    {"matrix": ("w13", "w2"), "format": FORMATS, "routing": ROUTINGS, "tokens": TOKENS},
+    footprint=footprint,
+)
+@family(  # dense: E = 1
+    "grouped_gemm", "{matrix}-{format}-t{tokens}",
+    {"matrix": ("qkv", "o", "head"), "format": FORMATS, "tokens": TOKENS}, footprint=footprint,
+)  # fmt: skip
 def build(p: Problem, device: str, cold: int) -> Case:
     m, fmt, (e, n, k) = p.shape, str(p["format"]), size(p)
     weight_format, row_format = parts(fmt)
@@ -76,6 +104,7 @@ def build(p: Problem, device: str, cold: int) -> Case:
     return Case(
         inputs=inputs,
         expected=exact,
+        renew=Product.flip,
         operations=2 * rows.total * n * k,
         bytes=hit * weight_bytes + rows.total * (k * (BYTES[row_format] if "x" in fmt else 2) + 2 * n),
         arithmetic=row_format,
@@ -84,14 +113,6 @@ def build(p: Problem, device: str, cold: int) -> Case:
         weight_bytes=weight_bytes,
         stored=e * n * k,
     )
-
-
-def footprint(p: Problem) -> float:
-    e, n, k = size(p)
-    rows = p.number("tokens") * (p.shape.num_experts_per_tok if e > 1 else 1)
-    weight = BYTES[parts(str(p["format"]))[0]]
-    # twice the weights, for our packed copy, and one matrix in fp32, twice
-    return 2 * e * n * k * weight + 8 * n * k + TURNS * 3 * rows * k + 6 * rows * n
 
 
 def product(x_MK: Tensor, weights: Weights, rows: Rows) -> Tensor:

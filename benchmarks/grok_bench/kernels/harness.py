@@ -1,9 +1,10 @@
 """The one way in which the suite times: contestants in interleaved rounds, between probes of the machine.
 
-Each contestant's result is compared with the truth before it is timed. A round is one call of every contestant, in an
-order that rotates, between two probes of the ceiling that bounds the problem. A round is thrown away if its probes
-differ by more than NOISE or fall under BUSY of the usual: something else had the cores. What is reported of the others
-are medians, of ratios within a round, since a shared machine changes from second to second.
+Each contestant's result is compared with the truth before it is timed, and again afterwards, with inputs that were
+changed in place: what remembers a result by the address of its inputs is wrong then. A round is one call of every
+contestant, in an order that rotates, between two probes of the ceiling that bounds the problem. A round is thrown away
+if its probes differ by more than NOISE or fall under BUSY of the usual: something else had the cores. What is reported
+of the others are medians, of ratios within a round, since a shared machine changes from second to second.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from math import isfinite
+from math import inf, isfinite
 from statistics import median
 from typing import Any
 
@@ -24,18 +25,24 @@ from .device import Ceiling, Device
 from .entrant import Dropped, Entrant
 
 NOISE, BUSY = 1.15, 0.6
+TICK = 1e-9  # seconds: a clock may not tell the end of an empty call from its start
+FALLEN = 0.9  # of the ceiling's rate at first: what it falls to without a warning
 FEWEST, PATIENCE = 5, 5  # least quiet rounds of a result, and the multiple of the seconds to wait for them
 NARROW, ENOUGH = 0.02, 15  # rounds end when every interval is this narrow (of its median), after at least so many
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds of rounds a problem, most rounds, seconds of a call; without `pick` no round is thrown away."""
+    """Seconds of rounds a problem, most rounds, seconds of a call; without `pick` no round is thrown away.
+
+    `end`: the time of `time.perf_counter()` after which no round begins, whatever is left to measure.
+    """
 
     seconds: float = 4.0
     rounds: int = 200
     call: float = 60.0
     pick: bool = True
+    end: float = inf
 
 
 @dataclass
@@ -83,11 +90,12 @@ def run(work: KernelResult, lanes: Sequence[Lane], device: Device, limits: Limit
         thrown_away = _rounds([lane for lane in lanes if lane.entrant], ceiling, rates, limits)
     except KeyboardInterrupt:
         interrupted = True
-    finally:
-        for lane in lanes:
-            if lane.entrant:
-                lane.entrant.close()
     gpu = device.state(began, time.perf_counter())
+    for lane in lanes:
+        if lane.entrant:
+            _check(lane, work.tolerance, again=True)
+        if lane.entrant:
+            lane.entrant.close()
     best_peer = _score(lanes, amount, rates, limits)
     result = replace(
         work,
@@ -98,30 +106,49 @@ def run(work: KernelResult, lanes: Sequence[Lane], device: Device, limits: Limit
         best_peer=best_peer,
         scores=[lane.score for lane in lanes],
         gpu=gpu,
+        warnings=_fell(rates) + ([gpu.fell] if gpu and gpu.fell else []),
     )
     if interrupted:
         raise Interrupted(result)
     return result
 
 
-def _check(lane: Lane, tolerance: float | None) -> None:
+def _check(lane: Lane, tolerance: float | None, again: bool = False) -> None:
     try:
-        lane.entrant = lane.enter()
-        error = lane.entrant.check()
+        lane.entrant = lane.entrant or lane.enter()
+        error = lane.entrant.check(again)
     except Dropped as dropped:
-        lane.drop(*dropped.args)
+        status, message = dropped.args
+        if again:
+            message, status = f"after the timing, with other inputs: {message}", _after(status)
+        lane.drop(status, message)
         return
     allowed = tolerance if lane.score.tolerance is None else lane.score.tolerance
     if error is not None:
-        lane.note(error=significant(error) if isfinite(error) else None)
-        if allowed is not None and not error <= allowed:
-            lane.drop("wrong")
+        right = allowed is None or error <= allowed
+        if not (again and right):
+            lane.note(error=significant(error) if isfinite(error) else None)
+        if not right:
+            lane.drop("wrong", "after the timing, with inputs changed in place" if again else "")
+
+
+def _after(status: str) -> str:
+    """The status of a contestant that drops out after its first call: it has the kernel."""
+    return "failed" if status == "missing" else status
+
+
+def _fell(rates: Sequence[float]) -> list[str]:
+    """A warning if the ceiling's rate fell during the rounds: clocks did, or something else took the machine."""
+    third = len(rates) // 3
+    if not third or (last := median(rates[-third:])) >= FALLEN * (first := median(rates[:third])):
+        return []
+    return [f"the rate of the ceiling fell by {1 - last / first:.0%} during the rounds"]
 
 
 def _rounds(lanes: list[Lane], ceiling: Ceiling, rates: list[float], limits: Limits) -> int:
     """Fill the lanes' samples, and `rates` with the ceiling's in the same rounds; return how many were thrown away."""
     thrown_away, began, before = 0, time.perf_counter(), ceiling.rate()
-    while lanes and len(rates) + thrown_away < limits.rounds:
+    while lanes and len(rates) + thrown_away < limits.rounds and time.perf_counter() < limits.end:
         spent = time.perf_counter() - began
         if spent > limits.seconds * (1 if len(rates) >= FEWEST else PATIENCE):
             break
@@ -154,10 +181,10 @@ def _round(lanes: list[Lane], number: int) -> list[float]:
         lane = lanes[which]
         assert lane.entrant is not None
         try:
-            taken[which] = lane.entrant.time(number * stride + which)
+            taken[which] = max(lane.entrant.time(number * stride + which), TICK)
         except Dropped as dropped:
             status, message = dropped.args
-            lane.drop("failed" if status == "missing" else status, message)  # it took the call before
+            lane.drop(_after(status), message)
             del taken[which]
             continue
         lane.best = taken[which] if lane.best is None else min(lane.best, taken[which])
@@ -175,7 +202,7 @@ def _score(lanes: Sequence[Lane], amount: float, rates: list[float], limits: Lim
     if len(rates) < (FEWEST if limits.pick else 1):
         for lane in timed:
             best = "" if lane.best is None else f"; the best of all rounds took {duration(lane.best)}"
-            lane.note(status="timeout", message=f"too few quiet rounds{best}")
+            lane.note(status="noisy", message=f"too few quiet rounds{best}")
         return None
     best_peer = min((p for p in timed if not p.score.ours), key=lambda lane: median(lane.samples), default=None)
     for lane in timed:
@@ -189,8 +216,6 @@ def _score(lanes: Sequence[Lane], amount: float, rates: list[float], limits: Lim
         )
         if best_peer is not None:
             ratios = [b / t for b, t in zip(best_peer.samples, lane.samples, strict=True)]
-            lane.note(speedup=significant(median(ratios)))
-            if lane.score.ours:
-                low, high = map(significant, interval(ratios))
-                lane.note(speedup_low=low, speedup_high=high)
+            low, high = map(significant, interval(ratios))
+            lane.note(speedup=significant(median(ratios)), speedup_low=low, speedup_high=high)
     return best_peer.score.contestant if best_peer else None

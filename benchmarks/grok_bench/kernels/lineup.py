@@ -2,45 +2,52 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from . import cases, contestant, ours, peers_cpu, peers_gpu, peers_torch
+from . import cases, contestant, ours, peers_cpu, peers_gpu, peers_torch, trace
 from .attention import without_softcap
 from .contestant import Contestant, register
 from .device import device
 from .entrant import Local
-from .problems import OPS, select
+from .problems import FAMILIES, select
 
 
-def load(plugins: Sequence[str | Path] = ()) -> None:
-    """Fill the registry: ours, the peers, then the contestants of these files. ValueError for a file that fails."""
-    if not any(c.ours for c in contestant._contestants[OPS[0]]):
-        _add_ours()
+def load(plugins: Sequence[str | Path] = ()) -> list[str]:
+    """Fill the registry: ours, the peers, then those of plug-ins; return the names of those in files.
+
+    A plug-in is a Python file that registers contestants and problems, or a folder in the format of FlashInfer-Trace.
+    ValueError for one that fails.
+    """
+    if not any(c.ours for c in contestant.everyone()):
+        for op in dict.fromkeys(family.op for family in FAMILIES if family.modelled):
+            _add_ours(op)
         for module in (peers_torch, peers_cpu, peers_gpu):
             module.add()
-    contestant.plug_in(plugins)
+    mine = list[Contestant]()
+    for path in map(Path, plugins):
+        before = contestant.everyone()
+        try:
+            trace.read(path) if path.is_dir() else runpy.run_path(str(path), run_name="grok_bench_plugin")
+        except Exception as error:  # whatever it raises
+            raise ValueError(f"--plugin {path}: {type(error).__name__}: {error}") from error
+        mine += [] if path.is_dir() else [c for c in contestant.everyone() if c not in before]
+    return [c.name for c in mine]
 
 
-def _add_ours() -> None:
-    for op in OPS:
-        for backend, devices in ours.BACKENDS.items():
-            one = Contestant(
-                name=f"grok_kernels {backend}",
-                op=op,
-                bind=partial(ours.bind, op, backend),
-                ours=True,
-                devices=devices,
-                missing=partial(ours.missing, op, backend),
-                within=partial(ours.within, backend),
-                on_request=backend == "reference",  # the definition, and not fast
-            )
-            register(one)
-            if op == "paged_attention" and backend != "reference":
-                # the same work as peers without a softcap
-                register(without_softcap(one))
+def _add_ours(op: str) -> None:
+    for backend, devices in ours.BACKENDS.items():
+        one = Contestant(
+            name=f"grok_kernels {backend}", op=op, bind=partial(ours.bind, op, backend), ours=True, devices=devices,
+            missing=partial(ours.missing, op, backend), within=partial(ours.within, backend),
+            on_request=backend == "reference",  # the definition, and not fast
+        )  # fmt: skip
+        register(one)
+        if op == "paged_attention" and backend != "reference":
+            register(without_softcap(one))  # the same work as peers without a softcap
 
 
 @dataclass(frozen=True)
@@ -58,9 +65,7 @@ class Task:
 def enter(task: Task) -> Local:
     """The entrant of a task, in the process that calls."""
     load(task.plugins)
-    op, model = task.problem.split("/")[:2]
-    whole = select([f"{op}/{model.removesuffix('-smoke')}/*"])
-    problem = next(p for p in ((q.small() if task.small else q) for q in whole) if p.name == task.problem)
+    (problem,) = select([task.problem])
     where = device(task.device, task.small, probed=False)
     (c,) = (c for c in contestant.entrants(problem, where.kind, ["*"]) if c.name == task.contestant)
     return Local(c, cases.build(problem, where.name, where.cold), where, task.limit)

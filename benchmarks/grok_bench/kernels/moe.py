@@ -15,7 +15,9 @@ from .case import BF16_ERROR, EIGHT_BIT_ERROR, TURNS, Case, copies
 from .data import BYTES, Rows, Weights, kept, routing
 from .gemm import parts, product
 from .ours import quantize
-from .problems import Problem
+from .problems import ROUTINGS, TOKENS, Problem, family
+
+FORMATS, DETAILS = ("bf16", "int8", "fp8", "int8dyn", "fp8dyn"), "{format}-{routing}-t{tokens}"
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
@@ -40,6 +42,10 @@ class Layer:
     def args(self) -> tuple[Any, ...]:
         act_format = parts(self.fmt)[1] if self.fmt.endswith("dyn") else "none"
         return self.x_TD, self.topk_weights, self.experts, self.w13, self.w2, self.activation, act_format
+
+    def flip(self) -> None:
+        """As `case.flip`."""
+        self.x_TD.copy_(self.x_TD.flip(-1))
 
     @cached_property
     def order(self) -> Tensor:
@@ -68,11 +74,27 @@ class QuantizedLayer(Layer):
     def quantized(self) -> tuple[Tensor, Tensor]:
         return quantize(self.x_TD, "fp8")
 
+    def flip(self) -> None:
+        super().flip()
+        for old, new in zip(self.quantized, quantize(self.x_TD, "fp8"), strict=True):
+            old.copy_(new)
+
     @property
     def args(self) -> tuple[Any, ...]:
         return (*self.quantized, *super().args[1:-1])
 
 
+def footprint(p: Problem) -> float:
+    m = p.shape
+    rows = p.number("tokens") * m.num_experts_per_tok
+    weight = BYTES[parts(str(p["format"]))[0]]
+    stored = 3 * m.num_experts * m.d_model * m.d_ff
+    # twice the weights, for our packed copy, and one matrix in fp32, twice
+    return 2 * stored * weight + 16 * m.d_model * m.d_ff + TURNS * 2 * rows * m.d_model + 12 * rows * m.d_ff
+
+
+@family("moe", DETAILS, {"format": FORMATS, "routing": ROUTINGS, "tokens": TOKENS}, footprint=footprint)
+@family("moe_fp8", DETAILS, {"format": ("fp8xfp8",), "routing": ROUTINGS, "tokens": TOKENS}, footprint=footprint)
 def build(p: Problem, device: str, cold: int) -> Case:
     m, t, fmt = p.shape, p.number("tokens"), str(p["format"])
     e, a, d, f = m.num_experts, m.num_experts_per_tok, m.d_model, m.d_ff
@@ -100,6 +122,7 @@ def build(p: Problem, device: str, cold: int) -> Case:
     return Case(
         inputs=inputs,
         expected=exact,
+        renew=made.flip,
         operations=2 * t * a * 3 * d * f,
         bytes=hit * weight_bytes + (row_bytes + 2) * t * d,
         arithmetic=row_format,
@@ -108,15 +131,6 @@ def build(p: Problem, device: str, cold: int) -> Case:
         weight_bytes=weight_bytes,
         stored=stored,
     )
-
-
-def footprint(p: Problem) -> float:
-    m = p.shape
-    rows = p.number("tokens") * m.num_experts_per_tok
-    weight = BYTES[parts(str(p["format"]))[0]]
-    stored = 3 * m.num_experts * m.d_model * m.d_ff
-    # twice the weights, for our packed copy, and one matrix in fp32, twice
-    return 2 * stored * weight + 16 * m.d_model * m.d_ff + TURNS * 2 * rows * m.d_model + 12 * rows * m.d_ff
 
 
 def with_silu(inputs: Layer) -> Layer:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ import grok_kernels
 from .data import Weights
 
 BACKENDS = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}  # and their devices
+WRITTEN = ("k_cache", "v_cache", "k_scale", "v_scale")  # by rope_store_kv
 within = grok_kernels.use_backend  # a context in which one backend is forced
 rope_table = grok_kernels.rope_table
 
@@ -61,6 +63,32 @@ def _quantized_product(fmt: str, args: tuple[Any, ...]) -> Tensor:
     x_MK, weight, offsets, _, out_dtype = args
     q_MK, x_scale = quantize(x_MK, fmt)
     return grok_kernels.grouped_gemm(q_MK, weight, offsets, x_scale, out_dtype)
+
+
+def due(op: str, inputs: Any) -> Any:
+    """Tensors without data, of the shapes and dtypes that the op's contract states."""
+    stated = getattr(grok_kernels, op).__wrapped__(*arguments(inputs.args))
+    several = isinstance(stated[0], tuple) and hasattr(stated[0], "dtype")
+    made = [torch.empty(one.shape, dtype=one.dtype, device="meta") for one in (stated if several else (stated,))]
+    return made if several else made[0]
+
+
+def names(op: str) -> list[str]:
+    """The names of the arguments of an op."""
+    return list(inspect.signature(getattr(grok_kernels, op)).parameters)
+
+
+def watched(op: str, inputs: Any) -> dict[str, Tensor]:
+    """The tensors among the arguments, by their names, but for those that the op writes."""
+
+    def tensors() -> Iterator[tuple[str, Any]]:
+        for name, value in zip(names(op), inputs.args, strict=False):
+            if isinstance(value, Weights):
+                yield from ((f"{name}.values", value.values), (f"{name}.scale", value.scale))
+            elif name not in WRITTEN:
+                yield name, value
+
+    return {name: x for name, x in tensors() if isinstance(x, Tensor)}
 
 
 def memory(size: int) -> Tensor:

@@ -32,7 +32,7 @@ def add() -> None:
     register(
         Contestant(
             name="torch _scaled_grouped_mm, a scale a row", op="grouped_gemm", bind=_scaled_grouped_mm,
-            devices=("cuda",), enters=lambda p: p["format"] == "fp8xfp8",
+            devices=("cuda",), enters=lambda p: p["format"] == "fp8xfp8", prepares_rows=True,
         )
     )  # fmt: skip
     for name, bind, phases in (

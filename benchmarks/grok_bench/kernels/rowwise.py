@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from .case import TURNS, Case, Plain, copies
 from .data import routing
 from .ours import reference, rope_table
-from .problems import Problem
+from .problems import KV, PAGES, ROUTINGS, TOKENS, Problem, family
 
 EPS, GROUP = 1e-5, 128
 FP8_ERROR, INT8_ERROR = 0.04, 0.02  # of values rounded with a scale for each group
@@ -30,12 +29,14 @@ def _rows(p: Problem, device: str) -> tuple[int, int, Callable[[], Tensor]]:
     return t, d, lambda: torch.randn(t, d, device=device).bfloat16()
 
 
+@family("rms_norm", "t{tokens}", {"tokens": TOKENS})
 def rms_norm(p: Problem, device: str, cold: int) -> Case:
     t, d, rows = _rows(p, device)
     weight_D = torch.randn(d, device=device)
     return _case(p, cold, lambda turn: Plain((rows(), weight_D, EPS)), 4 * t * d, 2 * t * d * 2 + 4 * d)
 
 
+@family("sandwich_norm", "t{tokens}", {"tokens": TOKENS})
 def sandwich_norm(p: Problem, device: str, cold: int, **options: Any) -> Case:
     t, d, rows = _rows(p, device)
     post, pre = (torch.randn(d, device=device) for _ in range(2))
@@ -46,6 +47,7 @@ def sandwich_norm(p: Problem, device: str, cold: int, **options: Any) -> Case:
     return _case(p, cold, make, **{"operations": 9 * t * d, "size": 4 * t * d * 2 + 8 * d, **options})
 
 
+@family("sandwich_norm_fp8", "t{tokens}", {"tokens": TOKENS})
 def sandwich_norm_fp8(p: Problem, device: str, cold: int) -> Case:
     t, d, _ = _rows(p, device)
 
@@ -61,11 +63,8 @@ def sandwich_norm_fp8(p: Problem, device: str, cold: int) -> Case:
     return sandwich_norm(p, device, cold, operations=12 * t * d, size=size, **options)
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(Plain):
     """Tokens to be written to successive slots, in pages of a random order."""
-
-    args: tuple[Any, ...]
 
     @property
     def written(self) -> tuple[Tensor, ...]:
@@ -78,12 +77,19 @@ class Stored:
             found.append(x if scale is None else x * scale[page, :, place].unsqueeze(-1))
         return tuple(found)
 
+    def exact(self) -> tuple[Tensor, ...]:
+        """What is due, computed in caches of its own, since the reference writes, too."""
+        own = Stored(tuple(x.to(torch.float32 if x.dtype == torch.bfloat16 else x.dtype, copy=True)
+                           if isinstance(x, Tensor) else x for x in self.args))  # fmt: skip
+        return reference("rope_store_kv", own.args), *own.written
+
     def clear(self) -> None:
         for cache in (*self.args[3:5], *self.args[8:10]):
             if cache is not None:
                 cache.zero_()
 
 
+@family("rope_store_kv", "{kv}-p{page}-t{tokens}", {"kv": KV, "page": PAGES, "tokens": TOKENS})
 def rope_store_kv(p: Problem, device: str, cold: int) -> Case:
     t, page, m, fp8 = p.number("tokens"), p.number("page"), p.shape, p["kv"] == "fp8"
     h, g, c = m.num_heads, m.num_kv_heads, m.head_dim
@@ -102,12 +108,13 @@ def rope_store_kv(p: Problem, device: str, cold: int) -> Case:
     size = 2 * t * (h + 2 * g) * c + 2 * t * h * c + 2 * t * g * c * (1 if fp8 else 2)
     return _case(
         p, cold, make, 3 * t * (h + g) * c, size,
-        expected=lambda inputs: (reference(p.op, inputs.args), *inputs.written),
+        expected=Stored.exact,
         shown=lambda result, inputs: (result, *inputs.written), reset=Stored.clear,
         tolerance=FP8_ERROR if fp8 else 0.01,
     )  # fmt: skip
 
 
+@family("route_topk", "t{tokens}", {"tokens": TOKENS}, "route_and_group")
 def route(p: Problem, device: str, cold: int) -> Case:
     """`route_topk`, and `route_and_group`, which also writes the grouping."""
     (t, d, rows), m = _rows(p, device), p.shape
@@ -117,6 +124,7 @@ def route(p: Problem, device: str, cold: int) -> Case:
     return _case(p, cold, lambda turn: Plain((rows(), router, a, m.router_softcap, m.renormalize)), 2 * t * d * e, size)
 
 
+@family("group_tokens", "{routing}-t{tokens}", {"routing": ROUTINGS, "tokens": TOKENS})
 def group_tokens(p: Problem, device: str, cold: int) -> Case:
     t, a, e, kind = p.number("tokens"), p.shape.num_experts_per_tok, p.shape.num_experts, str(p["routing"])
     size = 8 * t * a + 4 * (e + 1)
@@ -131,6 +139,7 @@ def _quantized_bytes(t: int, d: int) -> int:
     return t * d + 4 * t * -(-d // GROUP)
 
 
+@family("quantize_fp8", "t{tokens}", {"tokens": TOKENS}, "quantize_int8")
 def quantize(p: Problem, device: str, cold: int) -> Case:
     t, d, rows = _rows(p, device)
     return _case(
@@ -140,6 +149,7 @@ def quantize(p: Problem, device: str, cold: int) -> Case:
     )  # fmt: skip
 
 
+@family("sample_top_p", "b{batch}", {"batch": TOKENS[:9]}, phase="decode")
 def sample_top_p(p: Problem, device: str, cold: int) -> Case:
     b, v = p.number("batch"), p.shape.vocab_size
 

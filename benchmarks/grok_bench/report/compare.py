@@ -1,15 +1,14 @@
 """Two result files of the same kind: what became faster or slower, and whether that is more than noise.
 
-The measure is the ratio of medians, B over A. Its 95% interval follows from those of the medians, whose widths add in
-quadrature as logarithms. A change is significant where the interval leaves out 1, and a regression where it is also
-worse than the threshold. Only ours can regress: peers that moved tell of another machine or other versions.
+The measure is the ratio of medians, B over A, with its 95% interval. A change is significant where the interval leaves
+out 1, and a regression where it is also worse than the threshold. Only the subject can regress: peers that moved tell
+of another machine or other versions. What is too noisy for a time in either file has not changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import exp, hypot, log
 from statistics import median
 
 from rich.console import Console
@@ -17,12 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from ..schema import EngineResult, ResultFile
-from .rows import BAD, parameters
+from .rows import BAD, parameters, ratio, with_subject
 from .units import count, digits, duration
 
 FEWEST = 5  # rounds or requests on either side, for an interval
 STYLES = {"regression": "bold red", "broken": "bold red", "slower": "red", "faster": "green", "fixed": "green"}
-WORDS = {"unsure": "no interval", "same": "no difference", "untimed": "not timed in both"}
+WORDS = {"unsure": "no interval", "same": "no difference", "noisy": "too noisy", "untimed": "not timed in both"}
 Key = tuple[str, str]  # the problem and the contestant, or the run and the metric
 
 
@@ -34,12 +33,17 @@ class CompareError(ValueError):
 class Measure:
     """One number that both files may have, with its 95% interval where there were enough samples."""
 
-    value: float | None
+    seconds: float | None  # or a rate, of which more is better
     low: float | None = None
     high: float | None = None
     ours: bool = True
     status: str = "ok"
     more_is_better: bool = False
+
+    @property
+    def samples(self) -> tuple[float, ...]:
+        """None: the rounds of one file are not those of the other."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,16 @@ class Comparison:
     changes: list[Change]
     warnings: list[str]
 
-    @property
-    def regressions(self) -> list[Change]:
-        return [c for c in self.changes if c.verdict in ("regression", "broken")]
+    def of(self, verdict: str) -> list[Change]:
+        return [c for c in self.changes if c.verdict == verdict]
 
 
-def compare(a: ResultFile, b: ResultFile, threshold: float = 0.05) -> Comparison:
-    """CompareError for files of different kinds or devices, or with nothing in common."""
+def compare(a: ResultFile, b: ResultFile, threshold: float = 0.05, subject: Sequence[str] = ()) -> Comparison:
+    """CompareError for files of different kinds or devices, or with nothing in common.
+
+    `subject`: patterns of the contestants that can regress; without, those that were the subject in both files.
+    """
+    a, b = with_subject(a, subject), with_subject(b, subject)
     if a.kind != b.kind:
         raise CompareError(f"A is of kind {a.kind!r} and B of kind {b.kind!r}: nothing in them can be compared")
     if a.environment.device != b.environment.device:
@@ -88,26 +95,27 @@ def compare(a: ResultFile, b: ResultFile, threshold: float = 0.05) -> Comparison
 
 
 def _change(key: Key, a: Measure, b: Measure, threshold: float) -> Change:
-    if a.status != b.status or not a.value or not b.value:
+    ours = a.ours and b.ours
+    if a.status != b.status or not a.seconds or not b.seconds:
         verdict = "same" if a.status == b.status == "ok" else "untimed"  # a status may be all there is
-        if a.ours and b.status in BAD and a.status not in BAD:
+        if ours and b.status in BAD and a.status not in BAD:
             verdict = "broken"
         elif a.status in BAD and b.status == "ok":
             verdict = "fixed"
+        elif "noisy" in (a.status, b.status):
+            verdict = "noisy"
         return Change(key, a, b, verdict)
-    ratio = b.value / a.value
-    if not (a.low and a.high and b.low and b.high):
-        return Change(key, a, b, "unsure", ratio)
-    low = ratio * exp(-hypot(log(b.value / b.low), log(a.high / a.value)))
-    high = ratio * exp(hypot(log(b.high / b.value), log(a.value / a.low)))
-    worse = 1 / ratio if a.more_is_better else ratio
+    value, low, high = ratio(b, a)
+    if low is None or high is None:
+        return Change(key, a, b, "unsure", value)
+    worse = 1 / value if a.more_is_better else value
     if low <= 1 <= high:
         verdict = "same"
     elif worse < 1:
         verdict = "faster"
     else:
-        verdict = "regression" if a.ours and worse > 1 + threshold else "slower"
-    return Change(key, a, b, verdict, ratio, low, high)
+        verdict = "regression" if ours and worse > 1 + threshold else "slower"
+    return Change(key, a, b, verdict, value, low, high)
 
 
 def _measures(file: ResultFile) -> Iterator[tuple[Key, Measure]]:
@@ -161,11 +169,12 @@ def render(found: Comparison, console: Console) -> None:
         console.print(table)
     counts = {v: sum(c.verdict == v for c in found.changes) for v in (*STYLES, *WORDS)}
     console.print(Text(", ".join(f"{n} {WORDS.get(v, v)}" for v, n in counts.items() if n)))
-    bad = len(found.regressions)
-    console.print(Text(count(bad, "regression"), style="bold red") if bad else Text("no regression", style="green"))
+    slower, broken = len(found.of("regression")), len(found.of("broken"))
+    text = ", ".join([count(slower, "regression")] * bool(slower) + [f"{broken} broken"] * bool(broken))
+    console.print(Text(text, style="bold red") if text else Text("no regression", style="green"))
 
 
 def _value(measure: Measure) -> str:
-    if measure.value is None:
+    if measure.seconds is None:
         return measure.status
-    return digits(measure.value) if measure.more_is_better else duration(measure.value)
+    return digits(measure.seconds) if measure.more_is_better else duration(measure.seconds)

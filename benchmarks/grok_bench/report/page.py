@@ -1,36 +1,66 @@
-"""Result files as one page that loads nothing: what the terminal shows, under the figure."""
+"""Result files as one page that loads nothing, and is read at any width: on a narrow screen a row becomes a card."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 
-from rich.console import Console
-
 from ..schema import ResultFile
-from . import figure, table
-from .rows import best_of_ours, title
+from . import figure
+from .rows import BAD, Block, best_of_ours, blocks, environment, headline, missing, title
 
-FORMAT = """<!DOCTYPE html>
-<html lang="en">
-<head><meta charset="utf-8"><title>{name}</title>
-<style>{{stylesheet}}</style></head>
-<body style="margin: 2em">
-{picture}
-<pre style="font-family: monospace">{{code}}</pre>
-</body>
-</html>
+STYLE = """
+:root { color-scheme: light dark } body { font: 15px/1.45 system-ui, sans-serif; margin: 1rem auto; max-width: 72rem;
+padding: 0 1rem; overflow-wrap: anywhere } svg { width: 100%; max-width: 40rem; height: auto } h1 { font-size: 1.4rem }
+h2 { font-size: 1.15rem; margin-top: 2rem } h3 { font-size: 1rem; margin: 1.4rem 0 0 } small, dt, .note { color: #777 }
+small { white-space: pre-line } dd { margin: 0 }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 .8rem }
+table { border-collapse: collapse; width: 100% } th { font-weight: normal; color: #777; text-align: right }
+th, td { padding: .15rem .5rem; border-bottom: 1px solid #8884 } td + td { text-align: right; white-space: nowrap }
+.ours td:first-child { font-weight: bold } .bad { color: #c22 } td.note { text-align: left; white-space: normal }
+@media (max-width: 46rem) { thead { display: none } dl { grid-template-columns: 1fr } dd { margin-bottom: .4rem }
+tr { display: flex; flex-wrap: wrap; gap: 0 1rem; padding: .4rem 0; border-bottom: 1px solid #8884 }
+td { border: 0; padding: 0 } td:first-child { flex: 0 0 100% }
+td[title]::before { content: attr(title) " "; color: #777 } }
 """
 
 
 def render(files: Sequence[ResultFile]) -> str:
-    """MissingLibrary without matplotlib. Without a peer's time there is no figure."""
-    console = Console(record=True, width=160, file=io.StringIO(), highlight=False)
-    for file in files:
-        console.rule(title(file))
-        table.render(file, console)
-    raced = any((s := best_of_ours(r)) and s.speedup for file in files for r in file.kernels)
-    picture = figure.svg(files).replace("{", "{{").replace("}", "}}") if raced else ""
+    """The page. Without a peer's time it has no figure."""
     name = escape(title(files[0]) if len(files) == 1 else "Benchmarks")
-    return console.export_html(code_format=FORMAT.format(name=name, picture=picture))
+    raced = any((s := best_of_ours(r)) and s.speedup for file in files for r in file.kernels)
+    head = [
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{name}</title><style>{STYLE}</style></head><body><h1>{name}</h1>",
+        figure.svg(files) if raced else "",
+    ]
+    return "\n".join([*head, *(line for file in files for line in _file(file)), "</body></html>\n"])
+
+
+def _file(file: ResultFile) -> Iterator[str]:
+    yield f"<h2>{escape(title(file))}</h2>"
+    yield _pairs(headline(file))
+    yield _pairs(environment(file))
+    for block in blocks(file):
+        yield from _block(block)
+    yield from (f'<p class="note">missing ({escape(names)}): {escape(why)}</p>' for names, why in missing(file))
+
+
+def _pairs(pairs: Sequence[tuple[str, str]]) -> str:
+    return f"<dl>{''.join(f'<dt>{escape(a)}</dt><dd>{escape(b)}</dd>' for a, b in pairs)}</dl>"
+
+
+def _block(block: Block) -> Iterator[str]:
+    filled = [i for i in range(len(block.columns)) if any(row.cells and row.cells[i] for row in block.rows)]
+    yield f"<h3>{escape(block.title)}</h3><small>{escape(block.sizes.strip())}</small><table>"
+    yield f"<thead><tr><th></th>{''.join(f'<th>{escape(block.columns[i])}</th>' for i in filled)}</tr></thead>"
+    for row in block.rows:
+        cells = "".join(
+            f'<td title="{escape(block.columns[i])}">{escape(row.cells[i])}</td>' for i in filled if row.cells
+        )
+        if not row.cells:
+            bad = " bad" if row.status in BAD else ""
+            cells = f'<td class="note{bad}" colspan="{len(filled)}">{escape(row.note)}</td>'
+        yield f"<tr{' class=ours' * row.ours}><td>{escape(row.name)}</td>{cells}</tr>"
+    yield "</table>"

@@ -1,0 +1,303 @@
+"""FlashInfer-Trace, the format of flashinfer-bench's data sets: read as problems and contestants, and written.
+
+A folder has `definitions/**/*.json` (an op: axes, inputs, outputs, reference code), `workloads/**/*.jsonl` (values of
+the axes, and what the inputs are), `solutions/**/*.json` (code that computes a definition) and `traces/**/*.jsonl` (a
+solution's results). The schema: https://bench.flashinfer.ai/docs/flashinfer-trace.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..schema import KernelResult, ResultFile, Score
+from . import own
+from .case import Case
+from .contestant import Call, Contestant, register
+from .data import Weights
+from .problems import Problem, family
+
+RANDOM = 1 << 20  # bytes from which a written input is drawn anew, and not kept
+HERE = ("python", "triton")  # languages of solutions that run without building anything
+
+
+def read(folder: Path) -> None:
+    """Register a data set: a problem DEFINITION/WORKLOAD for each workload, a contestant for each solution.
+
+    ValueError for a folder that is none, or what the schema does not have.
+    """
+    definitions = {d["name"]: d for d in _json(folder / "definitions")}
+    if not definitions:
+        raise ValueError(f"{folder} has no definitions/**/*.json")
+    workloads: dict[str, dict[str, Any]] = {}
+    for line in _json(folder / "workloads"):
+        workloads.setdefault(line["definition"], {})[line["workload"]["uuid"]] = line["workload"]
+    for name, d in definitions.items():
+        known = workloads.get(name) or {}
+        if known:
+            build = partial(_build, folder, d, known)
+            family(name, "{workload}", {"workload": tuple(known)}, modelled=False)(build)
+    for s in _json(folder / "solutions"):
+        d, spec = definitions[s["definition"]], s["spec"]
+        runs = spec["language"] in HERE
+        why = "" if runs else f"{spec['language']} needs building: run it with flashinfer-bench"
+        files = tuple((f["path"], f["content"]) for f in s["sources"])
+        passing = spec.get("destination_passing_style", True)
+        if d["name"] in workloads:
+            bind = partial(_bind, d, files, spec["entry_point"], passing)
+            register(Contestant(name=s["name"], op=d["name"], bind=bind, missing=lambda why=why: why))  # type: ignore[misc]
+
+
+def _json(folder: Path) -> Iterator[Any]:
+    """What the files under a folder hold."""
+    for path in sorted([*folder.rglob("*.json"), *folder.rglob("*.jsonl")]):
+        text = path.read_text(encoding="utf-8")
+        yield from map(json.loads, filter(None, text.splitlines()) if path.suffix == ".jsonl" else [text])
+
+
+def _safetensors() -> Any:
+    """ValueError where the package is not installed."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ValueError("FlashInfer-Trace needs safetensors: pip install '.[bench]'") from None
+    return safetensors.torch
+
+
+@cache
+def _function(files: tuple[tuple[str, str], ...], entry_point: str) -> Callable[..., Any]:
+    """The function FILE::NAME of sources, which may import one another."""
+    file, name = entry_point.split("::")
+    folder = Path(tempfile.mkdtemp(prefix="grok-bench-"))
+    for path, content in files:
+        if ".." in Path(path).parts or Path(path).is_absolute():
+            raise ValueError(f"the source {path!r} lies outside of its folder")
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(content, encoding="utf-8")
+    spec = spec_from_file_location(f"grok_bench_{uuid.uuid4().hex}", folder / file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.path.insert(0, str(folder))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(folder))
+    found: Callable[..., Any] = getattr(module, name)
+    return found
+
+
+def _sizes(d: Mapping[str, Any], workload: Mapping[str, Any], tensor: Mapping[str, Any]) -> list[int] | None:
+    if tensor["shape"] is None:
+        return None
+    values = {axis: a.get("value") for axis, a in d["axes"].items()} | dict(workload["axes"])
+    return [values[axis] for axis in tensor["shape"]]
+
+
+def _build(
+    folder: Path, d: Mapping[str, Any], workloads: Mapping[str, Any], p: Problem, device: str, cold: int
+) -> Case:
+    workload = workloads[str(p["workload"])]
+    run = _function((("main.py", d["reference"]),), "main.py::run")
+
+    def make() -> list[Any]:
+        return [_input(folder, device, d, workload, name) for name in d["inputs"]]
+
+    return own.case(make, run, cold, 0.0, names=list(d["inputs"]))
+
+
+def _input(folder: Path, device: str, d: Mapping[str, Any], workload: Mapping[str, Any], name: str) -> Any:
+    tensor, given = d["inputs"][name], workload["inputs"].get(name, {"type": "random"})
+    if given["type"] == "scalar":
+        return given["value"]
+    if given["type"] == "safetensors":
+        return _safetensors().load_file(folder / given["path"])[given["tensor_key"]].to(device, copy=True)
+    sizes, dtype = _sizes(d, workload, tensor), getattr(torch, tensor["dtype"])
+    if not dtype.is_floating_point:
+        most = 2 if dtype == torch.bool else 128 if dtype == torch.int8 else 1024
+        x = torch.randint(0 if dtype == torch.bool else -most, most, sizes or (), device=device).to(dtype)
+    else:
+        x = torch.randn(sizes or (), device=device)
+        x = (x.clamp(-2, 2) if dtype.itemsize == 1 else x).to(dtype)
+        if d["op_type"] == "sampling" and name == "probs":
+            x = torch.softmax(x, -1)
+    return x if sizes is not None else x.item()
+
+
+def _bind(d: Mapping[str, Any], files: Any, entry_point: str, passing: bool, inputs: Any) -> Call:
+    """`passing`: the function takes its results after its arguments, and fills them."""
+    run = _function(files, entry_point)
+    if not passing:
+        return lambda: run(*inputs.args)
+    axes: dict[str, int] = {}
+    for tensor, x in zip(d["inputs"].values(), inputs.args, strict=True):
+        axes |= dict(zip(tensor["shape"] or (), getattr(x, "shape", ()), strict=True))
+    device = next((x.device for x in inputs.args if isinstance(x, Tensor)), None)
+    made = [
+        torch.empty(_sizes(d, {"axes": axes}, t) or (), dtype=getattr(torch, t["dtype"]), device=device)
+        for t in d["outputs"].values()
+    ]
+
+    def call() -> Any:
+        run(*inputs.args, *made)
+        return made[0] if len(made) == 1 else made
+
+    return call
+
+
+# Writing
+
+
+class Writer:
+    """Adds problems of ours to a data set: definition, workload, a solution for each contestant, its results.
+
+    What the format cannot hold is left out: contestants with `prepare` and peers, which have no source of their own.
+    """
+
+    def __init__(self, folder: Path, file: ResultFile) -> None:
+        self._folder, self._file = folder, file
+
+    def add(self, problem: Problem, case: Case, contestants: Sequence[Contestant], result: KernelResult) -> None:
+        name = re.sub(r"[/:,=]+", "-", problem.name)
+        self._axes: dict[str, Any] = {}
+        self._variable = {axis: v for axis, v in problem.values if isinstance(v, int)}
+        blob = f"blob/workloads/{name}.safetensors"
+        inputs: dict[str, Any] = {}
+        given: dict[str, Any] = {}
+        stored, called = dict[str, Tensor](), list[str]()
+        for key, x in self._arguments(case):
+            if isinstance(x, Tensor):
+                inputs[key], given[key] = self._tensor(x), {"type": "random"}
+                if x.nbytes < RANDOM or not x.dtype.is_floating_point:  # indices cannot be drawn
+                    stored[key] = x.contiguous().cpu()
+                    given[key] = {"type": "safetensors", "path": blob, "tensor_key": key}
+            elif isinstance(x, (int, float)):
+                inputs[key] = {"shape": None, "dtype": {bool: "bool", int: "int64", float: "float32"}[type(x)]}
+                given[key] = {"type": "scalar", "value": x}
+        for key, x in zip(case.names, case.inputs[0].args, strict=False):
+            if isinstance(x, Weights):
+                scale = f"{key}_scale" if f"{key}_scale" in inputs else None
+                called.append(f"grok_kernels.Weight.of({key}_values, {scale})")
+            else:
+                called.append(key if key in inputs else repr(x))
+        due = case.due(case.inputs[0]) if case.due else case.truth()
+        outputs = {
+            f"result{i}": self._tensor(x) for i, x in enumerate(due if isinstance(due, (list, tuple)) else [due])
+        }
+
+        def source(function: str, imports: str = "import grok_kernels", within: str = "") -> str:
+            body = f"{within}return {function}({', '.join(called)})"
+            return f"import torch\n{imports}\n\n\ndef run({', '.join(inputs)}):\n    {body}\n"
+
+        op = f"grok_kernels.{problem.op}"
+        if problem.family.modelled:
+            reference = source(op, within="with grok_kernels.use_backend('reference'): ")
+        else:
+            file, function = case.source
+            reference = source(function, _plain(Path(file)))
+        uid = str(uuid.uuid5(uuid.NAMESPACE_URL, problem.name))
+        axes = {axis: v for axis, v in self._variable.items() if axis in self._axes}
+        workload = {"axes": axes, "inputs": given, "uuid": uid}
+        definition = {
+            "name": name, "op_type": problem.op, "axes": self._axes, "inputs": inputs, "outputs": outputs,
+            "reference": reference,
+        }  # fmt: skip
+        if stored:
+            (self._folder / blob).parent.mkdir(parents=True, exist_ok=True)
+            _safetensors().save_file(stored, self._folder / blob)
+        self._put(f"definitions/{problem.op}/{name}.json", definition)
+        self._put(f"workloads/{problem.op}/{name}.jsonl", {"definition": name, "workload": workload})
+        traces = list[dict[str, Any]]()
+        for c in contestants:
+            score = next(s for s in result.scores if s.contestant == c.name)
+            if c.ours:
+                backend = c.name.removeprefix("grok_kernels ")
+                files = {"main.py": source(op, within=f"with grok_kernels.use_backend({backend!r}): ")}
+            elif c.source:
+                file, function = c.source
+                module = Path(file).stem
+                files = {"main.py": source(function, f"import grok_kernels\nfrom {module} import {function}")}
+                files[f"{module}.py"] = _plain(Path(file))
+            if c.instead or not (c.ours or c.source) or score.status == "missing":
+                continue
+            solution = f"{c.name} {name}".replace(" ", "_")
+            spec = {
+                "language": "python", "target_hardware": list(c.devices), "entry_point": "main.py::run",
+                "destination_passing_style": False,
+            }  # fmt: skip
+            self._put(f"solutions/grok_bench/{problem.op}/{name}/{solution}.json", {
+                "name": solution, "definition": name, "author": "grok_bench", "spec": spec,
+                "sources": [{"path": path, "content": text} for path, text in files.items()],
+            })  # fmt: skip
+            if status := _status(score):
+                evaluation: dict[str, Any] = {"status": status, "timestamp": self._file.created, "environment": {
+                    "hardware": self._file.environment.chip, "libs": {"torch": self._file.environment.torch},
+                }, "log": score.message}  # fmt: skip
+                if status in ("PASSED", "INCORRECT_NUMERICAL"):
+                    norm = {"relative_norm_error": score.error}
+                    evaluation["correctness"] = {"max_relative_error": score.error, "extra": norm}
+                if status == "PASSED":
+                    evaluation["performance"] = {"latency_ms": 1e3 * (score.seconds or 0.0)}
+                traces.append(
+                    {"definition": name, "workload": workload, "solution": solution, "evaluation": evaluation}
+                )
+        self._put(f"traces/grok_bench/{problem.op}/{name}.jsonl", *traces)
+
+    @staticmethod
+    def _arguments(case: Case) -> Iterator[tuple[str, Any]]:
+        """A call's arguments by name, each weight as its values and scales."""
+        for key, x in zip(case.names, case.inputs[0].args, strict=False):
+            yield from (
+                ((f"{key}_values", x.values), (f"{key}_scale", x.scale)) if isinstance(x, Weights) else [(key, x)]
+            )
+
+    def _tensor(self, x: Tensor) -> dict[str, Any]:
+        """Its axes by name, and its dtype: the problem's own axes are variable, all others constant."""
+        axes = [next((axis for axis, v in self._variable.items() if v == size), f"n{size}") for size in x.shape]
+        for axis, size in zip(axes, x.shape, strict=True):
+            self._axes[axis] = {"type": "var"} if axis in self._variable else {"type": "const", "value": size}
+        return {"shape": axes, "dtype": str(x.dtype).removeprefix("torch.")}
+
+    def _put(self, path: str, *values: Any) -> None:
+        """Write a value as JSON, or several as a line each."""
+        file = self._folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        indent = 1 if file.suffix == ".json" else None
+        file.write_text("".join(json.dumps(value, indent=indent) + "\n" for value in values), encoding="utf-8")
+
+
+def _status(score: Score) -> str:
+    """The schema's word for what became of a contestant; empty if it has none."""
+    if score.status == "wrong" and score.error is None:
+        what = next((what for what in ("SHAPE", "DTYPE") if f"the {what.lower()} " in score.message), "")
+        return f"INCORRECT_{what}" if what else "RUNTIME_ERROR"
+    words = {"ok": "PASSED", "wrong": "INCORRECT_NUMERICAL", "failed": "RUNTIME_ERROR", "timeout": "TIMEOUT"}
+    return words.get(score.status, "")
+
+
+def _plain(file: Path) -> str:
+    """The source of a plug-in without what is of grok_bench: imports, decorators and calls."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            node.decorator_list = [d for d in node.decorator_list if "grok_bench" not in ast.unparse(d)]
+        elif isinstance(node, ast.Import):
+            node.names = [a for a in node.names if a.name != "grok_bench"]
+    kept = [node for node in tree.body if getattr(node, "names", True) and _independent(node)]
+    return ast.unparse(ast.Module(kept, [])) + "\n"
+
+
+def _independent(node: ast.stmt) -> bool:
+    return isinstance(node, ast.FunctionDef) or "grok_bench" not in ast.unparse(node)
