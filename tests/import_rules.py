@@ -72,7 +72,7 @@ ALLOWED: Table = {
         "config", "engine", "runtime.builder", "runtime.mailbox", "runtime.stats", "sampling", "stepping", "tokenizer",
     ),
     "grok_engine.tools.eval": ("config", "llm", "tokenizer"),
-    "grok_engine.tools.lm_eval": ("llm", "sampling", "tools.eval"),
+    "grok_engine.tools.lm_eval": ("llm", "loading", "sampling", "tokenizer", "tools.eval"),
     "grok_engine.tools": ("checkpoint", "config", "loading", "models.families", "grok_kernels"),
     "grok_engine.tools.chat": ("llm", "sampling", "tokenizer"),
     "grok_engine.cli": (
@@ -145,6 +145,7 @@ PEERS = ("deep_gemm",)
 # The extras whose packages a package may import. Outside grok_bench, whose commands are imported on demand, such an
 # import stands inside a function: the distribution works without its extras.
 EXTRAS: Table = {"grok_engine": ("structured", "hub", "eval"), "grok_kernels": (), "grok_bench": ("bench",)}
+PYTEST_PLUG_INS = ("pytest_xdist",)  # pytest finds them
 PLUG_INS = ("grok_engine.tools.lm_eval",)  # of a package in an extra: nothing of ours imports them
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -401,7 +402,7 @@ def dependency_errors(root: Path, project: Mapping[str, object]) -> list[str]:
     used |= outer_imports(root)
     make = "".join((root / name).read_text() for name in ("Makefile", ".ci/run") if (root / name).exists())
     for extra, names in extras.items():
-        for name in names - used:
+        for name in names - used - set(PYTEST_PLUG_INS):
             if extra != "dev" or f"/{name}" not in make:  # a tool is run from the environment's bin/
                 errors.add(f"nothing imports {name}, of the extra {extra}")
     return sorted(errors)
