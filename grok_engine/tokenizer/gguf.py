@@ -20,7 +20,7 @@ _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _LLAMA3 = rf"{_CONTRACTIONS}|{_LETTERS}|\p{{N}}{{1,3}}|{_REST}"
-_GROK2 = rf"{_CONTRACTIONS}|{_LETTERS}|\p{{N}}|{_REST}"
+GROK2 = rf"{_CONTRACTIONS}|{_LETTERS}|\p{{N}}|{_REST}"
 _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -33,7 +33,7 @@ _PRE: dict[str, str | None] = {
     "llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3, "falcon3": _LLAMA3, "pixtral": _LLAMA3,
     "smaug-bpe": _LLAMA3, "dbrx": _LLAMA3,
     "tekken": _TEKKEN,
-    "grok-2": _GROK2,
+    "grok-2": GROK2,
 }  # fmt: skip
 # Of these, words that are tokens are not merged, and BOS goes before a prompt where `add_bos_token` does not say.
 _LLAMA3_KIND = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")
@@ -144,7 +144,7 @@ def _byte_level_files(keys: _Keys) -> dict[str, bytes]:
     values = {
         "version": "1.0",
         "added_tokens": added,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": _pre_tokenizers(_PRE[pre], byte_level)},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers(_PRE[pre], byte_level)},
         "post_processor": _template(keys, *(token if around[kind] else None for kind, token in named.items())),
         "decoder": {**byte_level, "use_regex": True},
         "model": {
@@ -169,7 +169,7 @@ def _template(keys: _Keys, before: str | None, after: str | None) -> dict[str, A
     return {"type": "TemplateProcessing", "single": [*first, text, *last], "pair": pair, "special_tokens": tokens}
 
 
-def _pre_tokenizers(expression: str | None, byte_level: Mapping[str, Any]) -> list[dict[str, Any]]:
+def pre_tokenizers(expression: str | None, byte_level: Mapping[str, Any]) -> list[dict[str, Any]]:
     if expression is None:
         return [{**byte_level, "use_regex": True}]
     if not expression:

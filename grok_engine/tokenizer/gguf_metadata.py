@@ -11,8 +11,9 @@ from typing import Any
 from grok_engine.checkpoint.gguf.files import gguf_file, read_headers
 
 from .chat_files import load_chat
-from .gguf import _PRE, tokenizer_files
-from .load import load_tokenizer
+from .gguf import _PRE
+from .gguf import tokenizer_files as gguf_tokenizer_files
+from .load import load_tokenizer, tokenizer_files
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # types of tokens
 _BPE = 2  # SentencePiece's number of the kind of model
@@ -30,8 +31,8 @@ def tokenizer_metadata(path: Path, vocab_size: int) -> dict[str, Any]:
         return _padded(found or _none(), vocab_size)
     if (file := path / "tokenizer.model").is_file():
         found = _sentencepiece(file)
-    elif (file := path / "tokenizer.json").is_file():
-        found = _byte_level(file)
+    elif content := (files := tokenizer_files(path)).get("tokenizer.json"):
+        found = _byte_level(path, json.loads(content), json.loads(files.get("tokenizer_config.json", b"{}")))
     else:
         return _none()
     tokenizer = load_tokenizer(path)
@@ -137,14 +138,17 @@ def _float(data: bytes) -> float:
     return float(struct.unpack("<f", data)[0])
 
 
-def _byte_level(file: Path) -> dict[str, Any]:
-    values = json.loads(file.read_bytes())
+def _byte_level(path: Path, values: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """values: of a tokenizer.json. path: for messages."""
     model, decoder = values["model"], values.get("decoder") or {}
     if model.get("type") != "BPE" or decoder.get("type") != "ByteLevel" or values.get("normalizer"):
-        raise ValueError(f"{file} is no byte-level BPE without a normalizer, expected one for a GGUF file")
+        raise ValueError(
+            f"the tokenizer of {path} is no byte-level BPE without a normalizer, expected one for a GGUF file"
+        )
     name = _pre_name(values.get("pre_tokenizer"), model.get("ignore_merges", False))
     if name is None:
-        raise ValueError(f"{file} splits texts in a way for which llama.cpp has no name: {values.get('pre_tokenizer')}")
+        cut = values.get("pre_tokenizer")
+        raise ValueError(f"the tokenizer of {path} splits texts in a way for which llama.cpp has no name: {cut}")
     added = {token["id"]: token for token in values.get("added_tokens", ())}
     by_id = {i: token for token, i in model["vocab"].items()} | {i: token["content"] for i, token in added.items()}
     size = 1 + max(by_id)
@@ -155,7 +159,7 @@ def _byte_level(file: Path) -> dict[str, Any]:
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     special = {}
     for kind in ("bos", "eos", "unk", "pad"):
-        token = _config(file.parent).get(f"{kind}_token")
+        token = config.get(f"{kind}_token")
         token = token["content"] if isinstance(token, dict) else token
         if (number := next((i for i, text in by_id.items() if text == token), None)) is not None:
             special[{"unk": "unknown", "pad": "padding"}.get(kind, kind)] = number
@@ -174,7 +178,7 @@ def _pre_name(found: Any, ignore_merges: bool) -> str | None:
     keys = {"model": "gpt2", "tokens": ("a",), "token_type": (_NORMAL,), "merges": ()}
     for name in _PRE:
         metadata = {f"tokenizer.ggml.{key}": value for key, value in (*keys.items(), ("pre", name))}
-        values = json.loads(tokenizer_files(metadata, Path(name))["tokenizer.json"])
+        values = json.loads(gguf_tokenizer_files(metadata, Path(name))["tokenizer.json"])
         if values["model"]["ignore_merges"] == ignore_merges and _plain(values["pre_tokenizer"]) == _plain(found):
             return name
     return None

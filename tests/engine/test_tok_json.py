@@ -1,0 +1,103 @@
+"""Grok-2's tokenizer.tok.json against tiktoken, which it is made for."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiktoken
+
+from grok_engine.tokenizer.gguf import GROK2
+from grok_engine.tokenizer.hf import HFTokenizer
+from grok_engine.tokenizer.load import load_tokenizer, tokenizer_files
+
+FILE = "tokenizer.tok.json"
+SPECIAL = ("<|pad|>", "<|separator|>", "<|eos|>", "<|control1|>")
+TEXTS = (
+    "", " ", "a", "Hello  world, it's 2024!", "  two\n\n  lines \t", "naïve café — 日本語 🙂🙃", "I'LL 12345 x1y2",
+    "aaaaaaaabababab", "<|eos|> spelled <|separator|>", "\r\n\r\n x", "the theatre of the absurd, the the the",
+)  # fmt: skip
+
+
+def content() -> dict[str, Any]:
+    """Ranks as training gives them: pairs that are frequent in a text first."""
+    text = Path(__file__).read_bytes() * 2 + "日本語 🙂🙃 naïve café the theatre 12 34".encode() * 9
+    tokens = [bytes([b]) for b in range(256)]
+    parts = [[bytes([b]) for b in word] for word in re.findall(rb" ?[a-z]+|[^a-z]+", text)]
+    while len(tokens) < 600:
+        pairs: dict[tuple[bytes, bytes], int] = {}
+        for word in parts:
+            for pair in pairwise(word):
+                pairs[pair] = pairs.get(pair, 0) + 1
+        a, b = max(pairs, key=lambda pair: (pairs[pair], pair))
+        tokens.append(a + b)
+        for word in parts:
+            at = 0
+            while at < len(word) - 1:
+                if word[at] + word[at + 1] == a + b:
+                    word[at : at + 2] = [a + b]
+                at += 1
+    special = [{"bytes": [*name.encode()], "token": i} for i, name in enumerate(SPECIAL)]
+    regular = [{"bytes": [*token], "token": len(SPECIAL) + i} for i, token in enumerate(dict.fromkeys(tokens))]
+    return {"regular_tokens": regular, "special_tokens": special, "word_split": "V1", "vocab_size": 640}
+
+
+@pytest.fixture(scope="module")
+def values() -> dict[str, Any]:
+    return content()
+
+
+def test_the_ids_are_tiktoken_s(values: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text(json.dumps(values))
+    ours = load_tokenizer(tmp_path)
+    assert ours is not None
+    regular, special = (values[key] for key in ("regular_tokens", "special_tokens"))
+    theirs = tiktoken.Encoding(
+        "test", pat_str=GROK2, mergeable_ranks={bytes(t["bytes"]): t["token"] for t in regular},
+        special_tokens={bytes(t["bytes"]).decode(): t["token"] for t in special},
+    )  # fmt: skip
+    for text in (*TEXTS, Path(__file__).read_text(encoding="utf-8")):
+        ids = ours.encode(text)
+        assert ids == theirs.encode_ordinary(text)
+        assert ours.encode(text, special=True) == theirs.encode(text, allowed_special="all")
+        assert ours.decode(ids) == text
+    assert ours.eos_token_ids == (2,)
+    assert ours.bos_token_id is None
+    assert (ours.prefix, ours.suffix) == ((), ())
+
+
+def test_a_conversion_has_the_same_tokenizer(values: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text(json.dumps(values))
+    ours = load_tokenizer(tmp_path)
+    files = tokenizer_files(tmp_path)
+    assert {"tokenizer.json", "tokenizer_config.json"} <= files.keys()
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    again = HFTokenizer(tmp_path / "tokenizer.json")
+    assert ours is not None
+    assert [again.encode(text) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"word_split": "V2"}, "word_split='V2' is not 'V1'"),
+        ({"regular_tokens": None}, "regular_tokens|NoneType"),
+        ({"special_tokens": [{"bytes": [256], "token": 0}]}, "256"),
+        ({"special_tokens": [{"bytes": [60], "token": 9}]}, "ids"),
+        ({"special_tokens": [{"bytes": [60], "token": True}]}, "is not a token"),
+        ({"regular_tokens": [{"bytes": [60], "token": 9}] * 2}, "is not a token"),
+        ({"regular_tokens": [{"token": 9}]}, "'bytes' is missing"),
+        ({"pat_str": 3}, "pat_str=3"),
+        ({"pat_str": "("}, FILE),
+    ],
+)
+def test_a_wrong_file_is_refused(change: dict[str, Any], said: str, values: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text(json.dumps({**values, **change}))
+    with pytest.raises(ValueError, match=said) as error:
+        load_tokenizer(tmp_path)
+    assert FILE in str(error.value)
