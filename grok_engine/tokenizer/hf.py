@@ -153,12 +153,12 @@ def _token(path: Path, values: Mapping[str, Any], key: str) -> str | None:
 _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 _OTHERS = sorted(set(range(256)) - set(_PRINTABLE))
 _BYTE_OF_CHARACTER = {chr(b): b for b in _PRINTABLE} | {chr(0x100 + i): b for i, b in enumerate(_OTHERS)}
-_CHARACTER_OF_BYTE = {b: character for character, b in _BYTE_OF_CHARACTER.items()}
+_CHARACTER_OF_BYTE = {b: character for character, b in _BYTE_OF_CHARACTER.items()}  # as str.translate takes them
 
 
 def spelled(token: bytes) -> str:
     """Bytes as a byte-level `tokenizer.json` writes them."""
-    return "".join(_CHARACTER_OF_BYTE[b] for b in token)
+    return token.decode("latin-1").translate(_CHARACTER_OF_BYTE)
 
 
 def _fallback_byte(token: str) -> bytes:
