@@ -15,10 +15,11 @@ from .chat_files import chat_files
 from .gguf import read_tokenizer
 from .gguf import tokenizer_files as gguf_tokenizer_files
 from .hf import CONFIG, HFTokenizer, read_config
+from .ranks import tekken_files, tok_json_files
 from .sentencepiece import SentencePieceTokenizer
-from .tok_json import tok_json_files
 
-HF, SENTENCEPIECE, GROK2 = "tokenizer.json", "tokenizer.model", "tokenizer.tok.json"
+HF, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+_RANKED = {"tokenizer.tok.json": tok_json_files, "tekken.json": tekken_files}
 # Families of the hub whose models were trained with BOS in front; a lone tokenizer.model does not say so.
 _BEGIN_WITH_BOS = ("llama", "mistral", "mixtral")
 
@@ -38,9 +39,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer | None:
         add_bos, add_eos = _adds(path)
         legacy = read_config(path / SENTENCEPIECE).get("legacy") is True  # transformers' word for it
         return SentencePieceTokenizer(path / SENTENCEPIECE, add_bos=add_bos, add_eos=add_eos, spaces_parts=legacy)
-    if _is_there(path / GROK2):
-        files = tok_json_files(path / GROK2)
-        return HFTokenizer(path / GROK2, files[HF], files[CONFIG])
+    for name, read in _RANKED.items():
+        if _is_there(path / name):
+            files = read(path / name)
+            return HFTokenizer(path / name, files[HF], files[CONFIG])
     return None
 
 
@@ -52,8 +54,8 @@ def tokenizer_files(path: str | Path) -> dict[str, bytes]:
         return files | gguf_tokenizer_files(read_headers(gguf)[0].metadata, gguf)
     path = Path(path)
     files |= {name: read_file(path / name) for name in (HF, SENTENCEPIECE, CONFIG) if _is_there(path / name)}
-    if not files.keys() & {HF, SENTENCEPIECE} and _is_there(path / GROK2):
-        files |= tok_json_files(path / GROK2)
+    if not files.keys() & {HF, SENTENCEPIECE}:
+        files |= next((read(path / name) for name, read in _RANKED.items() if _is_there(path / name)), {})
     if SENTENCEPIECE in files and any(adds := tuple(_adds(path))):  # the folder may not say which family it is of
         values = read_config(path / SENTENCEPIECE) | dict(zip(("add_bos_token", "add_eos_token"), adds, strict=True))
         files[CONFIG] = json.dumps(values, indent=1).encode()

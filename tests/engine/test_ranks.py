@@ -1,4 +1,5 @@
-"""Grok-2's tokenizer.tok.json against tiktoken, which it is made for."""
+"""Lists of ranks against the libraries that they are made for: tokenizer.tok.json and tiktoken, tekken.json and
+mistral-common."""
 
 from __future__ import annotations
 
@@ -8,8 +9,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import mistral_common
 import pytest
 import tiktoken
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from grok_engine.tokenizer.gguf import GROK2
 from grok_engine.tokenizer.hf import HFTokenizer
@@ -89,10 +92,10 @@ def test_a_conversion_has_the_same_tokenizer(values: dict[str, Any], tmp_path: P
         ({"regular_tokens": None}, "regular_tokens|NoneType"),
         ({"special_tokens": [{"bytes": [256], "token": 0}]}, "256"),
         ({"special_tokens": [{"bytes": [60], "token": 9}]}, "ids"),
-        ({"special_tokens": [{"bytes": [60], "token": True}]}, "is not a token"),
-        ({"regular_tokens": [{"bytes": [60], "token": 9}] * 2}, "is not a token"),
+        ({"special_tokens": [{"bytes": [60], "token": True}]}, "id True"),
+        ({"regular_tokens": [{"bytes": [60], "token": 9}] * 2}, "of id 9 has no"),
         ({"regular_tokens": [{"token": 9}]}, "'bytes' is missing"),
-        ({"pat_str": 3}, "pat_str=3"),
+        ({"pat_str": 3}, "is 3, expected text"),
         ({"pat_str": "("}, FILE),
     ],
 )
@@ -101,3 +104,24 @@ def test_a_wrong_file_is_refused(change: dict[str, Any], said: str, values: dict
     with pytest.raises(ValueError, match=said) as error:
         load_tokenizer(tmp_path)
     assert FILE in str(error.value)
+
+
+@pytest.mark.parametrize("version", ["v3", "v7"])
+def test_the_ids_are_mistral_common_s(version: str, tmp_path: Path) -> None:
+    """A part of a real file's ranks: whole, it takes a second to read."""
+    values = json.loads((Path(mistral_common.__file__).parent / "data" / "tekken_240718.json").read_bytes())
+    values["config"] |= {"version": version, "default_vocab_size": 9000, "num_vocab_tokens": 9000}
+    values["vocab"] = values["vocab"][:9000]
+    file = tmp_path / "tekken.json"
+    file.write_text(json.dumps(values))
+    ours, theirs = load_tokenizer(tmp_path), Tekkenizer.from_file(file)
+    assert ours is not None
+    for text in TEXTS:
+        assert ours.encode(text) == theirs.encode(text, bos=False, eos=False)
+    assert ours.encode("<s>[INST]a", special=True)[:2] == [1, theirs.get_special_token("[INST]")]
+    assert (ours.prefix, ours.bos_token_id, ours.eos_token_ids, ours.vocab_size) == ((1,), 1, (2,), 9000)
+    assert ("[SYSTEM_PROMPT]" in ours.control.ids) == (version == "v7")
+    values["config"]["default_vocab_size"] = 10**6
+    file.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="1000000 do not fit 9000 tokens"):
+        load_tokenizer(tmp_path)
