@@ -13,7 +13,7 @@ from grok_engine.checkpoint.gguf.files import gguf_file, read_headers
 from .chat_files import load_chat
 from .gguf import _PRE
 from .gguf import tokenizer_files as gguf_tokenizer_files
-from .load import load_tokenizer, tokenizer_files
+from .load import load_tokenizer, sentencepiece_file, tokenizer_files
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # types of tokens
 _BPE = 2  # SentencePiece's number of the kind of model
@@ -29,7 +29,7 @@ def tokenizer_metadata(path: Path, vocab_size: int) -> dict[str, Any]:
         metadata = read_headers(gguf)[0].metadata
         found = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
         return _padded(found or _none(), vocab_size)
-    if (file := path / "tokenizer.model").is_file():
+    if (file := sentencepiece_file(path)) is not None:
         found = _sentencepiece(file)
     elif content := (files := tokenizer_files(path)).get("tokenizer.json"):
         found = _byte_level(path, json.loads(content), json.loads(files.get("tokenizer_config.json", b"{}")))

@@ -35,10 +35,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer | None:
     path = Path(path)
     if _is_there(path / HF):
         return HFTokenizer(path / HF)
-    if _is_there(path / SENTENCEPIECE):
+    if (file := sentencepiece_file(path)) is not None:
         add_bos, add_eos = _adds(path)
-        legacy = read_config(path / SENTENCEPIECE).get("legacy") is True  # transformers' word for it
-        return SentencePieceTokenizer(path / SENTENCEPIECE, add_bos=add_bos, add_eos=add_eos, spaces_parts=legacy)
+        legacy = read_config(file).get("legacy") is True  # transformers' word for it
+        return SentencePieceTokenizer(file, add_bos=add_bos, add_eos=add_eos, spaces_parts=legacy)
     for name, read in _RANKED.items():
         if _is_there(path / name):
             files = read(path / name)
@@ -53,13 +53,22 @@ def tokenizer_files(path: str | Path) -> dict[str, bytes]:
     if (gguf := gguf_file(path)) is not None:
         return files | gguf_tokenizer_files(read_headers(gguf)[0].metadata, gguf)
     path = Path(path)
-    files |= {name: read_file(path / name) for name in (HF, SENTENCEPIECE, CONFIG) if _is_there(path / name)}
+    files |= {name: read_file(path / name) for name in (HF, CONFIG) if _is_there(path / name)}
+    if (file := sentencepiece_file(path)) is not None:
+        files[SENTENCEPIECE] = read_file(file)
     if not files.keys() & {HF, SENTENCEPIECE}:
         files |= next((read(path / name) for name, read in _RANKED.items() if _is_there(path / name)), {})
     if SENTENCEPIECE in files and any(adds := tuple(_adds(path))):  # the folder may not say which family it is of
         values = read_config(path / SENTENCEPIECE) | dict(zip(("add_bos_token", "add_eos_token"), adds, strict=True))
         files[CONFIG] = json.dumps(values, indent=1).encode()
     return files
+
+
+def sentencepiece_file(path: Path) -> Path | None:
+    """The `tokenizer.model` of a folder; in Mistral's own, the last of its versions, as in `tokenizer.model.v3`."""
+    if _is_there(path / SENTENCEPIECE):
+        return path / SENTENCEPIECE
+    return max(path.glob(f"{SENTENCEPIECE}.v[0-9]*"), default=None)
 
 
 def _is_there(file: Path) -> bool:

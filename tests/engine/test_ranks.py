@@ -12,6 +12,7 @@ from typing import Any
 import mistral_common
 import pytest
 import tiktoken
+from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from grok_engine.tokenizer.gguf import GROK2
@@ -104,6 +105,20 @@ def test_a_wrong_file_is_refused(change: dict[str, Any], said: str, values: dict
     with pytest.raises(ValueError, match=said) as error:
         load_tokenizer(tmp_path)
     assert FILE in str(error.value)
+
+
+def test_mistral_names_versions_of_tokenizer_model(tmp_path: Path) -> None:
+    data = Path(mistral_common.__file__).parent / "data"
+    for version, name in (("v2", "240216.model.v2"), ("v3", "240323.model.v3")):
+        (tmp_path / f"tokenizer.model.{version}").write_bytes(
+            (data / f"mistral_instruct_tokenizer_{name}").read_bytes()
+        )
+    (tmp_path / "params.json").write_text("{}")
+    ours, theirs = load_tokenizer(tmp_path), SentencePieceTokenizer(tmp_path / "tokenizer.model.v3")
+    assert ours is not None
+    assert ours.prefix == (1,)
+    assert ours.encode(TEXTS[3]) == theirs.encode(TEXTS[3], bos=False, eos=False)
+    assert tokenizer_files(tmp_path)["tokenizer.model"] == (tmp_path / "tokenizer.model.v3").read_bytes()
 
 
 @pytest.mark.parametrize("version", ["v3", "v7"])
