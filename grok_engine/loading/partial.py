@@ -10,9 +10,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import secrets
 import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -124,25 +124,23 @@ def _partial(out: Path) -> Iterator[Path]:
     partial: Path | None = None
     try:
         while lock is None:  # another process may take a folder for a leftover before it is locked, and remove it
-            partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+            partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")  # known before it is there
+            try:
+                partial.mkdir()
+            except OSError:
+                partial = None  # nothing of ours
+                raise
             try:
                 lock = _locked(partial, wait=True)
             except OSError:  # no locks here, so nothing is ever swept either
                 break
         assert partial is not None
-        partial.chmod(0o777 & ~_umask())  # mkdtemp's is the owner's alone
         yield partial
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
         if lock is not None:
             os.close(lock)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)  # which cannot be read without being set
-    os.umask(mask)
-    return mask
 
 
 def _write_weights(path: Path, file: NewFile, report: Callable[[int], None]) -> None:
@@ -194,22 +192,27 @@ def _rename(partial: Path, out: Path) -> None:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise SystemExit, where nobody handles them and where they can be handled: in the main
-    thread."""
+    """SIGTERM and SIGHUP raise SystemExit, SIGINT KeyboardInterrupt, where nobody else handles them and where they can
+    be handled: in the main thread. After the first one all are ignored: a second must not cut the removal short."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    ours = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    ours = {n: old for n, old in before.items() if old in (signal.SIG_DFL, signal.default_int_handler)}
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         for each in ours:
-            signal.signal(each, signal.SIG_IGN)  # a second one must not cut the removal short
-        raise SystemExit(128 + number)
+            signal.signal(each, signal.SIG_IGN)
+        raise (
+            KeyboardInterrupt
+            if ours[signal.Signals(number)] is signal.default_int_handler
+            else SystemExit(128 + number)
+        )
 
     try:
-        for number in ours:
-            signal.signal(number, stop)
+        for each in ours:
+            signal.signal(each, stop)
         yield
     finally:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)
+        for each, old in ours.items():
+            signal.signal(each, old)

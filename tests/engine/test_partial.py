@@ -243,6 +243,31 @@ def test_an_interrupted_conversion_leaves_nothing(error: type[BaseException], tm
     assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP))
 
 
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("first", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit), (signal.SIGHUP, SystemExit)]
+)
+def test_a_second_signal_does_not_cut_the_removal_short(
+    first: signal.Signals,
+    raised: type[BaseException],
+    second: signal.Signals,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    remove = partial.shutil.rmtree
+
+    def interrupted(path: Path, **options: Any) -> None:
+        os.kill(os.getpid(), second)
+        remove(path, **options)
+
+    before = [signal.getsignal(number) for number in (first, second)]
+    monkeypatch.setattr(partial.shutil, "rmtree", interrupted)
+    with pytest.raises(raised):
+        convert(MODEL, tmp_path / "out", progress=lambda done, total: os.kill(os.getpid(), first))
+    assert not list(tmp_path.iterdir())
+    assert before == [signal.getsignal(number) for number in (first, second)]
+
+
 def test_without_locks_nothing_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(file: int, operation: int) -> None:
         raise OSError(95, "Operation not supported")
