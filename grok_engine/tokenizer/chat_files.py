@@ -41,14 +41,16 @@ def has_template(path: Path) -> bool:
     return bool(_read(path)[0])
 
 
-def chat_files(path: Path, tokenizer: Tokenizer | None) -> dict[str, bytes]:
-    """The files, by name, that give a folder the same templates: one for the default, one for several with names."""
+def chat_files(path: Path, tokenizer: Tokenizer | None, config: bytes) -> dict[str, bytes]:
+    """The files, by name, that give a folder the same templates, where transformers reads them too: one for the
+    default, else an entry of its tokenizer_config.json. config: the content of that file."""
     templates = dict(load_chat(path, tokenizer).templates)
     if not templates:
         return {}
-    if [*templates] == ["default"]:
+    if [*templates] == ["default"] and "\r" not in templates["default"]:  # which text files are read without
         return {JINJA: templates["default"].encode()}
-    return {JSON: json.dumps({_KEY: templates}, ensure_ascii=False).encode()}
+    named = [{"name": name, "template": text} for name, text in templates.items()]
+    return {_CONFIG: json.dumps({**json.loads(config), _KEY: named}, ensure_ascii=False, indent=1).encode()}
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Any], str]:

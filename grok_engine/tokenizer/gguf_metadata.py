@@ -10,6 +10,7 @@ from typing import Any
 
 from grok_engine.checkpoint.gguf.files import gguf_file, read_headers
 
+from .base import Tokenizer
 from .chat_files import load_chat
 from .gguf import _PRE
 from .gguf import tokenizer_files as gguf_tokenizer_files
@@ -36,11 +37,25 @@ def tokenizer_metadata(path: Path, vocab_size: int) -> dict[str, Any]:
     else:
         return _none()
     tokenizer = load_tokenizer(path)
-    for key, around in (("bos", "prefix"), ("eos", "suffix")):  # said always: llama.cpp has defaults of its own
-        found[f"tokenizer.ggml.add_{key}_token"] = bool(getattr(tokenizer, around))
+    assert tokenizer is not None  # of one of these files
+    found |= _around(path, tokenizer)
     for name, template in load_chat(path, tokenizer).templates.items():
         found["tokenizer.chat_template" + ("" if name == "default" else f".{name}")] = template
     return _padded(found, vocab_size)
+
+
+def _around(path: Path, tokenizer: Tokenizer) -> Iterator[tuple[str, Any]]:
+    """BOS and EOS, and whether they go around a prompt, which is said always: llama.cpp has defaults of its own."""
+    eos = next(iter(tokenizer.eos_token_ids), None)
+    for kind, own, around in (("bos", tokenizer.bos_token_id, tokenizer.prefix), ("eos", eos, tokenizer.suffix)):
+        token = around[0] if own is None and around else own
+        if around not in ((), (token,)):
+            raise ValueError(
+                f"{path} puts the tokens {around} around a prompt: a GGUF file can only say {kind}={token}"
+            )
+        if token is not None:
+            yield f"tokenizer.ggml.{kind}_token_id", token
+        yield f"tokenizer.ggml.add_{kind}_token", bool(around)
 
 
 def _none() -> dict[str, Any]:
@@ -49,6 +64,8 @@ def _none() -> dict[str, Any]:
 
 def _padded(found: dict[str, Any], vocab_size: int) -> dict[str, Any]:
     tokens = found.get("tokenizer.ggml.tokens", ())
+    if len(tokens) > vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokens)} tokens, expected at most the model's {vocab_size}")
     if missing := max(vocab_size - len(tokens), 0) if tokens else 0:
         padding = tuple(f"[PAD{i}]" for i in range(len(tokens), vocab_size))
         for key, more in (("tokens", padding), ("token_type", (_UNUSED,) * missing), ("scores", (-1e4,) * missing)):
@@ -99,10 +116,19 @@ def _sentencepiece(file: Path) -> dict[str, Any]:
 
 def _added(file: Path, size: int) -> list[tuple[str, float, int]]:
     """Tokens that a `tokenizer.json` has from id `size` on, beyond those of the `tokenizer.model` beside it."""
-    tokens = json.loads(file.read_bytes()).get("added_tokens", ()) if file.is_file() else ()
+    tokens = _added_tokens(json.loads(file.read_bytes()), file) if file.is_file() else ()
     found = {t["id"]: (t["content"], -1e4, _CONTROL if t["special"] else _USER_DEFINED) for t in tokens}
     last = max(found, default=-1)
     return [found.get(i, (f"[PAD{i}]", -1e4, _UNUSED)) for i in range(size, last + 1)]
+
+
+def _added_tokens(values: Mapping[str, Any], file: Path) -> list[dict[str, Any]]:
+    """Those of a `tokenizer.json`."""
+    tokens = list(values.get("added_tokens", ()))
+    for token in tokens:
+        if found := [key for key in ("lstrip", "rstrip", "single_word") if token.get(key)]:
+            raise ValueError(f"{file}: token {token['content']!r} has {', '.join(found)}, which a GGUF file cannot say")
+    return tokens
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
@@ -145,11 +171,11 @@ def _byte_level(path: Path, values: Mapping[str, Any], config: Mapping[str, Any]
         raise ValueError(
             f"the tokenizer of {path} is no byte-level BPE without a normalizer, expected one for a GGUF file"
         )
-    name = _pre_name(values.get("pre_tokenizer"), model.get("ignore_merges", False))
-    if name is None:
+    pre = _pre_name(values.get("pre_tokenizer"), model.get("ignore_merges", False))
+    if pre is None:
         cut = values.get("pre_tokenizer")
         raise ValueError(f"the tokenizer of {path} splits texts in a way for which llama.cpp has no name: {cut}")
-    added = {token["id"]: token for token in values.get("added_tokens", ())}
+    added = {token["id"]: token for token in _added_tokens(values, path)}
     by_id = {i: token for token, i in model["vocab"].items()} | {i: token["content"] for i, token in added.items()}
     size = 1 + max(by_id)
     types = [
@@ -158,14 +184,14 @@ def _byte_level(path: Path, values: Mapping[str, Any], config: Mapping[str, Any]
     ]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     special = {}
-    for kind in ("bos", "eos", "unk", "pad"):
+    for kind, name in (("unk", "unknown"), ("pad", "padding")):
         token = config.get(f"{kind}_token")
         token = token["content"] if isinstance(token, dict) else token
         if (number := next((i for i, text in by_id.items() if text == token), None)) is not None:
-            special[{"unk": "unknown", "pad": "padding"}.get(kind, kind)] = number
+            special[name] = number
     return {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": name,
+        "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": tuple(by_id.get(i, f"[PAD{i}]") for i in range(size)),
         "tokenizer.ggml.token_type": tuple(types),
         "tokenizer.ggml.merges": tuple(merges),

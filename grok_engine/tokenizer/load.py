@@ -49,11 +49,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer | None:
 def tokenizer_files(path: str | Path) -> dict[str, bytes]:
     """What a folder needs to have the same tokenizer, chat templates and sampling defaults, by name: the files of a
     checkpoint's folder, or those that a GGUF file's metadata becomes. Raises as `load_tokenizer` and `load_chat` do."""
-    files = generation_files(path) | chat_files(Path(path), load_tokenizer(path))
     if (gguf := gguf_file(path)) is not None:
-        return files | gguf_tokenizer_files(read_headers(gguf)[0].metadata, gguf)
-    path = Path(path)
-    files |= {name: read_file(path / name) for name in (HF, CONFIG) if _is_there(path / name)}
+        files = gguf_tokenizer_files(read_headers(gguf)[0].metadata, gguf)
+    else:
+        files = _folder_files(Path(path))
+    chat = chat_files(Path(path), load_tokenizer(path), files.get(CONFIG, b"{}"))
+    return generation_files(path) | files | chat
+
+
+def _folder_files(path: Path) -> dict[str, bytes]:
+    files = {name: read_file(path / name) for name in (HF, CONFIG) if _is_there(path / name)}
     if (file := sentencepiece_file(path)) is not None:
         files[SENTENCEPIECE] = read_file(file)
     if not files.keys() & {HF, SENTENCEPIECE}:

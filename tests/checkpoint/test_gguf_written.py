@@ -247,6 +247,50 @@ def test_a_tokenizer_and_template_survive_the_way_there_and_back(tmp_path: Path)
     assert "tokenizer.ggml.tokens" in keys[0]
 
 
+def around(folder: Path, single: list[str], **changes: Any) -> Path:
+    """`byte_level` with a second control token and these tokens around a prompt, "A" for its text; changes: of the
+    first one."""
+    values = json.loads((byte_level(folder, DIGITS) / "tokenizer.json").read_text())
+    (first,) = values["added_tokens"]
+    values["added_tokens"] = [first | changes, {**first, "id": 5, "content": "<|im_start|>"}]
+    template = [{"Sequence" if t == "A" else "SpecialToken": {"id": t, "type_id": 0}} for t in single]
+    ids = {"<|im_end|>": 4, "<|im_start|>": 5}
+    values["post_processor"] = {
+        "type": "TemplateProcessing", "single": template, "pair": template,
+        "special_tokens": {t: {"id": t, "ids": [ids[t]], "tokens": [t]} for t in single if t in ids},
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_beginning_and_end_are_the_tokenizers(tmp_path: Path) -> None:
+    """Which `config.json` may say otherwise: its own end tokens come after."""
+    found = tokenizer_metadata(around(tmp_path, ["<|im_start|>", "A", "<|im_end|>"]), 6)
+    assert [found[f"tokenizer.ggml.add_{kind}_token"] for kind in ("bos", "eos")] == [True, True]
+    config = replace(preset("mixtral-8x7b"), attn_scale=0.0, bos_token_id=0, eos_token_ids=(1, 4, 2))
+    places = {name: _place(name, config) for i in range(32) for name in (f"blk.{i}.attn_q.weight", "output.weight")}
+    keys = gguf_metadata(config, found, places)
+    ids = {kind: keys[f"tokenizer.ggml.{kind}_token_id"] for kind in ("bos", "eos", "eot", "eom")}
+    assert ids == {"bos": 5, "eos": 4, "eot": 1, "eom": 2}
+
+
+@pytest.mark.parametrize(
+    ("single", "changes", "problem"),
+    [
+        (["A", "<|im_start|>"], {}, r"puts the tokens \(5,\) around a prompt: a GGUF file can only say eos=4"),
+        (["<|im_start|>", "<|im_end|>", "A"], {}, r"puts the tokens \(5, 4\) .* only say bos=5"),
+        (["A"], {"lstrip": True}, r"token '<\|im_end\|>' has lstrip, which a GGUF file cannot say"),
+        (["A"], {"rstrip": True, "single_word": True}, "has rstrip, single_word"),
+        (["A"], {"id": 7}, "the tokenizer has 8 tokens, expected at most the model's 6"),
+    ],
+)
+def test_what_a_gguf_tokenizer_has_not(
+    single: list[str], changes: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=problem):
+        tokenizer_metadata(around(tmp_path, single, **changes), 6)
+
+
 def test_without_a_tokenizer_there_is_none(tmp_path: Path) -> None:
     path = convert(HF / "mixtral-a", tmp_path / "out.gguf", format="gguf")
     assert gguf.GGUFReader(path).fields["tokenizer.ggml.model"].contents() == "no_vocab"

@@ -194,16 +194,18 @@ def test_the_files_of_a_folder(folder: Path) -> None:
 
 
 def test_a_conversion_keeps_the_templates(folder: Path) -> None:
-    """Of the files, and the built-in one that the files of the original are chosen by."""
+    """Of the files, and the built-in one that the files of the original are chosen by. transformers has them too."""
     (folder / "config.json").write_text('{"architectures": ["MixtralForCausalLM"]}')
     named = [{"name": "default", "template": "{{ 'é' }}"}, {"name": "tool_use", "template": "{{ 2 }}"}]
-    for number, value in enumerate((None, "{{ 'one' }}", named)):
+    for number, value in enumerate((None, "{{ 'one' }}", "{{ 1 }}\r\n\n", named)):
         made.configure(folder, value)
         copied = folder / str(number)
         copied.mkdir()
         for name, content in tokenizer_files(folder).items():
             (copied / name).write_bytes(content)
-        assert templates(copied) == templates(folder) != {}
+        assert templates(copied) == (found := templates(folder)) != {}
+        theirs = transformers.PreTrainedTokenizerFast.from_pretrained(copied).chat_template
+        assert (theirs if isinstance(theirs, dict) else {"default": theirs}) == found
 
 
 @pytest.mark.parametrize("value", [5, [5], [{"name": "x"}], {"default": 5}])

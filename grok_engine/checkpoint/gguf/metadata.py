@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ def gguf_metadata(config: ModelConfig, tokenizer: Mapping[str, Any], tensors: Ma
     architecture can say, or that llama.cpp would not follow.
     """
     arch = "grok" if config.post_norms else "llama"
+    config = _with_tokens_of(tokenizer, config)
     values = {
         "general.architecture": arch,
         "general.type": "model",
@@ -115,6 +116,15 @@ def _keys(config: ModelConfig, arch: str) -> dict[str, Any]:
 
 def _fp32(value: float) -> float:
     return float(np.float32(value))
+
+
+def _with_tokens_of(tokenizer: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
+    """The tokens that begin and end a text, the tokenizer's own before those of the configuration: readers put them
+    around prompts, and templates name them."""
+    eos = tokenizer.get("tokenizer.ggml.eos_token_id")
+    ends = dict.fromkeys((*(() if eos is None else (eos,)), *config.eos_token_ids))
+    bos = tokenizer.get("tokenizer.ggml.bos_token_id", config.bos_token_id)
+    return replace(config, bos_token_id=bos, eos_token_ids=tuple(ends))
 
 
 def _special_tokens(config: ModelConfig) -> dict[str, int]:
