@@ -24,7 +24,11 @@ from grok_engine.checkpoint.new_file import NewFile
 from grok_engine.config import ConfigError
 
 SPARE = 1 << 20  # bytes for the file system's own records
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_ROOM = {
+    errno.ENOSPC: "the disk was full",
+    errno.EDQUOT: "the quota was reached",
+    errno.EFBIG: "the file system or a limit takes no file of that size",
+}
 
 
 def check_new(out: Path, model: Path) -> None:
@@ -74,9 +78,9 @@ def write_new(
                 report(len(content))
             _sync(partial)
         except OSError as error:
-            if error.errno not in _FULL:
+            if (what := _NO_ROOM.get(error.errno or 0)) is None:
                 raise
-            raise ConfigError(f"{out} needs {need:,} bytes: the disk was full after {done:,}") from None
+            raise ConfigError(f"{out} needs {need:,} bytes: {what}, after {done:,}") from None
         _rename(partial / weights[0].name if single else partial, out)
         _sync(out.parent)
 
