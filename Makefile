@@ -9,7 +9,7 @@ BENCH_ARGS ?=
 PART ?= first
 MINUTES ?= 3
 SOAK_ARGS ?=
-CHAT_ARGS ?=
+CHAT_ARGS ?= --temperature 0.2 --top-p 0.9
 
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 SANITIZED := build/sanitized

@@ -136,7 +136,7 @@ def _print_stats(llm: LLM, prompt_tokens: int, load_s: float, times: list[float]
     table.add_column()
     c = llm.config
     table.add_row("model", f"{c.model.name}, {c.dtype} on {c.device}, loaded in {load_s:.2f} s")
-    table.add_row("prompt", f"{prompt_tokens} tokens, {prompt_tokens / first:.1f} tokens/s")
+    table.add_row("prompt", f"{prompt_tokens} token{'s' * (prompt_tokens != 1)}, {prompt_tokens / first:.1f} tokens/s")
     table.add_row("time to first token", f"{first * 1e3:.1f} ms")
     rate = f"{decoded / decode_s:.1f} tokens/s" if decoded else "no token after the first"
     table.add_row("decode", f"{decoded + 1} tokens, {rate}")
@@ -157,12 +157,14 @@ def _peak_bytes(llm: LLM) -> int:
 @app.command(name="chat")
 @click.argument("model")
 @click.option("--system", help="A system prompt.")
-@click.option("--chat-template", help="Jinja text or its file; by default the model's own.")
+@click.option("--chat-template", help="Jinja, its file, or the name of one of the model's; by default the model's own.")
 @click.option("--max-tokens", default=512, show_default=True, help="Tokens of an answer at most.")
 @click.option("--temperature", type=float, help="0 takes the most probable token; by default as for generate.")
 @click.option("--top-p", type=float, help="Sample among the likeliest tokens of this probability, as for generate.")
 @click.option("--seed", type=int, help="Repeats a conversation.")
-@click.option("--max-model-len", type=int, help="Tokens of the context; by default all that the model takes.")
+@click.option(
+    "--max-model-len", type=int, help="Tokens of the context; by default what the model has and memory holds."
+)
 @click.option("--dtype", type=_one_of(DType), default="bfloat16", show_default=True, help="Of the computation.")
 @click.option("--weights", type=_one_of(WeightFormat), help="Convert while loading; by default as they are stored.")
 @click.option("--device", default="cpu", show_default=True, help="As torch names them.")
@@ -261,7 +263,7 @@ def inspect(path: str, verify: bool, all_tensors: bool, as_json: bool) -> None:
 @app.command(name="plan")
 @click.argument("model", default="grok-1")
 @click.option("--gpu", type=click.Choice(list(GPUS)), default="h100-80gb", show_default=True, help="The chip.")
-@click.option("--gpus", default=8, show_default=True, help="How many, as one tensor-parallel group.")
+@click.option("--gpus", type=int, help="How many, as one tensor-parallel group; by default the fewest that hold it.")
 @click.option("--weights", type=_one_of(PlanWeights), default="int8", show_default=True)
 @click.option("--kv", type=_one_of(PlanKV), default="bf16", show_default=True, help="Type of keys and values.")
 @click.option("--context", type=int, help="Tokens of a request; by default all that the model takes.")
@@ -312,9 +314,18 @@ def _folder(model: str) -> Path:
         raise ConfigError(f"{error}; the published architectures are {', '.join(PRESETS)}") from None
 
 
+class _Shown(logging.StreamHandler):  # type: ignore[type-arg]
+    """Prints the engine's warnings to whatever `sys.stderr` is when each comes: while a progress bar is drawn, rich
+    replaces it, and prints them above the bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Bad input is one line on standard error and status 2; --debug shows the traceback."""
-    shown = logging.StreamHandler()  # of the engine's warnings, on standard error
+    shown = _Shown()
     shown.setFormatter(logging.Formatter("grok-engine: %(message)s"))
     if argv is None:
         # The process is ours, and what it imported lives as long as it does. Unfrozen, GC passes at exit would scan all

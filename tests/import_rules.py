@@ -118,7 +118,7 @@ ALLOWED: Table = {
     "grok_bench.spread": (),
     "grok_bench.environment": ("schema", "grok_kernels"),
     "grok_bench.report": ("schema", "spread"),
-    "grok_bench.engine": ("schema", "spread", "environment", "report", "grok_engine", "grok_kernels"),
+    "grok_bench.engine": ("schema", "spread", "environment", "report", "grok_engine"),
     "grok_bench.kernels": ("schema", "spread", "environment", "report", "grok_engine", "grok_kernels"),
     "grok_bench.cli": ("engine", "kernels", "report"),
     "grok_bench": ("kernels",),  # the decorator that makes a function a contestant

@@ -34,8 +34,7 @@ from .slots import Slot, slots
 from .unfused import UnfusedCheckpoint
 
 FileFormat = Literal["packed", "hf", "gguf"]
-# What a folder of the hub may have beside weights, configuration and tokenizer.
-# Of transformers' tokenizers, beside the files that `tokenizer_files` knows.
+# Files of transformers' tokenizers and chat templates that a conversion copies, beside those of `tokenizer_files`.
 COMPANIONS = (
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
     "chat_template.json",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections import Counter
 from collections.abc import Callable
 
@@ -63,16 +65,25 @@ def fill(
 
 
 def _log_conversions(found: list[Slot]) -> None:
-    """Say which matrices are not held as they are stored, though nobody asked for it."""
-    changed = Counter(
-        (info.stored or info.format, slot.format)
-        for slot in found
-        if isinstance(slot.module, FusedWeight)
-        for info in slot.sources
-        if info.stored or info.format != slot.format
-    )
-    for (stored, held), count in changed.items():
-        log.warning("%d matrices of %s are held in %s, which loses nothing; `weights` chooses", count, stored, held)
+    """Say which matrices are not held as they are stored, though nobody asked for it: a warning where that takes more
+    memory."""
+    count, stored, held = Counter[tuple[str, str]](), Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    for slot in found:
+        values = sum(math.prod(info.shape) for info in slot.sources)
+        for info in slot.sources if isinstance(slot.module, FusedWeight) else ():
+            if info.stored or info.format != slot.format:
+                kind = (info.stored or info.format, slot.format)
+                count[kind] += 1
+                stored[kind] += info.nbytes
+                held[kind] += slot.nbytes * math.prod(info.shape) // values
+    for kind in count:
+        grows = held[kind] > 1.25 * stored[kind]
+        log.log(
+            logging.WARNING if grows else logging.INFO,
+            "%d matrices of %s are held in %s, which loses nothing and takes %.3g MB instead of %.3g%s",
+            count[kind], *kind, held[kind] / 1e6, stored[kind] / 1e6,
+            "; `weights` chooses a smaller format" if grows else "",
+        )  # fmt: skip
 
 
 def load(slot: Slot, checkpoint: Checkpoint, device: torch.device | str, packed: bool | None = None) -> None:

@@ -98,9 +98,15 @@ class Evaluation:
         if self.stride == self.context:
             yield "", "but the first of each window, which has nothing before it"
         yield "windows", f"{len(self.window_nats):,} of {self.context} tokens, one every {self.stride}"
-        yield "perplexity", f"{self.perplexity:.4f} ± {self.perplexity * error:.4f}"
-        yield "nats per token", f"{nats:.5f} ± {error:.5f}"
-        yield "bits per byte", f"{self.bits_per_byte:.5f} ± {self.bits_per_byte * error / nats if nats else 0:.5f}"
+        if math.isnan(error):
+            yield "standard error", "unknown: one window does not show it"
+        for name, value, digits in (
+            ("perplexity", self.perplexity, 4),
+            ("nats per token", nats, 5),
+            ("bits per byte", self.bits_per_byte, 5),
+        ):
+            spread = value * error if name == "perplexity" else value / nats * error if nats else 0.0
+            yield name, f"{value:.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")
         yield "speed", f"{self.seconds:.1f} s, {self.scored_tokens / self.seconds:,.0f} scored tokens/s"
 
 

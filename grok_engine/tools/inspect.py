@@ -100,7 +100,9 @@ def inspect_checkpoint(path: str | Path, *, verify: bool = False, progress: Prog
     """
     path = Path(path).absolute()
     if is_packed_folder(path):
-        raise CheckpointError(f"{path} holds converted weights: expected the checkpoint that they were made from")
+        raise CheckpointError(
+            f"{path} holds converted weights, which are not inspected: expected the checkpoint that they were made from"
+        )
     config = read_config(path)
     checkpoint = open_checkpoint(path, config)
     check_checkpoint(config, checkpoint)

@@ -254,7 +254,7 @@ def plan(
     config: ModelConfig,
     *,
     chip: str,
-    gpus: int,
+    gpus: int | None = None,
     weights: PlanWeights = "int8",
     kv: PlanKV = "bf16",
     context: int | None = None,
@@ -262,11 +262,13 @@ def plan(
 ) -> Plan:
     """What `config` needs on `gpus` of `chip`, with `batch` requests of `context` tokens (None: the model's own).
 
+    gpus None: the fewest that hold it, or, where no count does, as many as can share the model.
+
     Raises ConfigError, with the value and what was expected, for an unknown GPU or format, a count of GPUs that does
     not divide the model, and a context or batch out of range.
     """
     context = config.max_position if context is None else context
-    _check(config, chip, gpus, weights, kv, context, batch)
+    _check(config, chip, 1 if gpus is None else gpus, weights, kv, context, batch)
     gpu, resident = GPUS[chip], _window(config, context)
     usable = int(gpu.memory * (1 - RESERVED))
 
@@ -280,6 +282,8 @@ def plan(
         return free(n) - batch * resident * kv_token(n)
 
     valid = valid_gpu_counts(config)
+    fewest = next((n for n in valid if headroom(n) >= 0), None)
+    gpus = gpus or fewest or valid[-1]
     capacity = max(0, free(gpus)) // kv_token(gpus)
     pairs = batch * resident
     step = _step_cost(config, weights, kv, gpus, tokens=batch, cached=pairs, pairs=pairs, rows=batch)
@@ -308,7 +312,7 @@ def plan(
         kv_capacity_tokens=capacity,
         max_requests=capacity // resident,
         valid_gpus=valid,
-        min_gpus=next((n for n in valid if headroom(n) >= 0), None),
+        min_gpus=fewest,
         decode=_time(decode, gpu, weights, batch),
         prefill=_time(_prefill_steps(config, gpu, weights, kv, gpus, context), gpu, weights, context),
         assumptions=tuple(_assumptions(config, gpu, gpus, weights, kv)),

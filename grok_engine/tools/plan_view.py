@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -15,13 +16,13 @@ def render(plan: Plan, console: Console) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold cyan", no_wrap=True)
     released = f" · {p.released_bytes / gb:,.1f} GB as released" if p.released_bytes else ""
-    sizes = f"{p.params_total / gb:,.1f} B parameters, {p.params_active / gb:,.1f} B active"
+    sizes = f"{_count(p.params_total)} parameters, {_count(p.params_active)} active"
     table.add_row("model", Text(f"{p.model} · {sizes}{released}"))  # a name may look like markup
     table.add_row("on", f"{p.gpus} x {p.chip} · weights {p.weights} · KV {p.kv} · {p.batch} x {p.context:,} tokens")
 
     verdict = Text.assemble(("fits", "bold green") if p.fits else ("does not fit", "bold red"))
     verdict.append(f", {abs(p.headroom_bytes) / gb:,.1f} GB a GPU {'free' if p.fits else 'short'} · ")
-    least = f"least that holds it: {p.min_gpus}" if p.min_gpus else "no count holds it"
+    least = f"fewest GPUs that hold it: {p.min_gpus}" if p.min_gpus else "no number of GPUs holds it"
     table.add_row("verdict", verdict.append(f"{least} (of {', '.join(map(str, p.valid_gpus))})", style="dim"))
 
     uses = (
@@ -38,7 +39,7 @@ def render(plan: Plan, console: Console) -> None:
     table.add_row("", legend.append(f"of {p.usable_bytes / gb:,.1f} usable, {p.memory_bytes / gb:,.1f} in all"))
 
     room = f"room for {p.kv_capacity_tokens:,} tokens, {p.max_requests:,} requests of {p.context:,}"
-    table.add_row("KV cache", f"{p.kv_bytes_per_token / 1024:,.0f} KiB a token · {room}")
+    table.add_row("KV cache", f"{p.kv_bytes_per_token / 1024:,.4g} KiB a token · {room}")
     for name, t in (("decode", p.decode), ("prefill", p.prefill)):
         parts = f" (memory {t.memory_s * 1e3:,.2f}, compute {t.compute_s * 1e3:,.2f}, links {t.link_s * 1e3:,.2f})"
         table.add_row(
@@ -46,4 +47,8 @@ def render(plan: Plan, console: Console) -> None:
         )
     console.print(table, width=width)
     for line in p.assumptions:
-        console.print(Text("  " + line, style="dim"), width=width)
+        console.print(Padding(Text(line, style="dim"), (0, 0, 0, 2)), width=width)
+
+
+def _count(params: int) -> str:
+    return f"{params / 1e9:,.1f} B" if params >= 1e9 else f"{params / 1e6:,.1f} M"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import logging
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import grok_kernels
-from grok_engine.cli import main
+from grok_engine.cli import _Shown, main
 from tests.checkpoint.sparse import RELEASE_BYTES, write_sparse_release
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -193,3 +194,11 @@ def test_only_a_process_of_its_own_keeps_what_it_imported_from_the_collector(
     monkeypatch.setattr(sys, "argv", ["grok-engine", "plan"])
     assert main() == 0
     assert frozen == [True]
+
+
+def test_a_warning_goes_through_what_draws_a_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """rich replaces `sys.stderr` while it draws; written past it, a warning would stand in the bar's own line."""
+    shown, drawn = _Shown(), io.StringIO()
+    monkeypatch.setattr(sys, "stderr", drawn)
+    shown.emit(logging.makeLogRecord({"msg": "210 matrices"}))
+    assert drawn.getvalue() == "210 matrices\n"

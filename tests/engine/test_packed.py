@@ -268,7 +268,7 @@ def test_mmap_needs_a_converted_model() -> None:
 
 def test_inspect_says_what_it_expects(whole: Path, capsys: Any) -> None:
     assert main(["inspect", str(whole)]) == 2
-    assert "holds converted weights: expected the checkpoint" in capsys.readouterr().err
+    assert "holds converted weights, which are not inspected: expected the checkpoint" in capsys.readouterr().err
 
 
 def test_progress_rises_to_the_total(whole: Path) -> None:

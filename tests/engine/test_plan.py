@@ -13,7 +13,7 @@ from rich.console import Console
 
 from grok_engine.config import ModelConfig
 from grok_engine.models.families import PRESETS
-from grok_engine.tools.plan import expert_layer_cost, plan, released_bytes, valid_gpu_counts
+from grok_engine.tools.plan import PlanWeights, expert_layer_cost, plan, released_bytes, valid_gpu_counts
 from grok_engine.tools.plan_view import render
 from grok_kernels.chips import GPUS
 
@@ -76,6 +76,17 @@ def test_an_h200_is_an_h100_with_more_and_faster_memory() -> None:
 def test_grok_1_in_bf16_is_held_by_no_eight_h100() -> None:
     assert plan(GROK, chip="h100-80gb", gpus=8, weights="bf16").min_gpus == 16
     assert plan(GROK, chip="a100-40gb", gpus=8, weights="bf16").min_gpus is None
+
+
+@pytest.mark.parametrize(
+    ("model", "chip", "weights", "gpus"),
+    [("grok-1", "h100-80gb", "int8", 8), ("mistral-7b", "h100-80gb", "int8", 1), ("grok-1", "a100-40gb", "bf16", 16)],
+)
+def test_without_a_number_of_gpus_it_is_the_fewest_that_hold_it(
+    model: str, chip: str, weights: PlanWeights, gpus: int
+) -> None:
+    """Or all that can share it, where none do. Eight do not divide every model."""
+    assert plan(PRESETS[model], chip=chip, weights=weights).gpus == gpus
 
 
 @pytest.mark.parametrize(
@@ -263,7 +274,7 @@ def test_render_prints_the_figures_in_100_columns(gpus: int) -> None:
         "83.8 B active",
         "318.2 GB as released",
         "256 KiB a token",
-        "least that holds it: 8",
+        "fewest GPUs that hold it: 8",
     )
     for figure in (
         *figures,

@@ -8,15 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grok_bench.environment import available_bytes
 from grok_engine import ConfigError, EngineConfig, LLMEngine, ModelConfig
-from grok_engine.loading.random import weight_bytes
 from grok_engine.loading.resolve import read_config, resolve_model
 from grok_engine.models.families import PRESETS
 from grok_engine.progress import byte_bar
-from grok_engine.runtime.memory import CPU_KV_BYTES
-from grok_engine.runtime.pages import page_bytes
-from grok_kernels.dtypes import dtype_of
 
 from .workload import Job
 
@@ -53,7 +48,7 @@ def load(
 ) -> tuple[LLMEngine, float]:
     """An engine that can take each of `jobs`, and the seconds of loading.
 
-    ValueError, before anything is loaded, where a job does not fit, or the model does not fit into memory.
+    ValueError, before anything is loaded, where a job does not fit; the engine refuses what memory does not hold.
     """
     for i, job in enumerate(jobs):
         prompt, new = len(job.prompt), job.output_len
@@ -62,7 +57,6 @@ def load(
                 f"request {i} has {prompt} prompt tokens and {new} to come, {prompt + new} in all, more than "
                 f"max_model_len={config.max_len}"
             )
-    check_memory(config, folder)
     began = time.perf_counter()
     with byte_bar("loading") as progress:
         engine = LLMEngine(config.model if folder is None else folder, progress=progress, **options)
@@ -75,34 +69,6 @@ def load(
                 "expected a larger --num-pages or --kv-memory"
             )
     return engine, seconds
-
-
-def check_memory(config: EngineConfig, folder: Path | None) -> None:
-    """ConfigError where weights, keys and values need more memory than is available."""
-    free = available_bytes(config.device)
-    if folder is not None and config.weights is None:
-        weights = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    else:
-        weights = weight_bytes(config.model, config.dtype, config.weights)
-    kv = kv_bytes(config)
-    if free is not None and weights + kv > free:
-        raise ConfigError(
-            f"{config.model.name} with {config.model.num_layers} layers needs {weights + kv:,} bytes on "
-            f"{config.device} ({weights:,} of weights, {kv:,} of keys and values), {free:,} are available"
-        )
-
-
-def kv_bytes(config: EngineConfig) -> int:
-    """Bytes of keys and values that the engine will allocate; at least a page on a GPU without an explicit size."""
-    page = page_bytes(config.model, config.page_size, dtype_of(str(config.kv_dtype)))
-    longest = -(-config.max_len // config.page_size)
-    if config.num_pages is not None:
-        return config.num_pages * page
-    if config.kv_memory is not None:
-        budget = config.kv_memory
-    else:
-        budget = page if config.device.startswith("cuda") else max(CPU_KV_BYTES, longest * page)
-    return min(budget // page, config.max_num_seqs * (longest + 1)) * page
 
 
 def _folder(name: str) -> Path:
