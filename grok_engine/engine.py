@@ -368,7 +368,7 @@ class LLMEngine:
     def _give_up(self, plan: StepPlan, error: BaseException) -> None:
         """End the requests of a plan that failed between `schedule` and `commit`. Pages and prefix index stay."""
         self._turn.intact = False
-        logger.error("a step failed, and its %d sequences end with it", len(plan.entries), exc_info=error)
+        logger.ended(error, "a step failed, and its %d sequences end with it", len(plan.entries))
         for entry in plan.entries:
             request, _ = self._by_seq_id.get(entry.seq_id, (None, None))
             if request is not None:
@@ -382,7 +382,7 @@ class LLMEngine:
         """Where a change was interrupted half-way: end the requests that the scheduler has, and empty all pages."""
         added = {id(argument) for _, argument in self._turn.asked}  # requests that are still to be added
         ended = [request for request in list(self._requests.values()) if id(request) not in added]
-        logger.error("pages were left half changed: %d requests end", len(ended), exc_info=error)
+        logger.ended(error, "pages were left half changed: %d requests end", len(ended))
         self.allocator.reset()
         self.scheduler.reset()
         self._by_seq_id.clear()

@@ -21,3 +21,8 @@ class QuietLogger(logging.LoggerAdapter):  # type: ignore[type-arg]
         except Exception:
             if logging.raiseExceptions and sys.stderr is not None:
                 traceback.print_exc()
+
+    def ended(self, cause: BaseException, msg: object, *args: object) -> None:
+        """What ends with a failure is an error; what ends with an interrupt, Ctrl-C say, was asked for."""
+        level = logging.ERROR if isinstance(cause, Exception) else logging.INFO
+        self.log(level, msg, *args, exc_info=cause if level == logging.ERROR else None)

@@ -38,11 +38,18 @@ def cached_folder(name: str) -> Path:
 
 
 def snapshot_of(folder: Path) -> Path:
-    """The snapshot that a model's folder in the hub's cache, models--org--name, has as its main one; else `folder`."""
+    """The snapshot that a model's folder in the hub's cache, models--org--name, has as its main one; else `folder`.
+
+    ConfigError where the cache does not have it.
+    """
     ref = folder / "refs" / "main"
-    if _CACHED.fullmatch(folder.absolute().name) and ref.is_file():
-        return folder / "snapshots" / ref.read_text(encoding="utf-8", errors="replace")[:64].strip()
-    return folder
+    if not _CACHED.fullmatch(folder.absolute().name) or not (folder / "snapshots").is_dir():
+        return folder
+    name = ref.read_text(encoding="utf-8", errors="replace")[:64].strip() if ref.is_file() else None
+    if name is None or name in ("", ".", "..") or "/" in name or not (folder / "snapshots" / name).is_dir():
+        said = "there is no refs/main" if name is None else f"refs/main names {name!r}, which is not in snapshots/"
+        raise ConfigError(f"{folder} is a folder of the hub's cache, and {said}: expected the path of a snapshot in it")
+    return folder / "snapshots" / name
 
 
 def model_name(folder: Path) -> str:

@@ -2,7 +2,8 @@
 
 A template comes with a model's files, so it is hostile input. It computes in a sandbox without files, modules and
 private attributes, and every loop, call, operator and filter costs from a budget of work, so that no template runs for
-ever or fills the memory.
+ever or fills the memory. A list that holds another twice doubles what writing or comparing it costs, which nothing can
+interrupt: each list, tuple and dict that a template makes is measured with all that it holds.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime
@@ -28,6 +29,7 @@ from jinja2.utils import Namespace
 MAX_TEMPLATE = 1 << 17  # characters of a template; the longest in use have 20,000
 MAX_WORK = 1 << 26  # characters that one rendering may produce, results between included; an element of a list counts 8
 MAX_OUTPUT = 1 << 24
+ELEMENT = 64  # characters that an element counts in the text of a list, with all that the list holds
 SECONDS = 4.0
 
 
@@ -36,6 +38,7 @@ class _Work:
 
     def __init__(self) -> None:
         self.left, self.deadline = MAX_WORK, time.monotonic() + SECONDS
+        self._known: dict[int, tuple[int, Any]] = {}  # what `measure` found, by `id`, and what keeps that from reuse
 
     def spend(self, amount: int) -> None:
         self.left -= amount
@@ -43,6 +46,33 @@ class _Work:
             raise TemplateError(f"the template produces more than {MAX_WORK} characters in all")
         if time.monotonic() > self.deadline:
             raise TemplateError(f"the template runs longer than {SECONDS:g} s")
+
+    def measure(self, value: Any) -> int:
+        """Characters of `value` as text, about. Each list, tuple and dict is measured once: none ever changes.
+        TemplateError for too many."""
+        if isinstance(value, str) or not isinstance(value, _CONTAINERS):
+            return len(value) if isinstance(value, str) else 0
+        if (known := self._known.get(id(value))) is not None:
+            return known[0]
+        self.spend(ELEMENT + 8 * len(value))
+        size = ELEMENT * len(value) + self.measure_all(_held(value))
+        self._known[id(value)] = size, value
+        return size
+
+    def measure_all(self, values: Iterable[Any]) -> int:
+        if (size := sum(map(self.measure, values))) > MAX_WORK:
+            raise TemplateError(f"lists and dicts have more than {MAX_WORK} characters, with all that they hold")
+        return size
+
+
+_CONTAINERS: tuple[type[Any], ...] = (list, tuple, dict, type({}.keys()), type({}.values()), type({}.items()))
+_PLAIN = {int, float, bool, type(None)}
+
+
+def _held(value: Collection[Any]) -> list[Any]:
+    """What a list, tuple, dict or view holds, numbers apart."""
+    held = [*value, *value.values()] if isinstance(value, dict) else value
+    return [item for item in held if type(item) not in _PLAIN]
 
 
 _work: ContextVar[_Work] = ContextVar("work")
@@ -140,11 +170,28 @@ class _Code(CodeGenerator):
     @optimizeconst
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         """`a ~ b` by the sandbox's `concat`, which counts."""
-        self.write("environment.concat(map(str, (")
+        self.write("environment.concat((")
         for part in node.nodes:
             self.visit(part, frame)
             self.write(", ")
-        self.write(")))")
+        self.write("))")
+
+    def visit_List(self, node: nodes.List, frame: Frame) -> None:
+        self._measured(super().visit_List, node, frame)
+
+    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
+        self._measured(super().visit_Dict, node, frame)
+
+    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
+        if node.ctx == "load":
+            self._measured(super().visit_Tuple, node, frame)
+        else:
+            super().visit_Tuple(node, frame)
+
+    def _measured(self, visit: Callable[[Any, Frame], None], node: nodes.Node, frame: Frame) -> None:
+        self.write("environment.measured(")
+        visit(node, frame)
+        self.write(")")
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -152,10 +199,17 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     @staticmethod
-    def concat(parts: Iterable[str]) -> str:
-        text = "".join(parts)
+    def concat(parts: Iterable[Any]) -> str:
+        values = list(parts)
+        _work.get().measure_all(values)
+        text = "".join(map(str, values))
         _spend(text)
         return text
+
+    @staticmethod
+    def measured(value: Any) -> Any:
+        _spend(value)
+        return value
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
@@ -181,6 +235,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().is_safe_attribute(obj, attr, value) and attr not in _UNSAFE
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        given = (value for name, value in kwargs.items() if name not in ("_loop_vars", "_block_vars"))  # Jinja's own
+        _work.get().measure_all((*args, *given))  # a macro has them as a tuple and a dict
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps `format`
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
         if isinstance(owner, str):
@@ -198,6 +254,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 def _spend(result: Any) -> None:
     size = len(result) if isinstance(result, Sized) else 0
     _work.get().spend(1 + (size if isinstance(result, str) else 8 * size))
+    _work.get().measure_all((result,))
 
 
 def _check_product(left: Any, right: Any) -> None:
@@ -217,6 +274,16 @@ def _spend_replacing(text: Any = "", old: Any = "", new: Any = "", *_: Any) -> N
 def _spend_joining(between: Any, parts: Any) -> None:
     if isinstance(between, str):
         _work.get().spend(len(between) * (len(parts) if isinstance(parts, Sized) else MAX_RANGE))
+
+
+def _measured_each(parts: Any) -> Any:
+    """The parts that a filter joins, of which a generator may give out the same long list again and again."""
+    return map(_spend_on_text, parts) if isinstance(parts, Iterator) else parts
+
+
+def _spend_on_text(part: Any) -> Any:
+    _work.get().spend(1 + _work.get().measure_all((part,)))
+    return part
 
 
 def _check_widths(text: str) -> None:
@@ -239,6 +306,7 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             _spend_replacing(*(value for value in given if isinstance(value, str)))
         elif name == "join":
             _spend_joining(kwargs.get("d", args[2] if len(args) > 2 else ""), args[1])
+            args = (args[0], _measured_each(args[1]), *args[2:])
         elif name == "format":
             _check_widths(str(args[0]))
         elif name == "indent":
@@ -289,6 +357,9 @@ class _Namespace(Namespace):
     def __setitem__(self, name: str, value: Any) -> None:
         _check_names((name,))
         Namespace.__setitem__(self, name, value)
+
+    def __repr__(self) -> str:  # without what it holds, which may be more than fits into memory
+        return "<Namespace>"
 
 
 def _check_names(names: Iterable[Any]) -> None:

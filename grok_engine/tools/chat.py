@@ -93,6 +93,8 @@ def run(conversation: Conversation) -> None:
                 _command(conversation, text)
             elif text:
                 _answer(conversation, line)
+        except UnicodeEncodeError:  # a terminal's bytes that are no text, as half surrogate pairs
+            _say("this line is not text in UTF-8")
         except ValueError as error:
             _say(str(error))
         except KeyboardInterrupt:

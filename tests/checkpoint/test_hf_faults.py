@@ -37,6 +37,11 @@ def index(folder: Path, change: Callable[[dict[str, str]], Any]) -> None:
     (folder / INDEX).write_text(json.dumps(values))
 
 
+def drop_expert_3(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if ".experts.3." in name]:
+        del tensors[name]
+
+
 def refused(folder: Path) -> CheckpointError:
     with pytest.raises(CheckpointError) as caught:
         LLM(folder)
@@ -125,6 +130,8 @@ SHARDS: list[tuple[str, Callable[[Path], Any], str]] = [
      r"the files hold experts 0\.\.7, expected 4"),
     ("more-experts", lambda f: configure(f, {**config_of(f), "num_local_experts": 9}),
      r"the files hold experts 0\.\.7, expected 9"),
+    ("expert-missing", lambda f: [edit(f, drop_expert_3, file.name) for file in f.glob("*.safetensors")],
+     r"the files hold experts 0\.\.7 without 3, expected 8"),
     ("experts-twice", lambda f: configure(f, {**config_of(f), "num_experts": 9}), "=8 and num_experts=9"),
 ]  # fmt: skip
 

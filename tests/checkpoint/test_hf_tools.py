@@ -47,6 +47,18 @@ def test_a_model_by_its_name_on_the_hub(cache: Path) -> None:
     assert resolve_model(cache) == resolve_model(cache.parents[1]) == cache
 
 
+@pytest.mark.parametrize(
+    ("ref", "message"), [("dead", "names 'dead', which is not in"), ("../..", "names"), (None, "there is no refs/main")]
+)
+def test_a_folder_of_the_cache_without_its_snapshot(cache: Path, ref: str | None, message: str) -> None:
+    root = cache.parents[1]
+    (root / "refs" / "main").unlink()
+    if ref is not None:
+        (root / "refs" / "main").write_text(ref)
+    with pytest.raises(ConfigError, match=f"{message}.*: expected the path of a snapshot"):
+        LLM(root)
+
+
 def test_a_name_that_is_not_in_the_cache_says_what_to_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ConfigError, match=r"nor in the hub's cache: `hf download some-org/other` .*nothing is downloaded"

@@ -13,6 +13,8 @@ from grok_engine.tokenizer import chat_template
 from grok_engine.tokenizer.chat_template import render
 
 GROW = "{%% set ns = namespace(x=%s) %%}{%% for i in range(60) %%}{%% set ns.x = %s %%}{%% endfor %%}"
+# A list of a list twice, and so on: few objects, and a text that never ends.
+NEST = "{%% set ns = namespace(x='a') %%}{%% for i in range(60) %%}{%% set ns.x = %s %%}{%% endfor %%}%s"
 
 GOOD = {
     "{% for i in range(3) %}\n  {% if i == 1 %}{% continue %}{% endif %}\n{{ i }}\n{% endfor %}": "0\n2\n",
@@ -21,7 +23,8 @@ GOOD = {
     "{{ {'b': 1, 'a': 2} | tojson(indent=1, sort_keys=true) }}": '{\n "a": 2,\n "b": 1\n}',
     "{{ [1] | tojson(separators=(',', ':')) ~ 'é' | tojson(ensure_ascii=true) }}": '[1]"\\u00e9"',
     "{{ dict(a=1).items() | list }}{{ dict({'a': 1}, b=2) }}": "[('a', 1)]{'a': 1, 'b': 2}",
-    "{% set ns = namespace(a=1) %}{% set ns.a = ns.a + 2 %}{{ ns.a }}": "3",
+    "{% set ns = namespace(a=1) %}{% set ns.a = ns.a + 2 %}{{ ns.a }}{{ [ns] }}": "3[<Namespace>]",
+    "{% for a, b in [(1, 2), (3, [4])] %}{{ a ~ b }}{% endfor %}{{ (1, 2)[1] }}{{ {'a': [1]}.a }}": "123[4]2[1]",
     "{% macro f(x) %}<{{ x }}>{% endmacro %}{{ f('a') ~ f(2) }}": "<a><2>",
     "{{ ' a,b '.strip().split(',') | map('upper') | join('-') }}": "A-B",
     "{{ 'ab'.replace('a', 'x') | replace('b', 'y') }}{{ 'a%sc' % 'b' }}{{ '{}-{}'.format(1, 2) }}": "xyabc1-2",
@@ -54,6 +57,17 @@ BAD = {
     GROW % ("[1]", "ns.x + ns.x"): "more than",
     GROW % ("'ab'", "[ns.x, ns.x] | join") + "{{ ns.x }}": "more than",
     (GROW % ("'ab'", "1")).replace(" = 1 %}", " %}{{ ns.x }}{{ ns.x }}{% endset %}"): "more than",
+    **{
+        NEST % (one, form): "more than"
+        for one in ("[ns.x, ns.x]", "(ns.x, ns.x)", "{'a': ns.x, 'b': ns.x}", "[ns.x] * 2", "dict(a=ns.x, b=ns.x)")
+        for form in ("{{ ns.x }}", "{{ ns.x ~ '' }}")
+    },
+    NEST % ("[ns.x, ns.x]", "{{ ns.x | tojson }}"): "more than",
+    "{% macro f(n) %}{{ f(n - 1, varargs, varargs) if n else varargs }}{% endmacro %}{{ f(60) }}": "more than",
+    NEST % ("[ns.x, ns.x]", "{{ ns.x == [ns.x, ns.x] }}"): "more than",
+    NEST % ("(ns.x, ns.x)", "{{ {ns.x: 1} }}"): "more than",
+    "{% for x in [1, ['a' * 9999]] %}{{ ([loop] * 9999) | map(attribute='nextitem') | join }}{% endfor %}": "more than",
+    "{% set big = range(99999) | list %}{{ ([big] * 99999) | join }}": "more than",
     "{{ 'a' * 10**9 }}": "more than",
     "{{ [1] * 10**9 }}": "more than",
     "{{ range(99999) | join('a' * 100000) }}": "more than",

@@ -128,6 +128,25 @@ def test_an_interrupt_of_the_engine(engine: LLMEngine, alone: dict[str, list[lis
     assert min(ends.values()) > 1, ends
 
 
+def test_an_interrupt_is_no_error_in_the_log(
+    engine: LLMEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who presses Ctrl-C in `grok-engine chat` wants no traceback."""
+
+    def forward(plan: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.runner, "forward", forward)
+    engine.add_request("a", SHORT, request())
+    with caplog.at_level("INFO", "grok_engine"), pytest.raises(KeyboardInterrupt):
+        engine.step()
+    (record,) = caplog.records
+    assert (record.levelname, record.exc_info) == ("INFO", None)
+    assert record.getMessage() == "a step failed, and its 1 sequences end with it"
+    monkeypatch.undo()
+    assert [answer.finish_reason for answer in finish(engine)["a"].outputs] == ["error"]
+
+
 def test_an_interrupt_of_one_thread_of_an_llm(engine: LLMEngine, alone: dict[str, list[list[int]]]) -> None:
     """The other thread's call returns what it returns alone, or raises that the step failed."""
     llm = LLM(FOLDER, dtype="float32", page_size=4, num_pages=64)

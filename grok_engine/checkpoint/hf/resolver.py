@@ -222,8 +222,11 @@ class Resolver:
             pattern += f"({'|'.join(SUFFIXES)})"
             ids = {int(m[1]) for name in self.files.places if (m := re.fullmatch(pattern, name))}
             if ids and ids != set(range(self.config.num_experts)):
+                absent = [e for e in range(min(max(ids), self.config.num_experts)) if e not in ids][:8]
+                apart = f" without {', '.join(map(str, absent))}" if absent else ""
                 self.problems.append(
-                    f"the files hold experts {min(ids)}..{max(ids)}, expected {self.config.num_experts} by config.json"
+                    f"the files hold experts {min(ids)}..{max(ids)}{apart}, expected {self.config.num_experts} "
+                    "by config.json"
                 )
 
 

@@ -105,8 +105,11 @@ def _tensor_folder(path: Path) -> Path:
     for folder in (path / "ckpt-0", path):
         if folder.is_dir() and (folder.name == "ckpt-0" or any(folder.glob("tensor*_000"))):
             return folder
-    found = "no such folder" if not path.is_dir() else "neither"
-    raise CheckpointError(f"{path}: expected a folder ckpt-0 in it, or files tensor00000_000 and on, found {found}")
+    found = "none of them" if path.is_dir() else "no such folder"
+    raise CheckpointError(
+        f"{path}: expected config.json and safetensors files, a .gguf file, or a release: a folder ckpt-0 in it, or "
+        f"files tensor00000_000 and on; found {found}"
+    )
 
 
 def _as_torch(array: Array) -> Tensor:
