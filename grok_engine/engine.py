@@ -408,7 +408,7 @@ class LLMEngine:
     def prefill(self, token_ids: Prompt, take: Callable[[int, Tensor], Tensor], chunk: int | None) -> list[Tensor]:
         """Run one sequence beside the requests; what `take` makes of the first position of each chunk of tokens, and
         of their hidden states, which the next chunk may overwrite."""
-        with self._turn("prefill"):
+        with self._turn("logits"):
             self._check_open()
             chunk = self.config.max_num_batched_tokens if chunk is None else chunk
             if not isinstance(chunk, Integral) or chunk < 1:

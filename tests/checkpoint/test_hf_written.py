@@ -100,7 +100,9 @@ def test_floats_stay_bit_for_bit_and_files_come_with_them(name: str, tmp_path: P
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in before)
     assert config_of(folder).items() >= {k: v for k, v in config_of(HF / name).items() if k != "dtype"}.items()
-    assert (folder / "chat_template.jinja").read_text() == (folder / "generation_config.json").read_text()
+    assert (folder / "chat_template.jinja").read_text() == '{"temperature": 0.6}'
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 1, "eos_token_id": [2], "temperature": 0.6}
     assert (folder / "special_tokens_map.json").is_file()
     assert np.array_equal(judge(HF / name, IDS, greedy=0)[0], judge(folder, IDS, greedy=0)[0])
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-import grok_engine.loading.fill
+import grok_engine.checkpoint.rows
 import grok_kernels
 from grok_engine import LLM, ModelConfig
 from grok_engine.checkpoint.base import CheckpointError, total_bytes
@@ -155,7 +155,7 @@ def test_fp8_is_the_nearest_to_what_the_checkpoint_means(
     store: Store, form: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Per output channel the scale is amax / 448, so that each value is off by half a step of e4m3 at most."""
-    monkeypatch.setattr(grok_engine.loading.fill, "CHUNK", chunk)
+    monkeypatch.setattr(grok_engine.checkpoint.rows, "CHUNK", chunk)
     hold(form, monkeypatch)
     wanted = write_random(tmp_path, store, WIDE)
     model = LLM(tmp_path, dtype="float32", weights="fp8").model
