@@ -402,6 +402,8 @@ def wrong(path: Path, found: Read, original: Path, expected: Read) -> str:
             return f"the weight {name} differs"
     if (found.config, found.tokens) == (expected.config, expected.tokens):
         return ""
+    if found.config == expected.config and not (path / "tokenizer.model").exists():
+        return ""  # a folder without one takes token ids
     before, after = said(original), said(path)
     for file in before.keys() & after.keys() - {"generation_config.json", "tokenizer.json", "tokenizer_config.json"}:
         lost, new = ([*(set(keys(a[file])) - set(keys(b[file])))] for a, b in ((before, after), (after, before)))
