@@ -16,7 +16,15 @@ from .base import Checkpoint, TensorInfo
 
 CHUNK = 4 << 20  # bytes in fp32
 LIMITS = {"int8": 127.0, "fp8_e4m3": FP8_MAX}  # the largest values of the formats that are rounded to
+# By `weights`: the format that is rounded to, and how many columns share a scale at most; 0 is all of them.
+ROUNDED: dict[str, tuple[str, int]] = {"int8": ("int8", 0), "int8_g128": ("int8", 128), "fp8": ("fp8_e4m3", 0)}
 Block = tuple[int, int]
+
+
+def scale_groups(weights: str, k: int) -> int:
+    """The fewest equal groups of K columns with a scale each that `weights` allows."""
+    columns = ROUNDED[weights][1]
+    return next(n for n in range(-(-k // columns), k + 1) if k % n == 0) if columns else 1
 
 
 def row_step(info: TensorInfo, unit: int = 1) -> int:

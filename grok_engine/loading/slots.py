@@ -10,6 +10,7 @@ import torch
 
 from grok_engine.checkpoint.base import Checkpoint, TensorInfo, all_problems
 from grok_engine.checkpoint.packed import PackedCheckpoint
+from grok_engine.checkpoint.rows import ROUNDED, scale_groups
 from grok_engine.config import WeightFormat
 from grok_engine.layers.embedding import Embedding
 from grok_engine.layers.moe import Experts
@@ -18,10 +19,7 @@ from grok_engine.models.decoder import Decoder
 from grok_kernels import weights as kernel_weights
 from grok_kernels.dtypes import DTYPES, NAMES
 
-FORMATS: dict[WeightFormat, str] = {
-    "int8": "int8", "int8_g128": "int8", "fp8": "fp8_e4m3", "bf16": "bf16", "fp32": "fp32",
-}  # fmt: skip
-GROUP = 128  # columns of K that share a scale in int8_g128, at most
+FORMATS = {weights: format for weights, (format, _) in ROUNDED.items()} | {"bf16": "bf16", "fp32": "fp32"}
 SCALED = tuple(name for name, format in kernel_weights.FORMATS.items() if "scales" in format.planes)
 
 
@@ -116,12 +114,7 @@ def _held_as(
         return wanted, 0
     if kept and wanted == stored:
         return wanted, groups
-    return wanted, _groups_of_at_most(GROUP, module.k) if weights == "int8_g128" else 1
-
-
-def _groups_of_at_most(columns: int, k: int) -> int:
-    """The fewest equal groups of K columns."""
-    return next(groups for groups in range(-(-k // columns), k + 1) if k % groups == 0)
+    return wanted, scale_groups(weights, module.k) if weights in ROUNDED else 1
 
 
 def keeps_scales(info: TensorInfo, format: str, groups: int) -> bool:

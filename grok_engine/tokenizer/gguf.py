@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .base import Tokenizer
+from .byte_level import byte_level_files
 from .hf import HFTokenizer
 from .sentencepiece import SentencePieceTokenizer
 
@@ -132,50 +133,17 @@ def _byte_level_files(keys: _Keys) -> dict[str, bytes]:
     for kind, token in named.items():
         if token is None and keys.get(f"add_{kind}_token"):
             raise keys.error(f"add_{kind}_token", f"false, since {kind}_token_id is missing")
-    added = [
-        {
-            "id": index, "content": token, "special": kind != _USER_DEFINED, "normalized": False,
-            "single_word": False, "lstrip": False, "rstrip": False,
-        }
+    added = (
+        (index, token, kind != _USER_DEFINED)
         for index, (token, kind) in enumerate(zip(keys.tokens, keys.types, strict=True))
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
-    ]  # fmt: skip
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    values = {
-        "version": "1.0",
-        "added_tokens": added,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers(_PRE[pre], byte_level)},
-        "post_processor": _template(keys, *(token if around[kind] else None for kind, token in named.items())),
-        "decoder": {**byte_level, "use_regex": True},
-        "model": {
-            "type": "BPE", "vocab": {token: i for i, token in enumerate(keys.tokens)}, "merges": merges,
-            "ignore_merges": pre in _LLAMA3_KIND,
-        },
-    }  # fmt: skip
-    config = {f"{kind}_token": token for kind, token in named.items() if token is not None}
-    return {"tokenizer.json": json.dumps(values).encode(), "tokenizer_config.json": json.dumps(config).encode()}
-
-
-def _template(keys: _Keys, before: str | None, after: str | None) -> dict[str, Any] | None:
-    """The post-processor that puts these tokens around a text."""
-    if before is None and after is None:
-        return None
-    tokens = {
-        token: {"id": token, "ids": [keys.tokens.index(token)], "tokens": [token]} for token in (before, after) if token
-    }
-    text = {"Sequence": {"id": "A", "type_id": 0}}
-    first, last = ([{"SpecialToken": {"id": token, "type_id": 0}}] if token else [] for token in (before, after))
-    pair = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
-    return {"type": "TemplateProcessing", "single": [*first, text, *last], "pair": pair, "special_tokens": tokens}
-
-
-def pre_tokenizers(expression: str | None, byte_level: Mapping[str, Any]) -> list[dict[str, Any]]:
-    if expression is None:
-        return [{**byte_level, "use_regex": True}]
-    if not expression:
-        return [{"type": "Digits", "individual_digits": True}, {**byte_level, "use_regex": True}]
-    split = {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
-    return [split, {**byte_level, "use_regex": False}]
+    )
+    before, after = (token if around[kind] else None for kind, token in named.items())
+    return byte_level_files(
+        {token: i for i, token in enumerate(keys.tokens)}, merges, added=added, expression=_PRE[pre],
+        ignore_merges=pre in _LLAMA3_KIND, before=before, after=after,
+        named={kind: token for kind, token in named.items() if token is not None},
+    )  # fmt: skip
 
 
 def _sentencepiece_model(keys: _Keys) -> bytes:

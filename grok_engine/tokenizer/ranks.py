@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from .base import read_file
-from .gguf import GROK2, pre_tokenizers
-from .hf import CONFIG, spelled
+from .byte_level import byte_level_files
+from .gguf import GROK2
+from .hf import spelled
 
 # The special tokens of a tekken.json that lists none, by id; the last three since version 7. Later ids have no name.
 _TEKKEN_SPECIAL = (
@@ -107,31 +108,9 @@ def _files(regular: Mapping[bytes, int], special: dict[str, int], expression: An
         for at in range(1, len(token))
         if token[:at] in regular and token[at:] in regular
     ]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    flags = {"special": True, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
     named = {kind: token for kind, token in named.items() if token in special}
-    tokenizer = {
-        "version": "1.0",
-        "added_tokens": [
-            {"id": i, "content": token, **flags} for token, i in sorted(special.items(), key=lambda item: item[1])
-        ],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers(expression, byte_level)},
-        "post_processor": _before(named["bos"], special) if "bos" in named else None,
-        "decoder": {**byte_level, "use_regex": True},
-        "model": {
-            "type": "BPE", "vocab": {text[token]: i for token, i in regular.items()} | special, "merges": merges,
-            "ignore_merges": True,
-        },
-    }  # fmt: skip
-    config = {f"{kind}_token": token for kind, token in named.items()}
-    return {"tokenizer.json": json.dumps(tokenizer).encode(), CONFIG: json.dumps(config).encode()}
-
-
-def _before(bos: str, special: Mapping[str, int]) -> dict[str, Any]:
-    first, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
-    return {
-        "type": "TemplateProcessing",
-        "single": [first, text],
-        "pair": [first, text, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {bos: {"id": bos, "ids": [special[bos]], "tokens": [bos]}},
-    }
+    return byte_level_files(
+        {text[token]: i for token, i in regular.items()} | special, merges,
+        added=((i, token, True) for token, i in sorted(special.items(), key=lambda item: item[1])),
+        expression=expression, ignore_merges=True, named=named, before=named.get("bos"),
+    )  # fmt: skip

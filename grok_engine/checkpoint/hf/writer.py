@@ -15,7 +15,7 @@ from torch import Tensor
 
 from grok_engine.checkpoint.base import Checkpoint, TensorInfo
 from grok_engine.checkpoint.new_file import NewFile, Part, raw
-from grok_engine.checkpoint.rows import dequantized, expanded, rounded, row_chunks
+from grok_engine.checkpoint.rows import ROUNDED, dequantized, expanded, rounded, row_chunks, scale_groups
 from grok_engine.checkpoint.shapes import tensor_shapes
 from grok_engine.config import ModelConfig, WeightFormat
 from grok_engine.models.families.base import Family
@@ -28,8 +28,6 @@ from .values import hf_values
 SHARD = 5_000_000_000  # bytes of a file, unless one tensor takes more
 _CODES = {"fp32": ("F32", 4), "bf16": ("BF16", 2), "fp16": ("F16", 2), "fp8_e4m3": ("F8_E4M3", 1)}
 _TORCH = {**DTYPES, "fp16": torch.float16}
-# By `weights`: the format that is rounded to, and how many columns share a scale at most; 0 is all of them.
-ROUNDED: dict[str, tuple[str, int]] = {"int8": ("int8", 0), "int8_g128": ("int8", 128), "fp8": ("fp8_e4m3", 0)}
 _FLOAT16 = ("fp16", "F16")  # how readers name what they turn into fp32
 
 
@@ -206,13 +204,13 @@ def _stored_as(info: TensorInfo, weights: WeightFormat | None, block: tuple[int,
         return (own, kept) if kept else (exact, None)
     if weights in ("bf16", "fp32"):
         return weights, None
-    format, columns = ROUNDED[weights]
+    format, _ = ROUNDED[weights]
     if kept and own == format:
         return own, kept
     if block[0] and format == "fp8_e4m3":
         return exact, None  # beside matrices in blocks, which keep theirs
     k = info.shape[-1]
-    groups = next(n for n in range(-(-k // columns), k + 1) if k % n == 0) if columns else 1
+    groups = scale_groups(weights, k)
     return format, Scheme(format, (1, k // groups if groups > 1 else 0))
 
 
