@@ -74,7 +74,7 @@ def test_a_conversation_on_a_terminal() -> None:
     with terminal(*CHAT, "--max-tokens", "400") as screen:
         assert "/exit" in screen.read_until("> $")
         screen.type("My dear Watson,\n")
-        screen.read_until(r"\w+ \w+ \w+")
+        screen.read_until(r"Watson,\s+(\S+ ){3}")  # the answer, behind the echo of the line
         screen.type("\x03")  # Ctrl-C stops the answer, not the program
         screen.read_until(r"\(stopped\)\s+> $")
         screen.type("half a li")
