@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from grok_engine import AsyncLLM
 
+from .chat import ChatCompletions
 from .completions import Completions
 from .errors import ApiError, ClientLeftError, as_api_error
 from .limits import Limits
@@ -39,6 +40,7 @@ def create_app(
     *,
     served_model_name: str | Sequence[str] | None = None,
     api_key: str | Sequence[str] | None = None,
+    chat_template: str | None = None,
     metrics_registry: CollectorRegistry | None = None,
     limits: Limits | None = None,
 ) -> Starlette:
@@ -47,19 +49,23 @@ def create_app(
 
     served_model_name: what clients call the model, by default the name in its configuration; the first of several is
     the one in answers. api_key: one or several, any of which clients must send as `Authorization: Bearer KEY`, but for
-    `/`, `/health`, `/version` and `/metrics`.
+    `/`, `/health`, `/version` and `/metrics`. chat_template: Jinja, or the name of one of the model's templates, in place
+    of the one that its files name. metrics_registry: where counters go, by default one of the app's own.
     """
     names = (served_model_name,) if isinstance(served_model_name, str) else tuple(served_model_name or ())
     keys = (api_key,) if isinstance(api_key, str) else tuple(api_key or ())
     if not all(names) or not all(keys):
         raise ValueError(f"served_model_name={names!r}, {len(keys)} keys: expected none that is empty")
-    service = Service(llm=llm, names=names or (llm.engine.config.model.name,), limits=limits or Limits())
+    service = Service(
+        llm=llm, names=names or (llm.engine.config.model.name,), limits=limits or Limits(), chat_template=chat_template
+    )
     models, health = Models(service), Health(service)
     routes = [
         Route("/health", health.get),
         Route("/version", version),
         Route("/v1/models", models.get),
         Route("/v1/models/{name:path}", models.get_one),
+        Route("/v1/chat/completions", ChatCompletions(service), methods=["POST"]),
         Route("/v1/completions", Completions(service), methods=["POST"]),
         Route("/tokenize", Tokenize(service), methods=["POST"]),
         Route("/detokenize", Detokenize(service), methods=["POST"]),

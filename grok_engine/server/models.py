@@ -95,7 +95,8 @@ class Tokenize(_Call[TokenizeRequest]):
         if (request.prompt is None) == (request.messages is None):
             raise ApiError(400, "expected one of prompt and messages", param="prompt")
         if request.messages is not None:
-            ids = llm.apply_chat_template(request.messages, **chat_options(request), tools=request.tools)
+            options = chat_options(request, self.service.chat_template)
+            ids = llm.apply_chat_template(request.messages, **options, tools=request.tools)
         else:
             add = request.add_special_tokens is not False
             ids = llm.encode(request.prompt, add_special_tokens=add) if request.prompt else []

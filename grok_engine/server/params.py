@@ -37,6 +37,7 @@ def sampling_params(request: GenerationRequest, defaults: SamplingParams, **othe
 
 
 class ChatOptions(TypedDict, total=False):
+    chat_template: str | None
     add_generation_prompt: bool
     continue_final_message: bool
     chat_template_kwargs: Mapping[str, Any]
@@ -132,9 +133,9 @@ def prompt_logprobs(output: RequestOutput) -> PromptLogprobs | UnsetType:
     ]  # fmt: skip
 
 
-def chat_options(request: ChatRequest | TokenizeRequest) -> ChatOptions:
+def chat_options(request: ChatRequest | TokenizeRequest, chat_template: str | None) -> ChatOptions:
     """The options of a conversation's template that a request gives."""
-    options: ChatOptions = {}
+    options: ChatOptions = {"chat_template": chat_template}
     if request.add_generation_prompt is not None:
         options["add_generation_prompt"] = request.add_generation_prompt
     if request.continue_final_message is not None:

@@ -25,11 +25,13 @@ _Request = TypeVar("_Request", bound=GenerationRequest)
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
-    """names: what clients may call the model; the first is what answers call it where a request names none."""
+    """names: what clients may call the model; the first is what answers call it where a request names none.
+    chat_template: in place of the model's."""
 
     llm: AsyncLLM
     names: tuple[str, ...]
     limits: Limits
+    chat_template: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     _serial: count[int] = field(default_factory=count)
 
