@@ -49,8 +49,8 @@ def create_app(
 
     served_model_name: what clients call the model, by default the name in its configuration; the first of several is
     the one in answers. api_key: one or several, any of which clients must send as `Authorization: Bearer KEY`, but for
-    `/`, `/health`, `/version` and `/metrics`. chat_template: Jinja, or the name of one of the model's templates, in place
-    of the one that its files name. metrics_registry: where counters go, by default one of the app's own.
+    `/`, `/health`, `/version` and `/metrics`. chat_template: Jinja, or the name of one of the model's templates, in
+    place of the one that its files name. metrics_registry: where counters go, by default one of the app's own.
     """
     names = (served_model_name,) if isinstance(served_model_name, str) else tuple(served_model_name or ())
     keys = (api_key,) if isinstance(api_key, str) else tuple(api_key or ())
