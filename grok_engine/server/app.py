@@ -82,7 +82,8 @@ async def _refuse(request: Request, error: Exception) -> Response:
     if told.status == 404 and told.code is None:
         told.message = f"no route {request.url.path!r:.200}"
     elif told.status == 405:
-        told.message = f"{request.method} {request.url.path!r:.200}: expected {told.headers.get('Allow')}"
+        methods = ", ".join(sorted(told.headers["Allow"].split(", ")))
+        told.message = f"{request.method} {request.url.path!r:.200}: expected {methods}"
     return Response(told.body(), told.status, told.headers, media_type="application/json")
 
 
@@ -131,7 +132,7 @@ class Gate:
         if not self._keys or scope["path"].removeprefix(scope.get("root_path", "")) in _OPEN:
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        found = given.strip().encode()
+        found = given.strip().encode("latin-1")  # as headers are decoded
         if scheme.lower() != "bearer" or not any(hmac.compare_digest(found, key) for key in self._keys):
             raise ApiError(
                 401, "wrong or missing API key: expected the header `Authorization: Bearer KEY`",

@@ -87,6 +87,12 @@ class Exchange:
         }  # fmt: skip
         self.on_send: Callable[[dict[str, Any]], Awaitable[None]] | None = None
 
+    def more(self, data: bytes | None = None) -> None:
+        """Another part of the body; without data, one that does not come."""
+        self._incoming._queue[0]["more_body"] = True  # type: ignore[attr-defined]
+        if data is not None:
+            self._incoming.put_nowait({"type": "http.request", "body": data, "more_body": False})
+
     def leave(self) -> None:
         self._incoming.put_nowait({"type": "http.disconnect"})
 

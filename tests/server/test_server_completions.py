@@ -166,7 +166,7 @@ def test_special_tokens_only_if_wanted(app: ASGIApp, llm: AsyncLLM) -> None:
         ({"logit_bias": {"x": 3}}, "logit_bias", "logit_bias={'x': 3}"),
         ({"prompt": []}, "prompt", "prompt=[]"),
         ({"prompt": ["a", 3]}, "prompt", "expected texts, token ids, or lists"),
-        ({"prompt": ["a", ""]}, None, "prompt[1]: "),
+        ({"prompt": ["a", ""]}, "prompt", "prompt[1]: "),
         ({"prompt": [5000]}, None, "token id 5000"),
         ({"prompt": {"a": 1}}, "prompt", "prompt={'a': 1}: expected"),
         ({"prompt": ["a"] * 513}, "prompt", "513 prompts, more than 512"),
