@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from grok_engine import StructuredOutput
@@ -35,7 +35,7 @@ def structured_output(fields: Mapping[str, Any]) -> tuple[str, StructuredOutput 
     if not isinstance(value, Mapping):
         raise ValueError(f"{name}={value!r:.200} is not an object")
     found = {key: item for key, item in value.items() if item is not None}
-    if len(found) != 1 or not (key := next(iter(found))) in _KINDS:
+    if len(found) != 1 or (key := next(iter(found))) not in _KINDS:
         raise ValueError(f"{name} has {', '.join(map(str, found)) or 'nothing'}: expected one of {', '.join(_KINDS)}")
     return name, _guided(key, found[key], f"{name}.{key}")
 
@@ -71,9 +71,8 @@ def _guided(kind: str, value: Any, name: str) -> StructuredOutput:
         return StructuredOutput(regex=value)
     if kind == "grammar" and isinstance(value, str):
         return StructuredOutput(grammar=value)
-    if kind == "choice" and isinstance(value, Sequence) and not isinstance(value, str):
-        if value and all(isinstance(choice, str) for choice in value):
-            return StructuredOutput(regex="|".join(map(_literal, value)))
+    if kind == "choice" and isinstance(value, list) and value and all(isinstance(choice, str) for choice in value):
+        return StructuredOutput(regex="|".join(map(_literal, value)))
     wanted = {
         "json": "a schema, as an object or its text", "json_object": "true", "choice": "a list of at least one text",
     }  # fmt: skip

@@ -1,7 +1,7 @@
 """Grammars of answers that call tools, in the Lark dialect of the engine's grammar library.
 
-An answer that must call: `call+`, in the template's spelling. One that may: text, in which nothing opens a call, or text
-and then calls. What opens a call forces the rest of it, and nothing follows the calls.
+An answer that must call is calls alone, in the template's spelling. One that may call is text in which nothing opens a
+call, or text and then calls: what opens a call forces the rest of it, and nothing follows the calls.
 """
 
 from __future__ import annotations

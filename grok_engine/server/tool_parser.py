@@ -7,8 +7,9 @@ import re
 import secrets
 import string
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any
 
 from .json_extent import JsonExtent
 from .tool_styles import ToolStyle
@@ -21,13 +22,15 @@ _SPACE = " \t\r\n"
 _ID_CHARACTERS = string.ascii_letters + string.digits
 
 
-class Content(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Content:
     """Text that is no call."""
 
     text: str
 
 
-class CallStart(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class CallStart:
     """A call has begun: the `index`-th of the answer."""
 
     index: int
@@ -35,7 +38,8 @@ class CallStart(NamedTuple):
     name: str
 
 
-class Arguments(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Arguments:
     """A piece of a call's arguments. Its pieces make a JSON text, which is cut short where the answer is."""
 
     index: int
