@@ -69,6 +69,10 @@ class AsyncLLM:
         """Token ids of a conversation. The options and the errors are those of `LLM.chat`."""
         return self.engine.apply_chat_template(messages, **options)
 
+    def chat_template(self, wanted: str | None = None, *, with_tools: bool = False) -> str:
+        """The Jinja text that writes conversations, as `LLMEngine.chat_template` gives it."""
+        return self.engine.chat_template(wanted, with_tools=with_tools)
+
     def stats(self) -> EngineStats:
         """Counts now and since the start."""
         return self.engine.stats()

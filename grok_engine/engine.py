@@ -109,6 +109,10 @@ class LLMEngine:
         """Token ids of a conversation, for `add_request`. The options and the errors are those of `LLM.chat`."""
         return self._builder.apply_chat_template(messages, **options)
 
+    def chat_template(self, wanted: str | None = None, *, with_tools: bool = False) -> str:
+        """The Jinja text that writes conversations, of the options of `LLM.chat`. ValueError where there is none."""
+        return self._builder.chat_template(wanted, with_tools=with_tools)
+
     def add_request(
         self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0
     ) -> None:

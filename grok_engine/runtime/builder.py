@@ -66,6 +66,10 @@ class RequestBuilder:
         fits = self.config.max_len * self._token_bytes if self.tokenizer else 0
         return self._chat.encode(messages, max_bytes=fits, **options)
 
+    def chat_template(self, wanted: str | None = None, *, with_tools: bool = False) -> str:
+        """The text of the template that writes conversations, as `ChatFormat.template` gives it."""
+        return self._chat.template(wanted, with_tools=with_tools)
+
     @cached_property
     def _chat(self) -> ChatFormat:
         return load_chat(self._folder, self.tokenizer)
@@ -104,7 +108,10 @@ class RequestBuilder:
                 logits_from=0 if scored else -1,
             )  # fmt: skip
             sampler = SamplingState(rules, state.output_ids, seed=seed % 2**63, index=index)
-            answer_text = SequenceText(rules, tokenizer, state.output_ids, context=prompt_ids, max_tokens=room)
+            answer_text = SequenceText(
+                rules, tokenizer, state.output_ids, context=prompt_ids, max_tokens=room,
+                spelled=None if params.skip_special_tokens else self._spelled,
+            )  # fmt: skip
             answers.append(Answer(index, state, sampler, answer_text, self._spell))
         return Request(
             request_id, text, prompt_ids, params, time.monotonic(), answers,
@@ -202,6 +209,11 @@ class RequestBuilder:
             )
         ids = self.tokenizer.encode(text)
         return [*self.tokenizer.prefix, *ids, *self.tokenizer.suffix] if add_special_tokens else ids
+
+    @cached_property
+    def _spelled(self) -> dict[int, str]:
+        """How control tokens are spelled, by id."""
+        return {token: text for text, token in self.tokenizer.control.ids.items()} if self.tokenizer else {}
 
     @cached_property
     def _token_bytes(self) -> int:

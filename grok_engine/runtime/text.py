@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from grok_engine.sampling.automaton import Automaton
@@ -62,8 +62,8 @@ class SequenceText:
 
     output_ids: the tokens generated so far, a list that its owner appends to before `push` and that is only read here.
     context: the prompt that the output continues, so that it keeps a leading space, which a tokenizer drops at the
-    start of a text. max_tokens: fewer than the request's, if the context leaves no room. Without a tokenizer the text
-    is empty.
+    start of a text. max_tokens: fewer than the request's, if the context leaves no room. spelled: the text of control
+    tokens, by id, which are left out otherwise. Without a tokenizer the text is empty.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class SequenceText:
         *,
         context: Sequence[int] = (),
         max_tokens: int | None = None,
+        spelled: Mapping[int, str] | None = None,
     ) -> None:
         params = self.params = rules.params
         self.max_tokens = min((n for n in (max_tokens, params.max_tokens) if n is not None), default=None)
@@ -82,7 +83,7 @@ class SequenceText:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self._ends = rules.ends
-        self._detokenizer = IncrementalDetokenizer(tokenizer) if tokenizer else None
+        self._detokenizer = IncrementalDetokenizer(tokenizer, spelled) if tokenizer else None
         if self._detokenizer:
             for token in context[-_CONTEXT:]:
                 self._detokenizer.push(token)

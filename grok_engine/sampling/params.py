@@ -84,6 +84,9 @@ class SamplingParams:
     The text of the first `min_tokens` tokens is not searched for `stop`. `max_tokens` None generates until
     max_model_len is reached, or the KV cache is full.
 
+    Control tokens are left out of the text, unless `skip_special_tokens` is False: then each is there as it is spelled,
+    `stop` finds it, and a model that marks its tool calls by control tokens shows them.
+
     `bad_words` bans token sequences, not text: those that the tokenizer makes of each word at the start of a text,
     after a space and after punctuation. The model can still spell the word with other tokens (shorter ones, or one that
     holds a part of the word's neighbour), and a model that is drawn to a word often does. Upper and lower case are two
@@ -113,6 +116,7 @@ class SamplingParams:
     bad_words: Sequence[str] = ()
     logits_processors: Sequence[LogitsProcessor] = ()
     include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -140,7 +144,7 @@ class SamplingParams:
         read("seed", as_int, 0, _INT64_MAX, "an integer in 0..2**63 - 1, or None", optional=True)
         for name in ("logprobs", "prompt_logprobs"):
             read(name, as_int, -1, _INT64_MAX, "an integer of -1 (all) or more, of 64 bits, or None", optional=True)
-        for name in ("include_stop_str_in_output", "ignore_eos"):
+        for name in ("include_stop_str_in_output", "skip_special_tokens", "ignore_eos"):
             read(name, as_bool, False, True, "True or False")
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))

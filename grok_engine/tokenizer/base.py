@@ -99,15 +99,20 @@ class IncrementalDetokenizer:
     """Text as tokens arrive. What the pushes and `finish` return concatenates to `tokenizer.decode` of all the ids.
 
     Holds back at most the 3 bytes of an unfinished character, and looks at no earlier token again.
+
+    spelled: the text of control tokens, by id, which are left out otherwise.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, spelled: Mapping[int, str] | None = None) -> None:
+        self._tokenizer, self._spelled = tokenizer, spelled or {}
         self._pending = b""
         self._at_start = True
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes, perhaps none. ValueError for an id out of range."""
+        if token_id in self._spelled:
+            self._at_start = False
+            return self.finish() + self._spelled[token_id]
         text, data, breaks, self._at_start = self._tokenizer.surface(token_id, self._at_start)
         if breaks:
             return self.finish() + text

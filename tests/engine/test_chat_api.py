@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -66,9 +67,20 @@ def test_what_cannot_fit_is_not_encoded(llm: LLM) -> None:
         llm.chat([{"role": "user", "content": "x " * 400}], PARAMS, chat_template=TEMPLATE)
 
 
+def test_control_tokens_in_a_text(llm: LLM) -> None:
+    spelled, token = next(iter(llm.tokenizer.control.ids.items()))  # type: ignore[union-attr]
+    params = SamplingParams(max_tokens=3, allowed_token_ids=[token], ignore_eos=True)
+    for skip, wanted in ((True, ""), (False, spelled * 3)):
+        (output,) = llm.generate("The king", replace(params, skip_special_tokens=skip))
+        assert output.outputs[0].text == wanted
+
+
 def test_models_that_have_no_turns(llm: LLM) -> None:
     with pytest.raises(ValueError, match="tiny has no chat template; it is a base model, which continues text, unless"):
         llm.chat(TALK, PARAMS)
+    with pytest.raises(ValueError, match="tiny has no chat template"):
+        AsyncLLM(llm.engine).chat_template()
+    assert AsyncLLM(llm.engine).chat_template(TEMPLATE) == TEMPLATE
     engine = LLMEngine(_small(), num_pages=8)
     with pytest.raises(ValueError, match="the model has no tokenizer, so it cannot be talked to"):
         engine.apply_chat_template(TALK)

@@ -181,6 +181,13 @@ def test_end_and_stop_tokens_and_the_length(tokenizer: Tokenizer) -> None:
     assert output.take(3 + 0xE7) == ("\ufffd", "length")
 
 
+def test_stop_strings_find_control_tokens_that_are_shown(tokenizer: Tokenizer) -> None:
+    a = tokenizer.encode("a")[0]
+    output = Output(SamplingParams(stop="a<s>", max_tokens=9), tokenizer, spelled={1: "<s>", 2: "</s>"})
+    assert drain(output, [2, a, 1, a]) == ["</s>", " ", ""]
+    assert (output.finish_reason, output.stop_reason) == ("stop", "a<s>")
+
+
 def test_an_output_that_goes_on_in_a_prompt_keeps_its_space(tokenizer: Tokenizer) -> None:
     a = tokenizer.encode("a")[0]
     assert Output(SamplingParams(), tokenizer).take(a)[0] == "a"

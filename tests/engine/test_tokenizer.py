@@ -195,6 +195,19 @@ def test_byte_fallback_decodes_as_the_library_does(folder: Path) -> None:
     assert theirs.decode([*cat, 3 + 0xFF]) == "\ufffd" * 4
 
 
+@pytest.mark.parametrize("kind", ["byte_level.json", "byte_fallback.json"])
+def test_control_tokens_are_shown_where_asked(folder: Path, kind: str) -> None:
+    ours, theirs = HFTokenizer(folder / kind), tokenizers.Tokenizer.from_file(str(folder / kind))
+    spelled = {token: text for text, token in ours.control.ids.items()}
+    for text in ("two words", "é猫", ""):
+        for token in spelled:
+            ids = [*ours.encode(text), token, *ours.encode(text), token]
+            stream = IncrementalDetokenizer(ours, spelled)
+            shown = "".join(map(stream.push, ids)) + stream.finish()
+            assert shown == theirs.decode(ids, skip_special_tokens=False)
+            assert shown.endswith(spelled[token])
+
+
 @pytest.mark.parametrize(("kind", "broken"), [("plain.model", "\ufffd" * 2), ("byte_level.json", "\ufffd")])
 def test_a_character_comes_whole_or_as_replacements(folder: Path, kind: str, broken: str) -> None:
     tokenizer = opened(folder / kind)
