@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 from msgspec import UNSET
 
 from grok_engine import AsyncLLM, CompletionOutput, Prompt, RequestOutput
@@ -16,6 +17,7 @@ from .params import Counter, Scores, prompt_logprobs, sampling_params
 from .protocol import Completion, CompletionChoice, CompletionRequest
 from .service import Endpoint, Job
 from .streams import event
+from .structured import structured_output
 
 
 class Completions(Endpoint[CompletionRequest]):
@@ -29,7 +31,8 @@ class Completions(Endpoint[CompletionRequest]):
         prompts = _prompts(request)
         if len(prompts) > service.limits.max_prompts:
             raise ValueError(f"prompt has {len(prompts)} prompts, more than {service.limits.max_prompts}")
-        own: dict[str, Any] = {"logprobs": request.logprobs}
+        _, structured = structured_output(msgspec.structs.asdict(request))
+        own: dict[str, Any] = {"logprobs": request.logprobs, "structured": structured}
         if request.echo and request.max_tokens == 0:  # the prompt alone, for its log-probabilities
             own["max_tokens"] = 1
         if request.echo and request.logprobs is not None:

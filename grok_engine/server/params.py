@@ -30,7 +30,7 @@ _SAME_NAMES = tuple({f.name for f in fields(SamplingParams)} & set(GenerationReq
 
 
 def sampling_params(request: GenerationRequest, defaults: SamplingParams, **others: Any) -> SamplingParams:
-    """What the request asks for, else the model's defaults. others: what is named differently there."""
+    """What the request asks for, else the model's defaults. others: what is named or chosen differently there."""
     given = {name: value for name in _SAME_NAMES if (value := getattr(request, name)) is not None}
     kind = RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY
     return replace(defaults, **{**given, **others}, output_kind=kind)

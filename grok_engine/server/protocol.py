@@ -14,7 +14,7 @@ IGNORED = frozenset({
 # What this server cannot do, with the values that ask for nothing: any other value is refused. null is always one.
 INERT: dict[str, tuple[Any, ...]] = {
     "best_of": (1,), "suffix": ("",), "use_beam_search": (False,), "length_penalty": (1.0,),
-    "skip_special_tokens": (True,), "spaces_between_special_tokens": (True, False), "truncate_prompt_tokens": (),
+    "spaces_between_special_tokens": (True, False), "truncate_prompt_tokens": (),
     "functions": ([],), "function_call": ("none",), "modalities": (["text"],), "audio": (), "documents": ([],),
     "logits_processors": ([],), "reasoning_effort": (), "verbosity": (), "web_search_options": (),
     "chat_template": (),
@@ -48,9 +48,16 @@ class GenerationRequest(Struct, kw_only=True):
     bad_words: list[str] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
+    response_format: Any = None  # this and the next five: `structured_output` checks them
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
     priority: int | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
@@ -69,6 +76,9 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 
 class ChatRequest(GenerationRequest, kw_only=True):
     messages: list[dict[str, Any]]
+    tools: Any = None  # this and the next two: `constraint` checks them
+    tool_choice: Any = None
+    parallel_tool_calls: Any = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -159,11 +169,26 @@ class ChatLogprobs(Struct):
     content: list[TokenLogprob]
 
 
+class FunctionCall(Struct, kw_only=True):
+    name: str | UnsetType = UNSET
+    arguments: str = ""
+
+
+class ToolCall(Struct, kw_only=True):
+    """A call, or what is new in it: of a stream's deltas the first has id, type and name, and all have the index."""
+
+    index: int | UnsetType = UNSET
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: FunctionCall
+
+
 class ChatMessage(Struct, kw_only=True):
     """The answer, or what is new in it: of a stream's deltas only the first has a role."""
 
     role: str | UnsetType = UNSET
     content: str | UnsetType | None = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(Struct, kw_only=True):
