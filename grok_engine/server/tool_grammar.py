@@ -53,7 +53,7 @@ def calls_grammar(style: ToolStyle, tools: Sequence[Tool], *, must: bool, many: 
         schema = {"x-guidance": {**_COMPACT, "lenient": not tool.strict}, **tool.parameters}
         arguments = f"%json {json.dumps(schema, ensure_ascii=False)}"
         if style.arguments:
-            head = rf'/\{{"name": ?"{re.escape(tool.name)}", ?"{style.arguments}": ?/'
+            head = rf'/\{{ ?"name": ?"{re.escape(tool.name)}", ?"{style.arguments}": ?/'
             own_id = f'(/, ?"id": ?"[a-zA-Z0-9]{{{style.id_size}}}"/)?' if style.id_size else ""
             rules.append(f'call_{i}: {head} {arguments} {own_id} "}}"')
         else:

@@ -212,6 +212,8 @@ class CallParser:
 
 def _begun(text: str, mark: str) -> int:
     """How many characters at the end of a text may be the beginning of a mark."""
+    if not mark or mark[0] not in text:
+        return 0
     return next((size for size in range(min(len(mark) - 1, len(text)), 0, -1) if mark.startswith(text[-size:])), 0)
 
 

@@ -72,7 +72,7 @@ def style_of(template: str, control: Mapping[str, int]) -> ToolStyle | None:
         if "<function=" in text or "<arg_key>" in text:  # calls in XML: Qwen3-Coder, GLM-4.5
             return None
         name = "hermes_list" if "<tool_call>[" in text else "hermes"
-    elif '{"name": ' in text and '"parameters": ' in text and "tool_calls" in text:
+    elif '{"name": function name, "parameters":' in text:  # what Llama's templates tell the model
         name = "llama3_json"
     else:
         return None
