@@ -12,9 +12,10 @@ from msgspec import UNSET
 
 from grok_engine import AsyncLLM, CompletionOutput, RequestOutput, SamplingParams
 
+from .answers import Chat, ChatChoice, ChatMessage, FunctionCall, ToolCall
 from .errors import ApiError
 from .params import Counter, Scores, chat_options, prompt_logprobs, sampling_params
-from .protocol import Chat, ChatChoice, ChatMessage, ChatRequest, FunctionCall, ToolCall
+from .protocol import ChatRequest
 from .service import Endpoint, Job
 from .streams import event
 from .tool_parser import Arguments, CallParser, CallStart, Content

@@ -12,9 +12,10 @@ from msgspec import UNSET
 
 from grok_engine import AsyncLLM, CompletionOutput, Prompt, RequestOutput
 
+from .answers import Completion, CompletionChoice
 from .errors import ApiError
 from .params import Counter, Scores, prompt_logprobs, sampling_params
-from .protocol import Completion, CompletionChoice, CompletionRequest
+from .protocol import CompletionRequest
 from .service import Endpoint, Job
 from .streams import event
 from .structured import structured_output

@@ -10,20 +10,17 @@ from msgspec import UNSET, UnsetType
 
 from grok_engine import AsyncLLM, Logprob, RequestOutput, RequestOutputKind, SamplingParams
 
-from .protocol import (
+from .answers import (
     ChatLogprobs,
-    ChatRequest,
     CompletionLogprobs,
-    GenerationRequest,
     PromptLogprob,
     PromptLogprobs,
     PromptTokensDetails,
-    StreamOptions,
-    TokenizeRequest,
     TokenLogprob,
     TopLogprob,
     Usage,
 )
+from .protocol import ChatRequest, GenerationRequest, StreamOptions, TokenizeRequest
 
 _LEAST = -9999.0  # JSON has no infinity
 _SAME_NAMES = tuple({f.name for f in fields(SamplingParams)} & set(GenerationRequest.__struct_fields__))

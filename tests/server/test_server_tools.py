@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import pytest
 from starlette.types import ASGIApp
 
-from grok_engine import AsyncLLM
+from grok_engine import AsyncLLM, LLMEngine
 from grok_engine.server import create_app
-from tests.server.calls import TEMPLATE, events, post, refusal
+from tests.server.calls import TEMPLATE, events, post, refusal, run
 
 PATH = "/v1/chat/completions"
 HERMES = (
@@ -132,3 +133,11 @@ def test_what_is_wrong_is_refused_before_a_stream_begins(
         error = refusal(app, PATH, {**ASK, **extra, "stream": stream})
         assert words in error["message"]
         assert error["param"] == param
+
+
+def test_without_the_grammar_library_formats_are_501(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = AsyncLLM(LLMEngine("tiny", num_pages=16))
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    error = refusal(create_app(llm), "/v1/completions", {"prompt": "a", "guided_regex": "a"}, 501)
+    assert "pip install '.[structured]'" in error["message"]
+    run(llm.close())
