@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.model_1b import configuration, random_tensors, write
+from benchmarks.model_1b import configuration, write
 from grok_bench.environment import environment
 from grok_bench.kernels.device import Device
 from grok_bench.kernels.entrant import Remote
@@ -31,7 +31,6 @@ from grok_engine.config import ActFormat
 from grok_engine.loading.convert import convert
 
 from . import engines, llama
-from .gguf_grok import write_gguf
 from .llama import Load
 
 KINDS = ("Q8_0", "BF16", "Q4_K_S")
@@ -58,8 +57,7 @@ def write_models(folder: Path, config: ModelConfig, kinds: Sequence[str]) -> dic
     files = {kind: folder / f"{kind}.gguf" for kind in kinds}
     source = folder / "BF16.gguf"
     if kinds and not source.is_file():
-        write_gguf(source.with_suffix(".part"), config, random_tensors(config))
-        source.with_suffix(".part").rename(source)
+        convert(folder / "xai", source, format="gguf", weights="bf16")
     for kind, file in files.items():
         if not file.is_file():
             llama.quantize(source, file.with_suffix(".part"), kind)

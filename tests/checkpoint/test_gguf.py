@@ -15,7 +15,6 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
-from benchmarks.cpu_model import gguf_grok
 from grok_engine import LLM, SamplingParams
 from grok_engine.checkpoint.base import CheckpointError
 from grok_engine.checkpoint.gguf.blocks import OTHER_TYPES, TYPES, read_floats, read_groups
@@ -296,6 +295,15 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 # Grok
 
 
+GROK_NAMES = {
+    "embed": "token_embd", "final_norm": "output_norm", "attn.q": "attn_q", "attn.k": "attn_k", "attn.v": "attn_v",
+    "attn.o": "attn_output", "moe.gate": "ffn_gate_exps", "moe.up": "ffn_up_exps", "moe.down": "ffn_down_exps",
+    "moe.router": "ffn_gate_inp", "norm.pre_attn": "attn_norm", "norm.post_attn": "attn_output_norm",
+    "norm.pre_moe": "ffn_norm", "norm.post_moe": "layer_output_norm", "lm_head": "output", "mlp.gate": "ffn_gate",
+    "mlp.up": "ffn_up", "mlp.down": "ffn_down",
+}  # fmt: skip
+
+
 def grok_file(path: Path, c: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> None:
     """A model of the grok architecture, all F32. tensors: by the engine's names."""
     writer = gguf.GGUFWriter(path, "grok")
@@ -319,10 +327,9 @@ def grok_file(path: Path, c: ModelConfig, tensors: Mapping[str, torch.Tensor]) -
         writer.add_attn_temperature_length(c.attn_temperature_len)
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(16.0)
-    names = {**gguf_grok.NAMES, "lm_head": "output", "mlp.gate": "ffn_gate", "mlp.up": "ffn_up", "mlp.down": "ffn_down"}
     for name, values in tensors.items():
         *layer, rest = name.removeprefix("layers.").split(".", 1) if name.startswith("layers.") else [name]
-        writer.add_tensor(".".join([*(("blk", *layer) if layer else ()), names[rest], "weight"]), values.numpy())
+        writer.add_tensor(".".join([*(("blk", *layer) if layer else ()), GROK_NAMES[rest], "weight"]), values.numpy())
     models.Writer.finish(writer)  # type: ignore[arg-type]
 
 
