@@ -83,6 +83,7 @@ def serving(script: Script) -> Iterator[str]:
         nonlocal port
         app = web.Application()
         app.router.add_get("/v1/models", models)
+        app.router.add_get("/health", models)
         app.router.add_post("/v1/completions", answer)
         app.router.add_post("/v1/chat/completions", answer)
         runner = web.AppRunner(app)
