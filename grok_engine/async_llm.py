@@ -52,6 +52,11 @@ class AsyncLLM:
         """Whether the engine is closed: by `close`, or because the device was damaged."""
         return self.engine.closed
 
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are refused, by `drain` or `close`."""
+        return self._stepper.refusal is not None
+
     def encode(self, prompt: Prompt, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a prompt, as `LLMEngine.encode` gives them."""
         return self.engine.encode(prompt, add_special_tokens=add_special_tokens)

@@ -21,7 +21,7 @@ from rich.table import Table
 import grok_kernels
 from grok_kernels.chips import GPUS
 
-from . import __version__
+from . import AsyncLLM, LLMEngine, __version__
 from .config import ActFormat, ConfigError, DType, KVDType, WeightFormat, described
 from .llm import LLM
 from .loading.convert import FileFormat, convert
@@ -176,10 +176,59 @@ def chat_command(model: str, system: str | None, chat_template: str | None, **op
     SamplingParams(**given)  # reject a wrong number before loading
     if chat_template is None:
         require_template(resolve_model(model))  # reject a base model before loading it
-    elif Path(chat_template).is_file():
-        chat_template = Path(chat_template).read_text(encoding="utf-8")
     llm = LLM(model, **options)
-    run_chat(Conversation(llm, _sampling(llm, given), system=system, chat_template=chat_template))
+    run_chat(Conversation(llm, _sampling(llm, given), system=system, chat_template=_template(chat_template)))
+
+
+def _template(given: str | None) -> str | None:
+    """The text of a template that may be given as a file."""
+    return given if given is None or not Path(given).is_file() else Path(given).read_text(encoding="utf-8")
+
+
+@app.command()
+@click.argument("model")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option("--port", default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--api-key", multiple=True, envvar="GROK_ENGINE_API_KEY", help="Clients must send one of these.")
+@click.option("--chat-template", help="Jinja, its file, or the name of one of the model's; by default the model's own.")
+@click.option("--served-model-name", multiple=True, help="What clients call the model; by default MODEL.")
+@click.option("--max-model-len", type=int, help="Tokens of a request; by default what the model has and memory holds.")
+@click.option("--max-num-seqs", default=64, show_default=True, help="Sequences that run at once.")
+@click.option("--max-waiting", default=8192, show_default=True, help="Requests that wait; more get status 429.")
+@click.option("--kv-memory", type=int, help="Bytes of the KV cache; by default what memory holds.")
+@click.option("--dtype", type=_one_of(DType), default="bfloat16", show_default=True, help="Of the computation.")
+@click.option("--weights", type=_one_of(WeightFormat), help="Convert while loading; by default as they are stored.")
+@click.option("--activations", type=_one_of(ActFormat), help="Round the rows too, as for generate.")
+@click.option("--kv", "kv_dtype", type=_one_of(KVDType), help="Of keys and values; by default that of --dtype.")
+@click.option("--mmap", is_flag=True, help="Map the file of a converted model, in place of reading it.")
+@click.option("--device", default="cpu", show_default=True, help="As torch names them.")
+@click.option("--request-timeout", type=float, help="Seconds after which a request ends with what it has.")
+@click.option("--drain-timeout", default=30.0, show_default=True, help="Seconds that requests get after SIGTERM.")
+@click.option("--quiet", is_flag=True, help="Log failures, not every request.")
+@_debug
+def serve(
+    model: str, host: str, port: int, api_key: tuple[str, ...], served_model_name: tuple[str, ...],
+    chat_template: str | None, request_timeout: float | None, drain_timeout: float, quiet: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Serve a model over HTTP, by OpenAI's API. SIGTERM or Ctrl-C finishes what runs; a second one stops at once."""
+    try:
+        from .server import Limits, create_app
+        from .server.run import listen, log_to_stderr
+        from .server.run import serve as run_server
+    except ImportError as error:
+        raise click.ClickException(
+            f"{error}; the server needs an extra: pip install '.[serve]' in a checkout"
+        ) from None
+    resolve_model(model)  # reject a wrong name, and an address in use, before loading
+    socket = listen(host, port)
+    log_to_stderr(logging.WARNING if quiet else logging.INFO)
+    llm = AsyncLLM(LLMEngine(model, **options))
+    limits = Limits(request_seconds=request_timeout)
+    server = create_app(
+        llm, served_model_name=served_model_name or model, api_key=api_key, chat_template=_template(chat_template),
+        limits=limits,
+    )  # fmt: skip
+    run_server(llm, server, socket, drain_seconds=drain_timeout)
 
 
 @app.command(name="eval")

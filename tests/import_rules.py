@@ -75,8 +75,9 @@ ALLOWED: Table = {
     "grok_engine.tools.lm_eval": ("llm", "loading", "sampling", "tokenizer", "tools.eval"),
     "grok_engine.tools": ("checkpoint", "config", "loading", "models.families", "grok_kernels"),
     "grok_engine.tools.chat": ("llm", "sampling", "tokenizer"),
+    "grok_engine.server": (".",),
     "grok_engine.cli": (
-        ".", "config", "llm", "loading", "models.families", "progress", "sampling", "tools", "grok_kernels",
+        ".", "config", "llm", "loading", "models.families", "progress", "sampling", "server", "tools", "grok_kernels",
         "grok_bench",
     ),
     "grok_engine": (
@@ -144,7 +145,8 @@ LAZY = {"grok_engine": "grok_bench"}  # imported inside functions alone
 PEERS = ("deep_gemm",)
 # The extras whose packages a package may import. Outside grok_bench, whose commands are imported on demand, such an
 # import stands inside a function: the distribution works without its extras.
-EXTRAS: Table = {"grok_engine": ("structured", "hub", "eval"), "grok_kernels": (), "grok_bench": ("bench",)}
+EXTRAS: Table = {"grok_engine": ("structured", "hub", "eval", "serve"), "grok_kernels": (), "grok_bench": ("bench",)}
+OF_EXTRAS = {"grok_engine.server": "serve"}  # may import its packages at the top; others import it inside functions
 PYTEST_PLUG_INS = ("pytest_xdist",)  # pytest finds them
 PLUG_INS = ("grok_engine.tools.lm_eval",)  # of a package in an extra: nothing of ours imports them
 
@@ -259,6 +261,9 @@ def arrow_errors(source: Source, modules: set[str], table: Table) -> Iterator[Fo
                 yield module, found.line, f"imports {name}"
             if package in LAZY and within(name, LAZY[package]) and not found.lazy:
                 yield module, found.line, f"imports {name} outside of a function"
+            for part in OF_EXTRAS:
+                if within(name, part) and not within(module, part) and not found.lazy:
+                    yield module, found.line, f"imports {name}, which needs an extra, outside of a function"
         else:
             if top in ONLY_IN and not within(module, ONLY_IN[top]):
                 yield module, found.line, f"imports {name}"
@@ -381,6 +386,7 @@ def dependency_errors(root: Path, project: Mapping[str, object]) -> list[str]:
     for source in sources:
         package = source.module.split(".")[0]
         optional = {name for extra in EXTRAS[package] for name in extras.get(extra, ())}
+        own = {name for part, extra in OF_EXTRAS.items() if within(source.module, part) for name in extras[extra]}
         for found in imports(source, modules):
             top = found.name.split(".")[0]
             if found.name in PLUG_INS:
@@ -391,7 +397,7 @@ def dependency_errors(root: Path, project: Mapping[str, object]) -> list[str]:
             if top not in core | optional | set(PEERS):
                 errors.add(f"{source.module}:{found.line} imports {top}, which pyproject.toml does not declare for it")
             elif (
-                top not in core
+                top not in core | own
                 and not found.lazy
                 and source.module not in PLUG_INS
                 and (package != "grok_bench" or top in PEERS)
