@@ -49,8 +49,8 @@ def create_app(
 
     served_model_name: what clients call the model, by default the name in its configuration; the first of several is
     the one in answers. api_key: one or several, any of which clients must send as `Authorization: Bearer KEY`, but for
-    `/`, `/health`, `/version` and `/metrics`. chat_template: Jinja, or the name of one of the model's templates, in place
-    of the one that its files name. metrics_registry: where counters go, by default one of the app's own.
+    `/`, `/health`, `/version` and `/metrics`. chat_template: Jinja, or the name of one of the model's templates, in
+    place of the one that its files name. metrics_registry: where counters go, by default one of the app's own.
     """
     names = (served_model_name,) if isinstance(served_model_name, str) else tuple(served_model_name or ())
     keys = (api_key,) if isinstance(api_key, str) else tuple(api_key or ())
@@ -82,7 +82,8 @@ async def _refuse(request: Request, error: Exception) -> Response:
     if told.status == 404 and told.code is None:
         told.message = f"no route {request.url.path!r:.200}"
     elif told.status == 405:
-        told.message = f"{request.method} {request.url.path!r:.200}: expected {told.headers.get('Allow')}"
+        methods = ", ".join(sorted(told.headers["Allow"].split(", ")))
+        told.message = f"{request.method} {request.url.path!r:.200}: expected {methods}"
     return Response(told.body(), told.status, told.headers, media_type="application/json")
 
 
@@ -131,7 +132,7 @@ class Gate:
         if not self._keys or scope["path"].removeprefix(scope.get("root_path", "")) in _OPEN:
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        found = given.strip().encode()
+        found = given.strip().encode("latin-1")  # as headers are decoded
         if scheme.lower() != "bearer" or not any(hmac.compare_digest(found, key) for key in self._keys):
             raise ApiError(
                 401, "wrong or missing API key: expected the header `Authorization: Bearer KEY`",

@@ -64,7 +64,7 @@ class _View:
         self._offsets: dict[int, int] = {}  # by choice: characters that its tokens have taken so far
 
     def chunks(self, at: int, output: RequestOutput) -> bytes:
-        self._counter.add(at, output)
+        self._count(at, output)
         made = [self._choice(at, output, answer) for answer in output.outputs]
         return b"".join(event(self._made([choice])) for choice in made if _shows(choice))
 
@@ -73,9 +73,12 @@ class _View:
 
     def whole(self, outputs: Sequence[RequestOutput]) -> Completion:
         for at, output in enumerate(outputs):
-            self._counter.add(at, output)
+            self._count(at, output)
         return self._made([self._choice(at, o, answer) for at, o in enumerate(outputs) for answer in o.outputs],
                           whole=True)  # fmt: skip
+
+    def _count(self, at: int, output: RequestOutput) -> None:
+        self._counter.add(at, output, generated=self._request.max_tokens != 0)
 
     def _made(self, choices: list[CompletionChoice], *, whole: bool = False) -> Completion:
         usage = self._counter.usage() if whole else self._counter.in_chunk()
@@ -103,7 +106,6 @@ class _View:
 
     def _echo(self, made: CompletionChoice, output: RequestOutput, ids: list[int], found: list[Any]) -> None:
         """Put the prompt before the answer, or in its place where no token was asked for."""
-        assert self._llm.tokenizer is not None or output.prompt is None
         prompt = output.prompt
         if prompt is None:
             prompt = self._llm.tokenizer.decode(output.prompt_token_ids) if self._llm.tokenizer else ""
@@ -114,9 +116,9 @@ class _View:
             self._score(made, [*(output.prompt_logprobs or ()), *found], [*output.prompt_token_ids, *ids])
 
     def _score(self, made: CompletionChoice, found: list[Any], ids: list[int]) -> None:
-        start = self._offsets.get(made.index, 0)
-        made.logprobs = self._scores.completion(found, ids, start)
-        self._offsets[made.index] = start + sum(map(len, made.logprobs.tokens))
+        start = self._offsets.get(made.index)
+        at_start = start is None and bool(self._request.echo)
+        made.logprobs, self._offsets[made.index] = self._scores.completion(found, ids, start or 0, at_start=at_start)
 
 
 def _shows(choice: CompletionChoice) -> bool:

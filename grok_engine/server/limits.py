@@ -96,8 +96,10 @@ def _explained(message: str, body: bytes) -> ApiError:
         missing = re.search(r"required field `(\w+)`", message)
         return ApiError(400, message, param=missing[1] if missing else None)
     what, path = found[1].replace("`", ""), found[2].lstrip(".")
-    value = msgspec.json.decode(body)
-    with suppress(LookupError, TypeError):  # `[...]`: msgspec does not say which
+    shown = path
+    with suppress(msgspec.MsgspecError, LookupError, TypeError):  # `[...]`: msgspec does not say which
+        value = msgspec.json.decode(body)
         for key, index in re.findall(r"(\w+)|\[(\d+)\]", path):
             value = value[key] if key else value[int(index)]
-    return ApiError(400, f"{path}={value!r:.200}: {what[:1].lower()}{what[1:]}", param=re.split(r"\W", path)[0])
+        shown = f"{path}={value!r:.200}"
+    return ApiError(400, f"{shown}: {what[:1].lower()}{what[1:]}", param=re.split(r"\W", path)[0])

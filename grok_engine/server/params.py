@@ -52,11 +52,12 @@ class Counter:
         self._prompts: dict[int, tuple[int, int]] = {}
         self._generated = 0
 
-    def add(self, at: int, output: RequestOutput) -> None:
+    def add(self, at: int, output: RequestOutput, *, generated: bool = True) -> None:
+        """generated: whether tokens of answers count, or were computed for the prompt's sake."""
         if at not in self._prompts:
             self._prompts[at] = len(output.prompt_token_ids), output.cached_tokens
         for answer in output.outputs:
-            self._generated += len(answer.token_ids)
+            self._generated += len(answer.token_ids) if generated else 0
 
     def usage(self) -> Usage:
         prompt, cached = (sum(each) for each in zip(*self._prompts.values(), strict=True)) if self._prompts else (0, 0)
@@ -76,18 +77,23 @@ class Scores:
     def name(self, token: int, found: Logprob) -> str:
         return f"token_id:{token}" if self._as_ids or found.decoded_token is None else found.decoded_token
 
-    def completion(self, tokens: Iterable[dict[int, Logprob] | None], ids: list[int], offset: int) -> Any:
-        """OpenAI's four lists; None stands for the first token of a prompt, which has no probability. offset: in the
-        text, of the first token."""
+    def completion(
+        self, tokens: Iterable[dict[int, Logprob] | None], ids: list[int], offset: int, *, at_start: bool
+    ) -> tuple[CompletionLogprobs, int]:
+        """OpenAI's four lists, and the offset behind them. None stands for the first token of a prompt, which has no
+        probability. offset: in the text, of the first token. at_start: where some tokenizers drop a leading space."""
         made = CompletionLogprobs([], [], [], [])
         for token, found in zip(ids, tokens, strict=True):
-            text = self._text(token) if found is None else self.name(token, found[token])
-            made.tokens.append(text)
+            text = ""
+            if self._tokenizer is not None:
+                text, data, _, at_start = self._tokenizer.surface(token, at_start)
+                text += data.decode(errors="replace")
+            made.tokens.append(self.name(token, Logprob(0.0, 1, text) if found is None else found[token]))
             made.token_logprobs.append(None if found is None else max(found[token].logprob, _LEAST))
             made.top_logprobs.append(None if found is None else self._by_name(found))
             made.text_offset.append(offset)
             offset += len(text)
-        return made
+        return made, offset
 
     def _by_name(self, found: dict[int, Logprob]) -> dict[str, float]:
         """Of tokens with one name the most probable counts."""
@@ -95,9 +101,6 @@ class Scores:
         for token, each in sorted(found.items(), key=lambda item: item[1].rank):
             named.setdefault(self.name(token, each), max(each.logprob, _LEAST))
         return named
-
-    def _text(self, token: int) -> str:
-        return self.name(token, Logprob(0.0, 1, self._bytes(token).decode(errors="replace") or None))
 
     def chat(self, tokens: Iterable[dict[int, Logprob]], ids: list[int], most: int) -> ChatLogprobs:
         """most: how many of the most probable tokens are listed with each."""

@@ -126,9 +126,18 @@ def serve(llm: AsyncLLM, app: ASGIApp, on: socket.socket, *, drain_seconds: floa
 async def _serve(llm: AsyncLLM, app: ASGIApp, on: socket.socket, drain_seconds: float) -> None:
     _raise_file_limit()
     config = uvicorn.Config(
-        app, http=_Protocol, ws="none", lifespan="off", access_log=False, log_config=None, log_level="error",
-        server_header=False, h11_max_incomplete_event_size=MAX_HEADER_BYTES, timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=int(_CLOSING_SECONDS),
-    )  # fmt: skip
+        app,
+        http=_Protocol,
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        log_level="error",
+        server_header=False,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=int(_CLOSING_SECONDS),
+    )
     server = _Server(config)
     draining: list[asyncio.Task[None]] = []
 
