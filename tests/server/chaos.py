@@ -20,6 +20,7 @@ import h11
 from grok_bench.engine.sse import EventStream
 
 PATIENCE = 60.0
+UNREAD = 600  # tokens that a client asks for who reads hardly any
 CLOSED = (ConnectionError, h11.RemoteProtocolError)
 
 
@@ -131,7 +132,7 @@ async def leaving(port: int, case: Case, rng: random.Random) -> None:
         if rng.random() < 0.2:
             await client.write(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 50\r\n\r\n{")
         else:
-            await client.post(case.body)
+            await client.post({**case.body, "max_tokens": UNREAD})
             parts = client.parts(size=300)
             for _ in range(rng.choice([0, 0, 1, 3, 6])):
                 if await anext(parts, None) is None:

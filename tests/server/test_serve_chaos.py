@@ -14,7 +14,7 @@ import pytest
 
 from grok_engine import AsyncLLM, LLMEngine, SamplingParams
 from grok_engine.server import Limits, create_app, run
-from tests.server.chaos import PATIENCE, Case, honest, storm
+from tests.server.chaos import PATIENCE, UNREAD, Case, honest, storm
 
 MORE = bool(os.environ.get("GROK_TEST_MORE"))
 CONNECTIONS, ROUNDS = (1000, 3) if MORE else (90, 2)
@@ -73,8 +73,11 @@ async def serve_through(llm: AsyncLLM, cases: list[Case]) -> None:
         await settled(llm, tasks=10, fds=handles())
         tasks, fds, peaks = len(asyncio.all_tasks()), handles(), []
         for seed in range(ROUNDS):
+            before = llm.stats().generated_tokens
             await storm(port, cases, CONNECTIONS, seed)
             assert await settled(llm, tasks, fds) == ""
+            # a third has left: what they asked for was not generated
+            assert llm.stats().generated_tokens - before < CONNECTIONS // 3 * UNREAD / 3
             for case in cases:
                 await honest(port, case, random.Random())
             peaks.append(rss_bytes())
