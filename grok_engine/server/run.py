@@ -25,7 +25,7 @@ MAX_HEADER_BYTES = 32768
 KEEP_ALIVE_SECONDS = 10  # between two requests of a connection
 HEADER_SECONDS = 15.0  # for a request line and its headers, however they trickle in
 STALL_SECONDS = 60.0  # without any progress while a client is sent something
-_CLOSING_SECONDS = 5.0  # for clients to read the last bytes, after the last request has ended
+CLOSING_SECONDS = 5  # for clients to read the last bytes, after the last request has ended
 
 
 class _Protocol(H11Protocol):
@@ -90,7 +90,7 @@ class _Protocol(H11Protocol):
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """`serve` has the signals."""
+        """Leave signals to whoever runs it."""
         yield
 
 
@@ -123,8 +123,8 @@ def serve(llm: AsyncLLM, app: ASGIApp, on: socket.socket, *, drain_seconds: floa
     asyncio.run(_serve(llm, app, on, drain_seconds))
 
 
-async def _serve(llm: AsyncLLM, app: ASGIApp, on: socket.socket, drain_seconds: float) -> None:
-    _raise_file_limit()
+def server_of(app: ASGIApp) -> uvicorn.Server:
+    """uvicorn with our limits, to be run in any event loop; it leaves signals alone."""
     config = uvicorn.Config(
         app,
         http=_Protocol,
@@ -136,9 +136,14 @@ async def _serve(llm: AsyncLLM, app: ASGIApp, on: socket.socket, drain_seconds: 
         server_header=False,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=int(_CLOSING_SECONDS),
+        timeout_graceful_shutdown=CLOSING_SECONDS,
     )
-    server = _Server(config)
+    return _Server(config)
+
+
+async def _serve(llm: AsyncLLM, app: ASGIApp, on: socket.socket, drain_seconds: float) -> None:
+    _raise_file_limit()
+    server = server_of(app)
     draining: list[asyncio.Task[None]] = []
 
     async def drain() -> None:

@@ -1,0 +1,247 @@
+"""Clients that leave, read slowly, or come when there is no room; failures; and mounting."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from starlette.types import ASGIApp
+
+from grok_engine import AsyncLLM, LLMEngine
+from grok_engine.server import Limits, create_app
+from tests.server.calls import Exchange, ask, events, idle, post, refusal, run
+
+PATH = "/v1/completions"
+LONG: dict[str, Any] = {"prompt": "My dear Watson", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture
+def held(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """The engine computes nothing until the event is set."""
+    go, step = threading.Event(), llm.engine.step
+
+    def wait() -> Any:
+        go.wait(20)
+        return step()
+
+    monkeypatch.setattr(llm.engine, "step", wait)
+    yield go
+    go.set()
+    run(idle(llm))
+
+
+@pytest.mark.parametrize("body", [{"stream": True}, {}, {"prompt": ["a", "b", "c"], "stream": True}, {"n": 3}])
+def test_a_client_that_leaves_frees_its_pages_within_a_step(app: ASGIApp, llm: AsyncLLM, body: dict[str, Any]) -> None:
+    async def leave() -> None:
+        exchange = Exchange(app, PATH, {**LONG, **body})
+        serving = asyncio.ensure_future(exchange.run())
+        while llm.stats().scheduler.pages_used < 2:
+            await asyncio.sleep(0.001)
+        before = llm.stats().steps
+        exchange.leave()
+        while llm.stats().scheduler.pages_used:
+            await asyncio.sleep(0)
+        assert (
+            llm.stats().steps - before <= 3
+        )  # the running one, and what the event loop's turn takes on a busy machine
+        await serving
+        assert llm.stats().requests == 0
+        if not body.get("stream"):
+            assert exchange.sent == []
+        assert len(asyncio.all_tasks()) == 1 + 1  # this one, and what bounds its time
+
+    run(leave())
+
+
+def test_a_client_that_left_is_logged_as_such(app: ASGIApp, caplog: pytest.LogCaptureFixture) -> None:
+    async def leave() -> None:
+        exchange = Exchange(app, PATH, LONG)
+        exchange.leave()
+        await exchange.run()
+
+    with caplog.at_level("INFO", "grok_engine.server"):
+        run(leave())
+    assert f"POST {PATH} 499 " in caplog.text
+
+
+def test_what_a_slow_reader_missed_comes_in_one_piece(app: ASGIApp, llm: AsyncLLM) -> None:
+    async def read_slowly(prompts: Any) -> Exchange:
+        exchange = Exchange(app, PATH, {**LONG, "prompt": prompts, "stream": True})
+        readable = asyncio.Event()
+
+        async def wait(message: dict[str, Any]) -> None:
+            if message.get("body"):
+                await readable.wait()
+
+        exchange.on_send = wait
+        serving = asyncio.ensure_future(exchange.run())
+        while len(exchange.sent) < 2:
+            await asyncio.sleep(0.001)
+        await idle(llm)  # the engine does not wait for the reader
+        assert len(exchange.sent) == 2
+        readable.set()
+        await serving
+        return exchange
+
+    for prompts in ("My dear Watson", ["My dear Watson", "The President"]):
+        whole = [choice["text"] for choice in post(app, PATH, {**LONG, "prompt": prompts})["choices"]]
+        exchange = run(read_slowly(prompts))
+        assert len(exchange.sent) <= 2 + 2 * len(whole)
+        read = [""] * len(whole)
+        for line in exchange.text.split("\n\n")[:-2]:
+            for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                read[choice["index"]] += choice["text"]
+        assert read == whole
+
+
+def test_a_silent_stream_sends_comments(llm: AsyncLLM, held: threading.Event) -> None:
+    app = create_app(llm, limits=Limits(keep_alive_seconds=0.05))
+
+    async def stream() -> Exchange:
+        exchange = Exchange(app, PATH, {**LONG, "max_tokens": 4, "stream": True})
+        serving = asyncio.ensure_future(exchange.run())
+        await asyncio.sleep(0.4)
+        held.set()
+        await serving
+        return exchange
+
+    parts = [message["body"] for message in run(stream()).sent[1:]]
+    comments = [part for part in parts if part == b": keep-alive\n\n"]
+    assert 3 <= len(comments) <= 9
+    assert parts[: len(comments)] == comments
+    assert parts[-1].endswith(b"data: [DONE]\n\n")
+
+
+def test_a_full_queue_is_429_and_its_streams_get_no_200() -> None:
+    llm = AsyncLLM(LLMEngine("tiny", num_pages=16, max_waiting=2))
+    app = create_app(llm)
+    go, step = threading.Event(), llm.engine.step
+    llm.engine.step = lambda: go.wait(20) and step()  # type: ignore[assignment,return-value,method-assign]
+
+    async def crowd() -> None:
+        first = [Exchange(app, PATH, {"prompt": "a", "max_tokens": 2}) for _ in range(2)]
+        serving = [asyncio.ensure_future(exchange.run()) for exchange in first]
+        while llm.engine.num_waiting < 2:
+            await asyncio.sleep(0.001)
+        for more in ({}, {"stream": True}, {"prompt": ["a", "b"]}):
+            exchange = Exchange(app, PATH, {"prompt": "a", "max_tokens": 2, **more})
+            await exchange.run()
+            assert exchange.status == 429
+            assert (b"retry-after", b"1") in [(k.lower(), v) for k, v in exchange.sent[0]["headers"]]
+            error = json.loads(exchange.text)["error"]
+            assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
+            assert "max_waiting=2" in error["message"]
+        go.set()
+        await asyncio.gather(*serving)
+        assert [exchange.status for exchange in first] == [200, 200]
+        await llm.close()
+
+    run(crowd())
+
+
+def test_a_step_that_fails_is_500_or_an_event(
+    app: ASGIApp, llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    forward = llm.engine.runner.forward
+
+    def fail(plan: Any) -> Any:
+        if any(entry.start >= 20 for entry in plan.entries):
+            raise RuntimeError("planted")
+        return forward(plan)
+
+    monkeypatch.setattr(llm.engine.runner, "forward", fail)
+    error = refusal(app, PATH, LONG, 500)
+    assert (error["type"], error["code"]) == ("server_error", "generation_failed")
+    assert "planted" in error["message"]
+    *others, last = events(app, PATH, LONG)
+    assert len(others) > 3
+    assert last == {"error": error}
+    monkeypatch.undo()
+    assert llm.stats().scheduler.pages_used == 0
+    post(app, PATH, {**LONG, "max_tokens": 1})
+
+
+def test_a_fault_of_the_server_says_nothing_of_it(
+    app: ASGIApp, llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise KeyError("secret")
+
+    monkeypatch.setattr(llm, "generate", fail)
+    error = refusal(app, PATH, LONG, 500)
+    assert (error["type"], "secret" in error["message"]) == ("server_error", False)
+    assert "secret" in caplog.text
+
+
+def test_a_request_over_its_time_ends_with_what_it_has(llm: AsyncLLM, held: threading.Event) -> None:
+    app = create_app(llm, limits=Limits(request_seconds=0.2))
+    threading.Timer(0.3, held.set).start()
+    assert post(app, PATH, LONG)["choices"][0]["finish_reason"] == "abort"
+
+
+def test_long_bodies_do_not_hold_up_the_event_loop(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their prompts are encoded on another thread, and short ones at once."""
+    threads = []
+    generate = llm.generate
+
+    def watch(*args: Any, **options: Any) -> Any:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return generate(*args, **options)
+
+    monkeypatch.setattr(llm, "generate", watch)
+    app = create_app(llm, limits=Limits(inline_bytes=100))
+    for prompt in ("a", "a " * 200):
+        whole = post(app, PATH, {"prompt": prompt, "max_tokens": 4, "temperature": 0})["choices"][0]["text"]
+        pieces = events(app, PATH, {"prompt": prompt, "max_tokens": 4, "temperature": 0})
+        assert "".join(event["choices"][0]["text"] for event in pieces) == whole
+    assert threads == [True, True, False, False]
+
+
+def test_mounted_in_a_program_of_its_users(app: ASGIApp, llm: AsyncLLM) -> None:
+    """Under a prefix, twice, on their event loop, without a lifespan; their own routes and errors stay theirs."""
+    theirs = FastAPI()
+    theirs.mount("/a", app)
+    theirs.mount("/b/c", create_app(llm, served_model_name="other", api_key="key"))
+
+    @theirs.get("/own")
+    async def own() -> dict[str, int]:
+        return {"pages": llm.stats().scheduler.pages_used}
+
+    body = {"prompt": "a", "max_tokens": 2}
+    assert post(theirs, "/a/v1/completions", body)["model"] == "tiny"
+    assert post(theirs, "/b/c/v1/completions", body, headers={"authorization": "Bearer key"})["model"] == "other"
+    refusal(theirs, "/b/c/v1/completions", body, 401)
+    assert ask(theirs, "GET", "/b/c/health").status_code == 200
+    assert ask(theirs, "GET", "/own").json() == {"pages": 0}
+    assert ask(theirs, "GET", "/nowhere").json() == {"detail": "Not Found"}
+    assert ask(theirs, "GET", "/a/nowhere").json()["error"]["message"] == "no route '/a/nowhere'"
+
+
+def test_many_streams_at_once_are_each_the_answer_alone(app: ASGIApp) -> None:
+    bodies = [
+        {"prompt": f"Number {i}", "max_tokens": 12, "seed": i, "temperature": 1, "n": 1 + i % 2} for i in range(24)
+    ]
+    alone = [[choice["text"] for choice in post(app, PATH, body)["choices"]] for body in bodies]
+
+    async def all_at_once() -> list[list[str]]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            responses = await asyncio.gather(*(client.post(PATH, json={**body, "stream": True}) for body in bodies))
+        found = []
+        for body, response in zip(bodies, responses, strict=True):
+            texts = [""] * int(str(body["n"]))
+            for line in response.text.split("\n\n")[:-2]:
+                for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                    texts[choice["index"]] += choice["text"]
+            found.append(texts)
+        return found
+
+    began = time.monotonic()
+    assert run(all_at_once()) == alone
+    assert time.monotonic() - began < 30
