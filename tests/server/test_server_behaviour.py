@@ -14,7 +14,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from grok_engine import AsyncLLM, LLMEngine
+from grok_engine import AsyncLLM, LLMEngine, RequestOutput
 from grok_engine.server import Limits, create_app
 from tests.server.calls import Exchange, ask, events, idle, post, refusal, run
 
@@ -22,42 +22,70 @@ PATH = "/v1/completions"
 LONG: dict[str, Any] = {"prompt": "My dear Watson", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
 
 
+class Steps:
+    """Lets an engine step so often, and no more."""
+
+    def __init__(self, engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._allowed, self._step, self._over = threading.Semaphore(0), engine.step, False
+        monkeypatch.setattr(engine, "step", self._wait)
+
+    def _wait(self) -> list[RequestOutput]:
+        if not self._over:
+            assert self._allowed.acquire(timeout=20)
+        return self._step()
+
+    def allow(self, steps: int) -> None:
+        self._allowed.release(steps)
+
+    def free(self) -> None:
+        self._over = True
+        self.allow(1)
+
+
 @pytest.fixture
-def held(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """The engine computes nothing until the event is set."""
-    go, step = threading.Event(), llm.engine.step
-
-    def wait() -> Any:
-        go.wait(20)
-        return step()
-
-    monkeypatch.setattr(llm.engine, "step", wait)
-    yield go
-    go.set()
+def steps(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[Steps]:
+    found = Steps(llm.engine, monkeypatch)
+    yield found
+    found.free()
     run(idle(llm))
 
 
 @pytest.mark.parametrize("body", [{"stream": True}, {}, {"prompt": ["a", "b", "c"], "stream": True}, {"n": 3}])
-def test_a_client_that_leaves_frees_its_pages_within_a_step(app: ASGIApp, llm: AsyncLLM, body: dict[str, Any]) -> None:
+def test_a_client_that_leaves_frees_its_pages_before_the_next_step(
+    app: ASGIApp, llm: AsyncLLM, steps: Steps, body: dict[str, Any]
+) -> None:
     async def leave() -> None:
         exchange = Exchange(app, PATH, {**LONG, **body})
-        serving = asyncio.ensure_future(exchange.run())
-        while llm.stats().scheduler.pages_used < 2:
-            await asyncio.sleep(0.001)
         before = llm.stats().steps
+        serving = asyncio.ensure_future(exchange.run())
+        steps.allow(5)
+        while llm.stats().steps < before + 5:
+            await asyncio.sleep(0.001)
+        assert llm.stats().scheduler.pages_used
         exchange.leave()
-        while llm.stats().scheduler.pages_used:
-            await asyncio.sleep(0)
-        assert (
-            llm.stats().steps - before <= 3
-        )  # the running one, and what the event loop's turn takes on a busy machine
         await serving
-        assert llm.stats().requests == 0
+        assert llm.stats().scheduler.pages_used == 0
+        assert (llm.stats().requests, llm.stats().steps) == (0, before + 5)
         if not body.get("stream"):
             assert exchange.sent == []
         assert len(asyncio.all_tasks()) == 1 + 1  # this one, and what bounds its time
 
     run(leave())
+
+
+def test_each_event_comes_with_its_step(app: ASGIApp, steps: Steps) -> None:
+    async def stream() -> Exchange:
+        exchange = Exchange(app, PATH, {**LONG, "prompt": [770], "max_tokens": 7, "stream": True})
+
+        async def ask_for_one(message: Any) -> None:
+            steps.allow(1)  # the next token is computed once this one is sent
+
+        exchange.on_send = ask_for_one
+        await exchange.run()
+        return exchange
+
+    whole = run(stream())
+    assert len([message for message in whole.sent if message.get("body", b"").startswith(b"data: {")]) == 7
 
 
 def test_a_client_that_left_is_logged_as_such(app: ASGIApp, caplog: pytest.LogCaptureFixture) -> None:
@@ -101,21 +129,20 @@ def test_what_a_slow_reader_missed_comes_in_one_piece(app: ASGIApp, llm: AsyncLL
         assert read == whole
 
 
-def test_a_silent_stream_sends_comments(llm: AsyncLLM, held: threading.Event) -> None:
+def test_a_silent_stream_sends_comments(llm: AsyncLLM, steps: Steps) -> None:
     app = create_app(llm, limits=Limits(keep_alive_seconds=0.05))
 
     async def stream() -> Exchange:
         exchange = Exchange(app, PATH, {**LONG, "max_tokens": 4, "stream": True})
         serving = asyncio.ensure_future(exchange.run())
         await asyncio.sleep(0.4)
-        held.set()
+        steps.free()
         await serving
         return exchange
 
     parts = [message["body"] for message in run(stream()).sent[1:]]
-    comments = [part for part in parts if part == b": keep-alive\n\n"]
-    assert 3 <= len(comments) <= 9
-    assert parts[: len(comments)] == comments
+    assert parts[0] == b": keep-alive\n\n"
+    assert {part[:7] for part in parts} == {b": keep-", b"data: {", b"data: ["}
     assert parts[-1].endswith(b"data: [DONE]\n\n")
 
 
@@ -161,7 +188,7 @@ def test_a_step_that_fails_is_500_or_an_event(
     assert (error["type"], error["code"]) == ("server_error", "generation_failed")
     assert "planted" in error["message"]
     *others, last = events(app, PATH, LONG)
-    assert len(others) > 3
+    assert others
     assert last == {"error": error}
     monkeypatch.undo()
     assert llm.stats().scheduler.pages_used == 0
@@ -180,9 +207,9 @@ def test_a_fault_of_the_server_says_nothing_of_it(
     assert "secret" in caplog.text
 
 
-def test_a_request_over_its_time_ends_with_what_it_has(llm: AsyncLLM, held: threading.Event) -> None:
+def test_a_request_over_its_time_ends_with_what_it_has(llm: AsyncLLM, steps: Steps) -> None:
     app = create_app(llm, limits=Limits(request_seconds=0.2))
-    threading.Timer(0.3, held.set).start()
+    threading.Timer(0.3, steps.free).start()
     assert post(app, PATH, LONG)["choices"][0]["finish_reason"] == "abort"
 
 

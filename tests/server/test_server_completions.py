@@ -53,7 +53,6 @@ def test_a_stream_is_the_whole_in_pieces(app: ASGIApp) -> None:
     body = {"prompt": PROMPT, **GREEDY, "logprobs": 2, "echo": True, "return_token_ids": True}
     whole = post(app, PATH, body)["choices"][0]
     pieces = [event["choices"][0] for event in events(app, PATH, body)]
-    assert len(pieces) > 3
     assert "".join(piece["text"] for piece in pieces) == whole["text"]
     assert [t for piece in pieces for t in piece["token_ids"]] == whole["token_ids"]
     assert [piece["finish_reason"] for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
