@@ -93,7 +93,7 @@ def run_in_process(model: str, faces: str, options: dict[str, Any]) -> None:
 
 
 def run_server(model: str, options: dict[str, Any]) -> None:
-    """The app behind `grok-engine serve`, and a route that tells CPU time and the event loop's lags since last asked."""
+    """The app behind `grok-engine serve`, and a route that tells CPU time and how late the event loop was."""
     from starlette.requests import Request
     from starlette.responses import JSONResponse
     from starlette.routing import Route
