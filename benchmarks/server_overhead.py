@@ -34,7 +34,7 @@ from grok_bench.engine.http_serve import WORDS, word_jobs
 from grok_bench.engine.workload import Job, random_jobs
 from grok_engine import AsyncLLM, LLMEngine, RequestOutputKind, SamplingParams
 
-PROBE_SECONDS = 0.005
+PROBE_SECONDS = 0.02
 LLAMA = """
 import json, sys
 from llama_cpp import Llama
@@ -219,11 +219,12 @@ def main() -> None:
     try:
         for at in range(given.rounds + 1):
             for streams in given.streams:
-                count = max(streams, 4)
+                count = max(streams, 2)
                 lengths = {"input_len": 16, "output_len": given.output_len, "vocab_size": len(WORDS)}
                 jobs = word_jobs(random_jobs(count, seed=at, **lengths))
                 for one in found:
                     turn = one.turn(jobs, streams)
+                    print(f"round {at}, {streams} streams, {one.name}: {turn['seconds']:.1f} s", file=sys.stderr)
                     if at:  # the first round warms up
                         one.turns.setdefault(streams, []).append(turn)
     finally:

@@ -8,12 +8,16 @@ import os
 import random
 import signal
 import socket
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from grok_engine import AsyncLLM, LLMEngine, SamplingParams
 from grok_engine.server import Limits, create_app, run
+from grok_engine.server.completions import Completions
+from grok_engine.server.service import AT_ONCE
 from tests.server.chaos import PATIENCE, UNREAD, Case, honest, storm
 
 MORE = bool(os.environ.get("GROK_TEST_MORE"))
@@ -97,3 +101,18 @@ def test_a_storm_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = AsyncLLM(engine)
     asyncio.run(serve_through(llm, cases))
     assert llm.closed
+
+
+def test_requests_that_come_at_once_leave_turns_of_the_loop_to_others() -> None:
+    async def main() -> None:
+        tasks = [asyncio.ensure_future(route._take_turn()) for _ in range(5 * AT_ONCE)]
+        counts = [0]
+        for _ in range(30):
+            await asyncio.sleep(0)
+            counts.append(sum(task.done() for task in tasks))
+        assert max(after - before for before, after in pairwise(counts)) == AT_ONCE
+        assert counts[-1] == len(tasks)
+
+    route = Completions(cast(Any, None))  # no model takes part
+    asyncio.run(main())
+    asyncio.run(main())  # in another loop
