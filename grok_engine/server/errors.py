@@ -60,6 +60,6 @@ def refusals(fields: Collection[str]) -> Iterator[None]:
         yield
     except ValueError as error:
         message = str(error)
-        named = re.match(r"(\w+)(\[|\.|=| has | is )", message)
+        named = re.match(r"(\w+)(\[|\.|=| has | is | and )", message)
         param = named[1] if named and named[1] in fields else None
         raise ApiError(400, message, param=param) from error

@@ -23,13 +23,15 @@ _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """max_body_bytes, body_seconds: of a request's body, and for it to arrive. max_prompts: in one request.
-    inline_bytes: larger bodies are read, and their prompts encoded, off the event loop. request_seconds: after them a
-    request ends with what it has. keep_alive_seconds: a stream that is silent for so long sends a comment."""
+    inline_bytes, inline_answers: what asks for more is read, encoded and queued off the event loop. request_seconds:
+    after them a request ends with what it has. keep_alive_seconds: a stream that is silent for so long sends a comment.
+    """
 
     max_body_bytes: int = 8 << 20
     body_seconds: float = 30.0
     max_prompts: int = 512
     inline_bytes: int = 8192
+    inline_answers: int = 16
     request_seconds: float | None = None
     keep_alive_seconds: float = 15.0
 

@@ -15,8 +15,8 @@ from .errors import ApiError, refusals
 from .limits import decode, read_body
 from .params import chat_options
 from .protocol import DetokenizeRequest, TokenizeRequest
-from .service import Service, run
-from .streams import encode, reply
+from .service import Service
+from .streams import encode, reply, run
 
 _Request = TypeVar("_Request", bound=msgspec.Struct)
 

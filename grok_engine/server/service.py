@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Generic, ParamSpec, TypeVar
+from typing import Generic, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
@@ -16,11 +15,9 @@ from grok_engine import AsyncLLM, OutputStream, Prompt, SamplingParams
 from .errors import ApiError, refusals
 from .limits import Limits, decode, read_body
 from .protocol import GenerationRequest
-from .streams import View, answer_events, answer_whole
+from .streams import View, answer_events, answer_whole, run
 
 AT_ONCE = 4  # requests that one turn of the event loop reads and queues
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 _Request = TypeVar("_Request", bound=GenerationRequest)
 
 
@@ -93,6 +90,7 @@ class Endpoint(Generic[_Request]):
         await self._take_turn()
         inline = len(body) <= limits.inline_bytes
         job = await run(inline, self._read, body)
+        inline = inline and len(job.prompts) * job.params.n <= limits.inline_answers
         # A grammar is compiled at once there, so that an error in it comes before the status 200 of a stream.
         inline = inline and job.params.structured is None
         streams = await run(inline, self._submit, job, scope["state"]["request_id"])
@@ -123,8 +121,3 @@ class Endpoint(Generic[_Request]):
     def _submit(self, job: Job[_Request], request_id: str) -> list[OutputStream]:
         with refusals(self.kind.__struct_fields__):
             return self.service.submit(job.prompts, job.params, job.request.priority or 0, request_id)
-
-
-async def run(inline: bool, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """Call a function here, or on another thread where it would hold up the event loop."""
-    return function(*args, **kwargs) if inline else await asyncio.to_thread(function, *args, **kwargs)

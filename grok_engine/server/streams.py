@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import msgspec
 from starlette.types import Receive, Send
@@ -29,6 +29,8 @@ _EVENTS: Headers = [
 ]
 _COMMENT = b": keep-alive\n\n"
 _DONE = b"data: [DONE]\n\n"
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 class View(Protocol):
@@ -46,6 +48,11 @@ class View(Protocol):
 
 def event(data: Any) -> bytes:
     return b"data: %b\n\n" % encode(data)
+
+
+async def run(inline: bool, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    """Call a function here, or on another thread where it would hold up the event loop."""
+    return function(*args, **kwargs) if inline else await asyncio.to_thread(function, *args, **kwargs)
 
 
 async def reply(send: Send, body: bytes, status: int = 200, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
@@ -92,7 +99,8 @@ async def answer_whole(receive: Receive, send: Send, streams: Sequence[OutputStr
                 raise ClientLeftError
     for output in outputs:
         _check(output)
-    await reply(send, encode(view.whole(outputs)))
+    scored = any(o.prompt_logprobs or any(answer.logprobs for answer in o.outputs) for o in outputs)
+    await reply(send, await run(not scored, lambda: encode(view.whole(outputs))))
 
 
 def _check(output: RequestOutput) -> None:
@@ -132,7 +140,8 @@ async def answer_events(
 async def _pump(events: _Events, at: int, stream: OutputStream, view: View) -> None:
     async for output in stream:
         _check(output)
-        if data := view.chunks(at, output):
+        # Log-probabilities of a long prompt are many.
+        if data := await run(output.prompt_logprobs is None, view.chunks, at, output):
             await events.write(data)
 
 

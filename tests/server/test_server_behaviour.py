@@ -64,7 +64,8 @@ def test_a_client_that_leaves_frees_its_pages_before_the_next_step(
         assert llm.stats().scheduler.pages_used
         exchange.leave()
         await serving
-        assert llm.stats().scheduler.pages_used == 0
+        while llm.stats().scheduler.pages_used:  # the fifth step may still be ending; there is no sixth
+            await asyncio.sleep(0.001)
         assert (llm.stats().requests, llm.stats().steps) == (0, before + 5)
         if not body.get("stream"):
             assert exchange.sent == []
@@ -214,7 +215,7 @@ def test_a_request_over_its_time_ends_with_what_it_has(llm: AsyncLLM, steps: Ste
 
 
 def test_long_bodies_do_not_hold_up_the_event_loop(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their prompts are encoded on another thread, and short ones at once."""
+    """Their prompts are encoded on another thread, many are queued there, and short ones at once."""
     threads = []
     generate = llm.generate
 
@@ -228,7 +229,8 @@ def test_long_bodies_do_not_hold_up_the_event_loop(llm: AsyncLLM, monkeypatch: p
         whole = post(app, PATH, {"prompt": prompt, "max_tokens": 4, "temperature": 0})["choices"][0]["text"]
         pieces = events(app, PATH, {"prompt": prompt, "max_tokens": 4, "temperature": 0})
         assert "".join(event["choices"][0]["text"] for event in pieces) == whole
-    assert threads == [True, True, False, False]
+    post(app, PATH, {"prompt": "a", "n": 17, "max_tokens": 1})
+    assert threads == [True, True, False, False, False]
 
 
 def test_mounted_in_a_program_of_its_users(app: ASGIApp, llm: AsyncLLM) -> None:
