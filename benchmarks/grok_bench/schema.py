@@ -156,8 +156,8 @@ class EngineResult:
     goodput_per_second: float | None = None
     slo: dict[str, float] | None = None
     metrics: dict[str, Percentiles | None]
-    load_seconds: float
-    peak_memory_bytes: int
+    load_seconds: float | None = None  # with peak_memory_bytes: None of a server, where neither is known
+    peak_memory_bytes: int | None = None
 
 
 KINDS = {"kernels": KernelResult, "engine": EngineResult}

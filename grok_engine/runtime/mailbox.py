@@ -12,6 +12,8 @@ from typing import NoReturn
 
 from .request import CompletionOutput, RequestOutput, TopLogprobs
 
+AT_ONCE = 8  # consumers that run in one turn of an event loop
+
 
 class Mailbox:
     """Holds what a consumer has not read yet: the newest output, or with `delta` all unread ones merged into one.
@@ -140,13 +142,17 @@ def wake(mailboxes: Iterable[Mailbox]) -> None:
             waiters.setdefault(waiter.get_loop(), []).append(waiter)
     for loop, some in waiters.items():
         with suppress(RuntimeError):  # the loop is closed, and its consumers are gone
-            loop.call_soon_threadsafe(_resolve, some)
+            loop.call_soon_threadsafe(_resolve, loop, some)
 
 
-def _resolve(waiters: list[asyncio.Future[None]]) -> None:
-    for waiter in waiters:
+def _resolve(loop: asyncio.AbstractEventLoop, waiters: list[asyncio.Future[None]]) -> None:
+    """Wake a few consumers, and the others in later turns of the loop: a step with many sequences wakes them all, and
+    would hold up the loop's timers and sockets until each of them has run."""
+    for waiter in waiters[:AT_ONCE]:
         if not waiter.done():
             waiter.set_result(None)
+    if len(waiters) > AT_ONCE:
+        loop.call_soon(_resolve, loop, waiters[AT_ONCE:])
 
 
 class _Deltas:

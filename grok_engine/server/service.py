@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from .limits import Limits, decode, read_body
 from .protocol import GenerationRequest
 from .streams import View, answer_events, answer_whole, run
 
+AT_ONCE = 4  # requests that one turn of the event loop reads and queues
 _Request = TypeVar("_Request", bound=GenerationRequest)
 
 
@@ -77,6 +79,7 @@ class Endpoint(Generic[_Request]):
 
     def __init__(self, service: Service) -> None:
         self.service = service
+        self._turns: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
 
     def prepare(self, request: _Request) -> Job[_Request]:
         """ValueError or ApiError for a request that is wrong."""
@@ -85,6 +88,7 @@ class Endpoint(Generic[_Request]):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         limits = self.service.limits
         body = await read_body(scope, receive, limits)
+        await self._take_turn()
         inline = len(body) <= limits.inline_bytes
         job = await run(inline, self._read, body)
         inline = inline and len(job.prompts) * job.params.n <= limits.inline_answers
@@ -95,6 +99,14 @@ class Endpoint(Generic[_Request]):
             await answer_events(receive, send, streams, job.view, limits.keep_alive_seconds)
         else:
             await answer_whole(receive, send, streams, job.view)
+
+    async def _take_turn(self) -> None:
+        """Let a few requests in at each turn of the event loop: many at once would hold up the streams that run."""
+        loop = asyncio.get_running_loop()
+        if self._turns is None or self._turns[0] is not loop:
+            self._turns = loop, asyncio.Semaphore(AT_ONCE)
+        async with self._turns[1]:
+            await asyncio.sleep(0)
 
     def _read(self, body: bytes) -> Job[_Request]:
         request = decode(body, self.kind)

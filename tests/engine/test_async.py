@@ -8,6 +8,7 @@ import threading
 import time
 import tracemalloc
 from contextlib import aclosing
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from grok_engine import (
     SamplingParams,
     StructuredOutput,
 )
-from grok_engine.runtime.mailbox import Mailbox
+from grok_engine.runtime.mailbox import AT_ONCE, Mailbox, wake
 from tests.engine.serving import CONTINUATIONS, LIMIT, PROMPTS, all_free, greedy, last, make, rest, run, threads, until
 
 DELTA, FINAL_ONLY = RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY
@@ -166,6 +167,24 @@ def test_an_output_that_comes_just_before_the_consumer_waits() -> None:
         loop.create_future = late  # type: ignore[method-assign]
         async with asyncio.timeout(LIMIT):
             assert (await mailbox.take()).finished
+
+    asyncio.run(main())
+
+
+def test_a_step_that_wakes_many_consumers_leaves_turns_of_the_loop_to_others() -> None:
+    async def main() -> None:
+        mailboxes = [Mailbox(str(i), str(i)) for i in range(5 * AT_ONCE + 3)]
+        tasks = [asyncio.ensure_future(mailbox.take()) for mailbox in mailboxes]
+        await asyncio.sleep(0)
+        for mailbox in mailboxes:
+            mailbox.put(RequestOutput("x", None, [5], [], True, RequestMetrics(0.0, None, None)))
+        wake(mailboxes)
+        counts = [0]
+        for _ in range(20):
+            await asyncio.sleep(0)
+            counts.append(sum(task.done() for task in tasks))
+        assert max(after - before for before, after in pairwise(counts)) == AT_ONCE
+        assert counts[-1] == len(tasks)
 
     asyncio.run(main())
 

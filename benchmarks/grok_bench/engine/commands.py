@@ -12,6 +12,8 @@ import click
 from grok_engine.config import ActFormat, DType, KVDType, WeightFormat
 
 from .drive import Run, drive, joined
+from .http_client import Endpoint
+from .http_serve import serve_url
 from .measurement import Measurement
 from .metrics import parse_slo
 from .workload import arrivals, random_jobs, warmup_jobs
@@ -105,6 +107,17 @@ def throughput(**options: Any) -> None:
     _serve("throughput", options, {})
 
 
+OF_TRAFFIC = ("num_prompts", "input_len", "output_len", "prefix_len", "random_range_ratio", "num_warmups")
+OVER_HTTP = _options(
+    click.option("--url", help="Send the requests to this OpenAI server; the model is then the one that it names."),
+    click.option("--endpoint", type=click.Choice(get_args(Endpoint)), help="With --url.  [default: completions]"),
+    click.option("--vocab-size", type=COUNT, help="With --url: prompts are token ids below this, not words."),
+    click.option("--prompts", type=click.Path(dir_okay=False, path_type=Path), help="With --url: a file of requests."),
+    click.option("--extra-body", metavar="JSON", help='With --url: for every request, as in {"ignore_eos": false}.'),
+    click.option("--timeout", type=POSITIVE, help="With --url: seconds without a byte that fail it.  [default: 600]"),
+)
+
+
 @click.command()
 @TRAFFIC
 @click.option("--request-rate", type=POSITIVE, help="Requests a second on average.  [default: inf, all at once]")
@@ -112,8 +125,12 @@ def throughput(**options: Any) -> None:
 @click.option("--max-concurrency", type=COUNT, help="Requests under way at once; others are sent later.")
 @click.option("--goodput", multiple=True, metavar="NAME:MS ...", help="Count requests within these: ttft, tpot, e2el.")
 @click.argument("more_goodput", nargs=-1, metavar="")
+@OVER_HTTP
 @MODEL
+@click.pass_context
 def serve(
+    context: click.Context,
+    /,
     request_rate: float | None,
     burstiness: float | None,
     max_concurrency: int | None,
@@ -123,7 +140,7 @@ def serve(
 ) -> None:
     """Latencies while requests come over time.
 
-    The engine runs in this process; there is no HTTP between it and the requests.
+    Without --url the engine runs in this process, and there is no HTTP between it and the requests.
     """
     if more_goodput and not goodput:
         raise ValueError(f"unexpected argument {more_goodput[0]!r}")
@@ -136,7 +153,27 @@ def serve(
         "burstiness": shape,
         "max_concurrency": max_concurrency,
     }
-    _serve("serve", options, shown, rate, shape, max_concurrency, slo)
+    given = {name for name in options if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
+    over_http = {
+        name: options.pop(name) for name in ("url", "endpoint", "vocab_size", "prompts", "extra_body", "timeout")
+    }
+    if over_http["url"] is None:
+        if unused := given & set(over_http):
+            raise ValueError(f"--{min(unused).replace('_', '-')} without --url: there is no server")
+        _serve("serve", options, shown, rate, shape, max_concurrency, slo)
+        return
+    options = {name: value for name, value in options.items() if name in OF_TRAFFIC or name in given}
+    if unused := set(options) - {*OF_TRAFFIC, "model", "seed", "file"}:
+        raise ValueError(f"--{min(unused).replace('_', '-')} with --url: the server has an engine of its own")
+    lengths, common = _lengths(options), {"model": "", "seed": 0, "file": None}
+    traffic: dict[str, Any] = {
+        "rate": rate,
+        "burstiness": shape,
+        "max_concurrency": max_concurrency,
+        "shown": shown,
+        "slo": slo,
+    }
+    serve_url(lengths, **{**common, **options}, **over_http, **traffic)
 
 
 def _serve(

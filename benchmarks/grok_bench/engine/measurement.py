@@ -27,8 +27,7 @@ class Measurement:
     """The constructor refuses bad options; `start` refuses what needs the jobs, before it loads anything."""
 
     def __init__(self, *, model: str, seed: int, file: Path | None, **options: Any) -> None:
-        if file is not None and not file.absolute().parent.is_dir():
-            raise ValueError(f"--json {file}: there is no folder {file.absolute().parent}")
+        check_file(file)
         self.seed, self.file = seed, file
         self.config, self.folder, self.options = find_model(model, **options)
         self.load_seconds = 0.0
@@ -59,16 +58,27 @@ class Measurement:
             run, **more, protocol=protocol, model=c.model.name, parameters=about, load_seconds=self.load_seconds,
             peak_memory_bytes=peak_bytes(c.device),
         )  # fmt: skip
-        file = ResultFile(
-            kind="engine", command=command(), environment=environment(c.device), results=[result],
-            interrupted=run.interrupted,
-        )  # fmt: skip
-        table.about(file, table.terminal())
-        table.one(file, result, table.terminal())
-        if self.file is not None:
-            file.save(self.file)
-        if run.interrupted:
-            raise click.exceptions.Exit(INTERRUPTED)
+        publish(result, run, self.file, c.device)
+
+
+def check_file(file: Path | None) -> None:
+    """ValueError if `file` cannot be written, before anything is measured."""
+    if file is not None and not file.absolute().parent.is_dir():
+        raise ValueError(f"--json {file}: there is no folder {file.absolute().parent}")
+
+
+def publish(result: EngineResult, run: Run, path: Path | None, device: str, warnings: Sequence[str] = ()) -> None:
+    """Print a result with its environment, and write it to `path`. Raises Exit if the run was interrupted."""
+    file = ResultFile(
+        kind="engine", command=command(), environment=environment(device), results=[result],
+        interrupted=run.interrupted, warnings=list(warnings),
+    )  # fmt: skip
+    table.about(file, table.terminal())
+    table.one(file, result, table.terminal())
+    if path is not None:
+        file.save(path)
+    if run.interrupted:
+        raise click.exceptions.Exit(INTERRUPTED)
 
 
 def summarise(
@@ -81,7 +91,7 @@ def summarise(
         metrics["e2e"] = percentiles(batch_seconds)
     completed = sum(r.finished for r in records)
     inputs = sum(r.input_tokens for r in records if r.times)
-    outputs = sum(len(r.times) for r in records)
+    outputs = sum(r.output_tokens for r in records)
     seconds = max(run.seconds, 1e-9)
     return EngineResult(
         duration_seconds=run.seconds,

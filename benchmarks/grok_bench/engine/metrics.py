@@ -27,6 +27,11 @@ class Record:
     times: list[float] = field(default_factory=list)  # of its tokens
     finished: bool = False
     error: str | None = None
+    counted: int | None = None  # by a server, whose chunks may hold several tokens; then `times` are the chunks'
+
+    @property
+    def output_tokens(self) -> int:
+        return len(self.times) if self.counted is None else self.counted
 
     @property
     def ttft(self) -> float | None:
@@ -43,9 +48,9 @@ class Record:
     @property
     def tpot(self) -> float | None:
         """Time per output token; None with fewer than two tokens."""
-        if not self.finished or len(self.times) < 2:
+        if not self.finished or self.output_tokens < 2:
             return None
-        return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+        return (self.times[-1] - self.times[0]) / (self.output_tokens - 1)
 
 
 def percentiles(values: Iterable[float | None]) -> Percentiles | None:

@@ -224,8 +224,9 @@ def run_block(r: EngineResult) -> Block:
         f"{r.input_tokens:,} tokens in, {r.output_tokens:,} out, in {duration(r.duration_seconds)}",
         f"{digits(r.requests_per_second)} requests/s, {digits(r.output_tokens_per_second)} output tokens/s, "
         f"{digits(r.total_tokens_per_second)} tokens/s",
-        f"loaded in {duration(r.load_seconds)}, peak memory {amount(r.peak_memory_bytes, 'B')}",
     ]
+    if r.load_seconds is not None and r.peak_memory_bytes is not None:
+        sizes.append(f"loaded in {duration(r.load_seconds)}, peak memory {amount(r.peak_memory_bytes, 'B')}")
     if r.goodput_per_second is not None and r.slo is not None:
         limits = ", ".join(f"{name.removesuffix('_ms')} ≤ {limit:g} ms" for name, limit in r.slo.items())
         sizes.append(f"goodput {digits(r.goodput_per_second)} requests/s with {limits}")
