@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 from starlette.requests import Request
@@ -22,6 +21,7 @@ from starlette.responses import Response
 from grok_engine import AsyncLLM, EngineAsleepError, EngineClosedError, EngineStats, Histogram
 
 Values = Mapping[tuple[str, ...], float]  # by the values of the labels that are the metric's own
+TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 _LABELS = ("model_name", "engine")
 
 
@@ -136,10 +136,10 @@ class Metrics:
         self._errors[kind, str(status)] += 1
 
     async def route(self, request: Request) -> Response:
-        """`/metrics`: all of the registry, in the format that the scraper asks for."""
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        body = await asyncio.to_thread(encode, self.registry)
-        return Response(body, headers={"content-type": content_type})
+        """`/metrics`: all of the registry, in Prometheus' text format. In OpenMetrics, which a scraper would prefer,
+        prometheus_client writes underscores for the colons of the names."""
+        body = await asyncio.to_thread(generate_latest, self.registry)
+        return Response(body, headers={"content-type": TEXT_FORMAT})
 
     def fill(self, families: Mapping[str, Any], engine: int) -> None:
         """Add this app's samples. A closed or sleeping engine has the counts that it was last seen with, and nothing
