@@ -13,7 +13,7 @@ from .models.families import preset
 from .runtime.builder import Prompt
 from .runtime.mailbox import OutputStream
 from .runtime.request import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from .runtime.stats import EngineStats
+from .runtime.stats import EngineStats, Histogram
 from .sampling.params import RequestOutputKind, SamplingParams, StructuredOutput
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless the program configures logging
@@ -22,7 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM", "AsyncLLM", "CheckpointError", "CompletionOutput", "ConfigError", "EngineAsleepError", "EngineBusyError",
-    "EngineClosedError", "EngineConfig", "EngineStats", "LLMEngine", "Logprob", "ModelConfig", "OutputStream", "Prompt",
-    "QueueFullError", "RequestMetrics", "RequestOutput", "RequestOutputKind", "SamplingParams", "StreamChunk",
-    "StructuredOutput", "__version__", "preset", "read_config",
+    "EngineClosedError", "EngineConfig", "EngineStats", "Histogram", "LLMEngine", "Logprob", "ModelConfig",
+    "OutputStream", "Prompt", "QueueFullError", "RequestMetrics", "RequestOutput", "RequestOutputKind",
+    "SamplingParams", "StreamChunk", "StructuredOutput", "__version__", "preset", "read_config",
 ]  # fmt: skip

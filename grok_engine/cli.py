@@ -202,6 +202,7 @@ def _template(given: str | None) -> str | None:
 @click.option("--kv", "kv_dtype", type=_one_of(KVDType), help="Of keys and values; by default that of --dtype.")
 @click.option("--mmap", is_flag=True, help="Map the file of a converted model, in place of reading it.")
 @click.option("--device", default="cpu", show_default=True, help="As torch names them.")
+@click.option("--expert-load", is_flag=True, help="Count each expert's tokens, for /metrics and the page at /.")
 @click.option("--request-timeout", type=float, help="Seconds after which a request ends with what it has.")
 @click.option("--drain-timeout", default=30.0, show_default=True, help="Seconds that requests get after SIGTERM.")
 @click.option("--quiet", is_flag=True, help="Log failures, not every request.")

@@ -295,6 +295,7 @@ class EngineOptions(TypedDict, total=False):
     max_grammar_rules: int
     grammar_seconds: float
     max_waiting: int
+    expert_load: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -327,6 +328,9 @@ class EngineConfig:
     max_grammar_bytes, max_grammar_depth, max_grammar_rules: of a structured output's text in UTF-8, how deep its
     brackets are nested, and how many rules or references it has. grammar_seconds: what compiling it may take.
     max_waiting: requests that wait for their first step.
+
+    expert_load: count the tokens that the router sends to each expert of each layer, in `EngineStats.expert_load` and
+    for requests that ask for it. It copies the router's choices to the host in every step, and changes no result.
     """
 
     model: ModelConfig
@@ -354,6 +358,7 @@ class EngineConfig:
     max_grammar_rules: int = 1000
     grammar_seconds: float = 5.0
     max_waiting: int = 8192
+    expert_load: bool = False
 
     @classmethod
     def of(cls, model: ModelConfig, options: Mapping[str, Any]) -> EngineConfig:
@@ -385,6 +390,8 @@ class EngineConfig:
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs={self.max_num_seqs}: "
                 "expected a token a step for each sequence at least"
             )
+        if self.expert_load and not self.model.num_experts:
+            raise ConfigError(f"expert_load=True is for models with experts: {shown(self.model.name)} has none")
         if self.num_pages is not None and self.kv_memory is not None:
             raise ConfigError(f"num_pages={self.num_pages} and kv_memory={self.kv_memory}: expected one of them")
         if self.num_pages is not None and self.num_pages * self.page_size > _INT32_MAX:

@@ -23,8 +23,10 @@ from .loading.resolve import find_model
 from .log import QuietLogger
 from .runtime.allocator import PageAllocator
 from .runtime.builder import Prompt, RequestBuilder
+from .runtime.expert_load import read_routed
 from .runtime.flatten import take_rows
 from .runtime.memory import fit
+from .runtime.meter import Meter
 from .runtime.plan import Entry, StepPlan
 from .runtime.request import Answer, Request, RequestOutput, id_set
 from .runtime.runner import Runner
@@ -84,9 +86,7 @@ class LLMEngine:
         self._fresh: dict[str, None] = {}  # those of them that have no token yet
         self._by_seq_id: dict[int, Taker] = {}  # of the sequences that the scheduler has
         self._ready: deque[RequestOutput] = deque()  # for `step` to return
-        self._steps = self._generated = 0
-        self._lap_began = 0.0
-        self._seconds = dict.fromkeys(("schedule", "forward", "sample", "output"), 0.0)
+        self._meter = Meter(c)
 
     def _load(self, progress: Progress | None, *, cut: bool) -> None:
         began = time.perf_counter()
@@ -244,34 +244,40 @@ class LLMEngine:
     def _step(self) -> None:
         """Schedule, forward, sample, emit. Scheduler and sequences change in the first and the last alone: where the
         two between them fail, the requests of the plan end, and the others are untouched."""
-        self._lap_began = time.perf_counter()
+        self._meter.begin()
         self._turn.intact = False
         plan = self.scheduler.schedule()
         try:
             self._turn.intact = True
             if not plan.entries:
                 return
-            self._lap("schedule")
-            takers, logits_RV, sources = self._forward(plan)
-            self._lap("forward")
+            if self._fresh:
+                self._meter.start(self._by_seq_id[entry.seq_id][0] for entry in plan.entries)
+            self._meter.lap("schedule")
+            routed: list[Tensor] | None = [] if self.config.expert_load else None
+            takers, logits_RV, sources = self._forward(plan, routed)
+            self._meter.lap("forward")
             sampled = self._sample(takers, logits_RV, sources)
-            self._lap("sample")
+            experts_LTA = read_routed(routed) if routed else None
+            self._meter.lap("sample")
         except BaseException as error:
             self._give_up(plan, error)
             raise
         self._turn.intact = False
+        if experts_LTA is not None:
+            self._meter.load.count(plan.entries, experts_LTA, self._by_seq_id)
         self._emit(plan, takers, sampled)
         self._turn.intact = True
-        self._lap("output")
+        self._meter.lap("output")
 
-    def _forward(self, plan: StepPlan) -> tuple[list[Taker], Tensor, list[int]]:
+    def _forward(self, plan: StepPlan, routed: list[Tensor] | None) -> tuple[list[Taker], Tensor, list[int]]:
         """The answers that take a token, logits_RV, and the row of them that each answer samples from.
 
         A row of hidden states predicts the token after its own. Known tokens, of a prompt whose log-probabilities are
         asked for, are scored here; the first unknown one is sampled. At the end of a prompt all n answers sample from
         the same row.
         """
-        x_RD = self.runner.forward(plan)
+        x_RD = self.runner.forward(plan, routed)
         takers: list[Taker] = []
         rows: list[int] = []  # rows of x_RD to sample from
         sources: list[int] = []  # which of `rows` each taker reads
@@ -316,12 +322,14 @@ class LLMEngine:
                 if answer.index:
                     self.scheduler.fork(request.answers[0].state, answer.state)
                     self._by_seq_id[answer.state.seq_id] = (request, answer)
+                    answer.counted = request.answers[0].counted
                 request.forked = answer is request.answers[-1]
         now = time.monotonic()
         changed: dict[str, Request] = {}
         for (request, answer), result in zip(takers, sampled, strict=True):
             if request.first_token is None:
                 request.first_token = now
+                self._meter.first_token(request)
                 self._fresh.pop(request.request_id, None)
             if result.error is not None:
                 logger.warning("request %r: %s", request.request_id, result.error)
@@ -330,8 +338,7 @@ class LLMEngine:
             elif answer.accept(result):
                 self._drop(answer)
             changed[request.request_id] = request
-        self._steps += 1
-        self._generated += len(sampled)
+        self._meter.step(sum([len(entry.token_ids) for entry in plan.entries]), takers, now)
         for request in changed.values():
             if request.done:
                 self._retire(request, now)
@@ -362,6 +369,7 @@ class LLMEngine:
     def _retire(self, request: Request, now: float) -> None:
         if request.finished is None:
             request.finished = now
+            self._meter.finish(request)
             self._ready.append(request.output())
             logger.debug("request %r: %s", request.request_id, [a.text.finish_reason for a in request.answers])
         self._fresh.pop(request.request_id, None)
@@ -399,11 +407,6 @@ class LLMEngine:
 
     # The rest
 
-    def _lap(self, part: str) -> None:
-        now = time.perf_counter()
-        self._seconds[part] += now - self._lap_began
-        self._lap_began = now
-
     def logits(self, token_ids: Prompt, *, first: int = 0, chunk: int | None = None) -> Tensor:
         """logits_TV in fp32 after each token from `first` on. `chunk` of them go through the model at once; no result
         depends on it."""
@@ -437,9 +440,9 @@ class LLMEngine:
         """Counts now and since the start."""
         self._check_open()
         return EngineStats(
-            requests=len(self._requests), scheduler=self.scheduler.stats(), steps=self._steps,
+            requests=len(self._requests), scheduler=self.scheduler.stats(),
             kv_bytes=self.runner.num_pages * self.runner.page_bytes, prompt_tokens=self.scheduler.prompt_tokens,
-            generated_tokens=self._generated, seconds=dict(self._seconds),
+            **self._meter.read(),
         )  # fmt: skip
 
     def sleep(self) -> None:

@@ -39,7 +39,11 @@ ALLOWED: Table = {
     "grok_engine.runtime.plan": (),
     "grok_engine.runtime.sequence": (),
     "grok_engine.runtime.scheduler": ("runtime.allocator", "runtime.plan", "runtime.sequence"),
-    "grok_engine.runtime.stats": ("runtime.scheduler",),
+    "grok_engine.runtime.stats": ("runtime.scheduler", "runtime.text"),
+    "grok_engine.runtime.expert_load": ("runtime.plan", "runtime.request"),
+    "grok_engine.runtime.meter": (
+        "config", "runtime.expert_load", "runtime.request", "runtime.stats", "runtime.text",
+    ),
     "grok_engine.runtime.flatten": ("batch", "runtime.plan"),
     "grok_engine.runtime.pages": ("batch", "config"),
     "grok_engine.runtime.memory": ("config", "log", "runtime.pages", "grok_kernels"),

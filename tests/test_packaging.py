@@ -83,7 +83,7 @@ def test_wheel_holds_every_package_and_their_data(tree: Path) -> None:
         modules = {f"{package}/{p.relative_to(tree / folder).as_posix()}" for p in (tree / folder).rglob("*.py")}
         assert modules <= names, modules - names
         assert f"{package}/py.typed" in names
-    assert "grok_engine/assets/tiny/planted.json" in names
+    assert {"grok_engine/assets/tiny/planted.json", "grok_engine/server/page.html"} <= names
     assert {"grok_kernels/_C.pyi", "grok_kernels/tuned/planted.json"} <= names
     # what compiles the CUDA kernels at their first use
     needed = ("bindings/cuda/route.cpp", "common/check.h", "cuda/launch.cuh", "cuda/route/instantiations/route.cu")

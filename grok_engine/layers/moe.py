@@ -45,8 +45,11 @@ class Experts(nn.Module):
         self.w13 = FusedWeight(experts, c.d_model, {f"{prefix}.gate": f, f"{prefix}.up": f})
         self.w2 = FusedWeight(experts, f, {f"{prefix}.down": c.d_model})
 
-    def forward(self, x: Normed) -> Tensor:
+    def forward(self, x: Normed, routed: list[Tensor] | None = None) -> Tensor:
+        """routed: gets the router's choice, experts (T, A) int32."""
         topk_weights_TA, experts_TA, *grouping = _whole(x.x_TD) if self.router is None else self.router(x.x_TD)
+        if routed is not None and self.router is not None:
+            routed.append(experts_TA)
         weights = self.w13.weight, self.w2.weight
         if x.quantized is None:
             return grok_kernels.moe(
@@ -71,8 +74,8 @@ class DenseAndExperts(nn.Module):
         super().__init__()
         self.dense, self.experts = dense, experts
 
-    def forward(self, x: Normed) -> Tensor:
-        y_TD: Tensor = ((self.dense(x).float() + self.experts(x).float()) / math.sqrt(2)).to(x.x_TD.dtype)
+    def forward(self, x: Normed, routed: list[Tensor] | None = None) -> Tensor:
+        y_TD: Tensor = ((self.dense(x).float() + self.experts(x, routed).float()) / math.sqrt(2)).to(x.x_TD.dtype)
         return y_TD
 
 

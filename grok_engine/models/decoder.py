@@ -34,9 +34,9 @@ class DecoderLayer(nn.Module):
         self.attn = Attention(config, f"{prefix}.attn", activations)
         self.feed_forward = feed_forward(config, prefix, activations)
 
-    def forward(self, h: Residual, batch: Batch, pages: KVPages, cos_sin: Tensor) -> None:
+    def forward(self, h: Residual, batch: Batch, pages: KVPages, cos_sin: Tensor, routed: list[Tensor] | None) -> None:
         h.add(self.attn(h.normed(self.pre_attn), batch, pages, cos_sin), self.post_attn)
-        h.add(self.feed_forward(h.normed(self.pre_moe)), self.post_moe)
+        h.add(self.feed_forward(h.normed(self.pre_moe), routed), self.post_moe)
 
 
 class Decoder(nn.Module):
@@ -66,11 +66,14 @@ class Decoder(nn.Module):
         table = rotary_table(config, max_positions or config.max_position, device)
         self.register_buffer("cos_sin", table, persistent=False)
 
-    def forward(self, batch: Batch, cache: Sequence[KVPages]) -> Tensor:
-        """x_TD, the final norm's output for every token; their keys and values are in the cache afterwards."""
+    def forward(self, batch: Batch, cache: Sequence[KVPages], routed: list[Tensor] | None = None) -> Tensor:
+        """x_TD, the final norm's output for every token; their keys and values are in the cache afterwards.
+
+        routed: gets the experts (T, A) int32 that each layer's router chooses, in the order of the layers.
+        """
         h = Residual(self.embed(batch.tokens_T, self.config.embedding_multiplier, self.dtype))
         for layer, pages in zip(self.layers, cache, strict=True):
-            layer(h, batch, pages, self.cos_sin)
+            layer(h, batch, pages, self.cos_sin, routed)
         return h.normed(self.final_norm).x_TD
 
     def logits(self, x_TD: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from grok_engine.config import EngineConfig, as_bool, as_int, shown
 from grok_engine.sampling.grammar_limits import GrammarLimits, check_grammar
 from grok_engine.sampling.params import SamplingParams
@@ -98,13 +100,14 @@ class RequestBuilder:
         seed = params.seed
         if seed is None:
             seed = secrets.randbits(63) if config.seed is None else config.seed + serial
-        scored = params.prompt_logprobs is not None
+        scored, model = params.prompt_logprobs is not None, config.model
         answers = []
         for index in range(params.n):
             state = SequenceState(
                 next(self._seq_ids), prompt_ids, room if params.max_tokens is None else min(params.max_tokens, room),
                 urgency,
-                use_cache=not scored or index > 0,  # a cached prefix has no logits to score
+                # a cached prefix has no logits to score, and no choice of experts to count
+                use_cache=not (scored or params.expert_load) or index > 0,
                 logits_from=0 if scored else -1,
             )  # fmt: skip
             sampler = SamplingState(rules, state.output_ids, seed=seed % 2**63, index=index)
@@ -116,6 +119,7 @@ class RequestBuilder:
         return Request(
             request_id, text, prompt_ids, params, time.monotonic(), answers,
             forked=params.n == 1, prompt_logprobs=[None] * len(prompt_ids) if scored else None,
+            expert_load_LE=np.zeros((model.num_layers, model.num_experts), np.int64) if params.expert_load else None,
         )  # fmt: skip
 
     def compile(self, request: Request) -> None:
@@ -154,6 +158,8 @@ class RequestBuilder:
                 raise ValueError(f"{name}={shown(value)} needs text, but the model has no tokenizer: expected none")
         if (size := _size((*params.stop, *params.bad_words))) > config.max_stop_bytes:
             raise ValueError(f"stop and bad_words have {size} bytes, more than max_stop_bytes={config.max_stop_bytes}")
+        if params.expert_load and not config.expert_load:
+            raise ValueError("expert_load=True needs an engine that counts: LLM(…, expert_load=True)")
         if params.structured is not None:
             check_grammar(params.structured, self._grammar_limits)
 

@@ -98,11 +98,14 @@ class DecodeGraphs:
         self._model, self._cache, self._capture = model, cache, capture
         self._page_size, self._device = config.page_size, model.cos_sin.device
         self._rungs, self._widths = capture.shapes(config.max_num_seqs, config.max_len, config.page_size)
-        self._runs: dict[tuple[int, int, Hashable], tuple[Tensor, Run]] = {}
+        self._expert_load = config.expert_load
+        # by shape: the inputs, the replay, and the tensors that it writes the routers' choices into
+        self._runs: dict[tuple[int, int, Hashable], tuple[Tensor, Run, list[Tensor] | None]] = {}
         self._weights = Weights(model)
 
-    def run(self, entries: Sequence[Entry]) -> Tensor | None:
-        """x_TD as `Runner.run` gives it; None for a step that is not captured: a prompt, or one that is too large."""
+    def run(self, entries: Sequence[Entry], routed: list[Tensor] | None = None) -> Tensor | None:
+        """x_TD, and `routed`, as `Runner.run` gives them; None for a step that is not captured: a prompt, or one that
+        is too large."""
         key = self._capture.key()
         if key is None or len(entries) > self._rungs[-1] or any(len(e.token_ids) != 1 for e in entries):
             return None
@@ -111,7 +114,11 @@ class DecodeGraphs:
             return None
         rows = self._rungs[bisect_left(self._rungs, len(entries))]
         width = self._widths[bisect_left(self._widths, widest)]
-        return self._replay(entries, rows, width, key)[: len(entries)]
+        x_TD, chosen = self._replay(entries, rows, width, key)
+        if routed is not None:
+            assert chosen is not None, "captured without expert_load"
+            routed += [experts_TA[: len(entries)] for experts_TA in chosen]
+        return x_TD[: len(entries)]
 
     def clear(self) -> None:
         """Drop all captured steps, after a step that failed: an interrupt may have left one half made, or in use."""
@@ -135,7 +142,9 @@ class DecodeGraphs:
             before = after
         return taken[0] + sum(taken[1:]) * (len(shapes) - 1)
 
-    def _replay(self, entries: Sequence[Entry], rows: int, width: int, key: Hashable) -> Tensor:
+    def _replay(
+        self, entries: Sequence[Entry], rows: int, width: int, key: Hashable
+    ) -> tuple[Tensor, list[Tensor] | None]:
         numbers, sizes = flatten(entries, self._page_size, rows, width)
         if not (self._runs and self._weights.same()):
             self._runs.clear()
@@ -143,13 +152,21 @@ class DecodeGraphs:
         if (rows, width, key) not in self._runs:
             inputs = numbers.to(self._device, copy=True)
             batch = Batch.of(inputs, sizes, 1)
-            replay = self._capture(lambda: self._model(batch, self._cache))
-            self._runs[rows, width, key] = inputs, replay
+            chosen: list[Tensor] | None = [] if self._expert_load else None
+
+            def run() -> Tensor:
+                if chosen is not None:
+                    chosen.clear()  # a capture may run it more than once: the last run's tensors are those that replay
+                x_TD: Tensor = self._model(batch, self._cache, chosen)
+                return x_TD
+
+            replay = self._capture(run)
+            self._runs[rows, width, key] = inputs, replay, chosen
         else:
-            inputs, replay = self._runs[rows, width, key]
+            inputs, replay, chosen = self._runs[rows, width, key]
             # non_blocking is safe: from memory that is not pinned, the bytes are read before the call returns
             inputs.copy_(numbers, non_blocking=True)
-        return replay()
+        return replay(), chosen
 
 
 class CpuCapture:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from grok_engine.sampling.logprobs import TokenLogprobs, prompt_logprobs
@@ -32,9 +34,11 @@ TopLogprobs = dict[int, Logprob]  # by token id: the chosen token first, then th
 
 @dataclass(frozen=True, slots=True)
 class RequestMetrics:
-    """Times on `time.monotonic`, in seconds: arrival, first token, end; None for what has not happened yet."""
+    """Times on `time.monotonic`, in seconds: arrival, begin of the first step, first token, end; None for what has not
+    happened yet."""
 
     arrival: float
+    scheduled: float | None
     first_token: float | None
     finished: float | None
 
@@ -60,7 +64,11 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """The state of a request after a step. cached_tokens: prompt tokens found in the prefix cache."""
+    """The state of a request after a step. cached_tokens: prompt tokens found in the prefix cache.
+
+    expert_load, if SamplingParams asked for it: how many tokens of this request each expert got so far,
+    [layer][expert]. The last token of an answer reaches no expert.
+    """
 
     request_id: str
     prompt: str | None
@@ -70,6 +78,7 @@ class RequestOutput:
     metrics: RequestMetrics
     cached_tokens: int = 0
     prompt_logprobs: list[TopLogprobs | None] | None = None
+    expert_load: list[list[int]] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -85,6 +94,8 @@ class Answer:
     cumulative_logprob: float = 0.0
     error: str | None = None
     cause: BaseException | None = None
+    last_token: float | None = None  # when, on time.monotonic
+    counted: int = 0  # tokens that `Request.expert_load_LE` has counted, or those of the answer it was forked from
     shown: tuple[int, int, FinishReason | None] = (0, 0, None)  # characters and tokens that outputs have shown
 
     def accept(self, result: Sampled) -> bool:
@@ -131,8 +142,10 @@ class Request:
     arrival: float
     answers: list[Answer]
     forked: bool  # whether the scheduler has all n sequences: from the first token on
+    scheduled: float | None = None
     first_token: float | None = None
     finished: float | None = None
+    expert_load_LE: NDArray[np.int64] | None = None  # if asked for
     shown_prompt_ids: list[int] = field(default_factory=list)  # the user's copy, which outputs share
     prompt_logprobs: list[TopLogprobs | None] | None = None
 
@@ -165,9 +178,10 @@ class Request:
             prompt_token_ids=self.shown_prompt_ids,
             outputs=[a.completion(delta) for a in self.started if not delta or a.shown != a.known],
             finished=self.finished is not None,
-            metrics=RequestMetrics(self.arrival, self.first_token, self.finished),
+            metrics=RequestMetrics(self.arrival, self.scheduled, self.first_token, self.finished),
             cached_tokens=self.answers[0].state.cached_tokens,
             prompt_logprobs=None if self.prompt_logprobs is None else list(self.prompt_logprobs),
+            expert_load=None if self.expert_load_LE is None else self.expert_load_LE.tolist(),
         )
 
 

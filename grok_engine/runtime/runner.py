@@ -74,23 +74,26 @@ class Runner:
         return int(total * GPU_SHARE) - used
 
     @torch.inference_mode()
-    def forward(self, plan: StepPlan) -> Tensor:
+    def forward(self, plan: StepPlan, routed: list[Tensor] | None = None) -> Tensor:
         """x_RD: the hidden states of the rows that want logits, in the order of the plan. The next call may overwrite
-        them. The keys and values of all of the plan's tokens are in their pages afterwards."""
+        them. The keys and values of all of the plan's tokens are in their pages afterwards. routed: as for `run`."""
         if plan.copies:
             copy_pages(self.cache, plan.copies)
-        x_TD = self.run(plan.entries)
+        x_TD = self.run(plan.entries, routed)
         if sum([e.num_logits for e in plan.entries]) == len(x_TD):
             return x_TD
         rows = plan.logit_rows()
         return take_rows(x_TD, rows) if rows else x_TD[:0]
 
     @torch.inference_mode()
-    def run(self, entries: Sequence[Entry]) -> Tensor:
-        """x_TD: the hidden states of all tokens, one entry after the other. The next call may overwrite them."""
-        if self.graphs is not None and (replayed_TD := self.graphs.run(entries)) is not None:
+    def run(self, entries: Sequence[Entry], routed: list[Tensor] | None = None) -> Tensor:
+        """x_TD: the hidden states of all tokens, one entry after the other. The next call may overwrite them.
+
+        routed, of an engine with `expert_load`: gets each layer's experts (T, A), which the next call may overwrite.
+        """
+        if self.graphs is not None and (replayed_TD := self.graphs.run(entries, routed)) is not None:
             return replayed_TD
-        x_TD: Tensor = self.model(self._batch(entries), self.cache)
+        x_TD: Tensor = self.model(self._batch(entries), self.cache, routed)
         return x_TD
 
     @torch.inference_mode()

@@ -92,6 +92,10 @@ class SamplingParams:
     holds a part of the word's neighbour), and a model that is drawn to a word often does. Upper and lower case are two
     words. Where a text must not appear, search the output for it.
 
+    `expert_load` asks how many of the request's tokens, of prompt and answers, each expert of each layer gets:
+    `RequestOutput.expert_load`. It needs an engine with `expert_load=True`. The whole prompt is computed for it, cached
+    or not.
+
     `logprobs` n asks for the log-probabilities of each chosen token and of the n most probable ones (-1: of the whole
     vocabulary), `prompt_logprobs` n for those of the prompt's tokens. Both refer to the model's own distribution,
     before the steps above.
@@ -123,6 +127,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
     structured: StructuredOutput | None = None
+    expert_load: bool = False
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
@@ -144,7 +149,7 @@ class SamplingParams:
         read("seed", as_int, 0, _INT64_MAX, "an integer in 0..2**63 - 1, or None", optional=True)
         for name in ("logprobs", "prompt_logprobs"):
             read(name, as_int, -1, _INT64_MAX, "an integer of -1 (all) or more, of 64 bits, or None", optional=True)
-        for name in ("include_stop_str_in_output", "skip_special_tokens", "ignore_eos"):
+        for name in ("include_stop_str_in_output", "skip_special_tokens", "ignore_eos", "expert_load"):
             read(name, as_bool, False, True, "True or False")
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))

@@ -7,7 +7,8 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
@@ -24,7 +25,9 @@ from .chat import ChatCompletions
 from .completions import Completions
 from .errors import ApiError, ClientLeftError, as_api_error
 from .limits import Limits
+from .metrics import Metrics
 from .models import Detokenize, Health, Models, Tokenize, version
+from .page import Page
 from .service import Service
 from .streams import reply
 
@@ -43,6 +46,7 @@ def create_app(
     chat_template: str | None = None,
     metrics_registry: CollectorRegistry | None = None,
     limits: Limits | None = None,
+    page: bool = True,
 ) -> Starlette:
     """An app that serves one model by OpenAI's API, on the event loop that runs it. It may be mounted under a prefix,
     needs no lifespan, and closes nothing: `llm` stays its caller's.
@@ -50,7 +54,8 @@ def create_app(
     served_model_name: what clients call the model, by default the name in its configuration; the first of several is
     the one in answers. api_key: one or several, any of which clients must send as `Authorization: Bearer KEY`, but for
     `/`, `/health`, `/version` and `/metrics`. chat_template: Jinja, or the name of one of the model's templates, in
-    place of the one that its files name. metrics_registry: where counters go, by default one of the app's own.
+    place of the one that its files name. metrics_registry: where counters go, by default one of the app's own;
+    `app.state.metrics.close()`, or the end of the app's lifespan, takes them out. page: whether there is one at `/`.
     """
     names = (served_model_name,) if isinstance(served_model_name, str) else tuple(served_model_name or ())
     keys = (api_key,) if isinstance(api_key, str) else tuple(api_key or ())
@@ -60,7 +65,10 @@ def create_app(
         llm=llm, names=names or (llm.engine.config.model.name,), limits=limits or Limits(), chat_template=chat_template
     )
     models, health = Models(service), Health(service)
+    metrics = Metrics(llm, service.names[0], metrics_registry)
     routes = [
+        *(Page(service).routes() if page else ()),
+        Route("/metrics", metrics.route),
         Route("/health", health.get),
         Route("/version", version),
         Route("/v1/models", models.get),
@@ -70,15 +78,25 @@ def create_app(
         Route("/tokenize", Tokenize(service), methods=["POST"]),
         Route("/detokenize", Detokenize(service), methods=["POST"]),
     ]
-    return Starlette(
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        metrics.open()
+        yield
+        metrics.close()
+
+    app = Starlette(
         routes=routes,
-        middleware=[Middleware(Gate, keys=tuple(key.encode() for key in keys))],
+        middleware=[Middleware(Gate, keys=tuple(key.encode() for key in keys), metrics=metrics)],
         exception_handlers={404: _refuse, 405: _refuse, ApiError: _refuse},
+        lifespan=lifespan,
     )
+    app.state.metrics = metrics
+    return app
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    told = as_api_error(error)
+    told = request.scope["state"]["error"] = as_api_error(error)
     if told.status == 404 and told.code is None:
         told.message = f"no route {request.url.path!r:.200}"
     elif told.status == 405:
@@ -88,10 +106,10 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 
 class Gate:
-    """Around each request: an id, which answers and logs have; the key; and an answer for every exception."""
+    """Around each request: an id, which answers and logs have; the key; an answer for every exception, and a count."""
 
-    def __init__(self, app: ASGIApp, *, keys: Sequence[bytes]) -> None:
-        self._app, self._keys = app, keys
+    def __init__(self, app: ASGIApp, *, keys: Sequence[bytes], metrics: Metrics) -> None:
+        self._app, self._keys, self._metrics = app, keys, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -116,13 +134,17 @@ class Gate:
         except ClientLeftError:
             status = 499
         except Exception as error:
-            told = as_api_error(error)
+            told = scope["state"]["error"] = as_api_error(error)
             if told.status >= 500 and told.code is None:
                 logger.exception("request %s failed", request_id)
             if status:  # nothing can be said any more; the server closes the connection
                 raise
             await reply(forward, told.body(), told.status, [(k.encode(), v.encode()) for k, v in told.headers.items()])
         finally:
+            if status == 499:
+                self._metrics.error("client_left", status)
+            elif (failed := scope["state"].pop("error", None)) is not None:
+                self._metrics.error(failed.code or failed.kind, failed.status)
             logger.info(
                 "%s %s %s %d %.0f ms",
                 request_id, scope["method"], scope["path"], status, (time.monotonic() - began) * 1000,

@@ -25,12 +25,16 @@ class ApiError(Exception):
         self.status, self.message, self.code, self.param = status, message, code, param
         self.headers = dict(headers or {})
 
-    def body(self) -> bytes:
-        kind = {429: "rate_limit_error"}.get(self.status, "invalid_request_error")
+    @property
+    def kind(self) -> str:
+        """OpenAI's type of the error."""
         if self.status >= 500:
-            kind = "server_error"
+            return "server_error"
+        return "rate_limit_error" if self.status == 429 else "invalid_request_error"
+
+    def body(self) -> bytes:
         return msgspec.json.encode(
-            {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+            {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
         )
 
 

@@ -136,7 +136,7 @@ def test_unread_outputs_cost_no_more_than_the_answer(delta: bool) -> None:
     def output(i: int) -> RequestOutput:
         first = i if delta else 0
         answer = CompletionOutput(0, text[4 * first : 4 * (i + 1)], ids[first : i + 1])
-        return RequestOutput("x", None, list(prompt), [answer], i == count - 1, RequestMetrics(0.0, None, None))
+        return RequestOutput("x", None, list(prompt), [answer], i == count - 1, RequestMetrics(0.0, None, None, None))
 
     async def main() -> None:
         mailbox = Mailbox("x", "x")
@@ -161,7 +161,7 @@ def test_an_output_that_comes_just_before_the_consumer_waits() -> None:
         make_future = loop.create_future
 
         def late() -> asyncio.Future[Any]:
-            mailbox.put(RequestOutput("x", None, [5], [], True, RequestMetrics(0.0, None, None)))
+            mailbox.put(RequestOutput("x", None, [5], [], True, RequestMetrics(0.0, None, None, None)))
             return make_future()
 
         loop.create_future = late  # type: ignore[method-assign]

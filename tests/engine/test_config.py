@@ -425,6 +425,7 @@ ODD: dict[str, tuple[list[Any], list[tuple[Any, Any]]]] = {
         [0, -1, math.nan, math.inf, None, "5", True, NO_REPR, 1e9], [(1, 1.0), (np.float32(0.5), 0.5)],
     ),
     "max_waiting": ([*NOT_COUNTS, None], [(9, 9)]),
+    "expert_load": (NOT_BOOLS, [(np.True_, True)]),
 }  # fmt: skip
 
 

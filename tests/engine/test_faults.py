@@ -36,8 +36,8 @@ def poison(engine: LLMEngine, is_poisoned: Callable[[str, int], bool]) -> None:
     """Make the hidden states NaN of every request for which is_poisoned(request_id, tokens generated so far)."""
     plain = engine.runner.forward
 
-    def forward(plan: StepPlan) -> torch.Tensor:
-        x_RD = plain(plan).clone()
+    def forward(plan: StepPlan, *routed: Any) -> torch.Tensor:
+        x_RD = plain(plan, *routed).clone()
         row = 0
         for entry in plan.entries:
             request, answer = engine._by_seq_id[entry.seq_id]

@@ -133,7 +133,7 @@ def test_an_interrupt_is_no_error_in_the_log(
 ) -> None:
     """Who presses Ctrl-C in `grok-engine chat` wants no traceback."""
 
-    def forward(plan: Any) -> None:
+    def forward(*_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(engine.runner, "forward", forward)

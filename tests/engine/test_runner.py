@@ -25,7 +25,7 @@ def test_a_pickled_plan_gives_the_same_bits_on_another_runner(shape: str) -> Non
         pages.v.fill_(float("nan"))
     plans: list[tuple[StepPlan, bytes]] = []
 
-    def forward(plan: StepPlan) -> torch.Tensor:
+    def forward(plan: StepPlan, routed: list[torch.Tensor] | None = None) -> torch.Tensor:
         plans.append((plan, pickle.dumps(plan)))
         x_RD = plain(plan)
         found_RD = other.forward(pickle.loads(plans[-1][1]))

@@ -53,6 +53,7 @@ ODD: dict[str, tuple[list[Any], list[tuple[Any, Any]]]] = {
     "logits_processors": ([[1], len, "x"], [(None, ()), ([len], (len,))]),
     "include_stop_str_in_output": (NOT_BOOLS, [(np.True_, True)]),
     "skip_special_tokens": (NOT_BOOLS, [(np.False_, False)]),
+    "expert_load": (NOT_BOOLS, [(np.True_, True)]),
     "ignore_eos": (NOT_BOOLS, [(np.False_, False)]),
     "logprobs": (NOT_COUNTS, [(None, None), (-1, -1), (np.int64(5), 5)]),
     "prompt_logprobs": (NOT_COUNTS, [(None, None), (0, 0), (np.int64(5), 5)]),

@@ -100,7 +100,7 @@ def test_logging(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[
         engine.add_request("one", [5, 6], GREEDY)
         engine.add_request("two", [5, 6], GREEDY)
         engine.abort_request("two")
-        plain, engine.runner.run = engine.runner.run, lambda entries: torch.empty(0)[1]  # type: ignore[method-assign]
+        plain, engine.runner.run = engine.runner.run, lambda *_: torch.empty(0)[1]  # type: ignore[method-assign]
         engine.step()
         engine.runner.run = plain  # type: ignore[method-assign]
         engine.close()

@@ -179,10 +179,10 @@ def test_a_step_that_fails_is_500_or_an_event(
 ) -> None:
     forward = llm.engine.runner.forward
 
-    def fail(plan: Any) -> Any:
+    def fail(plan: Any, *routed: Any) -> Any:
         if any(entry.start >= 20 for entry in plan.entries):
             raise RuntimeError("planted")
-        return forward(plan)
+        return forward(plan, *routed)
 
     monkeypatch.setattr(llm.engine.runner, "forward", fail)
     error = refusal(app, PATH, LONG, 500)
