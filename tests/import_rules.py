@@ -41,7 +41,7 @@ ALLOWED: Table = {
     "grok_engine.runtime.scheduler": ("runtime.allocator", "runtime.plan", "runtime.sequence"),
     "grok_engine.runtime.stats": ("runtime.scheduler",),
     "grok_engine.runtime.flatten": ("batch", "runtime.plan"),
-    "grok_engine.runtime.pages": ("batch", "config"),
+    "grok_engine.runtime.pages": ("batch", "config", "grok_kernels"),
     "grok_engine.runtime.memory": ("config", "log", "runtime.pages", "grok_kernels"),
     "grok_engine.runtime.text": ("sampling", "tokenizer"),
     "grok_engine.runtime.turn": ("errors",),
@@ -85,7 +85,8 @@ ALLOWED: Table = {
     ),
     # the kernels
     "grok_kernels.registry": (),
-    "grok_kernels.memory": (),
+    "grok_kernels.memory": ("numa",),
+    "grok_kernels.numa": (),
     "grok_kernels.dtypes": (),
     "grok_kernels.chips": (),
     "grok_kernels.counters": (),

@@ -43,13 +43,13 @@ def test_it_runs_where_torch_runs_and_holds_none_of_it(wheel: Path) -> None:
 
 
 def test_it_generates_without_a_compiler_and_triton(wheel: Path, tmp_path: Path) -> None:
+    env = {"PATH": str(tmp_path / "nowhere"), "HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-m", "venv", tmp_path], check=True)
+    python = str(tmp_path / "bin/python")
+    subprocess.run([python, "-m", "pip", "install", "-qq", "--no-deps", "--no-index", str(wheel)], env=env, check=True)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path)}))
     (site / "torch.pth").write_text(sysconfig.get_path("purelib"))  # a path alone: no editable project through it
-    python = str(tmp_path / "bin/python")
-    subprocess.run([python, "-m", "pip", "install", "-qq", "--no-deps", "--no-index", str(wheel)], check=True)
     command = [python, "-c", USE, "generate", "--prompt", "My dear Watson,", "--max-tokens", "8", "--stats"]
-    env = {"PATH": str(tmp_path / "nowhere"), "HOME": str(tmp_path)}
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
