@@ -27,7 +27,7 @@ BUILT := $(VENV)/.built
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo chat serve test more smollm lm-eval clients sanitize soak bench bench-cpu bench-gpu lint clean
+.PHONY: help setup demo chat serve test more smollm lm-eval clients wheel sanitize soak bench bench-cpu bench-gpu lint clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -47,9 +47,9 @@ serve: $(BUILT) ## serve the small model at localhost:8000 by OpenAI's API (SERV
 test: $(BUILT) $(OTHER_TRITON) ## run the tests (PYTEST_ARGS="-k name" to choose)
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
-more: sanitize soak $(SMOLLM2) lm-eval clients ## run what is too slow for `make test`
+more: sanitize soak $(SMOLLM2) lm-eval clients wheel ## run what is too slow for `make test`
 	GROK_TEST_MORE=1 $(BIN)/python -m pytest -q tests/e2e/test_smollm2.py tests/e2e/test_smollm2_chat.py \
-	  tests/checkpoint/test_mutants.py tests/checkpoint/test_load_memory.py \
+	  tests/checkpoint/test_mutants.py tests/checkpoint/test_load_memory.py tests/test_wheel.py \
 	  tests/checkpoint/test_hf_random.py tests/checkpoint/test_hf_packed.py tests/server/test_serve_chaos.py \
 	  tests/kernels/test_triton_compile.py::test_no_kernel_spills_or_is_too_large \
 	  tests/test_bench_gpu.py::test_a_rehearsal_of_the_second_part tests/test_bench_gpu.py::test_the_tests_for_a_gpu_work
@@ -86,6 +86,14 @@ sanitize: $(BUILT) ## run the tests of the native kernels with the address and u
 	  tests/kernels/test_cpu_*.py tests/kernels/test_native.py tests/kernels/test_shortcut.py \
 	  tests/kernels/test_weights.py $(PYTEST_ARGS) \
 	  -k "not (standalone or registers or vector_instructions or environment_forces or bits_depend_on_nothing or fuzz)"
+
+# auditwheel finds the oldest system that the wheel runs on, and names it after that. torch's libraries stay outside.
+wheel: $(INSTALLED) ## build a wheel with compiled kernels, for this Python and this minor of torch, into dist/
+	rm -rf build/wheel/lib* build/wheel/*.whl && mkdir -p build/wheel
+	GROK_WHEEL=1 $(BIN)/python -W ignore setup.py -q egg_info --egg-base build/wheel build --build-base build/wheel \
+	  bdist_wheel --dist-dir build/wheel > $(VENV)/wheel.log 2>&1 \
+	  || { cat $(VENV)/wheel.log; exit 1; }
+	$(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude libc10.so --wheel-dir dist build/wheel/*.whl
 
 soak: $(BUILT) ## run random traffic of everything at once against each request alone (MINUTES=3 SOAK_ARGS="--seed 7")
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.soak --minutes $(MINUTES) $(SOAK_ARGS)

@@ -3,6 +3,10 @@
 Without a compiler, or without torch at build time, the package installs all the same and runs on its kernels in plain
 torch; what was missing is said once. GROK_BUILD_NATIVE=0 leaves the extensions out on purpose. The sources of the CUDA
 kernels are packaged too: `grok_kernels/cuda.py` can compile them later. The package's metadata is in pyproject.toml.
+
+GROK_WHEEL=1 (`make wheel`) builds for machines without a compiler: a module that cannot be built is an error. Since the
+ABI of torch holds within a minor version, the wheel requires the minor it was built against, and carries it in its name
+(0.1.0+torch2.13) and in `grok_kernels/wheel_torch.txt`, which importing grok_kernels compares with the torch that runs.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from setuptools import Extension, setup
+from setuptools import Distribution, Extension, setup
 from setuptools.command.build_py import build_py
 
 NAME, CUDA_NAME = "grok_kernels._C", "grok_kernels._CUDA"
@@ -34,13 +38,35 @@ CUDA_SOURCES = [
     for path in sorted(Path("csrc").glob(pattern))
 ]
 CUDA_FLAGS = ["-O3", "-gencode=arch=compute_90a,code=sm_90a"]
+WHEEL = os.environ.get("GROK_WHEEL") == "1"
+if WHEEL:
+    FLAGS += ["-include", str(Path("csrc/common/glibc_2_28.h").resolve())]
+
+
+def torch_minor() -> str:
+    """As in 2.13."""
+    import torch
+
+    return ".".join(torch.__version__.split(".")[:2])
+
+
+class Pinned(Distribution):
+    """The distribution of a wheel: it requires the minor of torch that its module is built against."""
+
+    def parse_config_files(self, *args: Any, **options: Any) -> None:
+        super().parse_config_files(*args, **options)
+        self.metadata.version += f"+torch{torch_minor()}"
+        pinned = [f"torch=={torch_minor()}.*" if r.startswith("torch") else r for r in self.install_requires]
+        self.install_requires = self.metadata.install_requires = pinned
 
 
 class WithCudaSources(build_py):
-    """Puts what the just-in-time build needs beside the modules that start it."""
+    """Puts what the just-in-time build needs beside the modules that start it, and into a wheel the minor of torch."""
 
     def run(self) -> None:
         super().run()
+        if WHEEL:
+            Path(self.build_lib, "grok_kernels/wheel_torch.txt").write_text(torch_minor(), encoding="utf-8")
         if self.editable_mode:
             return
         for folder in ("common", "cuda", "bindings/cuda"):
@@ -108,7 +134,7 @@ def native() -> dict[str, Any]:
             extra_compile_args=[*FLAGS, *(["-fopenmp"] if sys.platform == "linux" else [])],
         )
         extensions = [extension]
-        if torch.version.cuda is not None:
+        if torch.version.cuda is not None and not WHEEL:
             extension, impossible[CUDA_NAME] = cuda_extension()
             extensions.append(extension)
 
@@ -129,6 +155,8 @@ def native() -> dict[str, Any]:
                     return True
                 except Exception as error:
                     reason = f"{type(error).__name__}: {error}"
+            if WHEEL:
+                raise SystemExit(f"grok-engine: no wheel, {extension.name} was not built: {reason}")
             say(extension.name, reason)
             path = Path(self.get_ext_fullpath(extension.name))
             path.unlink(missing_ok=True)  # a module left from an earlier build must not pass for this one
@@ -136,7 +164,8 @@ def native() -> dict[str, Any]:
                 Path("kernels/grok_kernels", path.name).unlink(missing_ok=True)
             return False
 
-    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildOptional, "build_py": WithCudaSources}}
+    commands = {"build_ext": BuildOptional, "build_py": WithCudaSources}
+    return {"ext_modules": extensions, "cmdclass": commands, "distclass": Pinned if WHEEL else Distribution}
 
 
 setup(**({"cmdclass": {"build_py": WithCudaSources}} if os.environ.get("GROK_BUILD_NATIVE") == "0" else native()))

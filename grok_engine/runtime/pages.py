@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+import grok_kernels
 from grok_engine.batch import KVPages
 from grok_engine.config import ModelConfig
 
@@ -20,11 +21,11 @@ def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
 def allocate_pages(
     config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device | str
 ) -> list[KVPages]:
-    """One `KVPages` a layer, (num_pages, G, page_size, C) of `dtype`, uninitialised."""
+    """One `KVPages` a layer, (num_pages, G, page_size, C) of `dtype`, uninitialised; on a CPU in huge pages."""
     shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
 
     def planes(shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
-        return [torch.empty(shape, dtype=dtype, device=device) for _ in range(2)]
+        return [grok_kernels.weight_memory(shape, dtype, device) for _ in range(2)]
 
     scaled = dtype == torch.float8_e4m3fn
     return [

@@ -5,7 +5,7 @@ machine has runs. `GROK_CPU_ISA` (avx512_bf16, avx512, avx2 or portable), read a
 one.
 
 Where the extension cannot be used, importing grok_kernels logs one warning, `backends()` gives the reason, and the
-reference serves.
+reference serves. In a wheel, which holds the extension compiled, it is an ImportError.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import layouts, registry
 from .experts import ExpertLayer
-from .extension import misfit
+from .extension import check_wheel, in_wheel, misfit
 from .recording import Recorded
 from .recording import record as _record
 from .weights import Weight, unsupported
@@ -49,8 +49,11 @@ def _load() -> tuple[Any, str]:
     return module, ""
 
 
+check_wheel()  # before the extension is loaded, which may crash
 _module, _reason = _load()
 if _module is None:
+    if in_wheel():
+        raise ImportError(_reason)
     registry.mark_missing("cpu", _reason)
     log.warning("no native CPU kernels, the reference serves: %s", _reason)
 

@@ -1,4 +1,4 @@
-"""Memory for weights on a CPU."""
+"""Memory for weights and KV pages on a CPU."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from .numa import interleave_here
+
 HUGE = 2 << 20
 
 
 def weight_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """`torch.empty`, for large tensors on a Linux CPU in huge pages where the system gives them on request.
+    """`torch.empty`, for large tensors on a Linux CPU in huge pages where the system gives them on request, and
+    interleaved over the NUMA nodes of the process.
 
     Every step reads the weights from end to end, and with pages of 4 kB the TLB misses cost time.
     """
@@ -34,5 +37,6 @@ def huge_pages(size: int) -> Tensor:
     with suppress(OSError):  # a kernel built without huge pages
         room.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(room, dtype=torch.uint8)
+    interleave_here(whole.data_ptr(), size + HUGE)
     start = -whole.data_ptr() % HUGE
     return whole[start : start + size]
