@@ -138,7 +138,7 @@ GROK_AVX512_BF16 void peak_int8_avx512(int64_t steps) {
 
 using Read = uint64_t (*)(const void* data, size_t bytes);
 
-Read read_for(Isa isa) {
+Read read_for([[maybe_unused]] Isa isa) {
 #if GROK_X86
   if (isa >= Isa::avx512) return read_avx512;
   if (isa == Isa::avx2) return read_avx2;
