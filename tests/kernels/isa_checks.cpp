@@ -192,8 +192,7 @@ void expert_layers(Judge& judge) {
 // Three requests over pages whose other slots, and all pages of nobody, are NaN.
 void attention(Judge& judge) {
   constexpr int64_t kHeads = 4, kGroups = 2, kPage = 16, kPages = 64, kColumns = 40;
-  const int64_t queries[] = {9, 1, 5}, lengths[] = {9, 530, 70};
-  const int64_t tokens = 15;
+  const int64_t queries[] = {9, 1, 5}, lengths[] = {9, 530, 70}, tokens = 15;
   struct Variant {
     int64_t head_size;
     float softcap;
@@ -487,15 +486,9 @@ void sampling(Judge& judge) {
 }  // namespace grok::cpu::checks
 
 int main() {
-  grok::cpu::checks::Judge judge;
-  grok::cpu::checks::products(judge);
-  grok::cpu::checks::expert_layers(judge);
-  grok::cpu::checks::attention(judge);
-  grok::cpu::checks::norms(judge);
-  grok::cpu::checks::quantisation(judge);
-  grok::cpu::checks::rotation(judge);
-  grok::cpu::checks::routing(judge);
-  grok::cpu::checks::sampling(judge);
+  using namespace grok::cpu::checks;
+  Judge judge;
+  for (auto* op : {products, expert_layers, attention, norms, quantisation, rotation, routing, sampling}) op(judge);
   judge.report();
   return judge.failures ? 1 : 0;
 }
