@@ -77,8 +77,8 @@ inline bool same(const Result& a, const Result& b) {
   return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](float x, float y) { return bits_of(x) == bits_of(y); });
 }
 
-// The RMS of a − b as a part of the RMS of b, over the finite elements of b; infinite where one is finite or NaN and the
-// other is not.
+// The RMS of a − b as a part of the RMS of b, over the finite elements; infinite where one is NaN or infinite and the
+// other is not the same.
 inline double distance(const Result& a, const Result& b) {
   double error = 0, size = 1e-300;
   for (size_t i = 0; i < b.size(); ++i) {

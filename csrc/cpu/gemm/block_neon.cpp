@@ -1,5 +1,5 @@
-// Path::bf16 and Path::int8 on 64-bit Arm. bfmmla and smmla multiply two rows by two outputs, over 4 columns of bf16 or 8
-// of int8: an operand is 16 bytes, 8 of each row or output. A column block of weights is first written to a stage of
+// Path::bf16 and Path::int8 on 64-bit Arm. bfmmla and smmla multiply two rows by two outputs, over 4 columns of bf16 or
+// 8 of int8: an operand is 16 bytes, 8 of each row or output. A column block of weights is first written to a stage of
 // such operands, converted to bf16 exactly where it has 8 bits; all tiles of the row block read the stage:
 //
 //   step 0                                             step 1
