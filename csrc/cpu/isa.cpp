@@ -3,12 +3,20 @@
 #include <atomic>
 #include <cstdlib>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 #include "common/check.h"
 
 namespace grok::cpu {
 namespace {
 
+#if GROK_ARM
+constexpr Isa kAll[] = {Isa::neon_bf16, Isa::neon, Isa::portable};
+#else
 constexpr Isa kAll[] = {Isa::avx512_bf16, Isa::avx512, Isa::avx2, Isa::portable};
+#endif
 constexpr int kDefault = -1;
 std::atomic<int> chosen{kDefault};
 
@@ -24,6 +32,13 @@ bool runs_here(Isa isa) {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   }
   if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#elif GROK_ARM
+  if (isa == Isa::neon) return true;
+#if defined(__linux__)
+  // bits of <asm/hwcap.h>, which old headers lack
+  constexpr unsigned long kI8mm = 1ul << 13, kBf16 = 1ul << 14;
+  if (isa == Isa::neon_bf16) return (~getauxval(AT_HWCAP2) & (kI8mm | kBf16)) == 0;
+#endif
 #endif
   return isa == Isa::portable;
 }
@@ -57,6 +72,8 @@ std::string name(Isa isa) {
     case Isa::avx512_bf16: return "avx512_bf16";
     case Isa::avx512: return "avx512";
     case Isa::avx2: return "avx2";
+    case Isa::neon_bf16: return "neon_bf16";
+    case Isa::neon: return "neon";
     case Isa::portable: return "portable";
   }
   return "unknown";

@@ -18,15 +18,22 @@
 #define GROK_AVX512 __attribute__((target(GROK_AVX512_FEATURES ",prefer-vector-width=512")))
 #define GROK_AVX512_BF16 __attribute__((target(GROK_AVX512_FEATURES GROK_BF16_FEATURES ",prefer-vector-width=512")))
 #endif
+#elif defined(__aarch64__)
+#define GROK_ARM 1
+#define GROK_NEON_BF16 __attribute__((target("arch=armv8.2-a+bf16+i8mm")))
 #endif
 
 namespace grok::cpu {
 
-// Each includes those before it. A kernel that has no version for one uses the version for the one before it.
+// Of one architecture, each includes those before it. A kernel that has no version for one uses the version for the one
+// before it.
+//   portable     the architecture's baseline, without fused multiply-adds: the same bits on every architecture
 //   avx2         AVX2 and FMA
 //   avx512       F, BW, DQ, VL
 //   avx512_bf16  those and BF16, VNNI, VBMI: products of bf16 pairs and of int8 quadruples
-enum class Isa { portable, avx2, avx512, avx512_bf16 };
+//   neon         the baseline of 64-bit Arm, with fused multiply-adds
+//   neon_bf16    that and BF16, I8MM (Armv8.6): products of matrices of bf16 and of int8
+enum class Isa { portable, avx2, avx512, avx512_bf16, neon, neon_bf16 };
 
 std::string name(Isa isa);
 

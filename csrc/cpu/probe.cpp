@@ -8,6 +8,8 @@
 
 #if GROK_X86
 #include <immintrin.h>
+#elif GROK_ARM
+#include <arm_neon.h>
 #endif
 
 namespace grok::cpu {
@@ -134,11 +136,46 @@ GROK_AVX512_BF16 void peak_int8_avx512(int64_t steps) {
   GROK_UNROLL for (__m512i& sum : sums) GROK_OPAQUE("v", sum);
 }
 
+#elif GROK_ARM
+
+void peak_neon(int64_t steps) {
+  float32x4_t a = vdupq_n_f32(0.7f), b = vdupq_n_f32(1.3f), sums[kChains] = {};
+  GROK_UNROLL for (float32x4_t& sum : sums) GROK_OPAQUE("w", sum);
+  for (int64_t step = 0; step < steps; ++step) {
+    GROK_OPAQUE("w", a);
+    GROK_UNROLL for (float32x4_t& sum : sums) sum = vfmaq_f32(sum, a, b);
+  }
+  GROK_UNROLL for (float32x4_t& sum : sums) GROK_OPAQUE("w", sum);
+}
+
+GROK_NEON_BF16 void peak_bf16_neon(int64_t steps) {
+  uint32x4_t a = vdupq_n_u32(0x3f333fa6);  // pairs of 0.7 and 1.3
+  float32x4_t sums[kChains] = {};
+  GROK_UNROLL for (float32x4_t& sum : sums) GROK_OPAQUE("w", sum);
+  for (int64_t step = 0; step < steps; ++step) {
+    GROK_OPAQUE("w", a);
+    const bfloat16x8_t x = vreinterpretq_bf16_u32(a);
+    GROK_UNROLL for (float32x4_t& sum : sums) sum = vbfmmlaq_f32(sum, x, x);
+  }
+  GROK_UNROLL for (float32x4_t& sum : sums) GROK_OPAQUE("w", sum);
+}
+
+GROK_NEON_BF16 void peak_int8_neon(int64_t steps) {
+  int8x16_t a = vreinterpretq_s8_u32(vdupq_n_u32(0x5a3c9617));
+  int32x4_t sums[kChains] = {};
+  GROK_UNROLL for (int32x4_t& sum : sums) GROK_OPAQUE("w", sum);
+  for (int64_t step = 0; step < steps; ++step) {
+    GROK_OPAQUE("w", a);
+    GROK_UNROLL for (int32x4_t& sum : sums) sum = vmmlaq_s32(sum, a, a);
+  }
+  GROK_UNROLL for (int32x4_t& sum : sums) GROK_OPAQUE("w", sum);
+}
+
 #endif
 
 using Read = uint64_t (*)(const void* data, size_t bytes);
 
-Read read_for(Isa isa) {
+Read read_for([[maybe_unused]] Isa isa) {
 #if GROK_X86
   if (isa >= Isa::avx512) return read_avx512;
   if (isa == Isa::avx2) return read_avx2;
@@ -168,6 +205,11 @@ ProbePeak probe_peak(const std::string& kind) {
   if (isa == Isa::avx512_bf16 && kind == "int8") return {"vpdpbusd", kChains * 16 * 8, peak_int8_avx512};
   if (isa >= Isa::avx512) return {"vfmadd231ps, 512 bits", kChains * 16 * 2, peak_avx512};
   if (isa == Isa::avx2) return {"vfmadd231ps, 256 bits", kNarrowChains * 8 * 2, peak_avx2};
+#elif GROK_ARM
+  const Isa isa = current_isa();
+  if (isa == Isa::neon_bf16 && kind == "bf16") return {"bfmmla", kChains * 16 * 2, peak_bf16_neon};
+  if (isa == Isa::neon_bf16 && kind == "int8") return {"smmla", kChains * 32 * 2, peak_int8_neon};
+  if (isa != Isa::portable) return {"fmla, 128 bits", kChains * 4 * 2, peak_neon};
 #endif
   return {"multiply, add, 128 bits", kNarrowChains * 4 * 2, peak_portable};
 }

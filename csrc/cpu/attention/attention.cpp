@@ -142,13 +142,14 @@ GROK_ATTENTION(portable, , false, 8)
 #if GROK_X86
 GROK_ATTENTION(avx2, GROK_AVX2, true, 16)
 GROK_ATTENTION(avx512, GROK_AVX512, true, 32)
+#elif GROK_ARM
+GROK_ATTENTION(neon, , true, 8)
 #endif
 
 Kernel kernel_for(Isa isa, [[maybe_unused]] DType q, [[maybe_unused]] DType kv) {
 #if GROK_X86
   if (isa == Isa::avx512_bf16 && q == DType::bf16 && kv != DType::f32) return bf16_kernel();
 #endif
-  (void)q, (void)kv;
   return GROK_PICK(isa, kernel);
 }
 

@@ -9,6 +9,8 @@
 
 #if GROK_X86
 #include <immintrin.h>
+#elif GROK_ARM
+#include <arm_neon.h>
 #endif
 
 namespace grok::cpu {
@@ -44,7 +46,7 @@ constexpr int64_t kWidth = 4, kColumns = 2;
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 inline Vec zero() { return Vec{}; }
-inline Vec splat(float x) { return Vec{x, x, x, x}; }
+inline Vec splat(const float* p) { return Vec{*p, *p, *p, *p}; }
 inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec add_product(Vec sum, Vec a, Vec b) { return sum + a * b; }
 #include "cpu/gemm/block_f32.inl"
@@ -59,7 +61,7 @@ constexpr int64_t kWidth = 8, kColumns = 2;
 GROK_AVX2 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 GROK_AVX2 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 GROK_AVX2 inline Vec zero() { return _mm256_setzero_ps(); }
-GROK_AVX2 inline Vec splat(float x) { return _mm256_set1_ps(x); }
+GROK_AVX2 inline Vec splat(const float* p) { return _mm256_set1_ps(*p); }
 GROK_AVX2 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 GROK_AVX2 inline Vec add_product(Vec sum, Vec a, Vec b) { return _mm256_fmadd_ps(a, b, sum); }
 #include "cpu/gemm/block_f32.inl"
@@ -73,18 +75,38 @@ constexpr int64_t kWidth = 16, kColumns = 4;
 GROK_AVX512 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 GROK_AVX512 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 GROK_AVX512 inline Vec zero() { return _mm512_setzero_ps(); }
-GROK_AVX512 inline Vec splat(float x) { return _mm512_set1_ps(x); }
+GROK_AVX512 inline Vec splat(const float* p) { return _mm512_set1_ps(*p); }
 GROK_AVX512 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 GROK_AVX512 inline Vec add_product(Vec sum, Vec a, Vec b) { return _mm512_fmadd_ps(a, b, sum); }
 #include "cpu/gemm/block_f32.inl"
 #undef GROK_F32
 }  // namespace avx512
+#elif GROK_ARM
+namespace neon {
+#define GROK_F32
+using Vec = float32x4_t;
+constexpr int64_t kWidth = 4, kColumns = 4;
+inline Vec load(const float* p) { return vld1q_f32(p); }
+inline void store(float* p, Vec v) { vst1q_f32(p, v); }
+inline Vec zero() { return vdupq_n_f32(0.0f); }
+inline Vec splat(const float* p) {
+  Vec v;  // in assembly: g++ 12 loads the numbers of all rows at once, and spills sums for them
+  asm volatile("ld1r {%0.4s}, %1" : "=w"(v) : "Q"(*p));
+  return v;
+}
+inline Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
+inline Vec add_product(Vec sum, Vec a, Vec b) { return vfmaq_f32(sum, a, b); }
+#include "cpu/gemm/block_f32.inl"
+#undef GROK_F32
+}  // namespace neon
 #endif
 
 BlockKernel* const block_portable = portable::block;
 #if GROK_X86
 BlockKernel* const block_avx2 = avx2::block;
 BlockKernel* const block_avx512 = avx512::block;
+#elif GROK_ARM
+BlockKernel* const block_neon = neon::block;
 #endif
 
 }  // namespace

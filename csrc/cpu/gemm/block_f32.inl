@@ -32,7 +32,7 @@ GROK_F32 void tile(const float* x, const float* w, int64_t columns, float* c, bo
       for (int j = 0; j < kColumns; ++j) v[j] = load(w + k * kPanel + from + j * kWidth);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        const Vec value = splat(x[k * kRows + r]);
+        const Vec value = splat(x + k * kRows + r);
 #pragma GCC unroll 4
         for (int j = 0; j < kColumns; ++j) sum[r][j] = add_product(sum[r][j], v[j], value);
       }

@@ -25,6 +25,8 @@ constexpr int64_t kStageBytes = 32 << 10;  // a column block of a panel as fp32 
 
 #if GROK_X86
 BlockKernel bf16_block_avx512, int8_block_avx512;
+#elif GROK_ARM
+BlockKernel bf16_block_neon, int8_block_neon;
 #endif
 BlockKernel* f32_block(Isa isa);
 

@@ -87,6 +87,8 @@ GROK_EPILOGUE(portable, , false)
 #if GROK_X86
 GROK_EPILOGUE(avx2, GROK_AVX2, true)
 GROK_EPILOGUE(avx512, GROK_AVX512, true)
+#elif GROK_ARM
+GROK_EPILOGUE(neon, , true)
 #endif
 
 }  // namespace

@@ -102,11 +102,31 @@ GROK_AVX512_BF16 int32_t sum_avx512(const char* values, int64_t count) {
 }
 #endif
 
+// Interleaves `runs` dwords of each of `count` rows, from byte `from` on; zeros past a row's last byte.
+void interleave(int64_t count, const char* const* rows, int64_t from, int64_t bytes, int64_t runs, uint32_t* out) {
+#if GROK_X86
+  kInterleave[count - 1](rows, from, bytes, runs, out);
+#else
+  for (int64_t r = 0; r < count; ++r) spread(rows[r] + from, bytes - from, runs, count, out + r);
+#endif
+}
+
 }  // namespace
+
+void spread(const void* row, int64_t bytes, int64_t runs, int64_t step, uint32_t* out) {
+  const char* from = static_cast<const char*>(row);
+  const int64_t whole = std::clamp<int64_t>(bytes / 4, 0, runs);
+  for (int64_t i = 0; i < whole; ++i) std::memcpy(out + i * step, from + 4 * i, 4);
+  for (int64_t i = whole; i < runs; ++i) {
+    uint32_t last = 0;
+    if (4 * i < bytes) std::memcpy(&last, from + 4 * i, bytes - 4 * i);
+    out[i * step] = last;
+  }
+}
 
 Path choose_path(Isa isa, DType x, const Weights& w) {
   const int64_t group = w.groups ? w.k / w.groups : w.k;
-  if (isa != Isa::avx512_bf16 || w.type == DType::f32) return Path::f32;
+  if ((isa != Isa::avx512_bf16 && isa != Isa::neon_bf16) || w.type == DType::f32) return Path::f32;
   if (x == DType::bf16 && (w.groups <= 1 || group % 4 == 0)) return Path::bf16;
   if (x == DType::int8 && w.type == DType::int8 && (w.groups <= 1 || group % kScaleGroup == 0)) return Path::int8;
   return Path::f32;
@@ -163,27 +183,25 @@ void PackedRows::pack(const Rows& x, const RowMap& map, int64_t first_tile, int6
       last = std::min(end, (run / kRunBlock + 1) * kRunBlock);
       const int64_t from = run * run_columns - column;
       uint32_t* out = this->at(t, run);
-#if GROK_X86
       if (path != Path::f32) {
-        kInterleave[t.rows - 1](rows, from * size, columns * size, last - run, out);
+        interleave(t.rows, rows, from * size, columns * size, last - run, out);
         continue;
       }
-#endif
       for (int64_t r = 0; r < t.rows; ++r) {
         spread_f32(rows[r], x.type, scale[r], x.groups, from, last - run, columns, t.rows, out + r);
       }
     }
-#if GROK_X86
     if (path != Path::int8) continue;
     for (int64_t r = 0; r < t.rows; ++r) {
       const int64_t to = (t.row + r) * groups + column / kScaleGroup;
       for (int64_t g = 0; g * kScaleGroup < columns; ++g) {
+#if GROK_X86
         const int64_t from = g * kScaleGroup;
         bias[to + g] = -128 * sum_avx512(rows[r] + from, std::min(kScaleGroup, columns - from));
+#endif
         scales[to + g] = scale[r][x.groups == 1 ? 0 : g];
       }
     }
-#endif
   }
 }
 

@@ -10,12 +10,16 @@
 namespace grok::cpu {
 
 // How a product is computed.
-//   bf16  bf16 rows, weights converted to bf16 exactly, products of pairs added in fp32 (needs avx512_bf16)
-//   int8  int8 rows and weights, exact integer sums of 128 products, these added in fp32 (needs avx512_bf16)
+//   bf16  bf16 rows, weights converted to bf16 exactly, products of pairs added in fp32
+//   int8  int8 rows and weights, exact integer sums of 128 products, these added in fp32
 //   f32   any types, converted to fp32
+// The first two need avx512_bf16 or neon_bf16.
 enum class Path { bf16, int8, f32 };
 
 Path choose_path(Isa isa, DType x, const Weights& w);
+
+// Writes `runs` dwords of a row, `step` dwords apart; zeros past its last byte.
+void spread(const void* row, int64_t bytes, int64_t runs, int64_t step, uint32_t* out);
 
 // Which row of x is row r of the product: index[r] / divisor, or r − first where index is null.
 struct RowMap {
@@ -66,7 +70,7 @@ class PackedRows {
   std::vector<RowBlock> blocks;
   uint32_t* data = nullptr;
   float* scales = nullptr;  // (rows, groups), on the int8 path
-  int32_t* bias = nullptr;  // (rows, groups): −128 · the group's sum, since the kernel multiplies by w + 128
+  int32_t* bias = nullptr;  // (rows, groups): −128 · the group's sum, since vpdpbusd multiplies by w + 128
 };
 
 }  // namespace grok::cpu

@@ -9,18 +9,6 @@
 namespace grok::cpu {
 namespace {
 
-// Writes `runs` dwords of a row, `step` dwords apart; zeros past its last byte.
-void spread(const void* row, int64_t bytes, int64_t runs, int64_t step, uint32_t* out) {
-  const char* from = static_cast<const char*>(row);
-  const int64_t whole = std::clamp<int64_t>(bytes / 4, 0, runs);
-  for (int64_t i = 0; i < whole; ++i) std::memcpy(out + i * step, from + 4 * i, 4);
-  for (int64_t i = whole; i < runs; ++i) {
-    uint32_t last = 0;
-    if (4 * i < bytes) std::memcpy(&last, from + 4 * i, bytes - 4 * i);
-    out[i * step] = last;
-  }
-}
-
 // Gathers columns from..from+columns−1 of a panel of a weight in rows into runs; zeros past these columns and past n.
 void gather_runs(const Weights& w, int64_t expert, int64_t output, int64_t from, int64_t columns, uint32_t* out) {
   const int64_t size = size_of(w.type), runs = round_up(columns, 4) * size / 4, bytes = columns * size;
@@ -66,6 +54,8 @@ float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::Ro
   } else if (x.path == Path::int8) {
     kernel = int8_block_avx512;
   }
+#elif GROK_ARM
+  if (x.path != Path::f32) kernel = x.path == Path::bf16 ? bf16_block_neon : int8_block_neon;
 #endif
   const Epilogue& epilogue = epilogue_for(x.isa);
   const int64_t run_columns = 4 / size_of(w.type);  // of w
