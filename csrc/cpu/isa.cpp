@@ -14,6 +14,9 @@ std::atomic<int> chosen{kDefault};
 
 bool runs_here(Isa isa) {
 #if GROK_X86
+#if defined(GROK_EMULATE_AVX512)
+  if (isa >= Isa::avx512) return runs_here(Isa::avx2);
+#endif
   // these ask the operating system too, which must save the wide registers on a context switch
   if (isa == Isa::avx512_bf16) {
     return runs_here(Isa::avx512) && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&

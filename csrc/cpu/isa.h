@@ -11,7 +11,10 @@
 #define GROK_AVX2 __attribute__((target("avx2,fma")))
 #define GROK_AVX512_FEATURES "avx512f,avx512bw,avx512dq,avx512vl"
 #define GROK_BF16_FEATURES ",avx512bf16,avx512vnni,avx512vbmi"
-#if defined(__clang__)
+#if defined(GROK_EMULATE_AVX512)  // for tests: cpu/avx512.h
+#define GROK_AVX512 GROK_AVX2
+#define GROK_AVX512_BF16 GROK_AVX2
+#elif defined(__clang__)
 #define GROK_AVX512 __attribute__((target(GROK_AVX512_FEATURES), min_vector_width(512)))
 #define GROK_AVX512_BF16 __attribute__((target(GROK_AVX512_FEATURES GROK_BF16_FEATURES), min_vector_width(512)))
 #else

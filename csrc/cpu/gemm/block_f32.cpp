@@ -3,13 +3,10 @@
 
 #include <cstring>
 
+#include "cpu/avx512.h"
 #include "cpu/dispatch.h"
 #include "cpu/fp8.h"
 #include "cpu/gemm/block_product.h"
-
-#if GROK_X86
-#include <immintrin.h>
-#endif
 
 namespace grok::cpu {
 namespace {

@@ -2,11 +2,8 @@
 
 #include <cstring>
 
+#include "cpu/avx512.h"
 #include "cpu/fp8.h"
-
-#if GROK_X86
-#include <immintrin.h>
-#endif
 
 namespace grok::cpu {
 namespace {
