@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import grok_kernels
-
 from tests.kernels.cases import ints, randn
 
 STATUS = grok_kernels.backends()["grouped_gemm"]["cpu"]
