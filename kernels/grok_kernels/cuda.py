@@ -29,6 +29,7 @@ from .weights import Weight, unsupported
 
 NAME = "grok_kernels._CUDA"
 FORMATS = ("int8", "fp8_e4m3")
+registry.set_formats("cuda", FORMATS)
 CHIP = (9, 0)
 ARCH = "-gencode=arch=compute_90a,code=sm_90a"
 EXPERTS, CHOSEN = 64, 8  # kMostExperts and kMostChosen of grok/route.h

@@ -21,6 +21,8 @@ ENV = "GROK_KERNELS_BACKEND"
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
+PRODUCTS = ("grouped_gemm", "moe")  # the ops that take weights in every backend
+
 Supports = Callable[..., "str | None"]
 log = logging.getLogger("grok_kernels")
 
@@ -47,6 +49,7 @@ _kernels: dict[tuple[str, str], Kernel] = {}
 _missing: dict[str, str] = {}  # backend -> why none of its kernels can run here
 _late_checks: dict[str, tuple[Callable[[], str], Callable[[], str]]] = {}  # backend -> as given to `check_late`
 _chosen: dict[str, set[str]] = {}
+_formats: dict[str, Sequence[str]] = {}  # backend -> formats of weights that its products take
 _forced: ContextVar[str | None] = ContextVar("grok_kernels_backend", default=None)
 
 Key = tuple[str, bytes, "str | None"]  # op, signature, backend that `use_backend` forces
@@ -124,6 +127,30 @@ def _forget() -> None:
     _known.clear()
     _preferred.clear()
     _fused.clear()
+
+
+def set_formats(backend: str, formats: Sequence[str]) -> None:
+    """Say which formats of weights `backend` multiplies by."""
+    _formats[backend] = formats
+
+
+def takes_format(format: str, device: str) -> bool:
+    """Whether a fast backend multiplies by weights of this format on a device of this type: one that is usable there
+    beside the reference, which takes all and serves alone where there is no other, or where it is forced."""
+    forced = forced_backend()
+    usable = (
+        {forced}
+        if forced
+        else {
+            backend
+            for backend in ORDER.get(device, ())
+            if backend != "reference"
+            and all((op, backend) in _kernels for op in PRODUCTS)
+            and backend not in _missing
+            and not any(check() for check in _late_checks.get(backend, ()))
+        }
+    )
+    return any(format in _formats[backend] for backend in usable or {"reference"})
 
 
 def mark_missing(backend: str, reason: str) -> None:

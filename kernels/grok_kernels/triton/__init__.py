@@ -22,6 +22,7 @@ OPS = (  # the functions of `table`
     "rope_store_kv", "route_and_group", "route_topk", "sample_top_p", "sandwich_norm", "sandwich_norm_fp8",
 )  # fmt: skip
 FORMATS = ("fp32", "bf16", "int8", "fp8_e4m3")
+registry.set_formats("triton", FORMATS)
 OLDEST = (8, 0)  # compute capability: bf16 on the tensor cores
 
 
