@@ -23,7 +23,7 @@ from .ops import (
     sandwich_norm,
     sandwich_norm_fp8,
 )
-from .registry import Status, backends, capturable, chosen, fuses, takes_format, use_backend
+from .registry import Status, backends, capturable, chosen, fuses, mixes_formats, takes_format, use_backend
 from .triton.steps import startup as startup_steps
 from .weights import Weight
 
@@ -42,6 +42,7 @@ __all__ = [
     "group_tokens",
     "grouped_gemm",
     "huge_pages",
+    "mixes_formats",
     "moe",
     "moe_fp8",
     "multiplies_fp8",

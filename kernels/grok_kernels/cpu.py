@@ -31,7 +31,7 @@ OPS = (
     "rope_store_kv", "route_topk", "sample_top_p", "sandwich_norm",
 )  # fmt: skip
 FORMATS = ("fp32", "bf16", "int8", "fp8_e4m3")
-registry.set_formats("cpu", FORMATS)
+registry.set_takes("cpu", registry.Takes(FORMATS, mixed=True))
 log = logging.getLogger("grok_kernels")
 
 
@@ -103,7 +103,7 @@ def record(run: Callable[[], Any]) -> Recorded:
 
 
 def _supports(*args: Any) -> str | None:
-    if reason := unsupported("cpu", args, FORMATS, ("rows", "panels"), mixed=True):
+    if reason := unsupported("cpu", args, ("rows", "panels")):
         return reason
     where = next(str(a.device) for a in args if isinstance(a, Tensor))
     return None if where == "cpu" else f"its tensors are on {where}, the cpu backend takes those on cpu"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .bit_planes import unpack_words
 from .formats import FORMATS, WIDTH
@@ -12,13 +11,15 @@ from .reference.quantize import dequantize_planes
 from .weights import Weight
 
 
-@torch.no_grad()
 def weight_rows(weight: Weight, rows_R: Tensor) -> Tensor:
     """Rows (R,), int32, of the one matrix of `weight`, dequantised in fp32: (R, K), bit for bit those of the reference.
 
     Of a format without scales they keep their dtype.
     """
-    format, rows = FORMATS[weight.format], rows_R.long()
+    format = FORMATS[weight.format]
+    if weight.layout == "rows" and len(weight.planes) == 1:
+        return nn.functional.embedding(rows_R, weight.values[0])
+    rows = rows_R.long()
     panel, output = rows // WIDTH, rows % WIDTH
     panel_major = weight.layout == "panels" and format.in_bit_planes
     planes = {}

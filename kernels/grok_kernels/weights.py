@@ -235,28 +235,19 @@ def _check_groups(c: Checker, format: str, layout: Layout) -> None:
         c.fail(f"format {format} has groups of {k // finest} columns, expected a multiple of 16 in panels")
 
 
-def unsupported(
-    backend: str,
-    args: Iterable[Any],
-    formats: Sequence[str],
-    layouts: Sequence[str],
-    *,
-    fp16_scales: bool = False,
-    mixed: bool = False,
-) -> str | None:
-    """Why a backend with these formats and layouts cannot take the weights among an op's arguments, if so.
-
-    fp16_scales: whether int8 may have them. mixed: whether the weights of one call may differ in format.
-    """
+def unsupported(backend: str, args: Iterable[Any], layouts: Sequence[str]) -> str | None:
+    """Why a backend with these layouts (and what `registry.taken` says) cannot take the weights among an op's
+    arguments, if so."""
+    takes = registry.taken(backend)
     weights = [a for a in args if isinstance(a, Weight)]
     for weight in weights:
-        if weight.format not in formats:
-            return f"a weight has format {weight.format}, the {backend} backend takes {', '.join(formats)}"
+        if weight.format not in takes.formats:
+            return f"a weight has format {weight.format}, the {backend} backend takes {', '.join(takes.formats)}"
         if weight.layout not in layouts:
             return f"a weight has layout {weight.layout}, the {backend} backend takes {', '.join(layouts)}"
-        if not fp16_scales and weight.format == "int8" and weight.planes[1].dtype == FP16:
+        if not takes.fp16_scales and weight.format == "int8" and weight.planes[1].dtype == FP16:
             return f"a weight of int8 has scales of float16, the {backend} backend takes those of float32"
-    if not mixed and len({weight.format for weight in weights}) > 1:
+    if not takes.mixed and len({weight.format for weight in weights}) > 1:
         named = " and ".join(weight.format for weight in weights)
         return f"the weights have formats {named}, the {backend} backend takes one for both"
     return None

@@ -44,7 +44,7 @@ GROUP_CASES = [  # formats with two levels of scales, and two formats in one cal
 
 def _takes(backend: str, c: Case) -> bool:
     weights = [a for a in c.build().values() if isinstance(a, Weight)]
-    return all(weight.format in registry._formats[backend] for weight in weights)
+    return all(weight.format in registry.taken(backend).formats for weight in weights)
 
 
 def _marks(c: Case, grad: bool, util: str) -> list[pytest.MarkDecorator]:

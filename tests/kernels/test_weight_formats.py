@@ -47,7 +47,8 @@ def exact(weight: Weight) -> np.ndarray[Any, Any]:
 def served(kind: Kind, backend: str) -> None:
     if not grok_kernels.backends()["grouped_gemm"][backend].available:
         pytest.skip("not built")
-    if kind[0] not in registry._formats[backend] or (backend == "cpu" and kind[:1] + kind[3:] == ("int8", FP16)):
+    takes = registry.taken(backend)
+    if kind[0] not in takes.formats or (kind[0] == "int8" and kind[3] == FP16 and not takes.fp16_scales):
         pytest.skip(f"the {backend} backend does not take {kind}")
 
 
@@ -244,9 +245,12 @@ def test_backends_of_gpus_refuse_by_name(backend: str) -> None:
 def test_which_formats_a_device_multiplies_by(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(registry.ENV, raising=False)
     assert grok_kernels.takes_format("int8", "cpu")
+    assert grok_kernels.mixes_formats("cpu")
     with grok_kernels.use_backend("reference"):
         assert all(grok_kernels.takes_format(format, "cpu") for format in FORMATS)
     with grok_kernels.use_backend("triton"):
         assert not grok_kernels.takes_format("int4_k", "cpu")
+        assert not grok_kernels.takes_format("int8", "cpu", fp16_scales=True)
+        assert not grok_kernels.mixes_formats("cpu")
     monkeypatch.setattr(registry, "_missing", {"cpu": "not built"})
     assert grok_kernels.takes_format("int4_k", "cpu")

@@ -61,19 +61,19 @@ def dequantize_weight(weight: Weight, expert: int) -> Tensor:
 
 
 def dequantize_planes(planes: Mapping[str, Tensor]) -> Tensor:
-    """The same from the planes of rows: values (N, K), others (groups, N). `formats` says what S and M are."""
+    """The same from planes in rows: values (…, N, K), others (…, groups, N). `formats` says what S and M are."""
     w_NK = planes["values"].float()
     if "scales" not in planes:
         return w_NK
     scale_GN, minimum_GN = group_scales(planes)
-    groups_NGK = w_NK.view(w_NK.shape[0], scale_GN.shape[0], -1) * scale_GN.t()[..., None]
+    groups_NGK = w_NK.unflatten(-1, (scale_GN.shape[-2], -1)) * scale_GN.mT[..., None]
     if minimum_GN is not None:
-        groups_NGK -= minimum_GN.t()[..., None]
-    return groups_NGK.view(w_NK.shape)
+        groups_NGK = groups_NGK - minimum_GN.mT[..., None]
+    return groups_NGK.flatten(-2)
 
 
 def group_scales(planes: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """S and, of formats that have one, M, (groups, N) in fp32."""
+    """S and, of formats that have one, M, (…, groups, N) in fp32."""
     scale, minimum = planes["scales"].float(), None
     if "minima" in planes:
         minimum = -planes["minima"].float()
@@ -81,10 +81,10 @@ def group_scales(planes: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         minimum = scale * planes["zeros"].float()
     if "subscales" not in planes:
         return scale, minimum
-    each = planes["subscales"].shape[0] // scale.shape[0]
+    each = planes["subscales"].shape[-2] // scale.shape[-2]
     if "subminima" in planes:
-        minimum = planes["minima"].float().repeat_interleave(each, 0) * planes["subminima"].float()
-    return scale.repeat_interleave(each, 0) * planes["subscales"].float(), minimum
+        minimum = planes["minima"].float().repeat_interleave(each, -2) * planes["subminima"].float()
+    return scale.repeat_interleave(each, -2) * planes["subscales"].float(), minimum
 
 
 def quantized_as(x_TD: Tensor, act_format: str) -> Tensor:
