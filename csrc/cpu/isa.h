@@ -8,7 +8,7 @@
 
 #if defined(__x86_64__)
 #define GROK_X86 1
-#define GROK_AVX2 __attribute__((target("avx2,fma")))
+#define GROK_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define GROK_AVX512_FEATURES "avx512f,avx512bw,avx512dq,avx512vl"
 #define GROK_BF16_FEATURES ",avx512bf16,avx512vnni,avx512vbmi"
 #if defined(GROK_EMULATE_AVX512)  // for tests: cpu/avx512.h
@@ -26,7 +26,7 @@
 namespace grok::cpu {
 
 // Each includes those before it. A kernel that has no version for one uses the version for the one before it.
-//   avx2         AVX2 and FMA
+//   avx2         AVX2, FMA and F16C
 //   avx512       F, BW, DQ, VL
 //   avx512_bf16  those and BF16, VNNI, VBMI: products of bf16 pairs and of int8 quadruples
 enum class Isa { portable, avx2, avx512, avx512_bf16 };

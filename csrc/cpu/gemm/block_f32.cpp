@@ -1,12 +1,15 @@
 // Path::f32: rows and weights of any type, converted to fp32, with fused multiply-adds where the instruction set has
 // them.
 
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/avx512.h"
 #include "cpu/dispatch.h"
 #include "cpu/fp8.h"
 #include "cpu/gemm/block_product.h"
+#include "cpu/gemm/codes.h"
+#include "cpu/gemm/group_scales.h"
 
 namespace grok::cpu {
 namespace {
@@ -34,6 +37,15 @@ GROK_INLINE void convert_run(const uint8_t* w, int64_t k, float* __restrict out)
   }
 }
 
+// Whether a block's weights are scaled in registers, for a lone tile: whole half blocks of codes, or as many columns of
+// int8, of one group each.
+inline bool fuses(const BlockProduct& b) {
+  const int64_t group = b.weights->group();
+  return b.scaled && b.type == DType::int8 && b.weights->layout == Layout::panels && b.columns % kCodeColumns == 0 &&
+         group % kLeastCodeGroup == 0 && (kRunBlock % group == 0 || group % kRunBlock == 0) &&
+         b.rows->last_tile - b.rows->first_tile == 1;
+}
+
 namespace portable {
 #define GROK_F32
 typedef float Vec __attribute__((vector_size(16), aligned(4)));
@@ -44,6 +56,7 @@ inline Vec zero() { return Vec{}; }
 inline Vec splat(float x) { return Vec{x, x, x, x}; }
 inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec add_product(Vec sum, Vec a, Vec b) { return sum + a * b; }
+inline Vec scaled_code(Vec code, Vec s, Vec m) { return s * code - m; }
 #include "cpu/gemm/block_f32.inl"
 #undef GROK_F32
 }  // namespace portable
@@ -59,6 +72,7 @@ GROK_AVX2 inline Vec zero() { return _mm256_setzero_ps(); }
 GROK_AVX2 inline Vec splat(float x) { return _mm256_set1_ps(x); }
 GROK_AVX2 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 GROK_AVX2 inline Vec add_product(Vec sum, Vec a, Vec b) { return _mm256_fmadd_ps(a, b, sum); }
+GROK_AVX2 inline Vec scaled_code(Vec code, Vec s, Vec m) { return _mm256_fmsub_ps(s, code, m); }
 #include "cpu/gemm/block_f32.inl"
 #undef GROK_F32
 }  // namespace avx2
@@ -73,6 +87,7 @@ GROK_AVX512 inline Vec zero() { return _mm512_setzero_ps(); }
 GROK_AVX512 inline Vec splat(float x) { return _mm512_set1_ps(x); }
 GROK_AVX512 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 GROK_AVX512 inline Vec add_product(Vec sum, Vec a, Vec b) { return _mm512_fmadd_ps(a, b, sum); }
+GROK_AVX512 inline Vec scaled_code(Vec code, Vec s, Vec m) { return _mm512_fmsub_ps(s, code, m); }
 #include "cpu/gemm/block_f32.inl"
 #undef GROK_F32
 }  // namespace avx512

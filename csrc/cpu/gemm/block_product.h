@@ -8,8 +8,12 @@
 namespace grok::cpu {
 
 struct BlockProduct {
-  const uint8_t* w;  // the run that holds column `column`
+  const uint8_t* w;  // the run that holds column `column`; of codes, the block that does
   DType type;        // of w
+  int bits;          // of w's codes; 0 where w is runs of `type`
+  bool scaled;       // the kernel applies S and M of the weights; else the caller does
+  const Weights* weights;
+  int64_t expert, output;  // of the panel
   int64_t column, columns;
   const PackedRows* x;
   const PackedRows::RowBlock* rows;

@@ -102,10 +102,9 @@ GROK_AVX512_BF16 int32_t sum_avx512(const char* values, int64_t count) {
 }  // namespace
 
 Path choose_path(Isa isa, DType x, const Weights& w) {
-  const int64_t group = w.groups ? w.k / w.groups : w.k;
-  if (isa != Isa::avx512_bf16 || w.type == DType::f32) return Path::f32;
-  if (x == DType::bf16 && (w.groups <= 1 || group % 4 == 0)) return Path::bf16;
-  if (x == DType::int8 && w.type == DType::int8 && (w.groups <= 1 || group % kScaleGroup == 0)) return Path::int8;
+  if (isa != Isa::avx512_bf16 || w.type == DType::f32 || w.bits) return Path::f32;
+  if (x == DType::bf16 && (w.groups <= 1 || w.group() % 4 == 0)) return Path::bf16;
+  if (x == DType::int8 && w.type == DType::int8 && (w.groups <= 1 || w.group() % kScaleGroup == 0)) return Path::int8;
   return Path::f32;
 }
 
