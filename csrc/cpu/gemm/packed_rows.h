@@ -13,7 +13,10 @@ namespace grok::cpu {
 //   bf16  bf16 rows, weights converted to bf16 exactly, products of pairs added in fp32 (needs avx512_bf16)
 //   int8  int8 rows and weights, exact integer sums of 128 products, these added in fp32 (needs avx512_bf16)
 //   f32   any types, converted to fp32
-enum class Path { bf16, int8, f32 };
+//   bf16_codes  bf16 rows, codes of 4 to 6 bits converted to bf16 exactly, S and M applied to the sums of groups
+enum class Path { bf16, int8, f32, bf16_codes };
+
+constexpr int64_t kSumUnit = 16;  // columns of a row that are added up while packing
 
 Path choose_path(Isa isa, DType x, const Weights& w);
 
@@ -65,6 +68,7 @@ class PackedRows {
   std::vector<Tile> tiles;
   std::vector<RowBlock> blocks;
   uint32_t* data = nullptr;
+  float* sums = nullptr;    // (rows, k / kSumUnit), on the bf16_codes path: of the row's columns
   float* scales = nullptr;  // (rows, groups), on the int8 path
   int32_t* bias = nullptr;  // (rows, groups): −128 · the group's sum, since the kernel multiplies by w + 128
 };

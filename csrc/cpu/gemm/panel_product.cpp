@@ -53,8 +53,8 @@ float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::Ro
                      int slot, const uint8_t* next) {
   Scratch& s = scratch;
   const int64_t rows = block.rows, expert = block.expert;
-  // Path::f32 applies the scales of groups to the weights, other paths to the sums of each group.
-  const bool scaled = x.path == Path::f32 && (w.groups > 1 || w.bits);
+  // Path::f32 and bf16_codes apply the scales of groups themselves, the other paths leave sums of groups.
+  const bool scaled = x.path == Path::bf16_codes || (x.path == Path::f32 && (w.groups > 1 || w.bits));
   const int64_t groups = scaled ? 1 : w.groups, group = w.k / groups;
   float* result = s.result[slot].get<float>(rows * kPanel);
   float* sums = groups > 1 ? s.partial.get<float>(rows * kPanel) : result;
@@ -67,6 +67,9 @@ float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::Ro
     kernel = bf16_block_avx512;
     const bool alone = block.last_tile - block.first_tile == 1;
     if (w.layout == Layout::panels && w.type != DType::bf16 && alone) most = w.k;  // a lone tile is contiguous
+  } else if (x.path == Path::bf16_codes) {
+    kernel = codes_block_avx512;
+    if (block.last_tile - block.first_tile == 1) most = w.k;
   } else if (x.path == Path::int8) {
     kernel = int8_block_avx512;
   }
