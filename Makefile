@@ -16,6 +16,8 @@ CHAT_ARGS ?= --temperature 0.2 --top-p 0.9
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 SANITIZED := build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
+# Where the machine has no AVX-512, its kernels are tested in emulation.
+EMULATED := $(shell grep -qw avx512_bf16 /proc/cpuinfo 2>/dev/null || echo -DGROK_EMULATE_AVX512)
 INSTALLED := $(VENV)/.installed
 OTHER_TRITON := $(VENV)/triton-3.6
 LM_EVAL := $(VENV)/lm-eval
@@ -78,7 +80,7 @@ $(SMOLLM2): | $(INSTALLED)
 # programs without this module, or repeat calls that others make.
 sanitize: $(BUILT) ## run the tests of the native kernels with the address and undefined-behaviour sanitizers
 	rm -rf $(SANITIZED)/grok_kernels && mkdir -p $(SANITIZED)
-	CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" $(BIN)/python -W ignore setup.py -q build_ext \
+	CFLAGS="$(SANITIZERS) $(EMULATED)" LDFLAGS="$(SANITIZERS)" $(BIN)/python -W ignore setup.py -q build_ext \
 	  --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects > $(SANITIZED)/build.log \
 	  || { cat $(SANITIZED)/build.log; exit 1; }
 	cp -r $$(ls -d kernels/grok_kernels/* | grep -v "\.so$$") $(SANITIZED)/grok_kernels/

@@ -1,9 +1,10 @@
+#include "cpu/gemm/pack_codes.h"
 #include "cpu/gemm/pack_weight.h"
 
 #include <vector>
 
 #include "bindings.h"
-#include "cpu/gemm/layout.h"
+#include "cpu/gemm/codes.h"
 #include "native_op.h"
 
 namespace grok {
@@ -70,12 +71,77 @@ at::Tensor packed_rows(const at::Tensor& packed, const at::Tensor& rows) {
   return out;
 }
 
+// The bits of codes in panels; ValueError for another tensor.
+int bits_of(const char* op, const at::Tensor& packed) {
+  check_memory(op, "packed", packed);
+  check_dtype(op, "packed", packed, at::kByte);
+  check(packed.dim() == kPackedDims && packed.is_contiguous() && packed.size(3) >= 4 && packed.size(3) <= 6 &&
+            packed.size(4) == kPanel && packed.size(5) == 4,
+        op, ": packed has shape ", packed.sizes(), ", expected (E, N / 64, K / 32, bits, 64, 4) with 4, 5 or 6 bits");
+  return static_cast<int>(packed.size(3));
+}
+
+int checked_zero_point(const char* op, int64_t zero_point, int bits) {
+  check(zero_point == 0 || zero_point == int64_t{1} << (bits - 1), op, ": zero_point=", zero_point, ", expected 0 or ",
+        1 << (bits - 1), " for ", bits, " bits");
+  return static_cast<int>(zero_point);
+}
+
+// Writes values (E, N, K) int8, of any strides, as codes values + zero_point, to the rows row .. row + N − 1 of codes in
+// panels.
+void pack_codes(const at::Tensor& values, const at::Tensor& packed, int64_t row, int64_t zero_point) {
+  const char* op = "pack_codes";
+  check_memory(op, "values", values);
+  check_dtype(op, "values", values, at::kChar);
+  cpu::PackCodes p{};
+  p.bits = bits_of(op, packed);
+  p.zero_point = checked_zero_point(op, zero_point, p.bits);
+  check(values.dim() == 3 && packed.size(0) == values.size(0) && packed.size(2) * cpu::kCodeColumns == values.size(2), op,
+        ": packed has shape ", packed.sizes(), " and does not hold rows of values ", values.sizes());
+  p.experts = values.size(0);
+  p.n = values.size(1);
+  p.k = values.size(2);
+  p.packed_n = packed.size(1) * kPanel;
+  check(row >= 0 && row % kPanel == 0 && p.n % kPanel == 0 && row <= p.packed_n - p.n, op, ": row=", row, " for ", p.n,
+        " rows, expected multiples of 64 within 0..", p.packed_n);
+  check_apart(op, {{"packed", &packed}, {"values", &values}}, 1);
+  p.values = static_cast<const int8_t*>(values.const_data_ptr());
+  p.packed = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  p.expert_stride = values.stride(0);
+  p.row_stride = values.stride(1);
+  p.column_stride = values.stride(2);
+  p.first_row = row;
+  cpu::pack_codes(p, executor());
+}
+
+// Rows (R,) of the one matrix of codes in panels: codes − zero_point as int8 (R, K).
+at::Tensor packed_code_rows(const at::Tensor& packed, const at::Tensor& rows, int64_t zero_point) {
+  const char* op = "packed_code_rows";
+  cpu::UnpackCodes p{};
+  p.bits = bits_of(op, packed);
+  p.zero_point = checked_zero_point(op, zero_point, p.bits);
+  check(packed.size(0) == 1, op, ": packed has shape ", packed.sizes(), ", expected one matrix");
+  const std::vector<int32_t> row = copy_indices(op, "rows", rows, 1);
+  const int64_t n = packed.size(1) * kPanel;
+  for (const int32_t i : row) check(i >= 0 && i < n, op, ": row ", i, " is not in 0..", n - 1);
+  p.k = packed.size(2) * cpu::kCodeColumns;
+  p.count = static_cast<int64_t>(row.size());
+  at::Tensor out = empty({p.count, p.k}, at::kChar);
+  p.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
+  p.rows = row.data();
+  p.values = static_cast<int8_t*>(out.mutable_data_ptr());
+  cpu::unpack_codes(p, executor());
+  return out;
+}
+
 }  // namespace
 
 void define_pack(pybind11::module_& module) {
   using pybind11::arg;
   define_native_op(module, "pack_into", pack_into, arg("weight"), arg("packed"), arg("row"));
   define_native_op(module, "packed_rows", packed_rows, arg("packed"), arg("rows"));
+  define_native_op(module, "pack_codes", pack_codes, arg("values"), arg("packed"), arg("row"), arg("zero_point"));
+  define_native_op(module, "packed_code_rows", packed_code_rows, arg("packed"), arg("rows"), arg("zero_point"));
 }
 
 }  // namespace grok

@@ -15,17 +15,16 @@ namespace grok {
 // A quantised or plain weight, the `Weight` of grok_kernels, as the module's functions take it: any Python object
 // with these attributes.
 struct WeightArg {
-  std::string format;              // "bf16", "fp32", "int8" or "fp8_e4m3"
+  std::string format;              // of kFormats in weight.cpp
   std::string layout;              // "rows" or "panels"
   int64_t experts, n, k;           // shape
-  std::vector<at::Tensor> planes;  // the values, then the scales (E, groups, N) where the format has them
+  std::vector<at::Tensor> planes;  // the values, then those of the format's scales and minima
 };
 
-// The parameters of the kernels. `scale` owns the scales where they had to be made contiguous: keep it until the call
-// ends.
+// The parameters of the kernels. `own` has the planes that had to be made contiguous: keep it until the call ends.
 struct KernelWeight {
   cpu::Weights w;
-  at::Tensor scale;
+  std::vector<at::Tensor> own;
 };
 
 // ValueError where the format or the layout is unknown to the kernels, or a plane does not fit them or the shape.

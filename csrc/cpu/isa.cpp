@@ -22,6 +22,9 @@ std::atomic<int> chosen{kDefault};
 
 bool runs_here(Isa isa) {
 #if GROK_X86
+#if defined(GROK_EMULATE_AVX512)
+  if (isa >= Isa::avx512) return runs_here(Isa::avx2);
+#endif
   // these ask the operating system too, which must save the wide registers on a context switch
   if (isa == Isa::avx512_bf16) {
     return runs_here(Isa::avx512) && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
@@ -31,7 +34,9 @@ bool runs_here(Isa isa) {
     return runs_here(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   }
-  if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa == Isa::avx2) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  }
 #elif GROK_ARM
   if (isa == Isa::neon) return true;
 #if defined(__linux__)

@@ -8,10 +8,13 @@
 
 #if defined(__x86_64__)
 #define GROK_X86 1
-#define GROK_AVX2 __attribute__((target("avx2,fma")))
+#define GROK_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define GROK_AVX512_FEATURES "avx512f,avx512bw,avx512dq,avx512vl"
 #define GROK_BF16_FEATURES ",avx512bf16,avx512vnni,avx512vbmi"
-#if defined(__clang__)
+#if defined(GROK_EMULATE_AVX512)  // for tests: cpu/avx512.h
+#define GROK_AVX512 GROK_AVX2
+#define GROK_AVX512_BF16 GROK_AVX2
+#elif defined(__clang__)
 #define GROK_AVX512 __attribute__((target(GROK_AVX512_FEATURES), min_vector_width(512)))
 #define GROK_AVX512_BF16 __attribute__((target(GROK_AVX512_FEATURES GROK_BF16_FEATURES), min_vector_width(512)))
 #else
@@ -28,7 +31,7 @@ namespace grok::cpu {
 // Of one architecture, each includes those before it. A kernel that has no version for one uses the version for the one
 // before it.
 //   portable     the architecture's baseline, without fused multiply-adds: the same bits on every architecture
-//   avx2         AVX2 and FMA
+//   avx2         AVX2, FMA and F16C
 //   avx512       F, BW, DQ, VL
 //   avx512_bf16  those and BF16, VNNI, VBMI: products of bf16 pairs and of int8 quadruples
 //   neon         the baseline of 64-bit Arm, with fused multiply-adds

@@ -80,6 +80,7 @@ GROK_AVX2 uint64_t read_avx2(const void* data, size_t bytes) {
   return sum;
 }
 
+#ifndef GROK_EMULATE_AVX512
 GROK_AVX512 uint64_t read_avx512(const void* data, size_t bytes) {
   const char* at = static_cast<const char*>(data);
   __m512i sums[4] = {};
@@ -94,6 +95,7 @@ GROK_AVX512 uint64_t read_avx512(const void* data, size_t bytes) {
   for (uint64_t lane : lanes) sum += lane;
   return sum;
 }
+#endif
 
 GROK_AVX2 void peak_avx2(int64_t steps) {
   __m256 a = _mm256_set1_ps(0.7f), b = _mm256_set1_ps(1.3f), sums[kNarrowChains] = {};
@@ -105,6 +107,7 @@ GROK_AVX2 void peak_avx2(int64_t steps) {
   GROK_UNROLL for (__m256& sum : sums) GROK_OPAQUE("x", sum);
 }
 
+#ifndef GROK_EMULATE_AVX512
 GROK_AVX512 void peak_avx512(int64_t steps) {
   __m512 a = _mm512_set1_ps(0.7f), b = _mm512_set1_ps(1.3f), sums[kChains] = {};
   GROK_UNROLL for (__m512& sum : sums) GROK_OPAQUE("v", sum);
@@ -135,6 +138,7 @@ GROK_AVX512_BF16 void peak_int8_avx512(int64_t steps) {
   }
   GROK_UNROLL for (__m512i& sum : sums) GROK_OPAQUE("v", sum);
 }
+#endif
 
 #elif GROK_ARM
 
@@ -177,8 +181,10 @@ using Read = uint64_t (*)(const void* data, size_t bytes);
 
 Read read_for([[maybe_unused]] Isa isa) {
 #if GROK_X86
+#ifndef GROK_EMULATE_AVX512
   if (isa >= Isa::avx512) return read_avx512;
-  if (isa == Isa::avx2) return read_avx2;
+#endif
+  if (isa >= Isa::avx2) return read_avx2;
 #endif
   return read_portable;
 }
@@ -201,10 +207,12 @@ ProbePeak probe_peak(const std::string& kind) {
   check(kind == "fp32" || kind == "bf16" || kind == "int8", "probe: kind='", kind, "', expected fp32, bf16 or int8");
 #if GROK_X86
   const Isa isa = current_isa();
+#ifndef GROK_EMULATE_AVX512
   if (isa == Isa::avx512_bf16 && kind == "bf16") return {"vdpbf16ps", kChains * 16 * 4, peak_bf16_avx512};
   if (isa == Isa::avx512_bf16 && kind == "int8") return {"vpdpbusd", kChains * 16 * 8, peak_int8_avx512};
   if (isa >= Isa::avx512) return {"vfmadd231ps, 512 bits", kChains * 16 * 2, peak_avx512};
-  if (isa == Isa::avx2) return {"vfmadd231ps, 256 bits", kNarrowChains * 8 * 2, peak_avx2};
+#endif
+  if (isa >= Isa::avx2) return {"vfmadd231ps, 256 bits", kNarrowChains * 8 * 2, peak_avx2};
 #elif GROK_ARM
   const Isa isa = current_isa();
   if (isa == Isa::neon_bf16 && kind == "bf16") return {"bfmmla", kChains * 16 * 2, peak_bf16_neon};

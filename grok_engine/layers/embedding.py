@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import grok_kernels
+from grok_kernels.dtypes import NAMES
 
 from .weight import NamedTensor, packs
 
@@ -25,7 +26,9 @@ class Embedding(NamedTensor):
         return "panels" if self.tied and packs(self.vocab, self.d, dtype, device, packed) else "rows"
 
     def shape_in(self, layout: grok_kernels.Layout, dtype: torch.dtype) -> tuple[int, ...]:
-        return grok_kernels.values_shape(layout, 1, self.vocab, self.d, dtype) if layout == "panels" else self.shape
+        return (
+            grok_kernels.values_shape(layout, 1, self.vocab, self.d, NAMES[dtype]) if layout == "panels" else self.shape
+        )
 
     def fill(self, source: Tensor, start: int = 0) -> None:
         if self.layout == "rows":

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import grok_kernels
+from grok_kernels.dtypes import NAMES
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
@@ -24,7 +25,7 @@ def packs(n: int, k: int, dtype: torch.dtype, device: torch.device | str, packed
     """Whether matrices (n, k) go into panels: with `packed` wherever they can, with None where the device's kernels are
     faster for it."""
     if packed is None:
-        return grok_kernels.wants_packed(n, k, dtype, device)
+        return grok_kernels.wants_packed(n, k, grok_kernels.Spec(NAMES[dtype]), device)
     return packed and grok_kernels.can_pack(n, k, dtype)
 
 
@@ -109,7 +110,7 @@ class FusedWeight(nn.Module):
 
     def shape_in(self, layout: grok_kernels.Layout, dtype: torch.dtype) -> tuple[int, ...]:
         """The shape of the values in this layout."""
-        return grok_kernels.values_shape(layout, self.experts, self.n, self.k, dtype)
+        return grok_kernels.values_shape(layout, self.experts, self.n, self.k, NAMES[dtype])
 
     def allocate(self, dtype: torch.dtype, groups: int, device: torch.device | str, packed: bool | None = None) -> None:
         """Make room, uninitialised, for values of `dtype` and so many groups of scales; 0 for formats without.

@@ -16,11 +16,11 @@ from grok_engine.layers.embedding import Embedding
 from grok_engine.layers.moe import Experts
 from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.models.decoder import Decoder
-from grok_kernels import weights as kernel_weights
+from grok_kernels import formats as kernel_formats
 from grok_kernels.dtypes import DTYPES, NAMES
 
 FORMATS = {weights: format for weights, (format, _) in ROUNDED.items()} | {"bf16": "bf16", "fp32": "fp32"}
-SCALED = tuple(name for name, format in kernel_weights.FORMATS.items() if "scales" in format.planes)
+SCALED = tuple(name for name, format in kernel_formats.FORMATS.items() if "scales" in format.planes)
 
 
 @dataclass(frozen=True, slots=True)

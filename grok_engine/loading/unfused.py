@@ -10,7 +10,8 @@ from grok_engine.checkpoint.base import CheckpointError, TensorInfo
 from grok_engine.checkpoint.packed import PackedCheckpoint
 from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.models.decoder import Decoder
-from grok_kernels.layouts import WIDTH, unpack
+from grok_kernels.formats import WIDTH
+from grok_kernels.layouts import unpack
 
 
 class UnfusedCheckpoint:

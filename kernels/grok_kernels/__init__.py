@@ -2,7 +2,9 @@
 
 from . import cpu, cuda, reference, triton
 from .chips import multiplies_fp8
-from .layouts import Layout, can_pack, pack_into, packed_rows, values_shape, wants_packed
+from .formats import Layout, Spec, values_shape
+from .gather import weight_rows
+from .layouts import can_pack, pack_into, packed_rows, wants_packed
 from .memory import huge_pages, weight_memory
 from .ops import (
     group_tokens,
@@ -21,12 +23,13 @@ from .ops import (
     sandwich_norm,
     sandwich_norm_fp8,
 )
-from .registry import Status, backends, capturable, chosen, fuses, use_backend
+from .registry import Status, backends, capturable, chosen, fuses, mixes_formats, takes_format, use_backend
 from .triton.steps import startup as startup_steps
 from .weights import Weight
 
 __all__ = [
     "Layout",
+    "Spec",
     "Status",
     "Weight",
     "backends",
@@ -39,6 +42,7 @@ __all__ = [
     "group_tokens",
     "grouped_gemm",
     "huge_pages",
+    "mixes_formats",
     "moe",
     "moe_fp8",
     "multiplies_fp8",
@@ -57,9 +61,11 @@ __all__ = [
     "sandwich_norm",
     "sandwich_norm_fp8",
     "startup_steps",
+    "takes_format",
     "triton",
     "use_backend",
     "values_shape",
     "wants_packed",
     "weight_memory",
+    "weight_rows",
 ]

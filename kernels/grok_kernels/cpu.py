@@ -20,6 +20,7 @@ from torch import Tensor
 from . import layouts, registry
 from .experts import ExpertLayer
 from .extension import check_wheel, in_wheel, misfit
+from .formats import WIDTH
 from .recording import Recorded
 from .recording import record as _record
 from .weights import Weight, unsupported
@@ -30,6 +31,7 @@ OPS = (
     "rope_store_kv", "route_topk", "sample_top_p", "sandwich_norm",
 )  # fmt: skip
 FORMATS = ("fp32", "bf16", "int8", "fp8_e4m3")
+registry.set_takes("cpu", registry.Takes(FORMATS, mixed=True))
 log = logging.getLogger("grok_kernels")
 
 
@@ -104,7 +106,7 @@ def record(run: Callable[[], Any]) -> Recorded:
 
 
 def _supports(*args: Any) -> str | None:
-    if reason := unsupported("cpu", args, FORMATS, ("rows", "panels")):
+    if reason := unsupported("cpu", args, ("rows", "panels")):
         return reason
     where = next(str(a.device) for a in args if isinstance(a, Tensor))
     return None if where == "cpu" else f"its tensors are on {where}, the cpu backend takes those on cpu"
@@ -113,8 +115,8 @@ def _supports(*args: Any) -> str | None:
 def _supports_moe(x: Tensor, *args: Any) -> str | None:
     layer = ExpertLayer(*args)
     f = layer.w2.shape[2]
-    if layer.w13.layout == "panels" and f % layouts.WIDTH:  # gate and up lie side by side, and each begins with a panel
-        return f"w13 is packed with F={f}, the cpu backend takes multiples of {layouts.WIDTH}"
+    if layer.w13.layout == "panels" and f % WIDTH:  # gate and up lie side by side, and each begins with a panel
+        return f"w13 is packed with F={f}, the cpu backend takes multiples of {WIDTH}"
     return _supports(x, *args)
 
 

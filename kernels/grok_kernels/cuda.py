@@ -29,6 +29,7 @@ from .weights import Weight, unsupported
 
 NAME = "grok_kernels._CUDA"
 FORMATS = ("int8", "fp8_e4m3")
+registry.set_takes("cuda", registry.Takes(FORMATS))
 CHIP = (9, 0)
 ARCH = "-gencode=arch=compute_90a,code=sm_90a"
 EXPERTS, CHOSEN = 64, 8  # kMostExperts and kMostChosen of grok/route.h
@@ -144,7 +145,7 @@ def _supports_group(experts: Tensor, num_experts: int) -> str | None:
 
 def _supports_product(name: str, weight: Weight) -> str | None:
     """Why this weight has no product here, if so."""
-    if reason := unsupported("cuda", [weight], FORMATS, ("rows",)):
+    if reason := unsupported("cuda", [weight], ("rows",)):
         return reason
     e, n, k = weight.shape
     if not weight.values.is_contiguous():

@@ -1,46 +1,45 @@
 """How the values of a weight lie in memory: "rows", (E, N, K) as it stands, or "panels", which the CPU kernels stream.
 
-In panels a matrix (N, K) becomes (N/64, K/cell, 4, 16, cell), a cell being the neighbouring values along K that 4 bytes
-hold. A run of 256 bytes holds one cell of each of a panel's 64 outputs, 16 outputs to a 64-byte register, so that a
-kernel reads a panel from end to end. The memory is contiguous: it may be written to a file and mapped as it is.
+In panels a matrix (N, K) of whole bytes becomes (N/64, K/cell, 4, 16, cell), a cell being the neighbouring values along
+K that 4 bytes hold. A run of 256 bytes holds one cell of each of a panel's 64 outputs, 16 outputs to a 64-byte
+register, so that a kernel reads a panel from end to end. Values of fewer than 8 bits lie in bit planes (`bit_planes`).
+The memory is contiguous: it may be written to a file and mapped as it is.
 """
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from . import registry
 from .dtypes import dtype_name
+from .formats import FORMAT_OF, FORMATS, WIDTH, Spec, values_shape
 from .memory import weight_memory
 
-Layout = Literal["rows", "panels"]
-WIDTH = 64  # outputs of a panel
 _BLOCKS, _LANES = 4, 16
+_BITS = {format.bits for format in FORMATS.values() if format.in_bit_planes}
 PACKABLE = (torch.int8, torch.float8_e4m3fn, torch.bfloat16)
 
 
 def can_pack(n: int, k: int, dtype: torch.dtype) -> bool:
     """Whether matrices (n, k) of `dtype` can lie in panels: int8, e4m3 or bf16, n a multiple of 64 and k of 4."""
-    return dtype in PACKABLE and n % WIDTH == 0 and k % 4 == 0
+    return dtype in PACKABLE and Spec(FORMAT_OF[dtype]).can_pack(n, k)
 
 
 def packed_shape(experts: int, n: int, k: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """The shape of the values (experts, n, k) in panels."""
-    cell = 4 // dtype.itemsize
-    return (experts, n // WIDTH, k // cell, _BLOCKS, _LANES, cell)
-
-
-def values_shape(layout: Layout, experts: int, n: int, k: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """The shape of the values (experts, n, k) in this layout."""
-    return packed_shape(experts, n, k, dtype) if layout == "panels" else (experts, n, k)
+    """The shape of the values (experts, n, k) of `dtype` in panels."""
+    return values_shape("panels", experts, n, k, FORMAT_OF[dtype])
 
 
 def logical_shape(packed: Tensor) -> tuple[int, int, int]:
     """(E, N, K) of values in panels. ValueError where `packed` has no such shape, type or strides."""
-    if packed.dim() == 6:
+    if packed.dim() == 6 and packed.dtype == torch.uint8:
+        experts, panels, blocks, bits, width, size = packed.shape
+        if bits in _BITS and (width, size) == (WIDTH, 4) and packed.is_contiguous():
+            return experts, panels * WIDTH, blocks * 32
+    elif packed.dim() == 6:
         experts, panels, runs, _, _, cell = packed.shape
         shape = experts, panels * WIDTH, runs * cell
         fits = packed.dtype in PACKABLE and tuple(packed.shape) == packed_shape(*shape, packed.dtype)
@@ -48,17 +47,18 @@ def logical_shape(packed: Tensor) -> tuple[int, int, int]:
             return shape
     raise ValueError(
         f"values have shape {tuple(packed.shape)}, strides {packed.stride()} and dtype {dtype_name(packed.dtype)}, "
-        f"expected what packed_shape gives, contiguous, of {' or '.join(map(dtype_name, PACKABLE))}"
+        f"expected what packed_shape gives, contiguous, of {' or '.join(map(dtype_name, PACKABLE))}, or bit planes"
     )
 
 
-def wants_packed(n: int, k: int, dtype: torch.dtype, device: torch.device | str) -> bool:
+def wants_packed(n: int, k: int, spec: Spec, device: torch.device | str) -> bool:
     """Whether panels are the faster layout of matrices (n, k) for the backend that serves the products on `device`.
 
     Every backend takes rows; the cuda backend alone refuses panels.
     """
-    serving = {registry.preferred(op, torch.device(device).type) for op in ("grouped_gemm", "moe")}
-    return can_pack(n, k, dtype) and serving == {"cpu"}
+    kind = torch.device(device).type
+    serving = {registry.preferred(op, kind) for op in registry.PRODUCTS}
+    return spec.can_pack(n, k) and serving == {"cpu"} and registry.takes_format(spec.format, kind)
 
 
 class Native(Protocol):

@@ -21,6 +21,8 @@ ENV = "GROK_KERNELS_BACKEND"
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
+PRODUCTS = ("grouped_gemm", "moe")  # the ops that take weights in every backend
+
 Supports = Callable[..., "str | None"]
 log = logging.getLogger("grok_kernels")
 
@@ -36,6 +38,16 @@ class Kernel:
 
 
 @dataclass(frozen=True, slots=True)
+class Takes:
+    """The weights that a backend multiplies by. formats: keys of `formats.FORMATS`. fp16_scales: whether int8 may have
+    them. mixed: whether the weights of one call may differ in format."""
+
+    formats: tuple[str, ...]
+    fp16_scales: bool = False
+    mixed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """Whether a backend can serve an op on this machine and, where it cannot, why."""
 
@@ -47,6 +59,7 @@ _kernels: dict[tuple[str, str], Kernel] = {}
 _missing: dict[str, str] = {}  # backend -> why none of its kernels can run here
 _late_checks: dict[str, tuple[Callable[[], str], Callable[[], str]]] = {}  # backend -> as given to `check_late`
 _chosen: dict[str, set[str]] = {}
+_takes: dict[str, Takes] = {}  # backend -> the weights that its products take
 _forced: ContextVar[str | None] = ContextVar("grok_kernels_backend", default=None)
 
 Key = tuple[str, bytes, "str | None"]  # op, signature, backend that `use_backend` forces
@@ -124,6 +137,48 @@ def _forget() -> None:
     _known.clear()
     _preferred.clear()
     _fused.clear()
+
+
+def set_takes(backend: str, takes: Takes) -> None:
+    """Say which weights `backend` multiplies by."""
+    _takes[backend] = takes
+
+
+def taken(backend: str) -> Takes:
+    """Which weights `backend` multiplies by."""
+    return _takes[backend]
+
+
+def takes_format(format: str, device: str, fp16_scales: bool = False) -> bool:
+    """Whether weights of this format are multiplied as they are on a device of this type, by another backend than the
+    reference, which takes all and serves where there is no other or where it is forced."""
+    return any(
+        format in takes.formats and (takes.fp16_scales or format != "int8" or not fp16_scales)
+        for takes in _serving(device)
+    )
+
+
+def mixes_formats(device: str) -> bool:
+    """Whether the two weights of an expert layer may differ in format on a device of this type."""
+    return any(takes.mixed for takes in _serving(device))
+
+
+def _serving(device: str) -> list[Takes]:
+    """What the backends take that multiply on a device of this type."""
+    forced = forced_backend()
+    usable = (
+        {forced}
+        if forced
+        else {
+            backend
+            for backend in ORDER.get(device, ())
+            if backend != "reference"
+            and all((op, backend) in _kernels for op in PRODUCTS)
+            and backend not in _missing
+            and not any(check() for check in _late_checks.get(backend, ()))
+        }
+    )
+    return [_takes[backend] for backend in usable or {"reference"}]
 
 
 def mark_missing(backend: str, reason: str) -> None:

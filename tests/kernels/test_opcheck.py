@@ -15,7 +15,8 @@ from torch.autograd import forward_ad
 
 import grok_kernels
 from grok_kernels import Weight, registry
-from tests.kernels.cases import CASES, FP8, Case, ints, mapped, of, randn, tensors
+from tests.kernels.cases import CASES, FP8, GEMM, MOE, Case, ints, mapped, of, randn, tensors
+from tests.kernels.group_weights import FP16, random_weight, spec_of
 
 UTILS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 WRITTEN = ("k_cache", "v_cache", "k_scale", "v_scale")
@@ -24,6 +25,26 @@ SUMMED = "the test adds up all results and differentiates, which torch cannot fo
 DATA_DEPENDENT = "with gradients the reference is traced, and it reads offsets and lengths on the host"
 HOST_READS = ("paged_attention", "grouped_gemm", "moe", "moe_fp8")
 QUANTISING = ("quantize_fp8", "quantize_int8", "sandwich_norm_fp8")
+
+UP, DOWN = spec_of(("int4_k", 256, 32, FP16), 256), spec_of(("int6_k", 256, 16, FP16), 256)
+
+
+def _call(op: str, args: dict[str, Any]) -> dict[str, Any]:
+    return {**next(c for c in of(op) if c.name == "fp32").build(), "x": randn(5, 256), **args}
+
+
+GROUP_CASES = [  # formats with two levels of scales, and two formats in one call
+    Case("grouped_gemm", "int4_k", GEMM, lambda: _call("grouped_gemm", {"weight": random_weight(UP, 3, 8, 256)})),
+    Case(
+        "moe", "int4_k-int6_k", MOE,
+        lambda: _call("moe", {"w13": random_weight(UP, 3, 512, 256), "w2": random_weight(DOWN, 3, 256, 256)}),
+    ),
+]  # fmt: skip
+
+
+def _takes(backend: str, c: Case) -> bool:
+    weights = [a for a in c.build().values() if isinstance(a, Weight)]
+    return all(weight.format in registry.taken(backend).formats for weight in weights)
 
 
 def _marks(c: Case, grad: bool, util: str) -> list[pytest.MarkDecorator]:
@@ -39,10 +60,8 @@ def _marks(c: Case, grad: bool, util: str) -> list[pytest.MarkDecorator]:
 
 
 def _checks() -> Iterator[Any]:
-    for c in CASES:
-        native = (
-            grok_kernels.backends()[c.op]["cpu"].available and c.name != "grouped"
-        )  # that the cpu backend does not take
+    for c in [*CASES, *GROUP_CASES]:
+        native = grok_kernels.backends()[c.op]["cpu"].available and c.name != "grouped" and _takes("cpu", c)
         for backend in ("reference", "cpu") if native else ("reference",):
             for grad, util in itertools.product((False, True), UTILS):
                 ident = f"{backend}-{c}-{util.removeprefix('test_')}{'-grad' if grad else ''}"

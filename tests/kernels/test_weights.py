@@ -151,15 +151,16 @@ def test_rows_come_back(dtype: torch.dtype, native: bool, monkeypatch: pytest.Mo
 def test_what_wants_the_packed_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(registry.ENV, raising=False)
     native = all(grok_kernels.backends()[op]["cpu"].available for op in ("grouped_gemm", "moe"))
-    for dtype in DTYPES:
-        assert grok_kernels.wants_packed(64, 8, dtype, "cpu") == native
-        assert not grok_kernels.wants_packed(64, 8, dtype, "meta")
-        assert not grok_kernels.wants_packed(63, 8, dtype, "cpu")
+    for format in ("int8", "fp8_e4m3", "bf16"):
+        spec = grok_kernels.Spec(format)
+        assert grok_kernels.wants_packed(64, 8, spec, "cpu") == native
+        assert not grok_kernels.wants_packed(64, 8, spec, "meta")
+        assert not grok_kernels.wants_packed(63, 8, spec, "cpu")
         with grok_kernels.use_backend("reference"):
-            assert not grok_kernels.wants_packed(64, 8, dtype, "cpu")
-    assert not grok_kernels.wants_packed(64, 8, torch.float32, "cpu")
+            assert not grok_kernels.wants_packed(64, 8, spec, "cpu")
+    assert not grok_kernels.wants_packed(64, 8, grok_kernels.Spec("fp32"), "cpu")
     monkeypatch.setattr(registry, "_missing", {"cpu": "not built"})
-    assert not grok_kernels.wants_packed(64, 8, torch.int8, "cpu")
+    assert not grok_kernels.wants_packed(64, 8, grok_kernels.Spec("int8"), "cpu")
 
 
 @pytest.mark.parametrize(
@@ -216,9 +217,9 @@ PACKED = layouts.pack(randint8(1, 64, 8))
         ((randn(4, 8),), r"values has shape \(4, 8\), expected 3 dimensions \(E, N, K\)"),
         ((randn(1, 4, 8).transpose(1, 2),), r"values has strides .*, expected its last dimension contiguous"),
         (("values",), r"values is values, expected a tensor \(E, N, K\)"),
-        ((randn(1, 4, 8), torch.ones(1, 1, 4)), "scales is given, expected None for values of float32"),
-        ((randint8(1, 4, 8),), r"scales is None, expected \(E, groups, N\) for values of int8"),
-        ((randn(1, 4, 8).to(FP8),), r"scales is None, expected \(E, groups, N\) for values of float8_e4m3fn"),
+        ((randn(1, 4, 8), torch.ones(1, 1, 4)), "scales is given, expected None for format fp32"),
+        ((randint8(1, 4, 8),), r"scales is None, expected \(E, groups, N\) for format int8"),
+        ((randn(1, 4, 8).to(FP8),), r"scales is None, expected \(E, groups, N\) for format fp8_e4m3"),
         ((randint8(1, 4, 8), torch.ones(1, 0, 4)), "scales has 0 groups, expected a divisor of K=8"),
         ((randint8(1, 4, 8), torch.ones(1, 3, 4)), "scales has 3 groups, expected a divisor of K=8"),
         ((randn(1, 4, 8).to(FP8), torch.ones(1, 3, 4)), "scales has 3 groups, expected a divisor of K=8"),
@@ -267,9 +268,12 @@ def test_a_weight_that_requires_grad_is_not_cached() -> None:
 @pytest.mark.parametrize(
     ("changed", "error"),
     [
-        ({"shape": (1, 64, 16)}, r"weight is int8 \(1, 64, 16\), but its planes are int8 \(1, 64, 8\)"),
+        (
+            {"shape": (1, 64, 16)},
+            r"weight of format int8 has shape \(1, 64, 16\), but that of its planes is \(1, 64, 8\)",
+        ),
         ({"shape": (1, 64, 8), "layout": "panels"}, "weight of format int8: Weight: values have shape"),
-        ({"format": "fp8_e4m3"}, r"weight is fp8_e4m3 \(1, 64, 8\), but its planes are int8"),
+        ({"format": "fp8_e4m3"}, "weight of format fp8_e4m3: Weight: values has dtype int8, expected float8_e4m3fn"),
         ({"planes": (randint8(1, 64, 8),)}, "weight has 1 planes, expected values, scales"),
         ({"planes": (randint8(1, 64, 8), torch.ones(1, 1, 63))}, "weight of format int8: Weight: scales has shape"),
         ({"planes": (randint8(1, 64, 8), torch.ones(1, 3, 64))}, "weight of format int8: Weight: scales has 3 groups"),

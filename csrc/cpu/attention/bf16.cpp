@@ -4,14 +4,10 @@
 // register of bf16 widens.
 
 #include "cpu/attention/tile.h"
+#include "cpu/avx512.h"
 #include "cpu/bf16_bytes.h"
 
 #if GROK_X86
-
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own header, PR 105593
-#include <immintrin.h>
-#pragma GCC diagnostic pop
 
 namespace grok::cpu::attention {
 namespace {

@@ -58,8 +58,8 @@ struct Matrices {
     w.experts = kExperts;
     w.n = n;
     w.k = k;
-    w.scale = scale.data();
     w.groups = 1;
+    w.scales = Plane::by_groups(scale.data(), ScaleType::f32, 1, n);
     return w;
   }
 

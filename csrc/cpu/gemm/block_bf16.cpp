@@ -1,11 +1,11 @@
 // Path::bf16: vdpbf16ps adds the products of two columns to an fp32 sum. Weights of 8 bits are converted to bf16
 // exactly, in registers for a lone tile, else into a stage that the tiles of a row block share.
 
+#include "cpu/avx512.h"
 #include "cpu/bf16_bytes.h"
 #include "cpu/gemm/prefetch.h"
 
 #if GROK_X86
-#include <immintrin.h>
 
 namespace grok::cpu {
 namespace {
@@ -60,7 +60,7 @@ struct Converter {
   template <bool kLowest>
   GROK_TARGET_INLINE Pairs converted(const uint8_t* w) const {
     __m512i code = _mm512_shuffle_epi8(_mm512_loadu_si512(w), order);
-    asm("" : "+v"(code));  // computed once: the compiler would repeat it, since vpermi2b overwrites its index
+    keep(code);  // vpermi2b overwrites its index, so the compiler would compute it twice
     const __m512i index = kType == DType::int8 ? _mm512_abs_epi8(code) : code;
     const __m512i low = _mm512_permutex2var_epi8(low0, index, low1);
     __m512i high = _mm512_permutex2var_epi8(high0, index, high1);
@@ -116,11 +116,6 @@ GROK_AVX512_BF16 void bf16_tile_avx512(const uint32_t* x, const uint8_t* w, int6
   store_sums(sum, c);
 }
 
-// sum += v · pair, in assembly: with the intrinsic, g++ 12 spills the sums to memory.
-GROK_TARGET_INLINE void add_products(__m512& sum, __m512i v, const uint32_t* pair) {
-  asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(v), "m"(*pair));
-}
-
 // c (+)= x · w of one tile and 16 · kWide outputs, from weights of 8 bits: a run is 4 columns.
 template <int kRows, DType kType, int kWide>
 GROK_AVX512_BF16 void bf16_direct_avx512(const uint32_t* x, const uint8_t* w, int64_t runs, float* c, bool first,
@@ -136,8 +131,8 @@ GROK_AVX512_BF16 void bf16_direct_avx512(const uint32_t* x, const uint8_t* w, in
       const Pairs v = convert(w + 64 * j, lowest);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        add_products(sum[r][j], v.first, x + r);
-        add_products(sum[r][j], v.second, x + kRows + r);
+        add_pairs(sum[r][j], v.first, x + r);
+        add_pairs(sum[r][j], v.second, x + kRows + r);
       }
     }
   }

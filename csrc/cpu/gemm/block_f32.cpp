@@ -1,15 +1,17 @@
 // Path::f32: rows and weights of any type, converted to fp32, with fused multiply-adds where the instruction set has
 // them.
 
+#include <algorithm>
 #include <cstring>
 
+#include "cpu/avx512.h"
 #include "cpu/dispatch.h"
 #include "cpu/fp8.h"
 #include "cpu/gemm/block_product.h"
+#include "cpu/gemm/codes.h"
+#include "cpu/gemm/group_scales.h"
 
-#if GROK_X86
-#include <immintrin.h>
-#elif GROK_ARM
+#if GROK_ARM
 #include <arm_neon.h>
 #endif
 
@@ -39,6 +41,15 @@ GROK_INLINE void convert_run(const uint8_t* w, int64_t k, float* __restrict out)
   }
 }
 
+// Whether a block's weights are scaled in registers, for a lone tile: whole half blocks of codes, or as many columns of
+// int8, of one group each.
+inline bool fuses(const BlockProduct& b) {
+  const int64_t group = b.weights->group();
+  return b.scaled && b.type == DType::int8 && b.weights->layout == Layout::panels && b.columns % kCodeColumns == 0 &&
+         group % kLeastCodeGroup == 0 && (kRunBlock % group == 0 || group % kRunBlock == 0) &&
+         b.rows->last_tile - b.rows->first_tile == 1;
+}
+
 namespace portable {
 #define GROK_F32
 typedef float Vec __attribute__((vector_size(16), aligned(4)));
@@ -49,6 +60,7 @@ inline Vec zero() { return Vec{}; }
 inline Vec splat(const float* p) { return Vec{*p, *p, *p, *p}; }
 inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec add_product(Vec sum, Vec a, Vec b) { return sum + a * b; }
+inline Vec scaled_code(Vec code, Vec s, Vec m) { return s * code - m; }
 #include "cpu/gemm/block_f32.inl"
 #undef GROK_F32
 }  // namespace portable
@@ -64,6 +76,7 @@ GROK_AVX2 inline Vec zero() { return _mm256_setzero_ps(); }
 GROK_AVX2 inline Vec splat(const float* p) { return _mm256_set1_ps(*p); }
 GROK_AVX2 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 GROK_AVX2 inline Vec add_product(Vec sum, Vec a, Vec b) { return _mm256_fmadd_ps(a, b, sum); }
+GROK_AVX2 inline Vec scaled_code(Vec code, Vec s, Vec m) { return _mm256_fmsub_ps(s, code, m); }
 #include "cpu/gemm/block_f32.inl"
 #undef GROK_F32
 }  // namespace avx2
@@ -78,6 +91,7 @@ GROK_AVX512 inline Vec zero() { return _mm512_setzero_ps(); }
 GROK_AVX512 inline Vec splat(const float* p) { return _mm512_set1_ps(*p); }
 GROK_AVX512 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 GROK_AVX512 inline Vec add_product(Vec sum, Vec a, Vec b) { return _mm512_fmadd_ps(a, b, sum); }
+GROK_AVX512 inline Vec scaled_code(Vec code, Vec s, Vec m) { return _mm512_fmsub_ps(s, code, m); }
 #include "cpu/gemm/block_f32.inl"
 #undef GROK_F32
 }  // namespace avx512
@@ -96,6 +110,7 @@ inline Vec splat(const float* p) {
 }
 inline Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
 inline Vec add_product(Vec sum, Vec a, Vec b) { return vfmaq_f32(sum, a, b); }
+inline Vec scaled_code(Vec code, Vec s, Vec m) { return vfmaq_f32(vnegq_f32(m), s, code); }
 #include "cpu/gemm/block_f32.inl"
 #undef GROK_F32
 }  // namespace neon

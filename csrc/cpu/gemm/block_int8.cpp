@@ -1,10 +1,10 @@
 // Path::int8: vpdpbusd adds the products of four columns to an int32 sum, exactly. Its first operand is unsigned, so
 // the weights are taken as w + 128, and each sum starts at −128 · the sum of the row (PackedRows::bias).
 
+#include "cpu/avx512.h"
 #include "cpu/gemm/prefetch.h"
 
 #if GROK_X86
-#include <immintrin.h>
 
 namespace grok::cpu {
 namespace {
@@ -50,8 +50,7 @@ GROK_AVX512_BF16 void int8_tile_avx512(const uint32_t* x, const uint8_t* w, int6
       for (int r = 0; r < kRows; ++r) {
         const __m512i four = _mm512_set1_epi32(static_cast<int>(x[r]));
 #pragma GCC unroll 4
-        // in assembly: with the intrinsic, g++ 12 spills the sums to memory
-        for (int j = 0; j < kWide; ++j) asm("vpdpbusd %2, %1, %0" : "+v"(sum[r][j]) : "v"(v[j]), "v"(four));
+        for (int j = 0; j < kWide; ++j) add_quads(sum[r][j], v[j], four);
       }
     }
 #pragma GCC unroll 8

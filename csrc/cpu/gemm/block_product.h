@@ -8,8 +8,12 @@
 namespace grok::cpu {
 
 struct BlockProduct {
-  const uint8_t* w;  // the run that holds column `column`
+  const uint8_t* w;  // the run that holds column `column`; of codes, the block that does
   DType type;        // of w
+  int bits;          // of w's codes; 0 where w is runs of `type`
+  bool scaled;       // the kernel applies S and M of the weights; else the caller does
+  const Weights* weights;
+  int64_t expert, output;  // of the panel
   int64_t column, columns;
   const PackedRows* x;
   const PackedRows::RowBlock* rows;
@@ -24,7 +28,7 @@ using BlockKernel = void(const BlockProduct&);
 constexpr int64_t kStageBytes = 32 << 10;  // a column block of a panel as fp32 or as bf16; stays in L1
 
 #if GROK_X86
-BlockKernel bf16_block_avx512, int8_block_avx512;
+BlockKernel bf16_block_avx512, int8_block_avx512, codes_block_avx512;
 #elif GROK_ARM
 BlockKernel bf16_block_neon, int8_block_neon;
 #endif

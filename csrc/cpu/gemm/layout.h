@@ -23,7 +23,7 @@
 //   column block  128 runs of packed rows: the piece of a panel that a row block uses before the next piece is read
 //
 // A packed weight (Layout::panels) lies in memory panel by panel, run by run, so that a kernel streams it. A weight in
-// rows is gathered into runs, one column block at a time.
+// rows is gathered into runs, one column block at a time. Weights of fewer than 8 bits: codes.h.
 //
 // The sum over K of one row and one output is added up in one fixed order, set by the formats alone (within a group of
 // scales first, then over the groups), whatever the number of rows, the tile, the block or the thread. That makes the
@@ -49,23 +49,55 @@ struct Rows {
   int64_t groups;      // 1, or one for each 128 columns
 };
 
+// The elements of a plane of scales.
+enum class ScaleType { f32, f16, u8, i8 };
+
+// Scales or minima: a number for each output and group of columns. Its element for expert e, output n and group g is
+// data[e · expert_stride + n / 64 · panel_stride + g · group_stride + n % 64].
+struct Plane {
+  const void* data;  // null: the format has no such plane
+  ScaleType type;
+  int64_t groups;    // k / groups columns share a number
+  int64_t expert_stride, panel_stride, group_stride;  // in elements
+
+  // Of an array (experts, groups, n), contiguous.
+  static Plane by_groups(const void* data, ScaleType type, int64_t groups, int64_t n) {
+    return {data, type, groups, groups * n, kPanel, n};
+  }
+  // Of an array (experts, n / 64, groups, 64), contiguous.
+  static Plane by_panels(const void* data, ScaleType type, int64_t groups, int64_t n) {
+    return {data, type, groups, groups * n, groups * kPanel, kPanel};
+  }
+};
+
 // In memory: the rows of each matrix as they are, or its panels (packed, pack_weight.h).
 enum class Layout { rows, panels };
 
-// The matrices of all experts; a dense projection has one expert.
+// The matrices of all experts; a dense projection has one expert. An element of f32 and bf16 is the weight; of the other
+// types it is S · value − M in fp32, S and M shared by a group of columns of an output:
+//   S = scales, or scales · subscales
+//   M = scales · zeros, or −minima, or minima · subminima, or 0
 struct Weights {
-  const void* data;  // (experts, n, k): f32, bf16, int8 or e4m3
-  DType type;
-  Layout layout;                      // panels: n a multiple of 64, k of 4; contiguous
+  const void* data;  // (experts, n, k): f32, bf16, int8 or e4m3; codes in panels as codes.h says
+  DType type;        // int8 for codes
+  int bits;          // of a code, 4, 5 or 6: in panels code = value + zero_point, in rows values are int8; 0: no codes
+  int zero_point;
+  Layout layout;     // panels: n a multiple of 64, k of 4; contiguous. Of codes: k of 32, and 16 columns or more share S
   int64_t experts, n, k;
   int64_t expert_stride, row_stride;  // of Layout::rows, in elements; columns are contiguous
-  const float* scale;                 // (experts, groups, n), contiguous, of int8 and e4m3; null for f32 and bf16
-  int64_t groups;                     // k / groups columns share a scale
+  int64_t groups;                     // k / groups columns share S and M; 1 for f32 and bf16
+  Plane scales;                       // null for f32 and bf16
+  Plane subscales, minima, subminima, zeros;
+
+  int64_t group() const { return k / groups; }
+
+  // Bytes of a panel.
+  int64_t panel_bytes() const { return kPanel * k * (bits ? bits : 8 * size_of(type)) / 8; }
 
   // The panel that begins with this output; null in Layout::rows.
   const uint8_t* panel(int64_t expert, int64_t output) const {
     if (layout == Layout::rows) return nullptr;
-    return static_cast<const uint8_t*>(data) + (expert * n + output) * k * size_of(type);
+    return static_cast<const uint8_t*>(data) + (expert * n + output) / kPanel * panel_bytes();
   }
 };
 

@@ -2,11 +2,8 @@
 
 #include <cstring>
 
+#include "cpu/avx512.h"
 #include "cpu/fp8.h"
-
-#if GROK_X86
-#include <immintrin.h>
-#endif
 
 namespace grok::cpu {
 namespace {
@@ -125,15 +122,18 @@ void spread(const void* row, int64_t bytes, int64_t runs, int64_t step, uint32_t
 }
 
 Path choose_path(Isa isa, DType x, const Weights& w) {
-  const int64_t group = w.groups ? w.k / w.groups : w.k;
   if ((isa != Isa::avx512_bf16 && isa != Isa::neon_bf16) || w.type == DType::f32) return Path::f32;
-  if (x == DType::bf16 && (w.groups <= 1 || group % 4 == 0)) return Path::bf16;
-  if (x == DType::int8 && w.type == DType::int8 && (w.groups <= 1 || group % kScaleGroup == 0)) return Path::int8;
+  if (w.bits) {
+    const bool takes = isa == Isa::avx512_bf16 && x == DType::bf16 && w.layout == Layout::panels;
+    return takes ? Path::bf16_codes : Path::f32;
+  }
+  if (x == DType::bf16 && (w.groups <= 1 || w.group() % 4 == 0)) return Path::bf16;
+  if (x == DType::int8 && w.type == DType::int8 && (w.groups <= 1 || w.group() % kScaleGroup == 0)) return Path::int8;
   return Path::f32;
 }
 
 PackedRows::PackedRows(Path path_, Isa isa_, int64_t k_, const std::vector<int64_t>& offsets)
-    : path(path_), isa(isa_), k(k_), run_columns(path_ == Path::bf16 ? 2 : path_ == Path::int8 ? 4 : 1),
+    : path(path_), isa(isa_), k(k_), run_columns(path_ == Path::int8 ? 4 : path_ == Path::f32 ? 1 : 2),
       runs(round_up(k_, 4) / run_columns), groups(path_ == Path::int8 ? (k_ + kScaleGroup - 1) / kScaleGroup : 0),
       total(offsets.back()) {
   for (size_t e = 0; e + 1 < offsets.size(); ++e) {
@@ -152,12 +152,16 @@ PackedRows::PackedRows(Path path_, Isa isa_, int64_t k_, const std::vector<int64
   }
 }
 
-int64_t PackedRows::bytes() const { return round_up(total * runs * 4, 64) + round_up(total * groups * 4, 64) * 2; }
+int64_t PackedRows::bytes() const {
+  const int64_t units = path == Path::bf16_codes ? k / kSumUnit : 0;
+  return round_up(total * runs * 4, 64) + round_up(total * units * 4, 64) + round_up(total * groups * 4, 64) * 2;
+}
 
 void PackedRows::place(void* workspace) {
   char* at = static_cast<char*>(workspace);
   data = reinterpret_cast<uint32_t*>(at);
-  scales = reinterpret_cast<float*>(at += round_up(total * runs * 4, 64));
+  sums = reinterpret_cast<float*>(at += round_up(total * runs * 4, 64));
+  scales = reinterpret_cast<float*>(at += path == Path::bf16_codes ? round_up(total * (k / kSumUnit) * 4, 64) : 0);
   bias = reinterpret_cast<int32_t*>(at + round_up(total * groups * 4, 64));
 }
 
@@ -189,6 +193,15 @@ void PackedRows::pack(const Rows& x, const RowMap& map, int64_t first_tile, int6
       }
       for (int64_t r = 0; r < t.rows; ++r) {
         spread_f32(rows[r], x.type, scale[r], x.groups, from, last - run, columns, t.rows, out + r);
+      }
+    }
+    for (int64_t r = 0; r < t.rows && path == Path::bf16_codes; ++r) {
+      const BF16* row = reinterpret_cast<const BF16*>(rows[r]);
+      float* to = sums + (t.row + r) * (k / kSumUnit) + column / kSumUnit;
+      for (int64_t i = 0; i < columns; i += kSumUnit) {
+        float sum = 0.0f;
+        for (int64_t j = i; j < i + kSumUnit; ++j) sum += to_float(row[j]);
+        *to++ = sum;
       }
     }
     if (path != Path::int8) continue;

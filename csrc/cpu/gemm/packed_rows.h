@@ -13,8 +13,11 @@ namespace grok::cpu {
 //   bf16  bf16 rows, weights converted to bf16 exactly, products of pairs added in fp32
 //   int8  int8 rows and weights, exact integer sums of 128 products, these added in fp32
 //   f32   any types, converted to fp32
-// The first two need avx512_bf16 or neon_bf16.
-enum class Path { bf16, int8, f32 };
+//   bf16_codes  bf16 rows, codes of 4 to 6 bits converted to bf16 exactly, S and M applied to the sums of groups
+// bf16 and int8 need avx512_bf16 or neon_bf16, bf16_codes avx512_bf16.
+enum class Path { bf16, int8, f32, bf16_codes };
+
+constexpr int64_t kSumUnit = 16;  // columns of a row that are added up while packing
 
 Path choose_path(Isa isa, DType x, const Weights& w);
 
@@ -69,6 +72,7 @@ class PackedRows {
   std::vector<Tile> tiles;
   std::vector<RowBlock> blocks;
   uint32_t* data = nullptr;
+  float* sums = nullptr;    // (rows, k / kSumUnit), on the bf16_codes path: of the row's columns
   float* scales = nullptr;  // (rows, groups), on the int8 path
   int32_t* bias = nullptr;  // (rows, groups): −128 · the group's sum, since vpdpbusd multiplies by w + 128
 };

@@ -4,7 +4,9 @@
 
 #include "cpu/buffer.h"
 #include "cpu/gemm/block_product.h"
+#include "cpu/gemm/codes.h"
 #include "cpu/gemm/epilogue.h"
+#include "cpu/gemm/group_scales.h"
 
 namespace grok::cpu {
 namespace {
@@ -39,7 +41,9 @@ float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::Ro
                      int slot, const uint8_t* next) {
   Scratch& s = scratch;
   const int64_t rows = block.rows, expert = block.expert;
-  const int64_t groups = w.scale ? w.groups : 1, group = w.k / groups;
+  // Path::f32 and bf16_codes apply the scales of groups themselves, the other paths leave sums of groups.
+  const bool scaled = x.path == Path::bf16_codes || (x.path == Path::f32 && (w.groups > 1 || w.bits));
+  const int64_t groups = scaled ? 1 : w.groups, group = w.k / groups;
   float* result = s.result[slot].get<float>(rows * kPanel);
   float* sums = groups > 1 ? s.partial.get<float>(rows * kPanel) : result;
   if (group == 0) std::memset(sums, 0, rows * kPanel * 4);
@@ -51,6 +55,9 @@ float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::Ro
     kernel = bf16_block_avx512;
     const bool alone = block.last_tile - block.first_tile == 1;
     if (w.layout == Layout::panels && w.type != DType::bf16 && alone) most = w.k;  // a lone tile is contiguous
+  } else if (x.path == Path::bf16_codes) {
+    kernel = codes_block_avx512;
+    if (block.last_tile - block.first_tile == 1) most = w.k;
   } else if (x.path == Path::int8) {
     kernel = int8_block_avx512;
   }
@@ -62,6 +69,11 @@ float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::Ro
   const uint8_t* panel = w.panel(expert, output);
   BlockProduct b{};
   b.type = w.type;
+  b.bits = w.layout == Layout::panels ? w.bits : 0;
+  b.scaled = scaled;
+  b.weights = &w;
+  b.expert = expert;
+  b.output = output;
   b.x = &x;
   b.rows = &block;
   b.c = sums;
@@ -73,7 +85,9 @@ float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::Ro
       b.first = from == g * group;
       b.next = from + b.columns == w.k ? next : nullptr;
       const int64_t run = from / run_columns;
-      if (w.layout == Layout::panels) {
+      if (b.bits) {
+        b.w = panel + from / kCodeColumns * code_block_bytes(w.bits);
+      } else if (w.layout == Layout::panels) {
         b.w = panel + run * kRunBytes;
       } else {
         const int64_t start = run * run_columns;
@@ -83,10 +97,9 @@ float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::Ro
       }
       kernel(b);
     }
-    if (!w.scale) break;
-    float scale[kPanel] = {};
-    const float* scales = w.scale + (expert * groups + g) * w.n + output;
-    std::copy(scales, scales + std::min(kPanel, w.n - output), scale);
+    if (scaled || !w.scales.data) break;
+    float scale[kPanel];
+    plane_values(w, w.scales, expert, output, g, x.isa, scale);
     epilogue.scale(sums, scale, rows, groups > 1 && g > 0, result);
   }
   return result;

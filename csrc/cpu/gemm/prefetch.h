@@ -38,7 +38,8 @@ inline bool alone(const BlockProduct& b) { return b.rows->last_tile - b.rows->fi
 // faster than memory delivers would stall this block's own loads. Returns the share of the pass that starts after
 // `done` of these runs.
 inline Ahead share_of(const BlockProduct& b, int64_t done, int64_t all) {
-  const int64_t bytes = b.columns * kPanel * size_of(b.type), even = (bytes + all - 1) / std::max<int64_t>(1, all);
+  const int64_t bytes = b.columns * kPanel * (b.bits ? b.bits : 8 * size_of(b.type)) / 8;
+  const int64_t even = (bytes + all - 1) / std::max<int64_t>(1, all);
   const int64_t step = std::clamp<int64_t>(even, kLeastBytesPerRun, kLinesPerRun * 64);
   return done * step < bytes ? Ahead{(b.next ? b.next : b.w + bytes) + done * step, step} : Ahead{b.w, 0};
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -54,14 +56,35 @@ def dequantize_rows(q_TD: Tensor, scale_TN: Tensor | None) -> Tensor:
 
 
 def dequantize_weight(weight: Weight, expert: int) -> Tensor:
-    """One matrix (N, K) in fp32 of a weight in rows: values[n, k] · scales[k // (K / groups), n]."""
-    w_NK = weight.values[expert].float()
-    if weight.scales is None:
+    """One matrix (N, K) in fp32 of a weight in rows: S[g, n] · values[n, k] − M[g, n], g the group of column k."""
+    return dequantize_planes({name: plane[expert] for name, plane in weight.named_planes().items()})
+
+
+def dequantize_planes(planes: Mapping[str, Tensor]) -> Tensor:
+    """The same from planes in rows: values (…, N, K), others (…, groups, N). `formats` says what S and M are."""
+    w_NK = planes["values"].float()
+    if "scales" not in planes:
         return w_NK
-    scale_GN = weight.scales[expert]
-    n, k = w_NK.shape
-    groups = scale_GN.shape[0]
-    return (w_NK.view(n, groups, k // groups) * scale_GN.t().unsqueeze(-1)).view(n, k)
+    scale_GN, minimum_GN = group_scales(planes)
+    groups_NGK = w_NK.unflatten(-1, (scale_GN.shape[-2], -1)) * scale_GN.mT[..., None]
+    if minimum_GN is not None:
+        groups_NGK = groups_NGK - minimum_GN.mT[..., None]
+    return groups_NGK.flatten(-2)
+
+
+def group_scales(planes: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """S and, of formats that have one, M, (…, groups, N) in fp32."""
+    scale, minimum = planes["scales"].float(), None
+    if "minima" in planes:
+        minimum = -planes["minima"].float()
+    elif "zeros" in planes:
+        minimum = scale * planes["zeros"].float()
+    if "subscales" not in planes:
+        return scale, minimum
+    each = planes["subscales"].shape[-2] // scale.shape[-2]
+    if "subminima" in planes:
+        minimum = planes["minima"].float().repeat_interleave(each, -2) * planes["subminima"].float()
+    return scale.repeat_interleave(each, -2) * planes["subscales"].float(), minimum
 
 
 def quantized_as(x_TD: Tensor, act_format: str) -> Tensor:

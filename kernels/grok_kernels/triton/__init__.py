@@ -22,6 +22,7 @@ OPS = (  # the functions of `table`
     "rope_store_kv", "route_and_group", "route_topk", "sample_top_p", "sandwich_norm", "sandwich_norm_fp8",
 )  # fmt: skip
 FORMATS = ("fp32", "bf16", "int8", "fp8_e4m3")
+registry.set_takes("triton", registry.Takes(FORMATS))
 OLDEST = (8, 0)  # compute capability: bf16 on the tensor cores
 
 
@@ -30,7 +31,7 @@ def _interpreted() -> bool:
 
 
 def _supports(*args: Any) -> str | None:
-    if reason := unsupported("triton", args, FORMATS, ("rows", "panels")):
+    if reason := unsupported("triton", args, ("rows", "panels")):
         return reason
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
     if device.type == "cpu" and _interpreted():

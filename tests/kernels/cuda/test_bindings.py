@@ -17,7 +17,7 @@ from torch.utils import cpp_extension
 import grok_kernels
 from grok_kernels import Weight, chips, cuda, registry, tuning
 from grok_kernels.cuda_home import cuda_home
-from grok_kernels.weights import FORMATS
+from grok_kernels.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parents[3]
 

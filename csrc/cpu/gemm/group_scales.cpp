@@ -1,0 +1,85 @@
+#include "cpu/gemm/group_scales.h"
+
+#include <algorithm>
+#include <cstring>
+
+#if GROK_X86
+#include <immintrin.h>
+#endif
+
+namespace grok::cpu {
+namespace {
+
+GROK_INLINE float half_to_float(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16, rest = half & 0x7fffu;
+  uint32_t bits = sign | ((rest << 13) + ((127 - 15) << 23));  // a normal number
+  if (rest >= 0x7c00u) bits += (255 - 31 - 127 + 15) << 23;    // infinite or NaN
+  float value;
+  std::memcpy(&value, &bits, 4);
+  if (rest >= 0x0400u) return value;
+  value = static_cast<float>(rest) * 0x1p-24f;
+  return sign ? -value : value;
+}
+
+#if GROK_X86
+GROK_AVX2 void halves_to_floats_avx2(const uint16_t* halves, float* values) {
+  for (int64_t n = 0; n < kPanel; n += 8) {
+    _mm256_storeu_ps(values + n, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + n))));
+  }
+}
+#endif
+
+template <class T>
+void convert(const void* data, int64_t at, int64_t count, float* values) {
+  const T* from = static_cast<const T*>(data) + at;
+  for (int64_t n = 0; n < count; ++n) values[n] = static_cast<float>(from[n]);
+}
+
+}  // namespace
+
+void plane_values(const Weights& w, const Plane& plane, int64_t expert, int64_t output, int64_t group, Isa isa,
+                  float* values) {
+  const int64_t at = expert * plane.expert_stride + output / kPanel * plane.panel_stride + group * plane.group_stride;
+  const int64_t count = std::min(kPanel, w.n - output);
+  std::fill(values + count, values + kPanel, 0.0f);
+  switch (plane.type) {
+    case ScaleType::f32: return convert<float>(plane.data, at, count, values);
+    case ScaleType::u8: return convert<uint8_t>(plane.data, at, count, values);
+    case ScaleType::i8: return convert<int8_t>(plane.data, at, count, values);
+    case ScaleType::f16: break;
+  }
+  const uint16_t* halves = static_cast<const uint16_t*>(plane.data) + at;
+#if GROK_X86
+  if (isa >= Isa::avx2 && count == kPanel) return halves_to_floats_avx2(halves, values);
+#endif
+  for (int64_t n = 0; n < count; ++n) values[n] = half_to_float(halves[n]);
+}
+
+void group_scales(const Weights& w, int64_t expert, int64_t output, int64_t group, Isa isa, float* s, float* m) {
+  const int64_t super = group * w.scales.groups / w.groups;  // the group of the first level
+  float sub[kPanel];
+  plane_values(w, w.scales, expert, output, super, isa, s);
+  if (w.zeros.data) {
+    plane_values(w, w.zeros, expert, output, super, isa, sub);
+    for (int64_t n = 0; n < kPanel; ++n) m[n] = s[n] * sub[n];
+    return;
+  }
+  if (w.subscales.data) {
+    plane_values(w, w.subscales, expert, output, group, isa, sub);
+    for (int64_t n = 0; n < kPanel; ++n) s[n] *= sub[n];
+  }
+  if (!w.minima.data) {
+    const float zero_point = static_cast<float>(w.zero_point);
+    for (int64_t n = 0; n < kPanel; ++n) m[n] = zero_point * s[n];
+    return;
+  }
+  plane_values(w, w.minima, expert, output, super, isa, m);
+  if (w.subminima.data) {
+    plane_values(w, w.subminima, expert, output, group, isa, sub);
+    for (int64_t n = 0; n < kPanel; ++n) m[n] *= sub[n];
+  } else {
+    for (int64_t n = 0; n < kPanel; ++n) m[n] = -m[n];
+  }
+}
+
+}  // namespace grok::cpu

@@ -1,0 +1,16 @@
+#pragma once
+
+#include "cpu/gemm/layout.h"
+#include "cpu/isa.h"
+
+namespace grok::cpu {
+
+// A plane's numbers as fp32, for the 64 outputs from `output` on and a group of `plane.groups`; zeros past output n.
+void plane_values(const Weights& w, const Plane& plane, int64_t expert, int64_t output, int64_t group, Isa isa,
+                  float* values);
+
+// S and M (64 each) with weight = S · code − M, for the outputs from `output` on and one of w.groups groups; code is the
+// value where the weight has no codes. With a zero point M includes zero_point · S, exactly: such formats have no M.
+void group_scales(const Weights& w, int64_t expert, int64_t output, int64_t group, Isa isa, float* s, float* m);
+
+}  // namespace grok::cpu

@@ -1,0 +1,225 @@
+"""Weights of 4, 5 and 6 bits on the native CPU kernels, below the ops: packed as the layout's definition here says, and
+multiplied as S · value − M, on every instruction set, in both layouts."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import grok_kernels
+from tests.kernels.cases import ints, randn
+
+STATUS = grok_kernels.backends()["grouped_gemm"]["cpu"]
+pytestmark = pytest.mark.skipif(not STATUS.available, reason=STATUS.reason)
+if STATUS.available:
+    from grok_kernels import _C
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SIGNED = {"int4": 4, "int5": 5, "int6_k": 6}
+BITS = {"int4_zero": 4, "int4_min": 4, "int4_k": 4, "int5_min": 5, "int5_k": 5, **SIGNED}
+
+
+class Codes(NamedTuple):
+    """A weight as the native functions take it."""
+
+    format: str
+    layout: str
+    shape: tuple[int, int, int]
+    planes: tuple[Tensor, ...]
+
+
+def zero_point(fmt: str) -> int:
+    return 2 ** (BITS[fmt] - 1) if fmt in SIGNED else 0
+
+
+def random_codes(fmt: str, shape: tuple[int, int, int], group: int, above: int = 0, seed: int = 1) -> Codes:
+    """In rows. group: columns that share S and M; above: those that share scales where there are two levels."""
+    generator = torch.Generator().manual_seed(seed)
+    (e, n, k), bits, zero = shape, BITS[fmt], zero_point(fmt)
+
+    def whole(groups: int, low: int, high: int, dtype: torch.dtype) -> Tensor:
+        return torch.randint(low, high, (e, groups, n), generator=generator, dtype=torch.int32).to(dtype)
+
+    def real(groups: int, dtype: torch.dtype) -> Tensor:
+        return (torch.randn(e, groups, n, generator=generator) * 0.02).to(dtype)
+
+    q = torch.randint(-zero, 2**bits - zero, shape, generator=generator, dtype=torch.int32).to(torch.int8)
+    first, groups = k // (above or group), k // group
+    planes = [q, real(first, FP32 if fmt == "int4_zero" else FP16)]
+    if fmt == "int6_k":
+        planes.append(whole(groups, -128, 128, torch.int8))
+    elif fmt.endswith("_k"):
+        planes += [whole(groups, 0, 64, torch.uint8), real(first, FP16), whole(groups, 0, 64, torch.uint8)]
+    elif fmt.endswith("_min"):
+        planes.append(real(first, FP16))
+    elif fmt.endswith("_zero"):
+        planes.append(whole(first, 0, 17, torch.uint8))
+    return Codes(fmt, "rows", shape, tuple(planes))
+
+
+def scales_and_minima(w: Codes) -> tuple[Tensor, Tensor]:
+    """S and M (E, N, K) fp32."""
+    k = w.shape[2]
+
+    def wide(plane: Tensor) -> Tensor:
+        return plane.float().repeat_interleave(k // plane.shape[1], dim=1).transpose(1, 2)
+
+    planes = [wide(p) for p in w.planes[1:]]
+    if w.format.endswith("_zero"):
+        return planes[0], planes[0] * planes[1]
+    if w.format.endswith("_min"):
+        return planes[0], -planes[1]
+    if w.format == "int6_k":
+        return planes[0] * planes[1], torch.zeros(())
+    return (planes[0] * planes[1], planes[2] * planes[3]) if w.format.endswith("_k") else (planes[0], torch.zeros(()))
+
+
+def dequantised(w: Codes) -> Tensor:
+    """(E, N, K) fp32, rounded once."""
+    s, m = scales_and_minima(w)
+    return (s.double() * w.planes[0].double() - m.double()).float()
+
+
+def panels_of(w: Codes) -> Codes:
+    """The layout as it is defined: one bit operation a column."""
+    (e, n, k), bits = w.shape, BITS[w.format]
+    u = (w.planes[0].to(torch.int64) + zero_point(w.format)).view(e, n // 64, 64, k // 32, 32)
+    words = torch.zeros(e, n // 64, k // 32, bits, 64, dtype=torch.int64)
+    each = bits - 4
+    for column in range(32):
+        v, j, s = column // 8, column % 8 // 2, column % 2
+        code = u[..., column].transpose(2, 3)
+        words[..., v, :] |= (code & 15) << (4 * j + 16 * s)
+        if each:
+            per_run = 4 // each
+            shift = 16 * s + 8 * (j >> 1) + each * ((j & 1) + 2 * (v % per_run))
+            words[..., 4 + v // per_run, :] |= (code >> 4) << shift
+    values = torch.stack([words >> 8 * i & 255 for i in range(4)], -1).to(torch.uint8)
+    planes = [p.view(e, -1, n // 64, 64).transpose(1, 2).contiguous() for p in w.planes[1:]]
+    return Codes(w.format, "panels", w.shape, (values, *planes))
+
+
+def packed(w: Codes) -> Codes:
+    e, n, k = w.shape
+    values = torch.empty(e, n // 64, k // 32, BITS[w.format], 64, 4, dtype=torch.uint8)
+    _C.pack_codes(w.planes[0], values, 0, zero_point(w.format))
+    planes = [p.view(e, -1, n // 64, 64).transpose(1, 2).contiguous() for p in w.planes[1:]]
+    return Codes(w.format, "panels", w.shape, (values, *planes))
+
+
+def product(x: Tensor, w: Codes, offsets: Tensor | None = None, x_scale: Tensor | None = None) -> Tensor:
+    return _C.grouped_gemm(x, w, offsets, x_scale, FP32)
+
+
+def assert_near(got: Tensor, expected: Tensor, bound: float = 2e-6) -> None:
+    error = (got.double() - expected.double()).norm(dim=-1)
+    assert (error <= bound * expected.double().norm(dim=-1)).all(), (error / expected.double().norm(dim=-1)).max()
+
+
+def group_of(fmt: str) -> tuple[int, int]:
+    return (16, 256) if fmt == "int6_k" else (32, 256) if fmt.endswith("_k") else (32, 0)
+
+
+@pytest.mark.parametrize("fmt", BITS)
+def test_packing_is_the_layout_and_reads_back(fmt: str) -> None:
+    w = random_codes(fmt, (2, 128, 320), 32, 32)
+    expected = panels_of(w).planes[0]
+    assert torch.equal(packed(w).planes[0], expected)
+    zero = zero_point(fmt)
+    parts = torch.zeros_like(expected)
+    columns_first = w.planes[0].transpose(1, 2).contiguous().transpose(1, 2)
+    _C.pack_codes(columns_first[:, 64:], parts, 64, zero)
+    _C.pack_codes(w.planes[0][:, :64], parts, 0, zero)
+    assert torch.equal(parts, expected)
+    rows = ints(0, 63, 64, 127, 5)
+    assert torch.equal(_C.packed_code_rows(expected[1:], rows, zero), w.planes[0][1][rows.long()])
+
+
+@pytest.mark.parametrize("fmt", BITS)
+def test_weights_are_dequantised_exactly(fmt: str, isa: str) -> None:
+    """Rows with a single 1 read the weights back, alone and in tiles."""
+    w = random_codes(fmt, (1, 64, 64), *((16, 32) if fmt.endswith("_k") else (16,)))
+    expected = dequantised(w)[0].T
+    if fmt == "int4_zero" and isa == "portable":  # S · value has more bits than fp32 there
+        w = w._replace(planes=(w.planes[0], w.planes[1].half().float(), w.planes[2]))
+        expected = dequantised(w)[0].T
+    eye = torch.eye(64)
+    for same in (w, packed(w)):
+        for m in (1, 6, 64):
+            assert torch.equal(torch.cat([product(part, same) for part in eye.split(m)]), expected)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("fmt", BITS)
+@pytest.mark.parametrize("k", [512, 1280])
+def test_products(k: int, fmt: str, dtype: torch.dtype, isa: str) -> None:
+    w = random_codes(fmt, (3, 64, k), *group_of(fmt))
+    x, offsets = randn(20, k, seed=3, dtype=dtype), ints(0, 1, 1, 20)
+    weights = dequantised(w).double()
+    expected = torch.cat([x[:1].double() @ weights[0].T, x[1:].double() @ weights[2].T])
+    got = product(x, w, offsets)
+    assert_near(got, expected)
+    assert torch.equal(product(x, packed(w), offsets), got)
+    for m in range(1, 14):  # alone or in any company, a row has the same bits
+        assert torch.equal(product(x[1 : 1 + m], packed(w), ints(0, 0, 0, m)), got[1 : 1 + m])
+
+
+@pytest.mark.parametrize(
+    ("fmt", "n", "k", "group", "above"),
+    [
+        ("int4", 70, 36, 12, 0), ("int4_zero", 1, 100, 100, 0), ("int5_min", 65, 33, 1, 0), ("int6_k", 7, 40, 5, 20),
+        ("int4_k", 64, 96, 48, 96), ("int4", 64, 192, 64, 0), ("int4_zero", 64, 384, 384, 0), ("int5", 64, 288, 96, 0),
+    ],
+)  # fmt: skip
+def test_odd_sizes(fmt: str, n: int, k: int, group: int, above: int, isa: str) -> None:
+    w = random_codes(fmt, (2, n, k), group, above)
+    x, offsets = randn(9, k, seed=3), ints(0, 2, 9)
+    expected = torch.cat([x[:2].double() @ dequantised(w)[0].double().T, x[2:].double() @ dequantised(w)[1].double().T])
+    got = product(x, w, offsets)
+    assert_near(got, expected)
+    if n % 64 == 0:
+        assert torch.equal(product(x, packed(w), offsets), got)
+
+
+def test_int8_takes_scales_of_16_bits(isa: str) -> None:
+    values = torch.randint(-128, 128, (1, 128, 256), generator=torch.Generator().manual_seed(1)).to(torch.int8)
+    x = randn(7, 256, seed=2)
+    for groups in (1, 8):
+        scales = (0.01 * randn(1, groups, 128, seed=3)).half()
+        half, full = (Codes("int8", "rows", (1, 128, 256), (values, s)) for s in (scales, scales.float()))
+        assert torch.equal(product(x, half), product(x, full))
+
+
+def refused(message: str, w: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        product(torch.ones(1, w.shape[2]), w)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    w = random_codes("int4_k", (1, 64, 512), 32, 256)
+    whole, (values, scales, subscales, minima, subminima) = packed(w), w.planes
+    refused("has 4 planes, expected 5 of format int4_k", w._replace(planes=w.planes[:4]))
+    refused(
+        r"expected those of pack_codes .* of 4 bits",
+        whole._replace(planes=(whole.planes[0][:, :, 1:], *whole.planes[1:])),
+    )
+    refused("dtype Char", whole._replace(planes=(values, *whole.planes[1:])))
+    refused(
+        r"subscales of weight .* dtype Float, expected \(E, groups, N\) of Byte",
+        w._replace(planes=(values, scales, subscales.float(), minima, subminima)),
+    )
+    refused(
+        "2 groups of scales, 16 of subscales, 1 of minima",
+        w._replace(planes=(values, scales, subscales, minima[:, :1], subminima)),
+    )
+    refused(r"expected \(E, N / 64, groups, 64\)", whole._replace(planes=(whole.planes[0], *w.planes[1:])))
+    fine = packed(random_codes("int4", (1, 64, 64), 16))
+    eight = torch.zeros(1, 1, 8, 64, dtype=FP16)
+    refused("groups of 8 columns, expected a multiple of 16", fine._replace(planes=(fine.planes[0], eight)))
+    with pytest.raises(ValueError, match="zero_point=3, expected 0 or 8"):
+        _C.packed_code_rows(fine.planes[0], ints(0), 3)
+    with pytest.raises(ValueError, match=r"row 64 is not in 0\.\.63"):
+        _C.packed_code_rows(fine.planes[0], ints(64), 8)
