@@ -4,6 +4,8 @@
 
 #include "isa_checks.h"
 
+#include "isa_codes.h"
+
 namespace grok::cpu::checks {
 namespace {
 
@@ -52,10 +54,8 @@ struct Matrices {
     weights.row_stride = stride;
     weights.expert_stride = n * stride;
     weights.data = values.data();
-    if (size_of(type) == 1) {
-      weights.scale = scale.data();
-      weights.groups = groups;
-    }
+    weights.groups = groups;
+    if (size_of(type) == 1) weights.scales = Plane::by_groups(scale.data(), ScaleType::f32, groups, n);
     if (layout == Layout::rows) return;
     PackWeight p{};
     p.w = values.data();
@@ -488,7 +488,7 @@ void sampling(Judge& judge) {
 int main() {
   using namespace grok::cpu::checks;
   Judge judge;
-  for (auto* op : {products, expert_layers, attention, norms, quantisation, rotation, routing, sampling}) op(judge);
+  for (auto* op : {products, products_of_codes, expert_layers, attention, norms, quantisation, rotation, routing, sampling}) op(judge);
   judge.report();
   return judge.failures ? 1 : 0;
 }
