@@ -53,29 +53,35 @@ static_assert(sizeof(Stage) <= kStageBytes);
 // Columns of a segment.
 int64_t segment_of(const Weights& w) { return w.subscales.data ? kScaleGroup : std::min(w.group(), kScaleGroup); }
 
-GROK_INLINE int32_t two_halves(float low, float high) {
-  return (static_cast<int32_t>(low) & 0xffff) | static_cast<int32_t>(high) << 16;
+// The 64 bytes of a group in a plane of u8 or i8; zeros past output n, by way of `room`.
+const void* bytes_of(const BlockProduct& b, const Plane& plane, int64_t group, uint8_t* room) {
+  const uint8_t* from = static_cast<const uint8_t*>(plane.data) + b.expert * plane.expert_stride +
+                        b.output / kPanel * plane.panel_stride + group * plane.group_stride;
+  const int64_t outputs = std::min(kPanel, b.weights->n - b.output);
+  if (outputs == kPanel) return from;
+  std::memset(room, 0, kPanel);
+  return std::memcpy(room, from, outputs);
 }
 
-// Of two levels.
+// T: the subscales' type, whose sign that of subminima shares.
+template <class T>
 GROK_AVX2 void load_groups(const BlockProduct& b, int64_t column, Segment& to, Groups& groups) {
   const Weights& w = *b.weights;
-  const int64_t group = w.group(), count = kScaleGroup / group, super = column / (w.k / w.scales.groups);
+  const int64_t count = kScaleGroup / w.group(), super = column / (w.k / w.scales.groups), first = column / w.group();
   plane_values(w, w.scales, b.expert, b.output, super, b.x->isa, to.s);
   if (w.minima.data) plane_values(w, w.minima, b.expert, b.output, super, b.x->isa, to.m);
   const Plane& minima = w.minima.data ? w.subminima : w.subscales;
-  const float times = w.minima.data ? 1.0f : static_cast<float>(w.zero_point);
+  const int32_t times = w.minima.data ? 1 : w.zero_point;
+  uint8_t room[2][kPanel];
+  const auto halves = [](int32_t low, int32_t high) { return (low & 0xffff) | static_cast<int32_t>(static_cast<uint32_t>(high) << 16); };
+  for (int64_t g = 0; g < count; ++g) {
+    const T* from = static_cast<const T*>(bytes_of(b, w.subscales, first + g, room[0]));
+    for (int64_t n = 0; n < kPanel; ++n) groups.subscale[g][n] = halves(from[n], from[n]);
+  }
   for (int64_t g = 0; g < count; g += 2) {
-    float low[kPanel], high[kPanel];
-    plane_values(w, w.subscales, b.expert, b.output, column / group + g, b.x->isa, low);
-    plane_values(w, w.subscales, b.expert, b.output, column / group + g + 1, b.x->isa, high);
-    for (int64_t n = 0; n < kPanel; ++n) {
-      groups.subscale[g][n] = two_halves(low[n], low[n]);
-      groups.subscale[g + 1][n] = two_halves(high[n], high[n]);
-    }
-    plane_values(w, minima, b.expert, b.output, column / group + g, b.x->isa, low);
-    plane_values(w, minima, b.expert, b.output, column / group + g + 1, b.x->isa, high);
-    for (int64_t n = 0; n < kPanel; ++n) groups.subminimum[g / 2][n] = two_halves(low[n] * times, high[n] * times);
+    const T* low = static_cast<const T*>(bytes_of(b, minima, first + g, room[0]));
+    const T* high = static_cast<const T*>(bytes_of(b, minima, first + g + 1, room[1]));
+    for (int64_t n = 0; n < kPanel; ++n) groups.subminimum[g / 2][n] = halves(low[n] * times, high[n] * times);
   }
 }
 
@@ -235,7 +241,8 @@ void codes_block_avx2(const BlockProduct& b) {
   for (int64_t k = 0; k < b.columns; k += segment) {
     Segment& to = stage.segments[k / segment];
     if (w.subscales.data) {
-      load_groups(b, b.column + k, to, stage.groups[k / kScaleGroup]);
+      const auto load = w.subscales.type == ScaleType::i8 ? load_groups<int8_t> : load_groups<uint8_t>;
+      load(b, b.column + k, to, stage.groups[k / kScaleGroup]);
     } else {
       group_scales(w, b.expert, b.output, (b.column + k) / w.group(), b.x->isa, to.s, to.m);
     }
