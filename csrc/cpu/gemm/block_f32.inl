@@ -161,7 +161,7 @@ GROK_F32 void fused_tile(const BlockProduct& b, const float* scales, int group_s
       }
 #pragma GCC unroll 4
       for (int unit = 0; unit < kUnits; ++unit) {
-        if (unit % 2 == 0) s = scales + (k + unit * kUnit >> group_shift) * 2 * kPanel + from;
+        if (unit % 2 == 0) s = scales + ((k + unit * kUnit) >> group_shift) * 2 * kPanel + from;
         const float* row = x + (k + unit * kUnit) * kRows;
         const auto at = [&](int j) GROK_F32 { return Unit<kBits>(w + (j < kWide ? j : 0) * 4 * kWidth, unit); };
         const Unit<kBits> u[] = {at(0), at(1), at(2), at(3)};
