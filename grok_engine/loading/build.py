@@ -23,7 +23,7 @@ from grok_kernels.dtypes import dtype_of
 
 from .fill import Progress, fill, source_of
 from .random import random_checkpoint
-from .slots import slots
+from .slots import served, slots
 
 # From a configuration, and what loading takes in memory for each format of weights, to a configuration that fits.
 Fit = Callable[[EngineConfig, Callable[[WeightFormat | None], tuple[int, int] | None]], EngineConfig]
@@ -78,9 +78,11 @@ def _loading_bytes(
     return sum(slot.nbytes(device) for slot in found), max(pieces) + SLACK
 
 
-def check_checkpoint(config: ModelConfig, checkpoint: Checkpoint) -> None:
-    """Raise as `slots` does for a checkpoint that does not hold the model of `config`."""
-    slots(Decoder(config, torch.float32, max_positions=1), checkpoint)
+def memory_bits(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, float]:
+    """Bits that a weight of each tensor takes on a CPU, its share of scales included, with the default options. Raises
+    as `slots` does for a checkpoint that does not hold the model of `config`."""
+    found = slots(Decoder(config, torch.bfloat16, max_positions=1), served(checkpoint, None, "cpu"))
+    return {info.name: 8 * slot.nbytes("cpu") / prod(slot.module.shape) for slot in found for info in slot.sources}
 
 
 def build_tokenizer(folder: Path | None, config: EngineConfig) -> tuple[Tokenizer | None, EngineConfig]:

@@ -71,7 +71,7 @@ def convert(
         stored = decoder_of(config, checkpoint)
         slots(stored, checkpoint)
         checkpoint = UnfusedCheckpoint(checkpoint, stored)
-    checkpoint = served(checkpoint, weights, "cpu") if format == "packed" else WidenedCheckpoint(checkpoint)
+    checkpoint = served(checkpoint, weights, "cpu") if format == "packed" else _written(checkpoint)
     found = slots(decoder, checkpoint, weights)
     if format == "gguf":
         if out.suffix != ".gguf":
@@ -90,6 +90,11 @@ def convert(
         small = {**companions, "config.json": (json.dumps(config.to_dict(), indent=1) + "\n").encode()}
     write_new(out, files, small, progress)
     return out
+
+
+def _written(checkpoint: Checkpoint) -> Checkpoint:
+    """In the formats that files of other tools are written in."""
+    return WidenedCheckpoint(checkpoint, lambda info: info.format == "int4")
 
 
 def decoder_of(config: ModelConfig, checkpoint: PackedCheckpoint) -> Decoder:

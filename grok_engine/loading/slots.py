@@ -54,7 +54,8 @@ def served(checkpoint: Checkpoint, weights: WeightFormat | None, device: str) ->
     this type does not multiply by, in 8 bits or floats."""
 
     def keep(info: TensorInfo) -> bool:
-        return weights is None and takes_format(info.format, device, info.scales == "fp16")
+        wanted = weights is None or info.format == ROUNDED.get(weights, ("",))[0]
+        return wanted and takes_format(info.format, device, info.scales == "fp16")
 
     if all(map(keep, checkpoint.tensors.values())):
         return checkpoint

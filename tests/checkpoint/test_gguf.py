@@ -109,7 +109,6 @@ def test_q8_0_keeps_values_and_scales(tmp_path: Path) -> None:
             weight.with_layout("rows").values[0].view(torch.uint8), torch.tensor(blocks[..., 2:]).flatten(1)
         )
         scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
-        scales = scales if weights is None else scales.astype(np.float32)
         assert torch.equal(weight.scales[0].T, torch.tensor(scales))
 
 
@@ -269,7 +268,8 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert sum(report.bytes_by_kind.values()) == sum(report.bytes_by_dtype.values()) == stored
         found = {tensor.name: tensor for tensor in report.tensors}
         down, gate = found["layers.1.moe.down"], found["layers.0.moe.gate"]
-        assert (down.dtype, down.shape, down.groups) == ("Q5_1", (models.EXPERTS, models.D, models.F), "")
+        assert (down.dtype, down.shape, down.groups) == ("Q5_1", (models.EXPERTS, models.D, models.F), "16 × 32")
+        assert (down.memory_bits, gate.memory_bits) == (6, 32)
         assert (gate.dtype, gate.groups, gate.scale_layout) == (
             "Q8_0",
             "8 × 32",

@@ -31,6 +31,7 @@ from grok_engine.loading.fill import fill
 from grok_engine.loading.resolve import read_config
 from grok_engine.models.decoder import Decoder
 from grok_engine.models.families import preset
+from tests.held import formats
 from tests.held import held as meaning
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
@@ -333,13 +334,17 @@ def test_the_checkpoint_has_what_the_model_does_not_want() -> None:
 
 
 @pytest.mark.parametrize("odd", ["layers.1.attn.k", "layers.0.moe.up"])
-def test_fused_parts_of_two_types_become_fp32(odd: str, tmp_path: Path) -> None:
-    """Which loses nothing of either."""
+def test_fused_parts_of_two_types_are_divided_or_become_fp32(odd: str, tmp_path: Path) -> None:
+    """Which loses nothing of either: linear layers are divided, `moe` takes one weight."""
     wanted = write_random(tmp_path, lambda spec, x: (x, None) if spec.name == odd else as_int8(spec, x))
     model = LLM(tmp_path, dtype="float32").model
     assert_holds(model, wanted)
-    fused = {"layers.1.attn.k": model.layers[1].attn.qkv, "layers.0.moe.up": model.layers[0].feed_forward.w13}
-    assert fused[odd].weight.dtype == torch.float32
+    found = {path.removeprefix("layers."): format for path, format in formats(model).items() if "layers" in path}
+    if odd == "layers.1.attn.k":
+        assert [found[f"1.attn.qkv.{i}"] for i in range(3)] == ["int8", "fp32", "int8"]
+    else:
+        assert found["0.feed_forward.w13"] == "fp32"
+        assert found["0.feed_forward.w2"] == "int8"
     assert model.layers[1].attn.o.weight.dtype == torch.int8
 
 
