@@ -14,6 +14,7 @@ import grok_kernels
 from grok_engine.checkpoint.base import Checkpoint, TensorInfo, total_bytes
 from grok_engine.checkpoint.packed import PackedCheckpoint
 from grok_engine.checkpoint.rows import chunks, dequantized, expanded, read_spans, rounded, row_step
+from grok_engine.checkpoint.widened import widened, widened_planes
 from grok_engine.config import WeightFormat
 from grok_engine.layers.linear import Linear
 from grok_engine.layers.weight import FusedWeight, NamedTensor
@@ -140,6 +141,8 @@ def _converted(spec: Spec, info: TensorInfo, planes: tuple[Tensor, ...]) -> Iter
         wide = (plane.t().repeat_interleave(g // plane.shape[1], 0) for plane, g in zip(scales, groups, strict=True))
         yield 0, dict(zip(names, (planes[0], *wide), strict=True))
         return
+    if FORMATS[info.format].in_bit_planes:
+        info, planes = widened(info), widened_planes(info, planes)
     for at, values_NK, blocks in chunks(info, planes):
         x_NK = dequantized(values_NK, blocks, info.block)
         if len(names) == 1:
