@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import math
 import os
 import resource
 import sys
@@ -140,6 +141,11 @@ def _print_stats(llm: LLM, prompt_tokens: int, load_s: float, times: list[float]
     table.add_row("time to first token", f"{first * 1e3:.1f} ms")
     rate = f"{decoded / decode_s:.1f} tokens/s" if decoded else "no token after the first"
     table.add_row("decode", f"{decoded + 1} tokens, {rate}")
+    modules = (getattr(module, "weight", None) for module in llm.model.modules())
+    weights = [weight for weight in modules if isinstance(weight, grok_kernels.Weight)]
+    count, nbytes = sum(math.prod(w.shape) for w in weights), sum(w.nbytes for w in weights)
+    formats = ", ".join(dict.fromkeys(weight.format for weight in weights))
+    table.add_row("weights", f"{nbytes / 1e6:,.0f} MB, {8 * nbytes / count:.2f} bits each ({formats})")
     table.add_row("peak memory", f"{_peak_bytes(llm) / 1e6:,.0f} MB")
     served = {op: "+".join(backends) for op, backends in grok_kernels.chosen().items()}
     for backend in dict.fromkeys(served.values()):

@@ -262,7 +262,7 @@ def check_keys(values: Mapping[str, Any], known: set[str], required: set[str], w
 
 
 DType = Literal["bfloat16", "float32"]
-WeightFormat = Literal["int8", "int8_g128", "fp8", "bf16", "fp32"]
+WeightFormat = Literal["int8", "int8_g128", "int4", "int4_g128", "fp8", "bf16", "fp32"]
 ActFormat = Literal["none", "fp8", "int8"]
 KVDType = Literal["bfloat16", "float32", "fp8_e4m3"]
 GenerationConfig = Literal["auto", "vllm"]

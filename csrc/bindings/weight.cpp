@@ -156,7 +156,7 @@ KernelWeight kernel_weight(const char* op, const char* name, const WeightArg& ar
     result.own.push_back(place_plane(op, name, of, arg.planes[i], packed_codes, w));
     if (of.plane == kScales.plane || of.plane == kSubscales.plane) w.groups = (w.*of.plane).groups;
   }
-  check_groups(op, name, w);
+  if (arg.planes.size() > 1) check_groups(op, name, w);
   return result;
 }
 

@@ -62,9 +62,10 @@ class TensorInfo:
     """One tensor, as it is stored.
 
     shape: (…, N, K), outputs before inputs and experts in front, in whichever order the file has them.
-    format: of the values, as `grok_kernels.weights.FORMATS` names them.
+    format: as `grok_kernels.formats.FORMATS` names them.
     block: the rows along N and columns along K that share one scale; the last ones may be fewer. (1, K) is a scale per
     output channel, (N, K) one per tensor. None: no scales.
+    sub: columns along K that share a subscale, 0 for formats without. scales: the dtype that scales and minima need.
     layout: "rows", or "panels" for values that lie as the CPU kernels want them in memory.
     nbytes: stored, headers included.
     stored: the file's own name of the values' format where it is not `format`, to which `read` converts exactly.
@@ -74,6 +75,8 @@ class TensorInfo:
     shape: tuple[int, ...]
     format: str
     block: tuple[int, int] | None = None
+    sub: int = 0
+    scales: Literal["fp32", "fp16"] = "fp32"
     layout: Literal["rows", "panels"] = "rows"
     nbytes: int
     stored: str = ""
@@ -90,7 +93,8 @@ class Checkpoint(Protocol):
     def tensors(self) -> Mapping[str, TensorInfo]: ...
 
     def read(self, name: str, *, expert: int | None = None, rows: slice | None = None) -> tuple[Tensor, ...]:
-        """The planes of a tensor: values (…, N, K), scales (…, ⌈N/block[0]⌉, ⌈K/block[1]⌉), then others of the format.
+        """The planes of a tensor in the format's order: values (…, N, K), scales (…, ⌈N/block[0]⌉, ⌈K/block[1]⌉), and
+        others, minima as scales and the second level's (…, N, K/sub).
 
         expert: only this one of a tensor with experts, without that axis. rows: only these outputs, start and stop at
         multiples of block[0], or stop at N. Views where the format allows it, so that the rest is not read. Views keep

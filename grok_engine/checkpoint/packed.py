@@ -3,15 +3,16 @@
 The file is a safetensors file, which other tools can read. The data begins at a multiple of 4096. Each tensor begins at
 a multiple of 64 while the sizes before it are multiples of 64, as those of all large tensors are.
 
-A module's values are `<module>.weight`, its scales, (E, groups, N), `<module>.scale`. The header's metadata names the
-format, and gives the (E, N, K) of the values that lie in panels.
+A module's weight is its planes, `<module>.values`, `<module>.scales` and so on (`grok_kernels.formats`); a norm's or
+the router's is `<module>.weight`. The header's metadata names the file's format, and gives format, layout and (E, N, K)
+of each weight.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -22,19 +23,24 @@ import torch
 from torch import Tensor
 
 from grok_engine.config import is_int
-from grok_kernels.dtypes import DTYPES
+from grok_kernels import Layout, Weight
+from grok_kernels.dtypes import NAMES, dtype_name
+from grok_kernels.formats import FORMATS
 
 from .base import CheckpointError, TensorInfo, take
 from .safetensors import SafetensorsFile, StoredTensor
 from .strict_json import parse_object
 
 FILE = "weights.safetensors"
-FORMAT = "grok-engine 2"
+FORMAT = "grok-engine 3"
 PAGE, ALIGN = 4096, 64
 CHUNK = 32 << 20  # bytes that one thread reads at once
 THREADS = 8
-CODES = {"int8": "I8", "fp8_e4m3": "F8_E4M3", "bf16": "BF16", "fp32": "F32"}  # safetensors' names of our formats
-_FORMATS = {code: name for name, code in CODES.items()}
+CODES = {  # safetensors' names of the planes' dtypes
+    torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.float32: "F32",
+}  # fmt: skip
+_DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +48,22 @@ class Plane:
     """One tensor of the file. start: its first byte, counted from where the data begins."""
 
     name: str
-    format: str
+    dtype: torch.dtype
     shape: tuple[int, ...]
     start: int = 0
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * DTYPES[self.format].itemsize
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What the header says of a weight beside its planes. shape: (E, N, K)."""
+
+    format: str
+    layout: Layout
+    shape: tuple[int, int, int]
 
 
 def is_packed_folder(folder: str | Path) -> bool:
@@ -59,22 +74,23 @@ def is_packed_folder(folder: str | Path) -> bool:
 def arrange(planes: Iterable[Plane]) -> list[Plane]:
     """The planes without gaps, first those whose size keeps the next one aligned."""
     # Sizes that are multiples of ALIGN first, then the wider numbers.
-    placed = sorted(planes, key=lambda plane: (plane.nbytes % ALIGN > 0) / DTYPES[plane.format].itemsize)
+    placed = sorted(planes, key=lambda plane: (plane.nbytes % ALIGN > 0) / plane.dtype.itemsize)
     starts = accumulate((plane.nbytes for plane in placed), initial=0)
     return [replace(plane, start=start) for plane, start in zip(placed, starts, strict=False)]
 
 
-def header(planes: Iterable[Plane], panels: Mapping[str, Sequence[int]], model: str) -> bytes:
-    """The bytes of the file before its data. panels: (E, N, K) of the modules whose values lie in panels."""
+def header(planes: Iterable[Plane], weights: Mapping[str, Stored], model: str) -> bytes:
+    """The bytes of the file before its data. weights: by module."""
     places = {
         plane.name: {
-            "dtype": CODES[plane.format],
+            "dtype": CODES[plane.dtype],
             "shape": list(plane.shape),
             "data_offsets": [plane.start, plane.start + plane.nbytes],
         }
         for plane in planes
     }
-    metadata = {"format": FORMAT, "model": model, "panels": json.dumps(panels)}
+    said = {module: [stored.format, stored.layout, *stored.shape] for module, stored in weights.items()}
+    metadata = {"format": FORMAT, "model": model, "weights": json.dumps(said)}
     text = json.dumps({"__metadata__": metadata, **places}).encode()
     text += b" " * (-(len(text) + 8) % PAGE)
     return len(text).to_bytes(8, "little") + text
@@ -103,19 +119,28 @@ class PackedCheckpoint:
         planes = {name: _plane(self.path, tensor) for name, tensor in self._file.tensors.items()}
         self.total_bytes = sum(plane.nbytes for plane in planes.values())
         self._planes = planes
-        self.tensors = _modules(self.path, planes, _panels(self.path, metadata))
+        self.weights = _weights(self.path, metadata)
+        self.tensors = _modules(self.path, planes, self.weights)
         self._data: Tensor | None = None
 
     def read(self, name: str, *, expert: int | None = None, rows: slice | None = None) -> tuple[Tensor, ...]:
-        """As `Checkpoint.read`: views of what `read_all` read, or else of the mapped file."""
+        """As `Checkpoint.read`: views of what `read_all` read, or else of the mapped file; values of fewer than 8 bits
+        in panels are copied to rows. `weight` gives them as they lie."""
         if name not in self.tensors:
             raise CheckpointError(f"{self.path}: expected the name of a module, found {name!r}")
-        if self._data is None:
-            self._data = self._map()
-        values = self._view(f"{name}.weight")
-        if self.tensors[name].block is None:
-            return take(self.tensors[name], (values,), expert, rows)
-        return take(self.tensors[name], (values, self._view(f"{name}.scale").mT), expert, rows)
+        if name not in self.weights:
+            return (self._view(f"{name}.weight"),)
+        weight = self.weight(name)
+        if weight.layout == "panels" and FORMATS[weight.format].in_bit_planes:
+            weight = weight.with_layout("rows")
+        planes = weight.values, *(plane.mT for plane in weight.planes[1:])
+        return take(self.tensors[name], planes, expert, rows)
+
+    def weight(self, name: str) -> Weight:
+        """A module's weight, as it lies."""
+        stored = self.weights[name]
+        planes = tuple(self._view(f"{name}.{plane}") for plane in FORMATS[stored.format].planes)
+        return Weight(stored.format, stored.layout, stored.shape, planes)
 
     def read_all(self, room: Tensor, progress: Callable[[int, int], None] | None = None) -> None:
         """Read all of the data into `room`, uint8 of `total_bytes`, by several threads; `read` then gives views of it.
@@ -147,58 +172,67 @@ class PackedCheckpoint:
         return torch.frombuffer(memoryview(self._file.map())[self._file.start :], dtype=torch.uint8)
 
     def _view(self, name: str) -> Tensor:
-        assert self._data is not None
+        if self._data is None:
+            self._data = self._map()
         plane = self._planes[name]
-        return self._data[plane.start : plane.start + plane.nbytes].view(DTYPES[plane.format]).view(plane.shape)
+        return self._data[plane.start : plane.start + plane.nbytes].view(plane.dtype).view(plane.shape)
 
 
-def _modules(path: Path, planes: Mapping[str, Plane], panels: Mapping[str, Sequence[int]]) -> dict[str, TensorInfo]:
+def _modules(path: Path, planes: Mapping[str, Plane], weights: Mapping[str, Stored]) -> dict[str, TensorInfo]:
     """The planes by module. A plane that belongs to none keeps its own name, under which no module will look."""
-    infos = {}
+    infos = {module: _weight_info(path, module, stored, planes) for module, stored in weights.items()}
+    known = {f"{module}.{name}" for module, stored in weights.items() for name in FORMATS[stored.format].planes}
     for name, plane in planes.items():
-        module, _, kind = name.rpartition(".")
-        if kind == "scale" and f"{module}.weight" in planes:
-            continue
-        module = module if kind == "weight" else name
-        shape = tuple(panels.get(module, plane.shape))
-        scale = planes.get(f"{module}.scale")
-        if prod(shape) != prod(plane.shape):
-            raise CheckpointError(f"{path}: expected {name} {list(plane.shape)} to hold the values of {list(shape)}")
-        infos[module] = TensorInfo(
-            name=module,
-            shape=shape,
-            format=plane.format,
-            block=None if scale is None else (1, _columns(path, scale, shape)),
-            layout="panels" if module in panels else "rows",
-            nbytes=plane.nbytes + (0 if scale is None else scale.nbytes),
-        )
+        if name not in known:
+            module, _, kind = name.rpartition(".")
+            module = module if kind == "weight" else name
+            if module in infos:
+                raise CheckpointError(f"{path}: expected either {name} or the planes of {module}, found both")
+            named = NAMES.get(plane.dtype, dtype_name(plane.dtype))
+            infos[module] = TensorInfo(name=module, shape=plane.shape, format=named, nbytes=plane.nbytes)
     return infos
 
 
-def _columns(path: Path, scale: Plane, shape: tuple[int, ...]) -> int:
-    """Columns along K that share a scale, of values (E, N, K)."""
-    groups = scale.shape[1] if len(scale.shape) == len(shape) == 3 else 0
-    if groups < 1 or scale.format != "fp32" or scale.shape != (shape[0], groups, shape[1]) or shape[2] % groups:
-        raise CheckpointError(
-            f"{path}: {scale.name} is {scale.format} {scale.shape}, expected fp32 (E, groups, N) for values (E, N, K) "
-            f"of {shape}, with groups that divide K"
-        )
-    return shape[2] // groups
+def _weight_info(path: Path, module: str, stored: Stored, planes: Mapping[str, Plane]) -> TensorInfo:
+    names = FORMATS[stored.format].planes
+    if missing := [f"{module}.{name}" for name in names if f"{module}.{name}" not in planes]:
+        raise CheckpointError(f"{path}: missing {', '.join(missing)} of format {stored.format}")
+    own = {name: planes[f"{module}.{name}"] for name in names}
+    try:  # shapes and dtypes by the check of weights, on tensors without memory
+        empty = {name: torch.empty(plane.shape, dtype=plane.dtype, device="meta") for name, plane in own.items()}
+        weight = Weight.of(**empty, layout=stored.layout, format=stored.format)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {module}: {error}") from None
+    if weight.shape != stored.shape:
+        raise CheckpointError(f"{path}: expected {module} to be {list(stored.shape)}, found {list(weight.shape)}")
+    spec, k = weight.spec, stored.shape[2]
+    return TensorInfo(
+        name=module,
+        shape=stored.shape,
+        format=stored.format,
+        block=(1, k // spec.groups) if spec.groups else None,
+        sub=k // spec.subgroups if spec.subgroups else 0,
+        scales="fp16" if spec.groups and spec.scales == torch.float16 else "fp32",
+        layout=stored.layout,
+        nbytes=sum(plane.nbytes for plane in own.values()),
+    )
 
 
 def _plane(path: Path, tensor: StoredTensor) -> Plane:
-    if tensor.code not in _FORMATS:
-        raise CheckpointError(f"{path}: {tensor.name} is {tensor.code}, expected one of {', '.join(_FORMATS)}")
-    plane = Plane(tensor.name, _FORMATS[tensor.code], tensor.shape, tensor.start)
-    if plane.start % DTYPES[plane.format].itemsize:
-        raise CheckpointError(f"{path}: {plane.name} of {plane.format} begins at byte {plane.start}: not aligned")
+    if tensor.code not in _DTYPES:
+        raise CheckpointError(f"{path}: {tensor.name} is {tensor.code}, expected one of {', '.join(_DTYPES)}")
+    plane = Plane(tensor.name, _DTYPES[tensor.code], tensor.shape, tensor.start)
+    if plane.start % plane.dtype.itemsize:
+        raise CheckpointError(f"{path}: {plane.name} of {tensor.code} begins at byte {plane.start}: not aligned")
     return plane
 
 
-def _panels(path: Path, metadata: Mapping[str, str]) -> dict[str, list[int]]:
-    """(E, N, K) of the modules whose values lie in panels."""
-    panels = parse_object(metadata.get("panels", "{}").encode(), f"{path}: panels")
-    for module, shape in panels.items():
-        if not isinstance(shape, list) or len(shape) not in (2, 3) or not all(is_int(n) and n > 0 for n in shape):
-            raise CheckpointError(f"{path}: panels of {module} are {shape!r}, expected its (E, N, K)")
-    return panels
+def _weights(path: Path, metadata: Mapping[str, str]) -> dict[str, Stored]:
+    """What the header says of the weights, by module."""
+    found: dict[str, Stored] = {}
+    for module, said in parse_object(metadata.get("weights", "{}").encode(), f"{path}: weights").items():
+        fits = isinstance(said, list) and len(said) == 5 and said[0] in FORMATS and said[1] in ("rows", "panels")
+        if not fits or not all(is_int(n) and n > 0 for n in said[2:]):
+            raise CheckpointError(f"{path}: weight {module} is {said!r}, expected its format, layout, E, N and K")
+        found[module] = Stored(said[0], said[1], (said[2], said[3], said[4]))
+    return found

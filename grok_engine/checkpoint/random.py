@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from grok_kernels.dtypes import DTYPES
+from grok_kernels.formats import FORMATS
 
 from .base import CheckpointError, TensorInfo, take
 
 PERIOD = 4_194_301  # numbers that are drawn, then repeated; a prime, so that no two rows of a matrix are equal
-SPREAD = 100.0  # approximate standard deviation of 8-bit values
-LIMITS = {"int8": 127.0, "fp8_e4m3": 448.0}
+LIMITS = {"int8": 127.0, "fp8_e4m3": 448.0, "int4": 7.0}
+SPREADS = {"int8": 100.0, "fp8_e4m3": 100.0, "int4": 4.0}  # approximate standard deviations of quantised values
 
 
 class RandomCheckpoint:
@@ -49,14 +50,16 @@ class RandomCheckpoint:
         values = repeated(self._block(info.format, k), start, (*lead, stop - first, k))
         if info.block is None:
             return (values,)
-        scales = values.new_full((*lead, stop - first, k // info.block[1]), k**-0.5 / SPREAD, dtype=torch.float32)
+        dtype = torch.float16 if info.scales == "fp16" else torch.float32
+        shape = (*lead, stop - first, k // info.block[1])
+        scales = values.new_full(shape, k**-0.5 / SPREADS[info.format], dtype=dtype)
         return values, scales
 
     def _draw(self, fmt: str, k: int) -> Tensor:
         normal = torch.randn(PERIOD, generator=torch.Generator().manual_seed(self.seed))
         limit = LIMITS.get(fmt)
-        values = (normal * SPREAD).clamp_(-limit, limit) if limit else normal * k**-0.5
-        return values.to(DTYPES[fmt]).to(self.device)
+        values = (normal * SPREADS[fmt]).clamp_(-limit, limit) if limit else normal * k**-0.5
+        return values.to(FORMATS[fmt].dtype).to(self.device)
 
 
 def repeated(block: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:

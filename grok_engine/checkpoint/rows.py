@@ -8,16 +8,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from grok_kernels.dtypes import DTYPES, FP8_MAX, TINY
+from grok_kernels.formats import FORMATS, Spec
 
 from .base import Checkpoint, TensorInfo
 
 CHUNK = 4 << 20  # bytes in fp32
 LIMITS = {"int8": 127.0, "fp8_e4m3": FP8_MAX}  # the largest values of the formats that are rounded to
 # By `weights`: the format that is rounded to, and how many columns share a scale at most; 0 is all of them.
-ROUNDED: dict[str, tuple[str, int]] = {"int8": ("int8", 0), "int8_g128": ("int8", 128), "fp8": ("fp8_e4m3", 0)}
+ROUNDED: dict[str, tuple[str, int]] = {
+    "int8": ("int8", 0), "int8_g128": ("int8", 128), "fp8": ("fp8_e4m3", 0), "int4": ("int4", 32),
+    "int4_g128": ("int4", 128),
+}  # fmt: skip
 Block = tuple[int, int]
 
 
@@ -25,6 +30,13 @@ def scale_groups(weights: str, k: int) -> int:
     """The fewest equal groups of K columns with a scale each that `weights` allows."""
     columns = ROUNDED[weights][1]
     return next(n for n in range(-(-k // columns), k + 1) if k % n == 0) if columns else 1
+
+
+def rounded_spec(weights: str, k: int) -> Spec:
+    """What a weight with k columns is rounded to; 4 bits have scales of fp16."""
+    format = ROUNDED[weights][0]
+    scales = torch.float16 if FORMATS[format].in_bit_planes else torch.float32
+    return Spec(format, scale_groups(weights, k), 0, scales)
 
 
 def row_step(info: TensorInfo, unit: int = 1) -> int:
@@ -81,12 +93,44 @@ def expanded(scales: Tensor, block: Block, n: int) -> Tensor:
 
 
 def rounded(x_NK: Tensor, format: str, groups: int = 1) -> tuple[Tensor, Tensor]:
-    """x rounded to `format` by the largest value of each row and group of columns: q, and scales amax / limit
-    (N, groups) in fp32. Overwrites x."""
-    limit = LIMITS[format]
+    """x rounded to `format`: q, and scales (N, groups) by the largest value of each row and group of columns: amax /
+    limit in fp32 or, for int4, in fp16 and such that the sum of squared errors is small (`_int4`). Overwrites x."""
     x_NGK = x_NK.unflatten(1, (groups, -1))
+    if format == "int4":
+        return _int4(x_NGK)
+    limit = LIMITS[format]
     scale_NG = x_NGK.abs().amax(2).clamp_(min=TINY) / limit
     x_NGK.div_(scale_NG[:, :, None]).clamp_(-limit, limit)
     if format == "int8":
         x_NK.round_()
     return x_NK.to(DTYPES[format]), scale_NG
+
+
+STEPS = 16  # scales that are tried on either side of the largest value by −8, in steps of 1 / 40 of it
+
+
+def _int4(x_NGK: Tensor) -> tuple[Tensor, Tensor]:
+    """q in −8..7 and the fp16 scale, among those that put the group's largest value near −8 and their least-squares
+    fits, whose Σ (x − scale · q)² is least. Scales have the sign that puts it there, since −8 has no counterpart."""
+    at = x_NGK.abs().argmax(2, keepdim=True)
+    peak = x_NGK.gather(2, at) / -8
+    best = torch.zeros_like(peak)
+    least = torch.full_like(peak, torch.inf)
+    for step in range(-STEPS, STEPS + 1):
+        scale = _half(peak * (1 + step / 40))
+        q = _codes(x_NGK, scale)
+        fitted = _half((x_NGK * q).sum(2, keepdim=True) / (q * q).sum(2, keepdim=True).clamp_(min=1))
+        for tried in (scale, fitted):
+            error = (x_NGK - tried * _codes(x_NGK, tried)).square_().sum(2, keepdim=True)
+            better = error < least
+            best, least = torch.where(better, tried, best), torch.where(better, error, least)
+    return _codes(x_NGK, best).to(torch.int8).flatten(1), best.squeeze(2).half()
+
+
+def _half(scale: Tensor) -> Tensor:
+    """The nearest fp16 numbers, in fp32."""
+    return scale.clamp(-65504, 65504).half().float()
+
+
+def _codes(x: Tensor, scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, 0, x / scale).round_().clamp_(-8, 7)

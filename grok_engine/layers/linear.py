@@ -22,8 +22,12 @@ class Linear(FusedWeight):
         self, x_TK: Tensor, out_dtype: torch.dtype | None = None, quantized: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         """quantized: x in the format of `activations` with its scales, where the caller has it already."""
-        if self.activations == "none":
-            return grok_kernels.grouped_gemm(x_TK, self.weight, out_dtype=out_dtype)
-        quantize = grok_kernels.quantize_fp8 if self.activations == "fp8" else grok_kernels.quantize_int8
-        q_TK, x_scale = quantized or quantize(x_TK)
-        return grok_kernels.grouped_gemm(q_TK, self.weight, x_scale=x_scale, out_dtype=out_dtype or x_TK.dtype)
+        x_scale = None
+        if self.activations != "none":
+            quantize = grok_kernels.quantize_fp8 if self.activations == "fp8" else grok_kernels.quantize_int8
+            out_dtype = out_dtype or x_TK.dtype
+            x_TK, x_scale = quantized or quantize(x_TK)
+        products = [
+            grok_kernels.grouped_gemm(x_TK, weight, x_scale=x_scale, out_dtype=out_dtype) for weight in self.weights
+        ]
+        return products[0] if len(products) == 1 else torch.cat(products, 1)

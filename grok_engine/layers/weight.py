@@ -1,63 +1,43 @@
 """Weights as modules: empty when a model is built, filled by name from a checkpoint.
 
 Matrices lie in memory in the layout that the device's kernels read fastest (`grok_kernels.wants_packed`). `write` takes
-rows and `matrices`, `values` give them back, whatever the layout.
+rows and `matrices` gives them back, whatever the layout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import grok_kernels
-from grok_kernels.dtypes import NAMES
+from grok_kernels.formats import FORMAT_OF
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def packs(n: int, k: int, dtype: torch.dtype, device: torch.device | str, packed: bool | None) -> bool:
-    """Whether matrices (n, k) go into panels: with `packed` wherever they can, with None where the device's kernels are
-    faster for it."""
-    if packed is None:
-        return grok_kernels.wants_packed(n, k, grok_kernels.Spec(NAMES[dtype]), device)
-    return packed and grok_kernels.can_pack(n, k, dtype)
-
-
 class NamedTensor(nn.Module):
-    """One tensor of a checkpoint as it stands: a norm's weight, the router, the embedding."""
+    """One tensor of a checkpoint in fp32: a norm's weight, or the router's."""
 
     weight: Tensor
 
     def __init__(self, name: str, *shape: int) -> None:
         super().__init__()
         self.name, self.shape = name, shape
-        self.layout: grok_kernels.Layout = "rows"
         self.register_parameter("weight", None)
 
-    def layout_for(
-        self, dtype: torch.dtype, device: torch.device | str, packed: bool | None = None
-    ) -> grok_kernels.Layout:
-        """The layout of `weight` on this device. packed: as for `FusedWeight.layout_for`."""
-        return "rows"
+    def allocate(self, device: torch.device | str) -> None:
+        """Make room, uninitialised."""
+        self.hold(torch.empty(self.shape, dtype=torch.float32, device=device))
 
-    def shape_in(self, layout: grok_kernels.Layout, dtype: torch.dtype) -> tuple[int, ...]:
-        """The shape of `weight` in this layout."""
-        return self.shape
-
-    def allocate(self, dtype: torch.dtype, device: torch.device | str, packed: bool | None = None) -> None:
-        """Make room, uninitialised, in the layout of `layout_for`."""
-        layout = self.layout_for(dtype, device, packed)
-        self.hold(grok_kernels.weight_memory(self.shape_in(layout, dtype), dtype, device), layout)
-
-    def hold(self, weight: Tensor, layout: grok_kernels.Layout = "rows") -> None:
-        """Take this tensor, which has the shape of `shape_in`, as `weight`."""
-        self.layout = layout
+    def hold(self, weight: Tensor) -> None:
+        """Take this tensor, of the module's shape, as `weight`."""
         self.weight = _parameter(weight)
 
     def release(self) -> None:
@@ -67,10 +47,6 @@ class NamedTensor(nn.Module):
     def fill(self, source: Tensor, start: int = 0) -> None:
         """Copy the checkpoint's tensor into `weight`, or only its rows from `start` on."""
         self.weight[start : start + len(source)].copy_(source)
-
-    def values(self) -> Tensor:
-        """The tensor in its `shape`."""
-        return self.weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +61,11 @@ class Part:
 class FusedWeight(nn.Module):
     """E matrices (N, K) of one or more named matrices of a checkpoint, fused along N, as one `grok_kernels.Weight`.
 
-    The planes of `weight` are the module's parameters `values` and, for formats with scales, `scales`.
+    The planes of `weight` are the module's parameters, by their names. Matrices whose formats differ cannot be one
+    weight: `divide` then makes submodules "0", "1", … of neighbouring ones, which hold them instead.
     """
 
     weight: grok_kernels.Weight
-    values: Tensor
 
     def __init__(self, experts: int, k: int, parts: dict[str, int]) -> None:
         super().__init__()
@@ -100,29 +76,41 @@ class FusedWeight(nn.Module):
             n += rows
         self.experts, self.n, self.k = experts, n, k
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(E, N, K)."""
+        return self.experts, self.n, self.k
+
+    def divide(self, counts: Sequence[int]) -> None:
+        """Make a submodule for each run of so many parts, in their order; none for a single run."""
+        self._modules.clear()
+        parts = iter(self.parts)
+        for i, count in enumerate(counts if len(counts) > 1 else ()):
+            run = {part.name: part.stop - part.start for part in islice(parts, count)}
+            self.add_module(str(i), FusedWeight(self.experts, self.k, run))
+
+    @property
+    def weights(self) -> list[grok_kernels.Weight]:
+        """What the matrices are held in, by rows: one weight, or one of each submodule."""
+        runs: Any = self._modules.values()
+        return [run.weight for run in runs] if runs else [self.weight]
+
     def layout_for(
-        self, dtype: torch.dtype, device: torch.device | str, packed: bool | None = None
+        self, spec: grok_kernels.Spec, device: torch.device | str, packed: bool | None = None
     ) -> grok_kernels.Layout:
-        """The layout of the values: panels where possible with `packed`, or with None where the device's kernels are
+        """The layout of such a weight: panels where possible with `packed`, or with None where the device's kernels are
         faster for them; in either case only if each part can be packed by itself."""
-        packs_all = all(packs(part.stop - part.start, self.k, dtype, device, packed) for part in self.parts)
-        return "panels" if packs_all else "rows"
+        wants = grok_kernels.wants_packed
+        sizes = [part.stop - part.start for part in self.parts]
+        if packed is None:
+            packs = all(wants(n, self.k, spec, device) for n in sizes)
+        else:
+            packs = packed and all(spec.can_pack(n, self.k) for n in sizes)
+        return "panels" if packs else "rows"
 
-    def shape_in(self, layout: grok_kernels.Layout, dtype: torch.dtype) -> tuple[int, ...]:
-        """The shape of the values in this layout."""
-        return grok_kernels.values_shape(layout, self.experts, self.n, self.k, NAMES[dtype])
-
-    def allocate(self, dtype: torch.dtype, groups: int, device: torch.device | str, packed: bool | None = None) -> None:
-        """Make room, uninitialised, for values of `dtype` and so many groups of scales; 0 for formats without.
-
-        packed: as for `layout_for`.
-        """
-        layout = self.layout_for(dtype, device, packed)
-        values = grok_kernels.weight_memory(self.shape_in(layout, dtype), dtype, device)
-        scales = None
-        if groups:
-            scales = grok_kernels.weight_memory((self.experts, groups, self.n), torch.float32, device)
-        self.hold(grok_kernels.Weight.of(values, scales, layout))
+    def allocate(self, spec: grok_kernels.Spec, device: torch.device | str, packed: bool | None = None) -> None:
+        """Make room, uninitialised, for such a weight. packed: as for `layout_for`."""
+        self.hold(grok_kernels.Weight.empty(spec, self.layout_for(spec, device, packed), self.shape, device))
 
     def hold(self, weight: grok_kernels.Weight) -> None:
         """Take this weight, of shape (E, N, K)."""
@@ -141,17 +129,22 @@ class FusedWeight(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._parameters:
             planes: dict[str, Any] = dict(self._parameters)
-            self.hold(grok_kernels.Weight.of(**planes, layout=self.weight.layout))
+            by_dtype = self.weight.format in FORMAT_OF.values()
+            format = None if by_dtype else self.weight.format
+            self.hold(grok_kernels.Weight.of(**planes, layout=self.weight.layout, format=format))
         return self
 
-    def write(self, expert: int, start: int, rows_NK: Tensor) -> None:
-        """Rows of one expert's matrix, from `start` on."""
-        values = self.weight.values
-        if self.weight.layout == "panels":
-            grok_kernels.pack_into(rows_NK[None].to(values.dtype), values[expert : expert + 1], start)
-        else:
-            values[expert, start : start + rows_NK.shape[0]].copy_(rows_NK)
+    def write(self, expert: int, start: int, planes: Mapping[str, Tensor]) -> None:
+        """Rows of one expert's matrix, from `start` on, as `grok_kernels.Weight.write` takes them."""
+        self.weight.write(expert, start, planes)
 
     def matrices(self) -> Tensor:
         """The values (E, N, K)."""
         return self.weight.with_layout("rows").values
+
+
+def holders(model: nn.Module) -> Iterator[tuple[str, NamedTensor | FusedWeight]]:
+    """The modules that hold weights, with their paths: of a divided one its submodules."""
+    for path, module in model.named_modules():
+        if isinstance(module, NamedTensor) or (isinstance(module, FusedWeight) and not module._modules):
+            yield path, module

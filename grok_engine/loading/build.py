@@ -13,6 +13,7 @@ import grok_kernels
 from grok_engine.checkpoint.base import Checkpoint, CheckpointError
 from grok_engine.checkpoint.open import open_checkpoint
 from grok_engine.checkpoint.packed import PackedCheckpoint
+from grok_engine.checkpoint.rows import ROUNDED
 from grok_engine.config import ActFormat, ConfigError, EngineConfig, ModelConfig, WeightFormat
 from grok_engine.models.decoder import Decoder
 from grok_engine.tokenizer.base import PaddedTokenizer, Tokenizer
@@ -20,9 +21,9 @@ from grok_engine.tokenizer.chat_builtin import GROK_2_ENDS
 from grok_engine.tokenizer.load import load_tokenizer
 from grok_kernels.dtypes import dtype_of
 
-from .fill import Progress, fill
+from .fill import Progress, fill, source_of
 from .random import random_checkpoint
-from .slots import slots
+from .slots import served, slots
 
 # From a configuration, and what loading takes in memory for each format of weights, to a configuration that fits.
 Fit = Callable[[EngineConfig, Callable[[WeightFormat | None], tuple[int, int] | None]], EngineConfig]
@@ -44,11 +45,15 @@ def build_model(
             f"mmap=True with model {config.model.name!r} on {device}: expected a folder that `grok-engine convert` "
             "wrote, on the CPU"
         )
+    if (wanted := ROUNDED.get(config.weights or "", ("",))[0]) and not grok_kernels.takes_format(wanted, device.type):
+        raise ConfigError(f"weights={config.weights!r} on {device}: its kernels do not multiply by {wanted}")
     config = fit(config, lambda weights: _loading_bytes(config, checkpoint, weights))
     activations = _activations(config, checkpoint, device)
     model = Decoder(config.model, dtype_of(config.dtype), device, config.max_len, activations)
-    weights = random_checkpoint(model, config.weights) if checkpoint is None else checkpoint
-    fill(model, weights, weights=config.weights, mapped=config.mmap, progress=progress)
+    if checkpoint is None:
+        fill(model, random_checkpoint(model, config.weights), progress=progress)
+    else:
+        fill(model, checkpoint, weights=config.weights, mapped=config.mmap, progress=progress)
     return model, replace(config, activations=activations)
 
 
@@ -57,22 +62,27 @@ def _loading_bytes(
 ) -> tuple[int, int] | None:
     """Bytes of the weights in this format, and those that loading takes beside them at its peak; None where the
     checkpoint does not become them. CheckpointError, as `slots` raises it, for the format that is wanted."""
-    empty = Decoder(config.model, dtype_of(config.dtype), max_positions=1)
+    empty, device = Decoder(config.model, dtype_of(config.dtype), max_positions=1), _device(config.device)
     try:
-        found = slots(empty, random_checkpoint(empty, weights) if checkpoint is None else checkpoint, weights)
+        if checkpoint is None:
+            found = slots(empty, random_checkpoint(empty, weights), None, device.type)
+        else:
+            found = slots(empty, source_of(checkpoint, empty, weights, device.type), weights, device.type)
     except CheckpointError:
         if weights == config.weights:
             raise
         return None
-    if isinstance(checkpoint, PackedCheckpoint) and _device(config.device).type == "cpu":  # read in place, or mapped
+    if isinstance(checkpoint, PackedCheckpoint) and device.type == "cpu":  # read in place, or mapped
         return 0 if config.mmap else checkpoint.total_bytes, SLACK
     pieces = (info.nbytes // prod(info.shape[:-2]) for slot in found for info in slot.sources)
-    return sum(slot.nbytes for slot in found), max(pieces) + SLACK
+    return sum(slot.nbytes(device) for slot in found), max(pieces) + SLACK
 
 
-def check_checkpoint(config: ModelConfig, checkpoint: Checkpoint) -> None:
-    """Raise as `slots` does for a checkpoint that does not hold the model of `config`."""
-    slots(Decoder(config, torch.float32, max_positions=1), checkpoint)
+def memory_bits(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, float]:
+    """Bits that a weight of each tensor takes on a CPU, its share of scales included, with the default options. Raises
+    as `slots` does for a checkpoint that does not hold the model of `config`."""
+    found = slots(Decoder(config, torch.bfloat16, max_positions=1), served(checkpoint, None, "cpu"))
+    return {info.name: 8 * slot.nbytes("cpu") / prod(slot.module.shape) for slot in found for info in slot.sources}
 
 
 def build_tokenizer(folder: Path | None, config: EngineConfig) -> tuple[Tokenizer | None, EngineConfig]:

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import grok_kernels
+import torch
+
 from grok_engine.checkpoint.base import Checkpoint
 from grok_engine.checkpoint.generation import FILE as GENERATION
 from grok_engine.checkpoint.generation import generation_metadata
@@ -19,18 +20,21 @@ from grok_engine.checkpoint.gguf.writer import gguf_model
 from grok_engine.checkpoint.hf.writer import hf_files
 from grok_engine.checkpoint.new_file import NewFile, Part, raw
 from grok_engine.checkpoint.open import open_checkpoint
-from grok_engine.checkpoint.packed import FILE, PackedCheckpoint, Plane, arrange, header
+from grok_engine.checkpoint.packed import FILE, PackedCheckpoint, Plane, Stored, arrange, header
 from grok_engine.checkpoint.strict_json import read_object
+from grok_engine.checkpoint.widened import WidenedCheckpoint
 from grok_engine.config import ConfigError, DType, ModelConfig, WeightFormat
+from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.models.decoder import Decoder
 from grok_engine.tokenizer.gguf_metadata import tokenizer_metadata
 from grok_engine.tokenizer.load import tokenizer_files
-from grok_kernels.dtypes import dtype_of
+from grok_kernels import Layout, Spec
+from grok_kernels.dtypes import DTYPES, dtype_of
 
 from .fill import Progress, load
 from .partial import check_new, write_new
 from .resolve import read_config, resolve_model
-from .slots import Slot, slots
+from .slots import Slot, served, slots
 from .unfused import UnfusedCheckpoint
 
 FileFormat = Literal["packed", "hf", "gguf"]
@@ -64,8 +68,10 @@ def convert(
     checkpoint = open_checkpoint(path, config)
     decoder = Decoder(config, dtype_of(dtype), max_positions=1)
     if isinstance(checkpoint, PackedCheckpoint):
-        slots(decoder_of(config, checkpoint), checkpoint)
-        checkpoint = UnfusedCheckpoint(checkpoint, decoder)
+        stored = decoder_of(config, checkpoint)
+        slots(stored, checkpoint)
+        checkpoint = UnfusedCheckpoint(checkpoint, stored)
+    checkpoint = served(checkpoint, weights, "cpu") if format == "packed" else _written(checkpoint)
     found = slots(decoder, checkpoint, weights)
     if format == "gguf":
         if out.suffix != ".gguf":
@@ -86,10 +92,16 @@ def convert(
     return out
 
 
+def _written(checkpoint: Checkpoint) -> Checkpoint:
+    """In the formats that files of other tools are written in."""
+    return WidenedCheckpoint(checkpoint, lambda info: info.format == "int4")
+
+
 def decoder_of(config: ModelConfig, checkpoint: PackedCheckpoint) -> Decoder:
     """A model whose modules a converted checkpoint holds: its embedding has the dtype that it was converted for."""
     embed = checkpoint.tensors.get("embed")
-    return Decoder(config, dtype_of("fp32" if embed is None else embed.format), max_positions=1)
+    floats = embed is not None and embed.format in DTYPES and embed.block is None
+    return Decoder(config, dtype_of(embed.format if embed is not None and floats else "fp32"), max_positions=1)
 
 
 def _companions(path: Path) -> dict[str, bytes]:
@@ -111,25 +123,33 @@ def _generation(config: ModelConfig, said: bytes) -> dict[str, bytes]:
 
 
 def _packed_file(config: ModelConfig, found: list[Slot], checkpoint: Checkpoint) -> NewFile:
-    planes = arrange(plane for slot in found for plane in _planes(slot))
-    head = header(planes, {s.path: s.shape for s in found if _layout(s) == "panels"}, config.name)
-    starts = {plane.name: len(head) + plane.start for plane in planes}
+    planes = {slot.path: _planes(slot) for slot in found}
+    arranged = arrange(plane for own in planes.values() for plane in own)
+    stored = {
+        slot.path: Stored(slot.spec.format, _layout(slot.module, slot.spec), slot.module.shape)
+        for slot in found
+        if isinstance(slot.module, FusedWeight)
+    }
+    head = header(arranged, stored, config.name)
+    starts = {plane.name: len(head) + plane.start for plane in arranged}
 
     def body() -> Iterator[Part]:
         for slot in found:
             load(slot, checkpoint, "cpu", packed=True)
-            for plane, tensor in zip(_planes(slot), slot.module.parameters(), strict=True):
+            for plane, tensor in zip(planes[slot.path], slot.module.parameters(), strict=True):
                 yield starts[plane.name], raw(tensor)
             slot.module.release()
 
-    return NewFile(FILE, head, len(head) + sum(plane.nbytes for plane in planes), body)
+    return NewFile(FILE, head, len(head) + sum(plane.nbytes for plane in arranged), body)
 
 
-def _planes(slot: Slot) -> Iterator[Plane]:
-    yield Plane(f"{slot.path}.weight", slot.format, slot.module.shape_in(_layout(slot), slot.dtype))
-    if slot.groups:
-        yield Plane(f"{slot.path}.scale", "fp32", (slot.shape[0], slot.groups, slot.shape[1]))
+def _planes(slot: Slot) -> list[Plane]:
+    module = slot.module
+    if isinstance(module, NamedTensor):
+        return [Plane(f"{slot.path}.weight", torch.float32, module.shape)]
+    planes = slot.spec.planes(_layout(module, slot.spec), module.shape)
+    return [Plane(f"{slot.path}.{name}", dtype, shape) for name, (shape, dtype) in planes.items()]
 
 
-def _layout(slot: Slot) -> grok_kernels.Layout:
-    return slot.module.layout_for(slot.dtype, "cpu", packed=True)
+def _layout(module: FusedWeight, spec: Spec) -> Layout:
+    return module.layout_for(spec, "cpu", packed=True)

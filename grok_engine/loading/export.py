@@ -9,7 +9,8 @@ import ml_dtypes
 from grok_engine.checkpoint.quantize import quantize_matrix
 from grok_engine.checkpoint.xai.layout import layout, release_groups
 from grok_engine.checkpoint.xai.pickles import Array
-from grok_engine.layers.weight import FusedWeight, NamedTensor
+from grok_engine.layers.embedding import Embedding
+from grok_engine.layers.weight import FusedWeight, NamedTensor, holders
 from grok_engine.models.decoder import Decoder
 
 
@@ -20,14 +21,17 @@ def export_weights(model: Decoder, *, quantized: bool = True) -> Iterator[tuple[
     ValueError for a model held in 8 bits, CheckpointError for one that the release has no names for.
     """
     specs = {spec.name: spec for spec in layout(model.config)}
-    for module in model.modules():
-        if isinstance(module, NamedTensor):
-            table = module.values().detach().float()
-            stored = table.mT if specs[module.name].transposed else table
-            yield module.name, (stored.contiguous().numpy(), None)
-        elif isinstance(module, FusedWeight):
-            if module.weight.scales is not None:
-                raise ValueError(f"{module.parts[0].name} is {module.weight.dtype} with scales, expected a float model")
+    for _, module in holders(model):
+        if isinstance(module, FusedWeight) and module.weight.scales is not None:
+            raise ValueError(f"{module.parts[0].name} is {module.weight.format} with scales, expected a float model")
+        if isinstance(module, (NamedTensor, Embedding)):
+            if isinstance(module, NamedTensor):
+                name, table = module.name, module.weight
+            else:
+                name, table = module.parts[0].name, module.matrices()[0]
+            stored = table.mT if specs[name].transposed else table
+            yield name, (stored.detach().float().contiguous().numpy(), None)
+        else:
             matrices_ENK = module.matrices().detach()
             for part in module.parts:
                 stored = matrices_ENK[:, part.start : part.stop].mT.float().contiguous()

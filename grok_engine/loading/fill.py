@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -13,13 +13,18 @@ from torch import Tensor
 import grok_kernels
 from grok_engine.checkpoint.base import Checkpoint, TensorInfo, total_bytes
 from grok_engine.checkpoint.packed import PackedCheckpoint
-from grok_engine.checkpoint.rows import chunks, dequantized, expanded, read_spans, rounded
+from grok_engine.checkpoint.rows import chunks, dequantized, expanded, read_spans, rounded, row_step
+from grok_engine.checkpoint.widened import widened, widened_planes
 from grok_engine.config import WeightFormat
+from grok_engine.layers.linear import Linear
 from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.log import QuietLogger
 from grok_engine.models.decoder import Decoder
+from grok_kernels import Spec
+from grok_kernels.formats import FORMATS, SUB
 
-from .slots import Slot, keeps_scales, slots
+from .slots import Slot, keeps_scales, served, slots
+from .unfused import UnfusedCheckpoint
 
 log = QuietLogger("grok_engine")
 
@@ -36,18 +41,22 @@ def fill(
 ) -> None:
     """Fill `model`, on its device and in the layout that the device's kernels want. Raises as `slots` does.
 
-    `weights` None keeps each matrix as the checkpoint has it, 8-bit values bit for bit where kernels take its scales,
-    else in fp32; bf16 and fp32 dequantise; int8 and fp8 dequantise and round, with a scale amax / 127 or amax / 448 for
-    each output channel, int8_g128 with one for each channel and group of at most 128 columns. Norms and router are kept
-    in fp32, the embedding in the model's dtype. Besides the model, at most one source tensor is in memory.
+    `weights` None keeps each matrix as the checkpoint has it, bit for bit, where the device multiplies by its format
+    and kernels take its scales, else in 8 bits or fp32, which lose nothing either. bf16 and fp32 dequantise; the others
+    dequantise and round (`rows.rounded`): int8 and fp8 with a scale amax / 127 or amax / 448 for each output channel,
+    int8_g128 for each channel and group of at most 128 columns, int4 and int4_g128 in groups of at most 32 and 128.
+    Norms and router are kept in fp32, an embedding in floats in the model's dtype. Besides the model, at most one
+    source tensor is in memory.
 
     A converted checkpoint is read into one block of memory on a CPU. With `mapped` the file itself is used, and the
     system loads its pages on demand. Devices and kernels that do not use panels get rows.
     """
-    found = slots(model, checkpoint, weights)
+    device = model.cos_sin.device
+    checkpoint = source_of(checkpoint, model, weights, device.type)
+    found = slots(model, checkpoint, weights, device.type)
     if weights is None:
-        _log_conversions(found)
-    device, total, done = model.cos_sin.device, total_bytes(checkpoint), 0
+        _log_conversions(found, device)
+    total, done = total_bytes(checkpoint), 0
     packed = checkpoint if isinstance(checkpoint, PackedCheckpoint) else None
     in_place = packed is not None and device.type == "cpu" and (mapped or all(_is_wanted(slot) for slot in found))
     if packed is not None and in_place and not mapped:
@@ -64,18 +73,30 @@ def fill(
                 progress(done, total)
 
 
-def _log_conversions(found: list[Slot]) -> None:
+def source_of(checkpoint: Checkpoint, model: Decoder, weights: WeightFormat | None, device: str) -> Checkpoint:
+    """What a device of this type is filled from (`served`): a converted checkpoint is taken apart where that differs
+    from its own."""
+    if not isinstance(checkpoint, PackedCheckpoint):
+        return served(checkpoint, weights, device)
+    if weights is not None or served(checkpoint, None, device) is checkpoint:
+        return checkpoint
+    slots(model, checkpoint)
+    return served(UnfusedCheckpoint(checkpoint, model), None, device)
+
+
+def _log_conversions(found: list[Slot], device: torch.device) -> None:
     """Say which matrices are not held as they are stored, though nobody asked for it: a warning where that takes more
     memory."""
     count, stored, held = Counter[tuple[str, str]](), Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for slot in found:
         values = sum(math.prod(info.shape) for info in slot.sources)
-        for info in slot.sources if isinstance(slot.module, FusedWeight) else ():
-            if info.stored or info.format != slot.format:
-                kind = (info.stored or info.format, slot.format)
+        for info in slot.sources if type(slot.module) in (FusedWeight, Linear) else ():
+            as_stored = not info.stored or info.scales == "fp16" or FORMATS[info.format].in_bit_planes
+            if info.format != slot.spec.format or not as_stored:
+                kind = (info.stored or info.format, slot.spec.format)
                 count[kind] += 1
                 stored[kind] += info.nbytes
-                held[kind] += slot.nbytes * math.prod(info.shape) // values
+                held[kind] += slot.nbytes(device) * math.prod(info.shape) // values
     for kind in count:
         grows = held[kind] > 1.25 * stored[kind]
         log.log(
@@ -101,50 +122,52 @@ def load(slot: Slot, checkpoint: Checkpoint, device: torch.device | str, packed:
         for e in range(module.experts):
             for rows in read_spans(info):
                 planes = checkpoint.read(info.name, expert=e if len(info.shape) == 3 else None, rows=rows)
-                _write(slot, module, e, part.start + rows.start, info, planes)
+                for at, written in _converted(slot.spec, info, planes):
+                    module.write(e, part.start + rows.start + at, written)
 
 
-def _write(
-    slot: Slot, module: FusedWeight, expert: int, start: int, info: TensorInfo, planes: tuple[Tensor, ...]
-) -> None:
-    """One expert's matrix of a named tensor: bit for bit where format and scales can stay, else by way of fp32."""
-    values_NK, scales_EGN = planes[0], module.weight.scales
-    n = len(values_NK)
-    if info.block is None and not slot.groups:
-        module.write(expert, start, values_NK)
+def _converted(spec: Spec, info: TensorInfo, planes: tuple[Tensor, ...]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Rows of a matrix as a weight takes them, a few at a time: bit for bit where format and scales can stay, else by
+    way of fp32."""
+    names = FORMATS[spec.format].planes
+    if info.block is None and len(names) == 1:
+        step = row_step(info)
+        for at in range(0, len(planes[0]), step):
+            yield at, {"values": planes[0][at : at + step].to(FORMATS[spec.format].dtype)}
         return
-    if info.block is not None and keeps_scales(info, slot.format, slot.groups):
-        assert scales_EGN is not None
-        scales_NG = expanded(planes[1], info.block, n)
-        scales_EGN[expert, :, start : start + n] = scales_NG.t().repeat_interleave(slot.groups // scales_NG.shape[1], 0)
-        module.write(expert, start, values_NK)
+    if info.block is not None and keeps_scales(info, spec):
+        scales = (planes[1], *planes[2:]) if info.block[0] == 1 else (expanded(planes[1], info.block, len(planes[0])),)
+        groups = (spec.subgroups if name in SUB else spec.groups for name in names[1:])
+        wide = (plane.t().repeat_interleave(g // plane.shape[1], 0) for plane, g in zip(scales, groups, strict=True))
+        yield 0, dict(zip(names, (planes[0], *wide), strict=True))
         return
-    for at, chunk_NK, scales in chunks(info, planes):
-        x_NK = dequantized(chunk_NK, scales, info.block)
-        if scales_EGN is not None:
-            x_NK, scale_NG = rounded(x_NK, slot.format, slot.groups)
-            scales_EGN[expert, :, start + at : start + at + len(x_NK)] = scale_NG.t()
-        module.write(expert, start + at, x_NK.to(module.weight.dtype))
+    if FORMATS[info.format].in_bit_planes:
+        info, planes = widened(info), widened_planes(info, planes)
+    for at, values_NK, blocks in chunks(info, planes):
+        x_NK = dequantized(values_NK, blocks, info.block)
+        if len(names) == 1:
+            yield at, {"values": x_NK.to(FORMATS[spec.format].dtype)}
+        else:
+            q_NK, scale_NG = rounded(x_NK, spec.format, spec.groups)
+            yield at, {"values": q_NK, "scales": scale_NG.t()}
 
 
 def _is_wanted(slot: Slot) -> bool:
     """Whether packed values lie as the CPU's kernels want them."""
-    return slot.module.layout_for(slot.dtype, "cpu") == slot.sources[0].layout
+    if isinstance(slot.module, NamedTensor):
+        return True
+    return slot.module.layout_for(slot.spec, "cpu") == slot.sources[0].layout
 
 
 def _adopt(slot: Slot, checkpoint: PackedCheckpoint, device: torch.device | None) -> None:
     """Let the module have the planes: as they are, or as rows copied to `device`."""
-    module, layout = slot.module, slot.sources[0].layout
-    values, *scales = checkpoint.read(slot.path)
-    if isinstance(module, NamedTensor):
-        module.hold(values, layout)
-        if device is not None:
-            module.hold(module.values().to(device, copy=True))
+    if isinstance(slot.module, NamedTensor):
+        (tensor,) = checkpoint.read(slot.path)
+        slot.module.hold(tensor if device is None else tensor.to(device, copy=True))
         return
-    (scale,) = scales or (None,)  # a plane beyond would be lost
-    weight = grok_kernels.Weight.of(values, None if scale is None else scale.mT, layout)
+    weight = checkpoint.weight(slot.path)
     if device is not None:
         rows = weight.with_layout("rows")
         planes = tuple(plane.to(device, copy=True) for plane in rows.planes)
         weight = grok_kernels.Weight(rows.format, rows.layout, rows.shape, planes)
-    module.hold(weight)
+    slot.module.hold(weight)

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from grok_engine.checkpoint.base import CheckpointError, TensorInfo
 from grok_engine.checkpoint.packed import PackedCheckpoint
-from grok_engine.layers.weight import FusedWeight, NamedTensor
+from grok_engine.layers.weight import NamedTensor, holders
 from grok_engine.models.decoder import Decoder
-from grok_kernels.formats import WIDTH
-from grok_kernels.layouts import unpack
+from grok_kernels import Weight
+from grok_kernels.formats import FORMATS, WIDTH
 
 
 class UnfusedCheckpoint:
@@ -21,17 +21,16 @@ class UnfusedCheckpoint:
         self.source, self._packed = packed.source, packed
         self.tensors: dict[str, TensorInfo] = {}
         self._places: dict[str, tuple[str, int]] = {}  # the module, and its first row of this tensor
-        for path, module in model.named_modules():
+        for path, module in holders(model):
+            info = packed.tensors[path]
             if isinstance(module, NamedTensor):
-                info = packed.tensors[path]
                 self._add(module.name, path, 0, replace(info, shape=module.shape))
-            elif isinstance(module, FusedWeight):
-                info = packed.tensors[path]
-                lead = info.shape[:-2] if info.shape[0] > 1 else ()
-                for part in module.parts:
-                    rows = part.stop - part.start
-                    nbytes = info.nbytes * rows // info.shape[-2]
-                    self._add(part.name, path, part.start, replace(info, shape=(*lead, rows, module.k), nbytes=nbytes))
+                continue
+            lead = info.shape[:-2] if info.shape[0] > 1 else ()
+            for part in module.parts:
+                rows = part.stop - part.start
+                nbytes = info.nbytes * rows // info.shape[-2]
+                self._add(part.name, path, part.start, replace(info, shape=(*lead, rows, module.k), nbytes=nbytes))
 
     def _add(self, name: str, path: str, start: int, info: TensorInfo) -> None:
         stored = "panels" if info.layout == "panels" else info.stored  # which makes reading a copy
@@ -43,19 +42,29 @@ class UnfusedCheckpoint:
         if name not in self.tensors:
             raise CheckpointError(f"{self.source}: expected the name of a tensor, found {name!r}")
         info, (path, start) = self.tensors[name], self._places[name]
-        values, *scales = self._packed.read(path)
-        if len(info.shape) == 1:
-            return (values,)
+        if path not in self._packed.weights:
+            planes = self._packed.read(path)
+            return planes if rows is None else tuple(plane[rows] for plane in planes)
         rows = rows or slice(0, info.shape[-2])
-        part = slice(start + rows.start, start + rows.stop)
-        if self._packed.tensors[path].layout == "panels":
-            panels = slice(part.start // WIDTH, -(-part.stop // WIDTH))
-            chosen = values[:, panels] if expert is None else values[expert : expert + 1, panels]
-            first = part.start - panels.start * WIDTH
-            values = unpack(chosen.contiguous())[:, first : first + part.stop - part.start]
-        else:
-            values = values.view(-1, *values.shape[-2:])
-            values = (values if expert is None else values[expert : expert + 1])[:, part]
-        planes = [values, *((s if expert is None else s[expert : expert + 1])[:, part] for s in scales)]
+        experts = slice(None) if expert is None else slice(expert, expert + 1)
+        planes = _rows(self._packed.weight(path), experts, start + rows.start, start + rows.stop)
         whole = expert is None and len(info.shape) == 3
-        return tuple(plane if whole else plane[0] for plane in planes)
+        return planes if whole else tuple(plane[0] for plane in planes)
+
+
+def _rows(weight: Weight, experts: slice, start: int, stop: int) -> tuple[Tensor, ...]:
+    """Planes of these rows: values (E, n, K), and others (E, n, groups)."""
+    first = 0
+    if weight.layout == "panels":
+        panels, first = slice(start // WIDTH, -(-stop // WIDTH)), start // WIDTH * WIDTH
+        whole_bytes = not FORMATS[weight.format].in_bit_planes
+        rest = [
+            plane[experts, :, first : panels.stop * WIDTH] if whole_bytes else plane[experts, panels]
+            for plane in weight.planes[1:]
+        ]
+        values = weight.values[experts, panels].contiguous()
+        shape = (values.shape[0], values.shape[1] * WIDTH, weight.shape[2])
+        weight = Weight(weight.format, "panels", shape, (values, *rest)).with_layout("rows")
+        start, stop, experts = start - first, stop - first, slice(None)
+    values, *others = weight.planes
+    return values[experts, start:stop], *(plane[experts, :, start:stop].mT for plane in others)

@@ -11,11 +11,13 @@ from typing import Any
 from grok_engine.checkpoint.base import Checkpoint, CheckpointError, TensorInfo
 from grok_engine.checkpoint.open import open_checkpoint
 from grok_engine.checkpoint.packed import is_packed_folder
+from grok_engine.checkpoint.widened import WidenedCheckpoint
 from grok_engine.checkpoint.xai.reader import XaiCheckpoint, XaiFile
 from grok_engine.config import ModelConfig
-from grok_engine.loading.build import check_checkpoint
+from grok_engine.loading.build import memory_bits
 from grok_engine.loading.resolve import read_config
-from grok_kernels.dtypes import DTYPES, dtype_name
+from grok_kernels.dtypes import dtype_name
+from grok_kernels.formats import FORMATS
 
 from .verify import Stats, read_stats, scan
 
@@ -41,6 +43,7 @@ class TensorReport:
     shape: tuple[int, ...]
     dtype: str
     nbytes: int
+    memory_bits: float  # of a weight on a CPU, scales included, with the default options
     groups: str = ""
     scale_layout: str | None = None
     scales_shape: tuple[int, ...] | None = None
@@ -105,14 +108,14 @@ def inspect_checkpoint(path: str | Path, *, verify: bool = False, progress: Prog
         )
     config = read_config(path)
     checkpoint = open_checkpoint(path, config)
-    check_checkpoint(config, checkpoint)
+    bits = memory_bits(config, checkpoint)
     kinds, dtypes = dict.fromkeys([*_KINDS.values(), "scales", "file headers"], 0), Counter[str]()
     if isinstance(checkpoint, XaiCheckpoint):
-        tensors = [_of_release(file) for file in checkpoint.files.values()]
+        tensors = [_of_release(file, bits[file.spec.name]) for file in checkpoint.files.values()]
         for file in checkpoint.files.values():
             _count_release(file, kinds, dtypes)
     else:
-        tensors = [_of(info, path) for info in checkpoint.tensors.values()]
+        tensors = [_of(info, path, bits[info.name]) for info in checkpoint.tensors.values()]
         for tensor in tensors:
             kinds[tensor.kind] += tensor.nbytes
             dtypes[tensor.dtype] += tensor.nbytes
@@ -136,10 +139,10 @@ def _kind(name: str) -> str:
     return next(kind for end, kind in _KINDS.items() if name.endswith(end))
 
 
-def _of(info: TensorInfo, path: Path) -> TensorReport:
+def _of(info: TensorInfo, path: Path, bits: float) -> TensorReport:
     groups, layout = "", None
     if info.block is not None:
-        (n, k), (rows, columns) = info.shape[-2:], info.block
+        (n, k), (rows, columns) = info.shape[-2:], (info.block[0], info.sub or info.block[1])
         groups = f"{-(-k // columns)} × {columns}" if rows == 1 else f"{rows} × {columns} blocks"
         layout = f"a scale for each {'row' if rows == 1 else f'{min(rows, n)} rows'} and {columns} columns"
     return TensorReport(
@@ -147,14 +150,15 @@ def _of(info: TensorInfo, path: Path) -> TensorReport:
         file=path.name,
         kind=_kind(info.name),
         shape=info.shape,
-        dtype=info.stored or dtype_name(DTYPES[info.format]),
+        dtype=info.stored or dtype_name(FORMATS[info.format].dtype),
         nbytes=info.nbytes,
+        memory_bits=bits,
         groups=groups,
         scale_layout=layout,
     )
 
 
-def _of_release(file: XaiFile) -> TensorReport:
+def _of_release(file: XaiFile, bits: float) -> TensorReport:
     spec, header = file.spec, file.header
     groups, layout = "", None
     if header.scales:
@@ -168,6 +172,7 @@ def _of_release(file: XaiFile) -> TensorReport:
         shape=header.weight.shape,
         dtype=header.weight.dtype.name,
         nbytes=header.file_size,
+        memory_bits=bits,
         groups=groups,
         scale_layout=layout,
         scales_shape=header.scales.shape if header.scales else None,
@@ -197,6 +202,7 @@ def _verified(
         if progress is not None:
             progress(done, total)
 
+    widened = WidenedCheckpoint(checkpoint)
     for tensor in tensors:
         who, scales = tensor.name, None
         if isinstance(checkpoint, XaiCheckpoint):
@@ -205,7 +211,7 @@ def _verified(
             scales = scan(header.path, header.scales, read) if header.scales else None
             found = [*weight.weight_problems(), *(scales.scale_problems() if scales else ())]
         else:
-            weight, scales = read_stats(checkpoint, checkpoint.tensors[tensor.name])
+            weight, scales = read_stats(widened, widened.tensors[tensor.name])
             read(tensor.nbytes)
             found = [*weight.weight_problems(), *(scales.weight_problems() if scales else ())]  # may be negative or 0
         problems += [f"{who}: {problem}" for problem in found]

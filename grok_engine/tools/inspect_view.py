@@ -68,7 +68,7 @@ def _sizes(report: Report) -> Table:
 
 def _tensors(rows: Sequence[Group]) -> Table:
     every = all(len(group) == 1 for group in rows)
-    table = _table("tensor", "file" if every else ">tensors", ">shape", "dtype", ">scales", ">bytes")
+    table = _table("tensor", "file" if every else ">tensors", ">shape", "dtype", ">scales", ">bits in memory", ">bytes")
     for group in rows:
         first = group[0]
         table.add_row(
@@ -77,6 +77,7 @@ def _tensors(rows: Sequence[Group]) -> Table:
             "×".join(map(str, first.shape)),
             _short(first.dtype),
             " ".join(map(_short, first.groups.split(" "))),
+            f"{first.memory_bits:.4g}",
             _scaled(sum(t.nbytes for t in group), "GMk", "B", 2),
         )
     return table
@@ -108,7 +109,7 @@ def _table(*headers: str) -> Table:
 def _grouped(tensors: Iterable[TensorReport]) -> list[list[TensorReport]]:
     groups: dict[object, list[TensorReport]] = {}
     for t in tensors:
-        groups.setdefault((_layer(t.name)[1], t.shape, t.dtype, t.groups), []).append(t)
+        groups.setdefault((_layer(t.name)[1], t.shape, t.dtype, t.groups, t.memory_bits), []).append(t)
     return list(groups.values())
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import layouts, registry
 from .experts import ExpertLayer
 from .extension import check_wheel, in_wheel, misfit
-from .formats import WIDTH
+from .formats import FORMATS, WIDTH
 from .recording import Recorded
 from .recording import record as _record
 from .weights import Weight, unsupported
@@ -30,8 +30,7 @@ OPS = (
     "group_tokens", "grouped_gemm", "moe", "paged_attention", "quantize_fp8", "quantize_int8", "rms_norm",
     "rope_store_kv", "route_topk", "sample_top_p", "sandwich_norm",
 )  # fmt: skip
-FORMATS = ("fp32", "bf16", "int8", "fp8_e4m3")
-registry.set_takes("cpu", registry.Takes(FORMATS, mixed=True))
+registry.set_takes("cpu", registry.Takes(tuple(FORMATS), fp16_scales=True, mixed=True))
 log = logging.getLogger("grok_kernels")
 
 

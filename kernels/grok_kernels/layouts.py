@@ -62,19 +62,20 @@ def wants_packed(n: int, k: int, spec: Spec, device: torch.device | str) -> bool
 
 
 class Native(Protocol):
-    """The extension's `pack_into` and `packed_rows`, for tensors on the CPU."""
+    """The extension's packing and reading of rows, for tensors on the CPU."""
 
     def pack_into(self, weight: Tensor, packed: Tensor, row: int) -> None: ...
     def packed_rows(self, packed: Tensor, rows: Tensor) -> Tensor: ...
+    def pack_codes(self, values: Tensor, packed: Tensor, row: int, zero_point: int) -> None: ...
 
 
-_native: Native | None = None
+native: Native | None = None
 
 
-def set_native(native: Native) -> None:
+def set_native(module: Native) -> None:
     """Pack and read rows on the CPU by the extension from now on."""
-    global _native
-    _native = native
+    global native
+    native = module
 
 
 def pack_into(weight_ENK: Tensor, packed: Tensor, row: int = 0) -> None:
@@ -91,8 +92,8 @@ def pack_into(weight_ENK: Tensor, packed: Tensor, row: int = 0) -> None:
         )
     if row % WIDTH or not 0 <= row <= rows - weight_ENK.shape[1]:
         raise ValueError(f"pack_into: row={row}, expected a multiple of {WIDTH} in 0..{rows - weight_ENK.shape[1]}")
-    if _native is not None and packed.device.type == weight_ENK.device.type == "cpu":
-        _native.pack_into(weight_ENK, packed, row)
+    if native is not None and packed.device.type == weight_ENK.device.type == "cpu":
+        native.pack_into(weight_ENK, packed, row)
         return
     cell = 4 // packed.dtype.itemsize
     blocks = _raw(weight_ENK).unflatten(1, (-1, _BLOCKS, _LANES)).unflatten(4, (-1, cell))
@@ -123,8 +124,8 @@ def unpack(packed: Tensor) -> Tensor:
 
 def packed_rows(packed: Tensor, rows: Tensor) -> Tensor:
     """Rows (R,), int32, of the one matrix of values in panels, as (R, K)."""
-    if _native is not None and packed.device.type == rows.device.type == "cpu":
-        return _native.packed_rows(packed, rows)
+    if native is not None and packed.device.type == rows.device.type == "cpu":
+        return native.packed_rows(packed, rows)
     panels = packed[0].flatten(2, 3)  # (N / 64, K / cell, 64, cell)
     panel, output = rows // WIDTH, rows % WIDTH
     return panels[panel, :, output].flatten(1)

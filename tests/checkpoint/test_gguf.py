@@ -17,12 +17,11 @@ from gguf import GGMLQuantizationType as Kind
 
 from grok_engine import LLM, SamplingParams
 from grok_engine.checkpoint.base import CheckpointError
-from grok_engine.checkpoint.gguf.blocks import OTHER_TYPES, TYPES, read_floats, read_groups
+from grok_engine.checkpoint.gguf.blocks import OTHER_TYPES, TYPES, read_planes
 from grok_engine.checkpoint.gguf.reader import GGUFCheckpoint
 from grok_engine.checkpoint.open import open_checkpoint
 from grok_engine.cli import main
 from grok_engine.config import ModelConfig
-from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.loading.convert import convert
 from grok_engine.loading.fill import fill
 from grok_engine.loading.random import random_checkpoint
@@ -30,11 +29,13 @@ from grok_engine.loading.resolve import read_config
 from grok_engine.models.decoder import Decoder
 from grok_engine.models.families import preset
 from grok_engine.tools.inspect import inspect_checkpoint
+from grok_kernels.formats import FORMATS, SUB
+from grok_kernels.reference.quantize import dequantize_planes
 from tests.checkpoint import gguf_models as models
 from tests.checkpoint import hf_models
+from tests.held import formats, held
 
 GOLDENS = Path(__file__).parents[1] / "data" / "gguf"
-SYMMETRIC = (Kind.Q4_0, Kind.Q5_0, Kind.Q8_0, Kind.Q6_K)
 
 
 # Types
@@ -53,14 +54,14 @@ def test_random_blocks_bit_for_bit(number: int) -> None:
     kind = TYPES[number]
     raw = np.random.default_rng(number).integers(0, 256, (96, 768 // kind.columns * kind.nbytes), dtype=np.uint8)
     wanted = gguf.quants.dequantize(raw, Kind(number))
-    found = read_floats(kind, raw) if kind.split is None else read_groups(kind, raw).values().reshape(96, -1)
+    planes = [torch.from_numpy(plane) for plane in read_planes(kind, raw)]
+    named = dict(zip(FORMATS[kind.format].planes, (planes[0], *(plane.t() for plane in planes[1:])), strict=True))
+    found = dequantize_planes(named).numpy()
     assert found.shape == (96, 768)
     assert ((found.view(np.uint32) == wanted.view(np.uint32)) | (np.isnan(found) & np.isnan(wanted))).all()
     if kind.split is not None:
-        groups = read_groups(kind, raw)
-        assert (kind.format == "int8") is (groups.m is None)
-        assert groups.q.shape[-1] == (kind.group or 32)
-        assert groups.is_finite() is bool(np.isfinite(wanted).all())
+        assert planes[1].shape == (96, 768 // kind.group)
+        assert all(named[name].shape == (768 // kind.sub, 96) for name in SUB if name in named)
 
 
 # Models
@@ -78,25 +79,9 @@ def test_goldens(name: str) -> None:
     llm.close()
 
 
-def held(model: Decoder) -> dict[str, np.ndarray]:
-    """What the weights in memory mean, in fp32."""
-    found = {}
-    for module in model.modules():
-        if isinstance(module, NamedTensor):
-            found[module.name] = module.values().float().numpy()
-        elif isinstance(module, FusedWeight):
-            for part in module.parts:
-                values = module.matrices()[:, part.start : part.stop].float()
-                if module.weight.scales is not None:
-                    scales = module.weight.scales[..., part.start : part.stop].mT
-                    values = values * scales.repeat_interleave(module.k // scales.shape[-1], -1)
-                found[part.name] = (values if ".moe." in part.name else values[0]).numpy()
-    return found
-
-
 def assert_holds(path: Path, wanted: Mapping[str, np.ndarray], **options: Any) -> Decoder:
     model = LLM(path, dtype="float32", num_pages=4, **options).model
-    found = held(model)
+    found = {name: values.numpy() for name, values in held(model)}
     assert found.keys() == wanted.keys()
     for name, values in wanted.items():
         np.testing.assert_array_equal(found[name], values, name)
@@ -109,9 +94,7 @@ def test_every_type_is_held_without_loss(kind: Kind, tmp_path: Path) -> None:
     wanted = models.meaning(models.write_model(path, kind, layers=1))
     assert_holds(path, wanted, weights="fp32")
     model = assert_holds(path, wanted)
-    expected = torch.int8 if kind in SYMMETRIC else torch.bfloat16 if kind == Kind.BF16 else torch.float32
-    fused = [module for module in model.modules() if isinstance(module, FusedWeight)]
-    assert {module.weight.dtype for module in fused} == {expected}
+    assert {format for path, format in formats(model).items() if path != "embed"} == {TYPES[kind.value].format}
 
 
 def test_q8_0_keeps_values_and_scales(tmp_path: Path) -> None:
@@ -124,7 +107,7 @@ def test_q8_0_keeps_values_and_scales(tmp_path: Path) -> None:
         assert torch.equal(
             weight.with_layout("rows").values[0].view(torch.uint8), torch.tensor(blocks[..., 2:]).flatten(1)
         )
-        scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0].astype(np.float32)
+        scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
         assert torch.equal(weight.scales[0].T, torch.tensor(scales))
 
 
@@ -140,11 +123,14 @@ def test_types_mixed_in_one_weight(experts: int, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     wanted = models.meaning(models.write_model(path, MIXED, experts))
     assert read_config(path) == models.config(experts)
-    assert_holds(path, wanted)
+    found = formats(assert_holds(path, wanted))
+    assert [found[f"layers.0.attn.qkv.{i}"] for i in range(3)] == ["int4_k", "int8", "int6_k"]
+    assert (found["layers.1.feed_forward.w13"], found["embed"], found["lm_head"]) == ("fp32", "int5_k", "int6_k")
+    assert found["layers.1.feed_forward.w2"] == ("int5_min" if experts else "int4_min")
     for weights, bound in (("bf16", 4e-3), ("int8", 2e-2), ("fp8", 4e-2)):
-        found = held(LLM(path, num_pages=4, weights=weights).model)
+        found = dict(held(LLM(path, num_pages=4, weights=weights).model))
         for name, values in wanted.items():
-            assert np.linalg.norm(found[name] - values) <= bound * np.linalg.norm(values), (weights, name)
+            assert np.linalg.norm(found[name].numpy() - values) <= bound * np.linalg.norm(values), (weights, name)
 
 
 def test_parts_are_what_the_whole_has_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,10 +184,17 @@ def test_a_tensor_for_each_expert(tmp_path: Path) -> None:
 
 
 def test_a_tied_model(tmp_path: Path) -> None:
+    """The embedding stays at its bits, and rows and products agree on what it means."""
     path = tmp_path / "model.gguf"
     wanted = models.meaning(models.write_model(path, Kind.Q5_1, tied=True, layers=1))
     assert read_config(path) == models.config(tied=True, num_layers=1)
-    assert_holds(path, wanted)
+    model = assert_holds(path, wanted)
+    assert formats(model)["embed"] == "int5_min"
+    ids = torch.tensor([5, 299, 5], dtype=torch.int32)
+    rows = model.embed(ids, 1.0, torch.float32)
+    assert torch.equal(rows, torch.tensor(wanted["embed"])[ids.long()])
+    expected = rows.double() @ torch.tensor(wanted["embed"]).double().T
+    assert torch.allclose(model.embed.attend(rows).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_llama_3s_frequency_factors_and_linear_scaling(tmp_path: Path) -> None:
@@ -274,7 +267,8 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert sum(report.bytes_by_kind.values()) == sum(report.bytes_by_dtype.values()) == stored
         found = {tensor.name: tensor for tensor in report.tensors}
         down, gate = found["layers.1.moe.down"], found["layers.0.moe.gate"]
-        assert (down.dtype, down.shape, down.groups) == ("Q5_1", (models.EXPERTS, models.D, models.F), "")
+        assert (down.dtype, down.shape, down.groups) == ("Q5_1", (models.EXPERTS, models.D, models.F), "16 × 32")
+        assert (down.memory_bits, gate.memory_bits) == (6, 32)
         assert (gate.dtype, gate.groups, gate.scale_layout) == (
             "Q8_0",
             "8 × 32",
@@ -341,7 +335,7 @@ def test_grok(base: str, tmp_path: Path) -> None:
     )  # fmt: skip
     model = Decoder(c, torch.float32)
     fill(model, random_checkpoint(model, "fp32"))
-    wanted = held(model)
+    wanted = {name: values.numpy() for name, values in held(model)}
     tensors = {name: torch.tensor(values) for name, values in wanted.items()}
     grok_file(path := tmp_path / f"{base}.gguf", c, tensors)
     found = read_config(path)

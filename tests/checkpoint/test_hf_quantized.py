@@ -15,6 +15,7 @@ from grok_engine.checkpoint.open import open_checkpoint
 from grok_engine.layers.weight import FusedWeight
 from grok_engine.models.decoder import Decoder
 from tests.checkpoint.hf_models import TOKENS, build, config_of, error, judge, save, tensors_of
+from tests.held import held
 
 CHANNEL = {"num_bits": 8, "strategy": "channel", "symmetric": True, "dynamic": False}
 
@@ -106,14 +107,8 @@ def test_a_quantised_folder_is_what_its_scales_say(
 
 
 def dequantised(model: Decoder) -> dict[str, torch.Tensor]:
-    found = {}
-    for path, module in model.named_modules():
-        if isinstance(module, FusedWeight):
-            weight = module.weight.with_layout("rows")
-            found[path] = weight.values.float()
-            if (scales := weight.scales) is not None:
-                found[path] *= scales.mT.repeat_interleave(weight.shape[2] // scales.shape[1], 2)
-    return found
+    """Every matrix of the layers and the head, by its name in a checkpoint."""
+    return {name: w for name, w in held(model) if w.dim() > 1 and name != "embed" and not name.endswith(".router")}
 
 
 @pytest.mark.parametrize("weights", ["int8", "fp8", "bf16"])

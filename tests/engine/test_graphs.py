@@ -19,6 +19,7 @@ import grok_kernels
 from grok_engine import LLMEngine
 from grok_engine.batch import ALIGNED, Batch
 from grok_engine.config import EngineConfig, ModelConfig
+from grok_engine.layers.embedding import Embedding
 from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.loading.fill import fill
 from grok_engine.loading.random import random_checkpoint
@@ -29,7 +30,7 @@ from grok_engine.runtime.graphs import Capture, CpuCapture, CudaCapture, DecodeG
 from grok_engine.runtime.pages import allocate_pages
 from grok_engine.runtime.plan import Entry
 from grok_engine.runtime.runner import GPU_SHARE
-from grok_kernels import registry
+from grok_kernels import Spec, registry
 from tests.engine.test_invariance import SHAPES, SMALL, assert_as_alone, make_engine, make_traffic
 
 
@@ -296,9 +297,9 @@ def test_no_step_asks_for_a_value(name: str) -> None:
     model = Decoder(config, torch.bfloat16, "meta", 64)
     for module in model.modules():
         if isinstance(module, FusedWeight):
-            module.allocate(torch.int8, 1, "meta")
+            module.allocate(Spec("bf16") if isinstance(module, Embedding) else Spec("int8", 1), "meta")
         elif isinstance(module, NamedTensor):
-            module.allocate(torch.float32, "meta")
+            module.allocate("meta")
     numbers, sizes = flatten([Entry([5], 3, [1]), Entry([6], 9, [0])], 16, rows=4, width=4)
     with torch.inference_mode():
         x_TD = model(Batch.of(numbers.to("meta"), sizes, 1), allocate_pages(config, 4, 16, torch.bfloat16, "meta"))

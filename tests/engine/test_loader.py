@@ -25,12 +25,14 @@ from grok_engine.checkpoint.quantize import quantize_matrix
 from grok_engine.checkpoint.xai.layout import TensorSpec, layout
 from grok_engine.checkpoint.xai.reader import XaiCheckpoint
 from grok_engine.checkpoint.xai.writer import write_xai
-from grok_engine.layers.weight import FusedWeight, NamedTensor
+from grok_engine.layers.weight import FusedWeight
 from grok_engine.loading.export import export_weights
 from grok_engine.loading.fill import fill
 from grok_engine.loading.resolve import read_config
 from grok_engine.models.decoder import Decoder
 from grok_engine.models.families import preset
+from tests.held import formats
+from tests.held import held as meaning
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 SMALL, GROUPED = GOLDENS / "g1-b-q48-k128", GOLDENS / "g8-a-emb128-k16"
@@ -79,20 +81,8 @@ def dequantised(weight: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
 
 def held(model: Decoder) -> dict[str, np.ndarray]:
     """What the weights in memory mean, by name, in fp32 and (in, out)."""
-    values = {}
-    for module in model.modules():
-        if isinstance(module, NamedTensor):
-            table = module.values().float().numpy()
-            values[module.name] = table.T if module.name.endswith(".router") else table
-        elif isinstance(module, FusedWeight):
-            for part in module.parts:
-                rows = slice(part.start, part.stop)
-                weight = module.matrices()[:, rows].float().numpy().swapaxes(1, 2)
-                scales = module.weight.scales
-                scales = None if scales is None else scales[:, :, rows].numpy()
-                value = dequantised(weight, scales)
-                values[part.name] = value if ".moe." in part.name else value[0]
-    return values
+    values = {name: value.numpy() for name, value in meaning(model)}
+    return {n: x if n == "embed" or ".norm" in n or "_norm" in n else x.swapaxes(-2, -1) for n, x in values.items()}
 
 
 def assert_holds(model: Decoder, wanted: dict[str, np.ndarray]) -> None:
@@ -130,10 +120,10 @@ def test_values(store: Store, weights: Any, tmp_path: Path) -> None:
 def test_dtypes(store: Store, weights: Any, dtype: torch.dtype, compute: Any, tmp_path: Path) -> None:
     write_random(tmp_path, store)
     model = LLM(tmp_path, dtype=compute, weights=weights).model
-    assert {m.weight.dtype for m in model.modules() if isinstance(m, FusedWeight)} == {dtype}
+    assert {m.weight.dtype for m in model.layers.modules() if isinstance(m, FusedWeight)} == {dtype}
     assert model.embed.weight.dtype == getattr(torch, compute)
     assert {m.weight.dtype for m in model.modules() if type(m).__name__ in ("NamedTensor", "Router")} == {torch.float32}
-    for module in model.modules():
+    for module in model.layers.modules():
         if isinstance(module, FusedWeight):
             assert (module.weight.scales is None) == (dtype.itemsize > 1)
 
@@ -174,14 +164,14 @@ def test_fp8_is_the_nearest_to_what_the_checkpoint_means(
 def test_fp8_of_zeros(tmp_path: Path) -> None:
     write_random(tmp_path, lambda spec, x: (x * 0 if spec.quantizable else x, None))
     model = LLM(tmp_path, weights="fp8").model
-    for module in model.modules():
+    for module in model.layers.modules():
         if isinstance(module, FusedWeight):
             assert not module.matrices().float().any()
             assert (module.weight.scales > 0).all()
 
 
 def hold(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    wants = {"plain": lambda *args: False, "packed": lambda n, k, dtype, device: grok_kernels.can_pack(n, k, dtype)}
+    wants = {"plain": lambda *args: False, "packed": lambda n, k, spec, device: spec.can_pack(n, k)}
     monkeypatch.setattr(grok_kernels, "wants_packed", wants[form])
 
 
@@ -198,10 +188,10 @@ def test_either_form_holds_and_computes_the_same(
         for form in ("plain", "packed"):
             hold(form, monkeypatch)
             models[form] = LLM(folder, weights=weights)
-        layouts = {m.weight.layout for m in models["packed"].model.modules() if isinstance(m, FusedWeight)}
+        layouts = {m.weight.layout for m in models["packed"].model.layers.modules() if isinstance(m, FusedWeight)}
         can = models["packed"].model.layers[0].attn.qkv.weight.dtype != torch.float32
         assert layouts == {"panels" if packable and can else "rows"}
-        assert models["packed"].model.embed.layout == ("panels" if packable else "rows")
+        assert models["packed"].model.embed.weight.layout == ("panels" if packable else "rows")
         a, b = (held(models[form].model) for form in ("plain", "packed"))
         for name in a:
             np.testing.assert_array_equal(a[name], b[name], name)
@@ -344,13 +334,17 @@ def test_the_checkpoint_has_what_the_model_does_not_want() -> None:
 
 
 @pytest.mark.parametrize("odd", ["layers.1.attn.k", "layers.0.moe.up"])
-def test_fused_parts_of_two_types_become_fp32(odd: str, tmp_path: Path) -> None:
-    """Which loses nothing of either."""
+def test_fused_parts_of_two_types_are_divided_or_become_fp32(odd: str, tmp_path: Path) -> None:
+    """Which loses nothing of either: linear layers are divided, `moe` takes one weight."""
     wanted = write_random(tmp_path, lambda spec, x: (x, None) if spec.name == odd else as_int8(spec, x))
     model = LLM(tmp_path, dtype="float32").model
     assert_holds(model, wanted)
-    fused = {"layers.1.attn.k": model.layers[1].attn.qkv, "layers.0.moe.up": model.layers[0].feed_forward.w13}
-    assert fused[odd].weight.dtype == torch.float32
+    found = {path.removeprefix("layers."): format for path, format in formats(model).items() if "layers" in path}
+    if odd == "layers.1.attn.k":
+        assert [found[f"1.attn.qkv.{i}"] for i in range(3)] == ["int8", "fp32", "int8"]
+    else:
+        assert found["0.feed_forward.w13"] == "fp32"
+        assert found["0.feed_forward.w2"] == "int8"
     assert model.layers[1].attn.o.weight.dtype == torch.int8
 
 

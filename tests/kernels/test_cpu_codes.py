@@ -223,3 +223,107 @@ def test_what_does_not_fit_is_refused() -> None:
         _C.packed_code_rows(fine.planes[0], ints(0), 3)
     with pytest.raises(ValueError, match=r"row 64 is not in 0\.\.63"):
         _C.packed_code_rows(fine.planes[0], ints(64), 8)
+
+
+def quantised(m: int, k: int, per_row: bool) -> tuple[Tensor, Tensor]:
+    """int8 rows, every value of which occurs (also −128, which no quantisation gives), and their scales."""
+    x = torch.randint(-128, 128, (m, k), generator=torch.Generator().manual_seed(4)).to(torch.int8)
+    x[0] = 127
+    x[-1] = -128
+    return x, 0.01 * randn(m, 1 if per_row else -(-k // 128), seed=5).abs()
+
+
+def exact_product(x: Tensor, x_scale: Tensor, w: Codes) -> Tensor:
+    """In double precision, from sums that are exact in it."""
+    wide = x_scale.double().repeat_interleave(128, dim=1)[:, : w.shape[2]] if x_scale.shape[1] > 1 else x_scale.double()
+    s, m = scales_and_minima(w)
+    return (x.double() * wide) @ (s.double() * w.planes[0].double() - m.double())[0].T
+
+
+def int8_weight(n: int, k: int, groups: int) -> Codes:
+    values = torch.randint(-128, 128, (1, n, k), generator=torch.Generator().manual_seed(1)).to(torch.int8)
+    values[:, 0], values[:, 1] = 127, -128
+    return Codes("int8", "rows", (1, n, k), (values, 0.01 * randn(1, groups, n, seed=3).abs()))
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize(
+    ("fmt", "k", "group", "above"),
+    [(fmt, k, *group_of(fmt)) for fmt in BITS for k in (512, 1280)]
+    + [
+        ("int4", 192, 16, 0), ("int4_zero", 160, 160, 0), ("int5_min", 96, 16, 0), ("int4_min", 1536, 768, 0),
+        ("int4_k", 768, 16, 384), ("int6_k", 256, 32, 128), ("int5", 640, 64, 0), ("int4_k", 256, 64, 256),
+    ],
+)  # fmt: skip
+def test_int8_rows(fmt: str, k: int, group: int, above: int, per_row: bool, isa: str) -> None:
+    """Extreme values fill every integer sum; a row has its bits alone and in any company, in either layout."""
+    w = random_codes(fmt, (1, 192, k), group, above)
+    zero = zero_point(fmt)
+    w.planes[0][:, 0], w.planes[0][:, 1] = 2 ** BITS[fmt] - 1 - zero, -zero
+    x, x_scale = quantised(14, k, per_row)
+    got = product(x, packed(w), None, x_scale)
+    assert_near(got, exact_product(x, x_scale, w))
+    assert torch.equal(product(x, w, None, x_scale), got)
+    for m in range(1, 14):
+        assert torch.equal(product(x[1 : 1 + m], packed(w), None, x_scale[1 : 1 + m]), got[1 : 1 + m])
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4, 8, 32, 64])
+def test_int8_rows_by_int8_weights(groups: int, isa: str) -> None:
+    w = int8_weight(128, 512, groups)
+    values = torch.empty(1, 2, 128, 4, 16, 4, dtype=torch.int8)
+    _C.pack_into(w.planes[0], values, 0)
+    in_panels = w._replace(layout="panels", planes=(values, w.planes[1]))
+    for per_row in (False, True):
+        x, x_scale = quantised(14, 512, per_row)
+        got = product(x, in_panels, None, x_scale)
+        assert_near(got, exact_product(x, x_scale, w))
+        assert torch.equal(product(x, w, None, x_scale), got)
+        for m in range(1, 14):
+            assert torch.equal(product(x[1 : 1 + m], in_panels, None, x_scale[1 : 1 + m]), got[1 : 1 + m])
+
+
+@pytest.mark.parametrize("fmt", ["int8", *BITS])
+def test_integer_sums_are_exact(fmt: str, isa: str) -> None:
+    """Where every number of a product and their sum are whole and below 2^24, so is the result, to the last bit."""
+    k = 512
+    if fmt == "int8":
+        w = int8_weight(64, k, 4)
+    else:
+        w = random_codes(fmt, (1, 64, k), 32, 256)
+        for plane in w.planes[2:]:
+            plane.copy_(torch.randint(0, 3, plane.shape, generator=torch.Generator().manual_seed(6)))
+    w.planes[1].copy_(torch.randint(1, 3, w.planes[1].shape, generator=torch.Generator().manual_seed(7)))
+    x = torch.randint(-127, 128, (9, k), generator=torch.Generator().manual_seed(8)).to(torch.int8)
+    s, m = scales_and_minima(w)
+    exact = x.long() @ (s.long() * w.planes[0].long() - m.long())[0].T
+    assert exact.abs().max() < 2**24
+    for each in (1, 9):
+        parts = x.split(each)
+        got = torch.cat([product(part, w, None, torch.ones(len(part), 4)) for part in parts])
+        assert torch.equal(got.long(), exact)
+
+
+@pytest.mark.parametrize("act_format", ["none", "int8"])
+def test_expert_layers(act_format: str, isa: str, threads: None) -> None:
+    """Of two formats; the same bits for a token whatever is beside it, on any number of threads."""
+    t, d, f = 40, 256, 256
+    w13 = random_codes("int4_k", (4, 2 * f, d), 32, 256)
+    w2 = random_codes("int6_k", (4, d, f), 16, 256, seed=2)
+    for w in (w13, w2):
+        w.planes[1].mul_(0.002)
+    x, weights = randn(t, d, dtype=BF16), randn(t, 2, seed=9).abs()
+    experts = torch.randint(0, 4, (t, 2), generator=torch.Generator().manual_seed(2), dtype=torch.int32)
+
+    def moe(rows: slice, *pair: Codes) -> Tensor:
+        return _C.moe(x[rows], weights[rows], experts[rows], *pair, "gelu_tanh", act_format, None, None)
+
+    dense = [Codes("fp32", "rows", w.shape, (dequantised(w).contiguous(),)) for w in (w13, w2)]
+    got = moe(slice(None), packed(w13), packed(w2))
+    error = (got.double() - moe(slice(None), *dense).double()).norm(dim=-1)
+    assert (error <= 0.01 * got.double().norm(dim=-1)).all()
+    assert torch.equal(moe(slice(None), w13, w2), got)
+    for rows in (slice(0, 1), slice(7, 12), slice(3, 40)):
+        assert torch.equal(moe(rows, packed(w13), packed(w2)), got[rows])
+    torch.set_num_threads(1)
+    assert torch.equal(moe(slice(None), packed(w13), packed(w2)), got)

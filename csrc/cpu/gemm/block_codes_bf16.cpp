@@ -84,7 +84,7 @@ GROK_TARGET_INLINE void load_scales(const BlockProduct& b, int64_t column, Scale
 
 // Σ x of columns column … column + columns − 1 of a row.
 GROK_INLINE float row_sum(const BlockProduct& b, int64_t row, int64_t column, int64_t columns) {
-  const float* sums = b.x->sums + row * (b.x->k / kSumUnit) + column / kSumUnit;
+  const float* sums = b.x->unit_sums + row * (b.x->k / kSumUnit) + column / kSumUnit;
   float total = sums[0];
   for (int64_t i = 1; i < columns / kSumUnit; ++i) total += sums[i];
   return total;
@@ -203,7 +203,7 @@ constexpr decltype(&staged_tile_avx512<1>) kStaged[] = {staged_tile_avx512<1>, s
 
 }  // namespace
 
-GROK_AVX512_BF16 void codes_block_avx512(const BlockProduct& b) {
+GROK_AVX512_BF16 void bf16_codes_block_avx512(const BlockProduct& b) {
   if (b.first) std::fill(b.c, b.c + b.rows->rows * kPanel, 0.0f);
   if (alone(b)) {
     const auto kernels = b.bits == 4 ? kLone<4> : b.bits == 5 ? kLone<5> : kLone<6>;

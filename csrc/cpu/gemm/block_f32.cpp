@@ -41,6 +41,8 @@ GROK_INLINE void convert_run(const uint8_t* w, int64_t k, float* __restrict out)
   }
 }
 
+constexpr int64_t kFusedAhead = 4096;  // bytes of weights that a lone tile prefetches ahead
+
 // Whether a block's weights are scaled in registers, for a lone tile: whole half blocks of codes, or as many columns of
 // int8, of one group each.
 inline bool fuses(const BlockProduct& b) {

@@ -140,9 +140,9 @@ using TileKernel = void (*)(const float*, const float*, int64_t, float*, bool);
 constexpr TileKernel kTiles[] = {tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};
 
 // As convert and tile, of a lone tile of codes or of int8: weights stay in registers. `scales` has S and M, 64 each, of
-// every `group` columns, a multiple of 16.
+// every 2^group_shift columns, 16 at least.
 template <int kRows, int kBits>
-GROK_F32 void fused_tile(const BlockProduct& b, const float* scales, int64_t group) {
+GROK_F32 void fused_tile(const BlockProduct& b, const float* scales, int group_shift) {
   constexpr int kWide = kRows == 1 ? 4 : kRows <= 3 ? 2 : 1;  // enough chains of additions, in 16 registers
   const float* x = reinterpret_cast<const float*>(b.x->at(b.x->tiles[b.rows->first_tile], b.column));
   for (int64_t from = 0; from < kPanel; from += kWide * kWidth) {
@@ -152,11 +152,16 @@ GROK_F32 void fused_tile(const BlockProduct& b, const float* scales, int64_t gro
 #pragma GCC unroll 4
       for (int j = 0; j < kWide; ++j) sum[r][j] = zero();
     }
+    const float* s = scales;
     for (int64_t k = 0; k < b.columns; k += kCodeColumns) {
       const uint8_t* w = b.w + k / kCodeColumns * kBits * kRunBytes + 4 * from;
+#pragma GCC unroll 8
+      for (int64_t byte = 0; byte < kBits * kRunBytes; byte += kRunBytes) {
+        for (int64_t line = 0; line < 4 * kWide * kWidth; line += 64) __builtin_prefetch(w + kFusedAhead + byte + line);
+      }
 #pragma GCC unroll 4
       for (int unit = 0; unit < kUnits; ++unit) {
-        const float* s = scales + (k + unit * kUnit) / group * 2 * kPanel + from;
+        if (unit % 2 == 0) s = scales + ((k + unit * kUnit) >> group_shift) * 2 * kPanel + from;
         const float* row = x + (k + unit * kUnit) * kRows;
         const auto at = [&](int j) GROK_F32 { return Unit<kBits>(w + (j < kWide ? j : 0) * 4 * kWidth, unit); };
         const Unit<kBits> u[] = {at(0), at(1), at(2), at(3)};
@@ -187,7 +192,7 @@ GROK_F32 void fused_tile(const BlockProduct& b, const float* scales, int64_t gro
   }
 }
 
-using FusedKernel = void (*)(const BlockProduct&, const float*, int64_t);
+using FusedKernel = void (*)(const BlockProduct&, const float*, int);
 template <int kBits>
 constexpr FusedKernel kFused[] = {fused_tile<1, kBits>, fused_tile<2, kBits>, fused_tile<3, kBits>,
                                   fused_tile<4, kBits>, fused_tile<5, kBits>, fused_tile<6, kBits>};
@@ -200,7 +205,7 @@ GROK_F32 void fused(const BlockProduct& b) {
     group_scales(*b.weights, b.expert, b.output, (b.column + k) / b.weights->group(), b.x->isa, s, s + kPanel);
   }
   const auto kernels = b.bits == 0 ? kFused<8> : b.bits == 4 ? kFused<4> : b.bits == 5 ? kFused<5> : kFused<6>;
-  kernels[b.rows->rows - 1](b, scales, group);
+  kernels[b.rows->rows - 1](b, scales, __builtin_ctzll(group));
 }
 
 GROK_F32 void block(const BlockProduct& b) {

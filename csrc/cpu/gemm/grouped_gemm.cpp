@@ -28,7 +28,7 @@ void grouped_gemm(const GroupedGemm& p, Executor& executor) {
   const Isa isa = current_isa();
   const Epilogue& epilogue = epilogue_for(isa);
   const auto offsets = checked_offsets("grouped_gemm", p.offsets, p.w.experts, p.rows);
-  PackedRows packed(choose_path(isa, p.x.type, p.w), isa, p.w.k, offsets);
+  PackedRows packed(isa, p.x.type, p.w, offsets);
   thread_local Buffer workspace;
   packed.place(workspace.get<char>(packed.bytes()));
   packed.pack(p.x, RowMap{}, executor);

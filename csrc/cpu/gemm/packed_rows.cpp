@@ -4,6 +4,7 @@
 
 #include "cpu/avx512.h"
 #include "cpu/fp8.h"
+#include "cpu/gemm/codes.h"
 
 namespace grok::cpu {
 namespace {
@@ -97,6 +98,38 @@ GROK_AVX512_BF16 int32_t sum_avx512(const char* values, int64_t count) {
   for (const int32_t lane : lanes) total += lane;
   return total;
 }
+
+// Writes `runs` dwords of columns from byte `from` on, `tile` dwords apart, in the order of a unit of codes.
+GROK_AVX2 void spread_codes(const char* row, int64_t from, int64_t runs, int64_t tile, uint32_t* out) {
+  const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+  for (int64_t run = 0; run < runs; run += 4) {  // a multiple of 8
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + from + 4 * run));
+    alignas(16) uint32_t dwords[4];
+    _mm_store_si128(reinterpret_cast<__m128i*>(dwords), _mm_shuffle_epi8(bytes, order));
+    for (int64_t i = 0; i < 4; ++i, out += tile) *out = dwords[i];
+  }
+}
+
+// Writes `runs` dwords, an even number: for each 4 columns the even ones in 16 bits each, then the odd ones; zeros past
+// the row's last byte.
+void spread_int16(const char* row, int64_t from, int64_t bytes, int64_t runs, int64_t tile, uint32_t* out) {
+  for (int64_t run = 0; run < runs; run += 2, from += 4) {
+    int8_t four[4] = {};
+    std::memcpy(four, row + from, std::clamp<int64_t>(bytes - from, 0, 4));
+    for (int64_t i = 0; i < 2; ++i, out += tile) {
+      *out = static_cast<uint16_t>(four[i]) | static_cast<uint32_t>(static_cast<uint16_t>(four[i + 2])) << 16;
+    }
+  }
+}
+
+GROK_AVX2 void sum_groups_avx2(const char* row, int64_t columns, int64_t each, int16_t* sums) {
+  const int8_t* values = reinterpret_cast<const int8_t*>(row);
+  for (int64_t k = 0; k < columns; k += each, ++sums) {
+    int32_t sum = 0;
+    for (int64_t i = k, end = std::min(k + each, columns); i < end; ++i) sum += values[i];
+    *sums = static_cast<int16_t>(sum);
+  }
+}
 #endif
 
 // Interleaves `runs` dwords of each of `count` rows, from byte `from` on; zeros past a row's last byte.
@@ -106,6 +139,22 @@ void interleave(int64_t count, const char* const* rows, int64_t from, int64_t by
 #else
   for (int64_t r = 0; r < count; ++r) spread(rows[r] + from, bytes - from, runs, count, out + r);
 #endif
+}
+
+bool divides(int64_t a, int64_t b) { return b % a == 0; }
+
+// Whether integer sums of 128 columns, or of fewer in one group, cover the columns of each group.
+bool has_even_groups(const Weights& w) {
+  const int64_t group = w.group();
+  if (w.subscales.data) {
+    return 2 * group <= kScaleGroup && divides(group, kScaleGroup) && divides(kScaleGroup, w.k / w.scales.groups);
+  }
+  return w.groups == 1 || divides(group, kScaleGroup) || divides(kScaleGroup, group);
+}
+
+int64_t columns_of_run(Path path) {
+  if (path == Path::f32) return 1;
+  return path == Path::bf16 || path == Path::bf16_codes || path == Path::int16 ? 2 : 4;
 }
 
 }  // namespace
@@ -122,20 +171,29 @@ void spread(const void* row, int64_t bytes, int64_t runs, int64_t step, uint32_t
 }
 
 Path choose_path(Isa isa, DType x, const Weights& w) {
-  if ((isa != Isa::avx512_bf16 && isa != Isa::neon_bf16) || w.type == DType::f32) return Path::f32;
+  const bool bf16 = isa == Isa::avx512_bf16 || isa == Isa::neon_bf16;  // has products of bf16 and of int8
+  const bool x86 = isa >= Isa::avx2 && isa <= Isa::avx512_bf16;
   if (w.bits) {
-    const bool takes = isa == Isa::avx512_bf16 && x == DType::bf16 && w.layout == Layout::panels;
-    return takes ? Path::bf16_codes : Path::f32;
+    if (!divides(kCodeColumns, w.k) || !divides(kLeastCodeGroup, w.group())) return Path::f32;
+    if (x == DType::int8 && x86 && has_even_groups(w)) return Path::codes;
+    return x == DType::bf16 && isa == Isa::avx512_bf16 ? Path::bf16_codes : Path::f32;
   }
+  if (x == DType::int8 && x86 && w.type == DType::int8 && has_even_groups(w)) {
+    const bool several = w.groups > 1 && w.group() % kScaleGroup;
+    if ((divides(4, w.group()) || w.groups == 1) && (isa != Isa::avx512_bf16 || several)) return Path::int16;
+  }
+  if (!bf16 || w.type == DType::f32) return Path::f32;
   if (x == DType::bf16 && (w.groups <= 1 || w.group() % 4 == 0)) return Path::bf16;
   if (x == DType::int8 && w.type == DType::int8 && (w.groups <= 1 || w.group() % kScaleGroup == 0)) return Path::int8;
   return Path::f32;
 }
 
-PackedRows::PackedRows(Path path_, Isa isa_, int64_t k_, const std::vector<int64_t>& offsets)
-    : path(path_), isa(isa_), k(k_), run_columns(path_ == Path::int8 ? 4 : path_ == Path::f32 ? 1 : 2),
-      runs(round_up(k_, 4) / run_columns), groups(path_ == Path::int8 ? (k_ + kScaleGroup - 1) / kScaleGroup : 0),
-      total(offsets.back()) {
+PackedRows::PackedRows(Isa isa_, DType x, const Weights& w, const std::vector<int64_t>& offsets)
+    : path(choose_path(isa_, x, w)), isa(isa_), k(w.k), run_columns(columns_of_run(path)),
+      runs(round_up(k, 4) / run_columns),
+      groups(x != DType::int8 || path == Path::f32 ? 0 : (k + kScaleGroup - 1) / kScaleGroup),
+      sum_columns(path == Path::codes ? std::min(w.group(), kScaleGroup) : 0),
+      sum_groups(sum_columns ? (k + sum_columns - 1) / sum_columns : 0), total(offsets.back()) {
   for (size_t e = 0; e + 1 < offsets.size(); ++e) {
     const int64_t rows = offsets[e + 1] - offsets[e], count = (rows + kTile - 1) / kTile;
     const int64_t parts = (count + kRowBlock / kTile - 1) / (kRowBlock / kTile);
@@ -154,15 +212,17 @@ PackedRows::PackedRows(Path path_, Isa isa_, int64_t k_, const std::vector<int64
 
 int64_t PackedRows::bytes() const {
   const int64_t units = path == Path::bf16_codes ? k / kSumUnit : 0;
-  return round_up(total * runs * 4, 64) + round_up(total * units * 4, 64) + round_up(total * groups * 4, 64) * 2;
+  return round_up(total * runs * 4, 64) + round_up(total * units * 4, 64) + round_up(total * groups * 4, 64) * 2 +
+         round_up(total * sum_groups * 2, 64);
 }
 
 void PackedRows::place(void* workspace) {
   char* at = static_cast<char*>(workspace);
   data = reinterpret_cast<uint32_t*>(at);
-  sums = reinterpret_cast<float*>(at += round_up(total * runs * 4, 64));
+  unit_sums = reinterpret_cast<float*>(at += round_up(total * runs * 4, 64));
   scales = reinterpret_cast<float*>(at += path == Path::bf16_codes ? round_up(total * (k / kSumUnit) * 4, 64) : 0);
-  bias = reinterpret_cast<int32_t*>(at + round_up(total * groups * 4, 64));
+  bias = reinterpret_cast<int32_t*>(at += round_up(total * groups * 4, 64));
+  sums = reinterpret_cast<int16_t*>(at + round_up(total * groups * 4, 64));
 }
 
 void PackedRows::pack(const Rows& x, const RowMap& map, Executor& executor) {
@@ -187,6 +247,18 @@ void PackedRows::pack(const Rows& x, const RowMap& map, int64_t first_tile, int6
       last = std::min(end, (run / kRunBlock + 1) * kRunBlock);
       const int64_t from = run * run_columns - column;
       uint32_t* out = this->at(t, run);
+#if GROK_X86
+      if (path == Path::codes || path == Path::int16) {
+        for (int64_t r = 0; r < t.rows; ++r) {
+          if (path == Path::codes) {
+            spread_codes(rows[r], from, last - run, t.rows, out + r);
+          } else {
+            spread_int16(rows[r], from, columns, last - run, t.rows, out + r);
+          }
+        }
+        continue;
+      }
+#endif
       if (path != Path::f32) {
         interleave(t.rows, rows, from * size, columns * size, last - run, out);
         continue;
@@ -197,23 +269,28 @@ void PackedRows::pack(const Rows& x, const RowMap& map, int64_t first_tile, int6
     }
     for (int64_t r = 0; r < t.rows && path == Path::bf16_codes; ++r) {
       const BF16* row = reinterpret_cast<const BF16*>(rows[r]);
-      float* to = sums + (t.row + r) * (k / kSumUnit) + column / kSumUnit;
+      float* to = unit_sums + (t.row + r) * (k / kSumUnit) + column / kSumUnit;
       for (int64_t i = 0; i < columns; i += kSumUnit) {
         float sum = 0.0f;
         for (int64_t j = i; j < i + kSumUnit; ++j) sum += to_float(row[j]);
         *to++ = sum;
       }
     }
-    if (path != Path::int8) continue;
+    if (!groups) continue;
     for (int64_t r = 0; r < t.rows; ++r) {
       const int64_t to = (t.row + r) * groups + column / kScaleGroup;
       for (int64_t g = 0; g * kScaleGroup < columns; ++g) {
 #if GROK_X86
         const int64_t from = g * kScaleGroup;
-        bias[to + g] = -128 * sum_avx512(rows[r] + from, std::min(kScaleGroup, columns - from));
+        if (path == Path::int8) bias[to + g] = -128 * sum_avx512(rows[r] + from, std::min(kScaleGroup, columns - from));
 #endif
         scales[to + g] = scale[r][x.groups == 1 ? 0 : g];
       }
+#if GROK_X86
+      if (path == Path::codes) {
+        sum_groups_avx2(rows[r], columns, sum_columns, sums + (t.row + r) * sum_groups + column / sum_columns);
+      }
+#endif
     }
   }
 }

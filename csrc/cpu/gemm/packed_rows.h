@@ -11,14 +11,17 @@ namespace grok::cpu {
 
 // How a product is computed.
 //   bf16  bf16 rows, weights converted to bf16 exactly, products of pairs added in fp32
+//   bf16_codes  bf16 rows and weights of 4, 5 or 6 bits, the same; sums of up to 128 products are scaled (avx512_bf16)
 //   int8  int8 rows and weights, exact integer sums of 128 products, these added in fp32
+//   int16 int8 rows and weights, the same by products of 16 bits; any groups of scales (needs avx2)
+//   codes int8 rows and weights of 4, 5 or 6 bits, exact integer sums of up to 128 products (needs avx2)
 //   f32   any types, converted to fp32
-//   bf16_codes  bf16 rows, codes of 4 to 6 bits converted to bf16 exactly, S and M applied to the sums of groups
-// bf16 and int8 need avx512_bf16 or neon_bf16, bf16_codes avx512_bf16.
-enum class Path { bf16, int8, f32, bf16_codes };
+// bf16 and int8 need avx512_bf16 or neon_bf16.
+enum class Path { bf16, bf16_codes, int8, int16, codes, f32 };
 
-constexpr int64_t kSumUnit = 16;  // columns of a row that are added up while packing
+constexpr int64_t kSumUnit = 16;  // columns of a bf16 row that are added up while packing
 
+// The formats alone decide, not the layout: a weight has the same products in either.
 Path choose_path(Isa isa, DType x, const Weights& w);
 
 // Writes `runs` dwords of a row, `step` dwords apart; zeros past its last byte.
@@ -32,7 +35,8 @@ struct RowMap {
 };
 
 // Rows in the order in which the kernels read them: row block by row block, in each column block by column block, in
-// each tile by tile, in each run by run. A row block of one tile is therefore contiguous along K.
+// each tile by tile, in each run by run. A run is a dword of each row: 1 value of fp32, 2 of bf16 or int16 (of each 4
+// columns first the even, then the odd ones), 4 of int8 (for codes in the order of their bytes, codes.h). A row block of one tile is therefore contiguous along K.
 class PackedRows {
  public:
   struct Tile {
@@ -45,7 +49,8 @@ class PackedRows {
   };
 
   // offsets: experts + 1 entries, ascending from 0; the rows of expert e are offsets[e] .. offsets[e + 1] − 1.
-  PackedRows(Path path, Isa isa, int64_t k, const std::vector<int64_t>& offsets);
+  // x: the type of the rows, w: what they are multiplied by.
+  PackedRows(Isa isa, DType x, const Weights& w, const std::vector<int64_t>& offsets);
 
   int64_t bytes() const;        // of the workspace
   void place(void* workspace);  // 64-byte aligned; used until the last product
@@ -67,14 +72,16 @@ class PackedRows {
   Path path;
   Isa isa;
   int64_t k, run_columns, runs;
-  int64_t groups;           // of 128 columns, on the int8 path; else 0
+  int64_t groups;           // of 128 columns, where rows are int8 on another path than f32; else 0
+  int64_t sum_columns, sum_groups;  // of `sums`, on the codes path; else 0
   int64_t total;            // rows
   std::vector<Tile> tiles;
   std::vector<RowBlock> blocks;
   uint32_t* data = nullptr;
-  float* sums = nullptr;    // (rows, k / kSumUnit), on the bf16_codes path: of the row's columns
-  float* scales = nullptr;  // (rows, groups), on the int8 path
-  int32_t* bias = nullptr;  // (rows, groups): −128 · the group's sum, since vpdpbusd multiplies by w + 128
+  float* unit_sums = nullptr;  // (rows, k / kSumUnit) of bf16 rows, on the bf16_codes path
+  float* scales = nullptr;     // (rows, groups)
+  int32_t* bias = nullptr;     // (rows, groups): −128 · the group's sum, since vpdpbusd multiplies by w + 128
+  int16_t* sums = nullptr;     // (rows, sum_groups): of sum_columns values each
 };
 
 }  // namespace grok::cpu

@@ -7,6 +7,7 @@
 #include "cpu/gemm/codes.h"
 #include "cpu/gemm/epilogue.h"
 #include "cpu/gemm/group_scales.h"
+#include "cpu/gemm/pack_codes.h"
 
 namespace grok::cpu {
 namespace {
@@ -26,6 +27,16 @@ void gather_runs(const Weights& w, int64_t expert, int64_t output, int64_t from,
   }
 }
 
+// Packs columns from..from+columns−1 of a panel of codes in rows into blocks; zeros past n.
+void gather_codes(const Weights& w, int64_t expert, int64_t output, int64_t from, int64_t columns, uint8_t* blocks) {
+  const int64_t outputs = std::min(kPanel, w.n - output);
+  if (outputs < kPanel) std::memset(blocks, 0, columns / kCodeColumns * code_block_bytes(w.bits));
+  for (int64_t n = 0; n < outputs; ++n) {
+    const int8_t* row = static_cast<const int8_t*>(w.data) + expert * w.expert_stride + (output + n) * w.row_stride;
+    pack_codes_of_output(row + from, 1, columns, w.bits, w.zero_point, n, blocks);
+  }
+}
+
 struct Scratch {
   Buffer result[2];  // one for each slot
   Buffer partial;    // of a group of columns that share scales
@@ -41,8 +52,8 @@ float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::Ro
                      int slot, const uint8_t* next) {
   Scratch& s = scratch;
   const int64_t rows = block.rows, expert = block.expert;
-  // Path::f32 and bf16_codes apply the scales of groups themselves, the other paths leave sums of groups.
-  const bool scaled = x.path == Path::bf16_codes || (x.path == Path::f32 && (w.groups > 1 || w.bits));
+  // Path::bf16 and Path::int8 leave the scales of groups to this function.
+  const bool scaled = x.path != Path::bf16 && x.path != Path::int8 && (w.groups > 1 || w.bits);
   const int64_t groups = scaled ? 1 : w.groups, group = w.k / groups;
   float* result = s.result[slot].get<float>(rows * kPanel);
   float* sums = groups > 1 ? s.partial.get<float>(rows * kPanel) : result;
@@ -56,10 +67,14 @@ float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::Ro
     const bool alone = block.last_tile - block.first_tile == 1;
     if (w.layout == Layout::panels && w.type != DType::bf16 && alone) most = w.k;  // a lone tile is contiguous
   } else if (x.path == Path::bf16_codes) {
-    kernel = codes_block_avx512;
-    if (block.last_tile - block.first_tile == 1) most = w.k;
+    kernel = bf16_codes_block_avx512;
+    if (w.layout == Layout::panels && block.last_tile - block.first_tile == 1) most = w.k;
   } else if (x.path == Path::int8) {
     kernel = int8_block_avx512;
+  } else if (x.path == Path::int16) {
+    kernel = int16_block_avx2;
+  } else if (x.path == Path::codes) {
+    kernel = codes_block_avx2;
   }
 #elif GROK_ARM
   if (x.path != Path::f32) kernel = x.path == Path::bf16 ? bf16_block_neon : int8_block_neon;
@@ -69,7 +84,7 @@ float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::Ro
   const uint8_t* panel = w.panel(expert, output);
   BlockProduct b{};
   b.type = w.type;
-  b.bits = w.layout == Layout::panels ? w.bits : 0;
+  b.bits = w.layout == Layout::panels || x.path != Path::f32 ? w.bits : 0;
   b.scaled = scaled;
   b.weights = &w;
   b.expert = expert;
@@ -85,7 +100,11 @@ float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::Ro
       b.first = from == g * group;
       b.next = from + b.columns == w.k ? next : nullptr;
       const int64_t run = from / run_columns;
-      if (b.bits) {
+      if (b.bits && w.layout == Layout::rows) {
+        uint8_t* blocks = s.runs.get<uint8_t>(most * kPanel);
+        gather_codes(w, expert, output, from, b.columns, blocks);
+        b.w = blocks;
+      } else if (b.bits) {
         b.w = panel + from / kCodeColumns * code_block_bytes(w.bits);
       } else if (w.layout == Layout::panels) {
         b.w = panel + run * kRunBytes;

@@ -77,7 +77,7 @@ void gate_up(const MoeUp& p, const std::vector<int64_t>& offsets, Executor& exec
   thread_local UpWorkspace w;
   Rows x{p.x, p.x_type, p.x_stride, nullptr, 0};
   if (quantise) x = quantize_into(p.row_type, x, p.tokens, p.w13.k, w.values, w.scales, executor);
-  PackedRows packed(choose_path(isa, x.type, p.w13), isa, p.w13.k, offsets);
+  PackedRows packed(isa, x.type, p.w13, offsets);
   packed.place(w.packed.get<char>(packed.bytes()));
   packed.pack(x, RowMap{p.grouping.order, p.grouping.active}, executor);
   const PanelTasks tasks(packed, f, quantise ? kScaleGroup : kPanel);
@@ -148,7 +148,7 @@ void fused(const MoeUp& first, MoeDown& second, Executor& executor) {
   const auto offsets = check_grouping("moe", first.grouping, first.w13, first.tokens);
   const Isa isa = current_isa();
   thread_local Buffer workspace;
-  PackedRows inner(choose_path(isa, first.row_type, second.w2), isa, second.w2.k, offsets);
+  PackedRows inner(isa, first.row_type, second.w2, offsets);
   inner.place(workspace.get<char>(inner.bytes()));
   gate_up(first, offsets, executor,
           [&](const PackedRows::RowBlock& block, const Rows& part, int64_t column, int64_t columns) {
@@ -180,7 +180,7 @@ void moe_down(const MoeDown& p, Executor& executor) {
   const auto offsets = check_grouping("moe_down", p.grouping, p.w2, p.tokens);
   const Isa isa = current_isa();
   thread_local Buffer workspace;
-  PackedRows packed(choose_path(isa, p.rows.type, p.w2), isa, p.w2.k, offsets);
+  PackedRows packed(isa, p.rows.type, p.w2, offsets);
   packed.place(workspace.get<char>(packed.bytes()));
   packed.pack(p.rows, RowMap{}, executor);
   down(packed, p, executor);

@@ -6,7 +6,6 @@ import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +15,10 @@ from torch import Tensor
 from grok_engine.checkpoint.base import CheckpointError, TensorInfo
 from grok_engine.config import ModelConfig
 from grok_kernels.dtypes import DTYPES
+from grok_kernels.formats import FORMATS
+from grok_kernels.reference.quantize import dequantize_planes
 
-from .blocks import Bytes, TensorType, read_floats, read_groups
+from .blocks import Bytes, TensorType, read_floats, read_planes
 from .config import parse_metadata
 from .files import forget_headers, read_headers
 from .header import Header, Place
@@ -56,8 +57,8 @@ class _Matrix:
 class GGUFCheckpoint:
     """An opened file: its header read and checked, its data mapped.
 
-    Symmetric types (Q4_0, Q5_0, Q6_K, Q8_0) are int8 with a scale per 16 or 32 columns, which keeps all their bits, and
-    BF16 is bf16. Everything else is fp32: types with minima, F16, F32, and tensors whose experts have several types.
+    Each type has a format that keeps all its bits (`blocks.TYPES`); F16, and tensors whose experts have several types,
+    are fp32.
     """
 
     def __init__(self, path: Path, config: ModelConfig) -> None:
@@ -92,7 +93,9 @@ class GGUFCheckpoint:
             name=name,
             shape=shape if len(places) == 1 else (len(places), *shape),
             format=fmt,
-            block=(1, kind.group) if fmt == "int8" else None,
+            block=(1, kind.group) if kind.group and len(kinds) == 1 else None,
+            sub=kind.sub if len(kinds) == 1 else 0,
+            scales="fp16" if kind.group and len(kinds) == 1 else "fp32",
             nbytes=sum(place.nbytes for place in places),
             stored="" if kinds in (["F32"], ["BF16"]) else ", ".join(kinds),
         )
@@ -108,30 +111,32 @@ class GGUFCheckpoint:
         first, stop = (rows.start, rows.stop) if rows else (0, len(matrices[0].data))
         if lead:
             lead[-1] = stop - first
-        shape, groups = (len(matrices), stop - first), k // info.block[1] if info.block else 0
-        planes = [torch.empty((*shape, k), dtype=DTYPES[info.format])]
-        planes += [torch.empty((*shape, groups))] if groups else []
+        planes: list[Tensor] = []
         step = max(CHUNK // k, 1)
         for m, matrix in enumerate(matrices):
             for at in range(first, stop, step):
-                parts = _planes(matrix.kind, matrix.rows(at, min(at + step, stop)), keep=groups > 0)
+                parts = _planes(matrix.kind, matrix.rows(at, min(at + step, stop)), info.format)
                 if parts is None:
                     raise CheckpointError(f"{self.source}: {name} holds NaN or infinity, expected finite values")
+                if not planes:
+                    shape = (len(matrices), stop - first)
+                    planes = [part.new_empty((*shape, part.shape[1])) for part in parts]
                 for plane, part in zip(planes, parts, strict=True):
-                    plane[m, at - first : at - first + step] = torch.from_numpy(part)
+                    plane[m, at - first : at - first + step] = part
         return tuple(plane.view(*lead, plane.shape[-1]) for plane in planes)
 
 
-def _planes(kind: TensorType, raw: Bytes, *, keep: bool) -> tuple[NDArray[Any], ...] | None:
-    """Rows in fp32, or to `keep` the integers (rows, K) and scales (rows, groups); None where not all is finite."""
-    if kind.split is None:
-        values = read_floats(kind, raw)
-        return (values,) if np.isfinite(values).all() else None
-    groups = read_groups(kind, raw)
-    if not groups.is_finite():
+def _planes(kind: TensorType, raw: Bytes, format: str) -> tuple[Tensor, ...] | None:
+    """Rows in this format, the type's own or fp32; None where not all is finite."""
+    planes = tuple(map(torch.from_numpy, read_planes(kind, raw)))
+    if not all(bool(plane.isfinite().all()) for plane in planes if plane.is_floating_point()):
         return None
-    planes = (groups.q, groups.d) if keep else (groups.values(),)
-    return tuple(plane.reshape(len(raw), -1) for plane in planes)
+    if kind.split is None:
+        return (planes[0].to(DTYPES[format]),)
+    if format == kind.format:
+        return planes
+    names = FORMATS[kind.format].planes
+    return (dequantize_planes(dict(zip(names, (planes[0], *(plane.t() for plane in planes[1:])), strict=True))),)
 
 
 def _map(header: Header) -> Bytes:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from grok_engine.checkpoint.base import Checkpoint, CheckpointError, TensorInfo
 from grok_engine.checkpoint.new_file import NewFile, Part, raw
-from grok_engine.checkpoint.rows import dequantized, expanded, row_chunks
+from grok_engine.checkpoint.rows import dequantized, expanded, rounded, row_chunks
 from grok_engine.checkpoint.shapes import tensor_shapes
 from grok_engine.config import ModelConfig, WeightFormat
 
@@ -65,10 +65,17 @@ def _interleaved(rows: Tensor, head_dim: int) -> Tensor:
 def _stored(kind: TensorType, values: Tensor, scales: Tensor | None, info: TensorInfo) -> memoryview:
     """The bytes of rows; scales: a row for each."""
     columns = info.block[1] if info.block else 0
+    if kind.name == "Q4_0":
+        if scales is None or info.format != "int4" or columns % _BLOCK:
+            block = None if scales is None else (1, columns)
+            q_NK, d_NG = rounded(dequantized(values, scales, block), "int4", values.shape[1] // _BLOCK)
+        else:
+            q_NK, d_NG = values, scales.repeat_interleave(columns // _BLOCK, 1)
+        return _q4_0(q_NK.numpy(), d_NG.half().numpy())
     if kind.name != "Q8_0":
         block = None if scales is None else (1, columns)
         return raw(dequantized(values, scales, block).to(_TORCH[kind.name]))
-    if scales is not None and info.format == "int8" and columns % _BLOCK == 0:
+    if scales is not None and info.format in ("int8", "int4") and columns % _BLOCK == 0:
         d_NG = scales.repeat_interleave(columns // _BLOCK, 1)
         if bool((d_NG.half().float() == d_NG).all()):  # a block says them: values and scales stay
             return _blocks(values.numpy(), d_NG.half().numpy())
@@ -86,6 +93,15 @@ def q8_0(x_NK: Tensor) -> memoryview:
     q = np.sign(scaled) * (whole + np.floor(2 * (np.abs(scaled) - whole)))
     with np.errstate(over="ignore"):
         return _blocks(q.astype(np.int8), d.astype(np.float16))
+
+
+def _q4_0(q: NDArray[np.int8], d: NDArray[np.float16]) -> memoryview:
+    """q (N, K), d (N, blocks)."""
+    code = (q + np.int8(8)).view(np.uint8).reshape(*d.shape, 2, _BLOCK // 2)
+    found = np.empty((*d.shape, 2 + _BLOCK // 2), np.uint8)
+    found[..., :2] = np.ascontiguousarray(d)[..., None].view(np.uint8)
+    found[..., 2:] = code[..., 0, :] | code[..., 1, :] << 4
+    return found.reshape(-1).data
 
 
 def _blocks(q: NDArray[np.int8], d: NDArray[np.float16]) -> memoryview:
@@ -106,7 +122,8 @@ def gguf_model(
     """The file of a model, which llama.cpp runs.
 
     Without `weights`, floats stay as they are and int8 becomes Q8_0: bit for bit where a scale is that of 32 columns or
-    a multiple and an fp16 number, else rounded anew from the exact values. int8 is Q8_0. Norms and router are F32.
+    a multiple and an fp16 number, else rounded anew from the exact values; int4 becomes Q4_0 under the same conditions,
+    else Q8_0. int8 is Q8_0, int4 Q4_0, whatever the groups. Norms and router are F32.
     CheckpointError as of `gguf_metadata`, and for fp8, which GGUF has not.
     """
     c = config
@@ -146,13 +163,20 @@ def _kind(info: TensorInfo, weights: WeightFormat | None) -> TensorType:
         name = "F32"
     elif weights is None and info.format == "fp8_e4m3":
         raise CheckpointError(f"{info.name} is fp8_e4m3, which GGUF has not: expected weights of int8, bf16 or fp32")
-    elif (weights or info.format).startswith("int8"):  # whatever the groups, which are a block's here
-        name = "F32" if info.shape[-1] % _BLOCK else "Q8_0"
+    elif (weights or info.format).startswith(("int8", "int4")):  # whatever the groups, which are a block's here
+        name = "F32" if info.shape[-1] % _BLOCK else "Q8_0" if _is_8_bits(info, weights) else "Q4_0"
     elif weights is None and info.stored in ("fp16", "F16"):
         name = "F16"
     else:
         name = {"bf16": "BF16", "fp32": "F32"}[weights or info.format]
     return TYPES[_IDS[name]]
+
+
+def _is_8_bits(info: TensorInfo, weights: WeightFormat | None) -> bool:
+    """Q4_0 holds int4 whose groups are whole blocks with scales of fp16."""
+    if weights is not None:
+        return weights.startswith("int8")
+    return info.format != "int4" or info.scales != "fp16" or info.block is None or info.block[1] % _BLOCK > 0
 
 
 def _head(metadata: Mapping[str, Any], entries: list[tuple[str, tuple[int, ...], TensorType, int]]) -> bytes:

@@ -1,5 +1,5 @@
-"""The `quantization_config` of what is written: 8 bits, symmetric, in the keys of compressed-tensors, or of DeepSeek's
-fp8 for e4m3 in blocks."""
+"""The `quantization_config` of what is written: 8 or 4 bits, symmetric, in the keys of compressed-tensors, or of
+DeepSeek's fp8 for e4m3 in blocks."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+BITS = {"int8": 8, "int4": 4}  # of the integers
+
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
     """How one matrix is stored. block: the rows and columns that share a scale; 0 is all columns."""
 
-    format: str  # "int8" or "fp8_e4m3"
+    format: str  # "int8", "int4" or "fp8_e4m3"
     block: tuple[int, int] = (1, 0)
 
     @property
@@ -23,15 +25,15 @@ class Scheme:
 
     @property
     def container(self) -> str:
-        """int8 without rounded activations is "packed": 4 values to an int32, as vLLM and transformers load it."""
-        return "pack-quantized" if self.format == "int8" else "float-quantized"
+        """Integers without rounded activations are "packed" into int32, as vLLM and transformers load them."""
+        return "pack-quantized" if self.format in BITS else "float-quantized"
 
     def weights(self) -> dict[str, Any]:
         """The arguments of a config group."""
         strategy = "group" if self.block[1] else "channel"
         return {
-            "num_bits": 8,
-            "type": "int" if self.format == "int8" else "float",
+            "num_bits": BITS.get(self.format, 8),
+            "type": "int" if self.format in BITS else "float",
             "symmetric": True,
             "dynamic": False,
             "strategy": strategy,
@@ -41,7 +43,7 @@ class Scheme:
     def activations(self) -> dict[str, Any] | None:
         """e4m3 rounds each token's activations too, where a server follows the file: vLLM has no other kernel for
         experts."""
-        if self.format == "int8":
+        if self.format in BITS:
             return None
         args = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True}
         if not self.block[1]:

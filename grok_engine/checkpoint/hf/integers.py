@@ -17,6 +17,8 @@ The layouts follow AutoGPTQ 0.7, GPTQModel 7.7, AutoAWQ 0.2.9 and compressed-ten
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -53,11 +55,12 @@ class Packing:
         return 32 // self.bits
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PackedMatrix:
     """One matrix (N, K). group_K: the group of each column, None for groups of neighbours, all of one size.
 
-    It is int8 with a scale a group, bit for bit, unless groups are not of neighbours, or q − z needs nine bits.
+    4 bits are int4 where every zero point is 8, and else int4_zero, or int8 with scales of fp32, whose product with
+    q − z is not exact; 8 bits are int8. It is fp32 where groups are not of neighbours, or q − z needs nine bits.
     """
 
     packing: Packing
@@ -74,9 +77,19 @@ class PackedMatrix:
         whole = self.group_K is None and (self.packing.bits == 4 or self.packing.symmetric)
         return (1, self.group) if whole else None
 
-    @property
+    @cached_property
     def format(self) -> str:
-        return "fp32" if self.block is None else "int8"
+        if self.block is None:
+            return "fp32"
+        if self.packing.bits == 8:
+            return "int8"
+        if self.zeros is None or (self.packing.symmetric and not self.has_zero_points()):
+            return "int4"
+        return "int4_zero" if self.scales.tensor.code != "F32" else "int8"
+
+    @property
+    def scale_dtype(self) -> Literal["fp32", "fp16"]:
+        return "fp16" if self.block and self.scales.tensor.code == "F16" else "fp32"
 
     @property
     def stored(self) -> str:
@@ -92,7 +105,8 @@ class PackedMatrix:
         return self.zeros is not None and bool((self._zeros(0, self.shape[0]) != self.packing.middle).any())
 
     def read(self, rows: slice | None, *, dequantised: bool) -> tuple[Tensor, ...]:
-        """Integers q − z in int8 (N, K) and scales (N, G) in fp32 of these rows, or their products in fp32."""
+        """The planes of `format` of these rows, values (N, K) in int8, scales (N, G) and zeros (N, G), or their
+        products in fp32."""
         first, stop = (rows.start, rows.stop) if rows else (0, self.shape[0])
         if dequantised:
             return (self._products(first, stop),)
@@ -103,8 +117,11 @@ class PackedMatrix:
                 f"{self.values.file.path}: {self.values.tensor.name} has zero points other than "
                 f"{self.packing.middle}, though the quantisation is symmetric"
             )
+        scales = self._scales(first, stop)
+        if self.format == "int4_zero":
+            return q_NK.view(torch.int8), scales, z_NG
         groups = q_NK.unflatten(1, (-1, self.group))
-        return groups.sub_(z_NG[..., None]).view(torch.int8).flatten(1), self._scales(first, stop)
+        return groups.sub_(z_NG[..., None]).view(torch.int8).flatten(1), scales
 
     def _products(self, first: int, stop: int) -> Tensor:
         """(q − z) · s in fp32, a few rows at a time."""
@@ -114,7 +131,7 @@ class PackedMatrix:
         for at in range(first, stop, step):
             end = min(at + step, stop)
             part = w_NK[at - first : end - first].copy_(self._values(at, end))
-            part.sub_(self._zeros(at, end).float()[:, group_K]).mul_(self._scales(at, end)[:, group_K])
+            part.sub_(self._zeros(at, end).float()[:, group_K]).mul_(self._scales(at, end).float()[:, group_K])
         return w_NK
 
     def _values(self, first: int, stop: int) -> Tensor:
@@ -126,10 +143,12 @@ class PackedMatrix:
         return _unpacked(words, self.packing.bits)[:, : self.shape[1]].contiguous()
 
     def _scales(self, first: int, stop: int) -> Tensor:
+        """(N, G) in `scale_dtype`."""
         scales = _read(self.scales)
+        dtype = torch.float16 if self.scale_dtype == "fp16" else torch.float32
         if self.packing.tool == "compressed-tensors":
-            return scales.reshape(-1, scales.shape[-1])[first:stop].float()
-        return scales[:, first:stop].t().float().contiguous()
+            return scales.reshape(-1, scales.shape[-1])[first:stop].to(dtype)
+        return scales[:, first:stop].t().to(dtype).contiguous()
 
     def _zeros(self, first: int, stop: int) -> Tensor:
         """z (N, G) in uint8, or in int16 where 255 + shift may be there."""

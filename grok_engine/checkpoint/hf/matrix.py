@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +41,10 @@ class Matrix:
     @property
     def format(self) -> str:
         return "fp32" if self.zeros else FORMATS[self.pieces[0].tensor.code]
+
+    @property
+    def scale_dtype(self) -> Literal["fp32", "fp16"]:
+        return "fp32"
 
     @property
     def stored(self) -> str:

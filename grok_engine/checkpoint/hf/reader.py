@@ -72,13 +72,14 @@ def _fail(folder: Path, config: ModelConfig, problems: list[str]) -> None:
 
 def _info(name: str, shape: tuple[int, ...], matrices: tuple[AnyMatrix, ...]) -> TensorInfo:
     """Where experts differ in format or scales, all are dequantised."""
-    alike = len({(matrix.format, matrix.block) for matrix in matrices}) == 1
+    alike = len({(matrix.format, matrix.block, matrix.scale_dtype) for matrix in matrices}) == 1
     stored = {matrix.stored if alike else matrix.stored or matrix.format for matrix in matrices} - {""}
     return TensorInfo(
         name=name,
         shape=shape,
         format=matrices[0].format if alike else "fp32",
         block=matrices[0].block if alike else None,
+        scales=matrices[0].scale_dtype if alike else "fp32",
         nbytes=sum(matrix.nbytes for matrix in matrices),
         stored=", ".join(sorted(stored)),
     )

@@ -21,7 +21,7 @@ from grok_engine.config import ModelConfig, WeightFormat
 from grok_engine.models.families.base import Family
 from grok_kernels.dtypes import DTYPES
 
-from .compressed import Scheme, quantization_config
+from .compressed import BITS, Scheme, quantization_config
 from .files import INDEX, SINGLE
 from .values import hf_values
 
@@ -66,12 +66,19 @@ class _Matrix:
             return
         (n, k), (rows, columns) = shape, self.scheme.block
         columns = columns or k
-        yield _Plane(f"{self.module}.{self.scheme.scale}", "F32", (-(-n // rows), -(-k // columns)), 4)
-        if self.format == "int8":
+        code, size = _CODES["fp16" if self._scale_dtype == torch.float16 else "fp32"]
+        yield _Plane(f"{self.module}.{self.scheme.scale}", code, (-(-n // rows), -(-k // columns)), size)
+        if self.format in BITS:
             yield _Plane(f"{self.module}.weight_shape", "I64", (2,), 8)
-            yield _Plane(f"{self.module}.weight_packed", "I32", (n, -(-k // 4)), 4)
+            yield _Plane(f"{self.module}.weight_packed", "I32", (n, -(-k // (32 // BITS[self.format]))), 4)
         else:
             yield _Plane(self.name, *_code_shape(self.format, shape))
+
+    @property
+    def _scale_dtype(self) -> torch.dtype:
+        """int4 has scales of fp16, unless they are fp32 already."""
+        kept = self.info.format == self.format == "int4" and self.info.scales == "fp32"
+        return torch.float16 if self.format == "int4" and not kept else torch.float32
 
     def parts(self, checkpoint: Checkpoint, starts: Mapping[str, int]) -> Iterator[Part]:
         """Its bytes; starts: of its planes in the file."""
@@ -81,16 +88,16 @@ class _Matrix:
                 yield (at, part := raw(_floats(values, scales, self.info, self.format)))
                 at += len(part)
             return
-        packed = self.format == "int8"
+        packed = self.format in BITS
         values_at = starts[f"{self.module}.weight_packed" if packed else self.name]
         scales_at = starts[f"{self.module}.{self.scheme.scale}"]
         if packed:
             yield starts[f"{self.module}.weight_shape"], raw(torch.tensor(self.info.shape[-2:]))
         for _, values, scales in row_chunks(checkpoint, self.info, self.expert):
             q_NK, scales_NG = self._quantized(values, scales)
-            yield (values_at, part := raw(_packed(q_NK) if packed else q_NK))
+            yield (values_at, part := raw(_packed(q_NK, BITS[self.format]) if packed else q_NK))
             values_at += len(part)
-            yield (scales_at, part := raw(scales_NG))
+            yield (scales_at, part := raw(scales_NG.to(self._scale_dtype)))
             scales_at += len(part)
 
     def _quantized(self, values: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -116,11 +123,12 @@ def _floats(values: Tensor, scales: Tensor | None, info: TensorInfo, format: str
     return values.to(_TORCH[format])
 
 
-def _packed(q_NK: Tensor) -> Tensor:
-    """int8 values as compressed-tensors packs them: plus 128, 4 to an int32 from its low byte on, rows padded with
-    zeros."""
-    unsigned = q_NK.contiguous().view(torch.uint8) ^ 0x80
-    return torch.nn.functional.pad(unsigned, (0, -q_NK.shape[1] % 4))
+def _packed(q_NK: Tensor, bits: int) -> Tensor:
+    """Integers as compressed-tensors packs them: plus 2^(bits − 1), 32 / bits to an int32 from its lowest bits on, rows
+    padded with zeros."""
+    unsigned = (q_NK + (1 << bits - 1)).contiguous().view(torch.uint8)
+    padded = torch.nn.functional.pad(unsigned, (0, -q_NK.shape[1] % (32 // bits)))
+    return padded if bits == 8 else padded[:, ::2] | padded[:, 1::2] << 4
 
 
 def hf_files(
@@ -133,7 +141,7 @@ def hf_files(
     """What a folder holds: files of weights, and small ones, `config.json` the last of them.
 
     source: as for `hf_values`. Without `weights`, each matrix stays as it is stored, or becomes fp32 where
-    compressed-tensors cannot say its scales. int8 and fp8 keep scales that fit and round the others by output channel;
+    compressed-tensors cannot say its scales. int8, int4 and fp8 keep scales that fit and round the others (`fill`);
     embedding and output head are bf16 then, since servers do not quantise them. Norms and router stay floats as they
     are. CheckpointError as of `hf_values`.
     """
@@ -223,8 +231,8 @@ def _scheme(info: TensorInfo, block: tuple[int, int]) -> Scheme | None:
         return Scheme(info.format, block)
     if columns >= k:  # a scale of the whole matrix is written once for each row
         return Scheme(info.format) if rows == 1 or rows >= n else None
-    if info.format == "int8":
-        return Scheme("int8", (1, columns)) if k % columns == 0 else None
+    if info.format in BITS:
+        return Scheme(info.format, (1, columns)) if k % columns == 0 else None
     return Scheme(info.format, info.block) if rows == 1 and k % columns == 0 else None
 
 

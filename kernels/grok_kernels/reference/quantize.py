@@ -66,10 +66,11 @@ def dequantize_planes(planes: Mapping[str, Tensor]) -> Tensor:
     if "scales" not in planes:
         return w_NK
     scale_GN, minimum_GN = group_scales(planes)
-    groups_NGK = w_NK.unflatten(-1, (scale_GN.shape[-2], -1)) * scale_GN.mT[..., None]
+    groups_NGK: Tensor = w_NK.unflatten(-1, (scale_GN.shape[-2], -1)) * scale_GN.mT[..., None]
     if minimum_GN is not None:
         groups_NGK = groups_NGK - minimum_GN.mT[..., None]
-    return groups_NGK.flatten(-2)
+    w_NK = groups_NGK.flatten(-2)
+    return w_NK
 
 
 def group_scales(planes: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
