@@ -152,7 +152,8 @@ def test_experts_may_have_two_formats(up: Kind, down: Kind, backend: str) -> Non
         expected = grok_kernels.moe(x, *routing, *dense)
     with grok_kernels.use_backend(backend):
         for pair in ((w13, w2), (w13.with_layout("panels"), w2.with_layout("panels"))):
-            assert torch.allclose(grok_kernels.moe(x, *routing, *pair), expected, rtol=1e-4, atol=1e-6)
+            error = (grok_kernels.moe(x, *routing, *pair) - expected).norm(dim=-1)
+            assert (error <= 2e-6 * expected.norm(dim=-1)).all()
 
 
 def test_writes_a_range_of_rows() -> None:
