@@ -304,6 +304,16 @@ def test_integer_sums_are_exact(fmt: str, isa: str) -> None:
         assert torch.equal(got.long(), exact)
 
 
+def test_gate_and_up_may_share_a_panel_in_rows(isa: str) -> None:
+    w13, w2 = random_codes("int4_min", (2, 2 * 32, 96), 32), random_codes("int4", (2, 96, 32), 32, seed=2)
+    x, weights, experts = randn(5, 96), randn(5, 2, seed=9).abs(), ints(*[[1, 0]] * 5)
+    got, expected = (
+        _C.moe(x, weights, experts, *pair, "silu", "none", None, None)
+        for pair in ((w13, w2), [Codes("fp32", "rows", w.shape, (dequantised(w).contiguous(),)) for w in (w13, w2)])
+    )
+    assert_near(got, expected)
+
+
 @pytest.mark.parametrize("act_format", ["none", "int8"])
 def test_expert_layers(act_format: str, isa: str, threads: None) -> None:
     """Of two formats; the same bits for a token whatever is beside it, on any number of threads."""

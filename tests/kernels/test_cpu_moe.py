@@ -142,7 +142,7 @@ def test_refuses_names_that_it_does_not_know() -> None:
     refused("moe: activation='', expected", activation="")
     refused("moe: act_format='int4', expected none, fp8 or int8", act_format="int4")
     w = weight(D, F, INT8, 5)
-    refused("moe: w2 has format 'q4_k', expected int8, fp8_e4m3, bf16 or fp32", w2=w._replace(format="q4_k"))
+    refused("moe: w2 has format 'q4_k', expected one of int8, fp8_e4m3, bf16, fp32, int4", w2=w._replace(format="q4_k"))
     refused("moe: w2 has layout 'columns', expected rows or panels", w2=w._replace(layout="columns"))
 
 
@@ -164,9 +164,9 @@ def test_refuses_planes_that_do_not_fit() -> None:
         "w2 has dtype BFloat16, expected Char": (values.to(BF16), scale),
         r"the values of w2 have shape \[4, 127, 256\], expected \(4, 128, 256\)": (values[:, 1:], scale),
         "w2 has strides": (values.transpose(1, 2).contiguous().transpose(1, 2), scale),
-        r"the scale of w2 has shape \[4, 2, 127\]": (values, scale[..., 1:]),
-        r"the scale of w2 has shape \[4, 3, 128\]": (values, torch.cat([scale, scale[:, :1]], 1)),
-        "the scale of w2 .* dtype Double": (values, scale.double()),
+        r"the scales of w2 have shape \[4, 2, 127\]": (values, scale[..., 1:]),
+        r"the scales of w2 have shape \[4, 3, 128\]": (values, torch.cat([scale, scale[:, :1]], 1)),
+        "the scales of w2 .* dtype Double": (values, scale.double()),
         "w2 is on meta": (values.to("meta"), scale),
     }.items():
         refused(f"moe: {message}", w2=w._replace(planes=planes))

@@ -152,8 +152,8 @@ def test_experts_may_have_two_formats(up: Kind, down: Kind, backend: str) -> Non
         expected = grok_kernels.moe(x, *routing, *dense)
     with grok_kernels.use_backend(backend):
         for pair in ((w13, w2), (w13.with_layout("panels"), w2.with_layout("panels"))):
-            error = (grok_kernels.moe(x, *routing, *pair) - expected).abs().max()
-            assert error <= 5e-6 * expected.abs().max()
+            error = (grok_kernels.moe(x, *routing, *pair) - expected).norm(dim=-1)
+            assert (error <= 2e-6 * expected.norm(dim=-1)).all()
 
 
 def test_writes_a_range_of_rows() -> None:

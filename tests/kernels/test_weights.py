@@ -54,7 +54,7 @@ def test_packs_a_transposed_view(dtype: torch.dtype) -> None:
 def test_packs_ranges_of_rows(layout: str, dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Part by part, of any strides and alignment, by the extension and without it."""
     if not native:
-        monkeypatch.setattr(layouts, "_native", None)
+        monkeypatch.setattr(layouts, "native", None)
     e, n, k = 2, 192, 4 * 67
     whole = values(e, n, k, dtype)
     packed = layouts.pack(torch.zeros_like(whole))
@@ -140,7 +140,7 @@ def test_the_native_functions_check_what_memory_safety_needs() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_come_back(dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not native:
-        monkeypatch.setattr(layouts, "_native", None)
+        monkeypatch.setattr(layouts, "native", None)
     plain = values(1, 192, 20, dtype)
     rows = torch.tensor([0, 191, 64, 63, 17, 17], dtype=torch.int32)
     found = grok_kernels.packed_rows(layouts.pack(plain), rows)

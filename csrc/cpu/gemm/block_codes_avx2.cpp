@@ -55,8 +55,7 @@ int64_t segment_of(const Weights& w) { return w.subscales.data ? kScaleGroup : s
 
 // The 64 bytes of a group in a plane of u8 or i8; zeros past output n, by way of `room`.
 const void* bytes_of(const BlockProduct& b, const Plane& plane, int64_t group, uint8_t* room) {
-  const uint8_t* from = static_cast<const uint8_t*>(plane.data) + b.expert * plane.expert_stride +
-                        b.output / kPanel * plane.panel_stride + group * plane.group_stride;
+  const uint8_t* from = static_cast<const uint8_t*>(plane.data) + plane.at(b.expert, b.output, group);
   const int64_t outputs = std::min(kPanel, b.weights->n - b.output);
   if (outputs == kPanel) return from;
   std::memset(room, 0, kPanel);

@@ -52,15 +52,19 @@ struct Rows {
 // The elements of a plane of scales.
 enum class ScaleType { f32, f16, u8, i8 };
 
-// Scales or minima: a number for each output and group of columns. Its element for expert e, output n and group g is
-// data[e · expert_stride + n / 64 · panel_stride + g · group_stride + n % 64].
+// Scales or minima: a number for each output and group of columns.
 struct Plane {
   const void* data;  // null: the format has no such plane
   ScaleType type;
   int64_t groups;    // k / groups columns share a number
   int64_t expert_stride, panel_stride, group_stride;  // in elements
 
-  // Of an array (experts, groups, n), contiguous.
+  // The element of an output; those of the following ones of its panel come after it.
+  int64_t at(int64_t expert, int64_t output, int64_t group) const {
+    return expert * expert_stride + output / kPanel * panel_stride + group * group_stride + output % kPanel;
+  }
+
+  // Of an array (experts, groups, n), contiguous: there the following ones may be of the next panel.
   static Plane by_groups(const void* data, ScaleType type, int64_t groups, int64_t n) {
     return {data, type, groups, groups * n, kPanel, n};
   }
