@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from grok_engine import __version__
+
 pytestmark = pytest.mark.skipif(os.environ.get("GROK_TEST_MORE") != "1", reason="needs a wheel; `make more` builds one")
 MINOR = ".".join(torch.__version__.split(".")[:2])
 # the packages that torch and the engine need are those of the environment that runs this test
@@ -29,7 +31,7 @@ grok_engine.cli.main()
 @pytest.fixture(scope="module")
 def wheel() -> Path:
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    (found,) = (Path(__file__).parents[1] / "dist").glob(f"grok_engine-*+torch{MINOR}-{python}-*.whl")
+    (found,) = (Path(__file__).parents[1] / "dist").glob(f"grok_engine-{__version__}+torch{MINOR}-{python}-*.whl")
     return found
 
 
