@@ -23,7 +23,6 @@ from .units import count, duration
 FEWEST = 5  # rounds or requests on either side, for an interval
 STYLES = {"regression": "bold red", "broken": "bold red", "slower": "red", "faster": "green", "fixed": "green"}
 WORDS = {"unsure": "no interval", "same": "no difference", "noisy": "too noisy", "untimed": "not timed in both"}
-NO_INTERVAL = {"low": None, "high": None}
 Key = tuple[str, str]  # the problem and the contestant, or the run and the metric
 
 
@@ -104,8 +103,9 @@ def _change(key: Key, a: Score, b: Score, threshold: float) -> Change:
 def _measures(file: ResultFile) -> Iterator[tuple[Key, Score]]:
     """What both files may have; without samples, since the rounds of one file are not those of the other."""
     for r in file.kernels:
+        enough = r.rounds >= FEWEST
         for s in r.scores:
-            yield (r.problem, s.contestant), replace(s, samples=[], **({} if r.rounds >= FEWEST else NO_INTERVAL))
+            yield (r.problem, s.contestant), replace(s, samples=[], low=s.low if enough else None)
     for run in file.runs:
         name = f"{run.protocol} {run.model} {parameters(run.parameters)}"
         yield from (((name, s.contestant), s) for s in _run_scores(run))
@@ -136,7 +136,7 @@ def render(found: Comparison, console: Console) -> None:
     """Print what changed, the worst first, and count what did not."""
     for warning in found.warnings:
         console.print(Text("warning: ", style="yellow").append(warning, style="default"))
-    rows = []
+    rows: list[Sequence[str | Text]] = []
     for verdict, style in STYLES.items():
         for c in sorted((c for c in found.changes if c.verdict == verdict), key=lambda c: -(c.ratio or 0.0)):
             times = [duration(s.seconds) if s.seconds else s.status for s in (c.a, c.b)]

@@ -59,7 +59,7 @@ def one(file: ResultFile, result: KernelResult | EngineResult, console: Console)
     shown = block(file, result)
     console.print(Text(f"\n{shown.title}", style="bold").append(f"  {shown.sizes}", style="not bold dim"))
     names = [(Text(row.name, "bold" if row.ours else ""), row) for row in shown.rows]
-    timed = [(name, *(row.cells[column] for column in shown.columns)) for name, row in names if row.cells]
+    timed: list[Sequence[str | Text]] = [(name, *(row.cells[column] for column in shown.columns)) for name, row in names if row.cells]
     grid(("", *shown.columns), timed, console)
     for name, row in names:
         if row.note:
