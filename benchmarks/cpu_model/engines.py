@@ -12,6 +12,7 @@ from grok_engine.config import ActFormat
 
 from .llama import Load
 
+
 class Ours:
     """The engine on a converted folder, int8 weights as the release has them, under one load."""
 

@@ -58,12 +58,15 @@ def one(file: ResultFile, result: KernelResult | EngineResult, console: Console)
     """Print one of its results."""
     shown = block(file, result)
     console.print(Text(f"\n{shown.title}", style="bold").append(f"  {shown.sizes}", style="not bold dim"))
-    names = [(Text(row.name, "bold" if row.ours else ""), row) for row in shown.rows]
-    timed: list[Sequence[str | Text]] = [(name, *(row.cells[column] for column in shown.columns)) for name, row in names if row.cells]
+    timed: list[Sequence[str | Text]] = []
+    for row in shown.rows:
+        if row.cells:
+            timed.append((Text(row.name, "bold" * row.ours), *(row.cells[column] for column in shown.columns)))
     grid(("", *shown.columns), timed, console)
-    for name, row in names:
+    for row in shown.rows:
         if row.note:
-            console.print(name.append(": ").append(row.note, "red" if row.status in BAD else "not bold dim"))
+            style = "red" if row.status in BAD else "dim"
+            console.print(Text(f"{row.name}: ", style="bold" * row.ours).append(row.note, style))
     if isinstance(result, KernelResult) and (g := result.gpu):
         held = f", held back {g.held_back:.0%} of the time" if g.held_back else ""
         power = f"{g.watts:.0f} W (at most {g.most_watts:.0f} of {g.limit_watts:.0f})"
