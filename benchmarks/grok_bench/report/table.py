@@ -58,11 +58,10 @@ def one(file: ResultFile, result: KernelResult | EngineResult, console: Console)
     """Print one of its results."""
     shown = block(file, result)
     console.print(Text(f"\n{shown.title}", style="bold").append(f"  {shown.sizes}", style="not bold dim"))
-    timed: list[Sequence[str | Text]] = []
-    for row in shown.rows:
-        if row.cells:
-            timed.append((Text(row.name, "bold" * row.ours), *(row.cells[column] for column in shown.columns)))
-    grid(("", *shown.columns), timed, console)
+    timed = [row for row in shown.rows if row.cells]
+    names = [Text(row.name, "bold" * row.ours) for row in timed]
+    cells = [[row.cells[column] for column in shown.columns] for row in timed]
+    grid(("", *shown.columns), [[name, *texts] for name, texts in zip(names, cells, strict=True)], console)
     for row in shown.rows:
         if row.note:
             style = "red" if row.status in BAD else "dim"
