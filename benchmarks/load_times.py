@@ -21,13 +21,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from benchmarks.cpu_model.__main__ import small_configuration, write_models
-from benchmarks.model_1b import configuration, random_tensors
-from grok_engine import ModelConfig
-from grok_engine.models.families.grok_hf import GROK
+from benchmarks.model_1b import configuration
+from grok_engine.loading.convert import convert
 
 OURS = """
 import json, sys, time, torch
@@ -93,37 +91,6 @@ def contestants(folder: Path, kinds: Sequence[str]) -> Iterator[Contestant]:
         yield Contestant(f"llama.cpp, {kind}", LLAMA, folder / f"{kind}.gguf", {})
 
 
-def write_hf(folder: Path, config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> None:
-    """The same values in floats as a folder of the hub: a file for each layer, and an index."""
-    from safetensors.torch import save_file
-
-    names, places, files = GROK.spellings[1], dict[str, str](), dict[str, dict[str, torch.Tensor]]()
-    for name, (weight, scales) in random_tensors(config):
-        x = torch.from_numpy(weight.astype(np.float32))
-        if scales is not None:
-            x *= torch.from_numpy(scales.astype(np.float32)).repeat_interleave(x.shape[-2] // scales.shape[-2], -2)
-        if name != "embed" and x.dim() > 1:
-            x = x.mT
-        layer = (re.match(r"layers\.(\d+)\.", name) or ["", "0"])[1]
-        stored = str(names[re.sub(r"\.\d+\.", ".{i}.", name)])
-        for e, matrix in enumerate(x.split(1) if x.dim() == 3 else [x]):
-            file = files.setdefault(f"model-{layer}.safetensors", {})
-            file[stored.format(i=layer, e=e)] = matrix.view(matrix.shape[-2:] if x.dim() == 3 else x.shape).to(dtype)
-    c = config
-    values = {
-        "architectures": ["Grok1ModelForCausalLM"], "vocab_size": c.vocab_size, "hidden_size": c.d_model,
-        "intermediate_size": c.d_ff, "num_hidden_layers": c.num_layers, "num_attention_heads": c.num_heads,
-        "num_key_value_heads": c.num_kv_heads, "num_local_experts": c.num_experts,
-        "num_experts_per_tok": c.num_experts_per_tok, "max_position_embeddings": c.max_position,
-    }  # fmt: skip
-    folder.mkdir()
-    for file, tensors in files.items():
-        save_file({name: x.contiguous() for name, x in tensors.items()}, folder / file)
-        places |= dict.fromkeys(tensors, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    (folder / "config.json").write_text(json.dumps(values))
-
-
 def evict(path: Path) -> None:
     """Drop the files from the page cache. Other processes' mappings of them keep their pages."""
     for file in [path] if path.is_file() else path.rglob("*"):
@@ -173,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         write_models(folder, config, kinds)
         if not (folder / "hf").is_dir():
-            write_hf(folder / "hf", config)
+            convert(folder / "xai", folder / "hf", format="hf", weights="bf16")
         found = [c for c in contestants(folder, kinds) if a.only is None or any(part in c.name for part in a.only)]
         samples: dict[tuple[str, str], list[Sample]] = {}
         for number in range(1 if a.smoke else a.rounds):

@@ -125,7 +125,7 @@ ALLOWED: Table = {
     ),
     # the benchmarks
     "grok_bench.schema": (),
-    "grok_bench.spread": (),
+    "grok_bench.spread": ("schema",),
     "grok_bench.environment": ("schema", "grok_kernels"),
     "grok_bench.report": ("schema", "spread"),
     "grok_bench.engine": ("schema", "spread", "environment", "report", "grok_engine"),

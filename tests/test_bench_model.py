@@ -19,7 +19,7 @@ if not STATUS.available:
 
 import benchmarks.cpu_model.__main__ as whole_model  # noqa: E402
 
-PROBLEMS = ["prefill/t16", "decode/b1", "decode/b2", "first-token"]
+PROBLEMS = ["prefill/t16", "decode/b1", "decode/b2"]
 
 
 @pytest.fixture(autouse=True)

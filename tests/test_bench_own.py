@@ -251,12 +251,6 @@ def test_a_flashinfer_trace_is_written_and_read(plugin: Path, tmp_path: Path, mo
         assert not set(d["inputs"]) & set(d["outputs"])
         assert "def run(" in d["reference"]
         assert "grok_bench" not in d["reference"]
-    for path in folder.rglob("traces/**/*.jsonl"):
-        for line in path.read_text().splitlines():
-            trace = json.loads(line)
-            passed = trace["evaluation"]["status"] == "PASSED"
-            assert passed == ("performance" in trace["evaluation"])
-            assert trace["workload"]["uuid"]
     monkeypatch.setattr(contestant, "_contestants", {})
     monkeypatch.setattr(problems, "FAMILIES", [f for f in problems.FAMILIES if f.modelled])
     again = ("rms_norm-*", "grouped_gemm-*", "moe-*", "softmax-*")

@@ -24,7 +24,7 @@ from grok_bench.environment import environment
 from grok_bench.kernels.device import Device
 from grok_bench.kernels.entrant import Remote
 from grok_bench.kernels.harness import Lane, Limits, run
-from grok_bench.report import rows, table
+from grok_bench.report import table
 from grok_bench.schema import KernelResult, ResultFile, Score
 from grok_engine import ModelConfig
 from grok_engine.config import ActFormat
@@ -65,29 +65,22 @@ def write_models(folder: Path, config: ModelConfig, kinds: Sequence[str]) -> dic
     return files
 
 
-def lanes(load: Load | None, packed: Path, files: dict[str, Path]) -> list[Lane]:
-    """Who takes part under a load; None is the first token of a new process."""
+def lanes(load: Load, packed: Path, files: dict[str, Path]) -> list[Lane]:
+    """Who takes part under a load."""
     found = []
-    if load is None:
-        for what, imports in (("", False), (", with imports", True)):
-            first = partial(engines.FirstToken, engines.OURS, packed, imports)
-            found.append(Lane(Score(contestant=f"grok-engine, int8{what}", ours=True), first))
-    else:
-        for activations in ACTIVATIONS:
-            name = "grok-engine, int8" + (f", {activations} rows" if activations != "none" else "")
-            found.append(Lane(Score(contestant=name, ours=True), partial(engines.Ours, packed, activations, load)))
+    for activations in ACTIVATIONS:
+        name = "grok-engine, int8" + (f", {activations} rows" if activations != "none" else "")
+        found.append(Lane(Score(contestant=name, ours=True), partial(engines.Ours, packed, activations, load)))
     for kind, file in files.items():
-        first = partial(engines.FirstToken, engines.LLAMA, file)
-        peer = partial(Remote, llama.Llama, (file, load), CALL) if load else first
-        found.append(Lane(Score(contestant=f"llama.cpp, {kind}"), peer))
+        found.append(Lane(Score(contestant=f"llama.cpp, {kind}"), partial(Remote, llama.Llama, (file, load), CALL)))
     if not files:
-        missing = Score(contestant="llama.cpp", status="missing", message=f"llama.cpp is not installed: {GET}")
-        found.append(Lane(missing, partial(engines.FirstToken, "", packed)))
+        why = f"llama.cpp is not installed: {GET}"
+        found.append(replace(found[0], score=Score(contestant="llama.cpp", status="missing", message=why)))
     return found
 
 
-def problems(config: ModelConfig, new: int, small: bool) -> Iterator[tuple[KernelResult, Load | None]]:
-    """What is timed: prefill, decode of one and of many requests, and the first token of a new process."""
+def problems(config: ModelConfig, new: int, small: bool) -> Iterator[tuple[KernelResult, Load]]:
+    """What is timed: prefill, and decode of one and of many requests."""
     head = config.vocab_size * config.d_model
     active, every = config.active_param_count() + head, config.param_count() + head  # a byte for each int8 weight
     prompt, many = (16, 2) if small else (512, 16)
@@ -95,12 +88,10 @@ def problems(config: ModelConfig, new: int, small: bool) -> Iterator[tuple[Kerne
         (f"prefill/t{prompt}", Load(1, prompt, 0), every),
         ("decode/b1", Load(1, 16, new), active),
         (f"decode/b{many}", Load(many, 32, new), every),  # whose tokens hit nearly every expert
-        ("first-token", None, active),
     ):
-        tokens = load.tokens if load else 1
         work = KernelResult(
-            problem=f"model/{config.name}/{name}", op="model", operations=2.0 * active * tokens, bytes=size,
-            parameters={"parameters": config.param_count(), "tokens": tokens}, arithmetic="bf16",
+            problem=f"model/{config.name}/{name}", op="model", operations=2.0 * active * load.tokens, bytes=size,
+            parameters={"parameters": config.param_count(), "tokens": load.tokens}, arithmetic="bf16",
         )  # fmt: skip
         yield work, load
 
@@ -136,12 +127,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results.append(result)
             table.one(file, result, console)
             for s in result.scores:
-                if load and s.seconds:
+                if s.seconds:
                     console.print(f"{s.contestant}: {load.tokens / s.seconds:,.1f} tokens/s", style="dim")
             if a.json:
                 file.save(a.json)
-    for names, why in rows.missing(file):
-        console.print(f"missing ({names}): {why}", markup=False)
+    table.unavailable(file, console)
     return 0
 
 

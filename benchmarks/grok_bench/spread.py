@@ -1,9 +1,13 @@
-"""The 95% interval of a median, and the digits of it that a clock can tell apart."""
+"""The 95% interval of a median or of a ratio of medians, and the digits of it that a clock can tell apart."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil, floor
+from dataclasses import replace
+from math import ceil, exp, floor, hypot, inf, log
+from statistics import median
+
+from .schema import Score
 
 
 def interval(samples: Sequence[float]) -> tuple[float, float]:
@@ -16,3 +20,29 @@ def interval(samples: Sequence[float]) -> tuple[float, float]:
 def significant(value: float) -> float:
     """`value` rounded to 4 significant digits."""
     return float(f"{value:.4g}")
+
+
+def ratio(a: Score, b: Score) -> tuple[float, float | None, float | None]:
+    """a / b of two timed scores, with its 95% interval: of the rounds, or of the medians' intervals as logarithms."""
+    assert a.seconds and b.seconds  # noqa: PT018 - both are timed
+    if len(a.samples) == len(b.samples) > 0:
+        ratios = [x / y for x, y in zip(a.samples, b.samples, strict=True)]
+        return median(ratios), *interval(ratios)
+    found = a.seconds / b.seconds
+    if not (a.low and a.high and b.low and b.high):
+        return found, None, None
+    below = hypot(log(a.seconds / a.low), log(b.high / b.seconds))
+    above = hypot(log(a.high / a.seconds), log(b.seconds / b.low))
+    return found, found * exp(-below), found * exp(above)
+
+
+def raced(scores: Sequence[Score]) -> tuple[list[Score], str | None]:
+    """The scores with each one's speed beside the best peer's, and the name of that peer, if one was timed."""
+    timed = [s for s in scores if s.status == "ok" and s.seconds]
+    best = min((s for s in timed if not s.ours), key=lambda s: s.seconds or inf, default=None)
+    made = []
+    for s in scores:
+        found = ratio(best, s) if best and s in timed else (None, None, None)
+        middle, low, high = (None if x is None else significant(x) for x in found)
+        made.append(replace(s, speedup=middle, speedup_low=low, speedup_high=high))
+    return made, best.contestant if best else None

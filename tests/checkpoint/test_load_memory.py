@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,9 +14,9 @@ from typing import Any
 
 import gguf
 import pytest
-import torch
+from safetensors.torch import load_file, save_file
 
-from benchmarks.load_times import anonymous, write_hf
+from benchmarks.load_times import anonymous
 from benchmarks.model_1b import random_tensors
 from grok_engine.checkpoint.xai.writer import write_xai
 from grok_engine.loading.convert import convert
@@ -64,8 +65,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     write_xai(root / "release", MODEL, random_tensors(MODEL))
     convert(root / "release", root / "packed")
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        write_hf(root / name, MODEL, dtype)
+    convert(root / "release", root / "bf16", format="hf", weights="bf16")
+    shutil.copytree(root / "bf16", root / "fp16")
+    for file in (root / "fp16").glob("*.safetensors"):
+        save_file({name: x.half() for name, x in load_file(file).items()}, file)
     for kind in (gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_K):
         gguf_models.write_model(root / f"{kind.name}.gguf", kind, experts=40, layers=2)  # 31 M parameters
     return root

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from math import inf
@@ -139,12 +139,12 @@ def kernels_command(
                 console.print(f"\nskipped: {skipped[-1]}", markup=False)
                 continue
             everyone = contestant.entrants(problem, kind, who or ("*",) * smoke, compiles=not (smoke or no_compile))
-            entry = _Entry(problem, case, where, limits, mine, plugins if apart else None)
+            enter = partial(_lane, problem, case, where, limits, mine, plugins if apart else None)
             switches = quiet.Switches()
-            result = harness.run(cases.work(problem, case), [entry.lane(c) for c in everyone], where, limits)
+            result = harness.run(cases.work(problem, case), [enter(c) for c in everyone], where, limits)
             keep(replace(result, warnings=result.warnings + ([] if smoke else switches.warning())))
             if folder:
-                trace.Writer(folder, found).add(problem, case, everyone, result)
+                trace.write(folder, problem, case, everyone)
     except KeyboardInterrupt as stop:
         found = replace(found, interrupted=True)
         if isinstance(stop, harness.Interrupted):
@@ -156,8 +156,7 @@ def kernels_command(
         forget()
     for line in skipped:
         console.print(f"skipped: {line}", markup=False)
-    for names, why in rows.missing(found):
-        console.print(f"missing ({names}): {why}", markup=False, style="dim")
+    table.unavailable(found, console)
     states = [s.status for r in results for s in r.scores if s.ours]
     bad = sum(status in rows.BAD for status in states)
     counts = [f"{states.count('ok')} ok", f"{bad} bad", f"{states.count('missing')} missing"]
@@ -177,29 +176,21 @@ def _selected(patterns: Sequence[str], sizes: Sequence[str] = ()) -> list[proble
     return problems.select(found, problems.parse_sizes(sizes))
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """Makes the lanes of a problem: in this process, or with `plugins` each in one of its own."""
-
-    problem: problems.Problem
-    case: Case
-    where: Device
-    limits: harness.Limits
-    mine: Sequence[str]
-    plugins: Sequence[str] | None
-
-    def lane(self, c: contestant.Contestant) -> harness.Lane:
-        case, where, limit, end = self.case, self.where, self.limits.call, self.limits.end
-        size = case.bytes_of(c.weight_bytes) if case.weights else case.bytes
-        why, need, free = c.missing(), case.stored * (c.weight_bytes or 0.0), where.free()
-        if not why and free is not None and need > free:
-            why = f"its own copy needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are available on {where.name}"
-        score = Score(
-            contestant=c.name, ours=any(fnmatchcase(c.name, pattern) for pattern in self.mine),
-            status="missing" if why else "ok", message=why, tolerance=c.tolerance,
-            bytes=None if size == case.bytes else size,
-        )  # fmt: skip
-        if self.plugins is None:
-            return harness.Lane(score, partial(Local, c, case, where, limit, end))
-        task = lineup.Task(self.problem.name, where.small, c.name, where.name, self.plugins, limit)
-        return harness.Lane(score, partial(Remote, lineup.enter, (task,), limit, end))
+def _lane(
+    problem: problems.Problem, case: Case, where: Device, limits: harness.Limits, mine: Sequence[str],
+    plugins: Sequence[str] | None, c: contestant.Contestant,
+) -> harness.Lane:  # fmt: skip
+    """A contestant's way through a problem: in this process, or with `plugins` in one of its own."""
+    size = case.bytes_of(c.weight_bytes) if case.weights else case.bytes
+    why, need, free = c.missing(), case.stored * (c.weight_bytes or 0.0), where.free()
+    if not why and free is not None and need > free:
+        why = f"its own copy needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are available on {where.name}"
+    score = Score(
+        contestant=c.name, ours=any(fnmatchcase(c.name, pattern) for pattern in mine),
+        status="missing" if why else "ok", message=why, tolerance=c.tolerance,
+        bytes=None if size == case.bytes else size,
+    )  # fmt: skip
+    if plugins is None:
+        return harness.Lane(score, partial(Local, c, case, where, limits.call, limits.end))
+    task = (problem.name, c.name, where.name, where.small, plugins, limits.call)
+    return harness.Lane(score, partial(Remote, lineup.enter, task, limits.call, limits.end))

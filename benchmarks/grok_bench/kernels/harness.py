@@ -20,7 +20,7 @@ import torch
 
 from ..report.units import duration
 from ..schema import KernelResult, Score
-from ..spread import interval, significant
+from ..spread import interval, raced, significant
 from .device import Ceiling, Device
 from .entrant import Dropped, Entrant
 
@@ -96,7 +96,8 @@ def run(work: KernelResult, lanes: Sequence[Lane], device: Device, limits: Limit
             _check(lane, work.tolerance, again=True)
         if lane.entrant:
             lane.entrant.close()
-    best_peer = _score(lanes, amount, rates, limits)
+    _score(lanes, amount, rates, limits)
+    scores, best_peer = raced([lane.score for lane in lanes])
     result = replace(
         work,
         arithmetic=work.arithmetic if work.arithmetic in device.ceilings else "bf16",
@@ -104,7 +105,7 @@ def run(work: KernelResult, lanes: Sequence[Lane], device: Device, limits: Limit
         rounds=len(rates),
         thrown_away=thrown_away,
         best_peer=best_peer,
-        scores=[lane.score for lane in lanes],
+        scores=scores,
         gpu=gpu,
         warnings=_fell(rates) + ([gpu.fell] if gpu and gpu.fell else []),
     )
@@ -196,16 +197,13 @@ def _narrow(samples: Sequence[float]) -> bool:
     return high - low <= NARROW * median(samples)
 
 
-def _score(lanes: Sequence[Lane], amount: float, rates: list[float], limits: Limits) -> str | None:
-    """Fill the scores of the timed lanes; return the name of the fastest peer. `amount`: bytes or operations."""
-    timed = [lane for lane in lanes if lane.score.status == "ok"]
-    if len(rates) < (FEWEST if limits.pick else 1):
-        for lane in timed:
+def _score(lanes: Sequence[Lane], amount: float, rates: list[float], limits: Limits) -> None:
+    """Fill the scores of the timed lanes. `amount`: bytes or operations."""
+    for lane in (lane for lane in lanes if lane.score.status == "ok"):
+        if len(rates) < (FEWEST if limits.pick else 1):
             best = "" if lane.best is None else f"; the best of all rounds took {duration(lane.best)}"
             lane.note(status="noisy", message=f"too few quiet rounds{best}")
-        return None
-    best_peer = min((p for p in timed if not p.score.ours), key=lambda lane: median(lane.samples), default=None)
-    for lane in timed:
+            continue
         low, high = interval(lane.samples)
         lane.note(
             seconds=significant(median(lane.samples)),
@@ -214,8 +212,3 @@ def _score(lanes: Sequence[Lane], amount: float, rates: list[float], limits: Lim
             samples=list(map(significant, lane.samples)),
             roofline=significant(median(amount / r / t for r, t in zip(rates, lane.samples, strict=True))),
         )
-        if best_peer is not None:
-            ratios = [b / t for b, t in zip(best_peer.samples, lane.samples, strict=True)]
-            low, high = map(significant, interval(ratios))
-            lane.note(speedup=significant(median(ratios)), speedup_low=low, speedup_high=high)
-    return best_peer.score.contestant if best_peer else None

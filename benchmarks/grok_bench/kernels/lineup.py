@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import runpy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -50,22 +49,10 @@ def _add_ours(op: str) -> None:
             register(without_softcap(one))  # the same work as peers without a softcap
 
 
-@dataclass(frozen=True)
-class Task:
-    """What another process needs to build the same entrant as this one."""
-
-    problem: str
-    small: bool
-    contestant: str
-    device: str
-    plugins: Sequence[str]
-    limit: float
-
-
-def enter(task: Task) -> Local:
-    """The entrant of a task, in the process that calls."""
-    load(task.plugins)
-    (problem,) = select([task.problem])
-    where = device(task.device, task.small, probed=False)
-    (c,) = (c for c in contestant.entrants(problem, where.kind, ["*"]) if c.name == task.contestant)
-    return Local(c, cases.build(problem, where.name, where.cold), where, task.limit)
+def enter(problem: str, name: str, where: str, small: bool, plugins: Sequence[str], limit: float) -> Local:
+    """The entrant of the contestant `name`, in the process that calls: another than the one that runs the benchmark."""
+    load(plugins)
+    (chosen,) = select([problem])
+    there = device(where, small, probed=False)
+    (c,) = (c for c in contestant.entrants(chosen, there.kind, ["*"]) if c.name == name)
+    return Local(c, cases.build(chosen, there.name, there.cold), there, limit)

@@ -1,8 +1,8 @@
 """FlashInfer-Trace, the format of flashinfer-bench's data sets: read as problems and contestants, and written.
 
 A folder has `definitions/**/*.json` (an op: axes, inputs, outputs, reference code), `workloads/**/*.jsonl` (values of
-the axes, and what the inputs are), `solutions/**/*.json` (code that computes a definition) and `traces/**/*.jsonl` (a
-solution's results). The schema: https://bench.flashinfer.ai/docs/flashinfer-trace.
+the axes, and what the inputs are) and `solutions/**/*.json` (code that computes a definition); a solution's results,
+its traces, are flashinfer-bench's to take. The schema: https://bench.flashinfer.ai/docs/flashinfer-trace.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..schema import KernelResult, ResultFile, Score
 from . import own
 from .case import Case
 from .contestant import Call, Contestant, register
@@ -160,131 +159,84 @@ def _bind(d: Mapping[str, Any], files: Any, entry_point: str, passing: bool, inp
 # Writing
 
 
-class Writer:
-    """Adds problems of ours to a data set: definition, workload, a solution for each contestant, its results.
+def write(folder: Path, problem: Problem, case: Case, contestants: Sequence[Contestant]) -> None:
+    """Add a problem of ours to a data set: definition, workload, and a solution for each contestant.
 
     What the format cannot hold is left out: contestants with `prepare` and peers, which have no source of their own.
     """
+    name = re.sub(r"[/:,=]+", "-", problem.name)
+    variable = {axis: v for axis, v in problem.values if isinstance(v, int)}
+    axes, inputs, given = dict[str, Any](), dict[str, Any](), dict[str, Any]()
+    stored, called = dict[str, Tensor](), list[str]()
+    blob = f"blob/workloads/{name}.safetensors"
 
-    def __init__(self, folder: Path, file: ResultFile) -> None:
-        self._folder, self._file = folder, file
-
-    def add(self, problem: Problem, case: Case, contestants: Sequence[Contestant], result: KernelResult) -> None:
-        name = re.sub(r"[/:,=]+", "-", problem.name)
-        self._axes: dict[str, Any] = {}
-        self._variable = {axis: v for axis, v in problem.values if isinstance(v, int)}
-        blob = f"blob/workloads/{name}.safetensors"
-        inputs: dict[str, Any] = {}
-        given: dict[str, Any] = {}
-        stored, called = dict[str, Tensor](), list[str]()
-        for key, x in self._arguments(case):
-            if isinstance(x, Tensor):
-                inputs[key], given[key] = self._tensor(x), {"type": "random"}
-                if x.nbytes < RANDOM or not x.dtype.is_floating_point:  # indices cannot be drawn
-                    stored[key] = x.contiguous().cpu()
-                    given[key] = {"type": "safetensors", "path": blob, "tensor_key": key}
-            elif isinstance(x, (int, float)):
-                inputs[key] = {"shape": None, "dtype": {bool: "bool", int: "int64", float: "float32"}[type(x)]}
-                given[key] = {"type": "scalar", "value": x}
-        for key, x in zip(case.names, case.inputs[0].args, strict=False):
-            if isinstance(x, Weights):
-                scale = f"{key}_scale" if f"{key}_scale" in inputs else None
-                called.append(f"grok_kernels.Weight.of({key}_values, {scale})")
-            else:
-                called.append(key if key in inputs else repr(x))
-        due = case.due(case.inputs[0]) if case.due else case.truth()
-        outputs = {
-            f"result{i}": self._tensor(x) for i, x in enumerate(due if isinstance(due, (list, tuple)) else [due])
-        }
-
-        def source(function: str, imports: str = "import grok_kernels", within: str = "") -> str:
-            body = f"{within}return {function}({', '.join(called)})"
-            return f"import torch\n{imports}\n\n\ndef run({', '.join(inputs)}):\n    {body}\n"
-
-        op = f"grok_kernels.{problem.op}"
-        if problem.family.modelled:
-            reference = source(op, within="with grok_kernels.use_backend('reference'): ")
-        else:
-            file, function = case.source
-            reference = source(function, _plain(Path(file)))
-        uid = str(uuid.uuid5(uuid.NAMESPACE_URL, problem.name))
-        axes = {axis: v for axis, v in self._variable.items() if axis in self._axes}
-        workload = {"axes": axes, "inputs": given, "uuid": uid}
-        definition = {
-            "name": name, "op_type": problem.op, "axes": self._axes, "inputs": inputs, "outputs": outputs,
-            "reference": reference,
-        }  # fmt: skip
-        if stored:
-            (self._folder / blob).parent.mkdir(parents=True, exist_ok=True)
-            _safetensors().save_file(stored, self._folder / blob)
-        self._put(f"definitions/{problem.op}/{name}.json", definition)
-        self._put(f"workloads/{problem.op}/{name}.jsonl", {"definition": name, "workload": workload})
-        traces = list[dict[str, Any]]()
-        for c in contestants:
-            score = next(s for s in result.scores if s.contestant == c.name)
-            if c.ours:
-                backend = c.name.removeprefix("grok_kernels ")
-                files = {"main.py": source(op, within=f"with grok_kernels.use_backend({backend!r}): ")}
-            elif c.source:
-                file, function = c.source
-                module = Path(file).stem
-                files = {"main.py": source(function, f"import grok_kernels\nfrom {module} import {function}")}
-                files[f"{module}.py"] = _plain(Path(file))
-            if c.instead or not (c.ours or c.source) or score.status == "missing":
-                continue
-            solution = f"{c.name} {name}".replace(" ", "_")
-            spec = {
-                "language": "python", "target_hardware": list(c.devices), "entry_point": "main.py::run",
-                "destination_passing_style": False,
-            }  # fmt: skip
-            self._put(f"solutions/grok_bench/{problem.op}/{name}/{solution}.json", {
-                "name": solution, "definition": name, "author": "grok_bench", "spec": spec,
-                "sources": [{"path": path, "content": text} for path, text in files.items()],
-            })  # fmt: skip
-            if status := _status(score):
-                evaluation: dict[str, Any] = {"status": status, "timestamp": self._file.created, "environment": {
-                    "hardware": self._file.environment.chip, "libs": {"torch": self._file.environment.torch},
-                }, "log": score.message}  # fmt: skip
-                if status in ("PASSED", "INCORRECT_NUMERICAL"):
-                    norm = {"relative_norm_error": score.error}
-                    evaluation["correctness"] = {"max_relative_error": score.error, "extra": norm}
-                if status == "PASSED":
-                    evaluation["performance"] = {"latency_ms": 1e3 * (score.seconds or 0.0)}
-                traces.append(
-                    {"definition": name, "workload": workload, "solution": solution, "evaluation": evaluation}
-                )
-        self._put(f"traces/grok_bench/{problem.op}/{name}.jsonl", *traces)
-
-    @staticmethod
-    def _arguments(case: Case) -> Iterator[tuple[str, Any]]:
-        """A call's arguments by name, each weight as its values and scales."""
-        for key, x in zip(case.names, case.inputs[0].args, strict=False):
-            yield from (
-                ((f"{key}_values", x.values), (f"{key}_scale", x.scale)) if isinstance(x, Weights) else [(key, x)]
-            )
-
-    def _tensor(self, x: Tensor) -> dict[str, Any]:
+    def tensor(x: Tensor) -> dict[str, Any]:
         """Its axes by name, and its dtype: the problem's own axes are variable, all others constant."""
-        axes = [next((axis for axis, v in self._variable.items() if v == size), f"n{size}") for size in x.shape]
-        for axis, size in zip(axes, x.shape, strict=True):
-            self._axes[axis] = {"type": "var"} if axis in self._variable else {"type": "const", "value": size}
-        return {"shape": axes, "dtype": str(x.dtype).removeprefix("torch.")}
+        named = [next((axis for axis, v in variable.items() if v == size), f"n{size}") for size in x.shape]
+        for axis, size in zip(named, x.shape, strict=True):
+            axes[axis] = {"type": "var"} if axis in variable else {"type": "const", "value": size}
+        return {"shape": named, "dtype": str(x.dtype).removeprefix("torch.")}
 
-    def _put(self, path: str, *values: Any) -> None:
-        """Write a value as JSON, or several as a line each."""
-        file = self._folder / path
+    def add(key: str, x: Any) -> str:
+        """Describe one argument; return what stands for it in a call."""
+        if isinstance(x, Weights):
+            return f"grok_kernels.Weight.of({add(f'{key}_values', x.values)}, {add(f'{key}_scale', x.scale)})"
+        if isinstance(x, Tensor):
+            inputs[key], given[key] = tensor(x), {"type": "random"}
+            if x.nbytes < RANDOM or not x.dtype.is_floating_point:  # indices cannot be drawn
+                stored[key] = x.contiguous().cpu()
+                given[key] = {"type": "safetensors", "path": blob, "tensor_key": key}
+        elif isinstance(x, (int, float)):
+            inputs[key] = {"shape": None, "dtype": {bool: "bool", int: "int64", float: "float32"}[type(x)]}
+            given[key] = {"type": "scalar", "value": x}
+        return key if key in inputs else repr(x)
+
+    def put(path: str, value: Any) -> None:
+        file = folder / path
         file.parent.mkdir(parents=True, exist_ok=True)
-        indent = 1 if file.suffix == ".json" else None
-        file.write_text("".join(json.dumps(value, indent=indent) + "\n" for value in values), encoding="utf-8")
+        file.write_text(json.dumps(value, indent=1 if file.suffix == ".json" else None) + "\n", encoding="utf-8")
 
+    def source(function: str, imports: str = "import grok_kernels", within: str = "") -> str:
+        body = f"{within}return {function}({', '.join(called)})"
+        return f"import torch\n{imports}\n\n\ndef run({', '.join(inputs)}):\n    {body}\n"
 
-def _status(score: Score) -> str:
-    """The schema's word for what became of a contestant; empty if it has none."""
-    if score.status == "wrong" and score.error is None:
-        what = next((what for what in ("SHAPE", "DTYPE") if f"the {what.lower()} " in score.message), "")
-        return f"INCORRECT_{what}" if what else "RUNTIME_ERROR"
-    words = {"ok": "PASSED", "wrong": "INCORRECT_NUMERICAL", "failed": "RUNTIME_ERROR", "timeout": "TIMEOUT"}
-    return words.get(score.status, "")
+    called += [add(key, x) for key, x in zip(case.names, case.inputs[0].args, strict=False)]
+    due = case.due(case.inputs[0]) if case.due else case.truth()
+    outputs = {f"result{i}": tensor(x) for i, x in enumerate(due if isinstance(due, (list, tuple)) else [due])}
+    op = f"grok_kernels.{problem.op}"
+    if problem.family.modelled:
+        reference = source(op, within="with grok_kernels.use_backend('reference'): ")
+    else:
+        reference = source(case.source[1], _plain(Path(case.source[0])))
+    put(f"definitions/{problem.op}/{name}.json", {
+        "name": name, "op_type": problem.op, "axes": axes, "inputs": inputs, "outputs": outputs, "reference": reference,
+    })  # fmt: skip
+    if stored:
+        (folder / blob).parent.mkdir(parents=True, exist_ok=True)
+        _safetensors().save_file(stored, folder / blob)
+    sizes = {axis: v for axis, v in variable.items() if axis in axes}
+    workload = {"axes": sizes, "inputs": given, "uuid": str(uuid.uuid5(uuid.NAMESPACE_URL, problem.name))}
+    put(f"workloads/{problem.op}/{name}.jsonl", {"definition": name, "workload": workload})
+    for c in contestants:
+        if c.instead or c.missing() or not (c.ours or c.source):
+            continue
+        if c.source:
+            file, function = c.source
+            module = Path(file).stem
+            files = {"main.py": source(function, f"import grok_kernels\nfrom {module} import {function}")}
+            files[f"{module}.py"] = _plain(Path(file))
+        else:
+            backend = c.name.removeprefix("grok_kernels ")
+            files = {"main.py": source(op, within=f"with grok_kernels.use_backend({backend!r}): ")}
+        solution = f"{c.name} {name}".replace(" ", "_")
+        spec = {
+            "language": "python", "target_hardware": list(c.devices), "entry_point": "main.py::run",
+            "destination_passing_style": False,
+        }  # fmt: skip
+        put(f"solutions/grok_bench/{problem.op}/{name}/{solution}.json", {
+            "name": solution, "definition": name, "author": "grok_bench", "spec": spec,
+            "sources": [{"path": path, "content": text} for path, text in files.items()],
+        })  # fmt: skip
 
 
 def _plain(file: Path) -> str:

@@ -36,31 +36,24 @@ def compare_command(a: Path, b: Path, threshold: float, subject: tuple[str, ...]
 
 @click.command(name="report")
 @click.argument("files", nargs=-1, required=True, type=FILE)
-@click.option("--markdown", "markdown_path", type=OUTPUT, help="Write one table there: the subject's best.")
-@click.option("--html", "html_path", type=OUTPUT, help="Write one page there.")
-@click.option("--figure", "figure_path", type=OUTPUT, help="Draw the speed beside the best peer there, as SVG.")
-@click.option("--csv", "csv_path", type=OUTPUT, help="Write a line for each contestant at each problem there.")
+@click.option("--markdown", type=OUTPUT, help="Write one table there: the subject's best.")
+@click.option("--html", type=OUTPUT, help="Write one page there.")
+@click.option("--figure", type=OUTPUT, help="Draw the speed beside the best peer there, as SVG.")
+@click.option("--csv", type=OUTPUT, help="Write a line for each contestant at each problem there.")
 @SUBJECT
-def report_command(
-    files: tuple[Path, ...],
-    markdown_path: Path | None,
-    html_path: Path | None,
-    figure_path: Path | None,
-    csv_path: Path | None,
-    subject: tuple[str, ...],
-) -> None:
+def report_command(files: tuple[Path, ...], subject: tuple[str, ...], **targets: Path | None) -> None:
     """Show result files in the terminal, or write them as Markdown, a page, a figure or a table."""
     loaded = [rows.with_subject(load(path), subject) for path in files]
-    made: dict[Path | None, Callable[[], str]] = {
-        markdown_path: lambda: markdown.render(files, loaded, (markdown_path or files[0]).parent),
-        html_path: lambda: page.render(loaded),
-        figure_path: lambda: figure.svg(loaded),
-        csv_path: lambda: rows.as_csv(loaded),
+    writers: dict[str, Callable[[Path], str]] = {
+        "markdown": lambda path: markdown.render(files, loaded, path.parent),
+        "html": lambda path: page.render(loaded),
+        "figure": lambda path: figure.svg(loaded),
+        "csv": lambda path: rows.as_csv(loaded),
     }
-    for path, make in made.items():
-        if path:
-            path.write_text(make(), encoding="utf-8")
+    for name, write in writers.items():
+        if path := targets[name]:
+            path.write_text(write(path), encoding="utf-8")
             click.echo(f"wrote {path}")
-    if not any(made):
+    if not any(targets.values()):
         for file in loaded:
             table.render(file, table.terminal())

@@ -8,16 +8,17 @@ of another machine or other versions. What is too noisy for a time in either fil
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from ..schema import EngineResult, ResultFile
-from .rows import BAD, parameters, ratio, with_subject
-from .units import count, digits, duration
+from ..schema import EngineResult, ResultFile, Score
+from ..spread import ratio
+from .rows import BAD, parameters, with_subject
+from .table import grid
+from .units import count, duration
 
 FEWEST = 5  # rounds or requests on either side, for an interval
 STYLES = {"regression": "bold red", "broken": "bold red", "slower": "red", "faster": "green", "fixed": "green"}
@@ -30,29 +31,12 @@ class CompareError(ValueError):
 
 
 @dataclass(frozen=True)
-class Measure:
-    """One number that both files may have, with its 95% interval where there were enough samples."""
-
-    seconds: float | None  # or a rate, of which more is better
-    low: float | None = None
-    high: float | None = None
-    ours: bool = True
-    status: str = "ok"
-    more_is_better: bool = False
-
-    @property
-    def samples(self) -> tuple[float, ...]:
-        """None: the rounds of one file are not those of the other."""
-        return ()
-
-
-@dataclass(frozen=True)
 class Change:
     """`verdict`: a key of STYLES or WORDS. `ratio`, with its interval: B over A."""
 
     key: Key
-    a: Measure
-    b: Measure
+    a: Score
+    b: Score
     verdict: str
     ratio: float | None = None
     low: float | None = None
@@ -94,48 +78,45 @@ def compare(a: ResultFile, b: ResultFile, threshold: float = 0.05, subject: Sequ
     return Comparison(changes, warnings)
 
 
-def _change(key: Key, a: Measure, b: Measure, threshold: float) -> Change:
-    ours = a.ours and b.ours
-    if a.status != b.status or not a.seconds or not b.seconds:
-        verdict = "same" if a.status == b.status == "ok" else "untimed"  # a status may be all there is
-        if ours and b.status in BAD and a.status not in BAD:
-            verdict = "broken"
-        elif a.status in BAD and b.status == "ok":
-            verdict = "fixed"
-        elif "noisy" in (a.status, b.status):
-            verdict = "noisy"
-        return Change(key, a, b, verdict)
-    value, low, high = ratio(b, a)
-    if low is None or high is None:
-        return Change(key, a, b, "unsure", value)
-    worse = 1 / value if a.more_is_better else value
-    if low <= 1 <= high:
-        verdict = "same"
-    elif worse < 1:
-        verdict = "faster"
+def _change(key: Key, a: Score, b: Score, threshold: float) -> Change:
+    ours, states = a.ours and b.ours, {a.status, b.status}
+    value = low = high = None
+    if states == {"ok"} and a.seconds and b.seconds:
+        value, low, high = ratio(b, a)
+        if low is None or high is None:
+            verdict = "unsure"
+        elif low <= 1 <= high:
+            verdict = "same"
+        elif value < 1:
+            verdict = "faster"
+        else:
+            verdict = "regression" if ours and value > 1 + threshold else "slower"
+    elif ours and b.status in BAD and a.status not in BAD:
+        verdict = "broken"
+    elif a.status in BAD and b.status == "ok":
+        verdict = "fixed"
     else:
-        verdict = "regression" if ours and worse > 1 + threshold else "slower"
+        verdict = "noisy" if "noisy" in states else "same" if states == {"ok"} else "untimed"
     return Change(key, a, b, verdict, value, low, high)
 
 
-def _measures(file: ResultFile) -> Iterator[tuple[Key, Measure]]:
+def _measures(file: ResultFile) -> Iterator[tuple[Key, Score]]:
+    """What both files may have; without samples, since the rounds of one file are not those of the other."""
     for r in file.kernels:
+        enough = r.rounds >= FEWEST
         for s in r.scores:
-            low, high = (s.low, s.high) if r.rounds >= FEWEST else (None, None)
-            yield (r.problem, s.contestant), Measure(s.seconds, low, high, s.ours, s.status)
+            yield (r.problem, s.contestant), replace(s, samples=[], low=s.low if enough else None)
     for run in file.runs:
-        yield from _run_measures(run)
+        name = f"{run.protocol} {run.model} {parameters(run.parameters)}"
+        yield from (((name, s.contestant), s) for s in _run_scores(run))
 
 
-def _run_measures(run: EngineResult) -> Iterator[tuple[Key, Measure]]:
-    name = f"{run.protocol} {run.model} {parameters(run.parameters)}"
-    yield (name, "requests failed"), Measure(None, status="failed" if run.failed else "ok")
+def _run_scores(run: EngineResult) -> Iterator[Score]:
+    yield Score(contestant="requests failed", ours=True, status="failed" if run.failed else "ok")
     for metric in ("ttft", "e2e"):
         if m := run.metrics.get(metric):
             low, high = (m.low, m.high) if run.completed >= FEWEST else (None, None)
-            yield (name, metric), Measure(m.p50, low, high)
-    for rate in ("requests_per_second", "output_tokens_per_second"):  # one of each: there is no interval
-        yield (name, rate.replace("_", " ")), Measure(getattr(run, rate), more_is_better=True)
+            yield Score(contestant=metric, ours=True, seconds=m.p50, low=low, high=high)
 
 
 def _warnings(a: ResultFile, b: ResultFile) -> list[str]:
@@ -155,26 +136,15 @@ def render(found: Comparison, console: Console) -> None:
     """Print what changed, the worst first, and count what did not."""
     for warning in found.warnings:
         console.print(Text("warning: ", style="yellow").append(warning, style="default"))
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="cyan")
-    for column in ("", " "):
-        table.add_column(column, overflow="fold")
-    for column in ("A", "B", "B / A", "95%", ""):
-        table.add_column(column, justify="right", no_wrap=True)
+    rows: list[Sequence[str | Text]] = []
     for verdict, style in STYLES.items():
         for c in sorted((c for c in found.changes if c.verdict == verdict), key=lambda c: -(c.ratio or 0.0)):
-            ratio = "" if c.ratio is None else f"{c.ratio:.3f}"
-            spread = "" if c.low is None or c.high is None else f"[{c.low:.3f}, {c.high:.3f}]"
-            table.add_row(*map(Text, (*c.key, _value(c.a), _value(c.b), ratio, spread)), Text(verdict, style))
-    if table.row_count:
-        console.print(table)
+            times = [duration(s.seconds) if s.seconds else s.status for s in (c.a, c.b)]
+            spread = "" if c.low is None else f"[{c.low:.3f}, {c.high:.3f}]"
+            rows.append((*c.key, *times, f"{c.ratio:.3f}" if c.ratio else "", spread, Text(verdict, style)))
+    grid(("", " ", "A", "B", "B / A", "95%", ""), rows, console, names=2)
     counts = {v: sum(c.verdict == v for c in found.changes) for v in (*STYLES, *WORDS)}
     console.print(Text(", ".join(f"{n} {WORDS.get(v, v)}" for v, n in counts.items() if n)))
     slower, broken = len(found.of("regression")), len(found.of("broken"))
     text = ", ".join([count(slower, "regression")] * bool(slower) + [f"{broken} broken"] * bool(broken))
     console.print(Text(text, style="bold red") if text else Text("no regression", style="green"))
-
-
-def _value(measure: Measure) -> str:
-    if measure.seconds is None:
-        return measure.status
-    return digits(measure.seconds) if measure.more_is_better else duration(measure.seconds)

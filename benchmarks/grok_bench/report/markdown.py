@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..schema import ResultFile
-from .rows import best_of_ours, flop_unit, headline, kernel_block, parameters, title
+from .rows import best_of_ours, block, flop_unit, headline, parameters, title
 from .units import duration, interval
 
 ABOUT = """# Results
@@ -39,15 +39,19 @@ def render(paths: Sequence[Path], files: Sequence[ResultFile], target: Path) -> 
 
 def _rows(file: ResultFile) -> Iterator[list[str]]:
     """The cells after the machine's."""
-    scale, unit = flop_unit(file)
+    _, unit = flop_unit(file)
     for r in file.kernels:
-        rows, best = kernel_block(r, scale, unit).rows, best_of_ours(r)
+        rows, best = {row.name: row for row in block(file, r).rows}, best_of_ours(r)
         if best is None:
-            yield [r.problem, next((row.note for row in rows if row.ours and row.note), "not timed"), *[""] * 6]
+            yield [
+                r.problem,
+                next((row.note for row in rows.values() if row.ours and row.note), "not timed"),
+                *[""] * 6,
+            ]
             continue
-        (row,) = (row for row in rows if row.name == best.contestant)
-        time, spread, size, rate, share, speedup, _ = row.cells
-        yield [r.problem, time, spread, size, f"{rate} {unit[0]}", share, speedup, r.best_peer or ""]
+        cells = rows[best.contestant].cells
+        rate, (time, spread, size) = f"{cells[unit]} {unit[0]}", (cells[name] for name in ("time", "95%", "GB/s"))
+        yield [r.problem, time, spread, size, rate, cells["of roofline"], cells["× best peer"], r.best_peer or ""]
     for run in file.runs:
         eager = "eager" if run.parameters.get("enforce_eager") else ""
         shown = {k: run.parameters.get(k) for k in ("layers", "weights", "batch_size", "request_rate")}

@@ -7,7 +7,7 @@ from html import escape
 
 from ..schema import ResultFile
 from . import figure
-from .rows import BAD, Block, best_of_ours, blocks, environment, headline, missing, title
+from .rows import BAD, Block, block, environment, headline, missing, title
 
 STYLE = """
 :root { color-scheme: light dark } body { font: 15px/1.45 system-ui, sans-serif; margin: 1rem auto; max-width: 72rem;
@@ -28,39 +28,32 @@ td[title]::before { content: attr(title) " "; color: #777 } }
 def render(files: Sequence[ResultFile]) -> str:
     """The page. Without a peer's time it has no figure."""
     name = escape(title(files[0]) if len(files) == 1 else "Benchmarks")
-    raced = any((s := best_of_ours(r)) and s.speedup for file in files for r in file.kernels)
     head = [
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{name}</title><style>{STYLE}</style></head><body><h1>{name}</h1>",
-        figure.svg(files) if raced else "",
+        figure.svg(files) if figure.marks(files) else "",
     ]
     return "\n".join([*head, *(line for file in files for line in _file(file)), "</body></html>\n"])
 
 
 def _file(file: ResultFile) -> Iterator[str]:
-    yield f"<h2>{escape(title(file))}</h2>"
-    yield _pairs(headline(file))
-    yield _pairs(environment(file))
-    for block in blocks(file):
-        yield from _block(block)
+    yield f"<h2>{escape(title(file))}</h2><dl>"
+    yield from (f"<dt>{escape(a)}</dt><dd>{escape(b)}</dd>" for a, b in (*headline(file), *environment(file)))
+    yield "</dl>"
+    for result in file.results:
+        yield from _block(block(file, result))
     yield from (f'<p class="note">missing ({escape(names)}): {escape(why)}</p>' for names, why in missing(file))
 
 
-def _pairs(pairs: Sequence[tuple[str, str]]) -> str:
-    return f"<dl>{''.join(f'<dt>{escape(a)}</dt><dd>{escape(b)}</dd>' for a, b in pairs)}</dl>"
-
-
-def _block(block: Block) -> Iterator[str]:
-    filled = [i for i in range(len(block.columns)) if any(row.cells and row.cells[i] for row in block.rows)]
-    yield f"<h3>{escape(block.title)}</h3><small>{escape(block.sizes.strip())}</small><table>"
-    yield f"<thead><tr><th></th>{''.join(f'<th>{escape(block.columns[i])}</th>' for i in filled)}</tr></thead>"
-    for row in block.rows:
-        cells = "".join(
-            f'<td title="{escape(block.columns[i])}">{escape(row.cells[i])}</td>' for i in filled if row.cells
-        )
-        if not row.cells:
-            bad = " bad" if row.status in BAD else ""
-            cells = f'<td class="note{bad}" colspan="{len(filled)}">{escape(row.note)}</td>'
+def _block(shown: Block) -> Iterator[str]:
+    columns = [escape(column) for column in shown.columns]
+    yield f"<h3>{escape(shown.title)}</h3><small>{escape(shown.sizes.strip())}</small><table>"
+    yield f"<thead><tr><th></th>{''.join(f'<th>{column}</th>' for column in columns)}</tr></thead>"
+    for row in shown.rows:
+        cells = f'<td class="note{" bad" * (row.status in BAD)}" colspan="{len(columns)}">{escape(row.note)}</td>'
+        if row.cells:
+            pairs = zip(columns, (escape(row.cells[column]) for column in shown.columns), strict=True)
+            cells = "".join(f'<td title="{column}">{text}</td>' for column, text in pairs)
         yield f"<tr{' class=ours' * row.ours}><td>{escape(row.name)}</td>{cells}</tr>"
     yield "</table>"

@@ -5,44 +5,50 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from math import exp, hypot, inf, log
+from math import inf
 from statistics import geometric_mean, median
 from typing import Any
 
 from ..schema import EngineResult, KernelResult, ResultFile, Score
-from ..spread import interval as spread
+from ..spread import raced
 from .units import amount, count, digits, duration, interval
 
 BAD = ("wrong", "failed", "timeout")
+COLUMNS = ("mean", "p50", "p90", "p99")  # of a run
 SUSPECT = 1.1  # share of the roofline above which a time cannot be true, or a ceiling is not
 
 
 @dataclass(frozen=True)
 class Row:
-    """A contestant or a run: one cell a column, or none and a note that says why."""
+    """A contestant or a metric of a run: a cell for each column, or none and a note that says why."""
 
     name: str
     ours: bool
     status: str
-    cells: tuple[str, ...] = ()
+    cells: dict[str, str] = field(default_factory=dict)
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A table with its title."""
+    """A table of one problem or run, with its title."""
 
     title: str
     sizes: str
-    columns: tuple[str, ...]
     rows: list[Row]
 
+    @property
+    def columns(self) -> list[str]:
+        """Those in which any row has text."""
+        return list(dict.fromkeys(name for row in self.rows for name, text in row.cells.items() if text))
 
-def blocks(file: ResultFile) -> list[Block]:
-    """One for each problem or run."""
-    return [kernel_block(r, *flop_unit(file)) for r in file.kernels] + list(map(run_block, file.runs))
+
+def block(file: ResultFile, result: KernelResult | EngineResult) -> Block:
+    if isinstance(result, EngineResult):
+        return _run(result)
+    return _problem(result, *flop_unit(file))
 
 
 def flop_unit(file: ResultFile) -> tuple[float, str]:
@@ -90,45 +96,18 @@ def suspect(score: Score) -> bool:
 
 
 def with_subject(file: ResultFile, patterns: Sequence[str]) -> ResultFile:
-    """The file with the contestants that match as its subject. ValueError where none does.
-
-    Ratios are taken anew, of the samples where the file has them, else of the medians.
-    """
+    """The file with the contestants that match as its subject, and ratios taken anew. ValueError where none does."""
     if not patterns or not file.kernels:
         return file
     names = dict.fromkeys(s.contestant for r in file.kernels for s in r.scores)
-    if not any(_any(name, patterns) for name in names):
+    mine = {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    if not mine:
         raise ValueError(f"no contestant matches --subject {' '.join(patterns)}: there are {'; '.join(names)}")
-    return replace(file, results=[_retold(r, patterns) for r in file.kernels])
-
-
-def _any(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _retold(r: KernelResult, patterns: Sequence[str]) -> KernelResult:
-    scores = [replace(s, ours=_any(s.contestant, patterns)) for s in r.scores]
-    peers = [s for s in scores if not s.ours and s.status == "ok" and s.seconds]
-    best = min(peers, key=lambda s: s.seconds or 0.0, default=None)
-    for i, s in enumerate(scores):
-        low = high = middle = None
-        if best and best.seconds and s.status == "ok" and s.seconds:
-            middle, low, high = ratio(best, s)
-        scores[i] = replace(s, speedup=middle, speedup_low=low, speedup_high=high)
-    return replace(r, scores=scores, best_peer=best.contestant if best else None)
-
-
-def ratio(a: Any, b: Any) -> tuple[float, float | None, float | None]:
-    """a / b of two timed scores, with its 95% interval: of the rounds, or of the medians' intervals as logarithms."""
-    if len(a.samples) == len(b.samples) > 0:
-        ratios = [x / y for x, y in zip(a.samples, b.samples, strict=True)]
-        return median(ratios), *spread(ratios)
-    found = a.seconds / b.seconds
-    if not (a.low and a.high and b.low and b.high):
-        return found, None, None
-    below = hypot(log(a.seconds / a.low), log(b.high / b.seconds))
-    above = hypot(log(a.high / a.seconds), log(b.seconds / b.low))
-    return found, found * exp(-below), found * exp(above)
+    results = []
+    for r in file.kernels:
+        scores, best_peer = raced([replace(s, ours=s.contestant in mine) for s in r.scores])
+        results.append(replace(r, scores=scores, best_peer=best_peer))
+    return replace(file, results=results)
 
 
 def headline(file: ResultFile) -> list[tuple[str, str]]:
@@ -142,36 +121,36 @@ def headline(file: ResultFile) -> list[tuple[str, str]]:
             ("requests failed", f"{sum(r.failed for r in runs)} of {sum(r.failed + r.completed for r in runs)}"),
         ]
     best = [s for s in map(best_of_ours, file.kernels) if s]
-    raced = [s.speedup for s in best if s.speedup and not suspect(s)]
-    sure = [(s.speedup_low or 0.0, s.speedup_high or inf) for s in best if s.speedup and not suspect(s)]
-    won, lost = sum(low > 1 for low, _ in sure), sum(high < 1 for _, high in sure)
+    sure = [s for s in best if s.speedup and not suspect(s)]
+    won, lost = sum((s.speedup_low or 0) > 1 for s in sure), sum((s.speedup_high or inf) < 1 for s in sure)
     shares = [s.roofline for s in best if s.roofline is not None]
     ours = [s for r in file.kernels for s in r.scores if s.ours]
-    bad, noisy = sum(s.status in BAD for s in ours), sum(s.status == "noisy" for s in ours)
-    doubtful = sum(map(suspect, ours))
+    rare = {
+        "wrong, failed or timed out": sum(s.status in BAD for s in ours),
+        "too noisy for a time": sum(s.status == "noisy" for s in ours),
+        f"suspect, above {SUSPECT:.0%} of the roofline": sum(map(suspect, ours)),
+    }
     return [
         ("problems", str(len(file.kernels))),
-        ("faster than the best peer", f"{won} of {len(raced)}, slower {lost}, undecided {len(raced) - won - lost}"),
-        ("geometric mean, × best peer", f"{digits(geometric_mean(raced))}×" if raced else "–"),
+        ("faster than the best peer", f"{won} of {len(sure)}, slower {lost}, undecided {len(sure) - won - lost}"),
+        ("geometric mean, × best peer", f"{digits(geometric_mean(s.speedup or 0 for s in sure))}×" if sure else "–"),
         ("median share of the roofline", f"{median(shares):.0%}" if shares else "–"),
-        *(("wrong, failed or timed out", str(bad)),) * bool(bad),
-        *(("too noisy for a time", str(noisy)),) * bool(noisy),
-        *((f"suspect, above {SUSPECT:.0%} of the roofline", str(doubtful)),) * bool(doubtful),
+        *((what, str(number)) for what, number in rare.items() if number),
     ]
 
 
 def as_csv(files: Sequence[ResultFile]) -> str:
     """A line for each contestant at each problem, with a result's own numbers: seconds, bytes, ratios."""
-    members = ("contestant", "ours", "status", "error", "seconds", "low", "high", "roofline", "speedup", "speedup_low",
-               "speedup_high", "message")  # fmt: skip
+    members = [f.name for f in fields(Score) if f.name != "samples"]
     text = io.StringIO()
     out = csv.writer(text)
-    out.writerow(("chip", "created", "problem", "operations", "bytes", *members, "suspect"))
+    out.writerow(("chip", "created", "problem", "operations", *members, "suspect"))
     for file in files:
         for r in file.kernels:
             head = (file.environment.chip, file.created, r.problem, r.operations)
             for s in r.scores:
-                out.writerow((*head, s.bytes or r.bytes, *(getattr(s, m) for m in members), suspect(s)))
+                values = asdict(replace(s, bytes=s.bytes or r.bytes))
+                out.writerow((*head, *(values[member] for member in members), suspect(s)))
     return text.getvalue()
 
 
@@ -183,30 +162,33 @@ def missing(file: ResultFile) -> list[tuple[str, str]]:
     return [("; ".join(names), why) for why, names in reasons.items()]
 
 
-def kernel_block(r: KernelResult, scale: float, unit: str) -> Block:
+def _problem(r: KernelResult, scale: float, unit: str) -> Block:
     rounds = count(r.rounds, "round") + (f" kept, {r.thrown_away} thrown away" if r.thrown_away else "")
     work = f"{amount(r.operations, 'FLOP')} in {r.arithmetic}, {amount(r.bytes, 'B')}"
     floor = f"floor {duration(r.floor_seconds)}" if r.floor_seconds else ""
-    columns = ("time", "95%", "GB/s", unit, "of roofline", "× best peer", "error")
     sizes = "; ".join(filter(None, (parameters(r.parameters), work, floor, rounds)))
     sizes += "".join(f"\nwarning: {text}" for text in r.warnings)
-    return Block(r.problem, sizes, columns, [_score(r, s, scale) for s in r.scores])
+    return Block(r.problem, sizes, [_score(r, s, scale, unit) for s in r.scores])
 
 
-def _score(r: KernelResult, s: Score, scale: float) -> Row:
+def _score(r: KernelResult, s: Score, scale: float, unit: str) -> Row:
     error = "" if s.error is None else f"{s.error:.1e}"
     if s.status == "ok" and s.seconds is not None:
-        share = "" if s.roofline is None else f"{s.roofline:.0%}{' SUSPECT' if suspect(s) else ''}"
-        speedup = "" if s.speedup is None else f"{s.speedup:.2f}"
-        rates = digits((s.bytes or r.bytes) / s.seconds / 1e9), digits(r.operations / s.seconds / scale)
-        cells = (duration(s.seconds), interval(s.seconds, s.low, s.high), *rates, share, speedup, error)
-        return Row(s.contestant, s.ours, s.status, cells)
+        return Row(s.contestant, s.ours, s.status, {
+            "time": duration(s.seconds),
+            "95%": interval(s.seconds, s.low, s.high),
+            "GB/s": digits((s.bytes or r.bytes) / s.seconds / 1e9),
+            unit: digits(r.operations / s.seconds / scale),
+            "of roofline": "" if s.roofline is None else f"{s.roofline:.0%}{' SUSPECT' * suspect(s)}",
+            "× best peer": "" if s.speedup is None else f"{s.speedup:.2f}",
+            "error": error,
+        })  # fmt: skip
     tolerance = r.tolerance if s.tolerance is None else s.tolerance
-    off = f"error {error or '?'}" + ("" if tolerance is None else f" where {tolerance:.1e} is allowed")
+    off = f": error {error or '?'}" + ("" if tolerance is None else f" where {tolerance:.1e} is allowed")
     because = f": {s.message}" if s.message else ""
     notes = {
         "ok": "no quiet round, so no time",
-        "wrong": f"WRONG{because if s.message and s.error is None else f': {off}{because}'}",
+        "wrong": f"WRONG{'' if because and s.error is None else off}{because}",
         "failed": f"FAILED{because}",
         "timeout": f"TIMED OUT{because}",
         "missing": "missing, see below",
@@ -215,23 +197,29 @@ def _score(r: KernelResult, s: Score, scale: float) -> Row:
     return Row(s.contestant, s.ours, s.status, note=notes[s.status])
 
 
-def run_block(r: EngineResult) -> Block:
+def _run(r: EngineResult) -> Block:
     """The latencies of a run in milliseconds, under its rates."""
     failed = f", {r.failed} FAILED" if r.failed else ""
+    rates = [
+        f"{digits(rate)} {of}/s" for rate, of in (
+            (r.requests_per_second, "requests"), (r.output_tokens_per_second, "output tokens"),
+            (r.total_tokens_per_second, "tokens"),
+        )
+    ]  # fmt: skip
+    if r.goodput_per_second is not None and r.slo is not None:
+        limits = ", ".join(f"{name.removesuffix('_ms')} ≤ {limit:g} ms" for name, limit in r.slo.items())
+        rates.append(f"goodput {digits(r.goodput_per_second)} requests/s with {limits}")
     sizes = [
+        "",
         parameters(r.parameters),
         f"{count(r.completed, 'request')} completed{failed}",
         f"{r.input_tokens:,} tokens in, {r.output_tokens:,} out, in {duration(r.duration_seconds)}",
-        f"{digits(r.requests_per_second)} requests/s, {digits(r.output_tokens_per_second)} output tokens/s, "
-        f"{digits(r.total_tokens_per_second)} tokens/s",
+        ", ".join(rates),
     ]
     if r.load_seconds is not None and r.peak_memory_bytes is not None:
         sizes.append(f"loaded in {duration(r.load_seconds)}, peak memory {amount(r.peak_memory_bytes, 'B')}")
-    if r.goodput_per_second is not None and r.slo is not None:
-        limits = ", ".join(f"{name.removesuffix('_ms')} ≤ {limit:g} ms" for name, limit in r.slo.items())
-        sizes.append(f"goodput {digits(r.goodput_per_second)} requests/s with {limits}")
-    rows = []
-    for key, m in r.metrics.items():
-        values = (m.mean, m.p50, m.p90, m.p99) if m else ()
-        rows.append(Row(key.upper(), False, "ok", tuple(f"{v * 1e3:,.2f}" for v in values) or ("–",) * 4))
-    return Block(f"{r.protocol} {r.model}", "\n".join(["", *sizes]), ("mean", "p50", "p90", "p99 ms"), rows)
+    rows = [
+        Row(key.upper(), False, "ok", {f"{c} ms": f"{getattr(m, c) * 1e3:,.2f}" if m else "–" for c in COLUMNS})
+        for key, m in r.metrics.items()
+    ]
+    return Block(f"{r.protocol} {r.model}", "\n".join(sizes), rows)

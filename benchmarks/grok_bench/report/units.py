@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import floor, log10
 
 TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
-AMOUNTS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+AMOUNTS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 
 
 def digits(value: float, count: int = 3) -> str:
@@ -17,26 +18,24 @@ def digits(value: float, count: int = 3) -> str:
     return f"{value:,.{max(0, count - 1 - exponent)}f}"
 
 
-def _unit(seconds: float) -> tuple[float, str]:
-    return next((u for u in TIMES if abs(seconds) >= 0.9995 * u[0]), TIMES[-1])
+def _unit(value: float, units: Sequence[tuple[float, str]]) -> tuple[float, str]:
+    return next((u for u in units if abs(value) >= 0.9995 * u[0]), units[-1])
 
 
 def duration(seconds: float) -> str:
-    scale, unit = _unit(seconds)
+    scale, unit = _unit(seconds, TIMES)
     return f"{digits(seconds / scale)} {unit}"
 
 
 def interval(seconds: float, low: float | None, high: float | None) -> str:
     """[low, high] in the unit that `duration(seconds)` has; empty where there is no interval."""
-    if low is None or high is None:
-        return ""
-    scale, _ = _unit(seconds)
-    return f"[{digits(low / scale)}, {digits(high / scale)}]"
+    scale, _ = _unit(seconds, TIMES)
+    return "" if low is None or high is None else f"[{digits(low / scale)}, {digits(high / scale)}]"
 
 
 def amount(value: float, unit: str) -> str:
     """340 MB, 1.20 GFLOP, 45.0 GB/s."""
-    scale, prefix = next((a for a in AMOUNTS if abs(value) >= 0.9995 * a[0]), (1.0, ""))
+    scale, prefix = _unit(value, AMOUNTS)
     return f"{digits(value / scale)} {prefix}{unit}"
 
 
