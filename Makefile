@@ -29,7 +29,8 @@ BUILT := $(VENV)/.built
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo chat serve test more arm smollm lm-eval clients wheel sanitize soak bench bench-cpu bench-gpu lint clean
+.PHONY: help setup demo chat serve test more arm smollm lm-eval clients wheel sanitize soak bench bench-cpu bench-gpu
+.PHONY: lint clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile

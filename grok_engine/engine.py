@@ -76,12 +76,11 @@ class LLMEngine:
         self._closed: EngineClosedError | None = None
         self.asleep = False
         self._load(progress, cut=options.get("max_model_len") is None)
-        c = self.config
-        self.allocator = PageAllocator(self.runner.num_pages, c.page_size, c.enable_prefix_caching)
-        self.scheduler = Scheduler(
-            self.allocator, max_num_seqs=c.max_num_seqs, max_num_batched_tokens=c.max_num_batched_tokens
-        )
-        self._builder = RequestBuilder(c, self.tokenizer, self.runner.num_pages * c.page_size, self._folder)
+        c, pages = self.config, self.runner.num_pages
+        self.allocator = PageAllocator(pages, c.page_size, c.enable_prefix_caching)
+        limits = {"max_num_seqs": c.max_num_seqs, "max_num_batched_tokens": c.max_num_batched_tokens}
+        self.scheduler = Scheduler(self.allocator, **limits)
+        self._builder = RequestBuilder(c, self.tokenizer, pages * c.page_size, self._folder)
         self._requests: dict[str, Request] = {}  # unfinished ones
         self._fresh: dict[str, None] = {}  # those of them that have no token yet
         self._by_seq_id: dict[int, Taker] = {}  # of the sequences that the scheduler has
@@ -92,11 +91,9 @@ class LLMEngine:
         began = time.perf_counter()
         self.model, self.config = build_model(self.config, self._folder, progress, partial(fit, cut=cut))
         self.runner = Runner(self.model, self.config)
-        logger.info(
-            "loaded %s in %.1f s: %d KV pages of %d tokens, %s",
-            self._folder or self.config.model.name, time.perf_counter() - began, self.runner.num_pages,
-            self.config.page_size, self.config,
-        )  # fmt: skip
+        c, seconds = self.config, time.perf_counter() - began
+        text = "loaded %s in %.1f s: %d KV pages of %d tokens, %s"
+        logger.info(text, self._folder or c.model.name, seconds, self.runner.num_pages, c.page_size, c)
 
     # Requests
 

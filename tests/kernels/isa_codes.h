@@ -15,8 +15,8 @@ struct Codes {
   Weights weights{};
 
   // columns: that share S and M. super: that share the planes of fp32; equal to `columns` in formats of one level.
-  Codes(Random& random, int bits, int64_t experts, int64_t n, int64_t k, int64_t columns, int64_t super, bool with_minima,
-        Layout layout, Executor& executor)
+  Codes(Random& random, int bits, int64_t experts, int64_t n, int64_t k, int64_t columns, int64_t super,
+        bool with_minima, Layout layout, Executor& executor)
       : values(experts * n * k), packed(experts * n * k * bits / 8), sub_scales(experts * n * (k / columns)),
         sub_minima(sub_scales.size()), scales(experts * n * (k / super)), minima(scales.size()) {
     const int zero_point = with_minima ? 0 : 1 << (bits - 1);
