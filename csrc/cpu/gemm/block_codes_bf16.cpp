@@ -121,7 +121,8 @@ template <int rows, int bits>
 GROK_AVX512_BF16 void lone_tile_avx512(const BlockProduct& b) {
   const PackedRows::Tile& t = b.x->tiles[b.rows->first_tile];
   const uint32_t* x = b.x->at(t, b.column / 2);
-  const int64_t group = b.weights->group(), end = b.column + b.columns, bytes = b.columns / kCodeColumns * bits * kRunBytes;
+  const int64_t group = b.weights->group(), end = b.column + b.columns;
+  const int64_t bytes = b.columns / kCodeColumns * bits * kRunBytes;
   __m512 sum[rows][kVectors];
   clear(sum);
   Scales scales;
