@@ -87,7 +87,7 @@ int checked_zero_point(const char* op, int64_t zero_point, int bits) {
   return static_cast<int>(zero_point);
 }
 
-// Writes values (E, N, K) int8, of any strides, as codes values + zero_point, to the rows row .. row + N − 1 of codes in
+// Writes values (E, N, K) int8, of any strides, as codes values + zero_point, to rows row .. row + N − 1 of codes in
 // panels.
 void pack_codes(const at::Tensor& values, const at::Tensor& packed, int64_t row, int64_t zero_point) {
   const char* op = "pack_codes";
@@ -96,14 +96,14 @@ void pack_codes(const at::Tensor& values, const at::Tensor& packed, int64_t row,
   cpu::PackCodes p{};
   p.bits = bits_of(op, packed);
   p.zero_point = checked_zero_point(op, zero_point, p.bits);
-  check(values.dim() == 3 && packed.size(0) == values.size(0) && packed.size(2) * cpu::kCodeColumns == values.size(2), op,
-        ": packed has shape ", packed.sizes(), " and does not hold rows of values ", values.sizes());
+  check(values.dim() == 3 && packed.size(0) == values.size(0) && packed.size(2) * cpu::kCodeColumns == values.size(2),
+        op, ": packed has shape ", packed.sizes(), " and does not hold rows of values ", values.sizes());
   p.experts = values.size(0);
   p.n = values.size(1);
   p.k = values.size(2);
   p.packed_n = packed.size(1) * kPanel;
-  check(row >= 0 && row % kPanel == 0 && p.n % kPanel == 0 && row <= p.packed_n - p.n, op, ": row=", row, " for ", p.n,
-        " rows, expected multiples of 64 within 0..", p.packed_n);
+  check(row >= 0 && row % kPanel == 0 && p.n % kPanel == 0 && row <= p.packed_n - p.n, op, ": row=", row, " for ",
+        p.n, " rows, expected multiples of 64 within 0..", p.packed_n);
   check_apart(op, {{"packed", &packed}, {"values", &values}}, 1);
   p.values = static_cast<const int8_t*>(values.const_data_ptr());
   p.packed = static_cast<uint8_t*>(packed.mutable_data_ptr());

@@ -106,15 +106,16 @@ at::Tensor place_plane(const char* op, const char* name, const PlaneOf& of, cons
   check_memory(op, name, tensor);
   check_aligned(op, name, tensor);
   cpu::Plane& plane = w.*of.plane;
-  const bool shape = by_panels ? tensor.dim() == 4 && tensor.size(1) == w.n / cpu::kPanel && tensor.size(3) == cpu::kPanel
-                               : tensor.dim() == 3 && tensor.size(2) == w.n;
+  const bool shape = by_panels
+                         ? tensor.dim() == 4 && tensor.size(1) == w.n / cpu::kPanel && tensor.size(3) == cpu::kPanel
+                         : tensor.dim() == 3 && tensor.size(2) == w.n;
   const int64_t groups = shape ? tensor.size(by_panels ? 2 : 1) : 0;
   check(shape && has_dtype(of, w.bits, tensor.scalar_type(), plane.type) && tensor.size(0) == w.experts && groups > 0 &&
             w.k % groups == 0,
         op, ": the ", of.name, " of ", name, " have shape ", tensor.sizes(), " and dtype ",
         c10::toString(tensor.scalar_type()), ", expected ", by_panels ? "(E, N / 64, groups, 64)" : "(E, groups, N)",
-        of.plane == kZeros.plane ? " of Byte" : of.first ? " of Float or Half" : " of Byte or Char", " with E=", w.experts,
-        ", N=", w.n, " and groups a divisor of K=", w.k);
+        of.plane == kZeros.plane ? " of Byte" : of.first ? " of Float or Half" : " of Byte or Char", " with E=",
+        w.experts, ", N=", w.n, " and groups a divisor of K=", w.k);
   at::Tensor own = tensor.contiguous();
   const auto lay = by_panels ? cpu::Plane::by_panels : cpu::Plane::by_groups;
   plane = lay(own.const_data_ptr(), plane.type, groups, w.n);
@@ -129,8 +130,8 @@ void check_groups(const char* op, const char* name, const cpu::Weights& w) {
         name, " has ", first, " groups of scales, ", w.subscales.groups, " of subscales, ",
         w.zeros.data ? w.zeros.groups : w.minima.groups, w.zeros.data ? " of zeros and " : " of minima and ",
         w.subminima.groups, " of subminima, expected equal numbers at each level, the second a multiple of the first");
-  check(!w.bits || w.layout == cpu::Layout::rows || w.group() % cpu::kLeastCodeGroup == 0, op, ": ", name, " has groups of ",
-        w.group(), " columns, expected a multiple of ", cpu::kLeastCodeGroup, " in panels");
+  check(!w.bits || w.layout == cpu::Layout::rows || w.group() % cpu::kLeastCodeGroup == 0, op, ": ", name,
+        " has groups of ", w.group(), " columns, expected a multiple of ", cpu::kLeastCodeGroup, " in panels");
 }
 
 }  // namespace

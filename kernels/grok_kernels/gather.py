@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from . import layouts
 from .bit_planes import unpack_words
 from .formats import FORMATS, WIDTH
-from .layouts import packed_rows
 from .reference.quantize import dequantize_planes
 from .weights import Weight
 
@@ -26,10 +26,12 @@ def weight_rows(weight: Weight, rows_R: Tensor) -> Tensor:
     for name, plane in weight.named_planes().items():
         if name != "values":
             planes[name] = plane[0, panel, :, output].t() if panel_major else plane[0].index_select(1, rows)
+        elif panel_major and layouts.native is not None and plane.device.type == rows_R.device.type == "cpu":
+            planes[name] = layouts.native.packed_code_rows(plane, rows_R, format.zero_point)
         elif panel_major:
             planes[name] = unpack_words(plane[0, panel, :, :, output], format.bits, format.zero_point)
         elif weight.layout == "panels":
-            planes[name] = packed_rows(plane, rows_R)
+            planes[name] = layouts.packed_rows(plane, rows_R)
         else:
             planes[name] = plane[0].index_select(0, rows)
     return planes["values"] if len(planes) == 1 else dequantize_planes(planes)

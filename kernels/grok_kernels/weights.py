@@ -166,7 +166,9 @@ class Weight:
         if self.layout == "rows":
             room[0, row : row + len(values_NK)].copy_(values_NK)
         elif format.in_bit_planes:
-            pack_codes(values_NK[None], room, row, format.zero_point)
+            native = layouts.native if room.device.type == values_NK.device.type == "cpu" else None
+            pack = native.pack_codes if native is not None else pack_codes
+            pack(values_NK[None], room, row, format.zero_point)
         else:
             layouts.pack_into(values_NK[None].to(room.dtype), room, row)
 

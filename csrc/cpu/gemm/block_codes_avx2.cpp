@@ -1,6 +1,6 @@
 // Path::codes: int8 rows times codes of 4, 5 or 6 bits, by integers. vpmaddubsw adds two products in 16 bits; they stay
-// there for as many columns as cannot overflow, and vpmaddwd multiplies by the group's subscale (or 1) on the way to 32
-// bits. fp32 begins once for each segment: the columns, 128 at most, that share the scales of the weight and of the row.
+// there for as many columns as cannot overflow, and vpmaddwd multiplies by the group's subscale (or 1) on the way to
+// 32 bits. fp32 begins once for each segment: the columns, 128 at most, that share the scales of weight and row.
 //
 //   c += row scale · (S · Σ_g subscale · (x · code) − M · Σ_g subminimum · (Σ x))        of two levels
 //   c += row scale · (S · (x · code) − M · (Σ x))                                       of one
@@ -72,7 +72,9 @@ GROK_AVX2 void load_groups(const BlockProduct& b, int64_t column, Segment& to, G
   const Plane& minima = w.minima.data ? w.subminima : w.subscales;
   const int32_t times = w.minima.data ? 1 : w.zero_point;
   uint8_t room[2][kPanel];
-  const auto halves = [](int32_t low, int32_t high) { return (low & 0xffff) | static_cast<int32_t>(static_cast<uint32_t>(high) << 16); };
+  const auto halves = [](int32_t low, int32_t high) {
+    return static_cast<int32_t>((static_cast<uint32_t>(low) & 0xffffu) | static_cast<uint32_t>(high) << 16);
+  };
   for (int64_t g = 0; g < count; ++g) {
     const T* from = static_cast<const T*>(bytes_of(b, w.subscales, first + g, room[0]));
     for (int64_t n = 0; n < kPanel; ++n) groups.subscale[g][n] = halves(from[n], from[n]);
@@ -194,16 +196,17 @@ GROK_AVX2 void codes_tile(const BlockProduct& b, const PackedRows::Tile& t, cons
             for (int64_t pair = 0; pair < kScaleGroup / group / 2; ++pair) {
               int32_t two;
               std::memcpy(&two, sums + 2 * pair, sizeof two);
-              least = _mm256_add_epi32(
-                  least, _mm256_madd_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(groups.subminimum[pair] + n)),
-                                           _mm256_set1_epi32(two)));
+              const __m256i minima = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(groups.subminimum[pair] + n));
+              least = _mm256_add_epi32(least, _mm256_madd_epi16(minima, _mm256_set1_epi32(two)));
             }
           } else {
             least = _mm256_set1_epi32(*sums * (K::kSigned ? K::kZeroPoint : 1));
           }
           if constexpr (K::kSigned) total[r][j] = _mm256_sub_epi32(total[r][j], least);
           __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(total[r][j]), _mm256_loadu_ps(seg.s + n));
-          if constexpr (!K::kSigned) value = _mm256_fnmadd_ps(_mm256_cvtepi32_ps(least), _mm256_loadu_ps(seg.m + n), value);
+          if constexpr (!K::kSigned) {
+            value = _mm256_fnmadd_ps(_mm256_cvtepi32_ps(least), _mm256_loadu_ps(seg.m + n), value);
+          }
           float* to = c + r * kPanel + n;
           const bool first = b.first && k == 0;
           _mm256_storeu_ps(to, _mm256_fmadd_ps(value, row_scale, first ? _mm256_setzero_ps() : _mm256_loadu_ps(to)));
@@ -224,7 +227,9 @@ constexpr TileKernel kTiles[] = {
 const TileKernel* kernels_for(const Weights& w) {
   const bool two = w.subscales.data, zero_point = w.zero_point;
   if (w.bits == 6) return kTiles<6, 1, true, true>;
-  if (w.bits == 5) return two ? kTiles<5, 2, true, false> : zero_point ? kTiles<5, 2, false, true> : kTiles<5, 2, false, false>;
+  if (w.bits == 5) {
+    return two ? kTiles<5, 2, true, false> : zero_point ? kTiles<5, 2, false, true> : kTiles<5, 2, false, false>;
+  }
   if (w.group() % kCodeColumns) {
     return two ? kTiles<4, 2, true, false> : zero_point ? kTiles<4, 2, false, true> : kTiles<4, 2, false, false>;
   }

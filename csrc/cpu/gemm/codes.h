@@ -9,9 +9,9 @@
 //    bits of the dword     0–3  4–7  8–11 12–15  16–19 20–23 24–27 28–31
 //    column of the eight    0    2    4    6       1     3     5     7
 //
-// So dword & 0x0f0f0f0f is the bytes of columns 0, 4, 1, 5, and dword >> 4 & 0x0f0f0f0f those of columns 2, 6, 3, 7; and
-// dword >> 4j & 0x000f000f is two neighbouring columns in 16 bits each. High bits are at the same byte as the low bits of
-// their column, so that a shift and a mask bring them there.
+// So dword & 0x0f0f0f0f is the bytes of columns 0, 4, 1, 5, and dword >> 4 & 0x0f0f0f0f those of columns 2, 6, 3, 7;
+// and dword >> 4j & 0x000f000f is two neighbouring columns in 16 bits each. High bits are at the same byte as the low
+// bits of their column, so that a shift and a mask bring them there.
 
 namespace grok::cpu {
 

@@ -9,8 +9,8 @@ namespace grok::cpu {
 void plane_values(const Weights& w, const Plane& plane, int64_t expert, int64_t output, int64_t group, Isa isa,
                   float* values);
 
-// S and M (64 each) with weight = S · code − M, for the outputs from `output` on and one of w.groups groups; code is the
-// value where the weight has no codes. With a zero point M includes zero_point · S, exactly: such formats have no M.
+// S and M (64 each) with weight = S · code − M, for the outputs from `output` on and one of w.groups groups. Code is
+// the value where the weight has no codes. With a zero point M is zero_point · S, exactly: such formats have no other.
 void group_scales(const Weights& w, int64_t expert, int64_t output, int64_t group, Isa isa, float* s, float* m);
 
 }  // namespace grok::cpu

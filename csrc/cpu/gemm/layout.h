@@ -77,8 +77,8 @@ struct Plane {
 // In memory: the rows of each matrix as they are, or its panels (packed, pack_weight.h).
 enum class Layout { rows, panels };
 
-// The matrices of all experts; a dense projection has one expert. An element of f32 and bf16 is the weight; of the other
-// types it is S · value − M in fp32, S and M shared by a group of columns of an output:
+// The matrices of all experts; a dense projection has one expert. A value of f32 and bf16 is the weight; of the other
+// types the weight is S · value − M in fp32, S and M shared by a group of columns of an output:
 //   S = scales, or scales · subscales
 //   M = scales · zeros, or −minima, or minima · subminima, or 0
 struct Weights {
@@ -86,7 +86,7 @@ struct Weights {
   DType type;        // int8 for codes
   int bits;          // of a code, 4, 5 or 6: in panels code = value + zero_point, in rows values are int8; 0: no codes
   int zero_point;
-  Layout layout;     // panels: n a multiple of 64, k of 4; contiguous. Of codes: k of 32, and 16 columns or more share S
+  Layout layout;     // panels: n a multiple of 64, k of 4; contiguous. Of codes: k of 32, group() of 16
   int64_t experts, n, k;
   int64_t expert_stride, row_stride;  // of Layout::rows, in elements; columns are contiguous
   int64_t groups;                     // k / groups columns share S and M; 1 for f32 and bf16

@@ -77,7 +77,7 @@ void pack_codes_of_output(const int8_t* values, int64_t column_stride, int64_t c
 }
 
 void pack_codes(const PackCodes& p, Executor& executor) {
-  constexpr int64_t kPiece = 256;  // columns of each row that are read at once: whole cache lines, while writes stay in L1
+  constexpr int64_t kPiece = 256;  // columns of each row read at once: whole cache lines, while writes stay in L1
   const int64_t panels = p.n / kPanel, panel_bytes = kPanel * p.k * p.bits / 8;
   executor.parallel_for(p.experts * panels, rows_per_range(kPanel * p.k), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

@@ -6,8 +6,8 @@
 
 namespace grok::cpu {
 
-// Writes values (experts, n, k) + zero_point, codes of 4, 5 or 6 bits, to rows first_row .. first_row + n − 1 of codes in
-// panels (codes.h). Bits of a code beyond these are dropped.
+// Writes values (experts, n, k) + zero_point, codes of 4, 5 or 6 bits, to rows first_row .. first_row + n − 1 of codes
+// in panels (codes.h). Bits of a code beyond these are dropped.
 struct PackCodes {
   const int8_t* values;
   uint8_t* packed;  // (experts, packed_n / 64, k / 32, bits, 64, 4), contiguous

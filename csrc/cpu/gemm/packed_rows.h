@@ -29,7 +29,8 @@ struct RowMap {
 
 // Rows in the order in which the kernels read them: row block by row block, in each column block by column block, in
 // each tile by tile, in each run by run. A run is a dword of each row: 1 value of fp32, 2 of bf16 or int16 (of each 4
-// columns first the even, then the odd ones), 4 of int8 (for codes in the order of their bytes, codes.h). A row block of one tile is therefore contiguous along K.
+// columns first the even, then the odd ones), 4 of int8 (for codes in the order of their bytes, codes.h). A row block
+// of one tile is contiguous along K.
 class PackedRows {
  public:
   struct Tile {
