@@ -18,17 +18,21 @@ import torch
 
 from grok_engine import LLM
 from grok_engine.config import EngineOptions
-from grok_engine.layers.weight import FusedWeight
+from grok_engine.layers.weight import FusedWeight, holders
 from grok_engine.tools.eval import Evaluation, evaluate, read_text
 
 ROWS: list[tuple[str, EngineOptions]] = [
     ("as stored, fp32 arithmetic", {"dtype": "float32"}),
+    ("as stored", {}),
     ("bf16", {"weights": "bf16"}),
     ("bf16, KV fp8", {"weights": "bf16", "kv_dtype": "fp8_e4m3"}),
     ("int8, a scale per channel", {"weights": "int8"}),
     ("int8 per channel, activations int8", {"weights": "int8", "activations": "int8"}),
     ("int8, groups of 128", {"weights": "int8_g128"}),
     ("int8 groups of 128, activations int8", {"weights": "int8_g128", "activations": "int8"}),
+    ("int4, groups of 32", {"weights": "int4"}),
+    ("int4, groups of 128", {"weights": "int4_g128"}),
+    ("int4 groups of 32, activations int8", {"weights": "int4", "activations": "int8"}),
     ("fp8, a scale per channel", {"weights": "fp8"}),
     ("fp8 per channel, activations fp8", {"weights": "fp8", "activations": "fp8"}),
     ("int8 groups of 128, activations int8, KV fp8", {
@@ -39,7 +43,7 @@ ROWS: list[tuple[str, EngineOptions]] = [
 
 def bits_per_weight(llm: LLM) -> float:
     """Of the layers' matrices, scales included."""
-    weights = [module.weight for module in llm.model.modules() if isinstance(module, FusedWeight)]
+    weights = [module.weight for _, module in holders(llm.model.layers) if isinstance(module, FusedWeight)]
     return 8 * sum(w.nbytes for w in weights) / sum(math.prod(w.shape) for w in weights)
 
 

@@ -129,7 +129,7 @@ class PackedCheckpoint:
         if name not in self.tensors:
             raise CheckpointError(f"{self.path}: expected the name of a module, found {name!r}")
         if name not in self.weights:
-            return (self._view(f"{name}.weight"),)
+            return take(self.tensors[name], (self._view(f"{name}.weight"),), expert, rows)
         weight = self.weight(name)
         if weight.layout == "panels" and FORMATS[weight.format].in_bit_planes:
             weight = weight.with_layout("rows")

@@ -106,31 +106,38 @@ def rounded(x_NK: Tensor, format: str, groups: int = 1) -> tuple[Tensor, Tensor]
     return x_NK.to(DTYPES[format]), scale_NG
 
 
-STEPS = 16  # scales that are tried on either side of the largest value by −8, in steps of 1 / 40 of it
+STEPS, WIDTH = 4, 0.04  # scales that are tried on either side of the first, and how far they lie apart, relative to it
+PART = 1 << 16  # values whose temporaries stay in the cache
 
 
 def _int4(x_NGK: Tensor) -> tuple[Tensor, Tensor]:
-    """q in −8..7 and the fp16 scale, among those that put the group's largest value near −8 and their least-squares
-    fits, whose Σ (x − scale · q)² is least. Scales have the sign that puts it there, since −8 has no counterpart."""
-    at = x_NGK.abs().argmax(2, keepdim=True)
-    peak = x_NGK.gather(2, at) / -8
-    best = torch.zeros_like(peak)
-    least = torch.full_like(peak, torch.inf)
-    for step in range(-STEPS, STEPS + 1):
-        scale = _half(peak * (1 + step / 40))
-        q = _codes(x_NGK, scale)
-        fitted = _half((x_NGK * q).sum(2, keepdim=True) / (q * q).sum(2, keepdim=True).clamp_(min=1))
-        for tried in (scale, fitted):
-            error = (x_NGK - tried * _codes(x_NGK, tried)).square_().sum(2, keepdim=True)
-            better = error < least
-            best, least = torch.where(better, tried, best), torch.where(better, error, least)
-    return _codes(x_NGK, best).to(torch.int8).flatten(1), best.squeeze(2).half()
+    """q in −8..7 and fp16 scales of small Σ (x − scale · q)².
+
+    Tried are scales around the one that makes the group's largest value −8 (so either sign: 8 is none of the values).
+    Each gives codes, and these the scale that fits them best, (Σ x · q) / (Σ q²). Tries on Gaussian values come within
+    0.3 % of the error of many more.
+    """
+    q_NGK, scale_NG = torch.empty(x_NGK.shape, dtype=torch.int8), x_NGK.new_empty(x_NGK.shape[:2], dtype=torch.float16)
+    step = max(PART // x_NGK[0].numel(), 1)
+    for at in range(0, len(x_NGK), step):
+        x = x_NGK[at : at + step]
+        first = x.gather(2, x.abs().argmax(2, keepdim=True)) / -8
+        best, least = torch.zeros_like(first), torch.zeros_like(first)  # errors count from Σ x²
+        for i in range(-STEPS, STEPS + 1):
+            q = _codes(x, _half(first * (1 + i * WIDTH)))
+            xq, qq = (x * q).sum(2, keepdim=True), q.square().sum(2, keepdim=True)
+            scale = _half(xq / qq.clamp(min=1))
+            error = scale * (scale * qq - 2 * xq)
+            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+        q_NGK[at : at + step] = _codes(x, best)
+        scale_NG[at : at + step] = best.squeeze(2)
+    return q_NGK.flatten(1), scale_NG
 
 
 def _half(scale: Tensor) -> Tensor:
-    """The nearest fp16 numbers, in fp32."""
+    """The nearest finite fp16 numbers, in fp32."""
     return scale.clamp(-65504, 65504).half().float()
 
 
 def _codes(x: Tensor, scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, 0, x / scale).round_().clamp_(-8, 7)
+    return (x / torch.where(scale == 0, 1, scale)).round_().clamp_(-8, 7)

@@ -20,23 +20,16 @@ class WidenedCheckpoint:
 
     def __init__(self, checkpoint: Checkpoint, keep: Callable[[TensorInfo], bool] = lambda info: False) -> None:
         self.source, self._own = checkpoint.source, checkpoint
-        self.tensors = {name: info if keep(info) else _widened(info) for name, info in checkpoint.tensors.items()}
+        self.tensors = {name: info if keep(info) else widened(info) for name, info in checkpoint.tensors.items()}
 
     def read(self, name: str, *, expert: int | None = None, rows: slice | None = None) -> tuple[Tensor, ...]:
         """As `Checkpoint.read`; what is converted is a copy."""
         planes, own = self._own.read(name, expert=expert, rows=rows), self._own.tensors.get(name)
-        if own is None or self.tensors[name] == own:
-            return planes
-        named = dict(zip(FORMATS[own.format].planes, (planes[0], *(plane.mT for plane in planes[1:])), strict=True))
-        if self.tensors[name].format == "fp32":
-            return (dequantize_planes(named),)
-        values = named["values"]
-        if (zeros := named.get("zeros")) is not None:
-            values = (values.unflatten(-1, (zeros.shape[-2], -1)) - zeros.mT[..., None].view(torch.int8)).flatten(-2)
-        return values, group_scales(named)[0].mT
+        return planes if own is None or self.tensors[name] == own else widened_planes(own, planes)
 
 
-def _widened(info: TensorInfo) -> TensorInfo:
+def widened(info: TensorInfo) -> TensorInfo:
+    """A tensor as `WidenedCheckpoint` has it."""
     format = FORMATS[info.format]
     if not format.in_bit_planes:
         return replace(info, scales="fp32")
@@ -45,3 +38,14 @@ def _widened(info: TensorInfo) -> TensorInfo:
         return replace(info, format="fp32", block=None, sub=0, scales="fp32", stored=stored)
     assert info.block is not None, info
     return replace(info, format="int8", block=(1, info.sub or info.block[1]), sub=0, scales="fp32", stored=stored)
+
+
+def widened_planes(info: TensorInfo, planes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Its planes, from those of the tensor as it is."""
+    named = dict(zip(FORMATS[info.format].planes, (planes[0], *(plane.mT for plane in planes[1:])), strict=True))
+    if "minima" in named:
+        return (dequantize_planes(named),)
+    values = named["values"]
+    if (zeros := named.get("zeros")) is not None:
+        values = (values.unflatten(-1, (zeros.shape[-2], -1)) - zeros.mT[..., None].view(torch.int8)).flatten(-2)
+    return values, group_scales(named)[0].mT

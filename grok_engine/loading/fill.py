@@ -14,12 +14,13 @@ import grok_kernels
 from grok_engine.checkpoint.base import Checkpoint, TensorInfo, total_bytes
 from grok_engine.checkpoint.packed import PackedCheckpoint
 from grok_engine.checkpoint.rows import chunks, dequantized, expanded, read_spans, rounded, row_step
+from grok_engine.checkpoint.widened import widened, widened_planes
 from grok_engine.config import WeightFormat
 from grok_engine.layers.linear import Linear
 from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.log import QuietLogger
 from grok_engine.models.decoder import Decoder
-from grok_kernels import Spec
+from grok_kernels import Spec, mixes_formats
 from grok_kernels.formats import FORMATS, SUB
 
 from .slots import Slot, keeps_scales, served, slots
@@ -77,7 +78,11 @@ def source_of(checkpoint: Checkpoint, model: Decoder, weights: WeightFormat | No
     from its own."""
     if not isinstance(checkpoint, PackedCheckpoint):
         return served(checkpoint, weights, device)
-    if weights is not None or served(checkpoint, None, device) is checkpoint:
+    formats = {path: info.format for path, info in checkpoint.tensors.items()}
+    experts = [path.removesuffix(".w13") for path in formats if path.endswith(".w13")]
+    mixed = any(formats[f"{path}.w13"] != formats.get(f"{path}.w2") for path in experts)
+    taken = served(checkpoint, None, device) is checkpoint and (mixes_formats(device) or not mixed)
+    if weights is not None or taken:
         return checkpoint
     slots(model, checkpoint)
     return served(UnfusedCheckpoint(checkpoint, model), None, device)
@@ -140,6 +145,8 @@ def _converted(spec: Spec, info: TensorInfo, planes: tuple[Tensor, ...]) -> Iter
         wide = (plane.t().repeat_interleave(g // plane.shape[1], 0) for plane, g in zip(scales, groups, strict=True))
         yield 0, dict(zip(names, (planes[0], *wide), strict=True))
         return
+    if FORMATS[info.format].in_bit_planes:
+        info, planes = widened(info), widened_planes(info, planes)
     for at, values_NK, blocks in chunks(info, planes):
         x_NK = dequantized(values_NK, blocks, info.block)
         if len(names) == 1:

@@ -40,8 +40,8 @@ def render(report: Report, console: Console, *, every_tensor: bool = False) -> N
     for table in (_sizes(report), _tensors(rows)):
         console.print()
         console.print(table)
-    if any(t.groups for t in report.tensors):
-        console.print(Text("scales: groups × the inputs that share one", style="dim"))
+    scales = "scales: groups × the inputs that share one · " if any(t.groups for t in report.tensors) else ""
+    console.print(Text(f"{scales}bits: of a weight in a CPU's memory, with its scales", style="dim"))
     if report.verified:
         console.print()
         console.print(_ranges(rows))
@@ -68,7 +68,7 @@ def _sizes(report: Report) -> Table:
 
 def _tensors(rows: Sequence[Group]) -> Table:
     every = all(len(group) == 1 for group in rows)
-    table = _table("tensor", "file" if every else ">tensors", ">shape", "dtype", ">scales", ">bits in memory", ">bytes")
+    table = _table("tensor", "file" if every else ">tensors", ">shape", "dtype", ">scales", ">bits", ">bytes")
     for group in rows:
         first = group[0]
         table.add_row(

@@ -30,7 +30,7 @@ OPS = (
     "group_tokens", "grouped_gemm", "moe", "paged_attention", "quantize_fp8", "quantize_int8", "rms_norm",
     "rope_store_kv", "route_topk", "sample_top_p", "sandwich_norm",
 )  # fmt: skip
-registry.set_takes("cpu", registry.Takes(tuple(FORMATS), mixed=True))
+registry.set_takes("cpu", registry.Takes(tuple(FORMATS), fp16_scales=True, mixed=True))
 log = logging.getLogger("grok_kernels")
 
 

@@ -63,19 +63,20 @@ def test_q8_0_is_the_packages_bit_for_bit(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("experts", [0, 4])
 def test_q8_0_stays_bit_for_bit(experts: int, tmp_path: Path) -> None:
-    """Other symmetric types become Q8_0, those with minima and norms F32; BF16 and F16 stay."""
+    """Q4_0, BF16 and F16 stay too; other symmetric types become Q8_0, those with minima and norms F32."""
     kinds = {"attn_q": Kind.Q8_0, "ffn_up": Kind.Q8_0, "ffn_up_exps": Kind.Q8_0, "attn_k": Kind.BF16,
-             "attn_v": Kind.F16, "attn_output": Kind.Q4_0, "ffn_down": Kind.Q4_1, "output": Kind.Q8_0}  # fmt: skip
+             "attn_v": Kind.F16, "attn_output": Kind.Q4_0, "ffn_gate": Kind.Q5_0,
+             "ffn_down": Kind.Q4_1, "output": Kind.Q8_0}  # fmt: skip
     before = models.write_model(tmp_path / "model.gguf", kinds, experts)
     after = tensors(convert(tmp_path / "model.gguf", tmp_path / "out.gguf", format="gguf"))
     assert before.keys() == after.keys()
     for name, (data, kind) in before.items():
         found = after[name]
-        kept = kind in (Kind.Q8_0, Kind.BF16, Kind.F16, Kind.F32)
-        assert found.tensor_type == (kind if kept else Kind.Q8_0 if kind == Kind.Q4_0 else Kind.F32), name
+        kept = kind in (Kind.Q8_0, Kind.Q4_0, Kind.BF16, Kind.F16, Kind.F32)
+        assert found.tensor_type == (kind if kept else Kind.Q8_0 if kind == Kind.Q5_0 else Kind.F32), name
         if kept:
             assert found.data.tobytes() == data.tobytes(), name
-        else:  # 4-bit values with fp16 scales fit a block of Q8_0
+        else:  # 5-bit values with fp16 scales fit a block of Q8_0
             values = gguf.quants.dequantize(found.data, found.tensor_type)
             assert np.array_equal(values, models.dequantized(data, kind)), name
 

@@ -15,6 +15,7 @@ from grok_engine.checkpoint.open import open_checkpoint
 from grok_engine.layers.weight import FusedWeight
 from grok_engine.models.decoder import Decoder
 from tests.checkpoint.hf_models import TOKENS, build, config_of, error, judge, save, tensors_of
+from tests.held import formats, held
 
 CHANNEL = {"num_bits": 8, "strategy": "channel", "symmetric": True, "dynamic": False}
 
@@ -95,7 +96,7 @@ def test_a_quantised_folder_is_what_its_scales_say(
         llm = LLM(quantised, dtype="float32")
     assert error(llm.logits(TOKENS), theirs) <= 2e-5
     dtypes = {m.weight.dtype for layer in llm.model.layers for m in layer.modules() if isinstance(m, FusedWeight)}
-    assert dtypes == {torch.float32 if kind == "fp8-partial-blocks" else KINDS[kind][1]}
+    assert dtypes == {KINDS[kind][1]} | ({torch.float32} if kind == "fp8-partial-blocks" else set())
     assert ("fp8_e4m3 are held in fp32" in caplog.text) == (kind == "fp8-partial-blocks")
     stored = tensors_of(quantised)
     if kind != "fp8-partial-blocks":
@@ -106,14 +107,8 @@ def test_a_quantised_folder_is_what_its_scales_say(
 
 
 def dequantised(model: Decoder) -> dict[str, torch.Tensor]:
-    found = {}
-    for path, module in model.named_modules():
-        if isinstance(module, FusedWeight):
-            weight = module.weight.with_layout("rows")
-            found[path] = weight.values.float()
-            if (scales := weight.scales) is not None:
-                found[path] *= scales.mT.repeat_interleave(weight.shape[2] // scales.shape[1], 2)
-    return found
+    """Every matrix of the layers and the head, by its name in a checkpoint."""
+    return {name: w for name, w in held(model) if w.dim() > 1 and name != "embed" and not name.endswith(".router")}
 
 
 @pytest.mark.parametrize("weights", ["int8", "fp8", "bf16"])
@@ -121,9 +116,7 @@ def test_a_float_folder_is_rounded_while_it_is_loaded(weights: Any, mixtral: Pat
     """int8: within half a step of amax / 127 of each output channel; fp8: half a step of e4m3; bf16: as stored."""
     exact = dequantised(LLM(mixtral, dtype="float32", weights="fp32").model)
     found = LLM(mixtral, dtype="float32", weights=weights).model
-    assert {m.weight.dtype for m in found.modules() if isinstance(m, FusedWeight)} == {
-        {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}[weights]
-    }
+    assert formats(found) == {**dict.fromkeys(formats(found), weights.replace("fp8", "fp8_e4m3")), "embed": "fp32"}
     for path, values in dequantised(found).items():
         w = exact[path]
         amax = w.abs().amax(-1, keepdim=True)
@@ -152,7 +145,7 @@ def test_fp16_is_read_as_fp32_and_nothing_is_lost(tmp_path: Path, caplog: pytest
     stored = tensors_of(tmp_path)
     gate, up = (stored[f"model.layers.1.mlp.{name}_proj.weight"].float() for name in ("gate", "up"))
     assert torch.equal(model.layers[1].feed_forward.w13.matrices()[0], torch.cat([gate, up]))
-    assert torch.equal(model.embed.values(), stored["model.embed_tokens.weight"].float())
+    assert torch.equal(model.embed.matrices()[0], stored["model.embed_tokens.weight"].float())
     assert "fp16 are held in fp32" in caplog.text
 
 
@@ -223,7 +216,9 @@ def test_groups_of_several_formats_and_what_is_ignored(
         model = LLM(save(tmp_path / "both", tensors, {**values, "quantization_config": config}), dtype="float32").model
     expected = dequantised(LLM(save(tmp_path / "exact", exact, values), dtype="float32").model)
     assert all(torch.equal(x, expected[path]) for path, x in dequantised(model).items())
-    assert {m.weight.format for m in model.modules() if isinstance(m, FusedWeight)} == {"fp8_e4m3", "int8", "bf16"}
+    held_in = formats(model)
+    assert held_in.pop("embed") == "fp32"
+    assert set(held_in.values()) == {"fp8_e4m3", "int8", "bf16"}
     assert "kv_cache_scheme and input_activations of " in caplog.text
 
 

@@ -66,7 +66,7 @@ def test_the_release_drawn(release: Path) -> None:
     assert "…" not in text
     assert len(lines) < 40
     (row,) = (line for line in lines if line.startswith("layers.0–63.moe.down "))
-    assert " ".join(row.split()) == "layers.0–63.moe.down 64 8×32768×6144 int8 8 × 4096 bf16 103.13 GB"
+    assert " ".join(row.split()) == "layers.0–63.moe.down 64 8×32768×6144 int8 8 × 4096 bf16 8.008 103.13 GB"
     assert "layers.0–63.norm.post_attn " in text
     assert "315.7 B parameters, 83.8 B used per token · 770 files · 318,239,886,140 bytes" in text
     every = drawn(report, every_tensor=True)

@@ -379,7 +379,7 @@ def test_logits_are_fp32(dtype: Any) -> None:
     [
         ({"dtype": "float16"}, "dtype='float16' is not one of bfloat16, float32"),
         ({"dtype": torch.float16}, "float16.* is not one of bfloat16, float32"),
-        ({"weights": "int4"}, "weights='int4' is not one of int8, int8_g128, fp8, bf16, fp32"),
+        ({"weights": "int3"}, "weights='int3' is not one of int8, int8_g128, int4, int4_g128, fp8, bf16, fp32"),
         ({"page_size": 0}, "page_size=0"),
         ({"device": "gpu"}, "device='gpu' cannot be used: "),
         ({"device": "cuda:99"}, "device='cuda:99' cannot be used: "),

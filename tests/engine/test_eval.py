@@ -15,7 +15,7 @@ import torch
 import grok_engine.sampling.logprobs
 from grok_engine import LLM
 from grok_engine.cli import main
-from grok_engine.layers.weight import FusedWeight
+from grok_engine.layers.weight import FusedWeight, holders
 from grok_engine.tools.eval import evaluate, windows
 from tests.checkpoint.hf_models import build, tensors_of
 from tests.engine.judged import TEXT, perplexity, write_llama
@@ -180,7 +180,9 @@ def test_int8_g128_has_a_scale_per_128_columns_at_most(tmp_path: Path) -> None:
     build("Llama", hidden_size=192, intermediate_size=384).save_pretrained(tmp_path)
     model = LLM(tmp_path, dtype="float32", weights="int8_g128").model
     stored = tensors_of(tmp_path)["model.layers.1.mlp.down_proj.weight"].float()
-    groups = {path: m.weight.scales.shape[1] for path, m in model.named_modules() if isinstance(m, FusedWeight)}
+    groups = {
+        path: m.weight.scales.shape[1] for path, m in holders(model) if path != "embed" and isinstance(m, FusedWeight)
+    }
     assert {path.split(".")[-1]: n for path, n in groups.items()} == {"qkv": 2, "o": 2, "w13": 2, "w2": 3, "lm_head": 2}
     weight = model.layers[1].feed_forward.w2.weight.with_layout("rows")
     grouped = stored.unflatten(1, (3, 128))

@@ -16,11 +16,13 @@ import pytest
 import torch
 
 from grok_engine.config import EngineConfig, ModelConfig
+from grok_engine.layers.embedding import Embedding
 from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.models.decoder import Decoder
 from grok_engine.models.families import PRESETS
 from grok_engine.runtime.plan import Entry
 from grok_engine.runtime.runner import Runner
+from grok_kernels import Spec
 
 Weights = dict[str, np.ndarray]  # by name, (in, out), experts in front
 TOKENS = [7, 3, 3, 39, 0, 12, 25, 7, 31, 18, 2, 39, 5]
@@ -140,13 +142,17 @@ def build(c: ModelConfig) -> tuple[Decoder, Weights]:
     model, w = Decoder(c, torch.float32), {}
     for module in model.modules():
         if isinstance(module, NamedTensor):
-            module.allocate(torch.float32, "cpu")
+            module.allocate("cpu")
             shape = module.shape[::-1] if module.name.endswith(".router") else module.shape
             w[module.name] = draw(module.name, shape)
             value = w[module.name].T if module.name.endswith(".router") else w[module.name]
             module.weight.copy_(torch.from_numpy(value))
+        elif isinstance(module, Embedding):
+            module.allocate(Spec("fp32"), "cpu")
+            w["embed"] = draw("embed", module.shape[1:])
+            module.weight.values[0].copy_(torch.from_numpy(w["embed"]))
         elif isinstance(module, FusedWeight):
-            module.allocate(torch.float32, 0, "cpu")
+            module.allocate(Spec("fp32"), "cpu")
             for part in module.parts:
                 shape = (module.experts, module.k, part.stop - part.start)
                 w[part.name] = draw(part.name, shape if ".moe." in part.name else shape[1:])
@@ -290,7 +296,7 @@ def test_norm_of_an_untied_output_is_not_shared() -> None:
     model, w = build(replace(PLAIN, tie_embeddings=False))
     assert w["lm_head"].shape == (24, 40)
     before = logits(model)
-    model.embed.weight[11] += 1  # a token that the prompt does not have
+    model.embed.weight.values[0, 11] += 1  # a token that the prompt does not have
     np.testing.assert_array_equal(logits(model), before)
 
 
