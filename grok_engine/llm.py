@@ -53,9 +53,9 @@ class LLM:
     model: `tiny`, which ships with the package, a folder (a release's, a model of the Hugging Face hub, or what
     `grok-engine convert` wrote), a GGUF file, or the name of a model in the hub's local cache. dtype: of the
     computation, bfloat16 or float32. weights: None keeps the checkpoint's format (the release's int8, bit for bit),
-    bf16 or fp32 dequantise while loading, int8 and fp8 round, with a scale per output channel, int8_g128 with one per
-    channel and group of at most 128 columns. The other options are
-    those of `EngineConfig`. Loading and generating show a progress bar on a terminal. Errors are those of `LLMEngine`.
+    bf16 or fp32 dequantise while loading, int8 and fp8 round, with a scale per output channel, int8_g128, int4_g128 and
+    int4 with one per channel and group of at most 128, 128 and 32 columns. The other options are those of
+    `EngineConfig`. Loading and generating show a progress bar on a terminal. Errors are those of `LLMEngine`.
     `with LLM(...) as llm:` closes it at the end.
 
     Threads: calls may come from many at once. One of them steps the engine for all, each waits for its own requests,

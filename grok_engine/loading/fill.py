@@ -20,7 +20,7 @@ from grok_engine.layers.linear import Linear
 from grok_engine.layers.weight import FusedWeight, NamedTensor
 from grok_engine.log import QuietLogger
 from grok_engine.models.decoder import Decoder
-from grok_kernels import Spec
+from grok_kernels import Spec, mixes_formats
 from grok_kernels.formats import FORMATS, SUB
 
 from .slots import Slot, keeps_scales, served, slots
@@ -78,7 +78,11 @@ def source_of(checkpoint: Checkpoint, model: Decoder, weights: WeightFormat | No
     from its own."""
     if not isinstance(checkpoint, PackedCheckpoint):
         return served(checkpoint, weights, device)
-    if weights is not None or served(checkpoint, None, device) is checkpoint:
+    formats = {path: info.format for path, info in checkpoint.tensors.items()}
+    experts = [path.removesuffix(".w13") for path in formats if path.endswith(".w13")]
+    mixed = any(formats[f"{path}.w13"] != formats.get(f"{path}.w2") for path in experts)
+    taken = served(checkpoint, None, device) is checkpoint and (mixes_formats(device) or not mixed)
+    if weights is not None or taken:
         return checkpoint
     slots(model, checkpoint)
     return served(UnfusedCheckpoint(checkpoint, model), None, device)

@@ -86,7 +86,7 @@ def slots(
         if len(infos) < len(wanted):
             continue
         found[path] = Slot(path, module, infos, _held_as(model, module, infos, weights))
-    if not mixes_formats(device):
+    if packed is None and not mixes_formats(device):
         found.update(_widened(model, found))
     for slot in found.values():
         problems += _misfits(slot)

@@ -33,7 +33,7 @@ class UnfusedCheckpoint:
                 self._add(part.name, path, part.start, replace(info, shape=(*lead, rows, module.k), nbytes=nbytes))
 
     def _add(self, name: str, path: str, start: int, info: TensorInfo) -> None:
-        stored = "panels" if info.layout == "panels" else info.stored  # which makes reading a copy
+        stored = f"{info.format} in panels" if info.layout == "panels" else info.stored  # reading makes a copy
         self.tensors[name] = replace(info, name=name, layout="rows", stored=stored)
         self._places[name] = path, start
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import layouts
 from .formats import WIDTH
 
 STEP = 1 << 22  # values that are converted at once
@@ -25,9 +24,6 @@ STEP = 1 << 22  # values that are converted at once
 
 def pack_codes(values_ENK: Tensor, packed: Tensor, row: int, zero_point: int) -> None:
     """Write int8 values (E, N, K), of any strides, to rows row..row+N−1 of bit planes (E, N/64, K/32, bits, 64, 4)."""
-    if layouts.native is not None and packed.device.type == values_ENK.device.type == "cpu":
-        layouts.native.pack_codes(values_ENK, packed, row, zero_point)
-        return
     panels, k = values_ENK.shape[1] // WIDTH, values_ENK.shape[2]
     step = max(STEP // max(WIDTH * k, 1), 1)
     for e in range(values_ENK.shape[0]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -95,6 +96,29 @@ def test_every_type_is_held_without_loss(kind: Kind, tmp_path: Path) -> None:
     assert_holds(path, wanted, weights="fp32")
     model = assert_holds(path, wanted)
     assert {format for path, format in formats(model).items() if path != "embed"} == {TYPES[kind.value].format}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_other_devices_get_8_bits_or_floats(
+    packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Bit for bit, from a file and from a converted folder, said once for each type."""
+    path = tmp_path / "model.gguf"
+    wanted = models.meaning(models.write_model(path, MIXED, models.EXPERTS))
+    path = convert(path, tmp_path / "packed", dtype="float32") if packed else path
+    model = Decoder(read_config(path), torch.float32)
+    monkeypatch.setenv("GROK_KERNELS_BACKEND", "triton")
+    with caplog.at_level(logging.INFO, "grok_engine"):
+        fill(model, open_checkpoint(path, read_config(path)))
+    for name, values in held(model):
+        np.testing.assert_array_equal(values.numpy(), wanted[name], name)
+    found = formats(model)
+    assert set(found.values()) == {"int8", "fp32"}
+    assert [found[f"layers.0.attn.qkv.{i}"] for i in (0, 1)] == ["fp32", "int8"]  # Q4_K; Q8_0 and Q6_K
+    assert found["lm_head"] == "int8"
+    assert len(caplog.messages) == len(set(caplog.messages))
+    kind = "int4_k in panels" if packed else "Q4_K"
+    assert f"2 matrices of {kind} are held in fp32, which loses nothing" in caplog.text
 
 
 def test_q8_0_keeps_values_and_scales(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_generate_with_token_ids_needs_no_tokenizer(capsys: Captured) -> None:
         (["generate", "--prompt", "a", "--top-p", "1.5"], ["1.5"]),
         (["generate", "--prompt", "a", "--seed", "-4"], ["-4"]),
         (["generate", "--prompt", "a", "--dtype", "fp7"], ["fp7", "bfloat16", "float32"]),
-        (["generate", "--prompt", "a", "--weights", "int4"], ["int4", "int8"]),
+        (["generate", "--prompt", "a", "--weights", "int3"], ["int3", "int8"]),
         (["generate", "--prompt", "a", "--device", "abacus"], ["abacus"]),
         (["inspect", "/no/such"], ["/no/such"]),
         (["inspect", str(ROOT / "tests")], ["tests", "ckpt-0"]),
