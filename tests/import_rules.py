@@ -93,7 +93,7 @@ ALLOWED: Table = {
     "grok_kernels.extension": (),
     "grok_kernels.checks": ("dtypes",),
     "grok_kernels.formats": ("dtypes",),
-    "grok_kernels.bit_planes": ("formats", "layouts"),
+    "grok_kernels.bit_planes": ("formats",),
     "grok_kernels.layouts": ("dtypes", "formats", "memory", "registry"),
     "grok_kernels.weights": ("bit_planes", "checks", "dtypes", "formats", "layouts", "memory", "registry"),
     "grok_kernels.gather": ("bit_planes", "formats", "layouts", "reference", "weights"),
