@@ -60,7 +60,7 @@ def main() -> None:
             counts = count_experts(llm)
             bpb = bits_per_byte(llm.model, tokenizer, held_out, llm.config.model.max_position)
             usage = usage or counts
-            weights = str(next(m for m in llm.model.modules() if hasattr(m, "parts")).weight.dtype).removeprefix(
+            weights = str(next(m for m in llm.model.layers.modules() if hasattr(m, "parts")).weight.dtype).removeprefix(
                 "torch."
             )
             print(f"| {name} | {weights} | {dtype} | {size:,} | {bpb:.4f} |", flush=True)

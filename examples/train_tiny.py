@@ -32,6 +32,7 @@ from grok_engine.loading.export import export_weights
 from grok_engine.models.decoder import Decoder
 from grok_engine.models.families import preset
 from grok_engine.models.families.grok import ffn_width
+from grok_kernels import Spec
 
 
 def arguments() -> argparse.Namespace:
@@ -85,10 +86,10 @@ def initialise(model: Decoder) -> None:
     """Every matrix at std 1 / √K, norms at one; all trainable fp32."""
     for module in model.modules():
         if isinstance(module, FusedWeight):
-            module.allocate(torch.float32, 0, "cpu")
+            module.allocate(Spec("fp32"), "cpu")
             nn.init.normal_(module.weight.values, std=module.k**-0.5)
         elif isinstance(module, NamedTensor):
-            module.allocate(torch.float32, "cpu")
+            module.allocate("cpu")
             if len(module.shape) == 1:
                 nn.init.ones_(module.weight)
             else:
