@@ -13,7 +13,7 @@
 #pragma GCC diagnostic pop
 
 #ifdef GROK_EMULATE_AVX512
-#include "cpu/emulation/avx512.h"
+#include "cpu/emulation/avx512.inl"
 #else
 
 namespace grok::cpu {

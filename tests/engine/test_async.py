@@ -177,7 +177,7 @@ def test_a_step_that_wakes_many_consumers_leaves_turns_of_the_loop_to_others() -
         tasks = [asyncio.ensure_future(mailbox.take()) for mailbox in mailboxes]
         await asyncio.sleep(0)
         for mailbox in mailboxes:
-            mailbox.put(RequestOutput("x", None, [5], [], True, RequestMetrics(0.0, None, None)))
+            mailbox.put(RequestOutput("x", None, [5], [], True, RequestMetrics(0.0, None, None, None)))
         wake(mailboxes)
         counts = [0]
         for _ in range(20):

@@ -159,7 +159,7 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\n"
 LAST = HEAD + b"connection: close\r\n"
 REFUSED = [  # each with a status that it may get; 0 is a connection closed without one
     (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", (400,)),  # TLS
-    (b"GET / HTTP/9.9\r\n\r\n", (400, 404)),
+    (b"GET /none HTTP/9.9\r\n\r\n", (400, 404)),
     (b"POST /v1/completions HTTP/1.1\r\n\r\n", (400,)),  # no host
     (HEAD + b"content-length: -5\r\n\r\n", (400,)),
     (HEAD + b"content-length: 5\r\ncontent-length: 6\r\n\r\n{}", (400,)),

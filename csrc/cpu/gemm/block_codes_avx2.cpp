@@ -64,7 +64,7 @@ const void* bytes_of(const BlockProduct& b, const Plane& plane, int64_t group, u
 
 // T: the subscales' type, whose sign that of subminima shares.
 template <class T>
-GROK_AVX2 void load_groups(const BlockProduct& b, int64_t column, Segment& to, Groups& groups) {
+GROK_AVX2 void load_groups_avx2(const BlockProduct& b, int64_t column, Segment& to, Groups& groups) {
   const Weights& w = *b.weights;
   const int64_t count = kScaleGroup / w.group(), super = column / (w.k / w.scales.groups), first = column / w.group();
   plane_values(w, w.scales, b.expert, b.output, super, b.x->isa, to.s);
@@ -145,7 +145,7 @@ GROK_AVX2_INLINE void add_fold(const uint8_t* w, const uint32_t* x, int64_t ahea
 
 // The segments of a column block, of one tile.
 template <class K, int kRows>
-GROK_AVX2 void codes_tile(const BlockProduct& b, const PackedRows::Tile& t, const Stage& stage, int64_t ahead) {
+GROK_AVX2 void codes_tile_avx2(const BlockProduct& b, const PackedRows::Tile& t, const Stage& stage, int64_t ahead) {
   constexpr int kWide = kRows == 1 ? 4 : kRows <= 3 ? 2 : 1;
   const Weights& w = *b.weights;
   const PackedRows& p = *b.x;
@@ -219,9 +219,9 @@ GROK_AVX2 void codes_tile(const BlockProduct& b, const PackedRows::Tile& t, cons
 using TileKernel = void (*)(const BlockProduct&, const PackedRows::Tile&, const Stage&, int64_t);
 template <int kBits, int kFold, bool kTwo, bool kSigned>
 constexpr TileKernel kTiles[] = {
-    codes_tile<Kind<kBits, kFold, kTwo, kSigned>, 1>, codes_tile<Kind<kBits, kFold, kTwo, kSigned>, 2>,
-    codes_tile<Kind<kBits, kFold, kTwo, kSigned>, 3>, codes_tile<Kind<kBits, kFold, kTwo, kSigned>, 4>,
-    codes_tile<Kind<kBits, kFold, kTwo, kSigned>, 5>, codes_tile<Kind<kBits, kFold, kTwo, kSigned>, 6>};
+    codes_tile_avx2<Kind<kBits, kFold, kTwo, kSigned>, 1>, codes_tile_avx2<Kind<kBits, kFold, kTwo, kSigned>, 2>,
+    codes_tile_avx2<Kind<kBits, kFold, kTwo, kSigned>, 3>, codes_tile_avx2<Kind<kBits, kFold, kTwo, kSigned>, 4>,
+    codes_tile_avx2<Kind<kBits, kFold, kTwo, kSigned>, 5>, codes_tile_avx2<Kind<kBits, kFold, kTwo, kSigned>, 6>};
 
 // 32 columns of products of 4 bits fit 16 bits, 16 of 5 bits and 8 of 6 bits: 8 · 2 · 15 · 128 and so on.
 const TileKernel* kernels_for(const Weights& w) {
@@ -245,7 +245,7 @@ void codes_block_avx2(const BlockProduct& b) {
   for (int64_t k = 0; k < b.columns; k += segment) {
     Segment& to = stage.segments[k / segment];
     if (w.subscales.data) {
-      const auto load = w.subscales.type == ScaleType::i8 ? load_groups<int8_t> : load_groups<uint8_t>;
+      const auto load = w.subscales.type == ScaleType::i8 ? load_groups_avx2<int8_t> : load_groups_avx2<uint8_t>;
       load(b, b.column + k, to, stage.groups[k / kScaleGroup]);
     } else {
       group_scales(w, b.expert, b.output, (b.column + k) / w.group(), b.x->isa, to.s, to.m);

@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kAhead = 4096;  // bytes that the first tile of a row block prefetches ahead
 
 template <int kRows>
-GROK_AVX2 void int16_tile(const BlockProduct& b, const PackedRows::Tile& t, const float* s, int64_t ahead) {
+GROK_AVX2 void int16_tile_avx2(const BlockProduct& b, const PackedRows::Tile& t, const float* s, int64_t ahead) {
   constexpr int kWide = kRows <= 2 ? 4 : 2;
   const PackedRows& p = *b.x;
   const int64_t segment = std::min(b.weights->group(), kScaleGroup);
@@ -73,8 +73,8 @@ GROK_AVX2 void int16_tile(const BlockProduct& b, const PackedRows::Tile& t, cons
   }
 }
 
-constexpr decltype(&int16_tile<1>) kTiles[] = {int16_tile<1>, int16_tile<2>, int16_tile<3>,
-                                               int16_tile<4>, int16_tile<5>, int16_tile<6>};
+constexpr decltype(&int16_tile_avx2<1>) kTiles[] = {int16_tile_avx2<1>, int16_tile_avx2<2>, int16_tile_avx2<3>,
+                                                    int16_tile_avx2<4>, int16_tile_avx2<5>, int16_tile_avx2<6>};
 
 }  // namespace
 
