@@ -115,6 +115,7 @@ GROK_AVX2_INLINE void add_unit(const uint8_t* w, int unit, const uint32_t* x, in
       for (int r = 0; r < kRows; ++r) {
         const __m256i four = _mm256_set1_epi32(static_cast<int>(x[(2 * unit + half) * kRows + r]));
         sum[r][j] = _mm256_add_epi16(sum[r][j], _mm256_maddubs_epi16(code[half], four));
+        asm("" : "+x"(sum[r][j]));  // else the compiler reorders the sums, and spills products to memory
       }
     }
   }
@@ -149,14 +150,17 @@ GROK_AVX2 void codes_tile_avx2(const BlockProduct& b, const PackedRows::Tile& t,
   constexpr int kWide = kRows == 1 ? 4 : kRows <= 3 ? 2 : 1;
   const Weights& w = *b.weights;
   const PackedRows& p = *b.x;
-  const int64_t group = w.group(), segment = segment_of(w);
-  const int64_t group_units = std::min(group, kScaleGroup) / kUnit;
+  const int64_t segment = segment_of(w), pairs = kScaleGroup / w.group() / 2;
+  const int group_shift = __builtin_ctzll(static_cast<uint64_t>(w.group() / kUnit));  // of two levels: a power of two
   const uint32_t* x = p.at(t, b.column / 4);
+  const Segment* seg = stage.segments;
+  const int16_t* sums = p.sums + t.row * p.sum_groups + b.column / p.sum_columns;
   float* c = b.c + (t.row - b.rows->row) * kPanel;
-  for (int64_t k = 0; k < b.columns; k += segment) {
-    const Segment& seg = stage.segments[k / segment];
+  bool first = b.first;
+  for (int64_t k = 0; k < b.columns; k += segment, sums += segment / p.sum_columns, ++seg, first = false) {
     const Groups& groups = stage.groups[k / kScaleGroup];
-    const int64_t units = std::min(segment, b.columns - k) / kUnit, column = b.column + k;
+    const int64_t begin = k / kUnit, end = std::min(k + segment, b.columns) / kUnit;
+    const float* row_scale = p.scales + t.row * p.groups + (b.column + k) / kScaleGroup;
     for (int64_t from = 0; from < kPanel; from += 8 * kWide) {
       __m256i total[kRows][kWide];
 #pragma GCC unroll 8
@@ -164,52 +168,51 @@ GROK_AVX2 void codes_tile_avx2(const BlockProduct& b, const PackedRows::Tile& t,
 #pragma GCC unroll 4
         for (int j = 0; j < kWide; ++j) total[r][j] = _mm256_setzero_si256();
       }
-      for (int64_t u = k / kUnit, end = u + units, g = 0; u < end;) {
+      for (int64_t u = begin; u < end;) {
         const uint8_t* block = b.w + u / kUnits * code_block_bytes(K::kBits) + 4 * from;
         const uint32_t* row = x + u / kUnits * 8 * kRows;
-        const auto sub = [&] { return groups.subscale[g / group_units] + from; };
+        const auto sub = [&](int fold) { return groups.subscale[(u - begin + fold) >> group_shift] + from; };
         if constexpr (K::kFold == 4) {
-          add_fold<K, 0>(block, row, ahead, sub(), total);
-          u += 4, g += 4;
+          add_fold<K, 0>(block, row, ahead, sub(0), total);
+          u += 4;
           continue;
         }
         if (u % kUnits == 0) {
-          add_fold<K, 0>(block, row, ahead, sub(), total);
-          if constexpr (K::kFold == 1) add_fold<K, 1>(block, row, ahead, sub(), total);
-          u += 2, g += 2;
+          add_fold<K, 0>(block, row, ahead, sub(0), total);
+          if constexpr (K::kFold == 1) add_fold<K, 1>(block, row, ahead, sub(1), total);
+          u += 2;
           if (u == end) break;
         }
-        add_fold<K, 2>(block, row, ahead, sub(), total);
-        if constexpr (K::kFold == 1) add_fold<K, 3>(block, row, ahead, sub(), total);
-        u += 2, g += 2;
+        add_fold<K, 2>(block, row, ahead, sub(0), total);
+        if constexpr (K::kFold == 1) add_fold<K, 3>(block, row, ahead, sub(1), total);
+        u += 2;
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        const int16_t* sums = p.sums + (t.row + r) * p.sum_groups + column / p.sum_columns;
-        const __m256 row_scale = _mm256_set1_ps(p.scales[(t.row + r) * p.groups + column / kScaleGroup]);
+        const int16_t* sum = sums + r * p.sum_groups;
+        const __m256 scale = _mm256_set1_ps(row_scale[r * p.groups]);
 #pragma GCC unroll 4
         for (int j = 0; j < kWide; ++j) {
           const int64_t n = from + 8 * j;
           __m256i least;  // Σ_g subminimum · Σ x, or Σ x
           if constexpr (K::kTwo) {
             least = _mm256_setzero_si256();
-            for (int64_t pair = 0; pair < kScaleGroup / group / 2; ++pair) {
+            for (int64_t pair = 0; pair < pairs; ++pair) {
               int32_t two;
-              std::memcpy(&two, sums + 2 * pair, sizeof two);
+              std::memcpy(&two, sum + 2 * pair, sizeof two);
               const __m256i minima = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(groups.subminimum[pair] + n));
               least = _mm256_add_epi32(least, _mm256_madd_epi16(minima, _mm256_set1_epi32(two)));
             }
           } else {
-            least = _mm256_set1_epi32(*sums * (K::kSigned ? K::kZeroPoint : 1));
+            least = _mm256_set1_epi32(*sum * (K::kSigned ? K::kZeroPoint : 1));
           }
           if constexpr (K::kSigned) total[r][j] = _mm256_sub_epi32(total[r][j], least);
-          __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(total[r][j]), _mm256_loadu_ps(seg.s + n));
+          __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(total[r][j]), _mm256_loadu_ps(seg->s + n));
           if constexpr (!K::kSigned) {
-            value = _mm256_fnmadd_ps(_mm256_cvtepi32_ps(least), _mm256_loadu_ps(seg.m + n), value);
+            value = _mm256_fnmadd_ps(_mm256_cvtepi32_ps(least), _mm256_loadu_ps(seg->m + n), value);
           }
           float* to = c + r * kPanel + n;
-          const bool first = b.first && k == 0;
-          _mm256_storeu_ps(to, _mm256_fmadd_ps(value, row_scale, first ? _mm256_setzero_ps() : _mm256_loadu_ps(to)));
+          _mm256_storeu_ps(to, _mm256_fmadd_ps(value, scale, first ? _mm256_setzero_ps() : _mm256_loadu_ps(to)));
         }
       }
     }

@@ -53,6 +53,7 @@ GROK_AVX2 void int16_tile_avx2(const BlockProduct& b, const PackedRows::Tile& t,
 #pragma GCC unroll 4
             for (int j = 0; j < kWide; ++j) {
               sum[r][j] = _mm256_add_epi32(sum[r][j], _mm256_madd_epi16(two[j], value));
+              asm("" : "+x"(sum[r][j]));  // else the compiler reorders the sums, and spills products to memory
             }
           }
         }
