@@ -8,6 +8,7 @@
 // Where codes have a zero point, zero_point · Σ x is subtracted in integers instead.
 
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/gemm/block_product.h"
 #include "cpu/gemm/codes.h"
@@ -62,6 +63,17 @@ const void* bytes_of(const BlockProduct& b, const Plane& plane, int64_t group, u
   return std::memcpy(room, from, outputs);
 }
 
+// 8 values of u8 or i8, each in both halves of its 32 bits.
+template <class T>
+GROK_AVX2_INLINE __m256i twice(const void* values, int64_t n) {
+  int64_t eight;
+  std::memcpy(&eight, static_cast<const uint8_t*>(values) + n, sizeof eight);
+  const __m256i bytes = _mm256_shuffle_epi8(
+      _mm256_set1_epi64x(eight), _mm256_setr_epi32(0x00800080, 0x01800180, 0x02800280, 0x03800380, 0x04800480,
+                                                   0x05800580, 0x06800680, 0x07800780));
+  return std::is_signed_v<T> ? _mm256_srai_epi16(bytes, 8) : _mm256_srli_epi16(bytes, 8);
+}
+
 // T: the subscales' type, whose sign that of subminima shares.
 template <class T>
 GROK_AVX2 void load_groups_avx2(const BlockProduct& b, int64_t column, Segment& to, Groups& groups) {
@@ -70,19 +82,22 @@ GROK_AVX2 void load_groups_avx2(const BlockProduct& b, int64_t column, Segment& 
   plane_values(w, w.scales, b.expert, b.output, super, b.x->isa, to.s);
   if (w.minima.data) plane_values(w, w.minima, b.expert, b.output, super, b.x->isa, to.m);
   const Plane& minima = w.minima.data ? w.subminima : w.subscales;
-  const int32_t times = w.minima.data ? 1 : w.zero_point;
-  uint8_t room[2][kPanel];
-  const auto halves = [](int32_t low, int32_t high) {
-    return static_cast<int32_t>((static_cast<uint32_t>(low) & 0xffffu) | static_cast<uint32_t>(high) << 16);
+  const __m256i times = _mm256_set1_epi16(static_cast<int16_t>(w.minima.data ? 1 : w.zero_point));
+  const auto store = [](int32_t* out, __m256i value) GROK_AVX2 {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), value);
   };
+  uint8_t room[2][kPanel];
   for (int64_t g = 0; g < count; ++g) {
-    const T* from = static_cast<const T*>(bytes_of(b, w.subscales, first + g, room[0]));
-    for (int64_t n = 0; n < kPanel; ++n) groups.subscale[g][n] = halves(from[n], from[n]);
+    const void* row = bytes_of(b, w.subscales, first + g, room[0]);
+    for (int64_t n = 0; n < kPanel; n += 8) store(groups.subscale[g] + n, twice<T>(row, n));
   }
   for (int64_t g = 0; g < count; g += 2) {
-    const T* low = static_cast<const T*>(bytes_of(b, minima, first + g, room[0]));
-    const T* high = static_cast<const T*>(bytes_of(b, minima, first + g + 1, room[1]));
-    for (int64_t n = 0; n < kPanel; ++n) groups.subminimum[g / 2][n] = halves(low[n] * times, high[n] * times);
+    const void* low = bytes_of(b, minima, first + g, room[0]);
+    const void* high = bytes_of(b, minima, first + g + 1, room[1]);
+    for (int64_t n = 0; n < kPanel; n += 8) {
+      const __m256i pair = _mm256_blend_epi16(twice<T>(low, n), twice<T>(high, n), 0xaa);
+      store(groups.subminimum[g / 2] + n, _mm256_mullo_epi16(pair, times));
+    }
   }
 }
 
@@ -91,7 +106,7 @@ template <class K, int kRows, int kWide>
 GROK_AVX2_INLINE void add_unit(const uint8_t* w, int unit, const uint32_t* x, int64_t ahead,
                                __m256i (&sum)[kRows][kWide]) {
   const __m256i nibble = _mm256_set1_epi8(15);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int j = 0; j < kWide; ++j) {
     const auto run = [&](int i) GROK_AVX2 {
       const uint8_t* from = w + i * kRunBytes + 32 * j;
@@ -128,12 +143,12 @@ GROK_AVX2_INLINE void add_fold(const uint8_t* w, const uint32_t* x, int64_t ahea
   __m256i sum[kRows][kWide];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < kWide; ++j) sum[r][j] = _mm256_setzero_si256();
   }
 #pragma GCC unroll 4
   for (int unit = kUnit0; unit < kUnit0 + K::kFold; ++unit) add_unit<K>(w, unit, x, ahead, sum);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int j = 0; j < kWide; ++j) {
     const __m256i factor =
         K::kTwo ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sub + 8 * j)) : _mm256_set1_epi16(1);
@@ -147,7 +162,7 @@ GROK_AVX2_INLINE void add_fold(const uint8_t* w, const uint32_t* x, int64_t ahea
 // The segments of a column block, of one tile.
 template <class K, int kRows>
 GROK_AVX2 void codes_tile_avx2(const BlockProduct& b, const PackedRows::Tile& t, const Stage& stage, int64_t ahead) {
-  constexpr int kWide = kRows == 1 ? 4 : kRows <= 3 ? 2 : 1;
+  constexpr int kWide = kRows == 1 ? (K::kFold == 4 ? 8 : 4) : kRows <= 3 ? 2 : 1;
   const Weights& w = *b.weights;
   const PackedRows& p = *b.x;
   const int64_t segment = segment_of(w), pairs = kScaleGroup / w.group() / 2;
@@ -165,7 +180,7 @@ GROK_AVX2 void codes_tile_avx2(const BlockProduct& b, const PackedRows::Tile& t,
       __m256i total[kRows][kWide];
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < kWide; ++j) total[r][j] = _mm256_setzero_si256();
       }
       for (int64_t u = begin; u < end;) {
@@ -191,7 +206,7 @@ GROK_AVX2 void codes_tile_avx2(const BlockProduct& b, const PackedRows::Tile& t,
       for (int r = 0; r < kRows; ++r) {
         const int16_t* sum = sums + r * p.sum_groups;
         const __m256 scale = _mm256_set1_ps(row_scale[r * p.groups]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < kWide; ++j) {
           const int64_t n = from + 8 * j;
           __m256i least;  // Σ_g subminimum · Σ x, or Σ x
@@ -254,6 +269,7 @@ void codes_block_avx2(const BlockProduct& b) {
       group_scales(w, b.expert, b.output, (b.column + k) / w.group(), b.x->isa, to.s, to.m);
     }
   }
+  prefetch_scales(w, b.expert, b.output, b.column + b.columns, b.columns);
   const TileKernel* kernels = kernels_for(w);
   for (int64_t i = b.rows->first_tile; i < b.rows->last_tile; ++i) {
     const PackedRows::Tile& t = b.x->tiles[i];

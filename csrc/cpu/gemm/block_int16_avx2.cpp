@@ -18,7 +18,7 @@ constexpr int64_t kAhead = 4096;  // bytes that the first tile of a row block pr
 
 template <int kRows>
 GROK_AVX2 void int16_tile_avx2(const BlockProduct& b, const PackedRows::Tile& t, const float* s, int64_t ahead) {
-  constexpr int kWide = kRows <= 2 ? 4 : 2;
+  constexpr int kWide = kRows == 1 ? 8 : kRows == 2 ? 4 : 2;
   const PackedRows& p = *b.x;
   const int64_t segment = std::min(b.weights->group(), kScaleGroup);
   const uint32_t* x = p.at(t, b.column / 2);
@@ -30,14 +30,14 @@ GROK_AVX2 void int16_tile_avx2(const BlockProduct& b, const PackedRows::Tile& t,
       __m256i sum[kRows][kWide];
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < kWide; ++j) sum[r][j] = _mm256_setzero_si256();
       }
       for (int64_t at = k; at < end; at += 4) {
         const uint8_t* w = b.w + at / 4 * kRunBytes + 4 * from;
         const uint32_t* pair = x + at / 2 * kRows;
         __m256i v[kWide];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < kWide; ++j) {
           v[j] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 32 * j));
           if (j % 2 == 0) _mm_prefetch(w + 32 * j + ahead, _MM_HINT_T0);
@@ -45,12 +45,12 @@ GROK_AVX2 void int16_tile_avx2(const BlockProduct& b, const PackedRows::Tile& t,
 #pragma GCC unroll 2
         for (int odd = 0; odd < 2; ++odd, pair += kRows) {
           __m256i two[kWide];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int j = 0; j < kWide; ++j) two[j] = _mm256_srai_epi16(odd ? v[j] : _mm256_slli_epi16(v[j], 8), 8);
 #pragma GCC unroll 8
           for (int r = 0; r < kRows; ++r) {
             const __m256i value = _mm256_set1_epi32(static_cast<int>(pair[r]));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int j = 0; j < kWide; ++j) {
               sum[r][j] = _mm256_add_epi32(sum[r][j], _mm256_madd_epi16(two[j], value));
               asm("" : "+x"(sum[r][j]));  // else the compiler reorders the sums, and spills products to memory
@@ -61,7 +61,7 @@ GROK_AVX2 void int16_tile_avx2(const BlockProduct& b, const PackedRows::Tile& t,
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const __m256 scale = _mm256_set1_ps(row_scale[r * p.groups]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < kWide; ++j) {
           float* to = c + r * kPanel + from + 8 * j;
           __m256 value = _mm256_cvtepi32_ps(sum[r][j]);

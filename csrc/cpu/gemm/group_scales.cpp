@@ -82,4 +82,16 @@ void group_scales(const Weights& w, int64_t expert, int64_t output, int64_t grou
   }
 }
 
+void prefetch_scales(const Weights& w, int64_t expert, int64_t output, int64_t column, int64_t columns) {
+  for (const Plane* plane : {&w.scales, &w.subscales, &w.minima, &w.subminima, &w.zeros}) {
+    if (!plane->data) continue;
+    const int64_t size = plane->type == ScaleType::f32 ? 4 : plane->type == ScaleType::f16 ? 2 : 1;
+    const int64_t each = w.k / plane->groups;  // columns that share a number
+    for (int64_t g = (column + each - 1) / each; g * each < column + columns; ++g) {
+      const char* from = static_cast<const char*>(plane->data) + plane->at(expert, output, g) * size;
+      for (int64_t byte = 0; byte < kPanel * size; byte += 64) __builtin_prefetch(from + byte);
+    }
+  }
+}
+
 }  // namespace grok::cpu

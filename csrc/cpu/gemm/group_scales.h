@@ -13,4 +13,7 @@ void plane_values(const Weights& w, const Plane& plane, int64_t expert, int64_t 
 // the value where the weight has no codes. With a zero point M is zero_point · S, exactly: such formats have no other.
 void group_scales(const Weights& w, int64_t expert, int64_t output, int64_t group, Isa isa, float* s, float* m);
 
+// Prefetches the scales and minima of `columns` columns from `column` on; past the end: of the panel that follows.
+void prefetch_scales(const Weights& w, int64_t expert, int64_t output, int64_t column, int64_t columns);
+
 }  // namespace grok::cpu
