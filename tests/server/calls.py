@@ -50,12 +50,17 @@ def refusal(app: ASGIApp, path: str, body: Any, status: int = 400, **options: An
     return error
 
 
+def data_of(stream: str) -> list[str]:
+    """The data of server-sent events, without the comments of a slow stream."""
+    return [line.removeprefix("data: ") for line in stream.split("\n\n") if line and not line.startswith(":")]
+
+
 def events(app: ASGIApp, path: str, body: Any) -> list[dict[str, Any]]:
     """The events of a stream, which must end well."""
     response = ask(app, "POST", path, {**body, "stream": True})
     assert response.status_code == 200, response.text
     assert response.headers["content-type"].startswith("text/event-stream")
-    *found, last = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    *found, last = data_of(response.text)
     assert last == "[DONE]"
     return [json.loads(line) for line in found]
 
