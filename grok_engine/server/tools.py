@@ -76,8 +76,12 @@ def explain_calls(message: str) -> str:
     if found is None:
         return message
     line, reason = found.groups()
-    rule = re.search(rf"^ *{line} \| call_(\d+):", message, re.M) if line else None
-    return f"tools[{rule[1]}].function.parameters: {reason}" if rule else f"tools: {reason}"
+    # The message quotes the grammar from a line or two before the faulty one, and is cut short.
+    quoted = re.search(r"\n *(\d+) \| (start|call|call_(\d+)):", message) if line else None
+    if quoted is None:
+        return f"tools: {reason}"
+    index = {"start": -2, "call": -1}.get(quoted[2], int(quoted[3] or 0)) + int(line) - int(quoted[1])
+    return f"tools[{index}].function.parameters: {reason}" if index >= 0 else f"tools: {reason}"
 
 
 def read_tools(tools: Any) -> list[Tool]:

@@ -55,7 +55,7 @@ def test_sigterm_finishes_what_runs_and_refuses_what_is_new() -> None:
     with process("--served-model-name", "holmes", "--api-key", "k", "--max-model-len", "500") as (server, url):
         with httpx.Client(base_url=url, headers={"authorization": "Bearer k"}, timeout=LIMIT) as client:
             assert client.get("/v1/models").json()["data"][0]["id"] == "holmes"
-            assert client.get("/a\nb%20c").status_code == 404
+            assert client.get("/a%0Ab%20c").status_code == 404
             with client.stream("POST", PATH, json=LONG, headers={"x-request-id": "long"}) as response:
                 found = read_events(response)
                 next(found)
