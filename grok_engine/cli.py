@@ -217,7 +217,7 @@ def _served_name(model: str) -> str:
 @click.option("--mmap", is_flag=True, help="Map the file of a converted model, in place of reading it.")
 @click.option("--device", default="cpu", show_default=True, help="As torch names them.")
 @click.option("--expert-load", is_flag=True, help="Count each expert's tokens, for /metrics and the page at /.")
-@click.option("--request-timeout", type=float, help="Seconds after which a request ends with what it has.")
+@click.option("--request-timeout", type=float, help="Seconds after which a request ends with an error.")
 @click.option("--drain-timeout", default=30.0, show_default=True, help="Seconds that requests get after SIGTERM.")
 @click.option("--quiet", is_flag=True, help="Log failures, not every request.")
 @_debug
