@@ -191,13 +191,21 @@ def _template(given: str | None) -> str | None:
     return given if given is None or not Path(given).is_file() else Path(given).read_text(encoding="utf-8")
 
 
+def _served_name(model: str) -> str:
+    """A path tells clients about the machine: its last part is enough."""
+    path = Path(model)
+    return path.resolve().name.removesuffix(".gguf") if path.exists() else model
+
+
 @app.command()
 @click.argument("model")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option("--port", default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--api-key", multiple=True, envvar="GROK_ENGINE_API_KEY", help="Clients must send one of these.")
 @click.option("--chat-template", help="Jinja, its file, or the name of one of the model's; by default the model's own.")
-@click.option("--served-model-name", multiple=True, help="What clients call the model; by default MODEL.")
+@click.option(
+    "--served-model-name", multiple=True, help="What clients call the model; by default MODEL, of a path the last part."
+)
 @click.option("--max-model-len", type=int, help="Tokens of a request; by default what the model has and memory holds.")
 @click.option("--max-num-seqs", default=64, show_default=True, help="Sequences that run at once.")
 @click.option("--max-waiting", default=8192, show_default=True, help="Requests that wait; more get status 429.")
@@ -209,7 +217,7 @@ def _template(given: str | None) -> str | None:
 @click.option("--mmap", is_flag=True, help="Map the file of a converted model, in place of reading it.")
 @click.option("--device", default="cpu", show_default=True, help="As torch names them.")
 @click.option("--expert-load", is_flag=True, help="Count each expert's tokens, for /metrics and the page at /.")
-@click.option("--request-timeout", type=float, help="Seconds after which a request ends with what it has.")
+@click.option("--request-timeout", type=float, help="Seconds after which a request ends with an error.")
 @click.option("--drain-timeout", default=30.0, show_default=True, help="Seconds that requests get after SIGTERM.")
 @click.option("--quiet", is_flag=True, help="Log failures, not every request.")
 @_debug
@@ -232,8 +240,8 @@ def serve(
     llm = AsyncLLM(LLMEngine(model, **options))
     limits = Limits(request_seconds=request_timeout)
     server = create_app(
-        llm, served_model_name=served_model_name or model, api_key=api_key, chat_template=_template(chat_template),
-        limits=limits,
+        llm, served_model_name=served_model_name or _served_name(model), api_key=api_key,
+        chat_template=_template(chat_template), limits=limits,
     )  # fmt: skip
     run_server(llm, server, socket, drain_seconds=drain_timeout)
 

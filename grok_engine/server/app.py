@@ -6,6 +6,7 @@ import hmac
 import logging
 import re
 import time
+import urllib.parse
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -91,6 +92,7 @@ def create_app(
         exception_handlers={404: _refuse, 405: _refuse, ApiError: _refuse},
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False  # to the scheme and the host that a proxy speaks to us by
     app.state.metrics = metrics
     return app
 
@@ -147,7 +149,8 @@ class Gate:
                 self._metrics.error(failed.code or failed.kind, failed.status)
             logger.info(
                 "%s %s %s %d %.0f ms",
-                request_id, scope["method"], scope["path"], status, (time.monotonic() - began) * 1000,
+                request_id, scope["method"], urllib.parse.quote(scope["path"]), status,
+                (time.monotonic() - began) * 1000,
             )  # fmt: skip
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:

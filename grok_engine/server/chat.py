@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -13,14 +14,14 @@ from msgspec import UNSET
 from grok_engine import AsyncLLM, CompletionOutput, RequestOutput, SamplingParams
 
 from .answers import Chat, ChatChoice, ChatMessage, FunctionCall, ToolCall
-from .errors import ApiError
+from .errors import ApiError, refusals, rename
 from .params import Counter, Scores, chat_options, prompt_logprobs, sampling_params
 from .protocol import ChatRequest
 from .service import Endpoint, Job
 from .streams import event
 from .tool_parser import Arguments, CallParser, CallStart, Content
 from .tool_styles import ToolStyle, style_of
-from .tools import constraint
+from .tools import constraint, explain_calls
 
 
 class ChatCompletions(Endpoint[ChatRequest]):
@@ -40,15 +41,21 @@ class ChatCompletions(Endpoint[ChatRequest]):
         }
         if not asked.skip_special_tokens:  # else the marks of calls could not be seen
             own["skip_special_tokens"] = False
+        names = {"structured": asked.field}
         defaults = llm.get_default_sampling_params()
         if request.max_completion_tokens is not None:
             own["max_tokens"] = request.max_completion_tokens
+            names["max_tokens"] = "max_completion_tokens"
         elif request.max_tokens is None and defaults.max_tokens == SamplingParams().max_tokens:
             own["max_tokens"] = None  # the model's files say nothing: as long as there is room
-        params = sampling_params(request, defaults, **own)
+        if request.top_logprobs is not None:
+            names["logprobs"] = "top_logprobs"
+        explain = explain_calls if asked.field == "tools" else partial(rename, names=names)
+        with refusals(self.kind.__struct_fields__, partial(rename, names=names)):
+            params = sampling_params(request, defaults, **own)
         options = chat_options(request, self.service.chat_template)
         prompt = llm.apply_chat_template(request.messages, tools=request.tools or None, **options)
-        return Job(request, [prompt], params, _View(request, name, llm, asked.style))
+        return Job(request, [prompt], params, _View(request, name, llm, asked.style), explain)
 
     def _style(self) -> ToolStyle | None:
         """How the model's template spells tool calls."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -13,7 +14,7 @@ from msgspec import UNSET
 from grok_engine import AsyncLLM, CompletionOutput, Prompt, RequestOutput
 
 from .answers import Completion, CompletionChoice
-from .errors import ApiError
+from .errors import ApiError, rename
 from .params import Counter, Scores, prompt_logprobs, sampling_params
 from .protocol import CompletionRequest
 from .service import Endpoint, Job
@@ -30,16 +31,15 @@ class Completions(Endpoint[CompletionRequest]):
         service = self.service
         name = service.check_model(request.model)
         prompts = _prompts(request)
-        if len(prompts) > service.limits.max_prompts:
-            raise ValueError(f"prompt has {len(prompts)} prompts, more than {service.limits.max_prompts}")
-        _, structured = structured_output(msgspec.structs.asdict(request))
+        field, structured = structured_output(msgspec.structs.asdict(request))
         own: dict[str, Any] = {"logprobs": request.logprobs, "structured": structured}
         if request.echo and request.max_tokens == 0:  # the prompt alone, for its log-probabilities
             own["max_tokens"] = 1
         if request.echo and request.logprobs is not None:
             own["prompt_logprobs"] = request.logprobs
         params = sampling_params(request, service.llm.get_default_sampling_params(), **own)
-        return Job(request, prompts, params, _View(request, name, service.llm))
+        explain = partial(rename, names={"structured": field, "token id": "prompt has token id"})
+        return Job(request, prompts, params, _View(request, name, service.llm), explain)
 
 
 def _prompts(request: CompletionRequest) -> list[Prompt]:

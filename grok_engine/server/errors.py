@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import msgspec
@@ -58,12 +58,19 @@ def as_api_error(error: BaseException) -> ApiError:
 
 
 @contextmanager
-def refusals(fields: Collection[str]) -> Iterator[None]:
-    """A ValueError raised inside is the request's fault: status 400. fields: those that a message may name first."""
+def refusals(fields: Collection[str], explain: Callable[[str], str] = str) -> Iterator[None]:
+    """A ValueError raised inside is the request's fault: status 400, and the field that its message begins with is the
+    error's param. explain: makes a message about fields of the request of one about parameters of the engine."""
     try:
         yield
     except ValueError as error:
-        message = str(error)
-        named = re.match(r"(\w+)(\[|\.|=| has | is | and )", message)
-        param = named[1] if named and named[1] in fields else None
-        raise ApiError(400, message, param=param) from error
+        message = explain(str(error))
+        first = re.match(r"\w*", message)
+        raise ApiError(400, message, param=first[0] if first and first[0] in fields else None) from error
+
+
+def rename(message: str, names: Mapping[str, str]) -> str:
+    """A message that begins with one of these names of the engine, with the request's own in its place."""
+    found = re.match(r"(structured)\.\w+|token id|\w+", message)
+    name = names.get(found[1] or found[0]) if found else None
+    return message if found is None or name is None else name + message[found.end() :]

@@ -22,14 +22,15 @@ _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """max_body_bytes, body_seconds: of a request's body, and for it to arrive. max_prompts: in one request.
-    inline_bytes, inline_answers: what asks for more is read, encoded and queued off the event loop. request_seconds:
-    after them a request ends with what it has. keep_alive_seconds: a stream that is silent for so long sends a comment.
+    """max_body_bytes, body_seconds: of a request's body, and for it to arrive. max_answers: to one request, its prompts
+    times `n`. inline_bytes, inline_answers: what asks for more is read, encoded and queued off the event loop.
+    request_seconds: after them a request is aborted, with status 504 or an error in its stream. keep_alive_seconds: a
+    stream that is silent for so long sends a comment.
     """
 
     max_body_bytes: int = 8 << 20
     body_seconds: float = 30.0
-    max_prompts: int = 512
+    max_answers: int = 512
     inline_bytes: int = 8192
     inline_answers: int = 16
     request_seconds: float | None = None
@@ -39,9 +40,9 @@ class Limits:
 async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
     """The body of a JSON request. ApiError for another type, for too large a one, and for one that takes too long."""
     headers = Headers(scope=scope)
-    kind = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind != "application/json":  # a page of another origin can send other types without being asked
-        raise ApiError(415, f"content-type {kind!r:.80} is not application/json")
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # browsers let a page of any origin send other types, or none
+        raise ApiError(415, f"content-type {kind!r:.80}: expected application/json")
     size = headers.get("content-length", "0")
     if size.isdecimal() and int(size) > limits.max_body_bytes:
         raise ApiError(413, f"the body has {size} bytes, more than {limits.max_body_bytes}")
@@ -72,18 +73,21 @@ def decode(body: bytes, kind: type[_Request]) -> _Request:
     try:
         given = _FIELDS.decode(body)
         known = kind.__struct_fields__
-        for name in given.keys() - set(known) - IGNORED:
-            _check_inert(name, msgspec.json.decode(given[name]), known)
+        for name, value in given.items():
+            if name not in known and name not in IGNORED:
+                _check_inert(name, msgspec.json.decode(value), known)
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise _explained(str(error), body) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deep") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ApiError(400, f"the body is not JSON: {error}") from None
 
 
 def _check_inert(name: str, value: Any, known: tuple[str, ...]) -> None:
     if name not in INERT:
-        near = difflib.get_close_matches(name, known, 1)
+        near = difflib.get_close_matches(name[:80], known, 1)
         hint = f", did you mean {near[0]!r}?" if near else ""
         raise ApiError(400, f"unknown field {name!r:.80}{hint}", param=name[:80], code="unknown_field")
     if value is not None and value not in INERT[name]:
@@ -96,7 +100,8 @@ def _explained(message: str, body: bytes) -> ApiError:
     found = re.fullmatch(r"(.*) - at (?:`key` in )?`\$(.*)`", message)
     if found is None:
         missing = re.search(r"required field `(\w+)`", message)
-        return ApiError(400, message, param=missing[1] if missing else None)
+        what = message[:1].lower() + message[1:].replace("`", "")
+        return ApiError(400, f"the body: {what}", param=missing[1] if missing else None)
     what, path = found[1].replace("`", ""), found[2].lstrip(".")
     shown = path
     with suppress(msgspec.MsgspecError, LookupError, TypeError):  # `[...]`: msgspec does not say which

@@ -24,6 +24,7 @@ INERT: dict[str, tuple[Any, ...]] = {
 class StreamOptions(Struct, kw_only=True, forbid_unknown_fields=True):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None  # ignored: OpenAI's padding against eavesdroppers
 
 
 class GenerationRequest(Struct, kw_only=True):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Generic, TypeVar
 
@@ -13,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from grok_engine import AsyncLLM, OutputStream, Prompt, SamplingParams
 
-from .errors import ApiError, refusals
+from .errors import RETRY_AFTER, ApiError, refusals
 from .limits import Limits, decode, read_body
 from .protocol import GenerationRequest
 from .streams import View, answer_events, answer_whole, run
@@ -61,15 +62,26 @@ class Service:
                 raise
         return streams
 
+    def aborted(self, began: float) -> ApiError:
+        """Why a request that came at `began` was aborted, where its client has not left."""
+        seconds = self.limits.request_seconds
+        if seconds is not None and time.monotonic() - began >= seconds:
+            # The same request would take as long again.
+            return ApiError(504, f"the request was aborted after {seconds:g} s", code="timeout",
+                            headers={"x-should-retry": "false"})  # fmt: skip
+        reason = "the engine is draining" if self.llm.draining else "the request was aborted"
+        return ApiError(503, reason, code="unavailable", headers={"Retry-After": RETRY_AFTER})
+
 
 @dataclass(frozen=True)
 class Job(Generic[_Request]):
-    """A request that is understood. view: how its client sees the outputs."""
+    """A request that is understood. view: how its client sees the outputs. explain: as `refusals` takes it."""
 
     request: _Request
     prompts: Sequence[Prompt]
     params: SamplingParams
     view: View
+    explain: Callable[[str], str]
 
 
 class Endpoint(Generic[_Request]):
@@ -91,14 +103,15 @@ class Endpoint(Generic[_Request]):
         await self._take_turn()
         inline = len(body) <= limits.inline_bytes
         job = await run(inline, self._read, body)
+        aborted = partial(self.service.aborted, time.monotonic())
         inline = inline and len(job.prompts) * job.params.n <= limits.inline_answers
         # A grammar is compiled at once there, so that an error in it comes before the status 200 of a stream.
         inline = inline and job.params.structured is None
         streams = await run(inline, self._submit, job, scope["state"]["request_id"])
         if job.request.stream:
-            await answer_events(receive, send, streams, job.view, limits.keep_alive_seconds)
+            await answer_events(receive, send, streams, job.view, aborted, limits.keep_alive_seconds)
         else:
-            await answer_whole(receive, send, streams, job.view)
+            await answer_whole(receive, send, streams, job.view, aborted)
 
     async def _take_turn(self) -> None:
         """Let a few requests in at each turn of the event loop: many at once would hold up the streams that run."""
@@ -117,8 +130,12 @@ class Endpoint(Generic[_Request]):
                 400, f"prompt_logprobs={request.prompt_logprobs} needs stream=false", param="prompt_logprobs"
             )
         with refusals(self.kind.__struct_fields__):
-            return self.prepare(request)
+            job = self.prepare(request)
+            prompts, n, most = len(job.prompts), job.params.n, self.service.limits.max_answers
+            if prompts > 1 and prompts * n > most:  # the engine limits n
+                raise ValueError(f"prompt has {prompts} prompts, times n={n}: expected at most {most} answers")
+            return job
 
     def _submit(self, job: Job[_Request], request_id: str) -> list[OutputStream]:
-        with refusals(self.kind.__struct_fields__):
+        with refusals(self.kind.__struct_fields__, job.explain):
             return self.service.submit(job.prompts, job.params, job.request.priority or 0, request_id)

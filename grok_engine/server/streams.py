@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import msgspec
@@ -89,8 +90,11 @@ class _Client:
             await stream.aclose()
 
 
-async def answer_whole(receive: Receive, send: Send, streams: Sequence[OutputStream], view: View) -> None:
-    """One JSON body, once all the prompts of a request are answered."""
+async def answer_whole(
+    receive: Receive, send: Send, streams: Sequence[OutputStream], view: View, aborted: Callable[[], ApiError]
+) -> None:
+    """One JSON body, once all the prompts of a request are answered. aborted: what the client is told where the request
+    was aborted, though the client has not left."""
     outputs: list[RequestOutput] = []
     async with _Client(receive, streams) as client:
         for stream in streams:
@@ -98,30 +102,36 @@ async def answer_whole(receive: Receive, send: Send, streams: Sequence[OutputStr
             if client.left:
                 raise ClientLeftError
     for output in outputs:
-        _check(output)
+        if (error := _failure(output, aborted)) is not None:
+            raise error
     scored = any(o.prompt_logprobs or any(answer.logprobs for answer in o.outputs) for o in outputs)
     await reply(send, await run(not scored, lambda: encode(view.whole(outputs))))
 
 
-def _check(output: RequestOutput) -> None:
-    """ApiError for an answer that failed: by its request's own fault, unless the step it was in failed."""
+def _failure(output: RequestOutput, aborted: Callable[[], ApiError]) -> ApiError | None:
+    """Why an answer ended before its time, if one did: by its request's own fault, unless the step it was in failed."""
     for answer in output.outputs:
         if answer.error is not None:
-            raise ApiError(500 if answer.cause else 400, answer.error, code="generation_failed")
+            return ApiError(500 if answer.cause else 400, answer.error, code="generation_failed")
+        if answer.finish_reason == "abort":
+            return aborted()
+    return None
 
 
 async def answer_events(
-    receive: Receive, send: Send, streams: Sequence[OutputStream], view: View, keep_alive_seconds: float
-) -> None:
+    receive: Receive, send: Send, streams: Sequence[OutputStream], view: View, aborted: Callable[[], ApiError],
+    keep_alive_seconds: float,
+) -> None:  # fmt: skip
     """Server-sent events while the outputs come. An error after the first of them is an event too."""
     await send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
     async with _Client(receive, streams) as client:
         events = _Events(send, keep_alive_seconds)
         try:
             if len(streams) == 1:
-                await _pump(events, 0, streams[0], view)
+                await _pump(events, 0, streams[0], view, aborted)
             else:
-                await asyncio.gather(*(_pump(events, at, stream, view) for at, stream in enumerate(streams)))
+                pumps = (_pump(events, at, stream, view, aborted) for at, stream in enumerate(streams))
+                await asyncio.gather(*pumps)
             end = view.last()
         except Exception as error:
             if client.left or isinstance(error, ClientLeftError):
@@ -137,12 +147,15 @@ async def answer_events(
         await send({"type": "http.response.body", "body": end + _DONE})
 
 
-async def _pump(events: _Events, at: int, stream: OutputStream, view: View) -> None:
+async def _pump(events: _Events, at: int, stream: OutputStream, view: View, aborted: Callable[[], ApiError]) -> None:
     async for output in stream:
-        _check(output)
+        if (error := _failure(output, aborted)) is not None:  # after what was generated before it
+            output = replace(output, outputs=[replace(answer, finish_reason=None) for answer in output.outputs])
         # Log-probabilities of a long prompt are many.
         if data := await run(output.prompt_logprobs is None, view.chunks, at, output):
             await events.write(data)
+        if error is not None:
+            raise error
 
 
 class _Events:

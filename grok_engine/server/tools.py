@@ -19,10 +19,12 @@ _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": Fa
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constraint:
-    """structured, skip_special_tokens: for `SamplingParams`. style: of the calls to look for in each answer's text, by
-    a `CallParser(style)` of its own; None where all of the text is content."""
+    """structured, skip_special_tokens: for `SamplingParams`. field: of the request, that `structured` comes from.
+    style: of the calls to look for in each answer's text, by a `CallParser(style)` of its own; None where all of the
+    text is content."""
 
     structured: StructuredOutput | None = None
+    field: str = ""
     skip_special_tokens: bool = True
     style: ToolStyle | None = None
 
@@ -49,7 +51,7 @@ def constraint(fields: Mapping[str, Any], style: ToolStyle | None) -> Constraint
         raise ValueError(f"parallel_tool_calls={many!r:.200}: expected true or false")
     name, structured = structured_output(fields)
     if choice == "none":
-        return Constraint(structured=structured)
+        return Constraint(structured=structured, field=name)
     if structured is not None:
         raise ValueError(f"{name} and tools are both given: expected one of them, or tool_choice='none'")
     if choice == "auto" and style is None:
@@ -62,9 +64,24 @@ def constraint(fields: Mapping[str, Any], style: ToolStyle | None) -> Constraint
         tools, many = [choice], False
     return Constraint(
         structured=calls_grammar(style, tools, must=choice != "auto", many=many is not False),
+        field="tools",
         skip_special_tokens=not style.marks,
         style=style,
     )
+
+
+def explain_calls(message: str) -> str:
+    """The engine's message about a grammar of `calls_grammar`, as one about the tool whose parameters are at fault."""
+    found = re.match(r"structured\.grammar=[^…]*…:? (?:at (\d+)\(\d+\): )?(.*)", message)
+    if found is None:
+        return message
+    line, reason = found.groups()
+    # The message quotes the grammar from a line or two before the faulty one, and is cut short.
+    quoted = re.search(r"\n *(\d+) \| (start|call|call_(\d+)):", message) if line else None
+    if quoted is None:
+        return f"tools: {reason}"
+    index = {"start": -2, "call": -1}.get(quoted[2], int(quoted[3] or 0)) + int(line) - int(quoted[1])
+    return f"tools[{index}].function.parameters: {reason}" if index >= 0 else f"tools: {reason}"
 
 
 def read_tools(tools: Any) -> list[Tool]:

@@ -47,8 +47,9 @@ class _Turns(NamedTuple):
 class ChatFormat:
     """How a model's turns are written.
 
-    name: of the model, for messages. templates: by name; the one named `default` is used unless another is asked for,
-    `tool_use` where there are tools. special: what templates may know of the tokenizer, `bos_token` say.
+    name: of the model, for messages, which clients of a server see: without its folder. templates: by name; the one
+    named `default` is used unless another is asked for, `tool_use` where there are tools. special: what templates may
+    know of the tokenizer, `bos_token` say.
     """
 
     name: str

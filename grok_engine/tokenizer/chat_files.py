@@ -26,14 +26,14 @@ def load_chat(path: Path | None, tokenizer: Tokenizer | None) -> ChatFormat:
     """How the model in a folder or a GGUF file writes turns: by the templates of its files, or by one that is built in
     for its kind. ValueError for files that cannot be read."""
     if path is None or tokenizer is None:
-        return ChatFormat("the model" if path is None else str(path), tokenizer, {}, {})
+        return ChatFormat("the model" if path is None else path.name, tokenizer, {}, {})
     templates, special, architecture = _read(path)
     if not templates and (name := built_in(tokenizer.control.ids, architecture)):
         templates = {"default": BUILT_IN[name]}
     spelled = {token_id: token for token, token_id in tokenizer.control.ids.items()}
     ids = {"bos_token": tokenizer.bos_token_id, "eos_token": next(iter(tokenizer.eos_token_ids), None)}
     found = {key: spelled[token_id] for key, token_id in ids.items() if token_id in spelled}
-    return ChatFormat(str(path), tokenizer, templates, found | special)
+    return ChatFormat(path.name, tokenizer, templates, found | special)
 
 
 def has_template(path: Path) -> bool:

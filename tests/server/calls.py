@@ -22,7 +22,7 @@ TEMPLATE = (
 def ask(app: ASGIApp, method: str, path: str, body: Any = None, **options: Any) -> httpx.Response:
     """One request. body: JSON, or bytes as they are."""
     if isinstance(body, bytes):
-        options["content"] = body
+        options = {"headers": {"content-type": "application/json"}, **options, "content": body}
     elif body is not None:
         options["json"] = body
 
@@ -88,7 +88,9 @@ class Exchange:
         self.scope: dict[str, Any] = {
             "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "root_path": "",
             "query_string": b"", "scheme": "http", "http_version": "1.1",
-            "headers": [(k.encode(), v.encode()) for k, v in (headers or {}).items()],
+            "headers": [
+                (k.encode(), v.encode()) for k, v in {"content-type": "application/json", **(headers or {})}.items()
+            ],
         }  # fmt: skip
         self.on_send: Callable[[dict[str, Any]], Awaitable[None]] | None = None
 

@@ -161,7 +161,8 @@ def test_openai_structured_answers(client: openai.OpenAI) -> None:
 
 def test_openai_tools(client: openai.OpenAI) -> None:
     tools: Any = [openai.pydantic_function_tool(Verdict, name="accuse")]
-    ask: dict[str, Any] = {"model": NAME, "messages": TALK, "tools": tools, "temperature": 0, "max_tokens": 60}
+    ask: dict[str, Any] = {"model": NAME, "messages": TALK, "tools": tools, "temperature": 0, "max_tokens": 120}
+    ask["parallel_tool_calls"] = False
     for choice in ("required", {"type": "function", "function": {"name": "accuse"}}):
         found = client.chat.completions.parse(**ask, tool_choice=choice).choices[0]
         (call,) = found.message.tool_calls or ()
@@ -213,9 +214,9 @@ def test_langchain(url: str, client: openai.OpenAI) -> None:
     assert whole.usage_metadata["output_tokens"] > 0
     assert "".join(chunk.content for chunk in chat.stream(TALK[0]["content"])) == said
     assert [m.content for m in chat.batch([TALK[0]["content"]] * 3)] == [said] * 3
-    more: Any = ChatOpenAI(base_url=url, api_key=KEY, model=NAME, temperature=0, max_tokens=60)  # type: ignore[arg-type]
+    more: Any = ChatOpenAI(base_url=url, api_key=KEY, model=NAME, temperature=0, max_tokens=120)  # type: ignore[arg-type]
     assert isinstance(more.with_structured_output(Verdict).invoke("Who?"), Verdict)
-    (call,) = more.bind_tools([Verdict], tool_choice="any").invoke("Who?").tool_calls
+    (call,) = more.bind_tools([Verdict], tool_choice="any", parallel_tool_calls=False).invoke("Who?").tool_calls
     assert call["name"] == "Verdict"
     assert Verdict(**call["args"])
 

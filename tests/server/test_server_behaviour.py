@@ -101,8 +101,10 @@ def test_a_client_that_left_is_logged_as_such(app: ASGIApp, caplog: pytest.LogCa
 
 
 def test_what_a_slow_reader_missed_comes_in_one_piece(app: ASGIApp, llm: AsyncLLM) -> None:
+    body = {**LONG, "max_tokens": 100}
+
     async def read_slowly(prompts: Any) -> Exchange:
-        exchange = Exchange(app, PATH, {**LONG, "prompt": prompts, "stream": True})
+        exchange = Exchange(app, PATH, {**body, "prompt": prompts, "stream": True})
         readable = asyncio.Event()
 
         async def wait(message: dict[str, Any]) -> None:
@@ -120,7 +122,7 @@ def test_what_a_slow_reader_missed_comes_in_one_piece(app: ASGIApp, llm: AsyncLL
         return exchange
 
     for prompts in ("My dear Watson", ["My dear Watson", "The President"]):
-        whole = [choice["text"] for choice in post(app, PATH, {**LONG, "prompt": prompts})["choices"]]
+        whole = [choice["text"] for choice in post(app, PATH, {**body, "prompt": prompts})["choices"]]
         exchange = run(read_slowly(prompts))
         assert len(exchange.sent) <= 2 + 3 * len(whole)  # not one for each token
         read = [""] * len(whole)
@@ -208,10 +210,39 @@ def test_a_fault_of_the_server_says_nothing_of_it(
     assert "secret" in caplog.text
 
 
-def test_a_request_over_its_time_ends_with_what_it_has(llm: AsyncLLM, steps: Steps) -> None:
-    app = create_app(llm, limits=Limits(request_seconds=0.2))
-    threading.Timer(0.3, steps.free).start()
-    assert post(app, PATH, LONG)["choices"][0]["finish_reason"] == "abort"
+@pytest.mark.parametrize("over_its_time", [True, False])
+def test_a_request_that_is_aborted_is_an_error(llm: AsyncLLM, steps: Steps, over_its_time: bool) -> None:
+    """By its deadline, or by the program: never an answer that looks whole. A stream has what came before."""
+    app = create_app(llm, limits=Limits(request_seconds=0.2 if over_its_time else None))
+    body = {**LONG, "prompt": [770]}
+
+    async def both() -> list[Exchange]:
+        exchanges = [Exchange(app, PATH, body), Exchange(app, PATH, {**body, "stream": True})]
+        serving = [asyncio.ensure_future(exchange.run()) for exchange in exchanges]
+        before = llm.stats().steps
+        steps.allow(3)
+        while llm.stats().steps < before + 3:
+            await asyncio.sleep(0.001)
+        if over_its_time:
+            await asyncio.sleep(0.25)
+        else:
+            for mailbox in llm._stepper.all():
+                llm.abort(mailbox.request_id)
+        steps.free()
+        await asyncio.gather(*serving)
+        return exchanges
+
+    whole, stream = run(both())
+    status, code = (504, "timeout") if over_its_time else (503, "unavailable")
+    assert whole.status == status
+    assert ((b"x-should-retry", b"false") in whole.sent[0]["headers"]) == over_its_time
+    error = json.loads(whole.text)["error"]
+    assert (error["code"], error["type"]) == (code, "server_error")
+    *some, last, done = stream.text.removesuffix("\n\n").split("\n\n")
+    assert (done, json.loads(last.removeprefix("data: "))) == ("data: [DONE]", {"error": error})
+    choices = [json.loads(line.removeprefix("data: "))["choices"][0] for line in some]
+    assert "".join(choice["text"] for choice in choices)
+    assert {choice["finish_reason"] for choice in choices} == {None}
 
 
 def test_long_bodies_do_not_hold_up_the_event_loop(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:

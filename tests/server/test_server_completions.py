@@ -64,7 +64,7 @@ def test_a_stream_is_the_whole_in_pieces(app: ASGIApp) -> None:
 def test_usage_comes_once_or_with_every_chunk(app: ASGIApp) -> None:
     body = {"prompt": PROMPT, **GREEDY}
     assert all("usage" not in event for event in events(app, PATH, body))
-    *others, last = events(app, PATH, {**body, "stream_options": {"include_usage": True}})
+    *others, last = events(app, PATH, {**body, "stream_options": {"include_usage": True, "include_obfuscation": True}})
     assert all(event["usage"] is None for event in others)
     assert last["choices"] == []
     assert last["usage"]["completion_tokens"] == 6
@@ -166,15 +166,21 @@ def test_special_tokens_only_if_wanted(app: ASGIApp, llm: AsyncLLM) -> None:
         ({"prompt": []}, "prompt", "prompt=[]"),
         ({"prompt": ["a", 3]}, "prompt", "expected texts, token ids, or lists"),
         ({"prompt": ["a", ""]}, "prompt", "prompt[1]: "),
-        ({"prompt": [5000]}, None, "token id 5000"),
+        ({"prompt": [5000]}, "prompt", "prompt has token id 5000"),
         ({"prompt": {"a": 1}}, "prompt", "prompt={'a': 1}: expected"),
-        ({"prompt": ["a"] * 513}, "prompt", "513 prompts, more than 512"),
+        ({"prompt": ["a"] * 513}, "prompt", "513 prompts, times n=1: expected at most 512 answers"),
+        ({"prompt": ["a"] * 5, "n": 103}, "prompt", "5 prompts, times n=103: expected at most 512 answers"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": 5}}}},
+         "response_format", "response_format={'type': 5}: "),
+        ({"guided_json": "x"}, "guided_json", "guided_json='x' is not JSON"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs", "structured_outputs='(': at"),
+        ({"prompt": ""}, "prompt", "prompt '' is empty"),
         ({"prompt": [5] * 600}, "prompt", "600 tokens"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream=true"),
         ({"stream": True, "stream_options": {"usage": True}}, "stream_options", "unknown field"),
         ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs", "needs stream=false"),
         ({"stream": True, "temperature": -1}, "temperature", "temperature=-1"),
-        ({"stream": True, "prompt": [5000]}, None, "token id 5000"),
+        ({"stream": True, "prompt": [5000]}, "prompt", "token id 5000"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_refused_by_name_and_value(
