@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import grok_kernels
-from grok_bench.kernels import case, cases, contestant, gemm, harness
+from grok_bench.kernels import case, cases, contestant, data, gemm, harness, ours
 from grok_bench.kernels.data import Rows, routing
 from grok_bench.kernels.problems import FAMILIES, Problem, ops, select
 from grok_bench.kernels.sets import SETS
@@ -20,6 +20,7 @@ from grok_bench.kernels.shapes import MODELS, names, shape
 from grok_bench.schema import KernelResult, load
 from grok_engine.cli import main
 from grok_engine.models.families import PRESETS
+from grok_kernels.reference.quantize import dequantize_weight
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +43,8 @@ EVERYTHING = (
     "paged_attention/grok-[12]/*/*-p16-[bq]*-l256", "paged_attention/mixtral-8x7b/decode/bf16-p16-b1-l256",
     "group_tokens/grok-1/decode/*-t4", "grouped_gemm/grok-1/decode/w13-*-even-t4",
     "grouped_gemm/grok-1/decode/w13-int8-*-t4", "grouped_gemm/grok-1/decode/[qo]*-t4",
-    "moe/grok-1/decode/*-even-t4", "moe/grok-1/decode/int8-*-t1", "moe/mixtral-8x7b/decode/fp8-even-t4",
+    "moe/grok-1/decode/[bf]*-even-t4", "moe/grok-1/decode/int8*-even-t4", "moe/grok-1/decode/int4_k*-even-t4",
+    "moe/grok-1/decode/int8-*-t1", "moe/mixtral-8x7b/decode/fp8-even-t4",
     "moe_fp8/grok-1/decode/*-t4", "sample_top_p/grok-1/decode/b[12]",
 )  # fmt: skip
 
@@ -195,6 +197,20 @@ def test_routings_have_the_loads_they_promise() -> None:
     assert turned.hit == [2]
     zipf = routing("zipf", 1024, 8, 2, 0)
     assert bool((zipf[:, 0] != zipf[:, 1]).all())
+
+
+@pytest.mark.parametrize("fmt", data.GROUPED)
+def test_weights_by_groups_are_those_of_the_ops_and_counted_at_their_own_bits(fmt: str) -> None:
+    n, k = 64, 512
+    drawn = data.Weights.random(2, n, k, fmt)
+    (weight,) = ours.arguments([drawn])
+    (packed,) = ours.arguments([drawn], packs=True)
+    assert packed.layout == "panels"
+    assert weight.nbytes == data.weight_bytes(fmt, k, in_rows=True) * 2 * n * k
+    assert packed.nbytes == data.weight_bytes(fmt, k) * 2 * n * k
+    torch.testing.assert_close(drawn.float(1), dequantize_weight(weight, 1), rtol=1e-6, atol=1e-6)
+    assert 0.5 < float(drawn.float(0).norm()) / n**0.5 < 2  # so that a product with normal rows is about normal
+    assert data.spec(fmt, 96).columns(96) in (16, 32, 96)  # where a group does not divide the columns
 
 
 def test_errors_are_relative_and_of_whole_numbers_a_share() -> None:

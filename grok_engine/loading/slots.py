@@ -23,6 +23,8 @@ from grok_kernels import Spec, mixes_formats, takes_format
 from grok_kernels.dtypes import NAMES
 from grok_kernels.formats import FORMATS
 
+# A format with more bits that holds all values of another, with the same scales.
+MORE_BITS = {"int4": "int5", "int4_min": "int5_min", "int4_k": "int5_k"}
 SCALED = tuple(name for name, format in FORMATS.items() if "scales" in format.planes)
 
 
@@ -128,13 +130,17 @@ def spec_of(info: TensorInfo) -> Spec:
     return Spec(info.format, k // columns if columns else 0, k // info.sub if info.sub else 0, scales)
 
 
+def _with_more_bits(spec: Spec) -> Spec:
+    return replace(spec, format=MORE_BITS.get(spec.format, spec.format))
+
+
 def _held_as(
     model: Decoder, module: NamedTensor | FusedWeight, infos: Sequence[TensorInfo], weights: WeightFormat | None
 ) -> Spec:
     """What a module made of these tensors is held in.
 
-    Without `weights` it is what loses nothing: the tensors' own format, or fp32 where kernels do not take their scales
-    or where their formats differ; an embedding in floats has the model's dtype.
+    Without `weights` it is what loses nothing: the tensors' own format, 5 bits for 4 and 5, or fp32 where kernels do
+    not take their scales or where their formats differ otherwise; an embedding in floats has the model's dtype.
     """
     if isinstance(module, NamedTensor):
         return Spec("fp32")
@@ -145,6 +151,8 @@ def _held_as(
     if weights:
         return Spec(weights)
     kinds = {_kind(info) for info in infos}
+    if len(kinds) > 1 and len(specs := {_with_more_bits(spec_of(info)) for info in infos}) == 1:
+        return specs.pop()
     stored = infos[0].format if len(kinds) == 1 else "fp32"  # which holds what any of them has
     if stored not in SCALED:
         return Spec(stored)
@@ -173,11 +181,11 @@ def _rounded_as(module: FusedWeight, infos: Sequence[TensorInfo], weights: str) 
 
 def keeps_scales(info: TensorInfo, spec: Spec) -> bool:
     """Whether a weight held as `spec` can keep values and scales."""
-    if info.format != spec.format or info.block is None or info.shape[-1] % info.block[1]:
+    if info.block is None or info.shape[-1] % info.block[1]:
         return False
     if FORMATS[spec.format].in_bit_planes:
-        return spec_of(info) == spec
-    return spec.groups % (info.shape[-1] // info.block[1]) == 0
+        return spec in (spec_of(info), _with_more_bits(spec_of(info)))
+    return info.format == spec.format and spec.groups % (info.shape[-1] // info.block[1]) == 0
 
 
 def _widened(model: Decoder, found: Mapping[str, Slot]) -> Iterator[tuple[str, Slot]]:

@@ -48,7 +48,8 @@ def stored(shape: tuple[int, ...], kind: Kind, rng: np.random.Generator) -> Arra
     blocks = rng.integers(0, 256, (*shape[:-1], shape[-1] // columns, nbytes), dtype=np.uint8)
     halves = {Kind.Q6_K: (208,), Kind.Q4_0: (0,), Kind.Q5_0: (0,), Kind.Q8_0: (0,)}.get(kind, (0, 2))
     for at in halves:
-        scales = (rng.standard_normal(blocks.shape[:-1]) / 64).astype(np.float16)
+        size = 64 if columns < 256 else 2048  # so that weights are of about the same size in all types
+        scales = (rng.standard_normal(blocks.shape[:-1]) / size).astype(np.float16)
         blocks[..., at : at + 2] = scales[..., None].view(np.uint8)
     return blocks.reshape(*shape[:-1], -1)
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from grok_kernels import _C, cpu, layouts
+from grok_kernels.formats import FORMATS, Spec
 
 REFUSALS = (ValueError, TypeError, RuntimeError, MemoryError)
 DTYPES = (
@@ -32,8 +33,10 @@ DTYPES = (
 )  # fmt: skip
 NUMBERS = (-(2**63), -(2**31), -1, 0, 1, 2, 3, 64, 127, 2**31, 2**62, 2**63 - 1)
 FRACTIONS = (float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 1e-45, 1e38)
-TEXTS = ("", "silu", "none", "int8", "fp8", "panels", "rows", "bf16", "q4_k", "x" * 1000, "a\0b")
-WRITTEN = {"rope_store_kv": ("k_cache", "v_cache", "k_scale", "v_scale"), "pack_into": ("packed",)}
+TEXTS = ("", "silu", "none", "int8", "fp8", "panels", "rows", "bf16", "q4_k", *FORMATS, "x" * 1000, "a\0b")
+WRITTEN = {
+    "rope_store_kv": ("k_cache", "v_cache", "k_scale", "v_scale"), "pack_into": ("packed",), "pack_codes": ("packed",)
+}  # fmt: skip
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -98,9 +101,9 @@ class Maker:
         return view[..., : shape[-1]] if shape else view
 
     def values(self, *shape: int, dtype: torch.dtype = torch.float32, plain: bool = False) -> Tensor:
-        """Random numbers; sometimes NaN, infinite or huge ones among them. plain: contiguous."""
+        """Random numbers or bytes; sometimes NaN, infinite or huge ones among them. plain: contiguous."""
         room = torch.zeros(shape, dtype=dtype) if plain else self.room(shape, dtype)
-        if dtype in (torch.int8, torch.float8_e4m3fn):
+        if dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn):
             raw = torch.randint(0, 256, shape, generator=self.generator).to(torch.uint8)
             room.view(torch.uint8).copy_(raw)
             return room
@@ -124,17 +127,26 @@ class Maker:
         return self.one(torch.float32, torch.bfloat16)
 
     def weight(self, e: int, n: int, k: int) -> Weight:
-        format = self.one("fp32", "bf16", "int8", "fp8_e4m3")
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}.get(format, torch.float8_e4m3fn)
-        values = self.values(e, n, k, dtype=dtype)
-        groups = self.one(*[g for g in (1, 2, 3, 5, 8, k or 1) if g == 1 or (k and k % g == 0)])
-        scales = (self.values(e, groups, n),) if format in ("int8", "fp8_e4m3") else ()
-        layout = "rows"
-        if layouts.can_pack(n, k, dtype) and e and self.random.random() < 0.5:
-            layout, packed = "panels", torch.empty(layouts.packed_shape(e, n, k, dtype), dtype=dtype)
-            _C.pack_into(values, packed, 0)
-            values = packed
-        return Weight(format, layout, (e, n, k), (values, *scales))
+        """Of any format. In rows, codes of fewer than 8 bits are any bytes: their products mean nothing then."""
+        format = self.one(*FORMATS)
+        spec, in_bit_planes = self.spec(format, k), FORMATS[format].in_bit_planes
+        layout = "panels" if spec.can_pack(n, k) and self.random.random() < 0.5 else "rows"
+        planes = []
+        for name, (shape, dtype) in spec.planes(layout, (e, n, k)).items():
+            planes.append(self.values(*shape, dtype=dtype, plain=layout == "panels" and name == "values"))
+            if layout == "panels" and (name == "values" or in_bit_planes):
+                planes[-1] = tight(planes[-1])
+        return Weight(format, layout, (e, n, k), tuple(planes))
+
+    def spec(self, format: str, k: int) -> Spec:
+        """Any numbers of groups that K columns can have."""
+        names = FORMATS[format].planes
+        if len(names) == 1:
+            return Spec(format)
+        counts = [g for g in (1, 2, 3, 4, 5, 8, 16, k or 1) if (k % g == 0 if k else g == 1)]
+        groups = self.one(*counts)
+        subgroups = self.one(*(g for g in counts if g % groups == 0)) if "subscales" in names else 0
+        return Spec(format, groups, subgroups, self.one(*FORMATS[format].scales))
 
     def grouping(self, rows: int, e: int) -> tuple[Tensor, Tensor]:
         """order and offsets of so many slots."""
@@ -276,11 +288,28 @@ def packed_rows(m: Maker) -> dict[str, Any]:
     return {"packed": args["packed"][:1], "rows": m.below(192, m.one(0, 3))}
 
 
+def pack_codes(m: Maker) -> dict[str, Any]:
+    e, n, k, bits = m.one(1, 2), m.one(0, 64, 128), m.one(32, 96), m.one(4, 5, 6)
+    packed = torch.zeros(e, 3, k // 32, bits, 64, 4, dtype=torch.uint8)
+    zero_point = m.one(0, 1 << bits - 1)
+    values = torch.randint(-zero_point, (1 << bits) - zero_point, (e, n, k), dtype=torch.int8, generator=m.generator)
+    return {
+        "values": m.one(values, values.mT.contiguous().mT), "packed": packed, "row": m.one(0, 64),
+        "zero_point": zero_point,
+    }  # fmt: skip
+
+
+def packed_code_rows(m: Maker) -> dict[str, Any]:
+    k, bits = m.one(32, 96), m.one(4, 5, 6)
+    packed = tight(m.values(1, 3, k // 32, bits, 64, 4, dtype=torch.uint8, plain=True))
+    return {"packed": packed, "rows": m.below(192, m.one(0, 3)), "zero_point": m.one(0, 1 << bits - 1)}
+
+
 FUNCTIONS: dict[str, Callable[[Maker], dict[str, Any]]] = {
     f.__name__: f
     for f in (
         rms_norm, sandwich_norm, quantize_fp8, route_topk, group_tokens, sample_top_p, grouped_gemm, moe, moe_up,
-        moe_down, rope_store_kv, paged_attention, pack_into, packed_rows,
+        moe_down, rope_store_kv, paged_attention, pack_into, packed_rows, pack_codes, packed_code_rows,
     )
 }  # fmt: skip
 FUNCTIONS["quantize_int8"] = quantize_fp8

@@ -5,14 +5,47 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
+from math import gcd, prod
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from grok_kernels.formats import FORMATS, Spec
+
 BLOCK = 128  # outputs that share a scale, so that scales per channel and per block can both express it
 BYTES = {"int8": 1, "fp8": 1, "bf16": 2}
+# Formats with scales by groups of columns: as `grok_kernels` names them, columns that share a scale, and a subscale.
+GROUPED = {
+    "int8_g32": ("int8", 32, 0),
+    "int4": ("int4", 32, 0),
+    "int4_g128": ("int4", 128, 0),
+    "int4_zero": ("int4_zero", 128, 0),
+    "int4_min": ("int4_min", 32, 0),
+    "int4_k": ("int4_k", 256, 32),
+    "int5": ("int5", 32, 0),
+    "int5_min": ("int5_min", 32, 0),
+    "int5_k": ("int5_k", 256, 32),
+    "int6_k": ("int6_k", 256, 16),
+}
 T = TypeVar("T")
+
+
+def spec(fmt: str, k: int) -> Spec:
+    """A format of GROUPED for K columns, which need not be whole groups: then groups have fewer columns. Scales are
+    fp16."""
+    name, columns, sub = GROUPED[fmt]
+    return Spec(name, k // gcd(k, columns), k // gcd(k, sub) if sub else 0, torch.float16)
+
+
+def weight_bytes(fmt: str, k: int, in_rows: bool = False) -> float:
+    """Bytes of a weight with its share of the scales of GROUPED; in_rows: where each value takes a byte."""
+    if fmt not in GROUPED:
+        return BYTES[fmt]
+    s = spec(fmt, k)
+    _, *scales = s.planes("rows", (1, 1, k)).values()
+    bits = 8 if in_rows else FORMATS[s.format].bits
+    return bits / 8 + sum(prod(shape) * dtype.itemsize for shape, dtype in scales) / k
 
 
 _kept: dict[tuple[Hashable, ...], Any] = {}
@@ -52,39 +85,95 @@ class Once:
 
 @dataclass(frozen=True)
 class Weights(Once):
-    """Random matrices (E, N, K) in int8, e4m3 or bf16, with scales (E, 1, N), or None for bf16.
+    """Random matrices (E, N, K) in a format of `grok_kernels`: its planes in rows, by their names.
 
     A product with normal rows is about normal.
     """
 
-    values: Tensor
-    scale: Tensor | None
+    format: str
+    planes: dict[str, Tensor]
 
     @classmethod
     def random(cls, experts: int, n: int, k: int, fmt: str, device: str = "cpu") -> Weights:
+        """fmt: one of BYTES, of which int8 and fp8 have scales (E, 1, N), or of GROUPED."""
+        if fmt in GROUPED:
+            return cls(GROUPED[fmt][0], _random_planes(spec(fmt, k), experts, n, k, device))
         if fmt == "bf16":
             made = [(torch.randn(n, k, device=device) / k**0.5).bfloat16() for _ in range(experts)]
-            return cls(torch.stack(made), None)
+            return cls(fmt, {"values": torch.stack(made)})
         make = {"int8": _random_int8, "fp8": _random_fp8}[fmt]
         values = torch.stack([make(n, k, device) for _ in range(experts)])
         rms = 73.3 if fmt == "int8" else 64.0
         blocks = (torch.rand(experts, 1, -(-n // BLOCK), device=device) + 0.5) / (rms * k**0.5)
-        return cls(values, blocks.repeat_interleave(BLOCK, dim=2)[..., :n].contiguous())
+        scales = blocks.repeat_interleave(BLOCK, dim=2)[..., :n].contiguous()
+        return cls({"fp8": "fp8_e4m3"}.get(fmt, fmt), {"values": values, "scales": scales})
+
+    @property
+    def values(self) -> Tensor:
+        return self.planes["values"]
+
+    @property
+    def scale(self) -> Tensor:
+        """(E, groups, N)."""
+        return self.planes["scales"]
 
     @property
     def count(self) -> int:
         return self.values.shape[0]
 
+    def factors(self, expert: int) -> tuple[Tensor, Tensor]:
+        """S and M of one matrix, (N, groups) fp32: its weights are S · values − M."""
+
+        def level(first: str, second: str) -> Tensor:
+            plane = self.planes[first][expert].t().float()
+            if second not in self.planes:
+                return plane
+            sub = self.planes[second][expert].t().float()
+            return plane.repeat_interleave(sub.shape[1] // plane.shape[1], 1) * sub
+
+        scales = level("scales", "subscales")
+        if "zeros" in self.planes:
+            return scales, scales * self.planes["zeros"][expert].t().float()
+        if "minima" in self.planes:
+            minima = level("minima", "subminima")
+            return scales, minima if "subminima" in self.planes else -minima
+        return scales, torch.zeros_like(scales)
+
     def float(self, expert: int) -> Tensor:
         """One matrix, (N, K) fp32."""
-        values = self.values[expert].float()
-        return values if self.scale is None else values * self.scale[expert].t()
+        w_NK = self.values[expert].float()
+        if self.format != "bf16":
+            scales, minima = self.factors(expert)
+            w_NK.unflatten(1, (scales.shape[1], -1)).mul_(scales[..., None]).sub_(minima[..., None])
+        return w_NK
 
     def bf16(self) -> Tensor:
         """All matrices, (E, N, K), rounded to bf16."""
-        if self.scale is None:
+        if self.format == "bf16":
             return self.values
         return torch.stack([self.float(e).bfloat16() for e in range(self.count)])
+
+
+def _random_planes(spec: Spec, experts: int, n: int, k: int, device: str) -> dict[str, Tensor]:
+    """Each of the format's integers is as likely as another, and minima put their middle at about 0."""
+    format, planes = FORMATS[spec.format], dict[str, Tensor]()
+    count = 1 << format.bits
+    middle = count // 2 - format.zero_point if format.in_bit_planes else 0
+    second = 32 if spec.subgroups else 1  # about the size of subscales and subminima
+    most = {"zeros": 17, "subscales": 64, "subminima": 64}
+    for name, (shape, dtype) in spec.planes("rows", (experts, n, k)).items():
+        if name == "values":
+            low = middle - count // 2
+            planes[name] = torch.randint(low, low + count, shape, dtype=dtype, device=device)
+        elif name in most:
+            low = -most[name] if format.signed else 0
+            planes[name] = torch.randint(low, most[name], shape, dtype=dtype, device=device)
+        else:
+            scales = (torch.rand(shape, device=device) + 0.5) / (0.3 * count * second * k**0.5)
+            if name == "minima":  # of one level, they are added
+                scales *= middle if spec.subgroups else -middle
+            planes[name] = scales.to(dtype)
+    return planes
 
 
 def _random_int8(n: int, k: int, device: str) -> Tensor:

@@ -9,18 +9,23 @@ import torch
 from torch import Tensor
 
 from .case import BF16_ERROR, EIGHT_BIT_ERROR, TURNS, Case, copies
-from .data import BYTES, Rows, Weights, kept, routing
+from .data import BYTES, GROUPED, Rows, Weights, kept, routing, weight_bytes
 from .ours import quantize
 from .problems import ROUTINGS, TOKENS, Problem, family
 
 # The weights' format, with rows in bf16; with rows quantised beforehand (x); with rows quantised within the time (dyn).
-FORMATS = ("bf16", "int8", "fp8", "int8xint8", "fp8xfp8", "int8dyn", "fp8dyn")
+FORMATS = (
+    *("bf16", "int8", "fp8", "int8xint8", "fp8xfp8", "int8dyn", "fp8dyn"),
+    *GROUPED, *(f"{fmt}dyn" for fmt in GROUPED),
+)  # fmt: skip
 
 
 def parts(fmt: str) -> tuple[str, str]:
-    """The formats of the weights and of the rows in a format's name: int8dyn is (int8, int8), fp8 is (fp8, bf16)."""
+    """The formats of the weights and of the rows in a format's name: fp8 is (fp8, bf16), fp8dyn (fp8, fp8), and
+    int4_kdyn (int4_k, int8)."""
     if fmt.endswith("dyn"):
-        return fmt.removesuffix("dyn"), fmt.removesuffix("dyn")
+        weight = fmt.removesuffix("dyn")
+        return weight, weight if weight in BYTES else "int8"
     weight, _, rows = fmt.partition("x")
     return weight, rows or "bf16"
 
@@ -68,9 +73,14 @@ def size(p: Problem) -> tuple[int, int, int]:
 def footprint(p: Problem) -> float:
     e, n, k = size(p)
     rows = p.number("tokens") * (p.shape.num_experts_per_tok if e > 1 else 1)
-    weight = BYTES[parts(str(p["format"]))[0]]
-    # twice the weights, for our packed copy, and one matrix in fp32, twice
-    return 2 * e * n * k * weight + 8 * n * k + TURNS * 3 * rows * k + 6 * rows * n
+    fmt = parts(str(p["format"]))[0]
+    # the weights and our packed copy, and one matrix in fp32, twice
+    return (
+        e * n * k * (weight_bytes(fmt, k, in_rows=True) + weight_bytes(fmt, k))
+        + 8 * n * k
+        + TURNS * 3 * rows * k
+        + 6 * rows * n
+    )
 
 
 @family(
@@ -86,8 +96,8 @@ def footprint(p: Problem) -> float:
 def build(p: Problem, device: str, cold: int) -> Case:
     m, fmt, (e, n, k) = p.shape, str(p["format"]), size(p)
     weight_format, row_format = parts(fmt)
-    key, weight_bytes = (e, n, k, weight_format, device), BYTES[weight_format]
-    several = copies(e * n * k * weight_bytes, cold)
+    key, each = (e, n, k, weight_format, device), weight_bytes(weight_format, k)
+    several = copies(e * n * k * each, cold)
     weights = kept((p.op, *key, cold), lambda: [Weights.random(*key) for _ in range(several)])
     inputs = []
     for turn in range(TURNS * len(weights)):
@@ -106,11 +116,11 @@ def build(p: Problem, device: str, cold: int) -> Case:
         expected=exact,
         renew=Product.flip,
         operations=2 * rows.total * n * k,
-        bytes=hit * weight_bytes + rows.total * (k * (BYTES[row_format] if "x" in fmt else 2) + 2 * n),
+        bytes=hit * each + rows.total * (k * (BYTES[row_format] if "x" in fmt else 2) + 2 * n),
         arithmetic=row_format,
         tolerance=BF16_ERROR if row_format == "bf16" else EIGHT_BIT_ERROR,
         weights=hit,
-        weight_bytes=weight_bytes,
+        weight_bytes=each,
         stored=e * n * k,
     )
 

@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from .case import BF16_ERROR, EIGHT_BIT_ERROR, TURNS, Case, copies
-from .data import BYTES, Rows, Weights, kept, routing
+from .data import GROUPED, Rows, Weights, kept, routing, weight_bytes
 from .gemm import parts, product
 from .ours import quantize
 from .problems import ROUTINGS, TOKENS, Problem, family
 
-FORMATS, DETAILS = ("bf16", "int8", "fp8", "int8dyn", "fp8dyn"), "{format}-{routing}-t{tokens}"
+FORMATS = ("bf16", "int8", "fp8", "int8dyn", "fp8dyn", *GROUPED, *(f"{fmt}dyn" for fmt in GROUPED))
+DETAILS = "{format}-{routing}-t{tokens}"
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
@@ -84,13 +85,23 @@ class QuantizedLayer(Layer):
         return (*self.quantized, *super().args[1:-1])
 
 
+def _each(p: Problem, fmt: str, in_rows: bool = False) -> float:
+    """Bytes of a weight of the layer: two thirds of them have rows of D, the others of F."""
+    return (2 * weight_bytes(fmt, p.shape.d_model, in_rows) + weight_bytes(fmt, p.shape.d_ff, in_rows)) / 3
+
+
 def footprint(p: Problem) -> float:
     m = p.shape
     rows = p.number("tokens") * m.num_experts_per_tok
-    weight = BYTES[parts(str(p["format"]))[0]]
+    fmt = parts(str(p["format"]))[0]
     stored = 3 * m.num_experts * m.d_model * m.d_ff
-    # twice the weights, for our packed copy, and one matrix in fp32, twice
-    return 2 * stored * weight + 16 * m.d_model * m.d_ff + TURNS * 2 * rows * m.d_model + 12 * rows * m.d_ff
+    # the weights and our packed copy, and one matrix in fp32, twice
+    return (
+        stored * (_each(p, fmt, in_rows=True) + _each(p, fmt))
+        + 16 * m.d_model * m.d_ff
+        + TURNS * 2 * rows * m.d_model
+        + 12 * rows * m.d_ff
+    )
 
 
 @family("moe", DETAILS, {"format": FORMATS, "routing": ROUTINGS, "tokens": TOKENS}, footprint=footprint)
@@ -99,7 +110,7 @@ def build(p: Problem, device: str, cold: int) -> Case:
     m, t, fmt = p.shape, p.number("tokens"), str(p["format"])
     e, a, d, f = m.num_experts, m.num_experts_per_tok, m.d_model, m.d_ff
     weight_format, row_format = parts(fmt)
-    weight_bytes, stored = BYTES[weight_format], e * 3 * d * f
+    each, stored = _each(p, weight_format), e * 3 * d * f
 
     def pair() -> tuple[Weights, Weights]:
         sizes = ((2 * f, d), (d, f))
@@ -108,7 +119,7 @@ def build(p: Problem, device: str, cold: int) -> Case:
 
     pairs = kept(
         (p.op, e, d, f, weight_format, device, cold),
-        lambda: [pair() for _ in range(copies(stored * weight_bytes, cold))],
+        lambda: [pair() for _ in range(copies(stored * each, cold))],
     )
     made, row_bytes = (QuantizedLayer, 1) if p.op == "moe_fp8" else (Layer, 2)
     inputs = [
@@ -124,11 +135,11 @@ def build(p: Problem, device: str, cold: int) -> Case:
         expected=exact,
         renew=made.flip,
         operations=2 * t * a * 3 * d * f,
-        bytes=hit * weight_bytes + (row_bytes + 2) * t * d,
+        bytes=hit * each + (row_bytes + 2) * t * d,
         arithmetic=row_format,
         tolerance=BF16_ERROR if row_format == "bf16" else EIGHT_BIT_ERROR,
         weights=hit,
-        weight_bytes=weight_bytes,
+        weight_bytes=each,
         stored=stored,
     )
 

@@ -44,9 +44,9 @@ def arguments(args: Iterable[Any], packs: bool = False) -> tuple[Any, ...]:
 
 
 def _weight(weights: Weights, packs: bool) -> grok_kernels.Weight:
-    _, n, k = weights.values.shape
-    weight = weights.once("rows", lambda w: grok_kernels.Weight.of(w.values, w.scale))
-    if not packs or not grok_kernels.can_pack(n, k, weights.values.dtype):
+    weight = weights.once("rows", lambda w: grok_kernels.Weight.of(**w.planes, format=w.format))
+    _, n, k = weight.shape
+    if not packs or not weight.spec.can_pack(n, k):
         return weight
     return weights.once("panels", lambda _: weight.with_layout("panels"))
 
@@ -84,7 +84,7 @@ def watched(op: str, inputs: Any) -> dict[str, Tensor]:
     def tensors() -> Iterator[tuple[str, Any]]:
         for name, value in zip(names(op), inputs.args, strict=False):
             if isinstance(value, Weights):
-                yield from ((f"{name}.values", value.values), (f"{name}.scale", value.scale))
+                yield from ((f"{name}.{plane}", tensor) for plane, tensor in value.planes.items())
             elif name not in WRITTEN:
                 yield name, value
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grok_kernels.formats import FORMATS
+
 from .attention import Attend, Cache, without_softcap
 from .case import BF16_ERROR, ONE_SCALE_ERROR
 from .contestant import Call, Contestant, register
@@ -37,6 +39,12 @@ def add() -> None:
             f"{name}, a loop", pack, loop(linear), weight_bytes, formats=formats, devices=CPU, tolerance=tolerance,
             missing=missing or _works(pack, linear),
         )  # fmt: skip
+    for group, four_bit in _INT4.items():
+        products(
+            f"torch _weight_int4pack_mm, groups of {group}, a loop", partial(_int4_pack, group), loop(_int4_linear),
+            0.5 + 4 / group, formats=four_bit, devices=CPU,
+            missing=_works(partial(_int4_pack, BLOCK), _int4_linear, "int4_g128"),
+        )  # fmt: skip
     bf16 = Contestant(
         name="vLLM cpu_fused_moe, bf16", op="moe", bind=partial(_fused, _pack_bf16, _fused_bf16), devices=CPU,
         missing=load_vllm, tolerance=BF16_ERROR, weight_bytes=2,
@@ -59,13 +67,15 @@ def _takes(fmt: str, p: Problem) -> bool:
     return p["format"] == fmt
 
 
-def _works(pack: Callable[[Weights], Any], linear: Callable[[Tensor, Any], Tensor]) -> Callable[[], str]:
+def _works(
+    pack: Callable[[Weights], Any], linear: Callable[[Tensor, Any], Tensor], fmt: str = "int8"
+) -> Callable[[], str]:
     """Why a small product fails, if it does: what torch has differs by version and machine."""
 
     @cache
     def why() -> str:
         try:
-            linear(torch.zeros(4, BLOCK).bfloat16(), pack(Weights.random(1, BLOCK, BLOCK, "int8"))[0])
+            linear(torch.zeros(4, BLOCK).bfloat16(), pack(Weights.random(1, BLOCK, BLOCK, fmt))[0])
         except Exception as error:  # whatever it raises, the others run
             return f"not in this torch, or not for this CPU ({(str(error).splitlines() or [''])[0]})"
         return ""
@@ -83,7 +93,6 @@ def _onednn(x_MK: Tensor, packed: Tensor) -> Tensor:
 
 
 def _scale(weights: Weights) -> Tensor:
-    assert weights.scale is not None
     return weights.scale[:, 0]
 
 
@@ -93,6 +102,27 @@ def _int8_pack(weights: Weights) -> list[tuple[Tensor, Tensor]]:
 
 def _int8_linear(x_MK: Tensor, packed: tuple[Tensor, Tensor]) -> Tensor:
     y: Tensor = torch.ops.aten._weight_int8pack_mm(x_MK, *packed)
+    return y
+
+
+# By columns of a group, formats of 4 bits that torch's product can express: its scales and minima are in bf16.
+_INT4 = {32: ("int4", "int4_min", "int4_k"), 128: ("int4_g128", "int4_zero")}
+
+
+def _int4_pack(group: int, weights: Weights) -> list[tuple[Tensor, int, Tensor]]:
+    """w = scale · (u − 8) + zero, u of 0 to 15."""
+    packed = []
+    for e, values in enumerate(weights.values):
+        first = FORMATS[weights.format].zero_point
+        scales, minima = (factor.t() for factor in weights.factors(e))
+        zeros = (8 - first) * scales - minima
+        u_NK = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.int() + first, 1)
+        packed.append((u_NK, group, torch.stack([scales, zeros], -1).bfloat16()))
+    return packed
+
+
+def _int4_linear(x_MK: Tensor, packed: tuple[Tensor, int, Tensor]) -> Tensor:
+    y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x_MK, *packed)
     return y
 
 

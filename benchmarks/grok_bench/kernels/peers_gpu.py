@@ -41,7 +41,6 @@ def missing() -> str:
 
 def _blocks(weights: Weights) -> tuple[Tensor, Tensor]:
     """Weights, and scales (E, N / 128, K / 128): ours are the same within a block of outputs and along the inputs."""
-    assert weights.scale is not None
     groups = -(-weights.values.shape[2] // BLOCK)
     return weights.values, weights.scale[:, 0, ::BLOCK, None].expand(-1, -1, groups).contiguous()
 

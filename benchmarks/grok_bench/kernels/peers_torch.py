@@ -97,7 +97,6 @@ def by_row(x_MK: Tensor) -> tuple[Tensor, Tensor]:
 
 def _scaled_grouped_mm(inputs: Product) -> Call:
     (q, scale), w = by_row(inputs.x_MK), inputs.weights
-    assert w.scale is not None
     return partial(
         torch._scaled_grouped_mm, q, w.values.transpose(1, 2), scale, w.scale[:, 0].contiguous(),
         offs=inputs.rows.offsets[1:], out_dtype=torch.bfloat16, use_fast_accum=True,

@@ -18,6 +18,8 @@ SETS: dict[str, tuple[str, ...]] = {
         *_set("grouped_gemm/{m}/*/w13-{f}-even-t{t}", m=("mixtral-8x22b-quarter", "grok-1-tp8"), f=("int8", "fp8"),
               t=(1, 4, 64, 512, 2048)),
         *_set("grouped_gemm/{m}/*/w13-int8dyn-even-t{t}", m=("mixtral-8x22b-quarter", "grok-1-tp8"), t=(64, 512, 2048)),
+        *_set("grouped_gemm/mixtral-8x22b-quarter/*/w13-{f}-even-t{t}",
+              f=("int4", "int4_k", "int6_k", "int4_kdyn", "int6_kdyn"), t=(1, 4, 512)),
         *_set("moe/{m}/*/{f}-even-t{t}", m=("mixtral-8x22b-quarter", "grok-1-tp8"), f=("int8", "fp8", "int8dyn"),
               t=(1, 16, 64, 512)),
         *_set("paged_attention/{m}/decode/bf16-p16-b1-l{n}", m=("grok-1-quarter", "grok-1"), n=(4096, 32768)),

@@ -180,7 +180,8 @@ def write(folder: Path, problem: Problem, case: Case, contestants: Sequence[Cont
     def add(key: str, x: Any) -> str:
         """Describe one argument; return what stands for it in a call."""
         if isinstance(x, Weights):
-            return f"grok_kernels.Weight.of({add(f'{key}_values', x.values)}, {add(f'{key}_scale', x.scale)})"
+            planes = ", ".join(f"{name}={add(f'{key}_{name}', plane)}" for name, plane in x.planes.items())
+            return f"grok_kernels.Weight.of({planes}, format={x.format!r})"
         if isinstance(x, Tensor):
             inputs[key], given[key] = tensor(x), {"type": "random"}
             if x.nbytes < RANDOM or not x.dtype.is_floating_point:  # indices cannot be drawn
