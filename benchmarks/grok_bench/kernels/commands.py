@@ -122,7 +122,7 @@ def kernels_command(
     def keep(result: KernelResult) -> None:
         results.append(result)
         found.ceilings.update(where.kept())
-        table.one(found, result, console)
+        table.one(result, console)
         if file:  # after each, so that the file holds what there is, whatever ends the run
             found.save(file, samples)
         if csv:
