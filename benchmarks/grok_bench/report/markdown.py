@@ -13,8 +13,8 @@ ABOUT = """# Results
 
 Made of the files in `{folder}/` by `grok-engine bench report`; do not edit. A row is our fastest contestant at one
 problem: its median time with the 95% interval, the rates of the problem's bytes and operations, the share of what the
-machine's own ceilings allow (*of roofline*), and the best peer's time over ours in the same rounds (*× best peer*: above
-1, ours is faster). Every contestant of every problem: `grok-engine bench report {folder}/NAME.json`."""
+machine's own ceilings allow (*of roofline*), and the best peer's time over ours in the same rounds (*× best peer*):
+above 1, ours is faster. Every contestant of every problem: `grok-engine bench report {folder}/NAME.json`."""
 COLUMNS = ("time", "95%", "GB/s", "FLOP/s", "of roofline", "× best peer")
 
 

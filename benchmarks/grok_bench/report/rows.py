@@ -102,8 +102,8 @@ def as_csv(files: Sequence[ResultFile]) -> str:
     text = io.StringIO()
     out = csv.writer(text)
     out.writerow(("chip", "created", "problem", "operations", *members, "suspect"))
-    for file, r in ((file, r) for file in files for r in file.kernels):
-        for s in r.scores:
+    for file in files:
+        for r, s in ((r, s) for r in file.kernels for s in r.scores):
             values = asdict(replace(s, bytes=s.bytes or r.bytes))
             head = (file.environment.chip, file.created, r.problem, r.operations)
             out.writerow((*head, *(values[member] for member in members), suspect(s)))

@@ -58,12 +58,10 @@ def one(result: KernelResult | EngineResult, console: Console) -> None:
     """Print one result."""
     shown = block(result)
     console.print(Text(f"\n{shown.title}", style="bold").append(f"  {shown.sizes}", style="not bold dim"))
-    timed = [
-        (Text(row.name, "bold" * row.ours), *(row.cells[column] for column in shown.columns))
-        for row in shown.rows
-        if row.cells
-    ]
-    grid(("", *shown.columns), timed, console)
+    timed = [row for row in shown.rows if row.cells]
+    names = (Text(row.name, "bold" * row.ours) for row in timed)
+    cells = ([row.cells[column] for column in shown.columns] for row in timed)
+    grid(("", *shown.columns), ([name, *texts] for name, texts in zip(names, cells, strict=True)), console)
     for row in shown.rows:
         if row.note:
             text = Text(f"{row.name}: ", style="bold" * row.ours)
