@@ -122,6 +122,4 @@ def test_the_environment_names_the_machine() -> None:
     assert found.chip.endswith(f"({found.cores} cores)")
     assert found.threads == torch.get_num_threads()
     assert found.torch == torch.__version__
-    available = environment.available_bytes()
-    assert available is None or available > 1 << 20
     assert environment.peak_bytes() > 50 << 20

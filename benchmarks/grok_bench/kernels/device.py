@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..environment import available_bytes
+from grok_engine.runtime.memory import available_bytes
+
 from ..schema import Ceiling as Kept
 from ..schema import GpuState
 from . import ours

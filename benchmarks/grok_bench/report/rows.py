@@ -103,10 +103,11 @@ def as_csv(files: Sequence[ResultFile]) -> str:
     out = csv.writer(text)
     out.writerow(("chip", "created", "problem", "operations", *members, "suspect"))
     for file in files:
-        for r, s in ((r, s) for r in file.kernels for s in r.scores):
-            values = asdict(replace(s, bytes=s.bytes or r.bytes))
+        for r in file.kernels:
             head = (file.environment.chip, file.created, r.problem, r.operations)
-            out.writerow((*head, *(values[member] for member in members), suspect(s)))
+            for s in r.scores:
+                values = asdict(replace(s, bytes=s.bytes or r.bytes))
+                out.writerow((*head, *(values[member] for member in members), suspect(s)))
     return text.getvalue()
 
 
