@@ -137,7 +137,6 @@ def block(r: KernelResult | EngineResult) -> Block:
 
 
 def _score(r: KernelResult, s: Score) -> Row:
-    error = "" if s.error is None else f"{s.error:.1e}"
     if s.status == "ok" and s.seconds is not None:
         return Row(s.contestant, s.ours, cells={
             "time": duration(s.seconds),
@@ -146,15 +145,12 @@ def _score(r: KernelResult, s: Score) -> Row:
             "FLOP/s": amount(r.operations / s.seconds, ""),
             "of roofline": "" if s.roofline is None else f"{s.roofline:.0%}{' SUSPECT' * suspect(s)}",
             "× best peer": "" if s.speedup is None else f"{s.speedup:.2f}",
-            "error": error,
+            "error": "" if s.error is None else f"{s.error:.1e}",
         })  # fmt: skip
     if s.status == "missing":
         return Row(s.contestant, s.ours, note="missing, see below")
-    tolerance = r.tolerance if s.tolerance is None else s.tolerance
-    because = [BAD.get(s.status, "noisy, so no time")]
-    if s.status == "wrong" and error:
-        because.append(f"error {error}" + ("" if tolerance is None else f" where {tolerance:.1e} is allowed"))
-    return Row(s.contestant, s.ours, s.status in BAD, note=": ".join([*because, *filter(None, [s.message])]))
+    why = [BAD.get(s.status, "noisy, so no time"), *filter(None, [s.message])]
+    return Row(s.contestant, s.ours, s.status in BAD, note=": ".join(why))
 
 
 def _run(r: EngineResult) -> Block:
