@@ -65,7 +65,9 @@ def main() -> None:
             if base is None:
                 base = result
                 print("\n".join(f"{k}: {v}" for k, v in result.lines() if k in ("text", "tokens", "windows")) + "\n")
-                print("| weights | bits a weight | perplexity | bits per byte | Δ nats per token |\n|---|---|---|---|---|")
+                print(
+                    "| weights | bits a weight | perplexity | bits per byte | Δ nats per token |\n|---|---|---|---|---|"
+                )
             print(row(name, bits_per_weight(llm), result, base), flush=True)
 
 

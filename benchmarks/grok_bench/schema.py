@@ -212,7 +212,8 @@ def _plain(value: Any, samples: bool) -> Any:
     if not is_dataclass(value):
         return value
     members = {f.name: getattr(value, f.name) for f in fields(value) if samples or f.name != "samples"}
-    defaults = {f.name: f.default_factory() if f.default_factory in (list, dict) else f.default for f in fields(value)}
+    defaults: dict[str, Any] = {f.name: f.default for f in fields(value)}
+    defaults |= {f.name: f.default_factory() for f in fields(value) if f.default_factory in (list, dict)}
     return {name: _plain(member, samples) for name, member in members.items() if member != defaults[name]}
 
 
