@@ -1,7 +1,6 @@
-"""A decode step by part, and the share of it that is not spent in kernels: at 1.30 B random parameters in int8, or with
---tiny of the model that ships.
+"""A decode step by part, and the share of it that is not spent in kernels, at 1.30 B random parameters in int8.
 
-python -m benchmarks.bench_step_share [--requests 8] [--layers 8] [--eager] [--tiny] [--waiting 10000]
+python -m benchmarks.bench_step_share [--requests 1 8] [--layers 8] [--steps 40] [--eager]
 """
 
 from __future__ import annotations
@@ -20,15 +19,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-import grok_kernels
 from benchmarks.model_1b import configuration, write
-from grok_engine import LLMEngine, RequestOutputKind, SamplingParams
+from grok_bench.report.table import grid
+from grok_engine import LLMEngine, SamplingParams
 from grok_kernels import registry
 from grok_kernels.recording import Recorded
 
-PARTS = ("schedule", "forward", "sample", "output")  # of a step, without the kernels
 Seconds = Counter[str]
 
 
@@ -61,24 +58,22 @@ def timed_kernels() -> Iterator[Seconds]:
 def replayed_kernels(engine: LLMEngine) -> Seconds:
     """Seconds inside the kernels of all decode steps replayed so far, by op."""
     graphs, seconds = engine.runner.graphs, Seconds()
-    for _, run in graphs._runs.values() if graphs else ():
+    for _, run, _ in graphs._runs.values() if graphs else ():
         seconds.update(run.seconds() if isinstance(run, Recorded) else {})
     return seconds
 
 
-def measure(model: str | Path, requests: int, steps: int, eager: bool, waiting: int = 0) -> dict[str, float]:
+def measure(model: Path, requests: int, steps: int, eager: bool = False) -> dict[str, float]:
     """Milliseconds of steps in which every request decodes, after the prompts and a warm-up: medians.
 
-    "whole", "rest" (what is in no kernel), each of PARTS without its kernels, and each op's kernels.
+    "the whole step", "in no kernel", the parts of a step (the forward pass without its kernels), each op's kernels.
     """
     pages = requests * ((40 + steps) // 16 + 2)
-    engine = LLMEngine(
-        model, max_num_seqs=requests, num_pages=pages, max_waiting=waiting + requests, enforce_eager=eager
-    )
-    params = SamplingParams(max_tokens=steps + 8, temperature=0, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
+    engine = LLMEngine(model, max_num_seqs=requests, num_pages=pages, enforce_eager=eager)
+    params = SamplingParams(max_tokens=steps + 8, temperature=0, ignore_eos=True)
     rng, taken = random.Random(1), list[dict[str, float]]()
-    for i in range(requests + waiting):
-        engine.add_request(str(i), rng.choices(range(3, 1500), k=32), params)
+    for i in range(requests):
+        engine.add_request(str(i), rng.choices(range(3, 500), k=32), params)
     with timed_kernels() as seconds:
         while engine.stats().generated_tokens < 3 * requests:  # prefill, then warm-up
             engine.step()
@@ -89,11 +84,10 @@ def measure(model: str | Path, requests: int, steps: int, eager: bool, waiting: 
             outputs = engine.step()
             whole = perf_counter() - began
             assert len(outputs) == requests
-            ops = Counter(replayed_kernels(engine)) - replayed + Counter(seconds)
-            found = {part: after - parts[part] for part, after in engine.stats().seconds.items()}
-            found["sample"] -= (drawn := ops.get("sample_top_p", 0.0))
-            found["forward"] -= sum(ops.values()) - drawn
-            taken.append({**found, **ops, "whole": whole, "rest": whole - sum(ops.values())})
+            ops = replayed_kernels(engine) - replayed + seconds
+            spent = {f"  {part}": after - parts[part] for part, after in engine.stats().seconds.items()}
+            spent["  forward"] -= ops.total()
+            taken.append({"the whole step": whole, "in no kernel": whole - ops.total(), **spent, **ops})
     engine.close()
     return {name: median(t.get(name, 0.0) for t in taken) * 1e3 for name in taken[0]}
 
@@ -103,28 +97,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--waiting", type=int, default=0, help="requests that wait meanwhile")
-    parser.add_argument("--tiny", action="store_true", help="the model that ships: the runtime outweighs the kernels")
     parser.add_argument("--eager", action="store_true", help="call every kernel from Python, replay none")
     a = parser.parse_args()
-    config = configuration(a.layers)
     with tempfile.TemporaryDirectory() as folder:
-        if not a.tiny:
-            write(Path(folder), config)
-        model = "tiny" if a.tiny else Path(folder)
-        found = {n: measure(model, n, a.steps, a.eager, a.waiting) for n in a.requests}
-    size = "tiny" if a.tiny else f"{config.param_count() / 1e9:.2f} B parameters"
-    table = Table(title=f"ms of a decode step, {size}, {torch.get_num_threads()} thread(s)")
-    table.add_column("")
-    for n in a.requests:
-        table.add_column(f"{n} request{'s' * (n > 1)}", justify="right")
-    served, first = grok_kernels.chosen(), found[a.requests[0]]
-    table.add_row("the whole step", *(f"{s['whole']:.2f}" for s in found.values()))
-    table.add_row("in no kernel", *(f"{s['rest']:.3f} ({s['rest'] / s['whole']:.1%})" for s in found.values()))
-    for name in (*PARTS, *(name for name in first if name not in (*PARTS, "whole", "rest"))):
-        label = f"  {name}" if name in PARTS else f"{name} ({', '.join(served.get(name, ['cpu']))})"
-        table.add_row(label, *(f"{s.get(name, 0.0):.3f}" for s in found.values()))
-    Console().print(table)
+        write(Path(folder), configuration(a.layers))
+        found = {f"{n} requests": measure(Path(folder), n, a.steps, a.eager) for n in a.requests}
+    names = dict.fromkeys(name for spent in found.values() for name in spent)
+    rows = ([name, *(f"{spent.get(name, 0.0):.3f}" for spent in found.values())] for name in names)
+    grid((f"ms, {torch.get_num_threads()} threads", *found), rows, Console())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""python -m benchmarks.load_times [--dir DIR] [--rounds N] [--only NAME ...] [--json FILE] [--smoke]
+"""python -m benchmarks.load_times [--dir DIR] [--rounds N] [--smoke]
 
 How long a model of 1.30 B parameters takes to load and to its first token, and how much anonymous memory, which no file
 backs, that takes: from every format, cold (evicted from the page cache) and warm, beside llama.cpp. Each load is a
@@ -13,63 +13,62 @@ import json
 import os
 import re
 import select
-import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
+from typing import NamedTuple
 
-import torch
+from rich.console import Console
 
 from benchmarks.cpu_model.__main__ import small_configuration, write_models
 from benchmarks.model_1b import configuration
+from grok_bench.report.table import grid
 from grok_engine.loading.convert import convert
 
+# Programs of a path and options: a line once all is imported, one when the model is loaded, one after its first token.
 OURS = """
 import json, sys, time, torch
 from grok_engine import LLMEngine, SamplingParams
 path, options = sys.argv[1], json.loads(sys.argv[2])
 print("ready", flush=True)
 sys.stdin.readline()
-start, cpu = time.perf_counter(), time.process_time()
+start = time.perf_counter()
 engine = LLMEngine(path, max_num_seqs=1, num_pages=64, **options)
-print(time.perf_counter() - start, time.process_time() - cpu, flush=True)
+print(time.perf_counter() - start, flush=True)
 engine.add_request("a", [5], SamplingParams(max_tokens=1, temperature=0, ignore_eos=True))
 assert engine.step()[0].outputs[0].token_ids
 print(time.perf_counter() - start, flush=True)
 """
 LLAMA = """
-import json, sys, time, torch
+import sys, time
 from pathlib import Path
 from benchmarks.cpu_model.llama import Llama, Load, _api
 _api()
 print("ready", flush=True)
 sys.stdin.readline()
-start, cpu = time.perf_counter(), time.process_time()
+start = time.perf_counter()
 model = Llama(Path(sys.argv[1]), Load(1, 1, 0))
-print(time.perf_counter() - start, time.process_time() - cpu, flush=True)
+print(time.perf_counter() - start, flush=True)
 model.time(0)
 print(time.perf_counter() - start, flush=True)
 """
 
 
-@dataclass(frozen=True)
-class Contestant:
+class Contestant(NamedTuple):
     name: str
     program: str
     path: Path
     options: dict[str, object]
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Seconds to the return of the load, of all cores until then, and to the first token; bytes of anonymous memory at
-    the peak of the load, beyond those before it."""
+class Sample(NamedTuple):
+    """Seconds to the return of the load and to the first token; bytes of anonymous memory at the peak of the load,
+    beyond those before it."""
 
     load: float
-    cpu: float
     token: float
     peak: int
 
@@ -122,47 +121,38 @@ def measure(contestant: Contestant) -> Sample:
         text = process.stdout.read()
     if text.count("\n") != 2:
         raise RuntimeError(f"{contestant.name}: the process ended with {process.returncode}")
-    return Sample(*map(float, text.split()), peak=peak - before)
+    load, token = map(float, text.split())
+    return Sample(load, token, peak - before)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.load_times", description="How fast a model loads.")
     parser.add_argument("--dir", type=Path, help="write the models there and keep them; a temporary folder without")
     parser.add_argument("--rounds", type=int, default=3, help="of all contestants, cold and then warm")
-    parser.add_argument("--only", nargs="*", help="contestants, by parts of their names")
-    parser.add_argument("--json", type=Path, help="write every sample there")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, one round: whether it runs, not how fast")
     a = parser.parse_args(arguments)
-    config = small_configuration() if a.smoke else configuration()
     kinds = ("Q8_0", "Q4_K_S") if all(map(importlib.util.find_spec, ("llama_cpp", "gguf"))) else ()
     with tempfile.TemporaryDirectory() as temporary:
         folder = a.dir or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        write_models(folder, config, kinds)
+        write_models(folder, small_configuration() if a.smoke else configuration(), kinds)
         if not (folder / "hf").is_dir():
             convert(folder / "xai", folder / "hf", format="hf", weights="bf16")
-        found = [c for c in contestants(folder, kinds) if a.only is None or any(part in c.name for part in a.only)]
-        samples: dict[tuple[str, str], list[Sample]] = {}
+        found = list(contestants(folder, kinds))
+        samples: dict[tuple[str, bool], list[Sample]] = {}
         for number in range(1 if a.smoke else a.rounds):
-            for cache in ("cold", "warm"):
+            for cold in (True, False):
                 for contestant in found[number % len(found) :] + found[: number % len(found)]:
-                    if cache == "cold":
+                    if cold:
                         evict(contestant.path)
-                    samples.setdefault((contestant.name, cache), []).append(measure(contestant))
-    print(f"{torch.get_num_threads()} threads, medians of {len(next(iter(samples.values())))} rounds")
-    print(f"{'':26} cold: load   to a token   warm: load   to a token   of all cores   peak MB")
-    for contestant in found:
-        cold, warm = (samples[contestant.name, cache] for cache in ("cold", "warm"))
-        keys = ("load", "token", "cpu")
-        times = [statistics.median(getattr(s, key) for s in some) for some in (cold, warm) for key in keys]
-        del times[2]
-        peak = max(s.peak for s in [*cold, *warm])
-        print(f"{contestant.name:26}" + "".join(f"{t:10.2f} s" for t in times) + f"{peak / 1e6:10,.0f}")
-    if a.json:
-        lines = [{"name": n, "cache": c, "samples": [asdict(s) for s in some]} for (n, c), some in samples.items()]
-        a.json.write_text(json.dumps(lines, indent=1) + "\n")
-    return 0
+                    samples.setdefault((contestant.name, cold), []).append(measure(contestant))
+    rows = []
+    for name in (contestant.name for contestant in found):
+        cold, warm = (list(zip(*samples[name, cold], strict=True)) for cold in (True, False))
+        times = [f"{median(taken):.2f} s" for taken in (*cold[:2], *warm[:2])]
+        rows.append([name, *times, f"{max(*cold[2], *warm[2]) / 1e6:,.0f} MB"])
+    grid(("medians", "load, cold", "to a token", "load, warm", "to a token", "peak"), rows, Console())
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

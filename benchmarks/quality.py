@@ -1,6 +1,6 @@
 """What each format costs in quality: the perplexity of one text at every format, as a table in Markdown.
 
-    python -m benchmarks.quality MODEL --text FILE [--limit 4096] [--json FILE]
+    python -m benchmarks.quality MODEL --text FILE [--limit 4096]
 
 Each row is a run of its own over the same tokens and windows. The first, the file's own weights in fp32 arithmetic, is
 what the others are compared with: Δ is their mean difference in nats per token, with the standard error of the pairs.
@@ -9,10 +9,7 @@ what the others are compared with: Δ is their mean difference in nats per token
 from __future__ import annotations
 
 import argparse
-import json
 import math
-from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
@@ -53,12 +50,6 @@ def row(name: str, bits: float, result: Evaluation, base: Evaluation) -> str:
     return f"| {name} | {bits:.2f} | {result.perplexity:.4f} | {result.bits_per_byte:.5f} | {change} |"
 
 
-def run(model: str, text: str, **windows: int) -> Iterator[tuple[str, float, Evaluation]]:
-    for name, options in ROWS:
-        with LLM(model, max_model_len=windows["context"], max_num_seqs=1, **options) as llm:
-            yield name, bits_per_weight(llm), evaluate(llm, text, **windows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model")
@@ -66,20 +57,18 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--stride", type=int, default=256)
     parser.add_argument("--limit", type=int, default=4096, help="tokens of the text")
-    parser.add_argument("--json", type=Path, help="write every evaluation here too")
     a = parser.parse_args()
-    results: list[tuple[str, float, Evaluation]] = []
-    for name, bits, result in run(a.model, read_text(a.text), context=a.context, stride=a.stride, limit=a.limit):
-        if not results:
-            print("\n".join(f"{key}: {value}" for key, value in result.lines() if key in ("text", "tokens", "windows")))
-            print(
-                "\n| weights | bits a weight | perplexity | bits per byte | Δ nats per token |\n|---|---|---|---|---|"
-            )
-        results.append((name, bits, result))
-        print(row(name, bits, result, results[0][2]), flush=True)
-        if a.json:
-            rows = [{"name": name, "bits_per_weight": bits, **result.to_dict()} for name, bits, result in results]
-            a.json.write_text(json.dumps(rows, indent=1) + "\n")
+    text, base = read_text(a.text), None
+    for name, options in ROWS:
+        with LLM(a.model, max_model_len=a.context, max_num_seqs=1, **options) as llm:
+            result = evaluate(llm, text, context=a.context, stride=a.stride, limit=a.limit)
+            if base is None:
+                base = result
+                print("\n".join(f"{k}: {v}" for k, v in result.lines() if k in ("text", "tokens", "windows")) + "\n")
+                print(
+                    "| weights | bits a weight | perplexity | bits per byte | Δ nats per token |\n|---|---|---|---|---|"
+                )
+            print(row(name, bits_per_weight(llm), result, base), flush=True)
 
 
 if __name__ == "__main__":

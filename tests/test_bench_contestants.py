@@ -128,13 +128,15 @@ def test_flex_attention_is_told_of_softcap_temperature_and_mask(monkeypatch: pyt
     from torch.nn.attention.flex_attention import flex_attention
 
     from grok_bench.kernels import peers_torch
-    from grok_bench.kernels.attention import Cache, exact, plain
+    from grok_bench.kernels.attention import Cache, plain
+    from grok_bench.kernels.ours import reference
 
     monkeypatch.setattr(peers_torch, "_flex_compiled", lambda: flex_attention)
     torch.manual_seed(0)
     cache = Cache.random(2, 2, 256, 64, 16, False, "cpu")
     q = torch.randn(2 * queries, 4, 64).bfloat16()
-    starts, lengths = torch.tensor([0, queries, 2 * queries]), torch.tensor([256, 256])
+    starts, lengths = torch.tensor([0, queries, 2 * queries]).int(), torch.tensor([256, 256]).int()
     inputs = Attend(q, cache, queries, 0.125, 30.0, 0, 100, starts, lengths)
-    assert error(peers_torch._flex(inputs)(), exact(inputs)) < 0.01
-    assert error(peers_torch._flex(plain(inputs))(), exact(inputs)) > 0.01
+    expected = reference("paged_attention", inputs.args)
+    assert error(peers_torch._flex(inputs)(), expected) < 0.01
+    assert error(peers_torch._flex(plain(inputs))(), expected) > 0.01

@@ -26,7 +26,7 @@ from grok_engine.runtime import memory
 Captured = pytest.CaptureFixture[str]
 SMALL = {"d_model": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "vocab_size": 256, "max_position": 256}
 SIZES = [*(f"{name}={value}" for name, value in SMALL.items()), "d_ff=64"]
-DUMMY = ["--model", "grok-1", "--dummy", "--layers", "2", *(part for size in SIZES for part in ("--set", size))]
+DUMMY = ["--model", "grok-1", "--dummy", "--set", "num_layers=2", *(part for size in SIZES for part in ("--set", size))]
 
 
 def small(preset: str = "grok-1", **changes: Any) -> ModelConfig:
@@ -297,7 +297,6 @@ def test_ctrl_c_before_the_measurement_leaves_no_file(tmp_path: Path, monkeypatc
     [
         (["latency", "--model", "grok-1"], "'grok-1' has no weights here: give --dummy"),
         (["latency", "--model", "grok-9", "--dummy"], "'grok-9' is neither a folder nor one of tiny, grok-1"),
-        (["latency", "--layers", "2"], "--layers 2 needs --dummy"),
         (["latency", "--set", "d_ff=8"], "--set d_ff=8 needs --dummy"),
         (["latency", "--dummy", "--set", "d_ff"], "--set 'd_ff': expected NAME=VALUE"),
         (["latency", "--dummy", "--set", "d_fff=8"], "unknown key 'd_fff'"),
@@ -305,7 +304,7 @@ def test_ctrl_c_before_the_measurement_leaves_no_file(tmp_path: Path, monkeypatc
         (["latency", "--batch-size", "65"], "--batch-size 65 is more than --max-num-seqs 64"),
         (
             ["latency", "--input-len", "500"],
-            "500 prompt tokens and 128 to come, 628 in all, more than max_model_len=512",
+            "a prompt and its answer have 628 tokens, more than max_model_len=512",
         ),
         (["latency", "--num-iters", "0"], "--num-iters"),
         (["latency", "--output-len", "40", "--num-pages", "2"], "needs 5 pages of keys and values, there are 2"),

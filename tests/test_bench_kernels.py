@@ -80,7 +80,7 @@ def test_everything_runs_and_ours_is_right(tmp_path: Path, capsys: pytest.Captur
     assert "moe/grok-1-smoke/decode/fp8-even-t4" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["cpu", "cuda", "cuda-quick", "quick"])
+@pytest.mark.parametrize("name", ["cpu", "cuda", "quick"])
 def test_the_sets_cover_every_op(name: str) -> None:
     other = {"quantize_fp8" if name == "cpu" else "quantize_int8"}
     only_on_gpus = set() if name.startswith("cuda") else {"route_and_group", "sandwich_norm_fp8", "moe_fp8"}
@@ -130,7 +130,7 @@ def test_names_select_problems(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["nope/*"], "no problem matches 'nope/*': names are OP/MODEL/PHASE/DETAILS, of ops paged_att"),
-        (["@none"], "'@none' is no set of problems: expected @cpu, @cuda, @cuda-first, @cuda-compiling, @cuda-quick"),
+        (["@none"], "'@none' is no set of problems: expected @cpu, @cuda-first, @cuda-compiling, @cuda, @quick"),
         (["rms_norm/grok-1/decode/t1", "--contestant", "Flash"], "no contestant matches 'Flash': there are grok"),
         (["--device", "tpu"], "there is no device 'tpu' here: expected one of cpu"),
         (["--plugin", "PLUGIN"], "NameError: name 'undefined' is not defined"),
@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_skipped_by_name(
     monkeypatch.setattr("grok_bench.kernels.device.last_cache_bytes", lambda: 1 << 20)
     assert main(["bench", "kernels", name, "group_tokens/grok-1/prefill/even-t4096", *options]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert re.search(rf"skipped: {name} needs 1\d\.\d GB on cpu, 0\.1 GB are available", out)
+    assert re.search(rf"skipped: {name}: needs 1\d\.\d GB on cpu, 0\.1 GB are available", out)
     assert [r.problem for r in results(file)] == ["group_tokens/grok-1/prefill/even-t4096"]
 
 

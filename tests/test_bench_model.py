@@ -18,6 +18,8 @@ if not STATUS.available:
     pytest.skip(STATUS.reason, allow_module_level=True)
 
 import benchmarks.cpu_model.__main__ as whole_model  # noqa: E402
+from benchmarks import bench_step_share  # noqa: E402
+from benchmarks.model_1b import write  # noqa: E402
 
 PROBLEMS = ["prefill/t16", "decode/b1", "decode/b2"]
 
@@ -63,3 +65,12 @@ def test_a_folder_with_another_model_is_refused(tmp_path: Path) -> None:
     whole_model.write_models(tmp_path, config, ())
     with pytest.raises(ValueError, match="holds another model"):
         whole_model.write_models(tmp_path, replace(config, num_layers=3), ())
+
+
+def test_a_decode_step_is_taken_apart(tmp_path: Path) -> None:
+    write(tmp_path, whole_model.small_configuration())
+    for eager in (False, True):
+        spent = bench_step_share.measure(tmp_path, requests=2, steps=3, eager=eager)
+        assert {"moe", "paged_attention", "grouped_gemm"} <= spent.keys()
+        assert 0 < spent["in no kernel"] < spent["the whole step"]
+        assert all(0 < spent[f"  {part}"] < spent["the whole step"] for part in ("schedule", "forward", "sample"))

@@ -123,7 +123,7 @@ def test_what_cheats_is_wrong_and_named(plugin: Path, tmp_path: Path) -> None:
     assert why["a_row_less"] == "the shape is (4, 64), (5, 64) is due"
     assert why["in_place"] == "it changes its input x"
     for name in ("remembers", "computes_beforehand"):
-        assert why[name] == "after the timing, with inputs changed in place"
+        assert why[name].endswith("is allowed, after the timing, with inputs changed in place")
         assert (found[name].error or 0) > 0.01
         assert found[name].seconds is None
     lines = list(csv.DictReader(table.open()))
@@ -178,7 +178,7 @@ def test_any_contestant_may_be_the_subject(tmp_path: Path, capsys: Captured) -> 
     assert {name for name, s in found.items() if s.ours} == {"torch eager"}
     assert all(s.speedup_low is not None for s in found.values() if s.seconds)
     assert (load(file).kernels[0].best_peer or "").startswith("grok_kernels")
-    assert "of the subject 1 ok, 0 bad" in capsys.readouterr().out
+    assert "of the subject 0 bad, 1 ok" in capsys.readouterr().out
 
 
 def test_the_cap_holds(tmp_path: Path, capsys: Captured) -> None:
@@ -226,7 +226,7 @@ def test_pytest_benchmark_takes_the_same_plugins(plugin: Path) -> None:
     found = {str(c).split()[1]: c for c in grok_bench.calls("softmax/rows2-*", plugins=[plugin], small=True)}
     with found["honest"] as call:
         assert {call().shape for _ in range(9)} == {(2, 64)}
-    with pytest.raises(AssertionError, match=r"softmax/rows2-columns64 remembers: the error is \d"), found["remembers"]:
+    with pytest.raises(AssertionError, match=r"softmax/rows2-columns64 remembers: wrong: error \d"), found["remembers"]:
         pass
     with pytest.raises(AssertionError, match=r"more_exact: wrong: the dtype is"), found["more_exact"]:
         pass

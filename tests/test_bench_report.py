@@ -13,12 +13,13 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from grok_bench.report import figure, markdown, rows, table
+from grok_bench import spread
+from grok_bench.report import markdown, table
 from grok_bench.report.commands import compare_command, report_command
-from grok_bench.report.compare import CompareError, compare
+from grok_bench.report.compare import compare
 from grok_bench.report.rows import block, headline
 from grok_bench.report.units import amount, digits, duration, interval
-from grok_bench.schema import Ceiling, ResultFile, load
+from grok_bench.schema import ResultFile
 from tests import report_samples as samples
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks/results"
@@ -69,11 +70,8 @@ def test_exact_numbers_in_the_terminal() -> None:
     text = terminal(exact())
     assert "tokens 16, routing even, fused; 1.20 GFLOP in bf16, 340 MB; floor 1.20 ms; 21 rounds kept, 2 thrown" in text
     ours, peer = (line.split() for line in text.splitlines() if line.startswith(("grok_kernels cpu", "oneDNN bf16")))
-    assert ours == ["grok_kernels", "cpu", "1.30", "ms", "[1.30,", "1.30]", "262", "923", "92%", "1.40", "1.2e-03"]
-    assert peer[6:8] == ["374", "659"]  # GB/s of its own bytes, which are twice the problem's
-    fast = replace(exact(), ceilings={"fp8": Ceiling(unit="FLOP/s", rate=1.4e15)})
-    assert "TFLOP/s" in terminal(fast)
-    assert "0.923" in terminal(fast)
+    assert ours == ["grok_kernels", "cpu", "1.30", "ms", "[1.30,", "1.30]", "262", "923", "G", "92%", "1.40", "1.2e-03"]
+    assert peer[6:9] == ["374", "659", "G"]  # GB/s of its own bytes, which are twice the problem's
 
 
 def in_markdown(file: ResultFile) -> str:
@@ -84,7 +82,7 @@ def test_exact_numbers_in_markdown() -> None:
     text = in_markdown(exact())
     row = "| A | moe/fp8-even-t16 | 1.30 ms | \\[1.30, 1.30] | 262 | 923 G | 92% | 1.40 | oneDNN bf16 |"
     assert row in text.splitlines()
-    assert "- **A** [Kernels on AMD EPYC 9xx5, 2026-11-23](results/x.json): problems 1; faster than the best" in text
+    assert "- **A** [x](results/x.json): problems 1; faster than the best" in text
 
 
 def test_what_has_no_time_is_said() -> None:
@@ -113,17 +111,13 @@ def test_narrow_terminals_wrap_and_lose_nothing(width: int) -> None:
         assert all(len(line) <= width for line in text.splitlines())
         words = set(text.split())
         assert {
-            word
-            for r in file.results
-            for row in block(file, r).rows
-            for cell in row.cells.values()
-            for word in cell.split()
+            word for r in file.results for row in block(r).rows for cell in row.cells.values() for word in cell.split()
         } <= words
 
 
 def test_a_run_of_an_engine_has_its_rates_and_latencies() -> None:
     file = samples.engine()
-    shown = block(file, file.results[0])
+    shown = block(file.results[0])
     assert shown.title == "serve grok-1"
     assert "layers 2, dummy, input len 128, request rate 0.1" in shown.sizes
     assert "12.8 output tokens/s" in shown.sizes
@@ -247,8 +241,6 @@ def test_a_win_is_one_only_where_its_interval_leaves_out_1(tmp_path: Path) -> No
     assert ("faster than the best peer", "0 of 0, slower 0, undecided 0") in headline(file)
     assert ("suspect, above 110% of the roofline", "1") in headline(file)
     assert "803% SUSPECT" in terminal(file)
-    with pytest.raises(ValueError, match="nothing to draw"):
-        figure.svg([file])
 
 
 def test_another_subject_has_its_own_ratios() -> None:
@@ -263,7 +255,7 @@ def test_another_subject_has_its_own_ratios() -> None:
             times = [[0.003, 0.0031, 0.0029], [0.002, 0.0021, 0.0019], [0.001, 0.0011, 0.0009]]
             several = [replace(s, samples=t) for s, t in zip(scores, times, strict=True)]
             file = replace(file, results=[replace(file.kernels[0], scores=several)])
-        (result,) = rows.with_subject(file, ["b"]).kernels
+        (result,) = spread.with_subject(file, ["b"]).kernels
         assert [s.ours for s in result.scores] == [False, True, False]
         assert result.best_peer == "c"
         b = result.scores[1]
@@ -295,11 +287,11 @@ def test_engines_are_compared_by_the_medians_of_their_requests() -> None:
 
 def test_what_cannot_be_compared_is_refused() -> None:
     kernels = samples.kernels()
-    with pytest.raises(CompareError, match="'kernels' and B of kind 'engine'"):
+    with pytest.raises(ValueError, match="'kernels' and B of kind 'engine'"):
         compare(kernels, samples.engine())
-    with pytest.raises(CompareError, match="'cpu', B on 'cuda'"):
+    with pytest.raises(ValueError, match="'cpu', B on 'cuda'"):
         compare(kernels, replace(kernels, environment=samples.environment(device="cuda")))
-    with pytest.raises(CompareError, match="no problem in common"):
+    with pytest.raises(ValueError, match="no problem in common"):
         compare(kernels, replace(kernels, results=[]))
     other = replace(kernels, environment=samples.environment(chip="Intel Xeon 6972P", torch="2.12.1"))
     assert compare(kernels, other).warnings == [
@@ -338,18 +330,13 @@ def test_report_writes_what_is_asked_for(files: tuple[Path, Path, Path], tmp_pat
     shown = invoke(report_command, *files[::2])
     assert "moe/grok-1/decode/fp8-even-t1" in shown.output
     assert "TTFT" in shown.output
-    md, html, svg = (tmp_path / name for name in ("x.md", "x.html", "x.svg"))
-    said = invoke(report_command, *files[::2], "--markdown", md, "--html", html, "--figure", svg).output
-    assert said == f"wrote {md}\nwrote {html}\nwrote {svg}\n"
+    md, html = (tmp_path / name for name in ("x.md", "x.html"))
+    said = invoke(report_command, *files[::2], "--markdown", md, "--html", html).output
+    assert said == f"wrote {md}\nwrote {html}\n"
     assert md.read_text().count("- **") == 2
-    drawn = svg.read_text()
-    words = set(re.findall(r">([^<>]+)<", drawn))
-    assert {"moe", "grouped_gemm", "rms_norm", "AMD EPYC 9xx5, 2026-11-23"} <= words
     page = html.read_text()
-    assert page.count("<svg") == 1
     assert not re.search(r"(src|href)=\"http|@import|<link", page)
     assert "softcap &lt;dropped&gt; [again]" in page
-    assert figure.svg([load(path) for path in files[::2]]) == drawn  # the same bytes again
 
 
 def test_the_committed_summary_is_of_the_committed_results(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for work, load in problems(config, 2 if a.smoke else a.new, a.smoke):
             result = run(work, lanes(load, folder / "packed", files), machine, limits)
             results.append(result)
-            table.one(file, result, console)
+            table.one(result, console)
             for s in result.scores:
                 if s.seconds:
                     console.print(f"{s.contestant}: {load.tokens / s.seconds:,.1f} tokens/s", style="dim")

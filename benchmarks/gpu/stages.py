@@ -18,7 +18,7 @@ from .run import WRONG, Command, Outcome, Stage
 PYTHON = sys.executable
 PYTEST = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=25", "--durations=10")
 LATENCY = (
-    "latency", "--model", "grok-1", "--layers", "2", "--dummy", "--weights", "fp8",
+    "latency", "--model", "grok-1", "--set", "num_layers=2", "--dummy", "--weights", "fp8",
     "--batch-size", "8", "--input-len", "256", "--output-len", "64", "--num-iters", "3", "--num-iters-warmup", "1",
     "--max-num-seqs", "8", "--max-model-len", "2048",
 )  # fmt: skip
@@ -81,7 +81,7 @@ def second(run: Run) -> list[Stage]:
         Stage("full size", lambda _: _full_size(run), 130, "all", at_once=True),
         Stage("engine", lambda _: _engine(run), 80, "all", at_once=True),
         Stage("memory", lambda _: [_memory(run)], 30, "all"),  # alone: it takes what memory is left
-        Stage("figures", lambda _: _figures(run, "@cuda-quick", ()), 80),
+        Stage("figures", lambda _: _figures(run, "@cuda", ()), 80),
         Stage("figures beside what compiles", lambda _: _compiling(run), 90),
         Stage("tuning", lambda _: [_tune(run, "tune", "--model", "grok-1", "--format", "fp8")], 60, "none"),
         Stage("profiles", lambda _: [_profile(run, *which) for which in _slowest(run)], 40, "none"),

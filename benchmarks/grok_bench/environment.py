@@ -20,8 +20,6 @@ import grok_kernels
 
 from .schema import Environment
 
-GROUP = Path("/sys/fs/cgroup")  # the process's own in a container
-
 
 def environment(device: str = "cpu") -> Environment:
     """The machine and software that a measurement on `device` depends on."""
@@ -67,22 +65,6 @@ def command() -> str:
     context = click.get_current_context()
     given = context.find_root().obj
     return f"grok-engine {shlex.join(given)}" if given else context.command_path
-
-
-def available_bytes(device: str = "cpu") -> int | None:
-    """Free memory on `device`, within the cgroup's limit; None where the system does not say."""
-    if device.startswith("cuda"):
-        try:
-            return int(torch.cuda.mem_get_info(device)[0])
-        except (RuntimeError, ValueError, AssertionError):
-            return None
-    free = _value(r"^MemAvailable:\s*(\d+)", _text("/proc/meminfo"))
-    found = [int(free) << 10] if free else []
-    limit, used = (_text(GROUP / f"memory.{name}").strip() for name in ("max", "current"))
-    if limit.isdigit() and used.isdigit():
-        cache = _value(r"^inactive_file (\d+)", _text(GROUP / "memory.stat"))
-        found.append(int(limit) - int(used) + int(cache or 0))
-    return min(found, default=None)
 
 
 def peak_bytes(device: str = "cpu") -> int:

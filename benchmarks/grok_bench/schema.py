@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from datetime import datetime, timezone
+from inspect import formatannotation
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
@@ -210,10 +211,10 @@ def _plain(value: Any, samples: bool) -> Any:
         return {key: _plain(item, samples) for key, item in value.items()}
     if not is_dataclass(value):
         return value
-    members = {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
-    left_out = {"samples"} if not samples else set()
-    left_out |= {f.name for f in fields(value) if f.name == "warnings" and not members.get("warnings")}
-    return {name: _plain(member, samples) for name, member in members.items() if name not in left_out}
+    members = {f.name: getattr(value, f.name) for f in fields(value) if samples or f.name != "samples"}
+    defaults: dict[str, Any] = {f.name: f.default for f in fields(value)}
+    defaults |= {f.name: f.default_factory() for f in fields(value) if f.default_factory in (list, dict)}
+    return {name: _plain(member, samples) for name, member in members.items() if member != defaults[name]}
 
 
 def load(path: str | Path) -> ResultFile:
@@ -275,8 +276,4 @@ def _parse(kind: Any, value: Any, at: str) -> Any:
         return {key: _parse(args[1], item, f"{at}.{key}") for key, item in value.items()}
     elif type(value) is kind or (kind is float and type(value) is int):
         return kind(value)
-    if origin is Literal:
-        expected = f"one of {', '.join(args)}"
-    else:
-        expected = {list: "a list", dict: "an object"}.get(origin) or " or ".join(k.__name__ for k in args or (kind,))
-    raise SchemaError(f"{at} is {value!r:.60}, expected {expected}")
+    raise SchemaError(f"{at} is {value!r:.60}, expected {formatannotation(kind)}")

@@ -1,13 +1,14 @@
-"""The 95% interval of a median or of a ratio of medians, and the digits of it that a clock can tell apart."""
+"""The 95% interval of a median or of a ratio of medians, and the ratios of a subject to its peers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from math import ceil, exp, floor, hypot, inf, log
 from statistics import median
 
-from .schema import Score
+from .schema import ResultFile, Score
 
 
 def interval(samples: Sequence[float]) -> tuple[float, float]:
@@ -46,3 +47,18 @@ def raced(scores: Sequence[Score]) -> tuple[list[Score], str | None]:
         middle, low, high = (None if x is None else significant(x) for x in found)
         made.append(replace(s, speedup=middle, speedup_low=low, speedup_high=high))
     return made, best.contestant if best else None
+
+
+def with_subject(file: ResultFile, patterns: Sequence[str]) -> ResultFile:
+    """The file with the contestants that match as its subject, and ratios taken anew. ValueError where none does."""
+    if not patterns or not file.kernels:
+        return file
+    names = dict.fromkeys(s.contestant for r in file.kernels for s in r.scores)
+    mine = {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    if not mine:
+        raise ValueError(f"no contestant matches --subject {' '.join(patterns)}: there are {'; '.join(names)}")
+    results = []
+    for r in file.kernels:
+        scores, best_peer = raced([replace(s, ours=s.contestant in mine) for s in r.scores])
+        results.append(replace(r, scores=scores, best_peer=best_peer))
+    return replace(file, results=results)

@@ -247,7 +247,7 @@ def test_curl(url: str, client: openai.OpenAI) -> None:
     assert json.loads(curl(f"{url}/models"))["error"]["code"] == "invalid_api_key"
     body = json.dumps({"model": NAME, "messages": TALK, "stream": True, **SURE})
     lines = curl("-N", *key, "--json", body, f"{url}/chat/completions").splitlines()
-    events = [line.removeprefix("data: ") for line in lines if line]
+    events = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
     assert events[-1] == "[DONE]"
     text = "".join(json.loads(event)["choices"][0]["delta"].get("content") or "" for event in events[:-1])
     assert text == client.chat.completions.create(model=NAME, messages=TALK, **SURE).choices[0].message.content

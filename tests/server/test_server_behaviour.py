@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from grok_engine import AsyncLLM, LLMEngine, RequestOutput
 from grok_engine.server import Limits, create_app
-from tests.server.calls import Exchange, ask, events, idle, post, refusal, run
+from tests.server.calls import Exchange, ask, data_of, events, idle, post, refusal, run
 
 PATH = "/v1/completions"
 LONG: dict[str, Any] = {"prompt": "My dear Watson", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
@@ -126,8 +126,8 @@ def test_what_a_slow_reader_missed_comes_in_one_piece(app: ASGIApp, llm: AsyncLL
         exchange = run(read_slowly(prompts))
         assert len(exchange.sent) <= 2 + 3 * len(whole)  # not one for each token
         read = [""] * len(whole)
-        for line in exchange.text.split("\n\n")[:-2]:
-            for choice in json.loads(line.removeprefix("data: "))["choices"]:
+        for data in data_of(exchange.text)[:-1]:
+            for choice in json.loads(data)["choices"]:
                 read[choice["index"]] += choice["text"]
         assert read == whole
 
@@ -296,8 +296,8 @@ def test_many_streams_at_once_are_each_the_answer_alone(app: ASGIApp) -> None:
         found = []
         for body, response in zip(bodies, responses, strict=True):
             texts = [""] * int(str(body["n"]))
-            for line in response.text.split("\n\n")[:-2]:
-                for choice in json.loads(line.removeprefix("data: "))["choices"]:
+            for data in data_of(response.text)[:-1]:
+                for choice in json.loads(data)["choices"]:
                     texts[choice["index"]] += choice["text"]
             found.append(texts)
         return found

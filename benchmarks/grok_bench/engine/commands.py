@@ -36,7 +36,6 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 MODEL = _options(
     click.option("--model", default="tiny", show_default=True, help="`tiny`, a folder, or with --dummy a preset."),
     click.option("--dummy", is_flag=True, help="Random weights, of the model's architecture."),
-    click.option("--layers", type=COUNT, help="With --dummy: the number of layers."),
     click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="With --dummy: as in d_model=512."),
     click.option("--dtype", type=click.Choice(get_args(DType)), default="bfloat16", show_default=True),
     click.option("--weights", type=click.Choice(get_args(WeightFormat)), help="Default: as stored; random ones int8."),

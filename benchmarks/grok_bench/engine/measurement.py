@@ -74,7 +74,7 @@ def publish(result: EngineResult, run: Run, path: Path | None, device: str, warn
         interrupted=run.interrupted, warnings=list(warnings),
     )  # fmt: skip
     table.about(file, table.terminal())
-    table.one(file, result, table.terminal())
+    table.one(result, table.terminal())
     if path is not None:
         file.save(path)
     if run.interrupted:

@@ -17,28 +17,23 @@ from .workload import Job
 
 
 def find_model(
-    name: str, *, dummy: bool, layers: int | None = None, overrides: Sequence[str] = (), **options: Any
+    name: str, *, dummy: bool, overrides: Sequence[str] = (), **options: Any
 ) -> tuple[EngineConfig, Path | None, dict[str, Any]]:
-    """`tiny`, a folder, or with `dummy` also a preset, changed by `layers` and the NAME=VALUE of `overrides`.
+    """`tiny`, a folder, or with `dummy` also a preset, changed by the NAME=VALUE of `overrides`.
 
     The configuration, the folder of the weights (None: random ones), and the engine's options. ConfigError for options
     that do not fit together.
     """
-    if not dummy:
-        if layers is not None or overrides:
-            given = f"--layers {layers}" if layers is not None else f"--set {overrides[0]}"
-            raise ConfigError(f"{given} needs --dummy: the model {name!r} has the shape that it has")
-        if name in PRESETS and not Path(name).is_dir():
-            raise ConfigError(f"model {name!r} has no weights here: give --dummy for random ones, or a folder")
+    if overrides and not dummy:
+        raise ConfigError(f"--set {overrides[0]} needs --dummy: the model {name!r} has the shape that it has")
+    if name in PRESETS and not dummy and not Path(name).is_dir():
+        raise ConfigError(f"model {name!r} has no weights here: give --dummy for random ones, or a folder")
     folder = None if name in PRESETS and dummy else _folder(name)
     model = PRESETS[name] if folder is None else read_config(folder)
-    if dummy:
-        changes = dict(map(_override, overrides))
-        if layers is not None:
-            changes["num_layers"] = layers
-        if "head_dim" in changes:
-            changes.setdefault("attn_scale", 0)
-        model = ModelConfig.from_dict({**model.to_dict(), **changes})
+    changes = dict(map(_override, overrides))
+    if "head_dim" in changes:
+        changes.setdefault("attn_scale", 0)
+    model = ModelConfig.from_dict({**model.to_dict(), **changes})
     options = {key: value for key, value in options.items() if value is not None}
     return EngineConfig(model=model, **options), None if dummy else folder, options
 
@@ -50,24 +45,19 @@ def load(
 
     ValueError, before anything is loaded, where a job does not fit; the engine refuses what memory does not hold.
     """
-    for i, job in enumerate(jobs):
-        prompt, new = len(job.prompt), job.output_len
-        if prompt + new > config.max_len:
-            raise ValueError(
-                f"request {i} has {prompt} prompt tokens and {new} to come, {prompt + new} in all, more than "
-                f"max_model_len={config.max_len}"
-            )
+    longest = max(len(job.prompt) + job.output_len for job in jobs)
+    if longest > config.max_len:
+        raise ValueError(f"a prompt and its answer have {longest} tokens, more than max_model_len={config.max_len}")
     began = time.perf_counter()
     with byte_bar("loading") as progress:
         engine = LLMEngine(config.model if folder is None else folder, progress=progress, **options)
     seconds = time.perf_counter() - began
-    for i, job in enumerate(jobs):
-        need, pages = engine.allocator.pages_for(len(job.prompt) + job.output_len - 1), engine.runner.num_pages
-        if need > pages:
-            raise ConfigError(
-                f"request {i} needs {need} pages of keys and values, there are {pages}: "
-                "expected a larger --num-pages or --kv-memory"
-            )
+    need, pages = engine.allocator.pages_for(longest - 1), engine.runner.num_pages
+    if need > pages:
+        raise ConfigError(
+            f"a request needs {need} pages of keys and values, there are {pages}: expected a larger --num-pages or "
+            "--kv-memory"
+        )
     return engine, seconds
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from .case import TURNS, Case, copies
 from .contestant import Contestant
 from .data import Once, kept
+from .ours import reference
 from .problems import CONTEXTS, KV, PAGES, Problem, family
 
 
@@ -42,26 +42,18 @@ class Cache(Once):
         (k, k_scale), (v, v_scale) = pages(), pages()
         return cls(k, v, k_scale, v_scale, table, length)
 
-    def request(self, which: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """One request's keys and values, (G, L, C)."""
-        pages = self.table[which].long()
-        found = []
-        for cache, scale in ((self.k_pages, self.k_scale), (self.v_pages, self.v_scale)):
-            x = (
-                cache[pages].to(dtype)
-                if scale is None
-                else (cache[pages].float() * scale[pages].unsqueeze(-1)).to(dtype)
-            )
-            found.append(x.transpose(0, 1).flatten(1, 2)[:, : self.length])
-        return found[0], found[1]
-
     def contiguous(self) -> tuple[Tensor, Tensor]:
         """All requests' keys and values, (B, G, L, C) bf16."""
         return self.once("contiguous", Cache._contiguous)
 
     def _contiguous(self) -> tuple[Tensor, Tensor]:
-        every = [self.request(b, torch.bfloat16) for b in range(self.table.shape[0])]
-        return torch.stack([k for k, _ in every]), torch.stack([v for _, v in every])
+        found = []
+        for cache, scale in ((self.k_pages, self.k_scale), (self.v_pages, self.v_scale)):
+            x_BNGSC = cache[self.table.long()]
+            if scale is not None:
+                x_BNGSC = (x_BNGSC.float() * scale[self.table.long()].unsqueeze(-1)).bfloat16()
+            found.append(x_BNGSC.transpose(1, 2).flatten(2, 3)[:, :, : self.length].contiguous())
+        return found[0], found[1]
 
 
 @dataclass(frozen=True)
@@ -90,7 +82,7 @@ class Attend:
 def footprint(p: Problem) -> float:
     m = p.shape
     values = 2 * p.number("context") * m.num_kv_heads * m.head_dim * dict(p.values).get("batch", 1)
-    return int(values) * (2 if p["kv"] == "bf16" else 3)  # fp8 values are converted from bf16 ones
+    return int(values) * (6 if p["kv"] == "bf16" else 3)  # the reference computes in fp32; fp8 is converted from bf16
 
 
 @family(  # one query for each request of the batch
@@ -125,7 +117,7 @@ def build(p: Problem, device: str, cold: int) -> Case:
     seen = batch * sum(range(length - queries + 1, length + 1))
     return Case(
         inputs=inputs,
-        expected=exact,
+        expected=lambda inputs: reference(p.op, inputs.args),
         operations=4 * h * c * seen,
         bytes=stored + 4 * batch * queries * h * c,
         arithmetic="bf16",
@@ -152,26 +144,3 @@ def uncapped(c: Contestant) -> Contestant:
 def plain(inputs: Attend) -> Attend:
     """The same call without softcap and temperature."""
     return replace(inputs, softcap=0.0, temperature_len=0)
-
-
-def exact(a: Attend) -> Tensor:
-    """Attention in fp32, head by head, which needs little memory."""
-    tokens, heads, c = a.q_THC.shape
-    length, t = a.cache.length, a.queries
-    out = torch.empty(tokens, heads, c, device=a.q_THC.device)
-    hidden = torch.ones(t, length, dtype=torch.bool, device=a.q_THC.device).triu(length - t + 1)
-    positions = torch.arange(length - t, length, device=a.q_THC.device).clamp(min=1)
-    stretch = torch.ones(t, 1, device=a.q_THC.device)
-    if a.temperature_len:
-        longer = positions.log2() / math.log2(a.temperature_len)
-        stretch = torch.where(positions > a.temperature_len, longer, 1.0).unsqueeze(1)
-    for b in range(tokens // t):
-        q_THC = a.q_THC[b * t : (b + 1) * t].float()
-        k_GLC, v_GLC = a.cache.request(b, torch.float32)
-        for h in range(heads):
-            g = h // (heads // k_GLC.shape[0])
-            s = q_THC[:, h] @ k_GLC[g].t() * a.scale
-            if a.softcap:
-                s = a.softcap * torch.tanh(s / a.softcap)
-            out[b * t : (b + 1) * t, h] = torch.softmax((s * stretch).masked_fill(hidden, -math.inf), -1) @ v_GLC[g]
-    return out

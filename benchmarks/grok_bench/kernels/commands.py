@@ -108,11 +108,11 @@ def kernels_command(
         chosen = list({p.small().name: p.small() for p in chosen}.values())
     for these in (who, subject):
         contestant.check(these, chosen, kind)
+    limits = harness.Limits(seconds=seconds, call=limit, end=end)
+    if smoke:
+        limits = replace(limits, seconds=60.0, rounds=2, pick=False)
     busy = [] if smoke else quiet.load(environment().cores)
     where, console = device(name, small=smoke), table.terminal()
-    limits = (
-        harness.Limits(60.0, 2, limit, False, end) if smoke else harness.Limits(seconds=seconds, call=limit, end=end)
-    )
     results = list[KernelResult]()
     found = ResultFile(kind="kernels", command=command(), environment=environment(where.name), results=results)
     found.ceilings.update(where.kept())
@@ -122,7 +122,7 @@ def kernels_command(
     def keep(result: KernelResult) -> None:
         results.append(result)
         found.ceilings.update(where.kept())
-        table.one(found, result, console)
+        table.one(result, console)
         if file:  # after each, so that the file holds what there is, whatever ends the run
             found.save(file, samples)
         if csv:
@@ -134,9 +134,9 @@ def kernels_command(
             try:
                 with torch.inference_mode():
                     case = cases.build(problem, where.name, where.cold, where.free(), end)
-            except (cases.TooLarge, Dropped) as error:
-                skipped.append(str(error) if isinstance(error, cases.TooLarge) else f"{problem.name}: {error.args[1]}")
-                console.print(f"\nskipped: {skipped[-1]}", markup=False)
+            except Dropped as error:
+                skipped.append(f"skipped: {problem.name}: {error.args[1]}")
+                console.print(f"\n{skipped[-1]}", markup=False)
                 continue
             everyone = contestant.entrants(problem, kind, who or ("*",) * smoke, compiles=not (smoke or no_compile))
             enter = partial(_lane, problem, case, where, limits, mine, plugins if apart else None)
@@ -155,13 +155,12 @@ def kernels_command(
     finally:
         forget()
     for line in skipped:
-        console.print(f"skipped: {line}", markup=False)
+        console.print(line, markup=False)
     table.unavailable(found, console)
     states = [s.status for r in results for s in r.scores if s.ours]
     bad = sum(status in rows.BAD for status in states)
-    counts = [f"{states.count('ok')} ok", f"{bad} bad", f"{states.count('missing')} missing"]
-    counts += [f"{states.count('noisy')} noisy"] if "noisy" in states else []
-    console.print(f"{len(results)} of {len(chosen)} problems; of the subject {', '.join(counts)}", markup=False)
+    counts = ", ".join([f"{bad} bad", *(f"{states.count(s)} {s}" for s in ("ok", "missing", "noisy"))])
+    console.print(f"{len(results)} of {len(chosen)} problems; of the subject {counts}", markup=False)
     if found.interrupted or bad:
         raise click.exceptions.Exit(130 if found.interrupted else 1)
 

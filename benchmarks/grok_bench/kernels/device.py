@@ -6,7 +6,7 @@ import time
 from bisect import insort
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..environment import available_bytes
+from grok_engine.runtime.memory import available_bytes
+
 from ..schema import Ceiling as Kept
 from ..schema import GpuState
 from . import ours
@@ -130,15 +131,8 @@ class Device:
     def _product(self, kind: str, n: int) -> Callable[[], float]:
         """Operations of a large product of square matrices, made when it is first measured."""
         n = 64 if self.small else n
-        made: list[Callable[[], Any]] = []
-
-        def measure() -> float:
-            if not made:
-                made.append(_multiply(kind, n, self.name))
-                made[0]()
-            return 2.0 * n**3 / self.seconds(made[0])
-
-        return measure
+        product = cache(partial(_multiply, kind, n, self.name))
+        return lambda: 2.0 * n**3 / self.seconds(product())
 
 
 def _multiply(kind: str, n: int, device: str) -> Callable[[], Any]:

@@ -22,17 +22,17 @@ IMPORTS = 60.0  # seconds more for the first answer of a process, which imports 
 
 
 class Dropped(Exception):
-    """A contestant takes no further part. `args`: its status from now on, and why.
+    """A contestant takes no further part. `args`: its status from now on, why, and the error of its result if known.
 
-    "wrong" if its result is not of the shape, dtype and stride that are due, or it changes an input, "failed" if a call
-    raised or its process died, "timeout" if a call took longer than the limit, "missing" if it says itself that it has
-    no kernel for the call.
+    "wrong" if its result is not of the values, shape, dtype and stride that are due, or it changes an input, "failed"
+    if a call raised or its process died, "timeout" if a call took longer than the limit, "missing" if it says itself
+    that it has no kernel for the call.
     """
 
 
 class Entrant(Protocol):
     def check(self, again: bool = False) -> float | None:
-        """Prepare, call once, and return the error of the result, if it can be compared. Dropped.
+        """Prepare, call once, and return the error of the result, if it can be compared. Dropped, if it is too large.
 
         `again`: after the timing, what was timed is called with inputs that were changed in place meanwhile.
         """
@@ -69,8 +69,11 @@ class Local:
             raise Dropped("wrong", f"it changes its input {', '.join(names)}")
         if why := misfit(got, case.due(inputs[0]) if case.due else expected):
             raise Dropped("wrong", why)
-        found = error(shown, expected)
-        if not again and found <= (case.tolerance if c.tolerance is None else c.tolerance):
+        found, allowed = error(shown, expected), case.tolerance if c.tolerance is None else c.tolerance
+        if not found <= allowed:
+            when = ", after the timing, with inputs changed in place" if again else ""
+            raise Dropped("wrong", f"error {found:.1e} where {allowed:.1e} is allowed{when}", found)
+        if not again:
             with self._guarded():
                 for i in inputs:
                     ready = call if i is inputs[0] else c.bind(i)

@@ -1,9 +1,8 @@
-"""Other people's kernels on a CPU: oneDNN, FBGEMM, torch's int8 product, and vLLM's build for CPUs."""
+"""Other people's kernels on a CPU: oneDNN, torch's int8 product, and vLLM's build for CPUs."""
 
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
@@ -16,7 +15,7 @@ from torch import Tensor
 from grok_kernels.formats import FORMATS
 
 from .attention import Attend, Cache, without_softcap
-from .case import BF16_ERROR, ONE_SCALE_ERROR
+from .case import BF16_ERROR
 from .contestant import Call, Contestant, register
 from .data import BLOCK, Weights
 from .moe import Layer, with_silu
@@ -29,14 +28,13 @@ PAGE = 32  # keys
 
 
 def add() -> None:
-    for name, pack, linear, weight_bytes, formats, tolerance, missing in (
-        ("oneDNN, prepacked bf16", _onednn_pack, _onednn, 2, (), None, None),
-        ("torch _weight_int8pack_mm", _int8_pack, _int8_linear, 1, ("int8",), None, None),
-        ("torch linear_dynamic (FBGEMM)", _dynamic_pack, _dynamic_linear, 1, ("int8dyn",), ONE_SCALE_ERROR, None),
-        ("vLLM int8_scaled_mm_with_quant", _vllm_pack, _vllm_int8, 1, ("int8dyn",), None, load_vllm),
+    for name, pack, linear, weight_bytes, formats, missing in (
+        ("oneDNN, prepacked bf16", _onednn_pack, _onednn, 2, (), None),
+        ("torch _weight_int8pack_mm", _int8_pack, _int8_linear, 1, ("int8",), None),
+        ("vLLM int8_scaled_mm_with_quant", _vllm_pack, _vllm_int8, 1, ("int8dyn",), load_vllm),
     ):
         products(
-            f"{name}, a loop", pack, loop(linear), weight_bytes, formats=formats, devices=CPU, tolerance=tolerance,
+            f"{name}, a loop", pack, loop(linear), weight_bytes, formats=formats, devices=CPU,
             missing=missing or _works(pack, linear),
         )  # fmt: skip
     for group, four_bit in _INT4.items():
@@ -124,19 +122,6 @@ def _int4_pack(group: int, weights: Weights) -> list[tuple[Tensor, int, Tensor]]
 def _int4_linear(x_MK: Tensor, packed: tuple[Tensor, int, Tensor]) -> Tensor:
     y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x_MK, *packed)
     return y
-
-
-def _dynamic_pack(weights: Weights) -> list[Any]:
-    zeros = torch.zeros(weights.values.shape[1], dtype=torch.long)
-    make, pack = torch._make_per_channel_quantized_tensor, torch.ops.quantized.linear_prepack
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch deprecates its quantised tensors
-        return [pack(make(w, s.double(), zeros, 0), None) for w, s in zip(weights.values, _scale(weights), strict=True)]
-
-
-def _dynamic_linear(x_MK: Tensor, packed: Any) -> Tensor:
-    y: Tensor = torch.ops.quantized.linear_dynamic(x_MK.float(), packed, False)
-    return y.bfloat16()
 
 
 # vLLM

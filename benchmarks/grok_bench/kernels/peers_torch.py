@@ -55,7 +55,7 @@ def add() -> None:
 
 def products(
     name: str, pack: Pack, run: Run, weight_bytes: float, *, formats: tuple[str, ...] = (),
-    devices: tuple[str, ...] = ("cpu", "cuda"), tolerance: float | None = None, missing: Callable[[], str] = lambda: "",
+    devices: tuple[str, ...] = ("cpu", "cuda"), missing: Callable[[], str] = lambda: "",
 ) -> None:  # fmt: skip
     """Register a grouped product, and the expert layer composed of two of them. No formats: all."""
 
@@ -71,7 +71,7 @@ def products(
 
     one = Contestant(
         name=name, op="grouped_gemm", bind=product, devices=devices, enters=enters, missing=missing,
-        tolerance=tolerance, weight_bytes=weight_bytes,
+        weight_bytes=weight_bytes,
     )  # fmt: skip
     register(one, replace(one, op="moe", bind=layer))
 

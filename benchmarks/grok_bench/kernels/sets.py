@@ -29,22 +29,6 @@ SETS: dict[str, tuple[str, ...]] = {
         *_set("group_tokens/grok-1/*/zipf-t{t}", t=(64, 1024)),
         *_set("sample_top_p/grok-1/decode/b{b}", b=(1, 16)),
     ),
-    "cuda": (
-        *_set("grouped_gemm/grok-1/*/{w}-{f}-even-t{t}", w=("w13", "w2"), f=("fp8xfp8", "int8", "bf16"),
-              t=(1, 8, 64, 1024, 4096)),
-        *_set("grouped_gemm/grok-1/*/w13-fp8xfp8-{r}-t{t}", r=("zipf", "one"), t=(64, 4096)),
-        *_set("grouped_gemm/grok-1/*/qkv-{f}-t{t}", f=("fp8xfp8", "bf16"), t=(1, 64, 4096)),
-        *_set("moe/{m}/*/{f}-even-t{t}", m=("grok-1", "mixtral-8x7b"), f=("fp8dyn", "int8"), t=(1, 8, 32, 1024, 4096)),
-        *_set("moe_fp8/grok-1/*/fp8xfp8-even-t{t}", t=(1, 32, 4096)),
-        *_set("paged_attention/grok-1/decode/{kv}-p64-b{b}-l{n}", kv=KV, b=(1, 64), n=(1024, 8192)),
-        *_set("paged_attention/grok-1/prefill/{kv}-p64-q2048-l{n}", kv=KV, n=(2048, 32768)),
-        *_set("{op}/grok-1/*/t{t}", op=("rms_norm", "sandwich_norm", "sandwich_norm_fp8", "route_topk", "quantize_fp8"),
-              t=(1, 256, 4096)),
-        *_set("route_and_group/grok-1/*/t{t}", t=(1, 256)),
-        *_set("rope_store_kv/grok-1/*/{kv}-p64-t{t}", kv=KV, t=(1, 256, 4096)),
-        *_set("group_tokens/grok-1/*/zipf-t{t}", t=(256, 16384)),
-        *_set("sample_top_p/grok-1/decode/b{b}", b=(1, 64)),
-    ),
     # the first part of `make bench-gpu`, a minute and a half: the most important first
     "cuda-first": (
         *_set("grouped_gemm/grok-1/prefill/{w}-fp8xfp8-even-t4096", w=("w13", "w2")),
@@ -63,7 +47,7 @@ SETS: dict[str, tuple[str, ...]] = {
         "grouped_gemm/grok-1/decode/w2-fp8xfp8-even-t64", "paged_attention/grok-1/prefill/bf16-p64-q2048-l2048",
     ),
     # the second part, two minutes: every class once, and what decides between kernels
-    "cuda-quick": (
+    "cuda": (
         *_set("grouped_gemm/grok-1/*/{w}-fp8xfp8-even-t{t}", w=("w13", "w2"), t=(1, 64, 4096)),
         "grouped_gemm/grok-1/prefill/w13-fp8xfp8-zipf-t4096", "grouped_gemm/grok-1/decode/w13-bf16-even-t64",
         *_set("grouped_gemm/grok-1/*/w13-int8-even-t{t}", t=(1, 64, 4096)),

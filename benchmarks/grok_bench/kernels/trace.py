@@ -43,25 +43,20 @@ def read(folder: Path) -> None:
     workloads: dict[str, dict[str, Any]] = {}
     for line in _json(folder / "workloads"):
         workloads.setdefault(line["definition"], {})[line["workload"]["uuid"]] = line["workload"]
-    for name, d in definitions.items():
-        known = workloads.get(name) or {}
-        if known:
-            build = partial(_build, folder, d, known)
-            family(name, "{workload}", {"workload": tuple(known)}, modelled=False)(build)
+    for name, known in workloads.items():
+        build = partial(_build, folder, definitions[name], known)
+        family(name, "{workload}", {"workload": tuple(known)}, modelled=False)(build)
     for s in _json(folder / "solutions"):
-        d, spec = definitions[s["definition"]], s["spec"]
-        runs = spec["language"] in HERE
-        why = "" if runs else f"{spec['language']} needs building: run it with flashinfer-bench"
-        files = tuple((f["path"], f["content"]) for f in s["sources"])
-        passing = spec.get("destination_passing_style", True)
-        if d["name"] in workloads:
-            bind = partial(_bind, d, files, spec["entry_point"], passing)
-            register(Contestant(name=s["name"], op=d["name"], bind=bind, missing=lambda why=why: why))  # type: ignore[misc]
+        if s["definition"] in workloads:
+            language = s["spec"]["language"]
+            why = "" if language in HERE else f"{language} needs building: run it with flashinfer-bench"
+            bind = partial(_bind, definitions[s["definition"]], s)
+            register(Contestant(name=s["name"], op=s["definition"], bind=bind, missing=partial(str, why)))
 
 
 def _json(folder: Path) -> Iterator[Any]:
     """What the files under a folder hold."""
-    for path in sorted([*folder.rglob("*.json"), *folder.rglob("*.jsonl")]):
+    for path in sorted(folder.rglob("*.json*")):
         text = path.read_text(encoding="utf-8")
         yield from map(json.loads, filter(None, text.splitlines()) if path.suffix == ".jsonl" else [text])
 
@@ -83,8 +78,7 @@ def _function(files: tuple[tuple[str, str], ...], entry_point: str) -> Callable[
     for path, content in files:
         if ".." in Path(path).parts or Path(path).is_absolute():
             raise ValueError(f"the source {path!r} lies outside of its folder")
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(content, encoding="utf-8")
+        _put(folder / path, content)
     spec = spec_from_file_location(f"grok_bench_{uuid.uuid4().hex}", folder / file)
     assert spec is not None
     assert spec.loader is not None
@@ -98,11 +92,10 @@ def _function(files: tuple[tuple[str, str], ...], entry_point: str) -> Callable[
     return found
 
 
-def _sizes(d: Mapping[str, Any], workload: Mapping[str, Any], tensor: Mapping[str, Any]) -> list[int] | None:
-    if tensor["shape"] is None:
-        return None
-    values = {axis: a.get("value") for axis, a in d["axes"].items()} | dict(workload["axes"])
-    return [values[axis] for axis in tensor["shape"]]
+def _sizes(d: Mapping[str, Any], axes: Mapping[str, int], tensor: Mapping[str, Any]) -> list[int] | None:
+    """The shape of a tensor of a definition, of which `axes` are the variable ones; None for a scalar."""
+    values = {axis: a.get("value") for axis, a in d["axes"].items()} | dict(axes)
+    return None if tensor["shape"] is None else [values[axis] for axis in tensor["shape"]]
 
 
 def _build(
@@ -123,7 +116,7 @@ def _input(folder: Path, device: str, d: Mapping[str, Any], workload: Mapping[st
         return given["value"]
     if given["type"] == "safetensors":
         return _safetensors().load_file(folder / given["path"])[given["tensor_key"]].to(device, copy=True)
-    sizes, dtype = _sizes(d, workload, tensor), getattr(torch, tensor["dtype"])
+    sizes, dtype = _sizes(d, workload["axes"], tensor), getattr(torch, tensor["dtype"])
     if not dtype.is_floating_point:
         most = 2 if dtype == torch.bool else 128 if dtype == torch.int8 else 1024
         x = torch.randint(0 if dtype == torch.bool else -most, most, sizes or (), device=device).to(dtype)
@@ -135,21 +128,21 @@ def _input(folder: Path, device: str, d: Mapping[str, Any], workload: Mapping[st
     return x if sizes is not None else x.item()
 
 
-def _bind(d: Mapping[str, Any], files: Any, entry_point: str, passing: bool, inputs: Any) -> Call:
-    """`passing`: the function takes its results after its arguments, and fills them."""
-    run = _function(files, entry_point)
-    if not passing:
+def _bind(d: Mapping[str, Any], solution: Mapping[str, Any], inputs: Any) -> Call:
+    spec = solution["spec"]
+    run = _function(tuple((f["path"], f["content"]) for f in solution["sources"]), spec["entry_point"])
+    if not spec.get("destination_passing_style", True):
         return lambda: run(*inputs.args)
     axes: dict[str, int] = {}
     for tensor, x in zip(d["inputs"].values(), inputs.args, strict=True):
         axes |= dict(zip(tensor["shape"] or (), getattr(x, "shape", ()), strict=True))
     device = next((x.device for x in inputs.args if isinstance(x, Tensor)), None)
     made = [
-        torch.empty(_sizes(d, {"axes": axes}, t) or (), dtype=getattr(torch, t["dtype"]), device=device)
+        torch.empty(_sizes(d, axes, t) or (), dtype=getattr(torch, t["dtype"]), device=device)
         for t in d["outputs"].values()
     ]
 
-    def call() -> Any:
+    def call() -> Any:  # the function fills its results, which come after its arguments
         run(*inputs.args, *made)
         return made[0] if len(made) == 1 else made
 
@@ -192,11 +185,6 @@ def write(folder: Path, problem: Problem, case: Case, contestants: Sequence[Cont
             given[key] = {"type": "scalar", "value": x}
         return key if key in inputs else repr(x)
 
-    def put(path: str, value: Any) -> None:
-        file = folder / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(value, indent=1 if file.suffix == ".json" else None) + "\n", encoding="utf-8")
-
     def source(function: str, imports: str = "import grok_kernels", within: str = "") -> str:
         body = f"{within}return {function}({', '.join(called)})"
         return f"import torch\n{imports}\n\n\ndef run({', '.join(inputs)}):\n    {body}\n"
@@ -209,48 +197,49 @@ def write(folder: Path, problem: Problem, case: Case, contestants: Sequence[Cont
         reference = source(op, within="with grok_kernels.use_backend('reference'): ")
     else:
         reference = source(case.source[1], _plain(Path(case.source[0])))
-    put(f"definitions/{problem.op}/{name}.json", {
-        "name": name, "op_type": problem.op, "axes": axes, "inputs": inputs, "outputs": outputs, "reference": reference,
-    })  # fmt: skip
+    definition = {"name": name, "op_type": problem.op, "axes": axes, "inputs": inputs, "outputs": outputs}
+    _put(folder / f"definitions/{problem.op}/{name}.json", json.dumps({**definition, "reference": reference}, indent=1))
     if stored:
         (folder / blob).parent.mkdir(parents=True, exist_ok=True)
         _safetensors().save_file(stored, folder / blob)
     sizes = {axis: v for axis, v in variable.items() if axis in axes}
     workload = {"axes": sizes, "inputs": given, "uuid": str(uuid.uuid5(uuid.NAMESPACE_URL, problem.name))}
-    put(f"workloads/{problem.op}/{name}.jsonl", {"definition": name, "workload": workload})
+    _put(folder / f"workloads/{problem.op}/{name}.jsonl", json.dumps({"definition": name, "workload": workload}))
     for c in contestants:
         if c.instead or c.missing() or not (c.ours or c.source):
             continue
         if c.source:
-            file, function = c.source
-            module = Path(file).stem
-            files = {"main.py": source(function, f"import grok_kernels\nfrom {module} import {function}")}
-            files[f"{module}.py"] = _plain(Path(file))
+            plugin, function = Path(c.source[0]), c.source[1]
+            imports = f"import grok_kernels\nfrom {plugin.stem} import {function}"
+            files = {"main.py": source(function, imports), plugin.name: _plain(plugin)}
         else:
             backend = c.name.removeprefix("grok_kernels ")
             files = {"main.py": source(op, within=f"with grok_kernels.use_backend({backend!r}): ")}
-        solution = f"{c.name} {name}".replace(" ", "_")
-        spec = {
-            "language": "python", "target_hardware": list(c.devices), "entry_point": "main.py::run",
-            "destination_passing_style": False,
-        }  # fmt: skip
-        put(f"solutions/grok_bench/{problem.op}/{name}/{solution}.json", {
-            "name": solution, "definition": name, "author": "grok_bench", "spec": spec,
+        spec = {"language": "python", "target_hardware": list(c.devices), "entry_point": "main.py::run"}
+        solution = {
+            "name": f"{c.name} {name}".replace(" ", "_"), "definition": name, "author": "grok_bench",
+            "spec": {**spec, "destination_passing_style": False},
             "sources": [{"path": path, "content": text} for path, text in files.items()],
-        })  # fmt: skip
+        }  # fmt: skip
+        file = folder / f"solutions/grok_bench/{problem.op}/{name}/{solution['name']}.json"
+        _put(file, json.dumps(solution, indent=1))
+
+
+def _put(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text + "\n", encoding="utf-8")
 
 
 def _plain(file: Path) -> str:
     """The source of a plug-in without what is of grok_bench: imports, decorators and calls."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    for node in tree.body:
+    kept = []
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef):
             node.decorator_list = [d for d in node.decorator_list if "grok_bench" not in ast.unparse(d)]
         elif isinstance(node, ast.Import):
             node.names = [a for a in node.names if a.name != "grok_bench"]
-    kept = [node for node in tree.body if getattr(node, "names", True) and _independent(node)]
+        if getattr(node, "names", True) and (
+            isinstance(node, ast.FunctionDef) or "grok_bench" not in ast.unparse(node)
+        ):
+            kept.append(node)
     return ast.unparse(ast.Module(kept, [])) + "\n"
-
-
-def _independent(node: ast.stmt) -> bool:
-    return isinstance(node, ast.FunctionDef) or "grok_bench" not in ast.unparse(node)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import click
 
 from ..schema import load
+from ..spread import with_subject
 from . import compare as comparison
-from . import figure, markdown, page, rows, table
+from . import markdown, page, rows, table
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 OUTPUT = click.Path(dir_okay=False, path_type=Path)
@@ -38,21 +38,16 @@ def compare_command(a: Path, b: Path, threshold: float, subject: tuple[str, ...]
 @click.argument("files", nargs=-1, required=True, type=FILE)
 @click.option("--markdown", type=OUTPUT, help="Write one table there: the subject's best.")
 @click.option("--html", type=OUTPUT, help="Write one page there.")
-@click.option("--figure", type=OUTPUT, help="Draw the speed beside the best peer there, as SVG.")
 @click.option("--csv", type=OUTPUT, help="Write a line for each contestant at each problem there.")
 @SUBJECT
 def report_command(files: tuple[Path, ...], subject: tuple[str, ...], **targets: Path | None) -> None:
-    """Show result files in the terminal, or write them as Markdown, a page, a figure or a table."""
-    loaded = [rows.with_subject(load(path), subject) for path in files]
-    writers: dict[str, Callable[[Path], str]] = {
-        "markdown": lambda path: markdown.render(files, loaded, path.parent),
-        "html": lambda path: page.render(loaded),
-        "figure": lambda path: figure.svg(loaded),
-        "csv": lambda path: rows.as_csv(loaded),
-    }
-    for name, write in writers.items():
-        if path := targets[name]:
-            path.write_text(write(path), encoding="utf-8")
+    """Show result files in the terminal, or write them as Markdown, a page or a table of values."""
+    loaded = [with_subject(load(path), subject) for path in files]
+    for name, path in targets.items():
+        if path is not None:
+            made = {"html": page.render, "csv": rows.as_csv}.get(name)
+            text = made(loaded) if made else markdown.render(files, loaded, path.parent)
+            path.write_text(text, encoding="utf-8")
             click.echo(f"wrote {path}")
     if not any(targets.values()):
         for file in loaded:

@@ -14,9 +14,9 @@ from statistics import median
 from rich.console import Console
 from rich.text import Text
 
-from ..schema import EngineResult, ResultFile, Score
-from ..spread import ratio
-from .rows import BAD, parameters, with_subject
+from ..schema import ResultFile, Score
+from ..spread import ratio, with_subject
+from .rows import BAD, parameters
 from .table import grid
 from .units import count, duration
 
@@ -24,10 +24,6 @@ FEWEST = 5  # rounds or requests on either side, for an interval
 STYLES = {"regression": "bold red", "broken": "bold red", "slower": "red", "faster": "green", "fixed": "green"}
 WORDS = {"unsure": "no interval", "same": "no difference", "noisy": "too noisy", "untimed": "not timed in both"}
 Key = tuple[str, str]  # the problem and the contestant, or the run and the metric
-
-
-class CompareError(ValueError):
-    """Files of which no comparison means anything."""
 
 
 @dataclass(frozen=True)
@@ -53,21 +49,21 @@ class Comparison:
 
 
 def compare(a: ResultFile, b: ResultFile, threshold: float = 0.05, subject: Sequence[str] = ()) -> Comparison:
-    """CompareError for files of different kinds or devices, or with nothing in common.
+    """ValueError for files of different kinds or devices, or with nothing in common.
 
     `subject`: patterns of the contestants that can regress; without, those that were the subject in both files.
     """
     a, b = with_subject(a, subject), with_subject(b, subject)
     if a.kind != b.kind:
-        raise CompareError(f"A is of kind {a.kind!r} and B of kind {b.kind!r}: nothing in them can be compared")
+        raise ValueError(f"A is of kind {a.kind!r} and B of kind {b.kind!r}: nothing in them can be compared")
     if a.environment.device != b.environment.device:
-        raise CompareError(f"A was measured on {a.environment.device!r}, B on {b.environment.device!r}")
+        raise ValueError(f"A was measured on {a.environment.device!r}, B on {b.environment.device!r}")
     of_a, of_b = dict(_measures(a)), dict(_measures(b))
     sizes = {r.problem: (r.operations, r.bytes, r.parameters) for r in a.kernels}
     others = [r.problem for r in b.kernels if sizes.get(r.problem) not in (None, (r.operations, r.bytes, r.parameters))]
     changes = [_change(key, of_a[key], of_b[key], threshold) for key in of_a if key in of_b and key[0] not in others]
     if not changes:
-        raise CompareError(f"A and B have no {'problem' if a.kind == 'kernels' else 'run'} in common")
+        raise ValueError(f"A and B have no {'problem' if a.kind == 'kernels' else 'run'} in common")
     warnings = _warnings(a, b) + [f"{problem} is another problem in B, and not compared" for problem in others]
     for side, mine, other in (("A", of_a, of_b), ("B", of_b, of_a)):
         if only := ["/".join(key) for key in mine if key not in other]:
@@ -80,7 +76,6 @@ def compare(a: ResultFile, b: ResultFile, threshold: float = 0.05, subject: Sequ
 
 def _change(key: Key, a: Score, b: Score, threshold: float) -> Change:
     ours, states = a.ours and b.ours, {a.status, b.status}
-    value = low = high = None
     if states == {"ok"} and a.seconds and b.seconds:
         value, low, high = ratio(b, a)
         if low is None or high is None:
@@ -91,32 +86,27 @@ def _change(key: Key, a: Score, b: Score, threshold: float) -> Change:
             verdict = "faster"
         else:
             verdict = "regression" if ours and value > 1 + threshold else "slower"
-    elif ours and b.status in BAD and a.status not in BAD:
-        verdict = "broken"
-    elif a.status in BAD and b.status == "ok":
-        verdict = "fixed"
-    else:
-        verdict = "noisy" if "noisy" in states else "same" if states == {"ok"} else "untimed"
-    return Change(key, a, b, verdict, value, low, high)
+        return Change(key, a, b, verdict, value, low, high)
+    if ours and b.status in BAD and a.status not in BAD:
+        return Change(key, a, b, "broken")
+    if a.status in BAD and b.status == "ok":
+        return Change(key, a, b, "fixed")
+    return Change(key, a, b, "noisy" if "noisy" in states else "same" if states == {"ok"} else "untimed")
 
 
 def _measures(file: ResultFile) -> Iterator[tuple[Key, Score]]:
     """What both files may have; without samples, since the rounds of one file are not those of the other."""
     for r in file.kernels:
-        enough = r.rounds >= FEWEST
         for s in r.scores:
-            yield (r.problem, s.contestant), replace(s, samples=[], low=s.low if enough else None)
+            yield (r.problem, s.contestant), replace(s, samples=[], low=s.low if r.rounds >= FEWEST else None)
     for run in file.runs:
         name = f"{run.protocol} {run.model} {parameters(run.parameters)}"
-        yield from (((name, s.contestant), s) for s in _run_scores(run))
-
-
-def _run_scores(run: EngineResult) -> Iterator[Score]:
-    yield Score(contestant="requests failed", ours=True, status="failed" if run.failed else "ok")
-    for metric in ("ttft", "e2e"):
-        if m := run.metrics.get(metric):
-            low, high = (m.low, m.high) if run.completed >= FEWEST else (None, None)
-            yield Score(contestant=metric, ours=True, seconds=m.p50, low=low, high=high)
+        failed = Score(contestant="requests failed", ours=True, status="failed" if run.failed else "ok")
+        yield (name, failed.contestant), failed
+        for metric in ("ttft", "e2e"):
+            if m := run.metrics.get(metric):
+                low = m.low if run.completed >= FEWEST else None
+                yield (name, metric), Score(contestant=metric, ours=True, seconds=m.p50, low=low, high=m.high)
 
 
 def _warnings(a: ResultFile, b: ResultFile) -> list[str]:
@@ -126,9 +116,9 @@ def _warnings(a: ResultFile, b: ResultFile) -> list[str]:
         if old != new:
             found.append(f"{what}: {old or 'none'} in A, {new or 'none'} in B")
     for name in a.ceilings.keys() & b.ceilings.keys():
-        ratio = b.ceilings[name].rate / a.ceilings[name].rate
-        if not 0.9 < ratio < 1.1:
-            found.append(f"the machine's {name} ceiling in B is {ratio:.2f} of that in A")
+        share = b.ceilings[name].rate / a.ceilings[name].rate
+        if not 0.9 < share < 1.1:
+            found.append(f"the machine's {name} ceiling in B is {share:.2f} of that in A")
     return found + [f"{name} was interrupted" for name, file in (("A", a), ("B", b)) if file.interrupted]
 
 
@@ -138,13 +128,13 @@ def render(found: Comparison, console: Console) -> None:
         console.print(Text("warning: ", style="yellow").append(warning, style="default"))
     rows: list[Sequence[str | Text]] = []
     for verdict, style in STYLES.items():
-        for c in sorted((c for c in found.changes if c.verdict == verdict), key=lambda c: -(c.ratio or 0.0)):
+        for c in sorted(found.of(verdict), key=lambda c: -(c.ratio or 0.0)):
             times = [duration(s.seconds) if s.seconds else s.status for s in (c.a, c.b)]
             spread = "" if c.low is None else f"[{c.low:.3f}, {c.high:.3f}]"
             rows.append((*c.key, *times, f"{c.ratio:.3f}" if c.ratio else "", spread, Text(verdict, style)))
     grid(("", " ", "A", "B", "B / A", "95%", ""), rows, console, names=2)
-    counts = {v: sum(c.verdict == v for c in found.changes) for v in (*STYLES, *WORDS)}
-    console.print(Text(", ".join(f"{n} {WORDS.get(v, v)}" for v, n in counts.items() if n)))
+    counts = {WORDS.get(verdict, verdict): len(found.of(verdict)) for verdict in (*STYLES, *WORDS)}
+    console.print(Text(", ".join(f"{n} {words}" for words, n in counts.items() if n)))
     slower, broken = len(found.of("regression")), len(found.of("broken"))
     text = ", ".join([count(slower, "regression")] * bool(slower) + [f"{broken} broken"] * bool(broken))
     console.print(Text(text, style="bold red") if text else Text("no regression", style="green"))

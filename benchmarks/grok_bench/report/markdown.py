@@ -3,61 +3,43 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..schema import ResultFile
-from .rows import best_of_ours, block, flop_unit, headline, parameters, title
-from .units import duration, interval
+from ..schema import KernelResult, ResultFile
+from .rows import best_of_ours, block, headline
 
 ABOUT = """# Results
 
 Made of the files in `{folder}/` by `grok-engine bench report`; do not edit. A row is our fastest contestant at one
 problem: its median time with the 95% interval, the rates of the problem's bytes and operations, the share of what the
-machine's own ceilings allow (*of roofline*), and the best peer's time over ours in the same rounds (*× peer*: above 1,
-ours is faster). Every contestant of every problem: `grok-engine bench report {folder}/NAME.json`."""
-COLUMNS = ("machine", "problem", "time", "95%", "GB/s", "FLOP/s", "of roofline", "× peer", "best peer")
+machine's own ceilings allow (*of roofline*), and the best peer's time over ours in the same rounds (*× best peer*):
+above 1, ours is faster. Every contestant of every problem: `grok-engine bench report {folder}/NAME.json`."""
+COLUMNS = ("time", "95%", "GB/s", "FLOP/s", "of roofline", "× best peer")
 
 
 def render(paths: Sequence[Path], files: Sequence[ResultFile], target: Path) -> str:
     """The text of a file in the folder `target`: a line for each file, the newest first, then one table.
 
-    `files`: those at `paths`. The picture `speedup.svg` beside them is shown, if there is one.
+    `files`: those at `paths`.
     """
-    folder = paths[0].resolve().parent
-    at = folder.relative_to(target.resolve()).as_posix()
+    folder = paths[0].resolve().parent.relative_to(target.resolve()).as_posix()
     ordered = sorted(zip(paths, files, strict=True), key=lambda pair: pair[1].created, reverse=True)
-    lines, rows = [], []
+    lines, rows = [], [_line(("machine", "problem", *COLUMNS, "best peer")), _line(["---", "---", *["---:"] * 7])]
     for key, (path, file) in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", ordered, strict=False):
         numbers = "; ".join(f"{what} {value}" for what, value in headline(file))
-        lines.append(f"- **{key}** [{_escape(title(file))}]({at}/{path.name}): {numbers}")
-        rows += [_line([key, *map(_escape, cells)]) for cells in _rows(file)]
-    picture = [f"![× the best peer]({at}/speedup.svg)"] if (folder / "speedup.svg").is_file() else []
-    head = [_line(COLUMNS), _line(["---", "---", *["---:"] * 7])]
-    return "\n\n".join([ABOUT.format(folder=at), "\n".join(lines), *picture, "\n".join([*head, *rows])]) + "\n"
+        lines.append(f"- **{key}** [{path.stem}]({folder}/{path.name}): {numbers}")
+        rows += [_line([key, r.problem, *map(_escape, _cells(r)), _escape(r.best_peer or "")]) for r in file.kernels]
+    return "\n\n".join([ABOUT.format(folder=folder), "\n".join(lines), "\n".join(rows)]) + "\n"
 
 
-def _rows(file: ResultFile) -> Iterator[list[str]]:
-    """The cells after the machine's."""
-    _, unit = flop_unit(file)
-    for r in file.kernels:
-        rows, best = {row.name: row for row in block(file, r).rows}, best_of_ours(r)
-        if best is None:
-            yield [
-                r.problem,
-                next((row.note for row in rows.values() if row.ours and row.note), "not timed"),
-                *[""] * 6,
-            ]
-            continue
-        cells = rows[best.contestant].cells
-        rate, (time, spread, size) = f"{cells[unit]} {unit[0]}", (cells[name] for name in ("time", "95%", "GB/s"))
-        yield [r.problem, time, spread, size, rate, cells["of roofline"], cells["× best peer"], r.best_peer or ""]
-    for run in file.runs:
-        eager = "eager" if run.parameters.get("enforce_eager") else ""
-        shown = {k: run.parameters.get(k) for k in ("layers", "weights", "batch_size", "request_rate")}
-        name = ", ".join(filter(None, (f"{run.protocol} {run.model}", parameters(shown), eager, "a token")))
-        tpot = run.metrics.get("tpot")
-        yield [name, *((duration(tpot.p50), interval(tpot.p50, tpot.low, tpot.high)) if tpot else ("", "")), *[""] * 5]
+def _cells(r: KernelResult) -> list[str]:
+    """A cell for each of COLUMNS, or why there is no time."""
+    ours, best = [row for row in block(r).rows if row.ours], best_of_ours(r)
+    if best is None:
+        return [next((row.note for row in ours), "not measured"), *[""] * (len(COLUMNS) - 1)]
+    (cells,) = (row.cells for row in ours if row.name == best.contestant)
+    return [cells[name] for name in COLUMNS]
 
 
 def _line(cells: Iterable[str]) -> str:

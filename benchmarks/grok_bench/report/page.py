@@ -6,16 +6,14 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from ..schema import ResultFile
-from . import figure
-from .rows import BAD, Block, block, environment, headline, missing, title
+from .rows import Block, block, environment, headline, missing
 
 STYLE = """
 :root { color-scheme: light dark } body { font: 15px/1.45 system-ui, sans-serif; margin: 1rem auto; max-width: 72rem;
-padding: 0 1rem; overflow-wrap: anywhere } svg { width: 100%; max-width: 40rem; height: auto } h1 { font-size: 1.4rem }
-h2 { font-size: 1.15rem; margin-top: 2rem } h3 { font-size: 1rem; margin: 1.4rem 0 0 } small, dt, .note { color: #777 }
-small { white-space: pre-line } dd { margin: 0 }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 .8rem }
-table { border-collapse: collapse; width: 100% } th { font-weight: normal; color: #777; text-align: right }
+padding: 0 1rem; overflow-wrap: anywhere } h2 { font-size: 1.3rem; margin-top: 2rem }
+h3 { font-size: 1rem; margin: 1.4rem 0 0 } small, dt, th, .note { color: #777 } small { white-space: pre-line }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 .8rem } dd { margin: 0 }
+table { border-collapse: collapse; width: 100% } th { font-weight: normal; text-align: right }
 th, td { padding: .15rem .5rem; border-bottom: 1px solid #8884 } td + td { text-align: right; white-space: nowrap }
 .ours td:first-child { font-weight: bold } .bad { color: #c22 } td.note { text-align: left; white-space: normal }
 @media (max-width: 46rem) { thead { display: none } dl { grid-template-columns: 1fr } dd { margin-bottom: .4rem }
@@ -26,34 +24,29 @@ td[title]::before { content: attr(title) " "; color: #777 } }
 
 
 def render(files: Sequence[ResultFile]) -> str:
-    """The page. Without a peer's time it has no figure."""
-    name = escape(title(files[0]) if len(files) == 1 else "Benchmarks")
     head = [
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{name}</title><style>{STYLE}</style></head><body><h1>{name}</h1>",
-        figure.svg(files) if figure.marks(files) else "",
+        f"<title>Benchmarks</title><style>{STYLE}</style></head><body>",
     ]
     return "\n".join([*head, *(line for file in files for line in _file(file)), "</body></html>\n"])
 
 
 def _file(file: ResultFile) -> Iterator[str]:
-    yield f"<h2>{escape(title(file))}</h2><dl>"
+    name = f"{file.kind.capitalize()} on {file.environment.chip}, {file.created[:10]}"
+    yield f"<h2>{escape(name)}</h2><dl>"
     yield from (f"<dt>{escape(a)}</dt><dd>{escape(b)}</dd>" for a, b in (*headline(file), *environment(file)))
     yield "</dl>"
     for result in file.results:
-        yield from _block(block(file, result))
+        yield from _block(block(result))
     yield from (f'<p class="note">missing ({escape(names)}): {escape(why)}</p>' for names, why in missing(file))
 
 
 def _block(shown: Block) -> Iterator[str]:
-    columns = [escape(column) for column in shown.columns]
     yield f"<h3>{escape(shown.title)}</h3><small>{escape(shown.sizes.strip())}</small><table>"
-    yield f"<thead><tr><th></th>{''.join(f'<th>{column}</th>' for column in columns)}</tr></thead>"
+    yield f"<thead><tr><th></th>{''.join(f'<th>{escape(column)}</th>' for column in shown.columns)}</tr></thead>"
     for row in shown.rows:
-        cells = f'<td class="note{" bad" * (row.status in BAD)}" colspan="{len(columns)}">{escape(row.note)}</td>'
-        if row.cells:
-            pairs = zip(columns, (escape(row.cells[column]) for column in shown.columns), strict=True)
-            cells = "".join(f'<td title="{column}">{text}</td>' for column, text in pairs)
-        yield f"<tr{' class=ours' * row.ours}><td>{escape(row.name)}</td>{cells}</tr>"
+        cells = [f'<td title="{escape(name)}">{escape(row.cells[name])}</td>' for name in shown.columns if row.cells]
+        note = f'<td class="note{" bad" * row.bad}" colspan="{len(shown.columns)}">{escape(row.note)}</td>'
+        yield f"<tr{' class=ours' * row.ours}><td>{escape(row.name)}</td>{''.join(cells) or note}</tr>"
     yield "</table>"

@@ -6,27 +6,25 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from fnmatch import fnmatchcase
 from math import inf
 from statistics import geometric_mean, median
 from typing import Any
 
 from ..schema import EngineResult, KernelResult, ResultFile, Score
-from ..spread import raced
 from .units import amount, count, digits, duration, interval
 
-BAD = ("wrong", "failed", "timeout")
+BAD = {"wrong": "WRONG", "failed": "FAILED", "timeout": "TIMED OUT"}
 COLUMNS = ("mean", "p50", "p90", "p99")  # of a run
 SUSPECT = 1.1  # share of the roofline above which a time cannot be true, or a ceiling is not
 
 
 @dataclass(frozen=True)
 class Row:
-    """A contestant or a metric of a run: a cell for each column, or none and a note that says why."""
+    """A contestant, or a metric of a run: a cell for each column, or none and a note that says why."""
 
     name: str
-    ours: bool
-    status: str
+    ours: bool = False
+    bad: bool = False
     cells: dict[str, str] = field(default_factory=dict)
     note: str = ""
 
@@ -45,38 +43,16 @@ class Block:
         return list(dict.fromkeys(name for row in self.rows for name, text in row.cells.items() if text))
 
 
-def block(file: ResultFile, result: KernelResult | EngineResult) -> Block:
-    if isinstance(result, EngineResult):
-        return _run(result)
-    return _problem(result, *flop_unit(file))
-
-
-def flop_unit(file: ResultFile) -> tuple[float, str]:
-    """TFLOP/s for chips that reach ten of them, else GFLOP/s."""
-    peak = max((c.rate for c in file.ceilings.values() if c.unit != "B/s"), default=0.0)
-    return (1e12, "TFLOP/s") if peak >= 1e13 else (1e9, "GFLOP/s")
-
-
 def parameters(values: Mapping[str, Any]) -> str:
     """`tokens 16, routing even, dummy`: flags by name, None and False left out."""
     shown = [(k.replace("_", " "), v) for k, v in values.items() if v is not None and v is not False]
     return ", ".join(k if v is True else f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown)
 
 
-def title(file: ResultFile) -> str:
-    return f"{file.kind.capitalize()} on {file.environment.chip}, {file.created[:10]}"
-
-
 def environment(file: ResultFile) -> list[tuple[str, str]]:
     """(what, text) of all that the numbers depend on."""
-    e = file.environment
-    clock = f"{e.clock_mhz:,.0f} MHz" if e.clock_mhz else None
-    cores = "" if "core" in e.chip else count(e.cores, "core")
-    versions = [("torch", e.torch), ("triton", e.triton), ("Python", e.python), ("driver", e.driver)]
     found = [
-        ("chip", ", ".join(filter(None, (e.chip, cores, count(e.threads, "thread"), e.isa and f"isa {e.isa}", clock)))),
-        ("software", ", ".join([f"{n} {v}" for n, v in versions if v] + [v for v in (e.compiler, e.os) if v])),
-        ("commit", f"{e.commit}{' with changes' if e.dirty else ''}" if e.commit else ""),
+        ("machine", parameters(asdict(file.environment))),
         ("measured", file.created[:10] + (f", by `{file.command}`" if file.command else "")),
         ("ceilings", ", ".join(f"{name} {amount(c.rate, c.unit)}" for name, c in file.ceilings.items())),
         ("warning", "; ".join(file.warnings)),
@@ -95,31 +71,12 @@ def suspect(score: Score) -> bool:
     return (score.roofline or 0.0) > SUSPECT
 
 
-def with_subject(file: ResultFile, patterns: Sequence[str]) -> ResultFile:
-    """The file with the contestants that match as its subject, and ratios taken anew. ValueError where none does."""
-    if not patterns or not file.kernels:
-        return file
-    names = dict.fromkeys(s.contestant for r in file.kernels for s in r.scores)
-    mine = {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
-    if not mine:
-        raise ValueError(f"no contestant matches --subject {' '.join(patterns)}: there are {'; '.join(names)}")
-    results = []
-    for r in file.kernels:
-        scores, best_peer = raced([replace(s, ours=s.contestant in mine) for s in r.scores])
-        results.append(replace(r, scores=scores, best_peer=best_peer))
-    return replace(file, results=results)
-
-
 def headline(file: ResultFile) -> list[tuple[str, str]]:
     """(what, value) of the few numbers that sum up a file."""
     if file.kind == "engine":
-        runs = file.runs
-        rates = [r.output_tokens_per_second for r in runs if r.output_tokens_per_second]
-        return [
-            ("runs", str(len(runs))),
-            ("most output tokens a second", digits(max(rates)) if rates else "–"),
-            ("requests failed", f"{sum(r.failed for r in runs)} of {sum(r.failed + r.completed for r in runs)}"),
-        ]
+        tokens = [duration(m.p50) for r in file.runs if (m := r.metrics.get("tpot"))]
+        failed, completed = (sum(getattr(r, what) for r in file.runs) for what in ("failed", "completed"))
+        return [("a token", ", ".join(tokens) or "–"), ("requests failed", f"{failed} of {failed + completed}")]
     best = [s for s in map(best_of_ours, file.kernels) if s]
     sure = [s for s in best if s.speedup and not suspect(s)]
     won, lost = sum((s.speedup_low or 0) > 1 for s in sure), sum((s.speedup_high or inf) < 1 for s in sure)
@@ -162,64 +119,58 @@ def missing(file: ResultFile) -> list[tuple[str, str]]:
     return [("; ".join(names), why) for why, names in reasons.items()]
 
 
-def _problem(r: KernelResult, scale: float, unit: str) -> Block:
-    rounds = count(r.rounds, "round") + (f" kept, {r.thrown_away} thrown away" if r.thrown_away else "")
-    work = f"{amount(r.operations, 'FLOP')} in {r.arithmetic}, {amount(r.bytes, 'B')}"
-    floor = f"floor {duration(r.floor_seconds)}" if r.floor_seconds else ""
-    sizes = "; ".join(filter(None, (parameters(r.parameters), work, floor, rounds)))
-    sizes += "".join(f"\nwarning: {text}" for text in r.warnings)
-    return Block(r.problem, sizes, [_score(r, s, scale, unit) for s in r.scores])
+def block(r: KernelResult | EngineResult) -> Block:
+    if isinstance(r, EngineResult):
+        return _run(r)
+    sizes = [
+        parameters(r.parameters),
+        f"{amount(r.operations, 'FLOP')} in {r.arithmetic}, {amount(r.bytes, 'B')}",
+        f"floor {duration(r.floor_seconds)}" if r.floor_seconds else "",
+        count(r.rounds, "round") + (f" kept, {r.thrown_away} thrown away" if r.thrown_away else ""),
+    ]
+    lines = ["; ".join(filter(None, sizes)), *(f"warning: {warning}" for warning in r.warnings)]
+    if g := r.gpu:
+        held = f", held back {g.held_back:.0%} of the time" if g.held_back else ""
+        power = f"{g.watts:.0f} W (at most {g.most_watts:.0f} of {g.limit_watts:.0f})"
+        lines.append(f"{power}, {g.clock_mhz:.0f} MHz (at least {g.least_clock_mhz:.0f}), {g.celsius:.0f} °C{held}")
+    return Block(r.problem, "\n".join(lines), [_score(r, s) for s in r.scores])
 
 
-def _score(r: KernelResult, s: Score, scale: float, unit: str) -> Row:
-    error = "" if s.error is None else f"{s.error:.1e}"
+def _score(r: KernelResult, s: Score) -> Row:
     if s.status == "ok" and s.seconds is not None:
-        return Row(s.contestant, s.ours, s.status, {
+        return Row(s.contestant, s.ours, cells={
             "time": duration(s.seconds),
             "95%": interval(s.seconds, s.low, s.high),
             "GB/s": digits((s.bytes or r.bytes) / s.seconds / 1e9),
-            unit: digits(r.operations / s.seconds / scale),
+            "FLOP/s": amount(r.operations / s.seconds, ""),
             "of roofline": "" if s.roofline is None else f"{s.roofline:.0%}{' SUSPECT' * suspect(s)}",
             "× best peer": "" if s.speedup is None else f"{s.speedup:.2f}",
-            "error": error,
+            "error": "" if s.error is None else f"{s.error:.1e}",
         })  # fmt: skip
-    tolerance = r.tolerance if s.tolerance is None else s.tolerance
-    off = f": error {error or '?'}" + ("" if tolerance is None else f" where {tolerance:.1e} is allowed")
-    because = f": {s.message}" if s.message else ""
-    notes = {
-        "ok": "no quiet round, so no time",
-        "wrong": f"WRONG{'' if because and s.error is None else off}{because}",
-        "failed": f"FAILED{because}",
-        "timeout": f"TIMED OUT{because}",
-        "missing": "missing, see below",
-        "noisy": f"noisy, so no time{because}",
-    }
-    return Row(s.contestant, s.ours, s.status, note=notes[s.status])
+    if s.status == "missing":
+        return Row(s.contestant, s.ours, note="missing, see below")
+    why = [BAD.get(s.status, "noisy, so no time"), *filter(None, [s.message])]
+    return Row(s.contestant, s.ours, s.status in BAD, note=": ".join(why))
 
 
 def _run(r: EngineResult) -> Block:
     """The latencies of a run in milliseconds, under its rates."""
     failed = f", {r.failed} FAILED" if r.failed else ""
-    rates = [
-        f"{digits(rate)} {of}/s" for rate, of in (
-            (r.requests_per_second, "requests"), (r.output_tokens_per_second, "output tokens"),
-            (r.total_tokens_per_second, "tokens"),
-        )
-    ]  # fmt: skip
-    if r.goodput_per_second is not None and r.slo is not None:
-        limits = ", ".join(f"{name.removesuffix('_ms')} ≤ {limit:g} ms" for name, limit in r.slo.items())
-        rates.append(f"goodput {digits(r.goodput_per_second)} requests/s with {limits}")
+    rates = f"{digits(r.requests_per_second)} requests/s, {digits(r.output_tokens_per_second)} output tokens/s"
     sizes = [
         "",
         parameters(r.parameters),
         f"{count(r.completed, 'request')} completed{failed}",
         f"{r.input_tokens:,} tokens in, {r.output_tokens:,} out, in {duration(r.duration_seconds)}",
-        ", ".join(rates),
+        f"{rates}, {digits(r.total_tokens_per_second)} tokens/s",
     ]
+    if r.goodput_per_second is not None and r.slo is not None:
+        limits = ", ".join(f"{name.removesuffix('_ms')} ≤ {limit:g} ms" for name, limit in r.slo.items())
+        sizes.append(f"goodput {digits(r.goodput_per_second)} requests/s with {limits}")
     if r.load_seconds is not None and r.peak_memory_bytes is not None:
         sizes.append(f"loaded in {duration(r.load_seconds)}, peak memory {amount(r.peak_memory_bytes, 'B')}")
     rows = [
-        Row(key.upper(), False, "ok", {f"{c} ms": f"{getattr(m, c) * 1e3:,.2f}" if m else "–" for c in COLUMNS})
+        Row(key.upper(), cells={f"{c} ms": f"{getattr(m, c) * 1e3:,.2f}" if m else "–" for c in COLUMNS})
         for key, m in r.metrics.items()
     ]
     return Block(f"{r.protocol} {r.model}", "\n".join(sizes), rows)

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..schema import EngineResult, KernelResult, ResultFile
-from .rows import BAD, block, environment, headline, missing
+from .rows import block, environment, headline, missing
 
 
 def terminal() -> Console:
@@ -35,7 +35,7 @@ def render(file: ResultFile, console: Console) -> None:
     """Print the whole file."""
     about(file, console)
     for result in file.results:
-        one(file, result, console)
+        one(result, console)
     console.print()
     for name, value in headline(file):
         console.print(Text(f"{name}: ").append(value, style="bold"))
@@ -54,20 +54,15 @@ def about(file: ResultFile, console: Console) -> None:
         console.print(Text(f"{name:12}", "cyan").append(text, "yellow" if name == "interrupted" else "default"))
 
 
-def one(file: ResultFile, result: KernelResult | EngineResult, console: Console) -> None:
-    """Print one of its results."""
-    shown = block(file, result)
+def one(result: KernelResult | EngineResult, console: Console) -> None:
+    """Print one result."""
+    shown = block(result)
     console.print(Text(f"\n{shown.title}", style="bold").append(f"  {shown.sizes}", style="not bold dim"))
     timed = [row for row in shown.rows if row.cells]
-    names = [Text(row.name, "bold" * row.ours) for row in timed]
-    cells = [[row.cells[column] for column in shown.columns] for row in timed]
-    grid(("", *shown.columns), [[name, *texts] for name, texts in zip(names, cells, strict=True)], console)
+    names = (Text(row.name, "bold" * row.ours) for row in timed)
+    cells = ([row.cells[column] for column in shown.columns] for row in timed)
+    grid(("", *shown.columns), ([name, *texts] for name, texts in zip(names, cells, strict=True)), console)
     for row in shown.rows:
         if row.note:
-            style = "red" if row.status in BAD else "dim"
-            console.print(Text(f"{row.name}: ", style="bold" * row.ours).append(row.note, style))
-    if isinstance(result, KernelResult) and (g := result.gpu):
-        held = f", held back {g.held_back:.0%} of the time" if g.held_back else ""
-        power = f"{g.watts:.0f} W (at most {g.most_watts:.0f} of {g.limit_watts:.0f})"
-        clock = f"{g.clock_mhz:.0f} MHz (at least {g.least_clock_mhz:.0f})"
-        console.print(Text(f"{power}, {clock}, {g.celsius:.0f} °C{held}", style="dim"))
+            text = Text(f"{row.name}: ", style="bold" * row.ours)
+            console.print(text.append(row.note, "red" if row.bad else "dim"))
