@@ -110,8 +110,8 @@ struct Fp32Path {
     }
   }
 
-  GROK_INLINE static void accumulate(const Workspace& w, int64_t rows, int64_t from, int64_t to, float* out,
-                                     int64_t width) {
+  GROK_INLINE static void accumulate(const Workspace& w, int64_t /*row*/, int64_t rows, int64_t from, int64_t to,
+                                     float* out, int64_t width) {
     switch (rows) {
       case 1: return accumulate<1>(w.scores, w.keep, w.values, from, to, out, width);
       case 2: return accumulate<2>(w.scores, w.keep, w.values, from, to, out, width);
@@ -130,8 +130,8 @@ struct Fp32Path {
 };
 
 #define GROK_ATTENTION(NAME, TARGET, FUSED, LANES)                                          \
-  TARGET void attend_##NAME(const PagedAttention& p, const Piece& piece) {                  \
-    attend<Fp32Path<FUSED, LANES>>(p, piece);                                               \
+  TARGET void attend_##NAME(const PagedAttention& p, const Piece& piece, const Piece* next) { \
+    attend<Fp32Path<FUSED, LANES>>(p, piece, next);                                         \
   }                                                                                         \
   TARGET void merge_##NAME(const PagedAttention& p, const Piece& tile) {                    \
     merge_spans<Fp32Path<FUSED, LANES>>(p, tile);                                           \
@@ -149,6 +149,7 @@ GROK_ATTENTION(neon, , true, 8)
 Kernel kernel_for(Isa isa, [[maybe_unused]] DType q, [[maybe_unused]] DType kv) {
 #if GROK_X86
   if (isa == Isa::avx512_bf16 && q == DType::bf16 && kv != DType::f32) return bf16_kernel();
+  if (isa == Isa::avx2 && kv != DType::f32) return avx2_kernel(kv);
 #endif
   return GROK_PICK(isa, kernel);
 }
@@ -223,7 +224,11 @@ void run_last_first(const std::vector<Piece>& pieces, int64_t threads, Executor&
   const int64_t count = static_cast<int64_t>(pieces.size());
   std::atomic<int64_t> left{count};
   executor.run(std::min(count, threads), [&](int64_t) {
-    for (int64_t i = --left; i >= 0; i = --left) run(pieces[i]);
+    for (int64_t i = --left; i >= 0;) {
+      const int64_t next = --left;
+      run(pieces[i], next >= 0 ? &pieces[next] : nullptr);
+      i = next;
+    }
   });
 }
 
@@ -253,14 +258,15 @@ Workspace& workspace(int64_t head_size) {
 namespace grok::cpu {
 
 void paged_attention(const PagedAttention& p, Executor& executor) {
+  using attention::Piece;
   check_float("paged_attention: q", p.q_type);
   if (p.kv_type != DType::e4m3) check_float("paged_attention: the pages", p.kv_type);
   attention::check_requests(p);
   thread_local attention::Plan plan;
   const attention::Kernel kernel = attention::kernel_for(current_isa(), p.q_type, p.kv_type);
   attention::make_plan(p, executor.threads(), plan);
-  attention::run_last_first(plan.pieces, plan.threads, executor, [&](const auto& piece) { kernel.attend(p, piece); });
-  attention::run_last_first(plan.merges, plan.threads, executor, [&](const auto& tile) { kernel.merge(p, tile); });
+  attention::run_last_first(plan.pieces, plan.threads, executor, [&](const Piece& piece, const Piece* next) { kernel.attend(p, piece, next); });
+  attention::run_last_first(plan.merges, plan.threads, executor, [&](const Piece& tile, const Piece*) { kernel.merge(p, tile); });
 }
 
 }  // namespace grok::cpu

@@ -193,8 +193,8 @@ struct Bf16Path {
     }
   }
 
-  GROK_INLINE static void accumulate(const Workspace& w, int64_t rows, int64_t from, int64_t to, float* out,
-                                     int64_t width) {
+  GROK_INLINE static void accumulate(const Workspace& w, int64_t /*row*/, int64_t rows, int64_t from, int64_t to,
+                                     float* out, int64_t width) {
     switch (rows) {
       case 1: return accumulate_avx512<1>(w, from, to, out, width);
       case 2: return accumulate_avx512<2>(w, from, to, out, width);
@@ -216,7 +216,9 @@ struct Bf16Path {
   }
 };
 
-GROK_AVX512_BF16 void attend_avx512_bf16(const PagedAttention& p, const Piece& piece) { attend<Bf16Path>(p, piece); }
+GROK_AVX512_BF16 void attend_avx512_bf16(const PagedAttention& p, const Piece& piece, const Piece* next) {
+  attend<Bf16Path>(p, piece, next);
+}
 GROK_AVX512_BF16 void merge_avx512_bf16(const PagedAttention& p, const Piece& tile) { merge_spans<Bf16Path>(p, tile); }
 
 }  // namespace

@@ -45,12 +45,15 @@ struct Piece {
 };
 
 struct Kernel {
-  void (*attend)(const PagedAttention&, const Piece&);
+  // `next`: the piece that this thread takes next, whose first block is prefetched; null if there is none.
+  void (*attend)(const PagedAttention&, const Piece&, const Piece* next);
   void (*merge)(const PagedAttention&, const Piece&);  // of a tile whose spans were pieces of their own
 };
 
 // Of bf16 queries and bf16 or e4m3 pages, for Isa::avx512_bf16.
 Kernel bf16_kernel();
+// Of any queries and bf16 or e4m3 pages, for Isa::avx2.
+Kernel avx2_kernel(DType kv);
 
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 constexpr int64_t kRows = 6;  // rows that share a load of keys: 6 · 4 sums of 16 keys fill 24 of 32 registers
@@ -94,34 +97,46 @@ struct Workspace {
   float keep[kRows];
   float factor[kTileRows];                    // the attention temperature of each row
   int32_t first[kTileRows], last[kTileRows];  // the keys that a row sees
-  int64_t element;                            // bytes of an element of the pages
+  int64_t element, row_bytes;                 // of an element and of a row of the pages
   KeyBlock block, next;                       // the current block, and the one to prefetch
 };
 
 Workspace& workspace(int64_t head_size);
 
+// The pages also hold the scales of the block: they are small, and prefetched here.
 inline void find_block(const PagedAttention& p, const Piece& piece, int64_t first, int64_t count, KeyBlock& b) {
   const int32_t* page = p.block_table + piece.request * p.table_stride + first / p.page_size;
-  const int64_t element = size_of(p.kv_type);
+  const int64_t k_stride = p.keys.slot_stride * size_of(p.kv_type), v_stride = p.values.slot_stride * size_of(p.kv_type);
   int64_t slot = first % p.page_size;
   for (int64_t j = 0; j < count; slot = 0, ++page) {
     const int64_t end = std::min(count, j + p.page_size - slot);
     const char* k = p.keys.row(p.kv_type, *page, piece.group, slot);
     const char* v = p.values.row(p.kv_type, *page, piece.group, slot);
-    const float* k_scale = p.keys.row_scale(*page, piece.group, slot);
-    const float* v_scale = p.values.row_scale(*page, piece.group, slot);
-    for (int64_t i = 0; j < end; ++i, ++j) {
-      b.k[j] = k + i * p.keys.slot_stride * element;
-      b.v[j] = v + i * p.values.slot_stride * element;
-      if (!k_scale) continue;
-      b.k_scale[j] = k_scale[i];
-      b.v_scale[j] = v_scale[i];
+    if (p.keys.scale) {
+      __builtin_prefetch(p.keys.row_scale(*page, piece.group, slot));
+      __builtin_prefetch(p.values.row_scale(*page, piece.group, slot));
+    }
+    for (; j < end; ++j, k += k_stride, v += v_stride) {
+      b.k[j] = k;
+      b.v[j] = v;
     }
   }
   std::fill(b.k + count, b.k + kBlock, b.k[count - 1]);
   std::fill(b.v + count, b.v + kBlock, b.v[count - 1]);
   b.first = first;
   b.count = count;
+}
+
+// Reads the scales of a block whose pages have them.
+inline void load_scales(const PagedAttention& p, const Piece& piece, KeyBlock& b) {
+  const int32_t* page = p.block_table + piece.request * p.table_stride + b.first / p.page_size;
+  int64_t slot = b.first % p.page_size;
+  for (int64_t j = 0; j < b.count; slot = 0, ++page) {
+    const int64_t count = std::min(b.count - j, p.page_size - slot);
+    std::copy_n(p.keys.row_scale(*page, piece.group, slot), count, b.k_scale + j);
+    std::copy_n(p.values.row_scale(*page, piece.group, slot), count, b.v_scale + j);
+    j += count;
+  }
 }
 
 // Reductions run over the lanes of the widest register on every instruction set: one order of the additions.
@@ -236,6 +251,10 @@ inline QueryRow find_row(const PagedAttention& p, const Piece& piece, int64_t r)
   return {begin + query, piece.group * shared + (piece.row + r) % shared, p.seq_lens[piece.request] - count + query};
 }
 
+inline int64_t first_key_read(const PagedAttention& p, const Piece& piece) {
+  return std::max(piece.span * kSpan, first_key_read(p, find_row(p, piece, 0).position));
+}
+
 template <class Path>
 GROK_INLINE void store_rows(const PagedAttention& p, const Piece& piece, const RunningSums& sums, int64_t width) {
   const int64_t element = p.q_type == DType::f32 ? 4 : 2;
@@ -247,7 +266,7 @@ GROK_INLINE void store_rows(const PagedAttention& p, const Piece& piece, const R
 }
 
 template <class Path>
-GROK_INLINE void attend(const PagedAttention& p, const Piece& piece) {
+GROK_INLINE void attend(const PagedAttention& p, const Piece& piece, const Piece* next) {
   const int64_t width = padded(p.head_size), rows = piece.rows;
   Workspace& w = workspace(p.head_size);
   const int64_t element = p.q_type == DType::f32 ? 4 : 2;
@@ -265,15 +284,22 @@ GROK_INLINE void attend(const PagedAttention& p, const Piece& piece) {
     std::fill_n(scales, kBlock, 1.0f);
   }
   w.element = size_of(p.kv_type);
+  w.row_bytes = p.head_size * w.element;
   const RunningSums sums(piece.partial ? piece.partial : w.sums, rows), totals(w.totals, rows);
   sums.clear(rows, width);
   totals.clear(rows, width);
-  const int64_t start = std::max<int64_t>(piece.span * kSpan, w.first[0] / kBlock * kBlock);
+  const int64_t start = first_key_read(p, piece);
   const int64_t stop = std::min<int64_t>((piece.span + piece.spans) * kSpan, w.last[rows - 1] + 1);
   find_block(p, piece, start, std::min(kBlock, stop - start), w.next);
   for (int64_t at = start, after = at + kBlock; at < stop; at = after, after += kBlock) {
     w.block = w.next;
-    if (after < stop) find_block(p, piece, after, std::min(kBlock, stop - after), w.next);
+    if (p.keys.scale) load_scales(p, piece, w.block);
+    if (after < stop) {
+      find_block(p, piece, after, std::min(kBlock, stop - after), w.next);
+    } else if (next) {
+      const int64_t first = first_key_read(p, *next);
+      find_block(p, *next, first, std::min(kBlock, p.seq_lens[next->request] - first), w.next);
+    }
     Path::load_block(p, w);
     for (int64_t r = 0; r < rows; r += kRows) {
       const int64_t n = std::min(kRows, rows - r);
@@ -282,7 +308,7 @@ GROK_INLINE void attend(const PagedAttention& p, const Piece& piece) {
       softmax<Path::kFused>(w, scaling, r, n, sums.top + r, sums.total + r);
       const int64_t from = std::max<int64_t>(0, w.first[r] - at);
       const int64_t to = std::min(w.block.count, w.last[r + n - 1] - at + 1);
-      Path::accumulate(w, n, from, to, sums.out + r * width, width);
+      Path::accumulate(w, r, n, from, to, sums.out + r * width, width);
     }
     if (piece.partial || (after % kSpan && after < stop)) continue;
     merge(totals, sums, rows, width);
