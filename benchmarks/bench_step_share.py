@@ -1,7 +1,7 @@
 """A decode step by part, and the share of it that is not spent in kernels: at 1.30 B random parameters in int8, or with
---tiny of the model that ships.
+--model of another, such as tiny, which ships: there the runtime outweighs the kernels.
 
-python -m benchmarks.bench_step_share [--requests 8] [--layers 8] [--eager] [--tiny] [--waiting 10000]
+python -m benchmarks.bench_step_share [--requests 8] [--layers 8] [--eager] [--model DIR] [--waiting 10000]
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def timed_kernels() -> Iterator[Seconds]:
 def replayed_kernels(engine: LLMEngine) -> Seconds:
     """Seconds inside the kernels of all decode steps replayed so far, by op."""
     graphs, seconds = engine.runner.graphs, Seconds()
-    for _, run in graphs._runs.values() if graphs else ():
+    for _, run, _ in graphs._runs.values() if graphs else ():
         seconds.update(run.seconds() if isinstance(run, Recorded) else {})
     return seconds
 
@@ -104,16 +104,16 @@ def main() -> None:
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--waiting", type=int, default=0, help="requests that wait meanwhile")
-    parser.add_argument("--tiny", action="store_true", help="the model that ships: the runtime outweighs the kernels")
+    parser.add_argument("--model", help="another model; --layers says nothing then")
     parser.add_argument("--eager", action="store_true", help="call every kernel from Python, replay none")
     a = parser.parse_args()
     config = configuration(a.layers)
     with tempfile.TemporaryDirectory() as folder:
-        if not a.tiny:
+        if a.model is None:
             write(Path(folder), config)
-        model = "tiny" if a.tiny else Path(folder)
+        model = a.model or Path(folder)
         found = {n: measure(model, n, a.steps, a.eager, a.waiting) for n in a.requests}
-    size = "tiny" if a.tiny else f"{config.param_count() / 1e9:.2f} B parameters"
+    size = a.model or f"{config.param_count() / 1e9:.2f} B parameters"
     table = Table(title=f"ms of a decode step, {size}, {torch.get_num_threads()} thread(s)")
     table.add_column("")
     for n in a.requests:
