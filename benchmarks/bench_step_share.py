@@ -25,6 +25,9 @@ from rich.table import Table
 import grok_kernels
 from benchmarks.model_1b import configuration, write
 from grok_engine import LLMEngine, RequestOutputKind, SamplingParams
+from grok_engine.loading.resolve import find_model
+from grok_engine.tools.plan_cpu import measure as measure_rates
+from grok_engine.tools.plan_cpu import plan_cpu
 from grok_kernels import registry
 from grok_kernels.recording import Recorded
 
@@ -107,7 +110,8 @@ def main() -> None:
     parser.add_argument("--model", help="another model; --layers says nothing then")
     parser.add_argument("--eager", action="store_true", help="call every kernel from Python, replay none")
     a = parser.parse_args()
-    config = configuration(a.layers)
+    config = find_model(a.model)[1] if a.model else configuration(a.layers)
+    rates = measure_rates()
     with tempfile.TemporaryDirectory() as folder:
         if a.model is None:
             write(Path(folder), config)
@@ -118,8 +122,10 @@ def main() -> None:
     table.add_column("")
     for n in a.requests:
         table.add_column(f"{n} request{'s' * (n > 1)}", justify="right")
+    planned = [1e3 * plan_cpu(config, rates, context=40, batch=n).step_s for n in a.requests]
     served, first = grok_kernels.chosen(), found[a.requests[0]]
     table.add_row("the whole step", *(f"{s['whole']:.2f}" for s in found.values()))
+    table.add_row("planned, int8, bf16 head", *(f"{ms:.2f}" for ms in planned))
     table.add_row("in no kernel", *(f"{s['rest']:.3f} ({s['rest'] / s['whole']:.1%})" for s in found.values()))
     for name in (*PARTS, *(name for name in first if name not in (*PARTS, "whole", "rest"))):
         label = f"  {name}" if name in PARTS else f"{name} ({', '.join(served.get(name, ['cpu']))})"
