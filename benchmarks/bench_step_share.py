@@ -1,6 +1,7 @@
-"""A decode step by part, and the share of it that is not spent in kernels, at 1.30 B random parameters in int8.
+"""A decode step by part, and the share of it that is not spent in kernels: at 1.30 B random parameters in int8, or with
+--model of another, such as tiny, which ships: there the runtime outweighs the kernels.
 
-python -m benchmarks.bench_step_share [--requests 1 8] [--layers 8] [--steps 40] [--eager]
+python -m benchmarks.bench_step_share [--requests 8] [--layers 8] [--eager] [--model DIR] [--waiting 10000]
 """
 
 from __future__ import annotations
@@ -19,13 +20,18 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 
+import grok_kernels
 from benchmarks.model_1b import configuration, write
-from grok_bench.report.table import grid
-from grok_engine import LLMEngine, SamplingParams
+from grok_engine import LLMEngine, RequestOutputKind, SamplingParams
+from grok_engine.loading.resolve import find_model
+from grok_engine.tools.plan_cpu import measure as measure_rates
+from grok_engine.tools.plan_cpu import plan_cpu
 from grok_kernels import registry
 from grok_kernels.recording import Recorded
 
+PARTS = ("schedule", "forward", "sample", "output")  # of a step, without the kernels
 Seconds = Counter[str]
 
 
@@ -63,17 +69,19 @@ def replayed_kernels(engine: LLMEngine) -> Seconds:
     return seconds
 
 
-def measure(model: Path, requests: int, steps: int, eager: bool = False) -> dict[str, float]:
+def measure(model: str | Path, requests: int, steps: int, eager: bool, waiting: int = 0) -> dict[str, float]:
     """Milliseconds of steps in which every request decodes, after the prompts and a warm-up: medians.
 
-    "the whole step", "in no kernel", the parts of a step (the forward pass without its kernels), each op's kernels.
+    "whole", "rest" (what is in no kernel), each of PARTS without its kernels, and each op's kernels.
     """
     pages = requests * ((40 + steps) // 16 + 2)
-    engine = LLMEngine(model, max_num_seqs=requests, num_pages=pages, enforce_eager=eager)
-    params = SamplingParams(max_tokens=steps + 8, temperature=0, ignore_eos=True)
+    engine = LLMEngine(
+        model, max_num_seqs=requests, num_pages=pages, max_waiting=waiting + requests, enforce_eager=eager
+    )
+    params = SamplingParams(max_tokens=steps + 8, temperature=0, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
     rng, taken = random.Random(1), list[dict[str, float]]()
-    for i in range(requests):
-        engine.add_request(str(i), rng.choices(range(3, 500), k=32), params)
+    for i in range(requests + waiting):
+        engine.add_request(str(i), rng.choices(range(3, 1500), k=32), params)
     with timed_kernels() as seconds:
         while engine.stats().generated_tokens < 3 * requests:  # prefill, then warm-up
             engine.step()
@@ -84,10 +92,11 @@ def measure(model: Path, requests: int, steps: int, eager: bool = False) -> dict
             outputs = engine.step()
             whole = perf_counter() - began
             assert len(outputs) == requests
-            ops = replayed_kernels(engine) - replayed + seconds
-            spent = {f"  {part}": after - parts[part] for part, after in engine.stats().seconds.items()}
-            spent["  forward"] -= ops.total()
-            taken.append({"the whole step": whole, "in no kernel": whole - ops.total(), **spent, **ops})
+            ops = Counter(replayed_kernels(engine)) - replayed + Counter(seconds)
+            found = {part: after - parts[part] for part, after in engine.stats().seconds.items()}
+            found["sample"] -= (drawn := ops.get("sample_top_p", 0.0))
+            found["forward"] -= sum(ops.values()) - drawn
+            taken.append({**found, **ops, "whole": whole, "rest": whole - sum(ops.values())})
     engine.close()
     return {name: median(t.get(name, 0.0) for t in taken) * 1e3 for name in taken[0]}
 
@@ -97,14 +106,31 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--waiting", type=int, default=0, help="requests that wait meanwhile")
+    parser.add_argument("--model", help="another model; --layers says nothing then")
     parser.add_argument("--eager", action="store_true", help="call every kernel from Python, replay none")
     a = parser.parse_args()
+    config = find_model(a.model)[1] if a.model else configuration(a.layers)
+    rates = measure_rates()
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder), configuration(a.layers))
-        found = {f"{n} requests": measure(Path(folder), n, a.steps, a.eager) for n in a.requests}
-    names = dict.fromkeys(name for spent in found.values() for name in spent)
-    rows = ([name, *(f"{spent.get(name, 0.0):.3f}" for spent in found.values())] for name in names)
-    grid((f"ms, {torch.get_num_threads()} threads", *found), rows, Console())
+        if a.model is None:
+            write(Path(folder), config)
+        model = a.model or Path(folder)
+        found = {n: measure(model, n, a.steps, a.eager, a.waiting) for n in a.requests}
+    size = a.model or f"{config.param_count() / 1e9:.2f} B parameters"
+    table = Table(title=f"ms of a decode step, {size}, {torch.get_num_threads()} thread(s)")
+    table.add_column("")
+    for n in a.requests:
+        table.add_column(f"{n} request{'s' * (n > 1)}", justify="right")
+    planned = [1e3 * plan_cpu(config, rates, context=40, batch=n).step_s for n in a.requests]
+    served, first = grok_kernels.chosen(), found[a.requests[0]]
+    table.add_row("the whole step", *(f"{s['whole']:.2f}" for s in found.values()))
+    table.add_row("planned, int8, bf16 head", *(f"{ms:.2f}" for ms in planned))
+    table.add_row("in no kernel", *(f"{s['rest']:.3f} ({s['rest'] / s['whole']:.1%})" for s in found.values()))
+    for name in (*PARTS, *(name for name in first if name not in (*PARTS, "whole", "rest"))):
+        label = f"  {name}" if name in PARTS else f"{name} ({', '.join(served.get(name, ['cpu']))})"
+        table.add_row(label, *(f"{s.get(name, 0.0):.3f}" for s in found.values()))
+    Console().print(table)
 
 
 if __name__ == "__main__":

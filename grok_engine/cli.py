@@ -10,7 +10,9 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,8 +37,10 @@ from .tools.chat import run as run_chat
 from .tools.eval import CONTEXT, evaluate, read_text
 from .tools.inspect import inspect_checkpoint
 from .tools.inspect_view import render as render_report
-from .tools.plan import PlanKV, PlanWeights, plan
+from .tools.plan import PlanKV, plan
+from .tools.plan_cpu import Rates, measure, plan_cpu
 from .tools.plan_view import render as render_plan
+from .tools.plan_view import render_cpu
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -316,36 +320,57 @@ def inspect(path: str, verify: bool, all_tensors: bool, as_json: bool) -> None:
     folder = resolve_model(path)
     with byte_bar("reading", shown=verify) as progress:
         report = inspect_checkpoint(folder, verify=verify, progress=progress)
-    if as_json:
-        print(json.dumps(report.to_dict(), indent=2))
-    else:
-        render_report(report, Console(highlight=False), every_tensor=all_tensors)
+    _show(report, partial(render_report, every_tensor=all_tensors), as_json)
     if not report.ok:
         raise click.exceptions.Exit(1)
 
 
 @app.command(name="plan")
 @click.argument("model", default="grok-1")
-@click.option("--gpu", type=click.Choice(list(GPUS)), default="h100-80gb", show_default=True, help="The chip.")
+@click.option("--gpu", type=click.Choice(list(GPUS)), help="The chip; by default h100-80gb.")
 @click.option("--gpus", type=int, help="How many, as one tensor-parallel group; by default the fewest that hold it.")
-@click.option("--weights", type=_one_of(PlanWeights), default="int8", show_default=True)
+@click.option(
+    "--cpu",
+    is_flag=False,
+    flag_value="measure",
+    metavar="[GB/S]",
+    help="Decode on a CPU with this memory bandwidth or, without a number, at the rates that its kernels reach here.",
+)
+@click.option("--weights", type=_one_of(WeightFormat), default="int8", show_default=True)
+@click.option("--head", type=_one_of(WeightFormat), help="Of the output head, with --cpu; by default bf16.")
 @click.option("--kv", type=_one_of(PlanKV), default="bf16", show_default=True, help="Type of keys and values.")
 @click.option("--context", type=int, help="Tokens of a request; by default all that the model takes.")
 @click.option("--batch", default=1, show_default=True, help="Requests at once.")
 @_json
 @_debug
-def plan_command(model: str, gpu: str, as_json: bool, **options: Any) -> None:
-    """Say before a download whether a model fits, and how fast the chips could run it at best.
+def plan_command(
+    model: str, gpu: str | None, gpus: int | None, cpu: str | None, head: WeightFormat | None, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Say before a download whether a model fits, and how fast GPUs could run it at best, or a CPU decode it.
 
     MODEL is grok-1 (the default), another published architecture by name, tiny, a folder, a .gguf file, or org/name in
     the hub's cache.
     """
     config = PRESETS[model] if model in PRESETS else read_config(_folder(model))
-    result = plan(config, chip=gpu, **options)
-    if as_json:
-        print(json.dumps(result.to_dict(), indent=2))
-    else:
-        render_plan(result, Console(highlight=False))
+    if cpu is None:
+        if head is not None:
+            raise ConfigError(f"--head {head}: expected --cpu beside it")
+        result = plan(config, chip=gpu or "h100-80gb", gpus=gpus, **options)
+        _show(result, render_plan, as_json)
+        return
+    if gpu is not None or gpus is not None:
+        raise ConfigError("--cpu beside --gpu or --gpus: expected one kind of machine")
+    formats = options["weights"], head or "bf16"
+    rates = measure(*formats) if cpu == "measure" else Rates.of(_number(cpu))
+    _show(plan_cpu(config, rates, head=formats[1], **options), render_cpu, as_json)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"--cpu {text}: expected the memory bandwidth in GB/s, or no value") from None
 
 
 class Bench(click.Group):
@@ -369,6 +394,14 @@ class Bench(click.Group):
 @app.group(cls=Bench)
 def bench() -> None:
     """Measure the engine's latency, throughput and serving, and the kernels (--list [PATTERN...] lists them)."""
+
+
+def _show(result: Any, render: Callable[[Any, Console], None], as_json: bool) -> None:
+    """Print a report or a plan, drawn or as JSON."""
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+    else:
+        render(result, Console(highlight=False))
 
 
 def _folder(model: str) -> Path:

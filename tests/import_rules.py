@@ -111,7 +111,10 @@ ALLOWED: Table = {
     "grok_kernels.triton": (
         "checks", "chips", "counters", "dtypes", "experts", "registry", "tuning", "weights",
     ),
-    "grok_kernels.cpu": ("experts", "extension", "formats", "layouts", "recording", "registry", "weights", "_C"),
+    "grok_kernels.threads": ("numa",),
+    "grok_kernels.cpu": (
+        "experts", "extension", "formats", "layouts", "recording", "registry", "threads", "weights", "_C",
+    ),
     "grok_kernels.cuda": (
         "checks", "chips", "counters", "cuda_home", "dtypes", "experts", "extension", "registry", "tuning", "weights",
         "_CUDA",

@@ -26,6 +26,7 @@ at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype);
 
 // Each adds the functions of a file to the module.
 void define_attention(pybind11::module_& module);
+void define_executor(pybind11::module_& module);
 void define_gemm(pybind11::module_& module);
 void define_moe(pybind11::module_& module);
 void define_norm(pybind11::module_& module);

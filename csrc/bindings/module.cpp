@@ -39,6 +39,7 @@ PYBIND11_MODULE(_C, module) {
              pybind11::call_guard<pybind11::gil_scoped_release>(),
              "How many threads share a parallel loop of so many steps.");
   grok::define_attention(module);
+  grok::define_executor(module);
   grok::define_gemm(module);
   grok::define_moe(module);
   grok::define_norm(module);

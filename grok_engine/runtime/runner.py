@@ -35,6 +35,8 @@ class Runner:
         self.graphs = self._new_graphs()
         if self.device.type == "cuda":
             self._warm_up()
+        else:
+            grok_kernels.cpu.bind_threads()
 
     def _warm_up(self) -> None:
         """Run one step of each shape that kernels are compiled for, sampling included: none compiles while serving."""

@@ -134,11 +134,13 @@ def _weights(c: ModelConfig, weights: PlanWeights, n: int) -> _Weights:
     )
 
 
-def _kv_bytes(c: ModelConfig, kv: PlanKV, heads: int) -> int:
+def kv_bytes_per_token(c: ModelConfig, kv: PlanKV, heads: int) -> int:
+    """Keys and values of one token in all layers, `heads` of each."""
     return 2 * c.num_layers * heads * (2 * c.head_dim if kv == "bf16" else c.head_dim + 4)
 
 
-def _window(c: ModelConfig, tokens: int) -> int:
+def cached_tokens(c: ModelConfig, tokens: int) -> int:
+    """Tokens of a request whose keys and values are kept."""
     return min(tokens, c.sliding_window) if c.sliding_window else tokens
 
 
@@ -166,7 +168,7 @@ def _step_cost(
     w, d = _weights(c, weights, n), c.d_model
     hc, gc = c.num_heads * c.head_dim // n, _kv_heads(c, n) * c.head_dim
     read = w.layers + (w.embedding if c.tie_embeddings else w.head) + 2 * tokens * d
-    read += cached * _kv_bytes(c, kv, _kv_heads(c, n))
+    read += cached * kv_bytes_per_token(c, kv, _kv_heads(c, n))
     linear = 2 * tokens * d * (2 * hc + 2 * gc + 3 * c.dense_d_ff // n) * c.num_layers
     bf16 = 4 * pairs * hc * c.num_layers + 2 * rows * d * -(-c.vocab_size // n)
     bf16 += 2 * tokens * d * c.num_experts * c.num_layers
@@ -199,9 +201,9 @@ def _prefill_steps(
     for start in range(0, context, CHUNK):
         end = min(start + CHUNK, context)
         # keys seen by each query: its position + 1, or the window once that is full
-        full = max(start, min(end, _window(c, context)))
-        pairs = (start + 1 + full) * (full - start) // 2 + (end - full) * _window(c, context)
-        cached = end - start + _window(c, start)
+        full = max(start, min(end, cached_tokens(c, context)))
+        pairs = (start + 1 + full) * (full - start) // 2 + (end - full) * cached_tokens(c, context)
+        cached = end - start + cached_tokens(c, start)
         cost = _step_cost(c, weights, kv, n, tokens=end - start, cached=cached, pairs=pairs, rows=1)
         yield cost, _link_s(c, chip, n, end - start, 1)
 
@@ -233,16 +235,21 @@ def valid_gpu_counts(c: ModelConfig) -> tuple[int, ...]:
     )
 
 
+def check_counts(c: ModelConfig, *, context: int, **counts: int) -> None:
+    """ConfigError for a count that is no positive integer, and for a context that the model does not have."""
+    for name, number in (*counts.items(), ("context", context)):
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise ConfigError(f"{name}={number!r}: expected a positive integer")
+    if context > c.max_position:
+        raise ConfigError(f"context={context}: expected 1..{c.max_position}, the context of {c.name}")
+
+
 def _check(c: ModelConfig, chip: str, gpus: int, weights: str, kv: str, context: int, batch: int) -> None:
     choices = (("gpu", chip, tuple(GPUS)), ("weights", weights, get_args(PlanWeights)), ("kv", kv, get_args(PlanKV)))
     for name, value, known in choices:
         if value not in known:
             raise ConfigError(f"{name}={value!r}: expected one of {', '.join(known)}")
-    for name, number in (("gpus", gpus), ("context", context), ("batch", batch)):
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise ConfigError(f"{name}={number!r}: expected a positive integer")
-    if context > c.max_position:
-        raise ConfigError(f"context={context}: expected 1..{c.max_position}, the context of {c.name}")
+    check_counts(c, gpus=gpus, context=context, batch=batch)
     if gpus not in valid_gpu_counts(c):
         raise ConfigError(
             f"gpus={gpus}: expected one of {', '.join(map(str, valid_gpu_counts(c)))}, which divide num_heads="
@@ -269,14 +276,14 @@ def plan(
     """
     context = config.max_position if context is None else context
     _check(config, chip, 1 if gpus is None else gpus, weights, kv, context, batch)
-    gpu, resident = GPUS[chip], _window(config, context)
+    gpu, resident = GPUS[chip], cached_tokens(config, context)
     usable = int(gpu.memory * (1 - RESERVED))
 
     def free(n: int) -> int:
         return usable - _weights(config, weights, n).total - _workspace(config, n, context, batch)
 
     def kv_token(n: int) -> int:
-        return _kv_bytes(config, kv, _kv_heads(config, n))
+        return kv_bytes_per_token(config, kv, _kv_heads(config, n))
 
     def headroom(n: int) -> int:
         return free(n) - batch * resident * kv_token(n)
@@ -304,7 +311,7 @@ def plan(
         weight_bytes=_weights(config, weights, gpus).total,
         workspace_bytes=_workspace(config, gpus, context, batch),
         kv_bytes=batch * resident * kv_token(gpus),
-        kv_bytes_per_token=_kv_bytes(config, kv, config.num_kv_heads),
+        kv_bytes_per_token=kv_bytes_per_token(config, kv, config.num_kv_heads),
         kv_bytes_per_token_gpu=kv_token(gpus),
         kv_tokens_per_request=resident,
         fits=headroom(gpus) >= 0,

@@ -8,13 +8,12 @@ from rich.table import Table
 from rich.text import Text
 
 from .plan import Plan
+from .plan_cpu import CpuPlan
 
 
 def render(plan: Plan, console: Console) -> None:
     """Print `plan` as a table of at most 100 columns."""
-    p, gb, width = plan, 1e9, min(console.width, 100)
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold cyan", no_wrap=True)
+    p, gb, table = plan, 1e9, _table()
     released = f" · {p.released_bytes / gb:,.1f} GB as released" if p.released_bytes else ""
     sizes = f"{_count(p.params_total)} parameters, {_count(p.params_active)} active"
     table.add_row("model", Text(f"{p.model} · {sizes}{released}"))  # a name may look like markup
@@ -45,8 +44,33 @@ def render(plan: Plan, console: Console) -> None:
         table.add_row(
             name, Text(f"at best {t.tokens_per_s:,.0f} tokens/s · {t.total_s * 1e3:,.2f} ms").append(parts, "dim")
         )
+    _print(table, p.assumptions, console)
+
+
+def render_cpu(plan: CpuPlan, console: Console) -> None:
+    """Print `plan` as a table of at most 100 columns."""
+    p, gb, table = plan, 1e9, _table()
+    table.add_row("model", Text(f"{p.model} · {_count(p.params_total)} parameters, {_count(p.params_active)} active"))
+    formats = f"weights {p.weights} · head {p.head} · KV {p.kv}"
+    table.add_row("on", f"a CPU · {formats} · {p.batch} x {p.context:,} tokens")
+    table.add_row("memory", f"{p.weight_bytes / gb:,.1f} GB of weights, {p.kv_bytes / gb:,.2f} GB of KV")
+    parts = f"layers {p.read_layers / gb:,.2f}, head {p.read_head / gb:,.2f}, KV {p.read_kv / gb:,.2f}"
+    table.add_row("a step reads", f"{(p.read_layers + p.read_head + p.read_kv) / gb:,.2f} GB ({parts})")
+    best = "about" if p.rates.measured else "at best"
+    table.add_row("decode", f"{best} {p.tokens_per_s:,.3g} tokens/s · {p.step_s * 1e3:,.3g} ms a step")
+    _print(table, p.assumptions, console)
+
+
+def _table() -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold cyan", no_wrap=True)
+    return table
+
+
+def _print(table: Table, assumptions: tuple[str, ...], console: Console) -> None:
+    width = min(console.width, 100)
     console.print(table, width=width)
-    for line in p.assumptions:
+    for line in assumptions:
         console.print(Padding(Text(line, style="dim"), (0, 0, 0, 2)), width=width)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import layouts, registry
+from . import layouts, registry, threads
 from .experts import ExpertLayer
 from .extension import check_wheel, in_wheel, misfit
 from .formats import FORMATS, WIDTH
@@ -45,7 +45,7 @@ def _load() -> tuple[Any, str]:
         return None, f"the extension {name} does not load ({error}); {BUILD}"
     if reason := misfit(module, name, BUILD):
         return None, reason
-    if stale := [op for op in OPS if not hasattr(module, op)]:
+    if stale := [op for op in (*OPS, "bind_threads") if not hasattr(module, op)]:
         return None, f"the extension {name} is older than these sources and has no {', '.join(stale)}; {BUILD}"
     return module, ""
 
@@ -85,6 +85,12 @@ def use_isa(name: str) -> Iterator[None]:
         yield
     finally:
         module.use_isa(before)
+
+
+def bind_threads() -> bool:
+    """Bind torch's worker threads to cores or nodes where the process reaches several NUMA nodes, or `GROK_KERNELS_BIND`
+    is 1 (0: never). Whether it was done; False without the extension. It holds for the process."""
+    return _module is not None and threads.bind(_module)
 
 
 def recordable() -> tuple[str | None, ...] | None:

@@ -19,6 +19,8 @@ def weight_rows(weight: Weight, rows_R: Tensor) -> Tensor:
     format = FORMATS[weight.format]
     if weight.layout == "rows" and len(weight.planes) == 1:
         return nn.functional.embedding(rows_R, weight.values[0])
+    if weight.layout == "panels" and len(weight.planes) == 1:  # first: a decode step records no index arithmetic then
+        return layouts.packed_rows(weight.values, rows_R)
     rows = rows_R.long()
     panel, output = rows // WIDTH, rows % WIDTH
     panel_major = weight.layout == "panels" and format.in_bit_planes
@@ -34,4 +36,4 @@ def weight_rows(weight: Weight, rows_R: Tensor) -> Tensor:
             planes[name] = layouts.packed_rows(plane, rows_R)
         else:
             planes[name] = plane[0].index_select(0, rows)
-    return planes["values"] if len(planes) == 1 else dequantize_planes(planes)
+    return dequantize_planes(planes)
