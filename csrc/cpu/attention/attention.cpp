@@ -218,7 +218,8 @@ void check_requests(const PagedAttention& p) {
         p.query_start[0], " to ", p.query_start[p.requests], ", expected 0 to T=", p.tokens);
 }
 
-// Runs the pieces, the last first: of one long prompt, these are the longest.
+// Runs the pieces, the last first: of one long prompt, these are the longest. A thread takes a piece before it runs the
+// one before, so that the kernel can prefetch it.
 template <class Run>
 void run_last_first(const std::vector<Piece>& pieces, int64_t threads, Executor& executor, const Run& run) {
   const int64_t count = static_cast<int64_t>(pieces.size());
@@ -265,8 +266,12 @@ void paged_attention(const PagedAttention& p, Executor& executor) {
   thread_local attention::Plan plan;
   const attention::Kernel kernel = attention::kernel_for(current_isa(), p.q_type, p.kv_type);
   attention::make_plan(p, executor.threads(), plan);
-  attention::run_last_first(plan.pieces, plan.threads, executor, [&](const Piece& piece, const Piece* next) { kernel.attend(p, piece, next); });
-  attention::run_last_first(plan.merges, plan.threads, executor, [&](const Piece& tile, const Piece*) { kernel.merge(p, tile); });
+  attention::run_last_first(plan.pieces, plan.threads, executor, [&](const Piece& piece, const Piece* next) {
+    kernel.attend(p, piece, next);
+  });
+  attention::run_last_first(plan.merges, plan.threads, executor, [&](const Piece& tile, const Piece*) {
+    kernel.merge(p, tile);
+  });
 }
 
 }  // namespace grok::cpu

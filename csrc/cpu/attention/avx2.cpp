@@ -1,5 +1,5 @@
-// Attention over bf16 or e4m3 pages on AVX2, in fp32. Keys are transposed as numbers of 16 bits and widened in the inner
-// loops: a block of fp32 keys would fill the L1 cache. bf16 pages hold such numbers; e4m3 codes become fp16 numbers of
+// Attention over bf16 or e4m3 pages on AVX2, in fp32. Keys are transposed as numbers of 16 bits and widened in the
+// inner loops: a block of fp32 keys would fill the L1 cache. bf16 pages hold such numbers; e4m3 codes become fp16 numbers of
 // 2⁻⁸ times their value, exactly, by one shift of their bits, and the scales of their rows take 2⁸.
 //
 // A row of the sums over bf16 values holds, of every 16 columns, the 8 even ones and then the 8 odd ones, as a register
@@ -113,8 +113,9 @@ GROK_AVX2 inline void prefetch_avx2(const void* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(row) + i, _MM_HINT_T0);
 }
 
-// `keys`: 4 · kBlock bytes for each pair of columns. With `ahead`, asks for the keys of the next block: spread over the
-// work on this one, since of a burst most would wait.
+// w.keys: 4 · kBlock bytes for each pair of columns. With `ahead`, prefetches this block's values, which are needed
+// next: pages of one key head may share few sets of L2, so that a whole block ahead would be evicted. The requests are
+// spread over the work, since of a burst most would wait.
 template <int rows, bool half, bool ahead>
 GROK_AVX2 __attribute__((noinline)) void scores_avx2(Workspace& w, const float* q, int64_t width, int64_t row_bytes) {
   constexpr int kVectors = rows == 1 ? 8 : rows <= 3 ? 4 : 2;
@@ -162,9 +163,10 @@ GROK_AVX2 __attribute__((noinline)) void scores_avx2(Workspace& w, const float* 
   }
 }
 
-// Of 16 · kPairs columns.
+// Of 16 · kPairs columns. With `ahead`, prefetches the keys of the next block.
 template <int rows, bool half, bool ahead, int kPairs>
-GROK_AVX2 __attribute__((noinline)) void accumulate_avx2(const Workspace& w, int64_t column, int64_t from, int64_t to, float* out, int64_t width) {
+GROK_AVX2 __attribute__((noinline)) void accumulate_avx2(const Workspace& w, int64_t column, int64_t from, int64_t to,
+                                                         float* out, int64_t width) {
   constexpr int kVectors = 2 * kPairs;
   __m256 sums[rows][kVectors];
 #pragma GCC unroll 6
@@ -224,7 +226,8 @@ struct Avx2Path {
     const int64_t width = padded(p.head_size);
     float* y = queries + r / kRows * kRows * width + r % kRows;
     for (int64_t c = 0; c < p.head_size; ++c) {
-      y[c * kRows] = p.q_type == DType::f32 ? static_cast<const float*>(q)[c] : to_float(static_cast<const BF16*>(q)[c]);
+      const bool f32 = p.q_type == DType::f32;
+      y[c * kRows] = f32 ? static_cast<const float*>(q)[c] : to_float(static_cast<const BF16*>(q)[c]);
     }
     for (int64_t c = p.head_size; c < width; ++c) y[c * kRows] = 0.0f;
   }

@@ -103,10 +103,11 @@ struct Workspace {
 
 Workspace& workspace(int64_t head_size);
 
-// The pages also hold the scales of the block: they are small, and prefetched here.
+// Prefetches the scales of the block; load_scales reads them once the block is the current one.
 inline void find_block(const PagedAttention& p, const Piece& piece, int64_t first, int64_t count, KeyBlock& b) {
   const int32_t* page = p.block_table + piece.request * p.table_stride + first / p.page_size;
-  const int64_t k_stride = p.keys.slot_stride * size_of(p.kv_type), v_stride = p.values.slot_stride * size_of(p.kv_type);
+  const int64_t element = size_of(p.kv_type);
+  const int64_t k_stride = p.keys.slot_stride * element, v_stride = p.values.slot_stride * element;
   int64_t slot = first % p.page_size;
   for (int64_t j = 0; j < count; slot = 0, ++page) {
     const int64_t end = std::min(count, j + p.page_size - slot);
