@@ -1,6 +1,6 @@
 // Attention over bf16 or e4m3 pages on AVX2, in fp32. Keys are transposed as numbers of 16 bits and widened in the
-// inner loops: a block of fp32 keys would fill the L1 cache. bf16 pages hold such numbers; e4m3 codes become fp16 numbers of
-// 2⁻⁸ times their value, exactly, by one shift of their bits, and the scales of their rows take 2⁸.
+// inner loops: a block of fp32 keys would fill the L1 cache. bf16 pages hold such numbers; e4m3 codes become fp16
+// numbers of 2⁻⁸ times their value, exactly, by one shift of their bits, and the scales of their rows take 2⁸.
 //
 // A row of the sums over bf16 values holds, of every 16 columns, the 8 even ones and then the 8 odd ones, as a register
 // of bf16 widens.
