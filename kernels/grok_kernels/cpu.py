@@ -88,8 +88,8 @@ def use_isa(name: str) -> Iterator[None]:
 
 
 def bind_threads() -> bool:
-    """Bind torch's worker threads to cores or nodes where the process reaches several NUMA nodes, or `GROK_KERNELS_BIND`
-    is 1 (0: never). Whether it was done; False without the extension. It holds for the process."""
+    """Bind torch's worker threads to cores or nodes, for the process, where it reaches several NUMA nodes or
+    `GROK_KERNELS_BIND` is 1 (0: never). Whether it was done; False without the extension."""
     return _module is not None and threads.bind(_module)
 
 
