@@ -72,5 +72,5 @@ def test_a_decode_step_is_taken_apart(tmp_path: Path) -> None:
     for eager in (False, True):
         spent = bench_step_share.measure(tmp_path, requests=2, steps=3, eager=eager)
         assert {"moe", "paged_attention", "grouped_gemm"} <= spent.keys()
-        assert 0 < spent["in no kernel"] < spent["the whole step"]
-        assert all(0 < spent[f"  {part}"] < spent["the whole step"] for part in ("schedule", "forward", "sample"))
+        assert 0 < spent["rest"] < spent["whole"]
+        assert all(0 < spent[part] < spent["whole"] for part in bench_step_share.PARTS)
