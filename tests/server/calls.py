@@ -22,7 +22,8 @@ TEMPLATE = (
 def ask(app: ASGIApp, method: str, path: str, body: Any = None, **options: Any) -> httpx.Response:
     """One request. body: JSON, or bytes as they are."""
     if isinstance(body, bytes):
-        options = {"headers": {"content-type": "application/json"}, **options, "content": body}
+        headers = {"content-type": "application/json", **options.get("headers", {})}
+        options = {**options, "headers": headers, "content": body}
     elif body is not None:
         options["json"] = body
 

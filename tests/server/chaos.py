@@ -130,7 +130,7 @@ async def leaving(port: int, case: Case, rng: random.Random) -> None:
     """Go at any time: before the body is whole, at once after it, or after a part of the answer; also by a reset."""
     async with Client(port) as client:
         if rng.random() < 0.2:
-            await client.write(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 50\r\n\r\n{")
+            await client.write(HEAD + b"content-length: 50\r\n\r\n{")
         else:
             await client.post({**case.body, "max_tokens": UNREAD})
             parts = client.parts(size=300)
@@ -155,7 +155,7 @@ async def half_closed(port: int, case: Case, rng: random.Random) -> None:
             check(case, body)
 
 
-HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\n"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
 LAST = HEAD + b"connection: close\r\n"
 REFUSED = [  # each with a status that it may get; 0 is a connection closed without one
     (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", (400,)),  # TLS

@@ -21,6 +21,7 @@ import pytest
 from starlette.types import ASGIApp
 
 from grok_engine import AsyncLLM
+from grok_engine.cli import _served_name
 from grok_engine.server import run as running
 from tests.server.calls import idle, run
 
@@ -234,3 +235,12 @@ def test_many_open_connections(app: ASGIApp) -> None:
             writer.close()
 
     run(served(app, work))
+
+
+def test_clients_see_the_name_of_a_path_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "Some-Model.Q4_1.gguf").touch()
+    monkeypatch.chdir(tmp_path)
+    found = [
+        _served_name(str(path)) for path in (tmp_path / "Some-Model.Q4_1.gguf", tmp_path, ".", "org/model", "tiny")
+    ]
+    assert found == ["Some-Model.Q4_1", tmp_path.name, tmp_path.name, "org/model", "tiny"]
