@@ -35,7 +35,7 @@ from .tools.chat import run as run_chat
 from .tools.eval import CONTEXT, evaluate, read_text
 from .tools.inspect import inspect_checkpoint
 from .tools.inspect_view import render as render_report
-from .tools.plan import PlanKV, PlanWeights, plan
+from .tools.plan import PlanKV, PlanWeights, plan, stored_checkpoint
 from .tools.plan_view import render as render_plan
 
 
@@ -332,8 +332,10 @@ def plan_command(model: str, gpu: str, as_json: bool, **options: Any) -> None:
     MODEL is grok-1 (the default), another published architecture by name, tiny, a folder, a .gguf file, or org/name in
     the hub's cache.
     """
-    config = PRESETS[model] if model in PRESETS else read_config(_folder(model))
-    result = plan(config, chip=gpu, **options)
+    folder = None if model in PRESETS else _folder(model)
+    config = PRESETS[model] if folder is None else read_config(folder)
+    checkpoint = None if folder is None else stored_checkpoint(folder, config)
+    result = plan(config, chip=gpu, checkpoint=checkpoint, **options)
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
     else:
