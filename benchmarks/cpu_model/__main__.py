@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import shlex
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -24,21 +22,19 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.model_1b import configuration, write
+from benchmarks.model_1b import configuration
 from grok_bench.environment import environment
 from grok_bench.kernels.device import Device
 from grok_bench.kernels.entrant import Entrant
 from grok_bench.kernels.harness import Lane, Limits, run
 from grok_bench.report import table
 from grok_bench.schema import KernelResult, ResultFile, Score
-from grok_engine import ModelConfig
-from grok_engine.checkpoint.open import open_checkpoint
 from grok_engine.config import ActFormat
-from grok_engine.loading.convert import convert
 from grok_engine.loading.resolve import read_config
 
 from . import engines, llama, tool
 from .llama import Load
+from .models import Sizes, sizes, small_configuration, write_models
 
 KINDS = ("Q8_0", "BF16", "Q4_K_S")
 GET = "pip install llama-cpp-python '.[bench]', or --peer NAME=COMMAND"
@@ -54,32 +50,6 @@ class Peer:
     name: str
     version: str
     enter: Callable[[Path, Load], Entrant]
-
-
-def small_configuration() -> ModelConfig:
-    return replace(configuration(2), vocab_size=512, d_model=256, num_heads=2, num_kv_heads=1, d_ff=512)
-
-
-def write_models(folder: Path, config: ModelConfig, kinds: Sequence[str]) -> dict[str, Path]:
-    """Write what is missing: `xai`, the same converted to `packed`, and a GGUF file of each kind. The files by kind."""
-    marker = folder / "written.json"
-    same = json.dumps(config.to_dict())
-    if marker.is_file() and marker.read_text() != same:
-        raise ValueError(f"--dir {folder} holds another model: give an empty folder")
-    if not marker.is_file():
-        write(folder / "xai", config)
-        marker.write_text(same)
-    if not (folder / "packed").is_dir():
-        convert(folder / "xai", folder / "packed")
-    files = {kind: folder / f"{kind}.gguf" for kind in kinds}
-    source = folder / "BF16.gguf"
-    if kinds and not source.is_file():
-        convert(folder / "xai", source, format="gguf", weights="bf16")
-    for kind, file in files.items():
-        if not file.is_file():
-            llama.quantize(source, file.with_suffix(".part"), kind)
-            file.with_suffix(".part").rename(file)
-    return files
 
 
 def bound() -> Peer:
@@ -112,43 +82,6 @@ def lanes(load: Load, file: Path, released: Path | None, peers: Sequence[Peer]) 
         missing = Score(contestant="llama.cpp", status="missing", message=f"llama.cpp is not installed: {GET}")
         found.append(replace(found[0], score=missing))
     return found
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a step reads of a model's file and computes. experts: bytes of all of them; hit: the share that a token's
-    are; layers, head: parameters that a token meets; formats: of matrices, the one with the most bytes first."""
-
-    dense: int
-    experts: int
-    hit: float
-    layers: int
-    head: int
-    formats: str
-
-    def read(self, rows: int) -> float:
-        """Bytes that a step of so many tokens reads, whose experts are drawn evenly and independently."""
-        return self.dense + self.experts * (1 - (1 - self.hit) ** rows)
-
-
-def sizes(path: Path, config: ModelConfig) -> Sizes:
-    """Of a checkpoint. Of an embedding that is not the head, too, a step reads a row for each token: nothing."""
-    dense, experts, formats = 0, 0, Counter[str]()
-    for name, info in open_checkpoint(path, config).tensors.items():
-        if name.startswith("embed") and not config.tie_embeddings:
-            continue
-        if config.num_experts and len(info.shape) == 3:
-            experts += info.nbytes
-        else:
-            dense += info.nbytes
-        if len(info.shape) > 1:
-            formats[info.format] += info.nbytes
-    total = sum(formats.values())
-    shown = ", ".join(f"{name} {size / total:.0%}" for name, size in formats.most_common() if size > 0.005 * total)
-    hit = config.num_experts_per_tok / config.num_experts if config.num_experts else 1.0
-    head = config.vocab_size * config.d_model
-    layers = config.active_param_count() - head * (1 if config.tie_embeddings else 2)
-    return Sizes(dense, experts, hit, layers, head, shown)
 
 
 def problems(name: str, work: Sizes, new: int, small: bool) -> Iterator[tuple[KernelResult, Load]]:
