@@ -81,7 +81,7 @@ def measure(model: str | Path, requests: int, steps: int, eager: bool, waiting: 
     params = SamplingParams(max_tokens=steps + 8, temperature=0, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
     rng, taken = random.Random(1), list[dict[str, float]]()
     for i in range(requests + waiting):
-        engine.add_request(str(i), rng.choices(range(3, 1500), k=32), params)
+        engine.add_request(str(i), rng.choices(range(3, engine.config.model.vocab_size), k=32), params)
     with timed_kernels() as seconds:
         while engine.stats().generated_tokens < 3 * requests:  # prefill, then warm-up
             engine.step()

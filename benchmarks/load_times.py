@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from benchmarks.cpu_model.__main__ import small_configuration, write_models
+from benchmarks.cpu_model.models import small_configuration, write_models
 from benchmarks.model_1b import configuration
 from grok_bench.report.table import grid
 from grok_engine.loading.convert import convert

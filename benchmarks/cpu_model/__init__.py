@@ -1,1 +1,1 @@
-"""`python -m benchmarks.cpu_model`: a model of 1.30 B parameters, end to end, beside llama.cpp on the same weights."""
+"""`python -m benchmarks.cpu_model`: a model, end to end, beside llama.cpp and its forks on the same GGUF file."""

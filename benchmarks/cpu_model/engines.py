@@ -1,25 +1,44 @@
-"""Our engine under a load."""
+"""Engines in processes of their own under a load."""
 
 from __future__ import annotations
 
 import random
+import re
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from grok_bench.kernels.entrant import Dropped
+from grok_bench.kernels.entrant import Dropped, Entrant, Remote
 from grok_engine import LLMEngine, SamplingParams
 from grok_engine.config import ActFormat
 
 from .llama import Load
 
 
-class Ours:
-    """The engine on a converted folder, int8 weights as the release has them, under one load."""
+class Apart(Remote):
+    """`enter(*args)` in a process of its own. `peak`: the most bytes that it had resident, torch's code included."""
 
-    def __init__(self, folder: Path, activations: ActFormat, load: Load) -> None:
+    peak = 0
+
+    def __init__(self, enter: Callable[..., Entrant], *args: Any, limit: float) -> None:
+        super().__init__(enter, args, limit)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            text = Path(f"/proc/{self._process.pid}/status").read_text()
+            self.peak = int(re.findall(r"VmHWM:\s+(\d+)", text)[0]) << 10
+        super().close()
+
+
+class Ours:
+    """The engine on a checkpoint, whose weights stay as they are stored, under one load."""
+
+    def __init__(self, path: Path, activations: ActFormat, load: Load) -> None:
         self.load, self._turn = load, 0
         self._engine = LLMEngine(
-            folder,
+            path,
             activations=activations,
             max_num_seqs=load.requests,
             max_num_batched_tokens=load.requests * load.prompt,
