@@ -37,7 +37,7 @@ from .tools.chat import run as run_chat
 from .tools.eval import CONTEXT, evaluate, read_text
 from .tools.inspect import inspect_checkpoint
 from .tools.inspect_view import render as render_report
-from .tools.plan import PlanKV, plan
+from .tools.plan import PlanKV, plan, stored_checkpoint
 from .tools.plan_cpu import Rates, measure, plan_cpu
 from .tools.plan_view import render as render_plan
 from .tools.plan_view import render_cpu
@@ -352,11 +352,13 @@ def plan_command(
     MODEL is grok-1 (the default), another published architecture by name, tiny, a folder, a .gguf file, or org/name in
     the hub's cache.
     """
-    config = PRESETS[model] if model in PRESETS else read_config(_folder(model))
+    folder = None if model in PRESETS else _folder(model)
+    config = PRESETS[model] if folder is None else read_config(folder)
     if cpu is None:
         if head is not None:
             raise ConfigError(f"--head {head}: expected --cpu beside it")
-        result = plan(config, chip=gpu or "h100-80gb", gpus=gpus, **options)
+        checkpoint = None if folder is None else stored_checkpoint(folder, config)
+        result = plan(config, chip=gpu or "h100-80gb", gpus=gpus, checkpoint=checkpoint, **options)
         _show(result, render_plan, as_json)
         return
     if gpu is not None or gpus is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from grok_engine.checkpoint.open import open_checkpoint
 from grok_engine.checkpoint.packed import PackedCheckpoint
 from grok_engine.checkpoint.rows import ROUNDED
 from grok_engine.config import ActFormat, ConfigError, EngineConfig, ModelConfig, WeightFormat
+from grok_engine.layers.weight import FusedWeight
 from grok_engine.models.decoder import Decoder
 from grok_engine.tokenizer.base import PaddedTokenizer, Tokenizer
 from grok_engine.tokenizer.chat_builtin import GROK_2_ENDS
@@ -23,7 +24,7 @@ from grok_kernels.dtypes import dtype_of
 
 from .fill import Progress, fill, source_of
 from .random import random_checkpoint
-from .slots import served, slots
+from .slots import Slot, slots
 
 # From a configuration, and what loading takes in memory for each format of weights, to a configuration that fits.
 Fit = Callable[[EngineConfig, Callable[[WeightFormat | None], tuple[int, int] | None]], EngineConfig]
@@ -78,11 +79,32 @@ def _loading_bytes(
     return sum(slot.nbytes(device) for slot in found), max(pieces) + SLACK
 
 
+@dataclass(frozen=True, slots=True)
+class HeldMatrices:
+    """The matrices of a model in a CPU's memory: their bytes, scales included, bits of a weight, and formats."""
+
+    nbytes: int
+    bits: float
+    formats: tuple[str, ...]
+
+
+def held_matrices(config: ModelConfig, checkpoint: Checkpoint) -> HeldMatrices:
+    """What loading with the default options makes of them. Raises as `slots` does."""
+    held = [slot for slot in _held_on_cpu(config, checkpoint) if isinstance(slot.module, FusedWeight)]
+    nbytes, count = sum(slot.nbytes("cpu") for slot in held), sum(prod(slot.module.shape) for slot in held)
+    return HeldMatrices(nbytes, 8 * nbytes / count, tuple(dict.fromkeys(slot.spec.format for slot in held)))
+
+
 def memory_bits(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, float]:
     """Bits that a weight of each tensor takes on a CPU, its share of scales included, with the default options. Raises
     as `slots` does for a checkpoint that does not hold the model of `config`."""
-    found = slots(Decoder(config, torch.bfloat16, max_positions=1), served(checkpoint, None, "cpu"))
+    found = _held_on_cpu(config, checkpoint)
     return {info.name: 8 * slot.nbytes("cpu") / prod(slot.module.shape) for slot in found for info in slot.sources}
+
+
+def _held_on_cpu(config: ModelConfig, checkpoint: Checkpoint) -> list[Slot]:
+    empty = Decoder(config, torch.bfloat16, max_positions=1)
+    return slots(empty, source_of(checkpoint, empty, None, "cpu"))
 
 
 def build_tokenizer(folder: Path | None, config: EngineConfig) -> tuple[Tokenizer | None, EngineConfig]:

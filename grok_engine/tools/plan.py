@@ -9,10 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+from grok_engine.checkpoint.base import Checkpoint, total_bytes
+from grok_engine.checkpoint.gguf.files import gguf_file
+from grok_engine.checkpoint.hf.files import is_hf_folder
+from grok_engine.checkpoint.open import open_checkpoint
+from grok_engine.checkpoint.packed import is_packed_folder
 from grok_engine.checkpoint.xai.layout import GROUPS, layout, release_groups
 from grok_engine.config import ConfigError, ModelConfig
+from grok_engine.loading.build import HeldMatrices, held_matrices
 from grok_engine.models.families import PRESETS
 from grok_kernels.chips import GPUS, Gpu
 
@@ -90,6 +97,8 @@ class Plan:
     decode: StepTime
     prefill: StepTime
     assumptions: tuple[str, ...]
+    stored_bytes: int | None  # of all tensors of the checkpoint, where there is one
+    on_cpu: HeldMatrices | None  # what loading makes of its matrices
 
     def to_dict(self) -> dict[str, Any]:
         """Every field by name, ready for JSON."""
@@ -257,6 +266,12 @@ def _check(c: ModelConfig, chip: str, gpus: int, weights: str, kv: str, context:
         )
 
 
+def stored_checkpoint(path: Path, config: ModelConfig) -> Checkpoint | None:
+    """The checkpoint of `config` in a file, or in a folder that holds tensors; None for a configuration alone."""
+    holds = (gguf_file(path), is_packed_folder(path), path.is_dir() and is_hf_folder(path), (path / "ckpt-0").is_dir())
+    return open_checkpoint(path, config) if any(holds) else None
+
+
 def plan(
     config: ModelConfig,
     *,
@@ -266,10 +281,12 @@ def plan(
     kv: PlanKV = "bf16",
     context: int | None = None,
     batch: int = 1,
+    checkpoint: Checkpoint | None = None,
 ) -> Plan:
     """What `config` needs on `gpus` of `chip`, with `batch` requests of `context` tokens (None: the model's own).
 
-    gpus None: the fewest that hold it, or, where no count does, as many as can share the model.
+    gpus None: the fewest that hold it, or, where no count does, as many as can share the model. checkpoint: of this
+    model, of which the plan says what it takes on a CPU as it is stored.
 
     Raises ConfigError, with the value and what was expected, for an unknown GPU or format, a count of GPUs that does
     not divide the model, and a context or batch out of range.
@@ -323,6 +340,8 @@ def plan(
         decode=_time(decode, gpu, weights, batch),
         prefill=_time(_prefill_steps(config, gpu, weights, kv, gpus, context), gpu, weights, context),
         assumptions=tuple(_assumptions(config, gpu, gpus, weights, kv)),
+        stored_bytes=None if checkpoint is None else total_bytes(checkpoint),
+        on_cpu=None if checkpoint is None else held_matrices(config, checkpoint),
     )
 
 

@@ -17,6 +17,9 @@ def render(plan: Plan, console: Console) -> None:
     released = f" · {p.released_bytes / gb:,.1f} GB as released" if p.released_bytes else ""
     sizes = f"{_count(p.params_total)} parameters, {_count(p.params_active)} active"
     table.add_row("model", Text(f"{p.model} · {sizes}{released}"))  # a name may look like markup
+    if p.on_cpu is not None and p.stored_bytes is not None:
+        held = f"{p.on_cpu.nbytes / 1e6:,.0f} MB, {p.on_cpu.bits:.2f} bits each ({', '.join(p.on_cpu.formats)})"
+        table.add_row("file", Text(f"{p.stored_bytes / 1e6:,.0f} MB · matrices on a CPU {held}"))
     table.add_row("on", f"{p.gpus} x {p.chip} · weights {p.weights} · KV {p.kv} · {p.batch} x {p.context:,} tokens")
 
     verdict = Text.assemble(("fits", "bold green") if p.fits else ("does not fit", "bold red"))

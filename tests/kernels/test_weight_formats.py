@@ -67,6 +67,19 @@ def test_products_are_those_of_the_formula(kind: Kind, backend: str) -> None:
         assert_near(grok_kernels.grouped_gemm(x, weight, offsets), expected, 2e-6, size)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_without_columns_products_are_zero(kind: Kind, backend: str) -> None:
+    served(kind, backend)
+    weight = random_weight(Spec(kind[0], 1, int(bool(kind[2])), kind[3]), 1, 64, 0)
+    rows = [(torch.zeros(3, 0, dtype=dtype), None) for dtype in (torch.float32, torch.bfloat16)]
+    with grok_kernels.use_backend(backend):
+        for x, scale in [*rows, (torch.zeros(3, 0, dtype=torch.int8), torch.ones(3, 1))]:
+            for held in (weight, weight.with_layout("panels")) if backend == "cpu" else (weight,):
+                y = grok_kernels.grouped_gemm(x, held, None, scale, torch.float32)
+                assert torch.equal(y, torch.zeros(3, 64)), (x.dtype, held.layout)
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_dequantising_rounds_once(kind: Kind) -> None:
     """Products with rows of the identity are the weights: S · q is exact for scales of fp16."""

@@ -128,7 +128,8 @@ class GGUFCheckpoint:
 
 def _planes(kind: TensorType, raw: Bytes, format: str) -> tuple[Tensor, ...] | None:
     """Rows in this format, the type's own or fp32; None where not all is finite."""
-    planes = tuple(map(torch.from_numpy, read_planes(kind, raw)))
+    # torch warns of views of the mapped file, which are what rows of a single block become
+    planes = tuple(torch.from_numpy(np.require(plane, requirements="W")) for plane in read_planes(kind, raw))
     if not all(bool(plane.isfinite().all()) for plane in planes if plane.is_floating_point()):
         return None
     if kind.split is None:
