@@ -93,7 +93,8 @@ struct Weights {
   Plane scales;                       // null for f32 and bf16
   Plane subscales, minima, subminima, zeros;
 
-  int64_t group() const { return k / groups; }
+  // Without columns any divisor serves: nothing is computed with it.
+  int64_t group() const { return k ? k / groups : kScaleGroup; }
 
   // Bytes of a panel.
   int64_t panel_bytes() const { return kPanel * k * (bits ? bits : 8 * size_of(type)) / 8; }
