@@ -147,11 +147,11 @@ def test_products_of_every_type_at_odd_sizes(kind: Kind, tmp_path: Path) -> None
         assert linear.weight.layout == ("panels" if n % 64 == 0 else "rows")
         for m in (1, 7):
             x_MK = torch.from_numpy(rng.standard_normal((m, k), dtype=np.float32)).bfloat16()
-            expected = x_MK.double() @ w_NK.T
+            expected, size = x_MK.double() @ w_NK.T, x_MK.double().abs() @ w_NK.T.abs()
             for isa in cpu.isas():
                 with cpu.use_isa(isa):
                     y_MN = linear(x_MK, out_dtype=torch.float32)
-                assert float((y_MN - expected).norm() / expected.norm()) <= 2e-6, (isa, m, n, k)
+                assert float(((y_MN - expected).abs() / size).max()) <= 1e-6, (isa, m, n, k)
 
 
 def test_a_mixture_says_what_transformers_says(tmp_path: Path) -> None:
