@@ -193,7 +193,7 @@ def test_tools_that_are_not_asked_for() -> None:
     for fields in ({}, {"tools": None}, {"tools": []}, {"tools": TOOLS, "tool_choice": "none"}):
         assert constraint(fields, None) == Constraint()
     formatted = constraint({"tools": TOOLS, "tool_choice": "none", "guided_regex": "a+"}, None)
-    assert formatted == Constraint(structured=StructuredOutput(regex="a+"))
+    assert formatted == Constraint(structured=StructuredOutput(regex="a+"), field="guided_regex")
 
 
 def function(**fields: Any) -> dict[str, Any]:

@@ -50,7 +50,7 @@ GROK_AVX2 bool has_nan(const void* const* rows, int64_t width) {
 }
 
 template <bool nans>
-GROK_AVX2 void convert_values(const void* const* rows, int64_t width, uint16_t* y) {
+GROK_AVX2 void convert_values_avx2(const void* const* rows, int64_t width, uint16_t* y) {
   for (int64_t j = 0; j < kBlock; ++j, y += width) {
     for (int64_t c = 0; c < width; c += 16) {
       const __m256i half = halves<nans>(load_128(static_cast<const char*>(rows[j]) + c));
@@ -85,7 +85,7 @@ GROK_AVX2 void transpose_bf16(const void* const* rows, int64_t width, char* y) {
 
 // e4m3 keys: column c of key j goes, as fp16, to word c · kBlock + j.
 template <bool nans>
-GROK_AVX2 void transpose_e4m3(const void* const* rows, int64_t width, char* y) {
+GROK_AVX2 void transpose_e4m3_avx2(const void* const* rows, int64_t width, char* y) {
   for (int64_t j = 0; j < kBlock; j += 16) {
     for (int64_t c = 0; c < width; c += 16) {
       __m256i low[8], high[8];  // columns c + 0–3, 8–11 and c + 4–7, 12–15 of two keys, interleaved
@@ -250,8 +250,8 @@ struct Avx2Path {
     if constexpr (half) {
       uint16_t* values = reinterpret_cast<uint16_t*>(w.values);
       const bool nans = has_nan(w.block.k, width) || has_nan(w.block.v, width);
-      (nans ? transpose_e4m3<true> : transpose_e4m3<false>)(w.block.k, width, keys);
-      (nans ? convert_values<true> : convert_values<false>)(w.block.v, width, values);
+      (nans ? transpose_e4m3_avx2<true> : transpose_e4m3_avx2<false>)(w.block.k, width, keys);
+      (nans ? convert_values_avx2<true> : convert_values_avx2<false>)(w.block.v, width, values);
       for (int64_t j = 0; j < kBlock; ++j) w.block.k_scale[j] *= 256.0f, w.block.v_scale[j] *= 256.0f;
     } else {
       transpose_bf16(w.block.k, width, keys);
