@@ -151,7 +151,7 @@ $(LM_EVAL): PACKAGES = "lm-eval[hf]>=0.4.13,<0.5"
 $(CLIENTS): PACKAGES = "openai>=2" "langchain-openai>=1" "litellm>=1.75" "lm-eval[api]>=0.4.13,<0.5"
 $(LM_EVAL) $(CLIENTS): pyproject.toml | $(INSTALLED)
 	@rm -rf $@ && $(BIN)/python -m venv $@
-	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  > $$(echo $@/lib/python*/site-packages)/project.pth
 	@$@/bin/python -m pip --disable-pip-version-check install -qq $(PACKAGES) || { rm -rf $@; exit 1; }
 
