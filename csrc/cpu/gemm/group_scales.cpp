@@ -37,8 +37,8 @@ void convert(const void* data, int64_t at, int64_t count, float* values) {
 
 }  // namespace
 
-void plane_values(const Weights& w, const Plane& plane, int64_t expert, int64_t output, int64_t group, Isa isa,
-                  float* values) {
+void plane_values(const Weights& w, const Plane& plane, int64_t expert, int64_t output, int64_t group,
+                  [[maybe_unused]] Isa isa, float* values) {
   const int64_t at = plane.at(expert, output, group);
   const int64_t count = std::min(kPanel, w.n - output);
   std::fill(values + count, values + kPanel, 0.0f);
