@@ -15,7 +15,7 @@ CHAT_ARGS ?= --temperature 0.2 --top-p 0.9
 
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 SANITIZED := build/sanitized
-SANITIZERS := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
+SANITIZERS := -O1 -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
 # Where the machine has no AVX-512, its kernels are tested in emulation.
 EMULATED := $(shell grep -qw avx512_bf16 /proc/cpuinfo 2>/dev/null || echo -DGROK_EMULATE_AVX512)
 INSTALLED := $(VENV)/.installed

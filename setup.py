@@ -12,6 +12,7 @@ ABI of torch holds within a minor version, the wheel requires the minor it was b
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -30,8 +31,10 @@ SOURCES = sorted(
     for path in Path("csrc").glob(pattern)
     if "example" not in path.parts and path.name != "thread_pool.cpp"
 )
-# -ffp-contract=off: a fused multiply-add on one instruction set only would give it bits of its own
-FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+# -ffp-contract=off: a fused multiply-add on one instruction set only would give it bits of its own.
+# CFLAGS may name another level of optimisation, as the build with sanitizers does.
+LEVEL = [] if re.search(r"(^|\s)-O\S", os.environ.get("CFLAGS", "")) else ["-O3"]
+FLAGS = [*LEVEL, "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
 CUDA_SOURCES = [
     str(path)
     for pattern in ("bindings/cuda/*.cpp", "cuda/*/instantiations/*.cu")
