@@ -281,7 +281,7 @@ def test_peak_memory_is_the_weights_and_one_tensor(kind: str, layers: int, mixtr
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["held"] > 250 * MB
+    assert found["held"] > 120 * MB  # at 4 bits; columns out of order are held in fp32
     assert found["over"] <= d * f // 2 + 30 * MB, found
 
 
