@@ -95,11 +95,12 @@ sanitize: $(BUILT) ## run the tests of the native kernels with the address and u
 	  -k "not (standalone or registers or vector_instructions or instruction_of_its_own or environment_forces \
 	  or bits_depend_on_nothing or fuzz)"
 
-# auditwheel finds the oldest system that the wheel runs on, and names it after that. torch's libraries stay outside.
+# --skip-build: else bdist_wheel compiles all once more. auditwheel finds the oldest system that the wheel runs on, and
+# names it after that. torch's libraries stay outside.
 wheel: $(INSTALLED) ## build a wheel with compiled kernels, for this Python and this minor of torch, into dist/
 	rm -rf build/wheel/lib* build/wheel/*.whl && mkdir -p build/wheel
 	GROK_WHEEL=1 $(BIN)/python -W ignore setup.py -q egg_info --egg-base build/wheel build --build-base build/wheel \
-	  bdist_wheel --dist-dir build/wheel > $(VENV)/wheel.log 2>&1 \
+	  bdist_wheel --skip-build --dist-dir build/wheel > $(VENV)/wheel.log 2>&1 \
 	  || { cat $(VENV)/wheel.log; exit 1; }
 	$(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude libc10.so --wheel-dir dist build/wheel/*.whl
 
