@@ -27,12 +27,14 @@ class Steps:
 
     def __init__(self, engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
         self._allowed, self._step, self._over = threading.Semaphore(0), engine.step, False
+        self.running = threading.Lock()
         monkeypatch.setattr(engine, "step", self._wait)
 
     def _wait(self) -> list[RequestOutput]:
-        if not self._over:
-            assert self._allowed.acquire(timeout=20)
-        return self._step()
+        with self.running:
+            if not self._over:
+                assert self._allowed.acquire(timeout=20)
+            return self._step()
 
     def allow(self, steps: int) -> None:
         self._allowed.release(steps)
@@ -48,6 +50,8 @@ def steps(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[Steps]:
     yield found
     found.free()
     run(idle(llm))
+    with found.running:  # a step that is still ending would count among the next test's
+        pass
 
 
 @pytest.mark.parametrize("body", [{"stream": True}, {}, {"prompt": ["a", "b", "c"], "stream": True}, {"n": 3}])
