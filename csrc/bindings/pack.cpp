@@ -5,7 +5,9 @@
 
 #include "bindings.h"
 #include "cpu/gemm/codes.h"
+#include "cpu/gemm/gather_rows.h"
 #include "native_op.h"
+#include "weight.h"
 
 namespace grok {
 namespace {
@@ -46,29 +48,6 @@ void pack_into(const at::Tensor& weight, const at::Tensor& packed, int64_t row) 
   p.first_row = row;
   p.item = item;
   cpu::pack_weight(p, executor());
-}
-
-// Rows (R,) of the one matrix of a packed weight.
-at::Tensor packed_rows(const at::Tensor& packed, const at::Tensor& rows) {
-  const char* op = "packed_rows";
-  check_memory(op, "packed", packed);
-  check(packed.dim() == kPackedDims && packed.is_contiguous() && packed.size(0) == 1 &&
-            packed.size(3) * packed.size(4) == kPanel && packed.size(5) * packed.element_size() == 4,
-        op, ": packed has shape ", packed.sizes(), ", expected what pack_weight returns for one matrix");
-  const std::vector<int32_t> row = copy_indices(op, "rows", rows, 1);
-  const int64_t item = packed.element_size(), n = packed.size(1) * kPanel, k = packed.size(2) * packed.size(5);
-  for (const int32_t i : row) check(i >= 0 && i < n, op, ": row ", i, " is not in 0..", n - 1);
-  const int64_t count = static_cast<int64_t>(row.size());
-  at::Tensor out = empty({count, k}, packed.scalar_type());
-  cpu::UnpackRows p{};
-  p.packed = packed.const_data_ptr();
-  p.rows = row.data();
-  p.out = out.mutable_data_ptr();
-  p.count = count;
-  p.k = k;
-  p.item = item;
-  cpu::unpack_rows(p, executor());
-  return out;
 }
 
 // The bits of codes in panels; ValueError for another tensor.
@@ -114,23 +93,22 @@ void pack_codes(const at::Tensor& values, const at::Tensor& packed, int64_t row,
   cpu::pack_codes(p, executor());
 }
 
-// Rows (R,) of the one matrix of codes in panels: codes − zero_point as int8 (R, K).
-at::Tensor packed_code_rows(const at::Tensor& packed, const at::Tensor& rows, int64_t zero_point) {
-  const char* op = "packed_code_rows";
-  cpu::UnpackCodes p{};
-  p.bits = bits_of(op, packed);
-  p.zero_point = checked_zero_point(op, zero_point, p.bits);
-  check(packed.size(0) == 1, op, ": packed has shape ", packed.sizes(), ", expected one matrix");
+// Rows (R,) of the one matrix of a weight, dequantised, times multiplier, in fp32, rounded to out_dtype.
+at::Tensor weight_rows(const WeightArg& weight, const at::Tensor& rows, double multiplier, at::ScalarType out_dtype) {
+  const char* op = "weight_rows";
+  const KernelWeight own = kernel_weight(op, "weight", weight);
+  check(own.w.experts == 1, op, ": weight has ", own.w.experts, " matrices, expected 1");
   const std::vector<int32_t> row = copy_indices(op, "rows", rows, 1);
-  const int64_t n = packed.size(1) * kPanel;
-  for (const int32_t i : row) check(i >= 0 && i < n, op, ": row ", i, " is not in 0..", n - 1);
-  p.k = packed.size(2) * cpu::kCodeColumns;
-  p.count = static_cast<int64_t>(row.size());
-  at::Tensor out = empty({p.count, p.k}, at::kChar);
-  p.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
+  for (const int32_t i : row) check(i >= 0 && i < own.w.n, op, ": row ", i, " is not in 0..", own.w.n - 1);
+  cpu::GatherRows p{};
+  p.w = own.w;
   p.rows = row.data();
-  p.values = static_cast<int8_t*>(out.mutable_data_ptr());
-  cpu::unpack_codes(p, executor());
+  p.count = static_cast<int64_t>(row.size());
+  p.multiplier = static_cast<float>(multiplier);
+  p.out_type = float_dtype(op, "out_dtype", out_dtype);
+  at::Tensor out = empty({p.count, p.w.k}, out_dtype);
+  p.out = out.mutable_data_ptr();
+  cpu::gather_rows(p, executor());
   return out;
 }
 
@@ -139,9 +117,8 @@ at::Tensor packed_code_rows(const at::Tensor& packed, const at::Tensor& rows, in
 void define_pack(pybind11::module_& module) {
   using pybind11::arg;
   define_native_op(module, "pack_into", pack_into, arg("weight"), arg("packed"), arg("row"));
-  define_native_op(module, "packed_rows", packed_rows, arg("packed"), arg("rows"));
   define_native_op(module, "pack_codes", pack_codes, arg("values"), arg("packed"), arg("row"), arg("zero_point"));
-  define_native_op(module, "packed_code_rows", packed_code_rows, arg("packed"), arg("rows"), arg("zero_point"));
+  define_native_op(module, "weight_rows", weight_rows, arg("weight"), arg("rows"), arg("multiplier"), arg("out_dtype"));
 }
 
 }  // namespace grok

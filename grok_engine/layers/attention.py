@@ -26,8 +26,7 @@ class Attention(nn.Module):
     def forward(self, x: Normed, batch: Batch, pages: KVPages, cos_sin: Tensor) -> Tensor:
         """x_TD normed → (T, D). The keys and values of the batch's tokens are in their pages afterwards."""
         c, tokens = self.config, x.x_TD.shape[0]
-        heads_TNC = self.qkv(x.x_TD, quantized=x.quantized).view(tokens, -1, c.head_dim)
-        q_THC, k_TGC, v_TGC = heads_TNC.split_with_sizes((c.num_heads, c.num_kv_heads, c.num_kv_heads), 1)
+        q_THC, k_TGC, v_TGC = (y_TN.view(tokens, -1, c.head_dim) for y_TN in self.qkv.split(x.x_TD, x.quantized))
         q_THC = grok_kernels.rope_store_kv(
             q_THC, k_TGC, v_TGC, pages.k, pages.v, batch.positions_T, batch.slots_T, cos_sin,
             pages.k_scale, pages.v_scale,

@@ -27,9 +27,7 @@ class Embedding(FusedWeight):
 
     def forward(self, tokens_T: Tensor, multiplier: float, dtype: torch.dtype) -> Tensor:
         """weight[token] · multiplier, in fp32, rounded once to `dtype`."""
-        rows_TD = grok_kernels.weight_rows(self.weight, tokens_T)
-        # where the types agree, torch's product is that: computed in fp32 and rounded once
-        return rows_TD * multiplier if rows_TD.dtype == dtype else (rows_TD.float() * multiplier).to(dtype)
+        return grok_kernels.weight_rows(self.weight, tokens_T, multiplier, dtype)
 
     def attend(self, x_TD: Tensor) -> Tensor:
         """x · weightᵀ, (T, V) fp32."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -61,10 +62,20 @@ class Experts(nn.Module):
         )
 
 
-def _whole(x_TD: Tensor) -> tuple[Tensor, ...]:
+def _whole(x_TD: Tensor) -> tuple[Tensor, Tensor]:
     """Weights and experts as of a router: all of expert 0."""
-    ones_T1 = torch.ones((x_TD.shape[0], 1), device=x_TD.device)
-    return ones_T1, torch.zeros((x_TD.shape[0], 1), dtype=torch.int32, device=x_TD.device)
+    rows = x_TD.shape[0]
+    ones_R1, zeros_R1 = _constants(max((rows - 1).bit_length(), 10), x_TD.device)
+    return ones_R1[:rows], zeros_R1[:rows]
+
+
+@cache
+def _constants(log2_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ones in fp32 and zeros in int32, (rows, 1). Kept, since captured steps go on reading them; a recorded step would
+    make its own anew in each layer, by Python between kernels."""
+    with torch.inference_mode(False):
+        ones_R1 = torch.ones((1 << log2_rows, 1), device=device)
+        return ones_R1, torch.zeros_like(ones_R1, dtype=torch.int32)
 
 
 class DenseAndExperts(nn.Module):

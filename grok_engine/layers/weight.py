@@ -90,10 +90,15 @@ class FusedWeight(nn.Module):
             self.add_module(str(i), FusedWeight(self.experts, self.k, run))
 
     @property
-    def weights(self) -> list[grok_kernels.Weight]:
-        """What the matrices are held in, by rows: one weight, or one of each submodule."""
+    def runs(self) -> list[FusedWeight]:
+        """The modules that hold a weight, by rows: this one, or its submodules."""
         runs: Any = self._modules.values()
-        return [run.weight for run in runs] if runs else [self.weight]
+        return list(runs) or [self]
+
+    @property
+    def weights(self) -> list[grok_kernels.Weight]:
+        """What the matrices are held in, by rows."""
+        return [run.weight for run in self.runs]
 
     def layout_for(
         self, spec: grok_kernels.Spec, device: torch.device | str, packed: bool | None = None

@@ -4,7 +4,7 @@ from . import cpu, cuda, reference, triton
 from .chips import multiplies_fp8
 from .formats import Layout, Spec, values_shape
 from .gather import weight_rows
-from .layouts import can_pack, pack_into, packed_rows, wants_packed
+from .layouts import can_pack, pack_into, wants_packed
 from .memory import huge_pages, weight_memory
 from .ops import (
     group_tokens,
@@ -47,7 +47,6 @@ __all__ = [
     "moe_fp8",
     "multiplies_fp8",
     "pack_into",
-    "packed_rows",
     "paged_attention",
     "quantize_fp8",
     "quantize_int8",

@@ -8,7 +8,7 @@ The memory is contiguous: it may be written to a file and mapped as it is.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -65,9 +65,8 @@ class Native(Protocol):
     """The extension's packing and reading of rows, for tensors on the CPU."""
 
     def pack_into(self, weight: Tensor, packed: Tensor, row: int) -> None: ...
-    def packed_rows(self, packed: Tensor, rows: Tensor) -> Tensor: ...
     def pack_codes(self, values: Tensor, packed: Tensor, row: int, zero_point: int) -> None: ...
-    def packed_code_rows(self, packed: Tensor, rows: Tensor, zero_point: int) -> Tensor: ...
+    def weight_rows(self, weight: Any, rows: Tensor, multiplier: float, out_dtype: torch.dtype) -> Tensor: ...
 
 
 native: Native | None = None
@@ -125,8 +124,6 @@ def unpack(packed: Tensor) -> Tensor:
 
 def packed_rows(packed: Tensor, rows: Tensor) -> Tensor:
     """Rows (R,), int32, of the one matrix of values in panels, as (R, K)."""
-    if native is not None and packed.device.type == rows.device.type == "cpu":
-        return native.packed_rows(packed, rows)
     panels = packed[0].flatten(2, 3)  # (N / 64, K / cell, 64, cell)
     panel, output = rows // WIDTH, rows % WIDTH
     return panels[panel, :, output].flatten(1)

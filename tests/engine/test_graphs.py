@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 import grok_kernels
 from grok_engine import LLMEngine
 from grok_engine.batch import ALIGNED, Batch
-from grok_engine.config import EngineConfig, ModelConfig
+from grok_engine.config import ActFormat, EngineConfig, ModelConfig
 from grok_engine.layers.embedding import Embedding
-from grok_engine.layers.weight import FusedWeight, NamedTensor
+from grok_engine.layers.weight import FusedWeight, NamedTensor, holders
 from grok_engine.loading.fill import fill
 from grok_engine.loading.random import random_checkpoint
 from grok_engine.models.decoder import Decoder
@@ -311,6 +312,30 @@ def small(config: ModelConfig) -> ModelConfig:
         config, vocab_size=64, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, attn_scale=0.3,
         d_ff=config.d_ff and 16, dense_d_ff=config.dense_d_ff and 24, max_position=256,
     )  # fmt: skip
+
+
+@pytest.mark.skipif(not grok_kernels.backends()["moe"]["cpu"].available, reason="not built")
+@pytest.mark.parametrize("activations", ["none", "int8"])
+@pytest.mark.parametrize("name", ["grok-1", "mixtral-8x7b", "mistral-7b"])
+def test_a_recording_runs_no_python_between_layers(name: str, activations: ActFormat) -> None:
+    """Of a model in one format, and of one whose values have another format than queries and keys."""
+    counts = set()
+    for layers, mixed in ((1, False), (3, False), (3, True)):
+        config = replace(small(PRESETS[name]), num_layers=layers, d_model=64, num_heads=8)
+        model = Decoder(config, torch.bfloat16, activations=activations)
+        for layer in model.layers if mixed else ():
+            layer.attn.qkv.divide([2, 1])
+        formats = {"0": Spec("int8", 1)}
+        for path, module in holders(model):
+            module.allocate(*() if isinstance(module, NamedTensor) else (formats.get(path[-1], Spec("bf16")),), "cpu")
+        cache = allocate_pages(config, 4, 16, torch.bfloat16, "cpu")
+        numbers, sizes = flatten([Entry([5], 3, [1])], 16)
+        with torch.inference_mode():
+            batch = Batch.of(numbers, sizes, 1)
+            model(batch, cache)  # what is made once
+            run = CpuCapture()(partial(model, batch, cache))
+        counts.add(len(run._steps))
+    assert len(counts) == 1, counts
 
 
 @pytest.mark.parametrize("kind", CAPTURES)

@@ -283,11 +283,6 @@ def pack_into(m: Maker) -> dict[str, Any]:
     return {"weight": weight, "packed": packed, "row": m.one(0, 64)}
 
 
-def packed_rows(m: Maker) -> dict[str, Any]:
-    args = pack_into(m)
-    return {"packed": args["packed"][:1], "rows": m.below(192, m.one(0, 3))}
-
-
 def pack_codes(m: Maker) -> dict[str, Any]:
     e, n, k, bits = m.one(1, 2), m.one(0, 64, 128), m.one(32, 96), m.one(4, 5, 6)
     packed = torch.zeros(e, 3, k // 32, bits, 64, 4, dtype=torch.uint8)
@@ -299,17 +294,17 @@ def pack_codes(m: Maker) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def packed_code_rows(m: Maker) -> dict[str, Any]:
-    k, bits = m.one(32, 96), m.one(4, 5, 6)
-    packed = tight(m.values(1, 3, k // 32, bits, 64, 4, dtype=torch.uint8, plain=True))
-    return {"packed": packed, "rows": m.below(192, m.one(0, 3)), "zero_point": m.one(0, 1 << bits - 1)}
+def weight_rows(m: Maker) -> dict[str, Any]:
+    n, k = m.one(1, 64, 70, 128), m.one(0, 1, 4, 30, 64, 130, 256)
+    dtype = m.one(torch.float32, torch.bfloat16)
+    return {"weight": m.weight(1, n, k), "rows": m.below(n, m.one(0, 3)), "multiplier": 2.5, "out_dtype": dtype}
 
 
 FUNCTIONS: dict[str, Callable[[Maker], dict[str, Any]]] = {
     f.__name__: f
     for f in (
         rms_norm, sandwich_norm, quantize_fp8, route_topk, group_tokens, sample_top_p, grouped_gemm, moe, moe_up,
-        moe_down, rope_store_kv, paged_attention, pack_into, packed_rows, pack_codes, packed_code_rows,
+        moe_down, rope_store_kv, paged_attention, pack_into, pack_codes, weight_rows,
     )
 }  # fmt: skip
 FUNCTIONS["quantize_int8"] = quantize_fp8

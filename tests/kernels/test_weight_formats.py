@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import grok_kernels
-from grok_kernels import Weight, registry
+from grok_kernels import Weight, layouts, registry
 from grok_kernels.formats import FORMATS, Spec
 from tests.kernels.cases import randn
 from tests.kernels.group_weights import FP16, FP32, KINDS, Kind, random_weight, spec_of
@@ -139,15 +139,22 @@ def test_bytes_are_those_of_the_files() -> None:
             assert 8 * spec_of(kind, 4096).nbytes("panels", shape) / (2 * 256 * 4096) == bits[kind[0]]
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("layout", ["rows", "panels"])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_single_rows_are_dequantised(kind: Kind, layout: grok_kernels.Layout) -> None:
+def test_single_rows_are_dequantised(
+    kind: Kind, layout: grok_kernels.Layout, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native:
+        monkeypatch.setattr(layouts, "native", None)
     k = 512 if kind[2] else 2 * kind[1]
     weight = random_weight(spec_of(kind, k), 1, 128, k)
     rows = torch.tensor([3, 127, 64, 3], dtype=torch.int32)
     with grok_kernels.use_backend("reference"):
         expected = grok_kernels.grouped_gemm(torch.eye(k), weight).T[rows.long()]
-    assert torch.equal(grok_kernels.weight_rows(weight.with_layout(layout), rows), expected)
+    held = weight.with_layout(layout)
+    assert torch.equal(grok_kernels.weight_rows(held, rows), expected)
+    assert torch.equal(grok_kernels.weight_rows(held, rows, 0.3, torch.bfloat16), (expected * 0.3).bfloat16())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

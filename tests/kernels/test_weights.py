@@ -128,24 +128,41 @@ def test_the_native_functions_check_what_memory_safety_needs() -> None:
     ):
         with pytest.raises(ValueError, match="pack_into"):
             native.pack_into(*args)
+    weight = Weight.of(packed, torch.ones(1, 1, 128), "panels")
     for rows in (torch.tensor([128]), torch.tensor([-1]), torch.tensor([0.0]), torch.tensor([[0]])):
         index = rows if rows.is_floating_point() else rows.int()
-        with pytest.raises(ValueError, match="packed_rows"):
-            native.packed_rows(packed, index)
-    with pytest.raises(ValueError, match="packed_rows"):
-        native.packed_rows(layouts.pack(randint8(2, 64, 8)), torch.zeros(1, dtype=torch.int32))
+        with pytest.raises(ValueError, match="weight_rows: row"):
+            native.weight_rows(weight, index, 1.0, torch.float32)
+    two = Weight.of(randn(2, 64, 8))
+    with pytest.raises(ValueError, match="weight_rows: weight has 2 matrices, expected 1"):
+        native.weight_rows(two, torch.zeros(1, dtype=torch.int32), 1.0, torch.float32)
+    with pytest.raises(ValueError, match="weight_rows: out_dtype has dtype Half"):
+        native.weight_rows(weight, torch.zeros(1, dtype=torch.int32), 1.0, torch.float16)
 
 
 @pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_come_back(dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layout", ["rows", "panels"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=str)
+def test_rows_are_looked_up(
+    dtype: torch.dtype, layout: grok_kernels.Layout, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Multiplied in fp32, and rounded once; by default in the type of what has no scales."""
     if not native:
         monkeypatch.setattr(layouts, "native", None)
-    plain = values(1, 192, 20, dtype)
+    if (dtype, layout) == (torch.float32, "panels"):
+        pytest.skip("fp32 lies in rows only")
+    plain, scales = randn(1, 192, 20) if dtype == torch.float32 else values(1, 192, 20, dtype), randn(1, 5, 192)
+    weight = Weight.of(plain, scales if dtype.itemsize == 1 else None).with_layout(layout)
+    exact = plain[0].float()
+    if dtype.itemsize == 1:
+        exact = exact * scales[0].T.repeat_interleave(4, 1)
     rows = torch.tensor([0, 191, 64, 63, 17, 17], dtype=torch.int32)
-    found = grok_kernels.packed_rows(layouts.pack(plain), rows)
-    assert torch.equal(raw(found), raw(plain[0])[rows])
-    assert grok_kernels.packed_rows(layouts.pack(plain), rows[:0]).shape == (0, 20)
+    found = grok_kernels.weight_rows(weight, rows)
+    assert found.dtype == (torch.float32 if dtype.itemsize == 1 else dtype)
+    assert torch.equal(found.float(), exact[rows])
+    for out in (torch.float32, torch.bfloat16):
+        assert torch.equal(grok_kernels.weight_rows(weight, rows, 1.7, out), (exact[rows] * 1.7).to(out))
+    assert grok_kernels.weight_rows(weight, rows[:0]).shape == (0, 20)
 
 
 def test_what_wants_the_packed_form(monkeypatch: pytest.MonkeyPatch) -> None:

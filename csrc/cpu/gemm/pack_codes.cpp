@@ -95,14 +95,9 @@ void pack_codes(const PackCodes& p, Executor& executor) {
   });
 }
 
-void unpack_codes(const UnpackCodes& p, Executor& executor) {
-  const int64_t panel_bytes = kPanel * p.k * p.bits / 8;
-  const auto unpack = p.bits == 4 ? unpack_output<4> : p.bits == 5 ? unpack_output<5> : unpack_output<6>;
-  executor.parallel_for(p.count, rows_per_range(p.k), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      unpack(p.packed + p.rows[i] / kPanel * panel_bytes, p.rows[i] % kPanel, p.k, p.zero_point, p.values + i * p.k);
-    }
-  });
+void unpack_codes_of_output(const uint8_t* block, int64_t output, int64_t k, int bits, int zero_point, int8_t* values) {
+  const auto unpack = bits == 4 ? unpack_output<4> : bits == 5 ? unpack_output<5> : unpack_output<6>;
+  unpack(block, output, k, zero_point, values);
 }
 
 }  // namespace grok::cpu

@@ -18,18 +18,11 @@ struct PackCodes {
 };
 void pack_codes(const PackCodes& p, Executor& executor);
 
-// values[i] = codes − zero_point of row rows[i] of one packed matrix.
-struct UnpackCodes {
-  const uint8_t* packed;  // as above, of one expert
-  int bits, zero_point;
-  const int32_t* rows;  // (count,), in 0..n−1
-  int8_t* values;       // (count, k), contiguous
-  int64_t count, k;
-};
-void unpack_codes(const UnpackCodes& p, Executor& executor);
-
 // Packs columns of one output, a multiple of 32, into the blocks of a panel. block: the first of these blocks.
 void pack_codes_of_output(const int8_t* values, int64_t column_stride, int64_t columns, int bits, int zero_point,
                           int64_t output, uint8_t* block);
+
+// values = code − zero_point of the k columns of one output, a multiple of 32. block: the first of its panel.
+void unpack_codes_of_output(const uint8_t* block, int64_t output, int64_t k, int bits, int zero_point, int8_t* values);
 
 }  // namespace grok::cpu

@@ -142,16 +142,4 @@ void pack_weight(const PackWeight& p, Executor& executor) {
   }
 }
 
-void unpack_rows(const UnpackRows& p, Executor& executor) {
-  const int64_t row_bytes = p.k * p.item;
-  executor.parallel_for(p.count, rows_per_range(p.k), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = p.rows[i];
-      const char* words = static_cast<const char*>(p.packed) + row / kPanel * kPanel * row_bytes + row % kPanel * 4;
-      char* out = static_cast<char*>(p.out) + i * row_bytes;
-      for (int64_t byte = 0; byte < row_bytes; byte += 4) std::memcpy(out + byte, words + byte * kPanel, 4);
-    }
-  });
-}
-
 }  // namespace grok::cpu

@@ -18,13 +18,4 @@ struct PackWeight {
 };
 void pack_weight(const PackWeight& p, Executor& executor);
 
-// out[i] = row rows[i] of one packed matrix.
-struct UnpackRows {
-  const void* packed;   // as above, of one expert
-  const int32_t* rows;  // (count,), in 0..n−1
-  void* out;            // (count, k), contiguous
-  int64_t count, k, item;
-};
-void unpack_rows(const UnpackRows& p, Executor& executor);
-
 }  // namespace grok::cpu

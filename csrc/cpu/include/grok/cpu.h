@@ -17,6 +17,7 @@
 
 #include "cpu/attention/attention.h"   // paged_attention
 #include "cpu/executor.h"              // the interface to the threads
+#include "cpu/gemm/gather_rows.h"      // gather_rows: single rows of a weight, as of an embedding
 #include "cpu/gemm/grouped_gemm.h"     // grouped_gemm: the products, dense or by expert
 #include "cpu/gemm/pack_weight.h"      // pack_weight: the layout that products read fastest
 #include "cpu/isa.h"                   // which instruction set runs
