@@ -350,10 +350,7 @@ def inspect(path: str, verify: bool, all_tensors: bool, as_json: bool) -> None:
 @click.option("--batch", default=1, show_default=True, help="Requests at once.")
 @_json
 @_debug
-def plan_command(
-    model: str, gpu: str | None, gpus: int | None, cpu: str | None, head: WeightFormat | None, as_json: bool,
-    **options: Any,
-) -> None:  # fmt: skip
+def plan_command(model: str, gpu: str | None, gpus: int | None, cpu: str | None, as_json: bool, **options: Any) -> None:
     """Say before a download whether a model fits, and how fast GPUs could run it at best, or a CPU decode it.
 
     MODEL is grok-1 (the default), another published architecture by name, tiny, a folder, a .gguf file, or org/name in
@@ -363,14 +360,14 @@ def plan_command(
     config = PRESETS[model] if folder is None else read_config(folder)
     if cpu is None:
         checkpoint = None if folder is None else stored_checkpoint(folder, config)
-        result = plan(config, chip=gpu or "h100-80gb", gpus=gpus, checkpoint=checkpoint, head=head, **options)
+        result = plan(config, chip=gpu or "h100-80gb", gpus=gpus, checkpoint=checkpoint, **options)
         _show(result, render_plan, as_json)
         return
     if gpu is not None or gpus is not None:
         raise ConfigError("--cpu beside --gpu or --gpus: expected one kind of machine")
-    formats = options["weights"], head or "bf16"
-    rates = measure(*formats) if cpu == "measure" else Rates.of(_number(cpu))
-    _show(plan_cpu(config, rates, head=formats[1], **options), render_cpu, as_json)
+    options["head"] = options["head"] or "bf16"
+    rates = measure(options["weights"], options["head"]) if cpu == "measure" else Rates.of(_number(cpu))
+    _show(plan_cpu(config, rates, **options), render_cpu, as_json)
 
 
 def _number(text: str) -> float:
