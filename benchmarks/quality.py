@@ -21,6 +21,9 @@ from grok_engine.tools.eval import Evaluation, evaluate, read_text
 ROWS: list[tuple[str, EngineOptions]] = [
     ("as stored, fp32 arithmetic", {"dtype": "float32"}),
     ("as stored", {}),
+    ("as stored, head int8", {"head": "int8"}),
+    ("as stored, head fp8", {"head": "fp8"}),
+    ("as stored, head int4", {"head": "int4"}),
     ("bf16", {"weights": "bf16"}),
     ("bf16, KV fp8", {"weights": "bf16", "kv_dtype": "fp8_e4m3"}),
     ("int8, a scale per channel", {"weights": "int8"}),

@@ -57,6 +57,9 @@ def _one_of(literal: Any) -> click.Choice[str]:
     return click.Choice(get_args(literal))
 
 
+_head = click.option("--head", type=_one_of(WeightFormat), help="Convert the output head; by default as --weights.")
+
+
 @app.command()
 @click.option(
     "--model", default="tiny", show_default=True, help="`tiny`, which ships with the package, a folder or a .gguf file."
@@ -78,6 +81,7 @@ def _one_of(literal: Any) -> click.Choice[str]:
 )
 @click.option("--dtype", type=_one_of(DType), default="bfloat16", show_default=True, help="Of the computation.")
 @click.option("--weights", type=_one_of(WeightFormat), help="Convert while loading; by default as they are stored.")
+@_head
 @click.option(
     "--activations", type=_one_of(ActFormat), help="Round the rows too; by default as weights and device are."
 )
@@ -177,6 +181,7 @@ def _peak_bytes(llm: LLM) -> int:
 )
 @click.option("--dtype", type=_one_of(DType), default="bfloat16", show_default=True, help="Of the computation.")
 @click.option("--weights", type=_one_of(WeightFormat), help="Convert while loading; by default as they are stored.")
+@_head
 @click.option("--device", default="cpu", show_default=True, help="As torch names them.")
 @_debug
 def chat_command(model: str, system: str | None, chat_template: str | None, **options: Any) -> None:
@@ -216,6 +221,7 @@ def _served_name(model: str) -> str:
 @click.option("--kv-memory", type=int, help="Bytes of the KV cache; by default what memory holds.")
 @click.option("--dtype", type=_one_of(DType), default="bfloat16", show_default=True, help="Of the computation.")
 @click.option("--weights", type=_one_of(WeightFormat), help="Convert while loading; by default as they are stored.")
+@_head
 @click.option("--activations", type=_one_of(ActFormat), help="Round the rows too, as for generate.")
 @click.option("--kv", "kv_dtype", type=_one_of(KVDType), help="Of keys and values; by default that of --dtype.")
 @click.option("--mmap", is_flag=True, help="Map the file of a converted model, in place of reading it.")
@@ -259,6 +265,7 @@ def serve(
 @click.option("--limit", type=int, help="Score the first tokens of the text alone, so many.")
 @click.option("--dtype", type=_one_of(DType), default="bfloat16", show_default=True, help="Of the computation.")
 @click.option("--weights", type=_one_of(WeightFormat), help="Convert while loading; by default as they are stored.")
+@_head
 @click.option("--activations", type=_one_of(ActFormat), help="Round the rows too, as for generate.")
 @click.option("--kv", "kv_dtype", type=_one_of(KVDType), help="Of keys and values; by default that of --dtype.")
 @click.option("--device", default="cpu", show_default=True, help="As torch names them.")
@@ -337,16 +344,13 @@ def inspect(path: str, verify: bool, all_tensors: bool, as_json: bool) -> None:
     help="Decode on a CPU with this memory bandwidth or, without a number, at the rates that its kernels reach here.",
 )
 @click.option("--weights", type=_one_of(WeightFormat), default="int8", show_default=True)
-@click.option("--head", type=_one_of(WeightFormat), help="Of the output head, with --cpu; by default bf16.")
+@click.option("--head", type=_one_of(WeightFormat), help="Of the output head; by default bf16.")
 @click.option("--kv", type=_one_of(PlanKV), default="bf16", show_default=True, help="Type of keys and values.")
 @click.option("--context", type=int, help="Tokens of a request; by default all that the model takes.")
 @click.option("--batch", default=1, show_default=True, help="Requests at once.")
 @_json
 @_debug
-def plan_command(
-    model: str, gpu: str | None, gpus: int | None, cpu: str | None, head: WeightFormat | None, as_json: bool,
-    **options: Any,
-) -> None:  # fmt: skip
+def plan_command(model: str, gpu: str | None, gpus: int | None, cpu: str | None, as_json: bool, **options: Any) -> None:
     """Say before a download whether a model fits, and how fast GPUs could run it at best, or a CPU decode it.
 
     MODEL is grok-1 (the default), another published architecture by name, tiny, a folder, a .gguf file, or org/name in
@@ -355,17 +359,15 @@ def plan_command(
     folder = None if model in PRESETS else _folder(model)
     config = PRESETS[model] if folder is None else read_config(folder)
     if cpu is None:
-        if head is not None:
-            raise ConfigError(f"--head {head}: expected --cpu beside it")
         checkpoint = None if folder is None else stored_checkpoint(folder, config)
         result = plan(config, chip=gpu or "h100-80gb", gpus=gpus, checkpoint=checkpoint, **options)
         _show(result, render_plan, as_json)
         return
     if gpu is not None or gpus is not None:
         raise ConfigError("--cpu beside --gpu or --gpus: expected one kind of machine")
-    formats = options["weights"], head or "bf16"
-    rates = measure(*formats) if cpu == "measure" else Rates.of(_number(cpu))
-    _show(plan_cpu(config, rates, head=formats[1], **options), render_cpu, as_json)
+    options["head"] = options["head"] or "bf16"
+    rates = measure(options["weights"], options["head"]) if cpu == "measure" else Rates.of(_number(cpu))
+    _show(plan_cpu(config, rates, **options), render_cpu, as_json)
 
 
 def _number(text: str) -> float:

@@ -274,6 +274,7 @@ class EngineOptions(TypedDict, total=False):
     dtype: DType
     device: str
     weights: WeightFormat | None
+    head: WeightFormat | None
     activations: ActFormat | None
     mmap: bool
     kv_dtype: KVDType | None
@@ -303,6 +304,10 @@ class EngineConfig:
     """How a model is run, and the largest request that is served.
 
     weights: what matrices are converted to; None keeps what the checkpoint holds.
+    head: what the output head is converted to, from the checkpoint's values; None is as `weights` or, where the head is
+    the embedding, as that lies. With a format, such a head becomes a second matrix, unless the embedding lies in that
+    format already: lookups stay as they were, and memory grows by the head. Of a converted checkpoint the head that it
+    holds stays in memory too, unless mapped.
     activations: what the layers' large products quantise their activations to, with a scale per token and group of 128.
     None is "fp8" where e4m3 weights meet a GPU that multiplies e4m3, else "none", so released int8 values stay exact.
     mmap: run on the mapped file of a converted model instead of a copy in memory. It starts at once, shares its pages
@@ -337,6 +342,7 @@ class EngineConfig:
     dtype: DType = "bfloat16"
     device: str = "cpu"
     weights: WeightFormat | None = None
+    head: WeightFormat | None = None
     activations: ActFormat | None = None
     mmap: bool = False
     kv_dtype: KVDType | None = None
@@ -445,6 +451,7 @@ _VLLM_OPTIONS = {
 _LITERALS: dict[str, Any] = {
     "dtype": DType,
     "weights": WeightFormat,
+    "head": WeightFormat,
     "activations": ActFormat,
     "kv_dtype": KVDType,
     "generation_config": GenerationConfig,

@@ -46,11 +46,13 @@ def build_model(
             f"mmap=True with model {config.model.name!r} on {device}: expected a folder that `grok-engine convert` "
             "wrote, on the CPU"
         )
-    if (wanted := ROUNDED.get(config.weights or "", ("",))[0]) and not grok_kernels.takes_format(wanted, device.type):
-        raise ConfigError(f"weights={config.weights!r} on {device}: its kernels do not multiply by {wanted}")
+    for name, format in (("weights", config.weights), ("head", config.head)):
+        wanted = ROUNDED.get(format or "", ("",))[0]
+        if wanted and not grok_kernels.takes_format(wanted, device.type):
+            raise ConfigError(f"{name}={format!r} on {device}: its kernels do not multiply by {wanted}")
     config = fit(config, lambda weights: _loading_bytes(config, checkpoint, weights))
     activations = _activations(config, checkpoint, device)
-    model = Decoder(config.model, dtype_of(config.dtype), device, config.max_len, activations)
+    model = Decoder(config.model, dtype_of(config.dtype), device, config.max_len, activations, config.head)
     if checkpoint is None:
         fill(model, random_checkpoint(model, config.weights), progress=progress)
     else:
@@ -63,7 +65,8 @@ def _loading_bytes(
 ) -> tuple[int, int] | None:
     """Bytes of the weights in this format, and those that loading takes beside them at its peak; None where the
     checkpoint does not become them. CheckpointError, as `slots` raises it, for the format that is wanted."""
-    empty, device = Decoder(config.model, dtype_of(config.dtype), max_positions=1), _device(config.device)
+    empty = Decoder(config.model, dtype_of(config.dtype), max_positions=1, head=config.head)
+    device = _device(config.device)
     try:
         if checkpoint is None:
             found = slots(empty, random_checkpoint(empty, weights), None, device.type)
@@ -74,7 +77,8 @@ def _loading_bytes(
             raise
         return None
     if isinstance(checkpoint, PackedCheckpoint) and device.type == "cpu":  # read in place, or mapped
-        return 0 if config.mmap else checkpoint.total_bytes, SLACK
+        head = sum(slot.nbytes(device) for slot in found if slot.converts_head(empty))
+        return head + (0 if config.mmap else checkpoint.total_bytes), SLACK
     pieces = (info.nbytes // prod(info.shape[:-2]) for slot in found for info in slot.sources)
     return sum(slot.nbytes(device) for slot in found), max(pieces) + SLACK
 
@@ -88,9 +92,9 @@ class HeldMatrices:
     formats: tuple[str, ...]
 
 
-def held_matrices(config: ModelConfig, checkpoint: Checkpoint) -> HeldMatrices:
-    """What loading with the default options makes of them. Raises as `slots` does."""
-    held = [slot for slot in _held_on_cpu(config, checkpoint) if isinstance(slot.module, FusedWeight)]
+def held_matrices(config: ModelConfig, checkpoint: Checkpoint, head: WeightFormat | None = None) -> HeldMatrices:
+    """What loading with this head and otherwise the default options makes of them. Raises as `slots` does."""
+    held = [slot for slot in _held_on_cpu(config, checkpoint, head) if isinstance(slot.module, FusedWeight)]
     nbytes, count = sum(slot.nbytes("cpu") for slot in held), sum(prod(slot.module.shape) for slot in held)
     return HeldMatrices(nbytes, 8 * nbytes / count, tuple(dict.fromkeys(slot.spec.format for slot in held)))
 
@@ -102,8 +106,8 @@ def memory_bits(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, float]
     return {info.name: 8 * slot.nbytes("cpu") / prod(slot.module.shape) for slot in found for info in slot.sources}
 
 
-def _held_on_cpu(config: ModelConfig, checkpoint: Checkpoint) -> list[Slot]:
-    empty = Decoder(config, torch.bfloat16, max_positions=1)
+def _held_on_cpu(config: ModelConfig, checkpoint: Checkpoint, head: WeightFormat | None = None) -> list[Slot]:
+    empty = Decoder(config, torch.bfloat16, max_positions=1, head=head)
     return slots(empty, source_of(checkpoint, empty, None, "cpu"))
 
 

@@ -6,12 +6,13 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 import grok_kernels
-from grok_engine.checkpoint.base import Checkpoint, TensorInfo, total_bytes
+from grok_engine.checkpoint.base import Checkpoint, TensorInfo
 from grok_engine.checkpoint.packed import PackedCheckpoint
 from grok_engine.checkpoint.rows import chunks, dequantized, expanded, read_spans, rounded, row_step
 from grok_engine.checkpoint.widened import widened, widened_planes
@@ -48,25 +49,34 @@ def fill(
     Norms and router are kept in fp32, an embedding in floats in the model's dtype. Besides the model, at most one
     source tensor is in memory.
 
+    `model.head` does for the output head what `weights` does for other matrices. A tied head then has a weight of its
+    own, or none where the embedding lies in that format.
+
     A converted checkpoint is read into one block of memory on a CPU. With `mapped` the file itself is used, and the
     system loads its pages on demand. Devices and kernels that do not use panels get rows.
     """
     device = model.cos_sin.device
     checkpoint = source_of(checkpoint, model, weights, device.type)
     found = slots(model, checkpoint, weights, device.type)
+    taken = [slot for slot in found if not slot.converts_head(model)]
+    if len(taken) == len(found) and model.config.tie_embeddings:
+        model.lm_head = None  # the embedding serves
     if weights is None:
-        _log_conversions(found, device)
-    total, done = total_bytes(checkpoint), 0
+        _log_conversions(taken, device)
+    total, done = sum(info.nbytes for slot in found for info in slot.sources), 0
     packed = checkpoint if isinstance(checkpoint, PackedCheckpoint) else None
-    in_place = packed is not None and device.type == "cpu" and (mapped or all(_is_wanted(slot) for slot in found))
+    in_place = packed is not None and device.type == "cpu" and (mapped or all(map(_is_wanted, taken)))
     if packed is not None and in_place and not mapped:
         packed.read_all(grok_kernels.huge_pages(packed.total_bytes), progress)
         progress = None
     for slot in found:
-        if packed is not None:
+        if packed is None:
+            load(slot, checkpoint, device)
+        elif not slot.converts_head(model):
             _adopt(slot, packed, None if in_place else device)
         else:
-            load(slot, checkpoint, device)
+            unfused = UnfusedCheckpoint(packed, model)
+            load(replace(slot, sources=tuple(unfused.tensors[info.name] for info in slot.sources)), unfused, device)
         for info in slot.sources:
             done += info.nbytes
             if progress:

@@ -39,6 +39,8 @@ def weight_bytes(config: ModelConfig, dtype: DType, weights: WeightFormat | None
 
 def _tensors(model: Decoder, weights: str) -> Iterator[TensorInfo]:
     for _, module in holders(model):
+        if module is model.lm_head and model.config.tie_embeddings:
+            continue  # made of the embedding
         if isinstance(module, (NamedTensor, Embedding)):
             dtype = torch.float32
             if isinstance(module, NamedTensor):

@@ -43,6 +43,10 @@ class Slot:
             return 4 * math.prod(self.module.shape)
         return self.spec.nbytes(self.module.layout_for(self.spec, device), self.module.shape)
 
+    def converts_head(self, model: Decoder) -> bool:
+        """Whether it is the output head, in a format that was asked for: it is not taken as a packed file has it."""
+        return model.head is not None and self.module is model.lm_head
+
     def allocate(self, device: torch.device | str, packed: bool | None = None) -> None:
         """Make room, uninitialised. packed: in panels, or None to leave it to the device's kernels."""
         if isinstance(self.module, FusedWeight):
@@ -68,7 +72,8 @@ def slots(
     model: Decoder, checkpoint: Checkpoint, weights: WeightFormat | None = None, device: str = "cpu"
 ) -> list[Slot]:
     """What each module of `model` takes on a device of this type, in the modules' order. Linear layers whose matrices
-    have several formats are divided. checkpoint: as of `served`.
+    have several formats are divided. A tied head has a slot only where `model.head` is not what the embedding is held
+    in. checkpoint: as of `served`.
 
     Raises one CheckpointError that names every tensor that is missing, that the model has no place for, that does not
     have the shape of its place, or that cannot become `weights`.
@@ -82,18 +87,19 @@ def slots(
             linear.divide(_runs(path, linear, checkpoint) if weights is None else ())
     for path, module in holders(model):
         own = [module.name] if isinstance(module, NamedTensor) else [part.name for part in module.parts]
-        wanted = [path] if packed else own
+        converted = model.head if module is model.lm_head else None
+        wanted = [path] if packed and converted is None else own
         names.update(wanted)
         infos = tuple(checkpoint.tensors[name] for name in wanted if name in checkpoint.tensors)
         if len(infos) < len(wanted):
             continue
-        found[path] = Slot(path, module, infos, _held_as(model, module, infos, weights))
+        found[path] = Slot(path, module, infos, _held_as(model, module, infos, converted or weights))
     if packed is None and not mixes_formats(device):
         found.update(_widened(model, found))
     for slot in found.values():
         problems += _misfits(slot)
         if packed:
-            problems += _packed_misfits(slot, packed)
+            problems += _packed_misfits(slot, packed) if not slot.converts_head(model) else ()
     missing, unused = sorted(names - checkpoint.tensors.keys()), sorted(checkpoint.tensors.keys() - names)
     if unused:
         problems.insert(0, f"tensors without a place {unused}")
@@ -102,6 +108,8 @@ def slots(
     if problems:
         head = f"{checkpoint.source} does not hold the model:"
         raise all_problems(head, problems)
+    if model.config.tie_embeddings and "lm_head" in found and found["lm_head"].spec == found["embed"].spec:
+        del found["lm_head"]
     return list(found.values())
 
 

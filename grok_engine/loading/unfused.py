@@ -15,13 +15,15 @@ from grok_kernels.formats import FORMATS, WIDTH
 
 
 class UnfusedCheckpoint:
-    """As `Checkpoint`. `packed` must hold the modules of `model` (`slots`)."""
+    """As `Checkpoint`. `packed` must hold the modules of `model` (`slots`), except a head made from the embedding."""
 
     def __init__(self, packed: PackedCheckpoint, model: Decoder) -> None:
         self.source, self._packed = packed.source, packed
         self.tensors: dict[str, TensorInfo] = {}
         self._places: dict[str, tuple[str, int]] = {}  # the module, and its first row of this tensor
         for path, module in holders(model):
+            if module is model.lm_head and model.config.tie_embeddings:
+                continue
             info = packed.tensors[path]
             if isinstance(module, NamedTensor):
                 self._add(module.name, path, 0, replace(info, shape=module.shape))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from grok_engine.batch import Batch, KVPages
-from grok_engine.config import ActFormat, ModelConfig
+from grok_engine.config import ActFormat, ModelConfig, WeightFormat
 from grok_engine.layers.attention import Attention
 from grok_engine.layers.embedding import Embedding
 from grok_engine.layers.linear import Linear
@@ -43,6 +43,8 @@ class Decoder(nn.Module):
     """From tokens and pages to logits. It is built without weights, which loading fills in.
 
     activations: the format that the layers quantise their inputs to, as in `EngineConfig`; the output head does not.
+    head: the format that the output head is converted to, as in `EngineConfig`. With one, a tied head is a weight of
+    its own, filled from the embedding's tensor.
     max_positions: length of the table of rotary angles; 0 is the model's own.
     """
 
@@ -55,14 +57,16 @@ class Decoder(nn.Module):
         device: torch.device | str = "cpu",
         max_positions: int = 0,
         activations: ActFormat = "none",
+        head: WeightFormat | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.dtype, self.activations = config, dtype, activations
+        self.config, self.dtype, self.activations, self.head = config, dtype, activations, head
         self.embed = Embedding("embed", config.vocab_size, config.d_model, tied=config.tie_embeddings)
         self.layers = nn.ModuleList(DecoderLayer(config, i, activations) for i in range(config.num_layers))
         self.final_norm = RMSNorm("final_norm", config.d_model, config.norm_eps)
         tied = config.tie_embeddings
-        self.lm_head = None if tied else Linear(config.d_model, {"lm_head": config.vocab_size})
+        source = "embed" if tied else "lm_head"
+        self.lm_head = None if tied and head is None else Linear(config.d_model, {source: config.vocab_size})
         table = rotary_table(config, max_positions or config.max_position, device)
         self.register_buffer("cos_sin", table, persistent=False)
 

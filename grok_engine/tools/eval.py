@@ -41,6 +41,7 @@ class Evaluation:
     dtype: str
     device: str
     weights: str
+    head: str
     activations: str
     kv: str
     text_bytes: int
@@ -92,7 +93,10 @@ class Evaluation:
         error, nats = self.standard_error, self.nats_per_token
         first = "" if self.bos else " but the first"
         yield "model", f"{self.model}, {self.dtype} on {self.device}"
-        yield "formats", f"weights {self.weights}, activations {self.activations}, keys and values {self.kv}"
+        yield (
+            "formats",
+            f"weights {self.weights}, head {self.head}, activations {self.activations}, keys and values {self.kv}",
+        )
         yield "text", f"{self.text_bytes:,} bytes, sha256 {self.text_sha256[:16]}"
         yield "tokens", f"{self.tokens:,}, {'BOS in front' if self.bos else 'no BOS'}; every one{first} scored once"
         if self.stride == self.context:
@@ -189,7 +193,8 @@ def evaluate(
             progress(len(nats), len(found))
     return Evaluation(
         model=config.model.name, dtype=config.dtype, device=config.device, weights=config.weights or "as stored",
-        activations=config.activations or "none", kv=str(config.kv_dtype), text_bytes=len(text.encode()),
+        head=config.head or "by default", activations=config.activations or "none", kv=str(config.kv_dtype),
+        text_bytes=len(text.encode()),
         text_sha256=hashlib.sha256(text.encode()).hexdigest(), tokens=len(ids), bos=bool(before), context=context,
         stride=stride, scored_tokens=sum(w.stop - w.scored_from for w in found), scored_bytes=scored_bytes,
         seconds=time.monotonic() - began, window_nats=tuple(nats),

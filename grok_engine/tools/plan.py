@@ -74,6 +74,7 @@ class Plan:
     chip: str
     gpus: int
     weights: PlanWeights
+    head: PlanWeights
     kv: PlanKV
     context: int
     batch: int
@@ -112,7 +113,7 @@ class _Weights:
     experts: int
     layers: int  # everything else in the layers: read by every step
     embedding: int
-    head: int  # 0 where it is the embedding
+    head: int  # 0 where the embedding serves
 
     @property
     def total(self) -> int:
@@ -123,13 +124,12 @@ def _kv_heads(c: ModelConfig, gpus: int) -> int:
     return max(1, c.num_kv_heads // gpus)
 
 
-def _weights(c: ModelConfig, weights: PlanWeights, n: int) -> _Weights:
+def _weights(c: ModelConfig, weights: PlanWeights, n: int, head: PlanWeights = "bf16") -> _Weights:
     d, hc, gc = c.d_model, c.num_heads * c.head_dim // n, _kv_heads(c, n) * c.head_dim
-    item = 2 if weights == "bf16" else 1
 
-    def matrix(rows_in: int, out: int, groups: int) -> int:
-        scales = {"int8": groups * out, "fp8": out, "bf16": 0}[weights]
-        return item * rows_in * out + 4 * scales
+    def matrix(rows_in: int, out: int, groups: int, format: PlanWeights = weights) -> int:
+        scales = {"int8": groups * out, "fp8": out, "bf16": 0}[format]
+        return (2 if format == "bf16" else 1) * rows_in * out + 4 * scales
 
     split_groups = -(-GROUPS // n)  # where the input rows are sharded, so are their groups of scales
     experts = c.num_experts * (matrix(d, 2 * c.d_ff // n, 1) + matrix(c.d_ff // n, d, split_groups))
@@ -137,10 +137,9 @@ def _weights(c: ModelConfig, weights: PlanWeights, n: int) -> _Weights:
     if c.dense_d_ff:
         layer += matrix(d, 2 * c.dense_d_ff // n, 1) + matrix(c.dense_d_ff // n, d, split_groups)
     layer += 4 * d * ((4 if c.post_norms else 2) + c.num_experts)
-    embedding = 2 * d * -(-c.vocab_size // n)
-    return _Weights(
-        c.num_layers * experts, c.num_layers * layer + 4 * d, embedding, 0 if c.tie_embeddings else embedding
-    )
+    vocab = -(-c.vocab_size // n)
+    own_head = 0 if c.tie_embeddings and head == "bf16" else matrix(d, vocab, 1, head)
+    return _Weights(c.num_layers * experts, c.num_layers * layer + 4 * d, 2 * d * vocab, own_head)
 
 
 def kv_bytes_per_token(c: ModelConfig, kv: PlanKV, heads: int) -> int:
@@ -171,12 +170,13 @@ def expert_layer_cost(c: ModelConfig, tokens: int, weights: PlanWeights, gpus: i
 
 
 def _step_cost(
-    c: ModelConfig, weights: PlanWeights, kv: PlanKV, n: int, *, tokens: int, cached: int, pairs: int, rows: int
-) -> Cost:
+    c: ModelConfig, weights: PlanWeights, head: PlanWeights, kv: PlanKV, n: int, *, tokens: int, cached: int,
+    pairs: int, rows: int,
+) -> Cost:  # fmt: skip
     """One step on each GPU: `cached` tokens of KV read, `pairs` of query and key scored, `rows` of logits."""
-    w, d = _weights(c, weights, n), c.d_model
+    w, d = _weights(c, weights, n, head), c.d_model
     hc, gc = c.num_heads * c.head_dim // n, _kv_heads(c, n) * c.head_dim
-    read = w.layers + (w.embedding if c.tie_embeddings else w.head) + 2 * tokens * d
+    read = w.layers + (w.head or w.embedding) + 2 * tokens * d
     read += cached * kv_bytes_per_token(c, kv, _kv_heads(c, n))
     linear = 2 * tokens * d * (2 * hc + 2 * gc + 3 * c.dense_d_ff // n) * c.num_layers
     bf16 = 4 * pairs * hc * c.num_layers + 2 * rows * d * -(-c.vocab_size // n)
@@ -205,7 +205,7 @@ def _time(steps: Iterator[tuple[Cost, float]], chip: Gpu, weights: PlanWeights, 
 
 
 def _prefill_steps(
-    c: ModelConfig, chip: Gpu, weights: PlanWeights, kv: PlanKV, n: int, context: int
+    c: ModelConfig, chip: Gpu, weights: PlanWeights, head: PlanWeights, kv: PlanKV, n: int, context: int
 ) -> Iterator[tuple[Cost, float]]:
     for start in range(0, context, CHUNK):
         end = min(start + CHUNK, context)
@@ -213,7 +213,7 @@ def _prefill_steps(
         full = max(start, min(end, cached_tokens(c, context)))
         pairs = (start + 1 + full) * (full - start) // 2 + (end - full) * cached_tokens(c, context)
         cached = end - start + cached_tokens(c, start)
-        cost = _step_cost(c, weights, kv, n, tokens=end - start, cached=cached, pairs=pairs, rows=1)
+        cost = _step_cost(c, weights, head, kv, n, tokens=end - start, cached=cached, pairs=pairs, rows=1)
         yield cost, _link_s(c, chip, n, end - start, 1)
 
 
@@ -253,8 +253,14 @@ def check_counts(c: ModelConfig, *, context: int, **counts: int) -> None:
         raise ConfigError(f"context={context}: expected 1..{c.max_position}, the context of {c.name}")
 
 
-def _check(c: ModelConfig, chip: str, gpus: int, weights: str, kv: str, context: int, batch: int) -> None:
-    choices = (("gpu", chip, tuple(GPUS)), ("weights", weights, get_args(PlanWeights)), ("kv", kv, get_args(PlanKV)))
+def _check(c: ModelConfig, chip: str, gpus: int, weights: str, head: str, kv: str, context: int, batch: int) -> None:
+    formats = get_args(PlanWeights)
+    choices = (
+        ("gpu", chip, tuple(GPUS)),
+        ("weights", weights, formats),
+        ("head", head, formats),
+        ("kv", kv, get_args(PlanKV)),
+    )
     for name, value, known in choices:
         if value not in known:
             raise ConfigError(f"{name}={value!r}: expected one of {', '.join(known)}")
@@ -278,6 +284,7 @@ def plan(
     chip: str,
     gpus: int | None = None,
     weights: PlanWeights = "int8",
+    head: PlanWeights | None = None,
     kv: PlanKV = "bf16",
     context: int | None = None,
     batch: int = 1,
@@ -286,18 +293,18 @@ def plan(
     """What `config` needs on `gpus` of `chip`, with `batch` requests of `context` tokens (None: the model's own).
 
     gpus None: the fewest that hold it, or, where no count does, as many as can share the model. checkpoint: of this
-    model, of which the plan says what it takes on a CPU as it is stored.
+    model, of which the plan says what it takes on a CPU as it is stored. head: None is bf16 and, on a CPU, as stored.
 
     Raises ConfigError, with the value and what was expected, for an unknown GPU or format, a count of GPUs that does
     not divide the model, and a context or batch out of range.
     """
-    context = config.max_position if context is None else context
-    _check(config, chip, 1 if gpus is None else gpus, weights, kv, context, batch)
+    context, asked, head = config.max_position if context is None else context, head, head or "bf16"
+    _check(config, chip, 1 if gpus is None else gpus, weights, head, kv, context, batch)
     gpu, resident = GPUS[chip], cached_tokens(config, context)
     usable = int(gpu.memory * (1 - RESERVED))
 
     def free(n: int) -> int:
-        return usable - _weights(config, weights, n).total - _workspace(config, n, context, batch)
+        return usable - _weights(config, weights, n, head).total - _workspace(config, n, context, batch)
 
     def kv_token(n: int) -> int:
         return kv_bytes_per_token(config, kv, _kv_heads(config, n))
@@ -310,13 +317,14 @@ def plan(
     gpus = gpus or fewest or valid[-1]
     capacity = max(0, free(gpus)) // kv_token(gpus)
     pairs = batch * resident
-    step = _step_cost(config, weights, kv, gpus, tokens=batch, cached=pairs, pairs=pairs, rows=batch)
+    step = _step_cost(config, weights, head, kv, gpus, tokens=batch, cached=pairs, pairs=pairs, rows=batch)
     decode = iter([(step, _link_s(config, gpu, gpus, batch, batch))])
     return Plan(
         model=config.name,
         chip=chip,
         gpus=gpus,
         weights=weights,
+        head=head,
         kv=kv,
         context=context,
         batch=batch,
@@ -325,7 +333,7 @@ def plan(
         released_bytes=released_bytes(config),
         memory_bytes=gpu.memory,
         usable_bytes=usable,
-        weight_bytes=_weights(config, weights, gpus).total,
+        weight_bytes=_weights(config, weights, gpus, head).total,
         workspace_bytes=_workspace(config, gpus, context, batch),
         kv_bytes=batch * resident * kv_token(gpus),
         kv_bytes_per_token=kv_bytes_per_token(config, kv, config.num_kv_heads),
@@ -338,14 +346,16 @@ def plan(
         valid_gpus=valid,
         min_gpus=fewest,
         decode=_time(decode, gpu, weights, batch),
-        prefill=_time(_prefill_steps(config, gpu, weights, kv, gpus, context), gpu, weights, context),
-        assumptions=tuple(_assumptions(config, gpu, gpus, weights, kv)),
+        prefill=_time(_prefill_steps(config, gpu, weights, head, kv, gpus, context), gpu, weights, context),
+        assumptions=tuple(_assumptions(config, gpu, gpus, weights, head, kv)),
         stored_bytes=None if checkpoint is None else total_bytes(checkpoint),
-        on_cpu=None if checkpoint is None else held_matrices(config, checkpoint),
+        on_cpu=None if checkpoint is None else held_matrices(config, checkpoint, asked),
     )
 
 
-def _assumptions(c: ModelConfig, chip: Gpu, n: int, weights: PlanWeights, kv: PlanKV) -> Iterator[str]:
+def _assumptions(
+    c: ModelConfig, chip: Gpu, n: int, weights: PlanWeights, head: PlanWeights, kv: PlanKV
+) -> Iterator[str]:
     bf16, fp8 = chip.bf16 / 1e12, chip.fp8 / 1e12
     scales = {
         "int8": f"fp32 scales in {GROUPS} groups of rows on attention output and down projections, 1 group elsewhere",
@@ -363,7 +373,7 @@ def _assumptions(c: ModelConfig, chip: Gpu, n: int, weights: PlanWeights, kv: Pl
     memory = f"{chip.memory / 1e9:.1f} GB as drivers report it"
     yield f"memory: {memory}, {RESERVED:.0%} left to context, buffers, fragmentation"
     yield f"sharding: heads, widths F of each expert and vocabulary split over GPUs; norms and router on each{copied}"
-    yield f"weights: {weights} matrices, {scales[weights]}; bf16 embedding and output head; fp32 norms and router"
+    yield f"weights: {weights} matrices, {scales[weights]}; bf16 embedding, {head} output head; fp32 norms and router"
     yield f"KV: {'2 bytes a value' if kv == 'bf16' else '1 byte a value, and an fp32 scale a token and head'}{window}"
     yield (
         "workspace: 2 bytes x T(4D + 2HC + 2GC + 3F_dense + A(3F + 2D)), all but D divided by GPUs, "

@@ -20,7 +20,10 @@ def render(plan: Plan, console: Console) -> None:
     if p.on_cpu is not None and p.stored_bytes is not None:
         held = f"{p.on_cpu.nbytes / 1e6:,.0f} MB, {p.on_cpu.bits:.2f} bits each ({', '.join(p.on_cpu.formats)})"
         table.add_row("file", Text(f"{p.stored_bytes / 1e6:,.0f} MB · matrices on a CPU {held}"))
-    table.add_row("on", f"{p.gpus} x {p.chip} · weights {p.weights} · KV {p.kv} · {p.batch} x {p.context:,} tokens")
+    table.add_row(
+        "on",
+        f"{p.gpus} x {p.chip} · weights {p.weights} · head {p.head} · KV {p.kv} · {p.batch} x {p.context:,} tokens",
+    )
 
     verdict = Text.assemble(("fits", "bold green") if p.fits else ("does not fit", "bold red"))
     verdict.append(f", {abs(p.headroom_bytes) / gb:,.1f} GB a GPU {'free' if p.fits else 'short'} · ")

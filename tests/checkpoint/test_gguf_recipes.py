@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -90,15 +91,18 @@ def test_no_recipe_takes_more_bits_in_memory_than_its_types_have(name: str, expe
         assert all(slot.spec == spec_of(info) for info in slot.sources), slot.path
 
 
-@pytest.mark.parametrize("experts", [0, 8])
-def test_a_plan_counts_what_loading_holds(experts: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("experts", "head"), [(0, None), (8, None), (8, "int8")])
+def test_a_plan_counts_what_loading_holds(
+    experts: int, head: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As `generate --stats` counts it."""
     path = tmp_path / "model.gguf"
     tensors = models.write_model(path, recipe("Q4_K_M", experts), experts, layers=LAYERS)
-    llm = LLM(path, num_pages=4)
+    llm = LLM(path, head=head, num_pages=4)
     modules = (getattr(module, "weight", None) for module in llm.model.modules())
     weights = [weight for weight in modules if isinstance(weight, Weight)]
-    assert main(["plan", str(path), "--json"]) == 0
+    asked = ["plan", str(path), *(["--head", head] if head else [])]
+    assert main([*asked, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["stored_bytes"] == sum(data.nbytes for data, _ in tensors.values())
     assert found["on_cpu"] == {
@@ -106,7 +110,7 @@ def test_a_plan_counts_what_loading_holds(experts: int, tmp_path: Path, capsys: 
         "bits": 8 * sum(weight.nbytes for weight in weights) / sum(math.prod(weight.shape) for weight in weights),
         "formats": list(dict.fromkeys(weight.format for weight in weights)),
     }
-    assert main(["plan", str(path)]) == 0
+    assert main(asked) == 0
     assert f"{found['on_cpu']['bits']:.2f} bits each (int4_k, " in capsys.readouterr().out
     llm.close()
 

@@ -112,7 +112,7 @@ def test_generate_with_token_ids_needs_no_tokenizer(capsys: Captured) -> None:
         (["plan", "--cpu", "fast"], ["fast", "GB/s"]),
         (["plan", "--cpu", "0"], ["0.0", "GB/s"]),
         (["plan", "--cpu", "460", "--gpus", "8"], ["--cpu", "--gpus"]),
-        (["plan", "--head", "int8"], ["--head", "--cpu"]),
+        (["plan", "--head", "int4"], ["head='int4'", "fp8"]),
         (["frobnicate"], ["frobnicate"]),
         (["generate", "--frobnicate"], ["--frobnicate"]),
     ],

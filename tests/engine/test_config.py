@@ -402,6 +402,7 @@ ODD: dict[str, tuple[list[Any], list[tuple[Any, Any]]]] = {
     "dtype": (["float16", None, 5, b"float32", ["float32"], np.zeros(2)], [(np.str_("float32"), "float32")]),
     "device": ([None, 0, b"cpu"], [("cuda:1", "cuda:1")]),
     "weights": (["int3", 8, "", True], [(None, None), ("fp8", "fp8")]),
+    "head": (["int3", 8, "", True], [(None, None), ("int8", "int8")]),
     "activations": (["bf16", 8, False], [(None, None), ("int8", "int8")]),
     "mmap": (NOT_BOOLS, [(np.True_, True)]),
     "kv_dtype": (["fp8", 16], [(None, "bfloat16"), ("fp8_e4m3", "fp8_e4m3")]),

@@ -165,7 +165,10 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: Captured) -> None:
     exact = json.loads(capsys.readouterr().out)
     assert (exact["context"], exact["stride"], exact["bos"]) == (64, 32, True)
     assert exact["perplexity"] == pytest.approx(math.exp(exact["nats_per_token"]))
-    for options in (["--weights", "int8"], ["--weights", "int8_g128"], ["--kv", "fp8_e4m3"], ["--activations", "int8"]):
+    for options in (
+        ["--weights", "int8"], ["--weights", "int8_g128"], ["--head", "int8"], ["--kv", "fp8_e4m3"],
+        ["--activations", "int8"],
+    ):  # fmt: skip
         assert main([*command, *options, "--json"]) == 0
         rounded = json.loads(capsys.readouterr().out)
         assert 0 < abs(rounded["nats_per_token"] - exact["nats_per_token"]) < 0.2, options

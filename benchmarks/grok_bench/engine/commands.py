@@ -39,6 +39,9 @@ MODEL = _options(
     click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="With --dummy: as in d_model=512."),
     click.option("--dtype", type=click.Choice(get_args(DType)), default="bfloat16", show_default=True),
     click.option("--weights", type=click.Choice(get_args(WeightFormat)), help="Default: as stored; random ones int8."),
+    click.option(
+        "--head", type=click.Choice(get_args(WeightFormat)), help="Of the output head; default: by --weights."
+    ),
     click.option("--activations", type=click.Choice(get_args(ActFormat)), help="Default: by weights and device."),
     click.option("--device", default="cpu", show_default=True, help="As torch names them."),
     click.option("--kv-dtype", type=click.Choice(get_args(KVDType)), help="Of keys and values; default: --dtype."),
