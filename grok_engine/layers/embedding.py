@@ -28,7 +28,3 @@ class Embedding(FusedWeight):
     def forward(self, tokens_T: Tensor, multiplier: float, dtype: torch.dtype) -> Tensor:
         """weight[token] · multiplier, in fp32, rounded once to `dtype`."""
         return grok_kernels.weight_rows(self.weight, tokens_T, multiplier, dtype)
-
-    def attend(self, x_TD: Tensor) -> Tensor:
-        """x · weightᵀ, (T, V) fp32."""
-        return grok_kernels.grouped_gemm(x_TD, self.weight, out_dtype=torch.float32)

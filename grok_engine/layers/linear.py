@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 import grok_kernels
@@ -18,28 +17,23 @@ class Linear(FusedWeight):
         super().__init__(1, k, parts)
         self.activations = activations
 
-    def forward(self, x_TK: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    def forward(self, x_TK: Tensor) -> Tensor:
         """Of matrices that are one weight."""
-        (y_TN,) = self._products(x_TK, out_dtype)
+        (y_TN,) = self._products(x_TK)
         return y_TN
 
     def split(self, x_TK: Tensor, quantized: tuple[Tensor, Tensor] | None = None) -> list[Tensor]:
         """y of each matrix. quantized: x in the format of `activations` with its scales, where the caller has it."""
         sizes = [[part.stop - part.start for part in run.parts] for run in self.runs]
-        products = self._products(x_TK, None, quantized)
+        products = self._products(x_TK, quantized)
         return [
             y_TN for product, each in zip(products, sizes, strict=True) for y_TN in product.split_with_sizes(each, 1)
         ]
 
-    def _products(
-        self, x_TK: Tensor, out_dtype: torch.dtype | None, quantized: tuple[Tensor, Tensor] | None = None
-    ) -> list[Tensor]:
+    def _products(self, x_TK: Tensor, quantized: tuple[Tensor, Tensor] | None = None) -> list[Tensor]:
         """With each of `weights`."""
-        x_scale = None
+        x_scale, dtype = None, x_TK.dtype
         if self.activations != "none":
             quantize = grok_kernels.quantize_fp8 if self.activations == "fp8" else grok_kernels.quantize_int8
-            out_dtype = out_dtype or x_TK.dtype
             x_TK, x_scale = quantized or quantize(x_TK)
-        return [
-            grok_kernels.grouped_gemm(x_TK, weight, x_scale=x_scale, out_dtype=out_dtype) for weight in self.weights
-        ]
+        return [grok_kernels.grouped_gemm(x_TK, weight, x_scale=x_scale, out_dtype=dtype) for weight in self.weights]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+import grok_kernels
 from grok_engine.batch import Batch, KVPages
 from grok_engine.config import ActFormat, ModelConfig, WeightFormat
 from grok_engine.layers.attention import Attention
@@ -42,7 +43,7 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """From tokens and pages to logits. It is built without weights, which loading fills in.
 
-    activations: the format that the layers quantise their inputs to, as in `EngineConfig`; the output head does not.
+    activations: the format that the layers quantise their inputs to, as in `EngineConfig`.
     head: the format that the output head is converted to, as in `EngineConfig`. With one, a tied head is a weight of
     its own, filled from the embedding's tensor.
     max_positions: length of the table of rotary angles; 0 is the model's own.
@@ -82,8 +83,11 @@ class Decoder(nn.Module):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """logits_TV in fp32 of rows of `forward`'s result."""
-        head = self.lm_head
-        logits_TV = self.embed.attend(x_TD) if head is None else head(x_TD, torch.float32)
+        head_VD = (self.embed if self.lm_head is None else self.lm_head).weight
+        scale = None
+        if self.activations == "int8" and head_VD.dtype == torch.int8:
+            x_TD, scale = grok_kernels.quantize_int8(x_TD)
+        logits_TV = grok_kernels.grouped_gemm(x_TD, head_VD, x_scale=scale, out_dtype=torch.float32)
         if self.config.output_multiplier != 1:
             logits_TV = logits_TV.mul_(self.config.output_multiplier)  # in place: nothing else refers to them
         if cap := self.config.final_softcap:

@@ -219,7 +219,7 @@ def test_a_tied_model(tmp_path: Path) -> None:
     rows = model.embed(ids, 1.0, torch.float32)
     assert torch.equal(rows, torch.tensor(wanted["embed"])[ids.long()])
     expected = rows.double() @ torch.tensor(wanted["embed"]).double().T
-    assert torch.allclose(model.embed.attend(rows).double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(model.logits(rows).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_llama_3s_frequency_factors_and_linear_scaling(tmp_path: Path) -> None:
