@@ -14,6 +14,7 @@ SERVE_ARGS ?=
 CHAT_ARGS ?= --temperature 0.2 --top-p 0.9
 
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
+OBJECTS := build/objects
 SANITIZED := build/sanitized
 SANITIZERS := -O1 -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
 # Where the machine has no AVX-512, its kernels are tested in emulation.
@@ -95,12 +96,12 @@ sanitize: $(BUILT) ## run the tests of the native kernels with the address and u
 	  -k "not (standalone or registers or vector_instructions or instruction_of_its_own or environment_forces \
 	  or bits_depend_on_nothing or fuzz)"
 
-# --skip-build: else bdist_wheel compiles all once more. auditwheel finds the oldest system that the wheel runs on, and
-# names it after that. torch's libraries stay outside.
-wheel: $(INSTALLED) ## build a wheel with compiled kernels, for this Python and this minor of torch, into dist/
+# Links the objects of `make setup`. --skip-build: else bdist_wheel would compile all once more. auditwheel finds the
+# oldest system that the wheel runs on, and names it after that. torch's libraries stay outside.
+wheel: $(BUILT) ## build a wheel with compiled kernels, for this Python and this minor of torch, into dist/
 	rm -rf build/wheel/lib* build/wheel/*.whl && mkdir -p build/wheel
 	GROK_WHEEL=1 $(BIN)/python -W ignore setup.py -q egg_info --egg-base build/wheel build --build-base build/wheel \
-	  bdist_wheel --skip-build --dist-dir build/wheel > $(VENV)/wheel.log 2>&1 \
+	  --build-temp $(OBJECTS) bdist_wheel --skip-build --dist-dir build/wheel > $(VENV)/wheel.log 2>&1 \
 	  || { cat $(VENV)/wheel.log; exit 1; }
 	$(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude libc10.so --wheel-dir dist build/wheel/*.whl
 
@@ -161,5 +162,6 @@ $(LM_EVAL) $(CLIENTS): pyproject.toml | $(INSTALLED)
 # stamp, and the next call tries again.
 $(BUILT): $(INSTALLED) $(NATIVE_SOURCES)
 	@echo "building the native kernels"
-	@$(BIN)/python -W ignore setup.py -q build_ext --inplace > $(VENV)/native.log || { cat $(VENV)/native.log; exit 1; }
+	@$(BIN)/python -W ignore setup.py -q build_ext --inplace --build-temp $(OBJECTS) > $(VENV)/native.log \
+	  || { cat $(VENV)/native.log; exit 1; }
 	@if ls kernels/grok_kernels/_C.*.so >/dev/null 2>&1; then touch $@; else cat $(VENV)/native.log; fi

@@ -42,7 +42,7 @@ CUDA_SOURCES = [
 ]
 CUDA_FLAGS = ["-O3", "-gencode=arch=compute_90a,code=sm_90a"]
 WHEEL = os.environ.get("GROK_WHEEL") == "1"
-if WHEEL:
+if sys.platform == "linux":
     FLAGS += ["-include", str(Path("csrc/common/glibc_2_28.h").resolve())]
 
 

@@ -1,7 +1,9 @@
 #pragma once
 
-// Included in front of every file of a wheel's module, so that a compiler on a newer system builds for glibc 2.28, the
-// oldest that torch's own wheels run on (manylinux_2_28).
+// Included in front of every file of the module, so that a compiler on a newer system builds for glibc 2.28, the oldest
+// that torch's own wheels run on (manylinux_2_28): `make wheel` links the same objects.
+
+#if defined(__x86_64__) && defined(__gnu_linux__)
 
 // Version 2.29 of log2 differs from the first in not setting errno.
 __asm__(".symver log2, log2@GLIBC_2.2.5");
@@ -10,3 +12,5 @@ __asm__(".symver log2, log2@GLIBC_2.2.5");
 extern "C" {
 __attribute__((weak, visibility("hidden"))) char __libc_single_threaded = 0;
 }
+
+#endif
