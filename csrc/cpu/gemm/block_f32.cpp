@@ -52,6 +52,12 @@ inline bool fuses(const BlockProduct& b) {
          b.rows->last_tile - b.rows->first_tile == 1;
 }
 
+// Whether a block's weights need no scales and are converted in registers: those that begin with a run.
+inline bool is_direct(const BlockProduct& b) {
+  const bool lone = b.rows->last_tile - b.rows->first_tile == 1;
+  return !b.scaled && b.column % 4 == 0 && (b.type == DType::bf16 || (b.type == DType::int8 && lone));
+}
+
 namespace portable {
 #define GROK_F32
 typedef float Vec __attribute__((vector_size(16), aligned(4)));
