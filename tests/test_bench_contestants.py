@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from grok_bench import contestant as decorator
-from grok_bench.kernels import cases, contestant, lineup, peers_gpu
+from grok_bench.kernels import cases, contestant, lineup, peers_gpu, peers_kt
 from grok_bench.kernels.attention import Attend
 from grok_bench.kernels.case import error
+from grok_bench.kernels.data import Weights
 from grok_bench.kernels.problems import Problem, select
 from grok_bench.schema import KernelResult, load
 from grok_engine.cli import main
@@ -71,6 +72,26 @@ def test_contestants_that_cannot_be_are_refused() -> None:
 def test_a_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deep_gemm", None)
     assert peers_gpu.missing.__wrapped__().endswith("): pip install sgl-deep-gemm==0.1.4.post1 apache-tvm-ffi==0.1.11")
+
+
+def test_kt_kernel_is_skipped_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kt_kernel", None)
+    for fmt in peers_kt.KINDS:
+        (c,) = contestant.entrants(small(f"moe/grok-1/decode/{fmt}-even-t4"), "cpu", ["kt-kernel*"])
+        assert c.missing().startswith("kt-kernel is not installed: pip install --no-deps --target DIR kt-kernel")
+
+
+@pytest.mark.parametrize(("fmt", "columns"), [("int4", 32), ("int4_g128", 128), ("fp8", 128)])
+def test_kt_kernel_gets_the_weights_of_the_problem(fmt: str, columns: int) -> None:
+    weights = Weights.random(2, 256, 384, fmt)
+    values, scales = peers_kt._planes(weights.values, weights.scale, columns)
+    for e in range(2):
+        if fmt == "fp8":
+            w_NK = values[e].float() * scales[e].repeat_interleave(128, 0).repeat_interleave(128, 1)
+        else:
+            u_KN = torch.stack([values[e] >> 4 * i & 15 for i in range(8)], 1).flatten(0, 1)
+            w_NK = ((u_KN - 8) * scales[e].repeat_interleave(columns, 0)).T
+        assert torch.equal(w_NK, weights.float(e))
 
 
 def test_patterns_choose_contestants_and_the_reference_comes_when_called() -> None:

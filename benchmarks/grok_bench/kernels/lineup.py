@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from . import cases, contestant, ours, peers_cpu, peers_gpu, peers_torch, trace
+from . import cases, contestant, ours, peers_cpu, peers_gpu, peers_kt, peers_torch, trace
 from .attention import without_softcap
 from .contestant import Contestant, register
 from .device import device
@@ -24,7 +24,7 @@ def load(plugins: Sequence[str | Path] = ()) -> list[str]:
     if not any(c.ours for c in contestant.everyone()):
         for op in dict.fromkeys(family.op for family in FAMILIES if family.modelled):
             _add_ours(op)
-        for module in (peers_torch, peers_cpu, peers_gpu):
+        for module in (peers_torch, peers_cpu, peers_kt, peers_gpu):
             module.add()
     mine = list[Contestant]()
     for path in map(Path, plugins):

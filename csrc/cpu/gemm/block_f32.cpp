@@ -10,6 +10,7 @@
 #include "cpu/gemm/block_product.h"
 #include "cpu/gemm/codes.h"
 #include "cpu/gemm/group_scales.h"
+#include "cpu/gemm/prefetch.h"
 
 #if GROK_ARM
 #include <arm_neon.h>
@@ -50,6 +51,18 @@ inline bool fuses(const BlockProduct& b) {
   return b.scaled && b.type == DType::int8 && b.weights->layout == Layout::panels && b.columns % kCodeColumns == 0 &&
          group % kLeastCodeGroup == 0 && (kRunBlock % group == 0 || group % kRunBlock == 0) &&
          b.rows->last_tile - b.rows->first_tile == 1;
+}
+
+// Whether a block's weights need no scales and are converted in registers: those that begin with a run.
+inline bool is_direct(const BlockProduct& b) {
+  return !b.scaled && b.column % 4 == 0 && (b.type == DType::bf16 || (b.type == DType::int8 && alone(b)));
+}
+
+// What a tile prefetches of the next block, in `steps` steps: several tiles share it out evenly.
+inline Ahead ahead_of(const BlockProduct& b, int64_t tile, int64_t steps) {
+  const int64_t bytes = b.columns * kPanel * size_of(b.type);
+  const int64_t share = bytes / (b.rows->last_tile - b.rows->first_tile);
+  return {(b.next ? b.next : b.w + bytes) + (tile - b.rows->first_tile) * share, (share + steps - 1) / steps};
 }
 
 namespace portable {

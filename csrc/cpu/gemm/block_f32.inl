@@ -192,6 +192,70 @@ GROK_F32 void fused_tile(const BlockProduct& b, const float* scales, int group_s
   }
 }
 
+// As convert and tile, of weights without scales: they stay in registers. A lone tile of int8; bf16, whose conversion
+// costs less than a load, of any number of tiles.
+template <int kRows, DType kType>
+GROK_F32 void direct_tile(const BlockProduct& b, int64_t tile) {
+  const PackedRows::Tile& t = b.x->tiles[tile];
+  constexpr int kWide = std::min<int>(kPanel / kWidth, kRows == 1 ? 8 : kRows <= 3 ? 4 : 2);  // chains, in 16 registers
+  constexpr int kEach = 4 / static_cast<int>(size_of(kType));
+  const float* x = reinterpret_cast<const float*>(b.x->at(t, b.column));
+  const int64_t runs = (b.columns + kEach - 1) / kEach, bytes = runs * kRunBytes;  // rows are zero past their end
+  const bool lone = alone(b);
+  Ahead ahead = ahead_of(b, tile, runs * (kPanel / (kWide * kWidth)));
+  for (int64_t from = 0; from < kPanel; from += kWide * kWidth) {
+    Vec sum[kRows][kWide];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kWide; ++j) sum[r][j] = zero();
+    }
+    for (int64_t run = 0; run < bytes; run += kRunBytes) {
+      const uint8_t* w = b.w + run + 4 * from;
+      if (lone) {
+        const uint8_t* next = b.next && run + kFusedAhead >= bytes ? b.next - bytes + run + 4 * from : w;
+        for (int64_t line = 0; line < 4 * kWide * kWidth; line += 64) __builtin_prefetch(next + kFusedAhead + line);
+      } else {
+        __builtin_prefetch(ahead.from, 0, 2);
+        ahead.from += ahead.step;
+      }
+      const float* row = x + run / kRunBytes * kEach * kRows;
+#pragma GCC unroll 4
+      for (int i = 0; i < kEach; ++i) {
+        Vec v[kWide];
+#pragma GCC unroll 8
+        for (int j = 0; j < kWide; ++j) {
+          const Ints bits = *reinterpret_cast<const Ints*>(w + 4 * j * kWidth);
+          if constexpr (kType == DType::bf16) {
+            v[j] = (Vec)(i ? bits & 0xffff0000u : bits << 16);
+          } else {
+            v[j] = (Vec)__builtin_convertvector((SignedInts)(bits << (24 - 8 * i)) >> 24, Floats);
+          }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          const Vec value = splat(row + i * kRows + r);
+#pragma GCC unroll 8
+          for (int j = 0; j < kWide; ++j) sum[r][j] = add_product(sum[r][j], v[j], value);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kWide; ++j) {
+        float* to = b.c + (t.row - b.rows->row + r) * kPanel + from + j * kWidth;
+        store(to, b.first ? sum[r][j] : add(load(to), sum[r][j]));
+      }
+    }
+  }
+}
+
+using DirectKernel = void (*)(const BlockProduct&, int64_t);
+template <DType kType>
+constexpr DirectKernel kDirect[] = {direct_tile<1, kType>, direct_tile<2, kType>, direct_tile<3, kType>,
+                                    direct_tile<4, kType>, direct_tile<5, kType>, direct_tile<6, kType>};
+
 using FusedKernel = void (*)(const BlockProduct&, const float*, int);
 template <int kBits>
 constexpr FusedKernel kFused[] = {fused_tile<1, kBits>, fused_tile<2, kBits>, fused_tile<3, kBits>,
@@ -210,6 +274,12 @@ GROK_F32 void fused(const BlockProduct& b) {
 
 GROK_F32 void block(const BlockProduct& b) {
   if (fuses(b)) return fused(b);
+  if (const auto direct = b.type == DType::bf16 ? kDirect<DType::bf16> : kDirect<DType::int8>; is_direct(b)) {
+    for (int64_t i = b.rows->first_tile; i < b.rows->last_tile; ++i) {
+      direct[b.x->tiles[i].rows - 1](b, i);
+    }
+    return;
+  }
   float* stage = static_cast<float*>(b.stage);
   convert(b, stage);
   for (int64_t i = b.rows->first_tile; i < b.rows->last_tile; ++i) {
