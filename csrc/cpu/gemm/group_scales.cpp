@@ -51,7 +51,8 @@ GROK_INLINE void values_of(const Weights& w, const Plane& plane, int64_t expert,
 template <class Halves>
 GROK_INLINE void scales_of(const Weights& w, int64_t expert, int64_t output, int64_t group, float* s, float* m,
                            Halves halves) {
-  const int64_t super = group * w.scales.groups / w.groups;  // the group of the first level
+  // the group of the first level; a division is slow beside the rest
+  const int64_t super = w.subscales.data ? group * w.scales.groups / w.groups : group;
   float sub[kPanel];
   values_of(w, w.scales, expert, output, super, s, halves);
   if (w.zeros.data) {
