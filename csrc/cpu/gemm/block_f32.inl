@@ -139,8 +139,8 @@ GROK_F32 void tile(const float* x, const float* w, int64_t columns, float* c, bo
 using TileKernel = void (*)(const float*, const float*, int64_t, float*, bool);
 constexpr TileKernel kTiles[] = {tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};
 
-// Adds 8 columns of codes to the sums of a lone tile. s: S and, kPanel further on, M. Pairs of registers have S and M in
-// registers, and are two chains of additions, which overlap with those of the next pair.
+// Adds 8 columns of codes to the sums of a lone tile. s: S and, kPanel further on, M. A pair of registers of outputs
+// keeps its S and M in registers, and is two chains of additions, which overlap with those of the next pair.
 template <int kUnitOfBlock, int kBits, int kRows, int kWide>
 GROK_F32 GROK_INLINE void add_unit(const uint8_t* w, const float* x, const float* s, Vec (&sum)[kRows][kWide]) {
   constexpr int kPair = kWide > 1 ? 2 : 1;
