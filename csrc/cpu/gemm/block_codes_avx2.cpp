@@ -25,12 +25,11 @@ namespace {
 constexpr int64_t kAhead = 4096;  // bytes that the first tile of a row block prefetches ahead
 
 // How codes are summed. kFold: units of 8 columns whose sums fit 16 bits, within one group. kTwo: of two levels.
-// kSigned: a zero point, and no minima.
+// kSigned: a zero point, 2^(bits − 1), and no minima.
 template <int kBits_, int kFold_, bool kTwo_, bool kSigned_>
 struct Kind {
   static constexpr int kBits = kBits_, kFold = kFold_;
   static constexpr bool kTwo = kTwo_, kSigned = kSigned_;
-  static constexpr int kZeroPoint = kSigned ? 1 << (kBits - 1) : 0;
 };
 
 // What the tiles of a row block share: the scales of each segment of a column block, for 64 outputs.
@@ -41,7 +40,7 @@ struct Segment {
 // The second level of a segment of 128 columns.
 struct Groups {
   int32_t subscale[kScaleGroup / kLeastCodeGroup][kPanel];     // of each group, in both 16-bit halves
-  int32_t subminimum[kScaleGroup / kLeastCodeGroup / 2][kPanel];  // of two groups, in the halves; or their zero points
+  int32_t subminimum[kScaleGroup / kLeastCodeGroup / 2][kPanel];  // of two groups, in the halves; or their subscales
 };
 
 constexpr int64_t kBlockColumns = kRunBlock * 4;
@@ -74,29 +73,28 @@ GROK_AVX2_INLINE __m256i twice(const void* values, int64_t n) {
   return std::is_signed_v<T> ? _mm256_srai_epi16(bytes, 8) : _mm256_srli_epi16(bytes, 8);
 }
 
-// T: the subscales' type, whose sign that of subminima shares.
+// T: the subscales' type. Without minima the zero point is multiplied by sums of these.
 template <class T>
-GROK_AVX2 void load_groups_avx2(const BlockProduct& b, int64_t column, Segment& to, Groups& groups) {
+GROK_AVX2 void load_groups_avx2(const BlockProduct& b, int64_t first, int64_t count, Groups& groups) {
   const Weights& w = *b.weights;
-  const int64_t count = kScaleGroup / w.group(), super = column / (w.k / w.scales.groups), first = column / w.group();
-  plane_values(w, w.scales, b.expert, b.output, super, b.x->isa, to.s);
-  if (w.minima.data) plane_values(w, w.minima, b.expert, b.output, super, b.x->isa, to.m);
-  const Plane& minima = w.minima.data ? w.subminima : w.subscales;
-  const __m256i times = _mm256_set1_epi16(static_cast<int16_t>(w.minima.data ? 1 : w.zero_point));
   const auto store = [](int32_t* out, __m256i value) GROK_AVX2 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), value);
   };
-  uint8_t room[2][kPanel];
-  for (int64_t g = 0; g < count; ++g) {
-    const void* row = bytes_of(b, w.subscales, first + g, room[0]);
-    for (int64_t n = 0; n < kPanel; n += 8) store(groups.subscale[g] + n, twice<T>(row, n));
-  }
+  uint8_t room[4][kPanel];
   for (int64_t g = 0; g < count; g += 2) {
-    const void* low = bytes_of(b, minima, first + g, room[0]);
-    const void* high = bytes_of(b, minima, first + g + 1, room[1]);
+    const void* low = bytes_of(b, w.subscales, first + g, room[0]);
+    const void* high = bytes_of(b, w.subscales, first + g + 1, room[1]);
+    const void* low_minima = w.minima.data ? bytes_of(b, w.subminima, first + g, room[2]) : nullptr;
+    const void* high_minima = w.minima.data ? bytes_of(b, w.subminima, first + g + 1, room[3]) : nullptr;
     for (int64_t n = 0; n < kPanel; n += 8) {
-      const __m256i pair = _mm256_blend_epi16(twice<T>(low, n), twice<T>(high, n), 0xaa);
-      store(groups.subminimum[g / 2] + n, _mm256_mullo_epi16(pair, times));
+      __m256i even = twice<T>(low, n), odd = twice<T>(high, n);
+      store(groups.subscale[g] + n, even);
+      store(groups.subscale[g + 1] + n, odd);
+      if (w.minima.data) {
+        even = twice<uint8_t>(low_minima, n);
+        odd = twice<uint8_t>(high_minima, n);
+      }
+      store(groups.subminimum[g / 2] + n, _mm256_blend_epi16(even, odd, 0xaa));
     }
   }
 }
@@ -219,9 +217,11 @@ GROK_AVX2 void codes_tile_avx2(const BlockProduct& b, const PackedRows::Tile& t,
               least = _mm256_add_epi32(least, _mm256_madd_epi16(minima, _mm256_set1_epi32(two)));
             }
           } else {
-            least = _mm256_set1_epi32(*sum * (K::kSigned ? K::kZeroPoint : 1));
+            least = _mm256_set1_epi32(*sum);
           }
-          if constexpr (K::kSigned) total[r][j] = _mm256_sub_epi32(total[r][j], least);
+          if constexpr (K::kSigned) {
+            total[r][j] = _mm256_sub_epi32(total[r][j], _mm256_slli_epi32(least, K::kBits - 1));  // · the zero point
+          }
           __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(total[r][j]), _mm256_loadu_ps(seg->s + n));
           if constexpr (!K::kSigned) {
             value = _mm256_fnmadd_ps(_mm256_cvtepi32_ps(least), _mm256_loadu_ps(seg->m + n), value);
@@ -259,15 +259,24 @@ const TileKernel* kernels_for(const Weights& w) {
 void codes_block_avx2(const BlockProduct& b) {
   const Weights& w = *b.weights;
   Stage& stage = *static_cast<Stage*>(b.stage);
-  const int64_t segment = segment_of(w);
+  const int64_t segment = segment_of(w), group = w.group(), super = w.k / w.scales.groups;
+  const auto load = w.subscales.type == ScaleType::i8 ? load_groups_avx2<int8_t> : load_groups_avx2<uint8_t>;
+  int64_t segments = 0;
+  // counted on: a division takes as long as the scales of a few outputs
+  int64_t g = b.column / group, first = b.column / super;  // the group, and that of the first level
   for (int64_t k = 0; k < b.columns; k += segment) {
-    Segment& to = stage.segments[k / segment];
-    if (w.subscales.data) {
-      const auto load = w.subscales.type == ScaleType::i8 ? load_groups_avx2<int8_t> : load_groups_avx2<uint8_t>;
-      load(b, b.column + k, to, stage.groups[k / kScaleGroup]);
-    } else {
-      group_scales(w, b.expert, b.output, (b.column + k) / w.group(), b.x->isa, to.s, to.m);
+    Segment& to = stage.segments[segments++];
+    if (b.column + k == (first + 1) * super) ++first;
+    if (!w.subscales.data) {
+      if (b.column + k == (g + 1) * group) ++g;
+      group_scales(w, b.expert, b.output, g, b.x->isa, to.s, to.m);
+      continue;
     }
+    plane_values(w, w.scales, b.expert, b.output, first, b.x->isa, to.s);
+    if (w.minima.data) plane_values(w, w.minima, b.expert, b.output, first, b.x->isa, to.m);
+    const int64_t count = kScaleGroup / group;
+    load(b, g, count, stage.groups[k / kScaleGroup]);
+    g += count;
   }
   prefetch_scales(w, b.expert, b.output, b.column + b.columns, b.columns);
   const TileKernel* kernels = kernels_for(w);

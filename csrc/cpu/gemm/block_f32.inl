@@ -139,51 +139,60 @@ GROK_F32 void tile(const float* x, const float* w, int64_t columns, float* c, bo
 using TileKernel = void (*)(const float*, const float*, int64_t, float*, bool);
 constexpr TileKernel kTiles[] = {tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};
 
+// Adds 8 columns of codes to the sums of a lone tile. s: S and, kPanel further on, M. A pair of registers of outputs
+// keeps its S and M in registers, and is two chains of additions, which overlap with those of the next pair.
+template <int kUnitOfBlock, int kBits, int kRows, int kWide>
+GROK_F32 GROK_INLINE void add_unit(const uint8_t* w, const float* x, const float* s, Vec (&sum)[kRows][kWide]) {
+  constexpr int kPair = kWide > 1 ? 2 : 1;
+#pragma GCC unroll 4
+  for (int j = 0; j < kWide; j += kPair) {
+    const int last = j + kPair - 1;
+    const Unit<kBits> u[] = {{w + j * 4 * kWidth, kUnitOfBlock}, {w + last * 4 * kWidth, kUnitOfBlock}};
+    const Vec scale[] = {load(s + j * kWidth), load(s + last * kWidth)};
+    const Vec minimum[] = {load(s + kPanel + j * kWidth), load(s + kPanel + last * kWidth)};
+#pragma GCC unroll 8
+    for (int i = 0; i < kUnit; ++i) {
+#pragma GCC unroll 2
+      for (int p = 0; p < kPair; ++p) {
+        const Vec v = scaled_code(u[p][i], scale[p], minimum[p]);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) sum[r][j + p] = add_product(sum[r][j + p], v, splat(x + i * kRows + r));
+      }
+    }
+  }
+}
+
 // As convert and tile, of a lone tile of codes or of int8: weights stay in registers. `scales` has S and M, 64 each, of
 // every 2^group_shift columns, 16 at least.
 template <int kRows, int kBits>
 GROK_F32 void fused_tile(const BlockProduct& b, const float* scales, int group_shift) {
-  constexpr int kWide = kRows == 1 ? 4 : kRows <= 3 ? 2 : 1;  // enough chains of additions, in 16 registers
+  // enough chains of additions, in 16 registers
+  constexpr int kWide = kRows == 1 ? 4 : kRows <= 3 ? 2 : 1;
   const float* x = reinterpret_cast<const float*>(b.x->at(b.x->tiles[b.rows->first_tile], b.column));
   for (int64_t from = 0; from < kPanel; from += kWide * kWidth) {
     Vec sum[kRows][kWide];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int j = 0; j < kWide; ++j) sum[r][j] = zero();
     }
-    const float* s = scales;
     for (int64_t k = 0; k < b.columns; k += kCodeColumns) {
       const uint8_t* w = b.w + k / kCodeColumns * kBits * kRunBytes + 4 * from;
 #pragma GCC unroll 8
       for (int64_t byte = 0; byte < kBits * kRunBytes; byte += kRunBytes) {
         for (int64_t line = 0; line < 4 * kWide * kWidth; line += 64) __builtin_prefetch(w + kFusedAhead + byte + line);
       }
-#pragma GCC unroll 4
-      for (int unit = 0; unit < kUnits; ++unit) {
-        if (unit % 2 == 0) s = scales + ((k + unit * kUnit) >> group_shift) * 2 * kPanel + from;
-        const float* row = x + (k + unit * kUnit) * kRows;
-        const auto at = [&](int j) GROK_F32 { return Unit<kBits>(w + (j < kWide ? j : 0) * 4 * kWidth, unit); };
-        const Unit<kBits> u[] = {at(0), at(1), at(2), at(3)};
-#pragma GCC unroll 8
-        for (int i = 0; i < kUnit; ++i) {
-          Vec v[kWide];
-#pragma GCC unroll 4
-          for (int j = 0; j < kWide; ++j) {
-            v[j] = scaled_code(u[j][i], load(s + j * kWidth), load(s + kPanel + j * kWidth));
-          }
-#pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) {
-            const Vec value = splat(row + i * kRows + r);
-#pragma GCC unroll 4
-            for (int j = 0; j < kWide; ++j) sum[r][j] = add_product(sum[r][j], v[j], value);
-          }
-        }
-      }
+      const float* row = x + k * kRows;
+      const auto at = [&](int64_t column) { return scales + (column >> group_shift) * 2 * kPanel + from; };
+      const float *s = at(k), *later = at(k + kCodeColumns / 2);
+      add_unit<0, kBits>(w, row, s, sum);
+      add_unit<1, kBits>(w, row + kUnit * kRows, s, sum);
+      add_unit<2, kBits>(w, row + 2 * kUnit * kRows, later, sum);
+      add_unit<3, kBits>(w, row + 3 * kUnit * kRows, later, sum);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int j = 0; j < kWide; ++j) {
         float* to = b.c + r * kPanel + from + j * kWidth;
         store(to, b.first ? sum[r][j] : add(load(to), sum[r][j]));

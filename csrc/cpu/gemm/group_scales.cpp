@@ -21,51 +21,47 @@ GROK_INLINE float half_to_float(uint16_t half) {
   return sign ? -value : value;
 }
 
-#if GROK_X86
-GROK_AVX2 void halves_to_floats_avx2(const uint16_t* halves, float* values) {
-  for (int64_t n = 0; n < kPanel; n += 8) {
-    _mm256_storeu_ps(values + n, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + n))));
-  }
-}
-#endif
-
 template <class T>
-void convert(const void* data, int64_t at, int64_t count, float* values) {
+GROK_INLINE void convert(const void* data, int64_t at, int64_t count, float* values) {
   const T* from = static_cast<const T*>(data) + at;
-  for (int64_t n = 0; n < count; ++n) values[n] = static_cast<float>(from[n]);
+  if (count == kPanel) {  // of known length, for vectors
+    for (int64_t n = 0; n < kPanel; ++n) values[n] = static_cast<float>(from[n]);
+    return;
+  }
+  for (int64_t n = 0; n < kPanel; ++n) values[n] = n < count ? static_cast<float>(from[n]) : 0.0f;
 }
 
-}  // namespace
-
-void plane_values(const Weights& w, const Plane& plane, int64_t expert, int64_t output, int64_t group,
-                  [[maybe_unused]] Isa isa, float* values) {
+// halves(from, values): converts 64 numbers of 16 bits.
+template <class Halves>
+GROK_INLINE void values_of(const Weights& w, const Plane& plane, int64_t expert, int64_t output, int64_t group,
+                           float* values, Halves halves) {
   const int64_t at = plane.at(expert, output, group);
   const int64_t count = std::min(kPanel, w.n - output);
-  std::fill(values + count, values + kPanel, 0.0f);
   switch (plane.type) {
     case ScaleType::f32: return convert<float>(plane.data, at, count, values);
     case ScaleType::u8: return convert<uint8_t>(plane.data, at, count, values);
     case ScaleType::i8: return convert<int8_t>(plane.data, at, count, values);
     case ScaleType::f16: break;
   }
-  const uint16_t* halves = static_cast<const uint16_t*>(plane.data) + at;
-#if GROK_X86
-  if (isa >= Isa::avx2 && count == kPanel) return halves_to_floats_avx2(halves, values);
-#endif
-  for (int64_t n = 0; n < count; ++n) values[n] = half_to_float(halves[n]);
+  const uint16_t* from = static_cast<const uint16_t*>(plane.data) + at;
+  if (count == kPanel) return halves(from, values);
+  for (int64_t n = 0; n < kPanel; ++n) values[n] = n < count ? half_to_float(from[n]) : 0.0f;
 }
 
-void group_scales(const Weights& w, int64_t expert, int64_t output, int64_t group, Isa isa, float* s, float* m) {
-  const int64_t super = group * w.scales.groups / w.groups;  // the group of the first level
+template <class Halves>
+GROK_INLINE void scales_of(const Weights& w, int64_t expert, int64_t output, int64_t group, float* s, float* m,
+                           Halves halves) {
+  // the group of the first level; a division is slow beside the rest
+  const int64_t super = w.subscales.data ? group * w.scales.groups / w.groups : group;
   float sub[kPanel];
-  plane_values(w, w.scales, expert, output, super, isa, s);
+  values_of(w, w.scales, expert, output, super, s, halves);
   if (w.zeros.data) {
-    plane_values(w, w.zeros, expert, output, super, isa, sub);
+    values_of(w, w.zeros, expert, output, super, sub, halves);
     for (int64_t n = 0; n < kPanel; ++n) m[n] = s[n] * sub[n];
     return;
   }
   if (w.subscales.data) {
-    plane_values(w, w.subscales, expert, output, group, isa, sub);
+    values_of(w, w.subscales, expert, output, group, sub, halves);
     for (int64_t n = 0; n < kPanel; ++n) s[n] *= sub[n];
   }
   if (!w.minima.data) {
@@ -73,13 +69,52 @@ void group_scales(const Weights& w, int64_t expert, int64_t output, int64_t grou
     for (int64_t n = 0; n < kPanel; ++n) m[n] = zero_point * s[n];
     return;
   }
-  plane_values(w, w.minima, expert, output, super, isa, m);
+  values_of(w, w.minima, expert, output, super, m, halves);
   if (w.subminima.data) {
-    plane_values(w, w.subminima, expert, output, group, isa, sub);
+    values_of(w, w.subminima, expert, output, group, sub, halves);
     for (int64_t n = 0; n < kPanel; ++n) m[n] *= sub[n];
   } else {
     for (int64_t n = 0; n < kPanel; ++n) m[n] = -m[n];
   }
+}
+
+void halves_portable(const uint16_t* halves, float* values) {
+  for (int64_t n = 0; n < kPanel; ++n) values[n] = half_to_float(halves[n]);
+}
+
+#if GROK_X86
+GROK_AVX2 inline void halves_avx2(const uint16_t* halves, float* values) {
+  for (int64_t n = 0; n < kPanel; n += 8) {
+    _mm256_storeu_ps(values + n, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + n))));
+  }
+}
+
+GROK_AVX2 void values_avx2(const Weights& w, const Plane& plane, int64_t expert, int64_t output, int64_t group,
+                           float* values) {
+  values_of(w, plane, expert, output, group, values, halves_avx2);
+}
+
+GROK_AVX2 void scales_avx2(const Weights& w, int64_t expert, int64_t output, int64_t group, float* s, float* m) {
+  scales_of(w, expert, output, group, s, m, halves_avx2);
+}
+#endif
+
+}  // namespace
+
+void plane_values(const Weights& w, const Plane& plane, int64_t expert, int64_t output, int64_t group,
+                  [[maybe_unused]] Isa isa, float* values) {
+#if GROK_X86
+  if (isa >= Isa::avx2) return values_avx2(w, plane, expert, output, group, values);
+#endif
+  values_of(w, plane, expert, output, group, values, halves_portable);
+}
+
+void group_scales(const Weights& w, int64_t expert, int64_t output, int64_t group, [[maybe_unused]] Isa isa, float* s,
+                  float* m) {
+#if GROK_X86
+  if (isa >= Isa::avx2) return scales_avx2(w, expert, output, group, s, m);
+#endif
+  scales_of(w, expert, output, group, s, m, halves_portable);
 }
 
 void prefetch_scales(const Weights& w, int64_t expert, int64_t output, int64_t column, int64_t columns) {
