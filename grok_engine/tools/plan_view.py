@@ -55,16 +55,20 @@ def render(plan: Plan, console: Console) -> None:
 
 def render_cpu(plan: CpuPlan, console: Console) -> None:
     """Print `plan` as a table of at most 100 columns."""
-    p, gb, table = plan, 1e9, _table()
+    p, table = plan, _table()
     table.add_row("model", Text(f"{p.model} · {_count(p.params_total)} parameters, {_count(p.params_active)} active"))
     formats = f"weights {p.weights} · head {p.head} · KV {p.kv}"
     table.add_row("on", f"a CPU · {formats} · {p.batch} x {p.context:,} tokens")
-    table.add_row("memory", f"{p.weight_bytes / gb:,.1f} GB of weights, {p.kv_bytes / gb:,.2f} GB of KV")
-    parts = f"layers {p.read_layers / gb:,.2f}, head {p.read_head / gb:,.2f}, KV {p.read_kv / gb:,.2f}"
-    table.add_row("a step reads", f"{(p.read_layers + p.read_head + p.read_kv) / gb:,.2f} GB ({parts})")
+    table.add_row("memory", f"{_size(p.weight_bytes)} of weights, {_size(p.kv_bytes)} of KV")
+    parts = f"layers {_size(p.read_layers)}, head {_size(p.read_head)}, KV {_size(p.read_kv)}"
+    table.add_row("a step reads", f"{_size(p.read_layers + p.read_head + p.read_kv)} ({parts})")
     best = "about" if p.rates.measured else "at best"
-    table.add_row("decode", f"{best} {p.tokens_per_s:,.3g} tokens/s · {p.step_s * 1e3:,.3g} ms a step")
+    table.add_row("decode", f"{best} {float(f'{p.tokens_per_s:.3g}'):,g} tokens/s · {p.step_s * 1e3:,.3g} ms a step")
     _print(table, p.assumptions, console)
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
 def _table() -> Table:
