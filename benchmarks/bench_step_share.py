@@ -19,11 +19,10 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import grok_kernels
 from benchmarks.model_1b import configuration, write
+from grok_bench.report.table import grid, terminal
 from grok_engine import LLMEngine, RequestOutputKind, SamplingParams
 from grok_engine.loading.resolve import find_model
 from grok_engine.tools.plan_cpu import measure as measure_rates
@@ -118,19 +117,18 @@ def main() -> None:
         model = a.model or Path(folder)
         found = {n: measure(model, n, a.steps, a.eager, a.waiting) for n in a.requests}
     size = a.model or f"{config.param_count() / 1e9:.2f} B parameters"
-    table = Table(title=f"ms of a decode step, {size}, {torch.get_num_threads()} thread(s)")
-    table.add_column("")
-    for n in a.requests:
-        table.add_column(f"{n} request{'s' * (n > 1)}", justify="right")
+    title = f"ms of a decode step, {size}, {torch.get_num_threads()} thread(s), requests:"
     planned = [1e3 * plan_cpu(config, rates, context=40, batch=n).step_s for n in a.requests]
     served, first = grok_kernels.chosen(), found[a.requests[0]]
-    table.add_row("the whole step", *(f"{s['whole']:.2f}" for s in found.values()))
-    table.add_row("planned, int8, bf16 head", *(f"{ms:.2f}" for ms in planned))
-    table.add_row("in no kernel", *(f"{s['rest']:.3f} ({s['rest'] / s['whole']:.1%})" for s in found.values()))
+    rows = [
+        ["the whole step", *(f"{s['whole']:.2f}" for s in found.values())],
+        ["planned, int8, bf16 head", *(f"{ms:.2f}" for ms in planned)],
+        ["in no kernel", *(f"{s['rest']:.3f} ({s['rest'] / s['whole']:.1%})" for s in found.values())],
+    ]
     for name in (*PARTS, *(name for name in first if name not in (*PARTS, "whole", "rest"))):
         label = f"  {name}" if name in PARTS else f"{name} ({', '.join(served.get(name, ['cpu']))})"
-        table.add_row(label, *(f"{s.get(name, 0.0):.3f}" for s in found.values()))
-    Console().print(table)
+        rows.append([label, *(f"{s.get(name, 0.0):.3f}" for s in found.values())])
+    grid((title, *map(str, a.requests)), rows, terminal())
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """python -m benchmarks.load_times [--dir DIR] [--rounds N] [--smoke]
 
 How long a model of 1.30 B parameters takes to load and to its first token, and how much anonymous memory, which no file
-backs, that takes: from every format, cold (evicted from the page cache) and warm, beside llama.cpp. Each load is a
-process of its own; the contestants take turns. Imports are not counted.
+backs, that takes: from every format, cold (evicted from the page cache) and warm, beside llama.cpp where
+llama-cpp-python is installed. A Q4_K_S.gguf that llama.cpp's `llama-quantize` put into DIR is loaded, too. Each load is
+a process of its own; the contestants take turns. Imports are not counted.
 """
 
 from __future__ import annotations
@@ -44,15 +45,13 @@ print(time.perf_counter() - start, flush=True)
 """
 LLAMA = """
 import sys, time
-from pathlib import Path
-from benchmarks.cpu_model.llama import Llama, Load, _api
-_api()
+from llama_cpp import Llama
 print("ready", flush=True)
 sys.stdin.readline()
 start = time.perf_counter()
-model = Llama(Path(sys.argv[1]), Load(1, 1, 0))
+model = Llama(sys.argv[1], n_ctx=512, verbose=False)
 print(time.perf_counter() - start, flush=True)
-model.time(0)
+model.eval([5])
 print(time.perf_counter() - start, flush=True)
 """
 
@@ -73,7 +72,7 @@ class Sample(NamedTuple):
     peak: int
 
 
-def contestants(folder: Path, kinds: Sequence[str]) -> Iterator[Contestant]:
+def contestants(folder: Path) -> Iterator[Contestant]:
     for name, path, options in (
         ("safetensors bf16", "hf", {}),
         ("safetensors bf16, int8", "hf", {"weights": "int8"}),
@@ -86,8 +85,8 @@ def contestants(folder: Path, kinds: Sequence[str]) -> Iterator[Contestant]:
     ):
         if (folder / path).exists():
             yield Contestant(name, OURS, folder / path, options)
-    for kind in kinds:
-        yield Contestant(f"llama.cpp, {kind}", LLAMA, folder / f"{kind}.gguf", {})
+    for path in sorted(folder.glob("*.gguf")) if importlib.util.find_spec("llama_cpp") else ():
+        yield Contestant(f"llama.cpp, {path.stem}", LLAMA, path, {})
 
 
 def evict(path: Path) -> None:
@@ -131,14 +130,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of all contestants, cold and then warm")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, one round: whether it runs, not how fast")
     a = parser.parse_args(arguments)
-    kinds = ("Q8_0", "Q4_K_S") if all(map(importlib.util.find_spec, ("llama_cpp", "gguf"))) else ()
     with tempfile.TemporaryDirectory() as temporary:
         folder = a.dir or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        write_models(folder, small_configuration() if a.smoke else configuration(), kinds)
+        write_models(folder, small_configuration() if a.smoke else configuration(), ["Q8_0"])
         if not (folder / "hf").is_dir():
             convert(folder / "xai", folder / "hf", format="hf", weights="bf16")
-        found = list(contestants(folder, kinds))
+        found = list(contestants(folder))
         samples: dict[tuple[str, bool], list[Sample]] = {}
         for number in range(1 if a.smoke else a.rounds):
             for cold in (True, False):

@@ -254,7 +254,7 @@ def test_serve(tmp_path: Path, capsys: Captured) -> None:
     assert result.goodput_per_second == pytest.approx(result.requests_per_second)
     assert result.duration_seconds > arrivals(8, 200.0, 2.0, seed=0)[-1]
     assert result.parameters["request_rate"] == 200.0
-    assert "with ttft ≤ 60000 ms" in " ".join(capsys.readouterr().out.split())
+    assert "with ttft ms 60000, " in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("protocol", ["latency", "throughput", "serve"])
@@ -279,7 +279,7 @@ def test_ctrl_c_keeps_what_was_measured(
     assert file.interrupted
     assert (result.completed, result.output_tokens) == (1, 6)
     assert result.metrics["tpot"] is not None
-    assert "1 request completed" in (out := " ".join(capsys.readouterr().out.split()))
+    assert "requests completed 1 " in (out := " ".join(capsys.readouterr().out.split()))
     assert "interrupted" in out
 
 

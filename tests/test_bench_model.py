@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 from collections.abc import Iterator
@@ -21,12 +20,11 @@ if not STATUS.available:
 
 import benchmarks.cpu_model.__main__ as whole_model  # noqa: E402
 from benchmarks import bench_step_share  # noqa: E402
-from benchmarks.cpu_model.llama import Load  # noqa: E402
+from benchmarks.cpu_model.engines import Load  # noqa: E402
 from benchmarks.cpu_model.models import Sizes, small_configuration, write_models  # noqa: E402
 from benchmarks.cpu_model.tool import Tool, version  # noqa: E402
 from benchmarks.model_1b import write  # noqa: E402
 from grok_bench.kernels.entrant import Dropped  # noqa: E402
-from grok_engine.loading.convert import convert  # noqa: E402
 
 PROBLEMS = ["prefill/t16", "decode/b1", "decode/b2"]
 
@@ -38,32 +36,20 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_the_model_runs_without_llama_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+def test_the_model_runs_without_a_peer_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "found.json"
-    assert whole_model.main(["--smoke", "--threads", "1", "--json", str(file)]) == 0
+    assert whole_model.main(["--smoke", "--threads", "1", "--kinds", "Q8_0", "--json", str(file)]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "llama.cpp is not installed: pip install llama-cpp-python '.[bench]'" in out
+    assert "no peer: --peer takes the llama-batched-bench of llama.cpp or of a fork" in out
     assert "tokens/s" in out
     assert "MB at the peak" in out
     results = load(file).kernels
-    assert [r.problem.removeprefix("model/grok-1.30b/") for r in results] == PROBLEMS
+    assert [r.problem.removeprefix("model/grok-1.30b-Q8_0/") for r in results] == PROBLEMS
     for r in results:
         timed = [s.contestant for s in r.scores if s.seconds]
-        assert timed == ["grok-engine", "grok-engine, int8 rows"]
+        released = "grok-engine, the release's int8"
+        assert timed == ["grok-engine", "grok-engine, int8 rows", released, f"{released}, int8 rows"]
         assert r.rounds == 1
-
-
-def test_llama_computes_the_same_work(tmp_path: Path) -> None:
-    pytest.importorskip("llama_cpp")
-    pytest.importorskip("gguf")
-    file = tmp_path / "found.json"
-    assert whole_model.main(["--smoke", "--threads", "1", "--kinds", "Q8_0", "--json", str(file)]) == 0
-    results = load(file).kernels
-    assert [r.best_peer for r in results] == ["llama.cpp, Q8_0"] * len(PROBLEMS)
-    assert all(s.seconds and s.seconds > 0 for r in results for s in r.scores)
 
 
 # Stands for llama-batched-bench: the table of both forks, after lines of a log.
@@ -88,14 +74,13 @@ def command(folder: Path, program: str) -> str:
 
 
 def test_a_peer_given_as_a_command_takes_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_models(tmp_path, small_configuration(), ())
-    model, file = tmp_path / "a.gguf", tmp_path / "found.json"
-    convert(tmp_path / "xai", model, format="gguf", weights="int8")
+    (model,) = write_models(tmp_path, small_configuration(), ["Q8_0"]).values()
+    file = tmp_path / "found.json"
     peer = f"a fork={command(tmp_path, PROGRAM)}"
     arguments = ["--smoke", "--threads", "1", "--file", str(model), "--peer", peer, "--json", str(file)]
     assert whole_model.main([*arguments, "--only", "decode/*", "--contestant", "a fork", "*rows"]) == 0
     results = load(file).kernels
-    assert [r.problem for r in results] == ["model/a/decode/b1", "model/a/decode/b2"]
+    assert [r.problem for r in results] == ["model/Q8_0/decode/b1", "model/Q8_0/decode/b2"]
     for r in results:
         assert [(s.contestant, s.seconds is not None) for s in r.scores] == [
             ("grok-engine, int8 rows", True),

@@ -68,7 +68,7 @@ def terminal(file: ResultFile, width: int = 140) -> str:
 
 def test_exact_numbers_in_the_terminal() -> None:
     text = terminal(exact())
-    assert "tokens 16, routing even, fused; 1.20 GFLOP in bf16, 340 MB; floor 1.20 ms; 21 rounds kept, 2 thrown" in text
+    assert "tokens 16, routing even, fused; 1.20 GFLOP in bf16, 340 MB; floor 1.20 ms; rounds kept 21, thrown" in text
     ours, peer = (line.split() for line in text.splitlines() if line.startswith(("grok_kernels cpu", "oneDNN bf16")))
     assert ours == ["grok_kernels", "cpu", "1.30", "ms", "[1.30,", "1.30]", "262", "923", "G", "92%", "1.40", "1.2e-03"]
     assert peer[6:9] == ["374", "659", "G"]  # GB/s of its own bytes, which are twice the problem's
@@ -125,7 +125,7 @@ def test_a_run_of_an_engine_has_its_rates_and_latencies() -> None:
     assert m
     assert (shown.rows[0].name, shown.rows[0].cells["p50 ms"]) == ("TTFT", f"{m.p50 * 1e3:,.2f}")
     failing = replace(file, results=[replace(file.runs[0], failed=3, completed=47), *file.runs[1:]])
-    assert "47 requests completed, 3 FAILED" in " ".join(terminal(failing, 200).split())
+    assert "requests completed 47, FAILED 3" in " ".join(terminal(failing, 200).split())
     assert ("requests failed", "3 of 250") in headline(failing)
 
 
@@ -168,7 +168,7 @@ def test_noise_is_no_regression() -> None:
         a = samples.kernels()
         found = compare(a, with_times(a, 1.0, seed=seed))
         assert not found.of("regression")
-        timed += [c.verdict == "same" for c in found.changes if c.ratio]
+        timed += [c.verdict == "no difference" for c in found.changes if c.ratio]
     assert sum(timed) > 0.93 * len(timed)
 
 
@@ -198,13 +198,13 @@ def test_noise_is_neither_broken_nor_a_regression(tmp_path: Path) -> None:
     a, b = samples.kernels(), first_with(samples.kernels(), status="noisy", message="too few quiet rounds", **NO_TIME)
     for one, other in ((a, b), (b, a)):
         found = compare(one, other)
-        assert len(found.of("noisy")) == 1
+        assert len(found.of("too noisy")) == 1
         assert not found.of("broken") + found.of("regression")
         one.save(tmp_path / "a.json")
         other.save(tmp_path / "b.json")
         said = invoke(compare_command, tmp_path / "a.json", tmp_path / "b.json")
         assert said.exit_code == 0
-        assert "1 too noisy" in said.output
+        assert "too noisy: 1" in said.output
     assert "noisy, so no time: too few quiet rounds" in " ".join(terminal(b).split())
     assert ("too noisy for a time", "1") in headline(b)
 
@@ -220,7 +220,7 @@ def test_a_plugin_made_slower_is_a_regression(tmp_path: Path) -> None:
             replace(samples.kernels(), results=[result]).save(file)
         named = [] if subject else ["--subject", "mi*"]
         said = invoke(compare_command, *files, *named)
-        assert (said.exit_code, "1 regression" in said.output) == (1, True)
+        assert (said.exit_code, "regression: 1" in said.output) == (1, True)
         assert invoke(compare_command, *files[::-1], *named).exit_code == 0
     assert invoke(compare_command, *files).exit_code == 0
     with pytest.raises(ValueError, match=r"no contestant matches --subject me: there are mine; grok_kernels cpu"):
@@ -267,7 +267,7 @@ def test_another_subject_has_its_own_ratios() -> None:
 def test_few_rounds_decide_nothing_and_other_sizes_are_not_compared() -> None:
     a = exact()
     few = replace(a, results=[replace(a.kernels[0], rounds=4)])
-    assert [c.verdict for c in compare(few, with_times(a, 2.0)).changes] == ["unsure", "unsure"]
+    assert [c.verdict for c in compare(few, with_times(a, 2.0)).changes] == ["no interval", "no interval"]
     b = samples.kernels()
     first, *rest = b.kernels
     found = compare(b, replace(b, results=[replace(first, operations=1e9), *rest]))
@@ -280,18 +280,18 @@ def test_engines_are_compared_by_the_medians_of_their_requests() -> None:
     found = compare(a, slower)
     assert {c.key[1] for c in found.of("regression")} == {"ttft"}
     assert len(found.of("regression")) == 5
-    assert {c.verdict for c in found.changes if c.key[1] == "e2e"} == {"same"}
+    assert {c.verdict for c in found.changes if c.key[1] == "e2e"} == {"no difference"}
     failing = replace(a, results=[replace(a.runs[0], failed=3), *a.runs[1:]])
     assert [c.key[1] for c in compare(a, failing).of("broken")] == ["requests failed"]
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
     kernels = samples.kernels()
-    with pytest.raises(ValueError, match="'kernels' and B of kind 'engine'"):
+    with pytest.raises(ValueError, match=r"'kernels'.*kind 'engine'.* have nothing in common"):
         compare(kernels, samples.engine())
     with pytest.raises(ValueError, match="'cpu', B on 'cuda'"):
         compare(kernels, replace(kernels, environment=samples.environment(device="cuda")))
-    with pytest.raises(ValueError, match="no problem in common"):
+    with pytest.raises(ValueError, match="nothing in common"):
         compare(kernels, replace(kernels, results=[]))
     other = replace(kernels, environment=samples.environment(chip="Intel Xeon 6972P", torch="2.12.1"))
     assert compare(kernels, other).warnings == [
@@ -316,7 +316,7 @@ def test_compare_exit_status(files: tuple[Path, Path, Path]) -> None:
     a, b, _ = files
     worse = invoke(compare_command, a, b)
     assert worse.exit_code == 1
-    assert "12 regressions" in worse.output
+    assert "regression: 12" in worse.output
     assert "moe/grok-1/decode/fp8-even-t1 " in worse.output
     assert invoke(compare_command, a, b, "--threshold", "0.2").exit_code == 0
     assert invoke(compare_command, b, a).exit_code == 0

@@ -2,22 +2,19 @@
 
 A whole model beside llama.cpp and its forks, each reading the same GGUF file: files of the user's, or one random model
 of Grok's architecture, 1.30 B parameters, in several types. A peer is the command of its `llama-batched-bench`, such as
-`--peer 'ik=/path/llama-batched-bench -rtr'`; without one it is the package llama-cpp-python, in a process of its own.
-The engines take turns in the harness of the kernels.
+`--peer 'ik=/path/llama-batched-bench -rtr'`. The engines take turns in the harness of the kernels.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -25,19 +22,16 @@ import torch
 from benchmarks.model_1b import configuration
 from grok_bench.environment import environment
 from grok_bench.kernels.device import Device
-from grok_bench.kernels.entrant import Entrant
 from grok_bench.kernels.harness import Lane, Limits, run
 from grok_bench.report import table
 from grok_bench.schema import KernelResult, ResultFile, Score
 from grok_engine.config import ActFormat
 from grok_engine.loading.resolve import read_config
 
-from . import engines, llama, tool
-from .llama import Load
-from .models import Sizes, sizes, small_configuration, write_models
+from .engines import Apart, Load, Ours
+from .models import KINDS, Sizes, sizes, small_configuration, write_models
+from .tool import Tool, version
 
-KINDS = ("Q8_0", "BF16", "Q4_K_S")
-GET = "pip install llama-cpp-python '.[bench]', or --peer NAME=COMMAND"
 PEER = "the llama-batched-bench of llama.cpp or of a fork, and its options: 'ik=PATH -rtr'"
 CALL = 600.0  # seconds of a turn at most
 ACTIVATIONS: tuple[ActFormat, ...] = ("none", "int8")
@@ -45,28 +39,18 @@ ACTIVATIONS: tuple[ActFormat, ...] = ("none", "int8")
 
 @dataclass(frozen=True)
 class Peer:
-    """`enter(file, load)` makes its entrant."""
+    """A program that measures itself, as `--peer` gives it."""
 
     name: str
+    command: str
     version: str
-    enter: Callable[[Path, Load], Entrant]
-
-
-def bound() -> Peer:
-    """llama.cpp through the bindings of llama-cpp-python."""
-    return Peer(
-        "llama.cpp",
-        f"llama-cpp-python {version('llama-cpp-python')}",
-        lambda file, load: engines.Apart(llama.Llama, file, load, limit=CALL),
-    )
 
 
 def program(text: str) -> Peer:
-    """A peer as `--peer` names it."""
     name, equals, command = text.partition("=")
     if not (name and equals and command):
         raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=COMMAND, the path of a llama-batched-bench")
-    return Peer(name, tool.version(command), lambda file, load: tool.Tool(command, file, load, CALL))
+    return Peer(name, command, version(command))
 
 
 def lanes(load: Load, file: Path, released: Path | None, peers: Sequence[Peer]) -> list[Lane]:
@@ -75,12 +59,9 @@ def lanes(load: Load, file: Path, released: Path | None, peers: Sequence[Peer]) 
     for model, what in ((file, "grok-engine"), (released, "grok-engine, the release's int8")):
         for activations in ACTIVATIONS if model else ():
             name = what + (f", {activations} rows" if activations != "none" else "")
-            enter = partial(engines.Apart, engines.Ours, model, activations, load, limit=CALL)
+            enter = partial(Apart, Ours, model, activations, load, limit=CALL)
             found.append(Lane(Score(contestant=name, ours=True), enter))
-    found += [Lane(Score(contestant=peer.name), partial(peer.enter, file, load)) for peer in peers]
-    if not peers:
-        missing = Score(contestant="llama.cpp", status="missing", message=f"llama.cpp is not installed: {GET}")
-        found.append(replace(found[0], score=missing))
+    found += [Lane(Score(contestant=p.name), partial(Tool, p.command, file, load, CALL)) for p in peers]
     return found
 
 
@@ -104,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="*", default=("*",), help="problems, such as 'decode/*'")
     parser.add_argument("--contestant", nargs="*", default=("*",), help="who takes part, such as 'ik' 'grok-engine*'")
     parser.add_argument("--dir", type=Path, help="write the models there and keep them; a temporary folder without")
-    parser.add_argument("--kinds", nargs="*", default=KINDS, help="of the random model's files, by llama.cpp's names")
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=KINDS, help="of the random model's files")
     parser.add_argument("--rounds", type=int, default=20, help="at most, of each problem")
     parser.add_argument("--seconds", type=float, default=90.0, help="of rounds, of each problem")
     parser.add_argument("--new", type=int, default=16, help="tokens decoded by each request")
@@ -122,9 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kind="kernels", command=command, environment=environment(), results=results, ceilings=machine.kept()
     )
     table.about(file, console)
-    quantizes = all(map(importlib.util.find_spec, ("llama_cpp", "gguf")))
-    peers = a.peer or ([bound()] if quantizes else [])
-    for peer in peers:
+    if not a.peer:
+        console.print(f"no peer: --peer takes {PEER}", markup=False)
+    for peer in a.peer:
         console.print(f"{peer.name}: {peer.version}", highlight=False)
     with tempfile.TemporaryDirectory() as temporary:
         files, released = {path.stem: path for path in a.file}, None
@@ -132,19 +113,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             folder = a.dir or Path(temporary)
             folder.mkdir(parents=True, exist_ok=True)
             config = small_configuration() if a.smoke else configuration()
-            written = write_models(folder, config, a.kinds if quantizes or a.peer else ())
+            files = {f"{config.name}-{kind}": path for kind, path in write_models(folder, config, a.kinds).items()}
             released = folder / "packed"
-            files = {f"{config.name}-{kind}": path for kind, path in written.items()} or {config.name: released}
         for name, path in files.items():
             work = sizes(path, read_config(path))
             for problem, load in problems(name, work, 2 if a.smoke else a.new, a.smoke):
                 if not any(fnmatchcase(problem.problem, f"*/{pattern}") for pattern in a.only):
                     continue
-                problem.parameters.update({peer.name: peer.version for peer in peers})
-                also = released if released != path and "Q8_0" in name else None
+                problem.parameters.update({peer.name: peer.version for peer in a.peer})
+                also = released if "Q8_0" in name else None
                 entered = [
                     lane
-                    for lane in lanes(load, path, also, peers)
+                    for lane in lanes(load, path, also, a.peer)
                     if any(fnmatchcase(lane.score.contestant, pattern) for pattern in a.contestant)
                 ]
                 result = run(problem, entered, machine, limits)

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,22 @@ from grok_bench.kernels.entrant import Dropped, Entrant, Remote
 from grok_engine import LLMEngine, SamplingParams
 from grok_engine.config import ActFormat
 
-from .llama import Load
+
+@dataclass(frozen=True)
+class Load:
+    """The load on an engine: requests at once, each with a prompt of `prompt` random tokens, then `new` tokens.
+
+    Timed are the prompts where `new` is 0, else the mean decode step.
+    """
+
+    requests: int
+    prompt: int
+    new: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in what is timed."""
+        return self.requests if self.new else self.requests * self.prompt
 
 
 class Apart(Remote):

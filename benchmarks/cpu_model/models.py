@@ -11,9 +11,10 @@ from pathlib import Path
 from benchmarks.model_1b import configuration, write
 from grok_engine import ModelConfig
 from grok_engine.checkpoint.open import open_checkpoint
+from grok_engine.config import WeightFormat
 from grok_engine.loading.convert import convert
 
-from . import llama
+KINDS: dict[str, WeightFormat] = {"Q8_0": "int8", "BF16": "bf16"}  # types of GGUF files, by llama.cpp's names
 
 
 def small_configuration() -> ModelConfig:
@@ -32,13 +33,9 @@ def write_models(folder: Path, config: ModelConfig, kinds: Sequence[str]) -> dic
     if not (folder / "packed").is_dir():
         convert(folder / "xai", folder / "packed")
     files = {kind: folder / f"{kind}.gguf" for kind in kinds}
-    source = folder / "BF16.gguf"
-    if kinds and not source.is_file():
-        convert(folder / "xai", source, format="gguf", weights="bf16")
     for kind, file in files.items():
         if not file.is_file():
-            llama.quantize(source, file.with_suffix(".part"), kind)
-            file.with_suffix(".part").rename(file)
+            convert(folder / "xai", file, format="gguf", weights=KINDS[kind])
     return files
 
 

@@ -12,8 +12,9 @@ import torch
 
 from grok_bench.kernels.entrant import Dropped, limited
 
-from .llama import BATCH, UBATCH, Load
+from .engines import Load
 
+BATCH, UBATCH = 2048, 512  # tokens, the program's defaults
 PER_REQUEST = 256  # llama.cpp rounds the context of one request up to a multiple of this
 
 

@@ -79,9 +79,6 @@ def main() -> int:
             return 130
         for line in summary(outcomes):
             say(line)
-        left_out = [stage.name for stage in stages if stage not in chosen and stage.gate == "all"]
-        if left_out:
-            say(f"   not asked for, though the part must pass it: {', '.join(left_out)}")
         say(f"   {time.monotonic() - began:.0f} s in all; results and logs in {file}")
         keep()
     return 1 if any(o.bad for o in outcomes) else 0

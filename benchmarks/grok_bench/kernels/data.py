@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from grok_kernels.formats import FORMATS, Spec
+from grok_kernels.reference.quantize import dequantize_planes, group_scales
 
 BLOCK = 128  # outputs that share a scale, so that scales per channel and per block can both express it
 BYTES = {"int8": 1, "fp8": 1, "bf16": 2}
@@ -98,12 +99,15 @@ class Weights(Once):
         """fmt: one of BYTES, of which int8 and fp8 have scales (E, 1, N), or of GROUPED."""
         if fmt in GROUPED:
             return cls(GROUPED[fmt][0], _random_planes(spec(fmt, k), experts, n, k, device))
+        if fmt == "int8":
+            values, rms = torch.randint(-127, 128, (experts, n, k), dtype=torch.int8, device=device), 73.3
+        else:
+            rms = 64.0 if fmt == "fp8" else k**-0.5
+            values = torch.empty(experts, n, k, dtype=torch.bfloat16, device=device).normal_(std=rms)
         if fmt == "bf16":
-            made = [(torch.randn(n, k, device=device) / k**0.5).bfloat16() for _ in range(experts)]
-            return cls(fmt, {"values": torch.stack(made)})
-        make = {"int8": _random_int8, "fp8": _random_fp8}[fmt]
-        values = torch.stack([make(n, k, device) for _ in range(experts)])
-        rms = 73.3 if fmt == "int8" else 64.0
+            return cls(fmt, {"values": values})
+        if fmt == "fp8":
+            values = values.clamp_(-448, 448).to(torch.float8_e4m3fn)
         blocks = (torch.rand(experts, 1, -(-n // BLOCK), device=device) + 0.5) / (rms * k**0.5)
         scales = blocks.repeat_interleave(BLOCK, dim=2)[..., :n].contiguous()
         return cls({"fp8": "fp8_e4m3"}.get(fmt, fmt), {"values": values, "scales": scales})
@@ -121,31 +125,18 @@ class Weights(Once):
     def count(self) -> int:
         return self.values.shape[0]
 
+    def planes_of(self, expert: int) -> dict[str, Tensor]:
+        """The planes of one matrix."""
+        return {name: plane[expert] for name, plane in self.planes.items()}
+
     def factors(self, expert: int) -> tuple[Tensor, Tensor]:
         """S and M of one matrix, (N, groups) fp32: its weights are S · values − M."""
-
-        def level(first: str, second: str) -> Tensor:
-            plane = self.planes[first][expert].t().float()
-            if second not in self.planes:
-                return plane
-            sub = self.planes[second][expert].t().float()
-            return plane.repeat_interleave(sub.shape[1] // plane.shape[1], 1) * sub
-
-        scales = level("scales", "subscales")
-        if "zeros" in self.planes:
-            return scales, scales * self.planes["zeros"][expert].t().float()
-        if "minima" in self.planes:
-            minima = level("minima", "subminima")
-            return scales, minima if "subminima" in self.planes else -minima
-        return scales, torch.zeros_like(scales)
+        scales, minima = group_scales(self.planes_of(expert))
+        return scales.t(), (torch.zeros_like(scales) if minima is None else minima).t()
 
     def float(self, expert: int) -> Tensor:
         """One matrix, (N, K) fp32."""
-        w_NK = self.values[expert].float()
-        if self.format != "bf16":
-            scales, minima = self.factors(expert)
-            w_NK.unflatten(1, (scales.shape[1], -1)).mul_(scales[..., None]).sub_(minima[..., None])
-        return w_NK
+        return dequantize_planes(self.planes_of(expert))
 
     def bf16(self) -> Tensor:
         """All matrices, (E, N, K), rounded to bf16."""
@@ -174,14 +165,6 @@ def _random_planes(spec: Spec, experts: int, n: int, k: int, device: str) -> dic
                 scales *= middle if spec.subgroups else -middle
             planes[name] = scales.to(dtype)
     return planes
-
-
-def _random_int8(n: int, k: int, device: str) -> Tensor:
-    return torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
-
-
-def _random_fp8(n: int, k: int, device: str) -> Tensor:
-    return (torch.randn(n, k, device=device) * 64).clamp(-448, 448).to(torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True)

@@ -74,10 +74,10 @@ def footprint(p: Problem) -> float:
     e, n, k = size(p)
     rows = p.number("tokens") * (p.shape.num_experts_per_tok if e > 1 else 1)
     fmt = parts(str(p["format"]))[0]
-    # the weights and our packed copy, and one matrix in fp32, twice
+    # the weights and our packed copy, and one matrix in fp32, three times
     return (
         e * n * k * (weight_bytes(fmt, k, in_rows=True) + weight_bytes(fmt, k))
-        + 8 * n * k
+        + 12 * n * k
         + TURNS * 3 * rows * k
         + 6 * rows * n
     )

@@ -27,7 +27,6 @@ def add() -> None:
         eager = Contestant(name="torch eager", op=op, bind=partial(_call, function))
         compiled = replace(eager, name="torch.compile", bind=partial(_compiled, function), compiles=True)
         register(eager, *(() if op in ("group_tokens", "rope_store_kv") else (compiled,)))
-    products("torch F.linear, bf16, a loop", Weights.bf16, loop(functional.linear), 2)
     products("torch _grouped_mm, bf16", Weights.bf16, _grouped_mm, 2)
     register(
         Contestant(

@@ -7,8 +7,9 @@ of another machine or other versions. What is too noisy for a time in either fil
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 
 from rich.console import Console
@@ -18,17 +19,17 @@ from ..schema import ResultFile, Score
 from ..spread import ratio, with_subject
 from .rows import BAD, parameters
 from .table import grid
-from .units import count, duration
+from .units import duration
 
 FEWEST = 5  # rounds or requests on either side, for an interval
 STYLES = {"regression": "bold red", "broken": "bold red", "slower": "red", "faster": "green", "fixed": "green"}
-WORDS = {"unsure": "no interval", "same": "no difference", "noisy": "too noisy", "untimed": "not timed in both"}
+VERSIONS = ("chip", "threads", "isa", "torch", "triton", "driver", "compiler")
 Key = tuple[str, str]  # the problem and the contestant, or the run and the metric
 
 
 @dataclass(frozen=True)
 class Change:
-    """`verdict`: a key of STYLES or WORDS. `ratio`, with its interval: B over A."""
+    """`verdict`: a key of STYLES where something changed. `ratio`, with its interval: B over A."""
 
     key: Key
     a: Score
@@ -54,8 +55,6 @@ def compare(a: ResultFile, b: ResultFile, threshold: float = 0.05, subject: Sequ
     `subject`: patterns of the contestants that can regress; without, those that were the subject in both files.
     """
     a, b = with_subject(a, subject), with_subject(b, subject)
-    if a.kind != b.kind:
-        raise ValueError(f"A is of kind {a.kind!r} and B of kind {b.kind!r}: nothing in them can be compared")
     if a.environment.device != b.environment.device:
         raise ValueError(f"A was measured on {a.environment.device!r}, B on {b.environment.device!r}")
     of_a, of_b = dict(_measures(a)), dict(_measures(b))
@@ -63,7 +62,7 @@ def compare(a: ResultFile, b: ResultFile, threshold: float = 0.05, subject: Sequ
     others = [r.problem for r in b.kernels if sizes.get(r.problem) not in (None, (r.operations, r.bytes, r.parameters))]
     changes = [_change(key, of_a[key], of_b[key], threshold) for key in of_a if key in of_b and key[0] not in others]
     if not changes:
-        raise ValueError(f"A and B have no {'problem' if a.kind == 'kernels' else 'run'} in common")
+        raise ValueError(f"A (kind {a.kind!r}) and B (kind {b.kind!r}) have nothing in common")
     warnings = _warnings(a, b) + [f"{problem} is another problem in B, and not compared" for problem in others]
     for side, mine, other in (("A", of_a, of_b), ("B", of_b, of_a)):
         if only := ["/".join(key) for key in mine if key not in other]:
@@ -79,9 +78,9 @@ def _change(key: Key, a: Score, b: Score, threshold: float) -> Change:
     if states == {"ok"} and a.seconds and b.seconds:
         value, low, high = ratio(b, a)
         if low is None or high is None:
-            verdict = "unsure"
+            verdict = "no interval"
         elif low <= 1 <= high:
-            verdict = "same"
+            verdict = "no difference"
         elif value < 1:
             verdict = "faster"
         else:
@@ -91,7 +90,8 @@ def _change(key: Key, a: Score, b: Score, threshold: float) -> Change:
         return Change(key, a, b, "broken")
     if a.status in BAD and b.status == "ok":
         return Change(key, a, b, "fixed")
-    return Change(key, a, b, "noisy" if "noisy" in states else "same" if states == {"ok"} else "untimed")
+    same = "no difference" if states == {"ok"} else "not timed in both"
+    return Change(key, a, b, "too noisy" if "noisy" in states else same)
 
 
 def _measures(file: ResultFile) -> Iterator[tuple[Key, Score]]:
@@ -110,11 +110,9 @@ def _measures(file: ResultFile) -> Iterator[tuple[Key, Score]]:
 
 
 def _warnings(a: ResultFile, b: ResultFile) -> list[str]:
-    found = []
-    for what in ("chip", "threads", "isa", "torch", "triton", "driver", "compiler"):
-        old, new = getattr(a.environment, what), getattr(b.environment, what)
-        if old != new:
-            found.append(f"{what}: {old or 'none'} in A, {new or 'none'} in B")
+    old, new = asdict(a.environment), asdict(b.environment)
+    changed = [what for what in VERSIONS if old[what] != new[what]]
+    found = [f"{what}: {old[what] or 'none'} in A, {new[what] or 'none'} in B" for what in changed]
     for name in a.ceilings.keys() & b.ceilings.keys():
         share = b.ceilings[name].rate / a.ceilings[name].rate
         if not 0.9 < share < 1.1:
@@ -133,8 +131,7 @@ def render(found: Comparison, console: Console) -> None:
             spread = "" if c.low is None else f"[{c.low:.3f}, {c.high:.3f}]"
             rows.append((*c.key, *times, f"{c.ratio:.3f}" if c.ratio else "", spread, Text(verdict, style)))
     grid(("", " ", "A", "B", "B / A", "95%", ""), rows, console, names=2)
-    counts = {WORDS.get(verdict, verdict): len(found.of(verdict)) for verdict in (*STYLES, *WORDS)}
-    console.print(Text(", ".join(f"{n} {words}" for words, n in counts.items() if n)))
-    slower, broken = len(found.of("regression")), len(found.of("broken"))
-    text = ", ".join([count(slower, "regression")] * bool(slower) + [f"{broken} broken"] * bool(broken))
-    console.print(Text(text, style="bold red") if text else Text("no regression", style="green"))
+    counts = Counter(c.verdict for c in found.changes)
+    console.print(Text(", ".join(f"{verdict}: {n}" for verdict, n in counts.most_common())))
+    if not counts["regression"] + counts["broken"]:
+        console.print(Text("no regression", style="green"))

@@ -8,35 +8,30 @@ from html import escape
 from ..schema import ResultFile
 from .rows import Block, block, environment, headline, missing
 
-STYLE = """
+HEAD = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Benchmarks</title><style>
 :root { color-scheme: light dark } body { font: 15px/1.45 system-ui, sans-serif; margin: 1rem auto; max-width: 72rem;
 padding: 0 1rem; overflow-wrap: anywhere } h2 { font-size: 1.3rem; margin-top: 2rem }
-h3 { font-size: 1rem; margin: 1.4rem 0 0 } small, dt, th, .note { color: #777 } small { white-space: pre-line }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 .8rem } dd { margin: 0 }
+h3 { font-size: 1rem; margin: 1.4rem 0 0 } small, th, .note { color: #777 } small { white-space: pre-line }
 table { border-collapse: collapse; width: 100% } th { font-weight: normal; text-align: right }
 th, td { padding: .15rem .5rem; border-bottom: 1px solid #8884 } td + td { text-align: right; white-space: nowrap }
 .ours td:first-child { font-weight: bold } .bad { color: #c22 } td.note { text-align: left; white-space: normal }
-@media (max-width: 46rem) { thead { display: none } dl { grid-template-columns: 1fr } dd { margin-bottom: .4rem }
+p { margin: .2rem 0 } @media (max-width: 46rem) { thead { display: none }
 tr { display: flex; flex-wrap: wrap; gap: 0 1rem; padding: .4rem 0; border-bottom: 1px solid #8884 }
 td { border: 0; padding: 0 } td:first-child { flex: 0 0 100% }
 td[title]::before { content: attr(title) " "; color: #777 } }
-"""
+</style></head><body>"""
 
 
 def render(files: Sequence[ResultFile]) -> str:
-    head = [
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>Benchmarks</title><style>{STYLE}</style></head><body>",
-    ]
-    return "\n".join([*head, *(line for file in files for line in _file(file)), "</body></html>\n"])
+    return "\n".join([HEAD, *(line for file in files for line in _file(file)), "</body></html>\n"])
 
 
 def _file(file: ResultFile) -> Iterator[str]:
     name = f"{file.kind.capitalize()} on {file.environment.chip}, {file.created[:10]}"
-    yield f"<h2>{escape(name)}</h2><dl>"
-    yield from (f"<dt>{escape(a)}</dt><dd>{escape(b)}</dd>" for a, b in (*headline(file), *environment(file)))
-    yield "</dl>"
+    yield f"<h2>{escape(name)}</h2>"
+    yield from (f"<p><small>{escape(a)}:</small> {escape(b)}</p>" for a, b in (*headline(file), *environment(file)))
     for result in file.results:
         yield from _block(block(result))
     yield from (f'<p class="note">missing ({escape(names)}): {escape(why)}</p>' for names, why in missing(file))

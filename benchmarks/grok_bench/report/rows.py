@@ -11,7 +11,7 @@ from statistics import geometric_mean, median
 from typing import Any
 
 from ..schema import EngineResult, KernelResult, ResultFile, Score
-from .units import amount, count, digits, duration, interval
+from .units import amount, digits, duration, interval
 
 BAD = {"wrong": "WRONG", "failed": "FAILED", "timeout": "TIMED OUT"}
 COLUMNS = ("mean", "p50", "p90", "p99")  # of a run
@@ -102,12 +102,11 @@ def as_csv(files: Sequence[ResultFile]) -> str:
     text = io.StringIO()
     out = csv.writer(text)
     out.writerow(("chip", "created", "problem", "operations", *members, "suspect"))
-    for file in files:
-        for r in file.kernels:
-            head = (file.environment.chip, file.created, r.problem, r.operations)
-            for s in r.scores:
-                values = asdict(replace(s, bytes=s.bytes or r.bytes))
-                out.writerow((*head, *(values[member] for member in members), suspect(s)))
+    scores = [(file, r, s) for file in files for r in file.kernels for s in r.scores]
+    for file, r, s in scores:
+        head = (file.environment.chip, file.created, r.problem, r.operations)
+        values = asdict(replace(s, bytes=s.bytes or r.bytes))
+        out.writerow((*head, *(values[member] for member in members), suspect(s)))
     return text.getvalue()
 
 
@@ -126,13 +125,11 @@ def block(r: KernelResult | EngineResult) -> Block:
         parameters(r.parameters),
         f"{amount(r.operations, 'FLOP')} in {r.arithmetic}, {amount(r.bytes, 'B')}",
         f"floor {duration(r.floor_seconds)}" if r.floor_seconds else "",
-        count(r.rounds, "round") + (f" kept, {r.thrown_away} thrown away" if r.thrown_away else ""),
+        f"rounds kept {r.rounds}, thrown away {r.thrown_away}",
     ]
     lines = ["; ".join(filter(None, sizes)), *(f"warning: {warning}" for warning in r.warnings)]
-    if g := r.gpu:
-        held = f", held back {g.held_back:.0%} of the time" if g.held_back else ""
-        power = f"{g.watts:.0f} W (at most {g.most_watts:.0f} of {g.limit_watts:.0f})"
-        lines.append(f"{power}, {g.clock_mhz:.0f} MHz (at least {g.least_clock_mhz:.0f}), {g.celsius:.0f} °C{held}")
+    if r.gpu:
+        lines.append(parameters(asdict(r.gpu)))
     return Block(r.problem, "\n".join(lines), [_score(r, s) for s in r.scores])
 
 
@@ -155,18 +152,16 @@ def _score(r: KernelResult, s: Score) -> Row:
 
 def _run(r: EngineResult) -> Block:
     """The latencies of a run in milliseconds, under its rates."""
-    failed = f", {r.failed} FAILED" if r.failed else ""
-    rates = f"{digits(r.requests_per_second)} requests/s, {digits(r.output_tokens_per_second)} output tokens/s"
     sizes = [
         "",
         parameters(r.parameters),
-        f"{count(r.completed, 'request')} completed{failed}",
+        f"requests completed {r.completed:,}{f', FAILED {r.failed:,}' if r.failed else ''}",
         f"{r.input_tokens:,} tokens in, {r.output_tokens:,} out, in {duration(r.duration_seconds)}",
-        f"{rates}, {digits(r.total_tokens_per_second)} tokens/s",
+        f"{digits(r.requests_per_second)} requests/s, {digits(r.output_tokens_per_second)} output tokens/s, "
+        f"{digits(r.total_tokens_per_second)} tokens/s",
     ]
     if r.goodput_per_second is not None and r.slo is not None:
-        limits = ", ".join(f"{name.removesuffix('_ms')} ≤ {limit:g} ms" for name, limit in r.slo.items())
-        sizes.append(f"goodput {digits(r.goodput_per_second)} requests/s with {limits}")
+        sizes.append(f"goodput {digits(r.goodput_per_second)} requests/s with {parameters(r.slo)}")
     if r.load_seconds is not None and r.peak_memory_bytes is not None:
         sizes.append(f"loaded in {duration(r.load_seconds)}, peak memory {amount(r.peak_memory_bytes, 'B')}")
     rows = [

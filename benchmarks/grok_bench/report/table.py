@@ -58,11 +58,10 @@ def one(result: KernelResult | EngineResult, console: Console) -> None:
     """Print one result."""
     shown = block(result)
     console.print(Text(f"\n{shown.title}", style="bold").append(f"  {shown.sizes}", style="not bold dim"))
-    timed = [row for row in shown.rows if row.cells]
-    names = (Text(row.name, "bold" * row.ours) for row in timed)
-    cells = ([row.cells[column] for column in shown.columns] for row in timed)
-    grid(("", *shown.columns), ([name, *texts] for name, texts in zip(names, cells, strict=True)), console)
-    for row in shown.rows:
-        if row.note:
-            text = Text(f"{row.name}: ", style="bold" * row.ours)
-            console.print(text.append(row.note, "red" if row.bad else "dim"))
+    timed: list[list[str | Text]] = [
+        [Text(r.name, "bold" * r.ours), *(r.cells[c] for c in shown.columns)] for r in shown.rows if r.cells
+    ]
+    grid(("", *shown.columns), timed, console)
+    for r in shown.rows:
+        if r.note:
+            console.print(Text(f"{r.name}: ", "bold" * r.ours).append(r.note, "red" if r.bad else "dim"))

@@ -9,13 +9,10 @@ TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 AMOUNTS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 
 
-def digits(value: float, count: int = 3) -> str:
-    """`value` with that many significant digits and no exponent: 0.0123, 1.30, 340, 12,345."""
-    if value == 0:
-        return "0"
-    # of the rounded value: 9.996 has three digits as 10.0
-    exponent = floor(log10(abs(float(f"{value:.{count - 1}e}"))))
-    return f"{value:,.{max(0, count - 1 - exponent)}f}"
+def digits(value: float) -> str:
+    """`value` with three significant digits and no exponent: 0.0123, 1.30, 340, 12,345."""
+    rounded = float(f"{value:.2e}")  # 9.996 has three digits as 10.0
+    return f"{value:,.{max(0, 2 - floor(log10(abs(rounded))))}f}" if value else "0"
 
 
 def _unit(value: float, units: Sequence[tuple[float, str]]) -> tuple[float, str]:
@@ -37,7 +34,3 @@ def amount(value: float, unit: str) -> str:
     """340 MB, 1.20 GFLOP, 45.0 GB/s."""
     scale, prefix = _unit(value, AMOUNTS)
     return f"{digits(value / scale)} {prefix}{unit}"
-
-
-def count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
