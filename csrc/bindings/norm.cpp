@@ -58,6 +58,27 @@ std::tuple<at::Tensor, at::Tensor> sandwich_norm(const at::Tensor& h, const at::
   return {sum, y};
 }
 
+at::Tensor scaled_sum(const at::Tensor& a, const at::Tensor& b, double divisor) {
+  const char* op = "scaled_sum";
+  check_tensor(op, "a", a, 2);
+  check_tensor(op, "b", b, 2);
+  check(b.sizes() == a.sizes() && b.scalar_type() == a.scalar_type(), op, ": b has shape ", b.sizes(), " and dtype ",
+        c10::toString(b.scalar_type()), ", expected ", a.sizes(), " and ", c10::toString(a.scalar_type()), " as a");
+  check(a.is_contiguous() && b.is_contiguous(), op, ": a has strides ", a.strides(), " and b ", b.strides(),
+        ", expected contiguous ones");
+  cpu::ScaledSum p{};
+  p.type = float_dtype(op, "a", a);
+  at::Tensor y = empty(a.sizes(), a.scalar_type());
+  p.a = a.const_data_ptr();
+  p.b = b.const_data_ptr();
+  p.y = y.mutable_data_ptr();
+  p.rows = a.size(0);
+  p.d = a.size(1);
+  p.divisor = static_cast<float>(divisor);
+  cpu::scaled_sum(p, executor());
+  return y;
+}
+
 }  // namespace
 
 void define_norm(pybind11::module_& module) {
@@ -65,6 +86,7 @@ void define_norm(pybind11::module_& module) {
   define_native_op(module, "rms_norm", rms_norm, arg("x"), arg("weight"), arg("eps"));
   define_native_op(module, "sandwich_norm", sandwich_norm, arg("h"), arg("delta"), arg("post_weight"),
                    arg("pre_weight"), arg("eps"));
+  define_native_op(module, "scaled_sum", scaled_sum, arg("a"), arg("b"), arg("divisor"));
 }
 
 }  // namespace grok

@@ -90,8 +90,17 @@ GROK_INLINE void sandwich_rows(const SandwichNorm& p, int64_t begin, int64_t end
   }
 }
 
+template <class X>
+GROK_INLINE void sum_rows(const ScaledSum& p, int64_t begin, int64_t end) {
+  const X* __restrict a = static_cast<const X*>(p.a);
+  const X* __restrict b = static_cast<const X*>(p.b);
+  X* __restrict y = static_cast<X*>(p.y);
+  for (int64_t i = begin * p.d; i < end * p.d; ++i) y[i] = from_float<X>((to_float(a[i]) + to_float(b[i])) / p.divisor);
+}
+
 GROK_ROWS_KERNEL(rms_norm, rms_rows, RmsNorm)
 GROK_ROWS_KERNEL(sandwich_norm, sandwich_rows, SandwichNorm)
+GROK_ROWS_KERNEL(scaled_sum, sum_rows, ScaledSum)
 
 template <class X>
 RowsKernel<RmsNorm> rms_norm_kernel_for(Isa isa, DType weight) {
@@ -115,6 +124,13 @@ void sandwich_norm(const SandwichNorm& p, Executor& executor) {
   if (p.post_weight) check_float("sandwich_norm: post_weight", p.post_type);
   const Isa isa = current_isa();
   const auto kernel = p.type == DType::f32 ? sandwich_norm_kernel<float>(isa) : sandwich_norm_kernel<BF16>(isa);
+  executor.parallel_for(p.rows, rows_per_range(p.d), [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
+void scaled_sum(const ScaledSum& p, Executor& executor) {
+  check_float("scaled_sum: a", p.type);
+  const Isa isa = current_isa();
+  const auto kernel = p.type == DType::f32 ? scaled_sum_kernel<float>(isa) : scaled_sum_kernel<BF16>(isa);
   executor.parallel_for(p.rows, rows_per_range(p.d), [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 

@@ -37,4 +37,15 @@ struct SandwichNorm {
 };
 void sandwich_norm(const SandwichNorm& p, Executor& executor);
 
+// y = (a + b) / divisor in fp32, rounded once.
+struct ScaledSum {
+  const void* a;  // (rows, d), contiguous, as b and y
+  const void* b;
+  void* y;
+  DType type;     // f32 or bf16
+  int64_t rows, d;
+  float divisor;
+};
+void scaled_sum(const ScaledSum& p, Executor& executor);
+
 }  // namespace grok::cpu

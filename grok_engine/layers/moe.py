@@ -86,8 +86,7 @@ class DenseAndExperts(nn.Module):
         self.dense, self.experts = dense, experts
 
     def forward(self, x: Normed, routed: list[Tensor] | None = None) -> Tensor:
-        y_TD: Tensor = ((self.dense(x).float() + self.experts(x, routed).float()) / math.sqrt(2)).to(x.x_TD.dtype)
-        return y_TD
+        return grok_kernels.scaled_sum(self.dense(x), self.experts(x, routed), math.sqrt(2))
 
 
 def feed_forward(config: ModelConfig, prefix: str, activations: ActFormat = "none") -> nn.Module:

@@ -24,6 +24,7 @@ from .ops import (
     sandwich_norm_fp8,
 )
 from .registry import Status, backends, capturable, chosen, fuses, mixes_formats, takes_format, use_backend
+from .sums import scaled_sum
 from .triton.steps import startup as startup_steps
 from .weights import Weight
 
@@ -59,6 +60,7 @@ __all__ = [
     "sample_top_p",
     "sandwich_norm",
     "sandwich_norm_fp8",
+    "scaled_sum",
     "startup_steps",
     "takes_format",
     "triton",

@@ -45,7 +45,7 @@ def _load() -> tuple[Any, str]:
         return None, f"the extension {name} does not load ({error}); {BUILD}"
     if reason := misfit(module, name, BUILD):
         return None, reason
-    if stale := [op for op in (*OPS, "bind_threads") if not hasattr(module, op)]:
+    if stale := [op for op in (*OPS, "bind_threads", "scaled_sum", "weight_rows") if not hasattr(module, op)]:
         return None, f"the extension {name} is older than these sources and has no {', '.join(stale)}; {BUILD}"
     return module, ""
 

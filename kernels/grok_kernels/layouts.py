@@ -62,11 +62,12 @@ def wants_packed(n: int, k: int, spec: Spec, device: torch.device | str) -> bool
 
 
 class Native(Protocol):
-    """The extension's packing and reading of rows, for tensors on the CPU."""
+    """Functions of the extension beside the ops, for tensors on the CPU."""
 
     def pack_into(self, weight: Tensor, packed: Tensor, row: int) -> None: ...
     def pack_codes(self, values: Tensor, packed: Tensor, row: int, zero_point: int) -> None: ...
     def weight_rows(self, weight: Any, rows: Tensor, multiplier: float, out_dtype: torch.dtype) -> Tensor: ...
+    def scaled_sum(self, a: Tensor, b: Tensor, divisor: float) -> Tensor: ...
 
 
 native: Native | None = None

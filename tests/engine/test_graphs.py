@@ -316,7 +316,7 @@ def small(config: ModelConfig) -> ModelConfig:
 
 @pytest.mark.skipif(not grok_kernels.backends()["moe"]["cpu"].available, reason="not built")
 @pytest.mark.parametrize("activations", ["none", "int8"])
-@pytest.mark.parametrize("name", ["grok-1", "mixtral-8x7b", "mistral-7b"])
+@pytest.mark.parametrize("name", ["grok-1", "grok-2", "mixtral-8x7b", "mistral-7b"])
 def test_a_recording_runs_no_python_between_layers(name: str, activations: ActFormat) -> None:
     """Of a model in one format, and of one whose values have another format than queries and keys."""
     counts = set()

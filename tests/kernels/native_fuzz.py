@@ -167,6 +167,11 @@ def sandwich_norm(m: Maker) -> dict[str, Any]:
     return {"h": h, "delta": delta, "post_weight": post, "pre_weight": m.values(d), "eps": 1e-5}
 
 
+def scaled_sum(m: Maker) -> dict[str, Any]:
+    t, d, dtype = m.one(0, 1, 3), m.one(0, 1, 7, 64, 100), m.floats()
+    return {"a": m.values(t, d, dtype=dtype), "b": m.values(t, d, dtype=dtype), "divisor": 1.5}
+
+
 def quantize_fp8(m: Maker) -> dict[str, Any]:
     return {"x": m.values(m.one(0, 1, 3), m.one(0, 1, 127, 200), dtype=m.floats()), "group_size": m.one(0, 1, 128)}
 
@@ -304,7 +309,7 @@ FUNCTIONS: dict[str, Callable[[Maker], dict[str, Any]]] = {
     f.__name__: f
     for f in (
         rms_norm, sandwich_norm, quantize_fp8, route_topk, group_tokens, sample_top_p, grouped_gemm, moe, moe_up,
-        moe_down, rope_store_kv, paged_attention, pack_into, pack_codes, weight_rows,
+        moe_down, rope_store_kv, paged_attention, pack_into, pack_codes, weight_rows, scaled_sum,
     )
 }  # fmt: skip
 FUNCTIONS["quantize_int8"] = quantize_fp8
