@@ -26,7 +26,5 @@ def test_scaled_sum(isa: str | None, dtype: torch.dtype, monkeypatch: pytest.Mon
     with cpu.use_isa(isa):
         assert torch.equal(grok_kernels.scaled_sum(a, b, math.sqrt(2)), expected)
         assert torch.equal(grok_kernels.scaled_sum(a[:, 1:], b[:, 1:], math.sqrt(2)), expected[:, 1:])
-        with pytest.raises(
-            ValueError, match=r"b has shape \[2, 70\] and dtype Float, expected \[3, 70\]"
-        ):
+        with pytest.raises(ValueError, match=r"b has shape \[2, 70\] and dtype Float, expected \[3, 70\]"):
             layouts.native.scaled_sum(a, b.float()[:2], 1.0)  # type: ignore[union-attr]
