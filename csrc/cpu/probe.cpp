@@ -107,6 +107,17 @@ GROK_AVX2 void peak_avx2(int64_t steps) {
   GROK_UNROLL for (__m256& sum : sums) GROK_OPAQUE("x", sum);
 }
 
+// 32 products of 8 bits, added up in pairs in 16 bits. Its result is the next one's operand.
+GROK_AVX2 void peak_int8_avx2(int64_t steps) {
+  __m256i a = _mm256_set1_epi32(0x5a3c9617), sums[kNarrowChains] = {};
+  GROK_UNROLL for (__m256i& sum : sums) GROK_OPAQUE("x", sum);
+  for (int64_t step = 0; step < steps; ++step) {
+    GROK_OPAQUE("x", a);
+    GROK_UNROLL for (__m256i& sum : sums) sum = _mm256_maddubs_epi16(a, sum);
+  }
+  GROK_UNROLL for (__m256i& sum : sums) GROK_OPAQUE("x", sum);
+}
+
 #ifndef GROK_EMULATE_AVX512
 GROK_AVX512 void peak_avx512(int64_t steps) {
   __m512 a = _mm512_set1_ps(0.7f), b = _mm512_set1_ps(1.3f), sums[kChains] = {};
@@ -210,8 +221,9 @@ ProbePeak probe_peak(const std::string& kind) {
 #ifndef GROK_EMULATE_AVX512
   if (isa == Isa::avx512_bf16 && kind == "bf16") return {"vdpbf16ps", kChains * 16 * 4, peak_bf16_avx512};
   if (isa == Isa::avx512_bf16 && kind == "int8") return {"vpdpbusd", kChains * 16 * 8, peak_int8_avx512};
-  if (isa >= Isa::avx512) return {"vfmadd231ps, 512 bits", kChains * 16 * 2, peak_avx512};
+  if (isa >= Isa::avx512 && kind != "int8") return {"vfmadd231ps, 512 bits", kChains * 16 * 2, peak_avx512};
 #endif
+  if (isa >= Isa::avx2 && kind == "int8") return {"vpmaddubsw, 256 bits", kNarrowChains * 32 * 2, peak_int8_avx2};
   if (isa >= Isa::avx2) return {"vfmadd231ps, 256 bits", kNarrowChains * 8 * 2, peak_avx2};
 #elif GROK_ARM
   const Isa isa = current_isa();
