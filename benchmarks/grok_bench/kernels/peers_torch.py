@@ -34,7 +34,8 @@ def add() -> None:
         )
     )  # fmt: skip
     sdpa = Contestant(
-        name="torch sdpa, no pages", op="paged_attention", bind=_sdpa, enters=lambda p: p["kv"] == "bf16", weight_bytes=2,
+        name="torch sdpa, no pages", op="paged_attention", bind=_sdpa, weight_bytes=2,
+        enters=lambda p: p["kv"] == "bf16",
     )  # fmt: skip
     register(replace(sdpa, enters=lambda p: sdpa.enters(p) and not capped(p)), without_softcap(sdpa))
     register(
