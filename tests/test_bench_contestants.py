@@ -146,13 +146,11 @@ def test_deep_gemm_is_given_its_layouts(monkeypatch: pytest.MonkeyPatch, routing
 @pytest.mark.parametrize("queries", [1, 4, 256])
 def test_flex_attention_is_told_of_softcap_temperature_and_mask(monkeypatch: pytest.MonkeyPatch, queries: int) -> None:
     """Run as torch's plain function: compiling it is for a GPU."""
-    from torch.nn.attention.flex_attention import flex_attention
-
     from grok_bench.kernels import peers_torch
     from grok_bench.kernels.attention import Cache, plain
     from grok_bench.kernels.ours import reference
 
-    monkeypatch.setattr(peers_torch, "_flex_compiled", lambda: flex_attention)
+    monkeypatch.setattr(peers_torch, "_compiled_once", lambda function: function)
     torch.manual_seed(0)
     cache = Cache.random(2, 2, 256, 64, 16, False, "cpu")
     q = torch.randn(2 * queries, 4, 64).bfloat16()

@@ -123,7 +123,7 @@ def test_what_makes_a_run_a_failure() -> None:
 
 def test_summary(tmp_path: Path) -> None:
     def outcome(command: str, status: Any, bad: bool) -> Outcome:
-        return Outcome("stage", command, status, 1.0, "said", tmp_path / "log", bad)
+        return Outcome(command, status, 1.0, "said", tmp_path / "log", bad)
 
     statuses = {"tests": "passed", "ncu": "missing", "kernels": "timed out"}
     lines = summary([outcome(name, status, False) for name, status in statuses.items()])
@@ -230,7 +230,7 @@ def test_if_the_kernels_by_hand_hang_the_rest_goes_on_with_triton(
     tmp_path: Path, status: Any, code: int, lost: bool
 ) -> None:
     """Wrong numbers are named where they are measured; what hangs or faults would end that process."""
-    outcomes = [Outcome("small", "middling-cuda", status, 1.0, "", tmp_path, status != "passed", code)]
+    outcomes = [Outcome("middling-cuda", status, 1.0, "", tmp_path, status != "passed", code)]
     stages = {stage.name: stage for stage in first(Run(tmp_path))}
     (figures,) = stages["figures"].commands(outcomes)
     assert ("grok_kernels cuda*" in figures.argv) != lost

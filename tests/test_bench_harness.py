@@ -160,7 +160,7 @@ def test_who_has_no_kernel_for_a_problem_is_missing_and_has_not_failed() -> None
 def test_who_drops_out_of_the_rounds_does_not_stop_the_others(said: str, status: str) -> None:
     class Breaks(Local):
         def time(self, turn: int) -> float:
-            if self._contestant.name == "1" and turn > 8:
+            if self.contestant.name == "1" and turn > 8:
                 raise Dropped(said, "gone")
             return super().time(turn)
 

@@ -178,7 +178,7 @@ def test_any_contestant_may_be_the_subject(tmp_path: Path, capsys: Captured) -> 
     assert {name for name, s in found.items() if s.ours} == {"torch eager"}
     assert all(s.speedup_low is not None for s in found.values() if s.seconds)
     assert (load(file).kernels[0].best_peer or "").startswith("grok_kernels")
-    assert "of the subject 0 bad, 1 ok" in capsys.readouterr().out
+    assert "problems: 1\nfaster than the best peer: " in capsys.readouterr().out
 
 
 def test_the_cap_holds(tmp_path: Path, capsys: Captured) -> None:

@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         console.print(f"{score.contestant}: {rate}{peak}", style="dim")
                 if a.json:
                     file.save(a.json)
-    table.unavailable(file, console)
+    table.summary(file, console)
     return 0
 
 

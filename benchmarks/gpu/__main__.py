@@ -20,15 +20,16 @@ from pathlib import Path
 
 from . import ROOT, bundle
 from .run import archive, run_part, summary
-from .stages import PARTS, Run, tuned
+from .stages import PARTS, Run
 
 
 def main() -> int:
     doc = (__doc__ or "").split("\n\n")
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu", description=doc[1])
     parser.add_argument("part", choices=PARTS, help="what to run")
-    parser.add_argument("--out", type=_path, default=ROOT / "build/bench-gpu", help="where the archive goes")
-    parser.add_argument("--bundle", type=_path, help="modules and kernels built before (benchmarks.gpu.bundle)")
+    here = Path.cwd().joinpath  # the stages run in ROOT
+    parser.add_argument("--out", type=here, default=ROOT / "build/bench-gpu", help="where the archive goes")
+    parser.add_argument("--bundle", type=here, help="modules and kernels built before (benchmarks.gpu.bundle)")
     parser.add_argument("--only", action="append", metavar="STAGE", help="run this stage; may be given more than once")
     parser.add_argument("--list", action="store_true", help="print the part's stages and their limits")
     parser.add_argument("--rehearse", action="store_true", help="run every command on a CPU, and measure nothing")
@@ -66,7 +67,7 @@ def main() -> int:
 
         def keep() -> None:
             (run.folder / "summary.txt").write_text("\n".join(said) + "\n")
-            archive(run.folder, file, tuned())
+            archive(run.folder, file, sorted((ROOT / "kernels/grok_kernels/tuned").glob("*.json")))
 
         # a signal ends the processes, too; a shell's background would ignore SIGINT
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -82,10 +83,6 @@ def main() -> int:
         say(f"   {time.monotonic() - began:.0f} s in all; results and logs in {file}")
         keep()
     return 1 if any(o.bad for o in outcomes) else 0
-
-
-def _path(text: str) -> Path:
-    return Path(text).resolve()
 
 
 def _chip() -> str:

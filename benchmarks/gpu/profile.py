@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
+from math import inf
 from pathlib import Path
 
 import torch
 
 from grok_bench import schema
-from grok_bench.kernels import cases, contestant, lineup
-from grok_bench.kernels.device import device
-from grok_bench.kernels.problems import select
+from grok_bench.kernels import lineup
 
 from .run import SKIPPED
 
@@ -40,23 +40,16 @@ def main() -> int:
     if a.device == "cuda" and not torch.cuda.is_available():
         print("there is no GPU")
         return SKIPPED
-    lineup.load()
-    (found,) = select([a.problem])
-    where = device(a.device, probed=False)
-    (c,) = (c for c in contestant.entrants(found, where.kind, ["*"]) if c.name == a.contestant)
-    case = cases.build(found, where.name, where.cold)
-    inputs = c.instead(case.inputs[0]) if c.instead else case.inputs[0]
+    one = lineup.enter(a.problem, a.contestant, a.device, False, (), inf)
+    c, where, inputs = one.contestant, one.device, one.case.inputs[0]
     with c.within():
-        call = c.bind(inputs)
+        call = c.bind(c.instead(inputs) if c.instead else inputs)
         call()
         where.flush()
         where.synchronize()
-        if where.kind == "cuda":
-            torch.cuda.profiler.start()
-        call()
-        where.synchronize()
-        if where.kind == "cuda":
-            torch.cuda.profiler.stop()
+        with torch.cuda.profiler.profile() if where.kind == "cuda" else nullcontext():
+            call()
+            where.synchronize()
     print(f"{a.problem} by {a.contestant}")
     return 0
 

@@ -36,7 +36,6 @@ class Command:
 
 @dataclass(frozen=True)
 class Outcome:
-    stage: str
     command: str
     status: Status
     seconds: float
@@ -182,7 +181,7 @@ def _judged(stage: Stage, r: _Running, late: float | None) -> Outcome:
 def _outcome(
     stage: Stage, command: str, status: Status, seconds: float, said: str, log: Path, code: int | None = None
 ) -> Outcome:
-    return Outcome(stage.name, command, status, seconds, said.strip()[:160], log, stage.bad(status), code)
+    return Outcome(command, status, seconds, said.strip()[:160], log, stage.bad(status), code)
 
 
 def _tail(log: Path) -> list[str]:

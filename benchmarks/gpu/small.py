@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import grok_kernels
+from grok_bench.kernels.case import error
 from tests.gpu.full_size import CALLS, DEVICE, ON_GPU, Call
 from tests.kernels.on_device import carried
 
@@ -75,7 +76,7 @@ def _differences(c: Call, t: int, backend: str, on: str) -> list[str]:
     wrong = [
         f"{c}, {t} tokens: off by {off:.1e}"
         for a, b in zip(got, expected, strict=True)
-        if not (off := _distance(a.float(), b.float())) <= (0.0 if a.dtype in (torch.int32, torch.int64) else BOUND)
+        if not (off := error(a.float(), b.float())) <= (0.0 if a.dtype in (torch.int32, torch.int64) else BOUND)
     ]
     if ON_GPU and c.rows and t > 1:
         own = c.part(args, slice(0, 1))
@@ -86,10 +87,6 @@ def _differences(c: Call, t: int, backend: str, on: str) -> list[str]:
         if any(len(a) == 1 and not torch.equal(_bits(a), _bits(b[:1])) for a, b in zip(alone, got, strict=True)):
             wrong.append(f"{c}, {t} tokens: the first row has other bits alone")
     return wrong
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
 
 def _bits(x: Tensor) -> Tensor:

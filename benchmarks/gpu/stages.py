@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import PATHS, ROOT
+from . import PATHS
 from .run import WRONG, Command, Outcome, Stage
 
 PYTHON = sys.executable
@@ -27,6 +27,7 @@ CONTESTANTS = ("grok_kernels cuda*", "grok_kernels triton*", "torch _scaled_grou
 COMPILING = ("grok_kernels cuda*", "grok_kernels triton*", "DeepGEMM*", "torch FlexAttention*")
 TRITON_PARTS, SHARDS, ENGINES = 5, 3, 6  # processes side by side
 SANITIZER = "compute-sanitizer"
+ENGINE_TESTS, MEMORY = "tests/gpu/test_gpu_engine.py", "pages_are_what_is_left"
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats", "WarpStateStats")
 
 
@@ -80,7 +81,8 @@ def second(run: Run) -> list[Stage]:
         _tiles(run),
         Stage("full size", lambda _: _full_size(run), 130, "all", at_once=True),
         Stage("engine", lambda _: _engine(run), 80, "all", at_once=True),
-        Stage("memory", lambda _: [_memory(run)], 30, "all"),  # alone: it takes what memory is left
+        # alone: it takes what memory is left
+        Stage("memory", lambda _: [run.tests("memory", ENGINE_TESTS, "-k", MEMORY)], 30, "all"),
         Stage("figures", lambda _: _figures(run, "@cuda", ()), 80),
         Stage("figures beside what compiles", lambda _: _compiling(run), 90),
         Stage("tuning", lambda _: [_tune(run, "tune", "--model", "grok-1", "--format", "fp8")], 60, "none"),
@@ -160,27 +162,19 @@ def _tune(run: Run, name: str, *args: str) -> Command:
 def _full_size(run: Run) -> list[Command]:
     """Each process needs up to 19 GB: more of them would not fit into memory."""
     chosen = ("-k", "as_the_reference and norm and selected") if run.rehearse else ()
-    args = ("tests/gpu", "--ignore=tests/gpu/test_gpu_engine.py", *chosen)
+    args = ("tests/gpu", f"--ignore={ENGINE_TESTS}", *chosen)
     return [run.tests(f"full-size-{i}", *args, GROK_TEST_SHARD=f"{i}/{SHARDS}") for i in range(SHARDS)]
-
-
-MEMORY = "pages_are_what_is_left"
 
 
 def _engine(run: Run) -> list[Command]:
     """The engine on tiny models; most of the time goes into compiling."""
     if run.rehearse:
-        return [run.tests("engine-0", "tests/gpu/test_gpu_engine.py", "-k", "folder")]
+        return [run.tests("engine-0", ENGINE_TESTS, "-k", "folder")]
     named = "test_gpu_engine or fp32 or bf16 or quality or any_batch or goldens_in_one"
     chosen = f"{named} or (any_number_format and not reference)"
-    files = ("tests/gpu/test_gpu_engine.py", "tests/e2e/test_goldens.py", "tests/engine/test_activations.py",
-             "tests/engine/test_invariance.py")  # fmt: skip
-    args = (*files, "-k", f"({chosen}) and not {MEMORY}")
+    files = ("tests/e2e/test_goldens.py", "tests/engine/test_activations.py", "tests/engine/test_invariance.py")
+    args = (ENGINE_TESTS, *files, "-k", f"({chosen}) and not {MEMORY}")
     return [run.tests(f"engine-{i}", *args, GROK_TEST_SHARD=f"{i}/{ENGINES}") for i in range(ENGINES)]
-
-
-def _memory(run: Run) -> Command:
-    return run.tests("memory", "tests/gpu/test_gpu_engine.py", "-k", MEMORY)
 
 
 def _sanitizers(run: Run) -> list[Command]:
@@ -210,8 +204,3 @@ def _profile(run: Run, problem: str, contestant: str) -> Command:
     device = ("--device", "cpu") if run.rehearse else ()
     name = f"ncu-{problem.replace('/', '-')}"
     return run.python(name, "benchmarks.gpu.profile", problem, contestant, *device, under=ncu)
-
-
-def tuned() -> list[Path]:
-    """The files that tuning wrote."""
-    return sorted((ROOT / "kernels/grok_kernels/tuned").glob("*.json"))

@@ -23,7 +23,9 @@ from .schema import Environment
 
 def environment(device: str = "cpu") -> Environment:
     """The machine and software that a measurement on `device` depends on."""
-    on_gpu, info = device.startswith("cuda"), _text("/proc/cpuinfo")
+    on_gpu, info = device.startswith("cuda"), ""
+    with suppress(OSError):
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     clock, driver = _value(r"^cpu MHz\s*: (.*)", info), None
     if on_gpu:
@@ -73,13 +75,6 @@ def peak_bytes(device: str = "cpu") -> int:
         return int(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _text(path: str | Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError:
-        return ""
 
 
 def _value(pattern: str, text: str) -> str | None:

@@ -168,14 +168,10 @@ def serve(
     if unused := set(options) - {*OF_TRAFFIC, "model", "seed", "file"}:
         raise ValueError(f"--{min(unused).replace('_', '-')} with --url: the server has an engine of its own")
     lengths, common = _lengths(options), {"model": "", "seed": 0, "file": None}
-    traffic: dict[str, Any] = {
-        "rate": rate,
-        "burstiness": shape,
-        "max_concurrency": max_concurrency,
-        "shown": shown,
-        "slo": slo,
-    }
-    serve_url(lengths, **{**common, **options}, **over_http, **traffic)
+    serve_url(
+        lengths, rate=rate, burstiness=shape, max_concurrency=max_concurrency, shown=shown, slo=slo,
+        **{**common, **options}, **over_http,
+    )  # fmt: skip
 
 
 def _serve(

@@ -128,17 +128,13 @@ def build(p: Problem, device: str, cold: int) -> Case:
 
 
 def capped(p: Problem) -> bool:
+    """Whether the model has a softcap or a temperature."""
     return bool(p.shape.attn_softcap or p.shape.attn_temperature_len)
 
 
 def without_softcap(c: Contestant) -> Contestant:
     """The same contestant without softcap and temperature, where the model has them, checked against that."""
     return replace(c, name=f"{c.name}, no softcap", instead=plain, enters=lambda p: c.enters(p) and capped(p))
-
-
-def uncapped(c: Contestant) -> Contestant:
-    """The same contestant where the model has neither."""
-    return replace(c, enters=lambda p: c.enters(p) and not capped(p))
 
 
 def plain(inputs: Attend) -> Attend:

@@ -34,10 +34,6 @@ def flip(inputs: Any) -> None:
     rows.copy_(rows.flip(-1))
 
 
-def as_is(result: Any, inputs: Any) -> Any:
-    return result
-
-
 @dataclass(kw_only=True)
 class Case:
     """A problem's data. `operations` and `bytes` are what it needs, whoever computes it."""
@@ -51,7 +47,7 @@ class Case:
     weights: float = 0.0  # number of weights (or keys and values) that are read
     weight_bytes: float = 0.0  # bytes of each
     stored: float = 0.0  # number of them in memory, read or not
-    shown: Callable[[Any, Any], Any] = as_is  # maps a result and its inputs to what is compared
+    shown: Callable[[Any, Any], Any] = lambda result, inputs: result  # maps a result and its inputs to what is compared
     reset: Callable[[Any], None] = lambda inputs: None  # clears what the call writes, before a result is checked
     due: Callable[[Any], Any] | None = None  # maps inputs to tensors of the results' shapes, dtypes and strides
     renew: Callable[[Any], None] = flip

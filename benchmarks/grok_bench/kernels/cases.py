@@ -7,7 +7,6 @@ from math import inf
 
 import torch
 
-from ..schema import KernelResult
 from . import attention, gemm, moe, ours, rowwise  # noqa: F401 - they register their families
 from .case import Case, seed
 from .data import forget
@@ -34,11 +33,3 @@ def build(p: Problem, device: str, cold: int = 0, free: float | None = None, end
         case.names = ours.names(p.op)
         case.due, case.watched = partial(ours.due, p.op), partial(ours.watched, p.op)
     return case
-
-
-def work(p: Problem, case: Case) -> KernelResult:
-    """The problem as a result has it, before anyone has computed it."""
-    return KernelResult(
-        problem=p.name, op=p.op, parameters=dict(p.parameters), operations=case.operations, bytes=case.bytes,
-        arithmetic=case.arithmetic, tolerance=case.tolerance,
-    )  # fmt: skip

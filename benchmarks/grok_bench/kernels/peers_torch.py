@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .attention import Attend, uncapped, without_softcap
+from .attention import Attend, capped, without_softcap
 from .contestant import Call, Contestant, register
 from .data import Rows, Weights
 from .gemm import Product
 from .moe import Layer, composed
-from .problems import Problem
 
 Pack = Callable[[Weights], Any]
 Run = Callable[[Tensor, Any, Rows], Tensor]  # x (M, K) bf16, packed weights, rows
@@ -31,19 +30,14 @@ def add() -> None:
     register(
         Contestant(
             name="torch _scaled_grouped_mm, a scale a row", op="grouped_gemm", bind=_scaled_grouped_mm,
-            devices=("cuda",), enters=lambda p: p["format"] == "fp8xfp8", prepares_rows=True,
+            devices=("cuda",), formats=("fp8xfp8",), prepares_rows=True,
         )
     )  # fmt: skip
-    for name, bind, phases in (
-        ("torch sdpa, no pages", _sdpa, ("decode", "prefill")),
-        ("torch sdpa, the heads of a group as queries", _sdpa_heads_as_queries, ("decode",)),
-    ):
-
-        def enters(p: Problem, phases: tuple[str, ...] = phases) -> bool:
-            return p["kv"] == "bf16" and p.family.phase in phases
-
-        one = Contestant(name=name, op="paged_attention", bind=bind, weight_bytes=2, enters=enters)
-        register(uncapped(one), without_softcap(one))
+    sdpa = Contestant(
+        name="torch sdpa, no pages", op="paged_attention", bind=_sdpa, weight_bytes=2,
+        enters=lambda p: p["kv"] == "bf16",
+    )  # fmt: skip
+    register(replace(sdpa, enters=lambda p: sdpa.enters(p) and not capped(p)), without_softcap(sdpa))
     register(
         Contestant(
             name="torch FlexAttention, no pages", op="paged_attention", bind=_flex, devices=("cuda",), compiles=True,
@@ -58,9 +52,6 @@ def products(
 ) -> None:  # fmt: skip
     """Register a grouped product, and the expert layer composed of two of them. No formats: all."""
 
-    def enters(p: Problem) -> bool:
-        return not formats or p["format"] in formats
-
     def product(inputs: Product) -> Call:
         return partial(run, inputs.x_MK, inputs.weights.once(name, pack), inputs.rows)
 
@@ -69,7 +60,7 @@ def products(
         return lambda: composed(run, inputs, w13, w2).to(inputs.x_TD.dtype)
 
     one = Contestant(
-        name=name, op="grouped_gemm", bind=product, devices=devices, enters=enters, missing=missing,
+        name=name, op="grouped_gemm", bind=product, devices=devices, formats=formats, missing=missing,
         weight_bytes=weight_bytes,
     )  # fmt: skip
     register(one, replace(one, op="moe", bind=layer))
@@ -88,16 +79,11 @@ def _grouped_mm(x_MK: Tensor, weight_ENK: Tensor, rows: Rows) -> Tensor:
     return torch._grouped_mm(x_MK, weight_ENK.transpose(1, 2), offs=rows.offsets[1:])
 
 
-def by_row(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows in e4m3 and their scales (M,)."""
-    scale = x_MK.float().abs().amax(1).clamp(min=1e-12) / 448
-    return (x_MK.float() / scale[:, None]).to(torch.float8_e4m3fn), scale
-
-
 def _scaled_grouped_mm(inputs: Product) -> Call:
-    (q, scale), w = by_row(inputs.x_MK), inputs.weights
+    x_MK, w = inputs.x_MK, inputs.weights
+    q_MK, scale = _quantize(x_MK, x_MK.shape[1], 448.0, torch.float8_e4m3fn)
     return partial(
-        torch._scaled_grouped_mm, q, w.values.transpose(1, 2), scale, w.scale[:, 0].contiguous(),
+        torch._scaled_grouped_mm, q_MK, w.values.transpose(1, 2), scale[:, 0], w.scale[:, 0].contiguous(),
         offs=inputs.rows.offsets[1:], out_dtype=torch.bfloat16, use_fast_accum=True,
     )  # fmt: skip
 
@@ -118,24 +104,9 @@ def _sdpa(a: Attend) -> Call:
     return lambda: attend().transpose(1, 2).flatten(0, 1)
 
 
-def _sdpa_heads_as_queries(a: Attend) -> Call:
-    """One token: the heads that share keys are passed as queries of one head."""
-    k, v = a.cache.contiguous()
-    q_BGRC = a.q_THC.unflatten(1, (k.shape[1], -1))
-    attend = partial(functional.scaled_dot_product_attention, q_BGRC, k, v, scale=a.scale)
-    return lambda: attend().reshape(a.q_THC.shape)
-
-
-@cache
-def _flex_compiled() -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
 def _flex(a: Attend) -> Call:
     """FlexAttention, with softcap and temperature in its score_mod."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     length, t = a.cache.length, a.queries
     first = length - t
@@ -156,7 +127,8 @@ def _flex(a: Attend) -> Call:
     q = a.q_THC.unflatten(0, (-1, t)).transpose(1, 2)
     device = str(k.device)
     mask = a.cache.once(f"mask {t}", lambda _: create_block_mask(seen, None, None, t, length, device=device))
-    attend = partial(_flex_compiled(), q, k, v, score_mod=score, block_mask=mask, scale=a.scale, enable_gqa=True)
+    flex = _compiled_once(flex_attention)
+    attend = partial(flex, q, k, v, score_mod=score, block_mask=mask, scale=a.scale, enable_gqa=True)
     return lambda: attend().transpose(1, 2).flatten(0, 1)
 
 

@@ -133,5 +133,3 @@ def render(found: Comparison, console: Console) -> None:
     grid(("", " ", "A", "B", "B / A", "95%", ""), rows, console, names=2)
     counts = Counter(c.verdict for c in found.changes)
     console.print(Text(", ".join(f"{verdict}: {n}" for verdict, n in counts.most_common())))
-    if not counts["regression"] + counts["broken"]:
-        console.print(Text("no regression", style="green"))

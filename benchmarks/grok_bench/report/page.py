@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from ..schema import ResultFile
-from .rows import Block, block, environment, headline, missing
+from .rows import Block, block, environment, headline
 
 HEAD = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -34,7 +34,6 @@ def _file(file: ResultFile) -> Iterator[str]:
     yield from (f"<p><small>{escape(a)}:</small> {escape(b)}</p>" for a, b in (*headline(file), *environment(file)))
     for result in file.results:
         yield from _block(block(result))
-    yield from (f'<p class="note">missing ({escape(names)}): {escape(why)}</p>' for names, why in missing(file))
 
 
 def _block(shown: Block) -> Iterator[str]:

@@ -55,8 +55,7 @@ def environment(file: ResultFile) -> list[tuple[str, str]]:
         ("machine", parameters(asdict(file.environment))),
         ("measured", file.created[:10] + (f", by `{file.command}`" if file.command else "")),
         ("ceilings", ", ".join(f"{name} {amount(c.rate, c.unit)}" for name, c in file.ceilings.items())),
-        ("warning", "; ".join(file.warnings)),
-        ("interrupted", "this run was interrupted, and is not complete" if file.interrupted else ""),
+        ("warning", "; ".join([*file.warnings, *["this run was interrupted, and is not complete"] * file.interrupted])),
     ]
     return [(name, text) for name, text in found if text]
 
@@ -72,7 +71,7 @@ def suspect(score: Score) -> bool:
 
 
 def headline(file: ResultFile) -> list[tuple[str, str]]:
-    """(what, value) of the few numbers that sum up a file."""
+    """(what, value) of the few numbers that sum up a file, and of contestants that were missing, each reason once."""
     if file.kind == "engine":
         tokens = [duration(m.p50) for r in file.runs if (m := r.metrics.get("tpot"))]
         failed, completed = (sum(getattr(r, what) for r in file.runs) for what in ("failed", "completed"))
@@ -87,12 +86,16 @@ def headline(file: ResultFile) -> list[tuple[str, str]]:
         "too noisy for a time": sum(s.status == "noisy" for s in ours),
         f"suspect, above {SUSPECT:.0%} of the roofline": sum(map(suspect, ours)),
     }
+    reasons: dict[str, list[str]] = {}
+    for s in (s for r in file.kernels for s in r.scores if s.status == "missing"):
+        reasons.setdefault(s.message or "no reason given", []).append(s.contestant)
     return [
         ("problems", str(len(file.kernels))),
         ("faster than the best peer", f"{won} of {len(sure)}, slower {lost}, undecided {len(sure) - won - lost}"),
         ("geometric mean, × best peer", f"{digits(geometric_mean(s.speedup or 0 for s in sure))}×" if sure else "–"),
         ("median share of the roofline", f"{median(shares):.0%}" if shares else "–"),
         *((what, str(number)) for what, number in rare.items() if number),
+        *((f"missing {len(who)} times ({'; '.join(dict.fromkeys(who))})", why) for why, who in reasons.items()),
     ]
 
 
@@ -110,14 +113,6 @@ def as_csv(files: Sequence[ResultFile]) -> str:
     return text.getvalue()
 
 
-def missing(file: ResultFile) -> list[tuple[str, str]]:
-    """(contestants, why and how to get them), each reason once."""
-    reasons: dict[str, dict[str, None]] = {}
-    for score in (s for r in file.kernels for s in r.scores if s.status == "missing"):
-        reasons.setdefault(score.message or "no reason given", {})[score.contestant] = None
-    return [("; ".join(names), why) for why, names in reasons.items()]
-
-
 def block(r: KernelResult | EngineResult) -> Block:
     if isinstance(r, EngineResult):
         return _run(r)
@@ -130,7 +125,7 @@ def block(r: KernelResult | EngineResult) -> Block:
     lines = ["; ".join(filter(None, sizes)), *(f"warning: {warning}" for warning in r.warnings)]
     if r.gpu:
         lines.append(parameters(asdict(r.gpu)))
-    return Block(r.problem, "\n".join(lines), [_score(r, s) for s in r.scores])
+    return Block(r.problem, "\n".join(lines), [_score(r, s) for s in r.scores if s.status != "missing"])
 
 
 def _score(r: KernelResult, s: Score) -> Row:
@@ -144,8 +139,6 @@ def _score(r: KernelResult, s: Score) -> Row:
             "× best peer": "" if s.speedup is None else f"{s.speedup:.2f}",
             "error": "" if s.error is None else f"{s.error:.1e}",
         })  # fmt: skip
-    if s.status == "missing":
-        return Row(s.contestant, s.ours, note="missing, see below")
     why = [BAD.get(s.status, "noisy, so no time"), *filter(None, [s.message])]
     return Row(s.contestant, s.ours, s.status in BAD, note=": ".join(why))
 

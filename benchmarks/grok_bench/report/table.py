@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..schema import EngineResult, KernelResult, ResultFile
-from .rows import block, environment, headline, missing
+from .rows import block, environment, headline
 
 
 def terminal() -> Console:
@@ -36,22 +36,20 @@ def render(file: ResultFile, console: Console) -> None:
     about(file, console)
     for result in file.results:
         one(result, console)
+    summary(file, console)
+
+
+def summary(file: ResultFile, console: Console) -> None:
+    """Print the few numbers that sum up the file, and who was missing, why, and how to get them."""
     console.print()
     for name, value in headline(file):
         console.print(Text(f"{name}: ").append(value, style="bold"))
-    unavailable(file, console)
-
-
-def unavailable(file: ResultFile, console: Console) -> None:
-    """Print who was missing, why, and how to get them."""
-    for names, why in missing(file):
-        console.print(Text(f"missing ({names}): {why}", style="dim"))
 
 
 def about(file: ResultFile, console: Console) -> None:
     """Print where and how it was measured."""
     for name, text in environment(file):
-        console.print(Text(f"{name:12}", "cyan").append(text, "yellow" if name == "interrupted" else "default"))
+        console.print(Text(f"{name:12}", "cyan").append(text, "yellow" if name == "warning" else "default"))
 
 
 def one(result: KernelResult | EngineResult, console: Console) -> None:
