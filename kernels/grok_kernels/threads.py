@@ -43,15 +43,22 @@ def places(threads: int, cpus: set[int], sysfs: Path = SYSFS) -> list[list[int]]
     """The CPUs of each of `threads` threads, among those of the affinity mask; none to leave them alone.
 
     As many threads as cores, or more: one core after the other, with both of its hardware threads, so that whatever
-    else runs can have the idle one. Fewer: each any CPU of its node, the nodes taking turns, since other pools of the
-    process may want the same cores. More threads than CPUs: none.
+    else runs can have the idle one. Fewer: each any CPU of its node, since other pools of the process may want the same
+    cores; the nodes take turns, each as often as it has cores. More threads than CPUs: none.
     """
     if threads > len(cpus):
         return []
     cores = sorted({tuple(sorted(_siblings(cpu, sysfs) & cpus)) for cpu in cpus})
-    if threads < len(cores):
-        cores = [tuple(sorted(_cpus(node, sysfs) & cpus)) for node in sorted(nodes(cpus, sysfs))]
-    return [list(cores[i % len(cores)]) for i in range(threads)] if cores else []
+    if threads >= len(cores):
+        return [list(cores[i % len(cores)]) for i in range(threads)]
+    of_nodes = [own for node in _all_nodes(sysfs) if (own := _cpus(node, sysfs) & cpus)]
+    turns = sorted((turn, i) for i, own in enumerate(of_nodes) for turn in range(sum(core[0] in own for core in cores)))
+    return [sorted(of_nodes[i]) for _, i in turns[:threads]]
+
+
+def _all_nodes(sysfs: Path) -> list[int]:
+    """Also those without memory, whose CPUs compute all the same; none where the system does not say."""
+    return sorted(int(path.name[4:]) for path in sysfs.glob("node[0-9]*"))
 
 
 def _siblings(cpu: int, sysfs: Path) -> set[int]:

@@ -39,9 +39,25 @@ def test_fewer_threads_than_cores_take_turns_over_the_nodes(two_nodes: Path) -> 
     assert threads.places(3, CPUS, two_nodes) == [[0, 1, 4, 5], [2, 3, 6, 7], [0, 1, 4, 5]]
 
 
+def test_a_node_takes_as_many_threads_as_it_has_cores(two_nodes: Path) -> None:
+    assert threads.places(2, {0, 2, 3, 6}, two_nodes) == [[0], [2, 3, 6]]
+    more = two_nodes.parent / "cpu/cpu8/topology"  # a third core of node 1
+    more.mkdir(parents=True)
+    (two_nodes / "node1/cpulist").write_text("2-3,6-8\n")
+    assert threads.places(3, {0, 2, 3, 8}, two_nodes) == [[0], [2, 3, 8], [2, 3, 8]]
+
+
+def test_the_cores_of_a_node_without_memory_compute_too(two_nodes: Path) -> None:
+    (two_nodes / "node2").mkdir()
+    (two_nodes / "node2/cpulist").write_text("8-11\n")
+    assert threads.places(5, {*CPUS, 8, 9}, two_nodes) == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9]] + [
+        [0, 1, 4, 5],
+        [2, 3, 6, 7],
+    ]
+
+
 def test_the_affinity_mask_is_respected(two_nodes: Path) -> None:
     assert threads.places(3, {0, 2, 3, 6}, two_nodes) == [[0], [2, 6], [3]]
-    assert threads.places(2, {0, 2, 3, 6}, two_nodes) == [[0], [2, 3, 6]]
     assert threads.places(5, {0, 2, 3, 6}, two_nodes) == []  # more threads than CPUs
 
 
