@@ -91,10 +91,8 @@ bool plain_thread() {
 
 // Everything that an op's checks and the choice of its kernel may depend on, as bytes: the dtype, sizes and strides
 // of a tensor, never its values; a number, text or dtype itself; GROK_KERNELS_BACKEND. Equal bytes, equal verdict.
-// None where the dispatcher would do more than run the CPU's kernel (gradients, a mode, tracing, a tensor of another
-// kind), or an argument is of another type.
-pybind11::object signature(const pybind11::tuple& args) {
-  if (!plain_thread()) return pybind11::none();
+// None where an argument is of another type, or a tensor of another kind than those of a plain call on the CPU.
+pybind11::object key(const pybind11::tuple& args) {
   // The buffer is kept for the next call, but belongs to this one: a Weight that is keyed for the first time calls this
   // function again.
   static thread_local std::string kept;
@@ -107,6 +105,12 @@ pybind11::object signature(const pybind11::tuple& args) {
   pybind11::bytes bytes(key);
   kept = std::move(key);
   return bytes;
+}
+
+// The key, or None where the dispatcher would do more than run the CPU's kernel: gradients, a mode, tracing.
+pybind11::object signature(const pybind11::tuple& args) {
+  if (!plain_thread()) return pybind11::none();
+  return key(args);
 }
 
 // Returns the class that was set before, or None.
@@ -122,6 +126,8 @@ pybind11::object set_weight_type(const pybind11::object& type) {
 void define_signature(pybind11::module_& module) {
   module.def("signature", &signature, pybind11::arg("args"),
              "What the checks of a plain call on the CPU depend on, as bytes; None for any other call.");
+  module.def("key", &key, pybind11::arg("args"),
+             "As signature, but also under a mode of the thread, such as a recording's.");
   module.def("set_weight_type", &set_weight_type, pybind11::arg("type"),
              "Set the class of weights, whose objects are keyed by their attribute `signature` (bytes, or None for no "
              "key). Returns the class set before.");

@@ -45,7 +45,8 @@ def _load() -> tuple[Any, str]:
         return None, f"the extension {name} does not load ({error}); {BUILD}"
     if reason := misfit(module, name, BUILD):
         return None, reason
-    if stale := [op for op in (*OPS, "bind_threads", "scaled_sum", "weight_rows") if not hasattr(module, op)]:
+    native = (*OPS, "bind_threads", "key", "scaled_sum", "weight_rows")
+    if stale := [op for op in native if not hasattr(module, op)]:
         return None, f"the extension {name} is older than these sources and has no {', '.join(stale)}; {BUILD}"
     return module, ""
 
@@ -126,7 +127,7 @@ def _supports_moe(x: Tensor, *args: Any) -> str | None:
 
 
 if _module is not None:
-    registry.set_signature(_module.signature)
+    registry.set_signature(_module.signature, _module.key)
     layouts.set_native(_module)
     _module.set_weight_type(Weight)
     for _op in OPS:

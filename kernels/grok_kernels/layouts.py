@@ -126,8 +126,13 @@ def unpack(packed: Tensor) -> Tensor:
 def packed_rows(packed: Tensor, rows: Tensor) -> Tensor:
     """Rows (R,), int32, of the one matrix of values in panels, as (R, K)."""
     panels = packed[0].flatten(2, 3)  # (N / 64, K / cell, 64, cell)
-    panel, output = rows // WIDTH, rows % WIDTH
-    return panels[panel, :, output].flatten(1)
+    return panels[panel_of(rows, WIDTH * len(panels)), :, rows % WIDTH].flatten(1)
+
+
+def panel_of(rows: Tensor, n: int) -> Tensor:
+    """The panel of each of these rows of n. One that does not exist for a negative row, since torch would count it from
+    the end."""
+    return (rows // WIDTH).masked_fill(rows < 0, n // WIDTH)
 
 
 def _raw(x: Tensor) -> Tensor:

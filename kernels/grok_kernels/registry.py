@@ -78,19 +78,22 @@ def _no_signature(args: tuple[Any, ...]) -> bytes | None:
     return None
 
 
-_signature: Callable[[tuple[Any, ...]], bytes | None] = _no_signature
+Signature = Callable[[tuple[Any, ...]], "bytes | None"]
+_signature: Signature = _no_signature
+_key: Signature = _no_signature
 
 
-def set_signature(signature: Callable[[tuple[Any, ...]], bytes | None]) -> None:
-    """Install the function that keys a call for the validated-call cache: bytes that hold all that checks and selection
-    depend on, or None where the call is not to be cached."""
-    global _signature
-    _signature = signature
+def set_signature(signature: Signature, key: Signature) -> None:
+    """Install the functions that key a call for the validated-call cache: bytes that hold all that checks and selection
+    depend on, or None where the call is not to be cached. `signature` gives None under any mode of the thread too."""
+    global _signature, _key
+    _signature, _key = signature, key
 
 
-def signature(args: tuple[Any, ...]) -> bytes | None:
-    """The key of these arguments in the validated-call cache, if they have one."""
-    return _signature(args)
+def key(args: tuple[Any, ...]) -> bytes | None:
+    """What a call of the extension with these arguments depends on, whatever the modes of the thread; None where it
+    does not take them: a tensor of another device or kind, or one that gradients pass."""
+    return _key(args)
 
 
 def shortcut(op: str, args: tuple[Any, ...]) -> tuple[Kernel | None, Key | None]:

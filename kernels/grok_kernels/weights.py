@@ -185,7 +185,7 @@ class Weight:
 
     @cached_property
     def _signature(self) -> bytes | None:
-        return registry.signature((self.format, self.layout, *self.shape, *self.planes))
+        return registry.key((self.format, self.layout, *self.shape, *self.planes))
 
 
 def _logical_shape(c: Checker, format: str, layout: Layout, values: Tensor) -> tuple[int, int, int]:

@@ -122,7 +122,7 @@ def test_a_weight_that_is_new_is_keyed_with_all_else_of_its_call() -> None:
     """It computes its signature in the middle of the call's, which must not lose what came before."""
 
     def key(x: Tensor, weight: grok_kernels.Weight) -> bytes | None:
-        return registry.signature((x, weight, 1.0))
+        return registry._signature((x, weight, 1.0))
 
     def new() -> grok_kernels.Weight:
         return grok_kernels.Weight.of(randn(1, 4, 8))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import grok_kernels
 from grok_kernels import Weight, cpu, layouts, registry
@@ -163,6 +164,44 @@ def test_rows_are_looked_up(
     for out in (torch.float32, torch.bfloat16):
         assert torch.equal(grok_kernels.weight_rows(weight, rows, 1.7, out), (exact[rows] * 1.7).to(out))
     assert grok_kernels.weight_rows(weight, rows[:0]).shape == (0, 20)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(("format", "layout"), [("int8", "rows"), ("int8", "panels"), ("int4", "panels")])
+def test_what_a_lookup_refuses(
+    format: str, layout: grok_kernels.Layout, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A negative row is none of those at the end."""
+    if not native:
+        monkeypatch.setattr(layouts, "native", None)
+    weight = Weight.of(torch.zeros(1, 64, 32, dtype=torch.int8), torch.ones(1, 2, 64), format=format)
+    weight = weight.with_layout(layout)
+    for dtype in (torch.float32, torch.float16):  # which the extension does not give
+        for row in (-1, -64, 64):
+            with pytest.raises((ValueError, IndexError)):
+                grok_kernels.weight_rows(weight, torch.tensor([row], dtype=torch.int32), 1.0, dtype)
+        for rows in (torch.tensor([0]), torch.tensor([0.0]), torch.zeros(1, 1, dtype=torch.int32)):
+            with pytest.raises(ValueError, match="weight_rows: rows has"):
+                grok_kernels.weight_rows(weight, rows, 1.0, dtype)
+    none, two = torch.zeros(0, dtype=torch.int32), Weight.of(randn(2, 64, 8))
+    with pytest.raises(ValueError, match="weight_rows: weight has 2 matrices, expected 1"):
+        grok_kernels.weight_rows(two, none)
+    with pytest.raises(ValueError, match="weight_rows: dtype=int32, expected a floating-point type"):
+        grok_kernels.weight_rows(weight, none, 1.0, torch.int32)
+
+
+@pytest.mark.skipif(not STATUS.available, reason=STATUS.reason)
+def test_a_weight_first_used_under_a_mode_is_as_any_other() -> None:
+    """It is keyed for good at its first use; the extension reads its rows in a recording too, and no fake ones."""
+    weight, rows = Weight.of(randint8(1, 64, 8), torch.ones(1, 1, 64)), torch.tensor([5, 6], dtype=torch.int32)
+    replay = cpu.record(lambda: grok_kernels.weight_rows(weight, rows))
+    assert weight.signature is not None
+    assert list(replay.seconds()) == ["weight_rows"]
+    rows[0] = 64
+    with pytest.raises(ValueError, match=r"weight_rows: row 64 is not in 0\.\.63"):
+        replay()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert grok_kernels.weight_rows(weight, torch.zeros(3, dtype=torch.int32)).shape == (3, 8)
 
 
 def test_what_wants_the_packed_form(monkeypatch: pytest.MonkeyPatch) -> None:
