@@ -102,7 +102,10 @@ ALLOWED: Table = {
     "grok_kernels.bit_planes": ("formats",),
     "grok_kernels.layouts": ("dtypes", "formats", "memory", "registry"),
     "grok_kernels.weights": ("bit_planes", "checks", "dtypes", "formats", "layouts", "memory", "registry"),
-    "grok_kernels.gather": ("bit_planes", "formats", "layouts", "reference", "weights"),
+    "grok_kernels.gather": (
+        "bit_planes", "checks", "dtypes", "formats", "layouts", "reference", "registry", "weights",
+    ),
+    "grok_kernels.sums": ("layouts",),
     "grok_kernels.experts": ("weights",),
     "grok_kernels.tuning": ("chips", "dtypes"),
     "grok_kernels.ops": ("checks", "dtypes", "experts", "formats", "registry", "weights"),
@@ -123,8 +126,8 @@ ALLOWED: Table = {
         "chips", "cuda", "dtypes", "ops", "registry", "triton", "tuning", "weights",
     ),
     "grok_kernels": (
-        "chips", "cpu", "cuda", "formats", "gather", "layouts", "memory", "ops", "reference", "registry", "triton",
-        "weights",
+        "chips", "cpu", "cuda", "formats", "gather", "layouts", "memory", "ops", "reference", "registry", "sums",
+        "triton", "weights",
     ),
     # the benchmarks
     "grok_bench.schema": (),
@@ -154,7 +157,7 @@ LAZY = {"grok_engine": "grok_bench"}  # imported inside functions alone
 
 # Third-party packages that pyproject.toml need not declare: the contestants that the benchmarks measure where they are
 # installed. Imported inside functions alone; one that nothing imports is an error.
-PEERS = ("deep_gemm",)
+PEERS = ("deep_gemm", "kt_kernel")
 BROUGHT = ("triton",)  # by torch's builds for GPUs; without it, its backend says so
 # The extras whose packages a package may import. Outside grok_bench, whose commands are imported on demand, such an
 # import stands inside a function: the distribution works without its extras.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 import grok_kernels
@@ -37,3 +38,11 @@ class Linear(FusedWeight):
             quantize = grok_kernels.quantize_fp8 if self.activations == "fp8" else grok_kernels.quantize_int8
             x_TK, x_scale = quantized or quantize(x_TK)
         return [grok_kernels.grouped_gemm(x_TK, weight, x_scale=x_scale, out_dtype=dtype) for weight in self.weights]
+
+
+def head_product(x_TD: Tensor, head: FusedWeight, activations: ActFormat) -> Tensor:
+    """x · weightᵀ of the output head, (T, V) fp32. Rows become int8 with these activations and weights of integers."""
+    scale = None
+    if activations == "int8" and head.weight.dtype == torch.int8:
+        x_TD, scale = grok_kernels.quantize_int8(x_TD)
+    return grok_kernels.grouped_gemm(x_TD, head.weight, x_scale=scale, out_dtype=torch.float32)

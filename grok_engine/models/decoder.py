@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-import grok_kernels
 from grok_engine.batch import Batch, KVPages
 from grok_engine.config import ActFormat, ModelConfig, WeightFormat
 from grok_engine.layers.attention import Attention
 from grok_engine.layers.embedding import Embedding
-from grok_engine.layers.linear import Linear
+from grok_engine.layers.linear import Linear, head_product
 from grok_engine.layers.moe import feed_forward
 from grok_engine.layers.norm import Fp8Reader, Residual, RMSNorm
 from grok_engine.layers.rotary import rotary_table
@@ -83,11 +82,7 @@ class Decoder(nn.Module):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """logits_TV in fp32 of rows of `forward`'s result."""
-        head_VD = (self.embed if self.lm_head is None else self.lm_head).weight
-        scale = None
-        if self.activations == "int8" and head_VD.dtype == torch.int8:
-            x_TD, scale = grok_kernels.quantize_int8(x_TD)
-        logits_TV = grok_kernels.grouped_gemm(x_TD, head_VD, x_scale=scale, out_dtype=torch.float32)
+        logits_TV = head_product(x_TD, self.embed if self.lm_head is None else self.lm_head, self.activations)
         if self.config.output_multiplier != 1:
             logits_TV = logits_TV.mul_(self.config.output_multiplier)  # in place: nothing else refers to them
         if cap := self.config.final_softcap:

@@ -58,9 +58,14 @@ def _until_quiet() -> Iterator[None]:
     time.sleep(SPINS)
 
 
-def _class(fmt: str) -> Any:
+def _extension() -> Any:
     from kt_kernel import kt_kernel_ext
 
+    return kt_kernel_ext
+
+
+def _class(fmt: str) -> Any:
+    kt_kernel_ext = _extension()
     names = KINDS[fmt][0]
     found = [getattr(kt_kernel_ext.moe, name) for name in names if hasattr(kt_kernel_ext.moe, name)]
     if not found:
@@ -70,8 +75,7 @@ def _class(fmt: str) -> Any:
 
 @cache
 def _pool(threads: int) -> Any:
-    from kt_kernel import kt_kernel_ext
-
+    kt_kernel_ext = _extension()
     config = kt_kernel_ext.WorkerPoolConfig()
     config.subpool_count, config.subpool_numa_map, config.subpool_thread_count = 1, [0], [threads]
     return kt_kernel_ext.CPUInfer(config)
@@ -92,8 +96,7 @@ def _planes(w_ENK: Tensor, scale_EGN: Tensor, columns: int) -> tuple[Tensor, Ten
 
 def _layer(fmt: str, topk: int, w2: Weights, w13: Weights) -> Any:
     """The layer with its own copy of the weights."""
-    from kt_kernel import kt_kernel_ext
-
+    kt_kernel_ext = _extension()
     experts, d, f = w2.values.shape
     pool, columns = _pool(torch.get_num_threads()), KINDS[fmt][1]
     config = kt_kernel_ext.moe.MOEConfig(experts, topk, d, f, 0)
