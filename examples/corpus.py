@@ -81,7 +81,7 @@ def dense_batch(tokens_BT: Tensor) -> Batch:
     b, t = tokens_BT.shape
     steps = torch.arange(b, dtype=torch.int32)
     return Batch(
-        tokens_T=tokens_BT.flatten(),
+        tokens_T=tokens_BT.flatten().int(),
         positions_T=torch.arange(t, dtype=torch.int32).repeat(b),
         slots_T=torch.arange(b * t, dtype=torch.int32),
         block_table_BN=steps[:, None],
