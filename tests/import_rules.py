@@ -105,7 +105,7 @@ ALLOWED: Table = {
     "grok_kernels.gather": (
         "bit_planes", "checks", "dtypes", "formats", "layouts", "reference", "registry", "weights",
     ),
-    "grok_kernels.sums": ("layouts",),
+    "grok_kernels.sums": ("layouts", "registry"),
     "grok_kernels.experts": ("weights",),
     "grok_kernels.tuning": ("chips", "dtypes"),
     "grok_kernels.ops": ("checks", "dtypes", "experts", "formats", "registry", "weights"),

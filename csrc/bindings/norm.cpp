@@ -64,14 +64,14 @@ at::Tensor scaled_sum(const at::Tensor& a, const at::Tensor& b, double divisor) 
   check_tensor(op, "b", b, 2);
   check(b.sizes() == a.sizes() && b.scalar_type() == a.scalar_type(), op, ": b has shape ", b.sizes(), " and dtype ",
         c10::toString(b.scalar_type()), ", expected ", a.sizes(), " and ", c10::toString(a.scalar_type()), " as a");
-  check(a.is_contiguous() && b.is_contiguous(), op, ": a has strides ", a.strides(), " and b ", b.strides(),
-        ", expected contiguous ones");
   cpu::ScaledSum p{};
   p.type = float_dtype(op, "a", a);
   at::Tensor y = empty(a.sizes(), a.scalar_type());
   p.a = a.const_data_ptr();
   p.b = b.const_data_ptr();
   p.y = y.mutable_data_ptr();
+  p.a_stride = a.stride(0);
+  p.b_stride = b.stride(0);
   p.rows = a.size(0);
   p.d = a.size(1);
   p.divisor = static_cast<float>(divisor);

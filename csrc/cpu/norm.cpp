@@ -92,10 +92,12 @@ GROK_INLINE void sandwich_rows(const SandwichNorm& p, int64_t begin, int64_t end
 
 template <class X>
 GROK_INLINE void sum_rows(const ScaledSum& p, int64_t begin, int64_t end) {
-  const X* __restrict a = static_cast<const X*>(p.a);
-  const X* __restrict b = static_cast<const X*>(p.b);
-  X* __restrict y = static_cast<X*>(p.y);
-  for (int64_t i = begin * p.d; i < end * p.d; ++i) y[i] = from_float<X>((to_float(a[i]) + to_float(b[i])) / p.divisor);
+  for (int64_t row = begin; row < end; ++row) {
+    const X* __restrict a = static_cast<const X*>(p.a) + row * p.a_stride;
+    const X* __restrict b = static_cast<const X*>(p.b) + row * p.b_stride;
+    X* __restrict y = static_cast<X*>(p.y) + row * p.d;
+    for (int64_t i = 0; i < p.d; ++i) y[i] = from_float<X>((to_float(a[i]) + to_float(b[i])) / p.divisor);
+  }
 }
 
 GROK_ROWS_KERNEL(rms_norm, rms_rows, RmsNorm)

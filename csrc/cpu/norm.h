@@ -39,10 +39,11 @@ void sandwich_norm(const SandwichNorm& p, Executor& executor);
 
 // y = (a + b) / divisor in fp32, rounded once.
 struct ScaledSum {
-  const void* a;  // (rows, d), contiguous, as b and y
-  const void* b;
-  void* y;
-  DType type;     // f32 or bf16
+  const void* a;               // (rows, d)
+  const void* b;               // (rows, d)
+  void* y;                     // (rows, d), contiguous
+  DType type;                  // f32 or bf16
+  int64_t a_stride, b_stride;  // elements from row to row
   int64_t rows, d;
   float divisor;
 };
