@@ -309,8 +309,8 @@ class EngineConfig:
     format already: lookups stay as they were, and memory grows by the head. Of a converted checkpoint the head that it
     holds stays in memory too, unless mapped.
     activations: what the layers' large products quantise their activations to, with a scale per token and group of 128,
-    and with "int8" the output head's, where its weights are integers of 8 bits or fewer.
-    None is "fp8" where e4m3 weights meet a GPU that multiplies e4m3, else "none", so released int8 values stay exact.
+    and with "int8" the output head's, where its weights are integers of 8 bits or fewer. None is "fp8" where e4m3
+    weights meet a GPU that multiplies e4m3, else "none", so released int8 values stay exact.
     mmap: run on the mapped file of a converted model instead of a copy in memory. It starts at once, shares its pages
     with other processes, and is slower until they are in memory.
     kv_dtype: of keys and values; None is `dtype`.

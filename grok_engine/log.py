@@ -1,4 +1,4 @@
-"""Logging that cannot fail the engine."""
+"""Logging that cannot fail the engine, and how messages write a size."""
 
 from __future__ import annotations
 
@@ -26,3 +26,8 @@ class QuietLogger(logging.LoggerAdapter):  # type: ignore[type-arg]
         """What ends with a failure is an error; what ends with an interrupt, Ctrl-C say, was asked for."""
         level = logging.ERROR if isinstance(cause, Exception) else logging.INFO
         self.log(level, msg, *args, exc_info=cause if level == logging.ERROR else None)
+
+
+def size_text(count: float) -> str:
+    """Bytes in GB, or in MB below a tenth of one."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"

@@ -77,7 +77,7 @@ ALLOWED: Table = {
     ),
     "grok_engine.tools.eval": ("config", "llm", "tokenizer"),
     "grok_engine.tools.lm_eval": ("llm", "loading", "sampling", "tokenizer", "tools.eval"),
-    "grok_engine.tools": ("checkpoint", "config", "loading", "models.families", "grok_kernels"),
+    "grok_engine.tools": ("checkpoint", "config", "loading", "log", "models.families", "grok_kernels"),
     "grok_engine.tools.chat": ("llm", "sampling", "tokenizer"),
     "grok_engine.server": (".",),
     "grok_engine.cli": (

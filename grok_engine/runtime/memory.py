@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from grok_engine.config import ConfigError, EngineConfig, WeightFormat
-from grok_engine.log import QuietLogger
+from grok_engine.log import QuietLogger, size_text
 from grok_kernels.dtypes import dtype_of
 
 from .pages import page_bytes
@@ -50,7 +50,7 @@ def fit(config: EngineConfig, loading: Loading, *, cut: bool) -> EngineConfig:
         logger.warning(
             "max_model_len=%d, not the model's %d: of %s of available memory the weights take %s, computing about %s, "
             "and %s are for keys and values; max_model_len or kv_memory chooses, and kv_dtype='fp8_e4m3' holds more",
-            tokens, config.max_len, _gb(available), _gb(weights), _gb(work), _gb(pages * page),
+            tokens, config.max_len, size_text(available), size_text(weights), size_text(work), size_text(pages * page),
         )  # fmt: skip
         config = replace(config, max_model_len=tokens)
     return config if on_gpu else replace(config, num_pages=pages, kv_memory=None)
@@ -86,9 +86,9 @@ def _refusal(config: EngineConfig, loading: Loading, pages: int, available: int)
     (weights, _), page, work = took, _page_bytes(config), working_bytes(config)
     held = f"weights={config.weights!r}" if config.weights else "its weights as they are stored"
     head = (
-        f"model {config.model.name!r} with {held} does not fit into memory: {_gb(weights)} of weights, "
-        f"{_gb(pages * page)} of keys and values for {pages * config.page_size} tokens and about {_gb(work)} to "
-        f"compute with, {_gb(available)} are available; "
+        f"model {config.model.name!r} with {held} does not fit into memory: {size_text(weights)} of weights, "
+        f"{size_text(pages * page)} of keys and values for {pages * config.page_size} tokens and about "
+        f"{size_text(work)} to compute with, {size_text(available)} are available; "
     )
     if fitting := list(_fitting(config, loading, available)):
         return head + f"expected {', or '.join(fitting)}"
@@ -123,10 +123,6 @@ def _page_bytes(config: EngineConfig) -> int:
 
 def _pages_of(config: EngineConfig, tokens: int) -> int:
     return -(-tokens // config.page_size)
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"
 
 
 def available_bytes(device: str) -> int | None:

@@ -7,6 +7,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from grok_engine.log import size_text
+
 from .plan import Plan
 from .plan_cpu import CpuPlan
 
@@ -59,16 +61,12 @@ def render_cpu(plan: CpuPlan, console: Console) -> None:
     table.add_row("model", Text(f"{p.model} · {_count(p.params_total)} parameters, {_count(p.params_active)} active"))
     formats = f"weights {p.weights} · head {p.head} · KV {p.kv}"
     table.add_row("on", f"a CPU · {formats} · {p.batch} x {p.context:,} tokens")
-    table.add_row("memory", f"{_size(p.weight_bytes)} of weights, {_size(p.kv_bytes)} of KV")
-    parts = f"layers {_size(p.read_layers)}, head {_size(p.read_head)}, KV {_size(p.read_kv)}"
-    table.add_row("a step reads", f"{_size(p.read_layers + p.read_head + p.read_kv)} ({parts})")
+    table.add_row("memory", f"{size_text(p.weight_bytes)} of weights, {size_text(p.kv_bytes)} of KV")
+    parts = f"layers {size_text(p.read_layers)}, head {size_text(p.read_head)}, KV {size_text(p.read_kv)}"
+    table.add_row("a step reads", f"{size_text(p.read_layers + p.read_head + p.read_kv)} ({parts})")
     best = "about" if p.rates.measured else "at best"
     table.add_row("decode", f"{best} {float(f'{p.tokens_per_s:.3g}'):,g} tokens/s · {p.step_s * 1e3:,.3g} ms a step")
     _print(table, p.assumptions, console)
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
 def _table() -> Table:

@@ -42,7 +42,8 @@ def _dequantised(weight: Weight, rows_R: Tensor) -> Tensor:
     if weight.layout == "rows" and len(weight.planes) == 1:
         return nn.functional.embedding(rows_R, weight.values[0])
     rows = rows_R.long()
-    panel, output = layouts.panel_of(rows, weight.shape[1]), rows % WIDTH
+    # a negative row has a panel that does not exist, since torch would count it from the end
+    panel, output = (rows // WIDTH).masked_fill(rows < 0, weight.shape[1] // WIDTH), rows % WIDTH
     panel_major = weight.layout == "panels" and format.in_bit_planes
     planes = {}
     for name, plane in weight.named_planes().items():
@@ -51,7 +52,7 @@ def _dequantised(weight: Weight, rows_R: Tensor) -> Tensor:
         elif panel_major:
             planes[name] = unpack_words(plane[0, panel, :, :, output], format.bits, format.zero_point)
         elif weight.layout == "panels":
-            planes[name] = layouts.packed_rows(plane, rows)
+            planes[name] = plane[0].flatten(2, 3)[panel, :, output].flatten(1)
         else:
             planes[name] = plane[0].index_select(0, rows)
     return dequantize_planes(planes) if len(planes) > 1 else planes["values"]

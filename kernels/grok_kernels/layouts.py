@@ -123,17 +123,5 @@ def unpack(packed: Tensor) -> Tensor:
     return _raw(packed).permute(0, 1, 3, 4, 2, 5).reshape(logical_shape(packed)).view(packed.dtype)
 
 
-def packed_rows(packed: Tensor, rows: Tensor) -> Tensor:
-    """Rows (R,), int32, of the one matrix of values in panels, as (R, K)."""
-    panels = packed[0].flatten(2, 3)  # (N / 64, K / cell, 64, cell)
-    return panels[panel_of(rows, WIDTH * len(panels)), :, rows % WIDTH].flatten(1)
-
-
-def panel_of(rows: Tensor, n: int) -> Tensor:
-    """The panel of each of these rows of n. One that does not exist for a negative row, since torch would count it from
-    the end."""
-    return (rows // WIDTH).masked_fill(rows < 0, n // WIDTH)
-
-
 def _raw(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x  # torch copies e4m3 in some layouts only

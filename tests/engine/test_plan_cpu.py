@@ -108,7 +108,7 @@ def test_it_is_printed_and_goes_through_json() -> None:
         "head int8",
         f"at best {p.tokens_per_s:.3g} tokens/s",
         "83.01",
-        "268.44 MB of KV",
+        "0.27 GB of KV",
     ):
         assert figure in text, figure
     again = json.loads(json.dumps(p.to_dict(), allow_nan=False))

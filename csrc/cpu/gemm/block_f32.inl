@@ -2,6 +2,7 @@
 // how many registers of outputs a step uses (kColumns), and load, store, zero, splat, add, add_product and scaled_code
 // (S · code − M).
 
+// aligned(1): weights of bytes may begin at any address.
 typedef uint32_t Ints __attribute__((vector_size(4 * kWidth), aligned(1), may_alias));
 typedef int32_t SignedInts __attribute__((vector_size(4 * kWidth)));
 typedef float Floats __attribute__((vector_size(4 * kWidth)));
