@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 PROMPT ?= To Sherlock Holmes she is always
 PYTEST_ARGS ?=
+# Several processes, each with whole files: their fixtures load models.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 BENCH_ARGS ?=
 PART ?= first
 MINUTES ?= 3
@@ -47,16 +49,17 @@ chat: $(BUILT) $(SMOLLM2) ## talk to SmolLM2-135M-Instruct, a small real model (
 serve: $(BUILT) ## serve the small model at localhost:8000 by OpenAI's API (SERVE_ARGS="--port 9000")
 	@$(BIN)/grok-engine serve $(SERVE_MODEL) $(SERVE_ARGS)
 
-# Several processes, each with whole files: their fixtures load models.
 test: $(BUILT) $(OTHER_TRITON) ## run the tests (PYTEST_ARGS="-k name" to choose)
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q $(PARALLEL) $(PYTEST_ARGS)
 
+# The rehearsal has limits of time, so nothing runs beside it.
 more: sanitize soak arm $(SMOLLM2) lm-eval clients wheel ## run what is too slow for `make test`
-	GROK_TEST_MORE=1 $(BIN)/python -m pytest -q tests/e2e/test_smollm2.py tests/e2e/test_smollm2_chat.py \
+	GROK_TEST_MORE=1 $(BIN)/python -m pytest -q $(PARALLEL) tests/e2e/test_smollm2.py tests/e2e/test_smollm2_chat.py \
 	  tests/checkpoint/test_mutants.py tests/checkpoint/test_load_memory.py tests/test_wheel.py \
 	  tests/checkpoint/test_hf_random.py tests/checkpoint/test_hf_packed.py tests/server/test_serve_chaos.py \
-	  tests/kernels/test_triton_compile.py::test_no_kernel_spills_or_is_too_large \
-	  tests/test_bench_gpu.py::test_a_rehearsal_of_the_second_part tests/test_bench_gpu.py::test_the_tests_for_a_gpu_work
+	  tests/kernels/test_triton_compile.py::test_no_kernel_spills_or_is_too_large
+	GROK_TEST_MORE=1 $(BIN)/python -m pytest -q tests/test_bench_gpu.py::test_a_rehearsal_of_the_second_part \
+	  tests/test_bench_gpu.py::test_the_tests_for_a_gpu_work
 
 # Says why and passes where the cross compiler or the emulator is missing.
 arm: $(BUILT) ## cross-compile the CPU kernels for 64-bit Arm and check them under qemu-user
@@ -90,7 +93,7 @@ sanitize: $(BUILT) ## run the tests of the native kernels with the address and u
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	  GROK_TEST_NATIVE=$(SANITIZED) && \
 	PYTHONPATH=.:$(SANITIZED) $(BIN)/python -m tests.kernels.native_fuzz --calls 20000 && \
-	$(BIN)/python -m pytest -q -p no:cacheprovider -o "pythonpath=. $(SANITIZED) benchmarks" \
+	$(BIN)/python -m pytest -q $(PARALLEL) -p no:cacheprovider -o "pythonpath=. $(SANITIZED) benchmarks" \
 	  tests/kernels/test_cpu_*.py tests/kernels/test_native.py tests/kernels/test_shortcut.py \
 	  tests/kernels/test_weights.py $(PYTEST_ARGS) \
 	  -k "not (standalone or registers or vector_instructions or instruction_of_its_own or environment_forces \
