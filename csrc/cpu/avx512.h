@@ -26,7 +26,7 @@ GROK_AVX512_BF16 __attribute__((always_inline)) inline void add_pairs(__m512& su
 }
 
 // sum += the four products of unsigned bytes of v and signed bytes of x in each 32-bit lane.
-GROK_AVX512_BF16 __attribute__((always_inline)) inline void add_quads(__m512i& sum, __m512i v, __m512i x) {
+GROK_AVX512_VNNI __attribute__((always_inline)) inline void add_quads(__m512i& sum, __m512i v, __m512i x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(v), "v"(x));
 }
 
@@ -36,4 +36,15 @@ GROK_AVX512_BF16 __attribute__((always_inline)) inline void keep(__m512i& value)
 }  // namespace grok::cpu
 
 #endif
+
+namespace grok::cpu {
+
+template <int count>  // to the left where it is negative
+GROK_AVX512 __attribute__((always_inline)) inline __m512i shift_right(__m512i value) {
+  if constexpr (count >= 0) return _mm512_srli_epi32(value, count);
+  return _mm512_slli_epi32(value, -count);
+}
+
+}  // namespace grok::cpu
+
 #endif

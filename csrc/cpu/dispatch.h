@@ -14,8 +14,8 @@ inline void check_float(const char* what, DType type) {
   check(type == DType::f32 || type == DType::bf16, what, " is ", name(type), ", expected f32 or bf16");
 }
 
-// The best version for `isa`. avx512_bf16 takes the avx512 one, neon_bf16 the neon one: kernels with a version of their
-// own for it say so.
+// The best version for `isa`. avx512_vnni and avx512_bf16 take the avx512 one, neon_bf16 the neon one: kernels with a
+// version of their own for these say so.
 #if GROK_X86
 template <class T>
 const T& pick(Isa isa, const T& portable, const T& avx2, const T& avx512) {

@@ -15,7 +15,7 @@ namespace {
 #if GROK_ARM
 constexpr Isa kAll[] = {Isa::neon_bf16, Isa::neon, Isa::portable};
 #else
-constexpr Isa kAll[] = {Isa::avx512_bf16, Isa::avx512, Isa::avx2, Isa::portable};
+constexpr Isa kAll[] = {Isa::avx512_bf16, Isa::avx512_vnni, Isa::avx512, Isa::avx2, Isa::portable};
 #endif
 constexpr int kDefault = -1;
 std::atomic<int> chosen{kDefault};
@@ -27,9 +27,9 @@ bool runs_here(Isa isa) {
 #endif
   // these ask the operating system too, which must save the wide registers on a context switch
   if (isa == Isa::avx512_bf16) {
-    return runs_here(Isa::avx512) && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
-           __builtin_cpu_supports("avx512vbmi");
+    return runs_here(Isa::avx512_vnni) && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
   }
+  if (isa == Isa::avx512_vnni) return runs_here(Isa::avx512) && __builtin_cpu_supports("avx512vnni");
   if (isa == Isa::avx512) {
     return runs_here(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -75,6 +75,7 @@ Isa from_environment() {
 std::string name(Isa isa) {
   switch (isa) {
     case Isa::avx512_bf16: return "avx512_bf16";
+    case Isa::avx512_vnni: return "avx512_vnni";
     case Isa::avx512: return "avx512";
     case Isa::avx2: return "avx2";
     case Isa::neon_bf16: return "neon_bf16";

@@ -10,15 +10,19 @@
 #define GROK_X86 1
 #define GROK_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define GROK_AVX512_FEATURES "avx512f,avx512bw,avx512dq,avx512vl"
-#define GROK_BF16_FEATURES ",avx512bf16,avx512vnni,avx512vbmi"
+#define GROK_VNNI_FEATURES ",avx512vnni"
+#define GROK_BF16_FEATURES GROK_VNNI_FEATURES ",avx512bf16,avx512vbmi"
 #if defined(GROK_EMULATE_AVX512)  // for tests: cpu/avx512.h
 #define GROK_AVX512 GROK_AVX2
+#define GROK_AVX512_VNNI GROK_AVX2
 #define GROK_AVX512_BF16 GROK_AVX2
 #elif defined(__clang__)
 #define GROK_AVX512 __attribute__((target(GROK_AVX512_FEATURES), min_vector_width(512)))
+#define GROK_AVX512_VNNI __attribute__((target(GROK_AVX512_FEATURES GROK_VNNI_FEATURES), min_vector_width(512)))
 #define GROK_AVX512_BF16 __attribute__((target(GROK_AVX512_FEATURES GROK_BF16_FEATURES), min_vector_width(512)))
 #else
 #define GROK_AVX512 __attribute__((target(GROK_AVX512_FEATURES ",prefer-vector-width=512")))
+#define GROK_AVX512_VNNI __attribute__((target(GROK_AVX512_FEATURES GROK_VNNI_FEATURES ",prefer-vector-width=512")))
 #define GROK_AVX512_BF16 __attribute__((target(GROK_AVX512_FEATURES GROK_BF16_FEATURES ",prefer-vector-width=512")))
 #endif
 #elif defined(__aarch64__)
@@ -33,10 +37,11 @@ namespace grok::cpu {
 //   portable     the architecture's baseline, without fused multiply-adds: the same bits on every architecture
 //   avx2         AVX2, FMA and F16C
 //   avx512       F, BW, DQ, VL
-//   avx512_bf16  those and BF16, VNNI, VBMI: products of bf16 pairs and of int8 quadruples
+//   avx512_vnni  those and VNNI: products of int8 quadruples
+//   avx512_bf16  those and BF16, VBMI: products of bf16 pairs
 //   neon         the baseline of 64-bit Arm, with fused multiply-adds
 //   neon_bf16    that and BF16, I8MM (Armv8.6): products of matrices of bf16 and of int8
-enum class Isa { portable, avx2, avx512, avx512_bf16, neon, neon_bf16 };
+enum class Isa { portable, avx2, avx512, avx512_vnni, avx512_bf16, neon, neon_bf16 };
 
 std::string name(Isa isa);
 

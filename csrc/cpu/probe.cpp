@@ -61,15 +61,18 @@ void peak_portable(int64_t steps) {
 #if GROK_X86
 
 // Far enough ahead to cover the latency of memory, near enough to stay in L1. Non-temporal: a read of gigabytes must
-// not evict from L2 and L3 the code and data that run next.
+// not evict from L2 and L3 the code and data that run next. On Intel's CPUs such a prefetch passes by L2, and with L1
+// alone fewer lines are under way: there a read is 1.4 times as fast by way of L2.
 constexpr size_t kAhead = 4096;
+constexpr _mm_hint kIntel = _MM_HINT_T1, kOthers = _MM_HINT_NTA;
 
+template <_mm_hint kHint>
 GROK_AVX2 uint64_t read_avx2(const void* data, size_t bytes) {
   const char* at = static_cast<const char*>(data);
   __m256i sums[4] = {};
   for (; bytes >= 128; at += 128, bytes -= 128) {
-    _mm_prefetch(at + kAhead, _MM_HINT_NTA);
-    _mm_prefetch(at + kAhead + 64, _MM_HINT_NTA);
+    _mm_prefetch(at + kAhead, kHint);
+    _mm_prefetch(at + kAhead + 64, kHint);
     for (int i = 0; i < 4; ++i) {
       sums[i] = _mm256_add_epi64(sums[i], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at) + i));
     }
@@ -81,12 +84,13 @@ GROK_AVX2 uint64_t read_avx2(const void* data, size_t bytes) {
 }
 
 #ifndef GROK_EMULATE_AVX512
+template <_mm_hint kHint>
 GROK_AVX512 uint64_t read_avx512(const void* data, size_t bytes) {
   const char* at = static_cast<const char*>(data);
   __m512i sums[4] = {};
   for (; bytes >= 256; at += 256, bytes -= 256) {
     for (int i = 0; i < 4; ++i) {
-      _mm_prefetch(at + kAhead + 64 * i, _MM_HINT_NTA);
+      _mm_prefetch(at + kAhead + 64 * i, kHint);
       sums[i] = _mm512_add_epi64(sums[i], _mm512_loadu_si512(at + 64 * i));
     }
   }
@@ -140,7 +144,7 @@ GROK_AVX512_BF16 void peak_bf16_avx512(int64_t steps) {
   GROK_UNROLL for (__m512& sum : sums) GROK_OPAQUE("v", sum);
 }
 
-GROK_AVX512_BF16 void peak_int8_avx512(int64_t steps) {
+GROK_AVX512_VNNI void peak_int8_avx512(int64_t steps) {
   __m512i a = _mm512_set1_epi32(0x5a3c9617), b = _mm512_set1_epi32(0x1d62c3f5), sums[kChains] = {};
   GROK_UNROLL for (__m512i& sum : sums) GROK_OPAQUE("v", sum);
   for (int64_t step = 0; step < steps; ++step) {
@@ -192,10 +196,11 @@ using Read = uint64_t (*)(const void* data, size_t bytes);
 
 Read read_for([[maybe_unused]] Isa isa) {
 #if GROK_X86
+  const bool intel = __builtin_cpu_is("intel");
 #ifndef GROK_EMULATE_AVX512
-  if (isa >= Isa::avx512) return read_avx512;
+  if (isa >= Isa::avx512) return intel ? read_avx512<kIntel> : read_avx512<kOthers>;
 #endif
-  if (isa >= Isa::avx2) return read_avx2;
+  if (isa >= Isa::avx2) return intel ? read_avx2<kIntel> : read_avx2<kOthers>;
 #endif
   return read_portable;
 }
@@ -220,7 +225,7 @@ ProbePeak probe_peak(const std::string& kind) {
   const Isa isa = current_isa();
 #ifndef GROK_EMULATE_AVX512
   if (isa == Isa::avx512_bf16 && kind == "bf16") return {"vdpbf16ps", kChains * 16 * 4, peak_bf16_avx512};
-  if (isa == Isa::avx512_bf16 && kind == "int8") return {"vpdpbusd", kChains * 16 * 8, peak_int8_avx512};
+  if (isa >= Isa::avx512_vnni && kind == "int8") return {"vpdpbusd", kChains * 16 * 8, peak_int8_avx512};
   if (isa >= Isa::avx512 && kind != "int8") return {"vfmadd231ps, 512 bits", kChains * 16 * 2, peak_avx512};
 #endif
   if (isa >= Isa::avx2 && kind == "int8") return {"vpmaddubsw, 256 bits", kNarrowChains * 32 * 2, peak_int8_avx2};

@@ -1,8 +1,8 @@
 """Registers the native CPU kernels of the extension `grok_kernels._C`, or says once why there are none.
 
-The kernels are compiled for AVX-512 with BF16 and VNNI, for AVX-512, for AVX2 and for any CPU; on 64-bit Arm for NEON
-with BF16 and I8MM, for NEON and for any CPU. The best that the machine has runs. `GROK_CPU_ISA` (avx512_bf16, avx512,
-avx2, neon_bf16, neon or portable), read at the first call, or `use_isa` forces one.
+The kernels are compiled for AVX-512 with BF16 and VNNI, with VNNI alone and without either, for AVX2 and for any CPU;
+on 64-bit Arm for NEON with BF16 and I8MM, for NEON and for any CPU. The best that the machine has runs. `GROK_CPU_ISA`
+(avx512_bf16, avx512_vnni, avx512, avx2, neon_bf16, neon or portable), read at the first call, or `use_isa` forces one.
 
 Where the extension cannot be used, importing grok_kernels logs one warning, `backends()` gives the reason, and the
 reference serves. In a wheel, which holds the extension compiled, it is an ImportError.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import grok_kernels
+from grok_kernels import cpu
 from tests.kernels.cases import ints, randn
 
 STATUS = grok_kernels.backends()["grouped_gemm"]["cpu"]
@@ -262,6 +263,19 @@ def test_int8_rows(fmt: str, k: int, group: int, above: int, per_row: bool, isa:
     assert torch.equal(product(x, w, None, x_scale), got)
     for m in range(1, 14):
         assert torch.equal(product(x[1 : 1 + m], packed(w), None, x_scale[1 : 1 + m]), got[1 : 1 + m])
+
+
+@pytest.mark.parametrize("fmt", ["int8", *BITS])
+def test_int8_rows_have_the_same_bits_on_every_instruction_set_with_integers(fmt: str) -> None:
+    """AVX2 adds products up in 16 bits, VNNI in 32; int8 weights are in groups of 32 columns."""
+    k, names = 768, [name for name in cpu.isas() if name.startswith("avx")]
+    w = int8_weight(192, k, k // 32) if fmt == "int8" else random_codes(fmt, (1, 192, k), *group_of(fmt))
+    x, x_scale = quantised(14, k, per_row=False)
+    results = []
+    for name in names:
+        with cpu.use_isa(name):
+            results.append(product(x, w, None, x_scale))
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4, 8, 32, 64])

@@ -19,7 +19,7 @@ from grok_kernels import cpu, registry
 from tests.kernels.backends import ISAS
 
 ARM = platform.machine() in ("aarch64", "arm64")
-KNOWN = "neon_bf16, neon, portable" if ARM else "avx512_bf16, avx512, avx2, portable"
+KNOWN = "neon_bf16, neon, portable" if ARM else "avx512_bf16, avx512_vnni, avx512, avx2, portable"
 
 STATUS = grok_kernels.backends()["rms_norm"]["cpu"]
 pytestmark = pytest.mark.skipif(not STATUS.available, reason=STATUS.reason)

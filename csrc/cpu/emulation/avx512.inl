@@ -78,6 +78,16 @@ GROK_EMULATED __m512 dpbf16(__m512 sum, __m512i a, __m512i b) {
   });
 }
 
+GROK_EMULATED __m512i madd(__m512i a, __m512i b) {
+  const Array<int16_t> x(a), y(b);
+  return make<int32_t>([&](int i) GROK_AVX512 { return x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1]; });
+}
+template <class T>
+GROK_EMULATED __m512i widen(__m128i a) {
+  T values[16];
+  std::memcpy(values, &a, 16);
+  return make<int32_t>([&](int i) GROK_AVX512 { return values[i]; });
+}
 GROK_EMULATED __m512i dpbusd(__m512i sum, __m512i u, __m512i s) {
   const Array<uint8_t> x(u);
   const Array<int8_t> y(s);
@@ -174,10 +184,18 @@ GROK_EMULATED void store_masked(void* to, uint16_t mask, __m512i a) {
 
 namespace grok::cpu {
 
-GROK_EMULATED void add_pairs(__m512& sum, __m512i v, const uint32_t* pair) {
-  sum = emulation::dpbf16(sum, v, emulation::splat(*pair));
+// Not inlined: kernels repeat these so often that compiling the copies would take minutes.
+namespace emulation {
+GROK_AVX512 __attribute__((noinline)) inline void add_pairs_of(__m512& sum, const __m512i& v, const uint32_t* pair) {
+  sum = dpbf16(sum, v, splat(*pair));
 }
-GROK_EMULATED void add_quads(__m512i& sum, __m512i v, __m512i x) { sum = emulation::dpbusd(sum, v, x); }
+GROK_AVX512 __attribute__((noinline)) inline void add_quads_of(__m512i& sum, const __m512i& v, const __m512i& x) {
+  sum = dpbusd(sum, v, x);
+}
+}  // namespace emulation
+
+GROK_EMULATED void add_pairs(__m512& sum, __m512i v, const uint32_t* pair) { emulation::add_pairs_of(sum, v, pair); }
+GROK_EMULATED void add_quads(__m512i& sum, __m512i v, __m512i x) { emulation::add_quads_of(sum, v, x); }
 GROK_EMULATED void keep(__m512i&) {}
 
 }  // namespace grok::cpu
@@ -223,6 +241,10 @@ GROK_EMULATED void keep(__m512i&) {}
 #define _mm512_ternarylogic_epi32(a, b, c, table) GROK_E::ternary<table>(a, b, c)
 #define _mm512_slli_epi32(a, n) ((__m512i)((GROK_E::Lanes<uint32_t>)(a) << (n)))
 #define _mm512_srli_epi32(a, n) ((__m512i)((GROK_E::Lanes<uint32_t>)(a) >> (n)))
+#define _mm512_mullo_epi32(a, b) ((__m512i)((GROK_E::Lanes<uint32_t>)(a) * (GROK_E::Lanes<uint32_t>)(b)))
+#define _mm512_madd_epi16(a, b) GROK_E::madd(a, b)
+#define _mm512_cvtepi8_epi32(a) GROK_E::widen<int8_t>(a)
+#define _mm512_cvtepu8_epi32(a) GROK_E::widen<uint8_t>(a)
 #define _mm512_shuffle_epi8(a, index) GROK_E::shuffle_bytes(a, index)
 #define _mm512_permutex2var_epi8(a, index, b) GROK_E::permute_two(a, index, b)
 #define _mm512_permutexvar_epi64(index, a) GROK_E::permute<uint64_t>(index, a)

@@ -50,23 +50,11 @@ struct Stage {
 };
 static_assert(sizeof(Stage) <= kStageBytes);
 
-// Columns of a segment.
-int64_t segment_of(const Weights& w) { return w.subscales.data ? kScaleGroup : std::min(w.group(), kScaleGroup); }
-
-// The 64 bytes of a group in a plane of u8 or i8; zeros past output n, by way of `room`.
-const void* bytes_of(const BlockProduct& b, const Plane& plane, int64_t group, uint8_t* room) {
-  const uint8_t* from = static_cast<const uint8_t*>(plane.data) + plane.at(b.expert, b.output, group);
-  const int64_t outputs = std::min(kPanel, b.weights->n - b.output);
-  if (outputs == kPanel) return from;
-  std::memset(room, 0, kPanel);
-  return std::memcpy(room, from, outputs);
-}
-
 // 8 values of u8 or i8, each in both halves of its 32 bits.
 template <class T>
-GROK_AVX2_INLINE __m256i twice(const void* values, int64_t n) {
+GROK_AVX2_INLINE __m256i twice(const uint8_t* values, int64_t n) {
   int64_t eight;
-  std::memcpy(&eight, static_cast<const uint8_t*>(values) + n, sizeof eight);
+  std::memcpy(&eight, values + n, sizeof eight);
   const __m256i bytes = _mm256_shuffle_epi8(
       _mm256_set1_epi64x(eight), _mm256_setr_epi32(0x00800080, 0x01800180, 0x02800280, 0x03800380, 0x04800480,
                                                    0x05800580, 0x06800680, 0x07800780));
@@ -82,10 +70,12 @@ GROK_AVX2 void load_groups_avx2(const BlockProduct& b, int64_t first, int64_t co
   };
   uint8_t room[4][kPanel];
   for (int64_t g = 0; g < count; g += 2) {
-    const void* low = bytes_of(b, w.subscales, first + g, room[0]);
-    const void* high = bytes_of(b, w.subscales, first + g + 1, room[1]);
-    const void* low_minima = w.minima.data ? bytes_of(b, w.subminima, first + g, room[2]) : nullptr;
-    const void* high_minima = w.minima.data ? bytes_of(b, w.subminima, first + g + 1, room[3]) : nullptr;
+    const auto bytes = [&](const Plane& plane, int64_t group, int at) {
+      return group_bytes(w, plane, b.expert, b.output, group, room[at]);
+    };
+    const uint8_t *low = bytes(w.subscales, first + g, 0), *high = bytes(w.subscales, first + g + 1, 1);
+    const uint8_t* low_minima = w.minima.data ? bytes(w.subminima, first + g, 2) : nullptr;
+    const uint8_t* high_minima = w.minima.data ? bytes(w.subminima, first + g + 1, 3) : nullptr;
     for (int64_t n = 0; n < kPanel; n += 8) {
       __m256i even = twice<T>(low, n), odd = twice<T>(high, n);
       store(groups.subscale[g] + n, even);
@@ -163,7 +153,7 @@ GROK_AVX2 void codes_tile_avx2(const BlockProduct& b, const PackedRows::Tile& t,
   constexpr int kWide = kRows == 1 ? (K::kFold == 4 ? 8 : 4) : kRows <= 3 ? 2 : 1;
   const Weights& w = *b.weights;
   const PackedRows& p = *b.x;
-  const int64_t segment = segment_of(w), pairs = kScaleGroup / w.group() / 2;
+  const int64_t segment = segment_columns(w), pairs = kScaleGroup / w.group() / 2;
   const int group_shift = __builtin_ctzll(static_cast<uint64_t>(w.group() / kUnit));  // of two levels: a power of two
   const uint32_t* x = p.at(t, b.column / 4);
   const Segment* seg = stage.segments;
@@ -259,7 +249,7 @@ const TileKernel* kernels_for(const Weights& w) {
 void codes_block_avx2(const BlockProduct& b) {
   const Weights& w = *b.weights;
   Stage& stage = *static_cast<Stage*>(b.stage);
-  const int64_t segment = segment_of(w), group = w.group(), super = w.k / w.scales.groups;
+  const int64_t segment = segment_columns(w), group = w.group(), super = w.k / w.scales.groups;
   const auto load = w.subscales.type == ScaleType::i8 ? load_groups_avx2<int8_t> : load_groups_avx2<uint8_t>;
   int64_t segments = 0;
   // counted on: a division takes as long as the scales of a few outputs

@@ -23,12 +23,6 @@ constexpr int64_t kStep = kSumUnit;  // columns that a step multiplies: half a b
 constexpr int64_t kAheadBytes = 8 << 10;
 constexpr int kVectors = kPanel / 16;
 
-template <int count>  // to the left where it is negative
-GROK_TARGET_INLINE __m512i shift_right(__m512i value) {
-  if constexpr (count >= 0) return _mm512_srli_epi32(value, count);
-  return _mm512_slli_epi32(value, -count);
-}
-
 // Pair `pair` (0 to 3) of unit `unit` as bf16 numbers 2^bits + u of 16 outputs.
 template <int bits, int unit, int pair>
 GROK_TARGET_INLINE __m512i pairs(__m512i low, __m512i high) {

@@ -17,12 +17,12 @@ static_assert(kRunsAhead % kGroupRuns == 0, "stream() must not cut a group of co
 // hold the integer sums of a group; they hold the fp32 totals too for 6 rows and 32 outputs, or 3 rows and 64. For a
 // larger tile the totals stay in c.
 template <int kRows, int kWide, Fetch kFetch>
-GROK_AVX512_BF16 void int8_tile_avx512(const uint32_t* x, const uint8_t* w, int64_t runs, const float* scale,
+GROK_AVX512_VNNI void int8_tile_avx512(const uint32_t* x, const uint8_t* w, int64_t runs, const float* scale,
                                        const int32_t* bias, int64_t groups, float* c, bool first, Ahead ahead) {
   const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
   constexpr bool kInRegisters = kRows * kWide <= 12;
   __m512 total[kInRegisters ? kRows : 1][kInRegisters ? kWide : 1];
-  const auto total_so_far = [&](int r, int j) GROK_AVX512_BF16 {
+  const auto total_so_far = [&](int r, int j) GROK_AVX512_VNNI {
     return first ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * kPanel + j * 16);
   };
   if constexpr (kInRegisters) {

@@ -28,7 +28,8 @@ using BlockKernel = void(const BlockProduct&);
 constexpr int64_t kStageBytes = 32 << 10;  // a column block of a panel as fp32 or as bf16; stays in L1
 
 #if GROK_X86
-BlockKernel bf16_block_avx512, int8_block_avx512, bf16_codes_block_avx512, int16_block_avx2, codes_block_avx2;
+BlockKernel bf16_block_avx512, int8_block_avx512, bf16_codes_block_avx512, codes_block_avx512, int16_block_avx2,
+    codes_block_avx2;
 #elif GROK_ARM
 BlockKernel bf16_block_neon, int8_block_neon;
 #endif

@@ -117,6 +117,16 @@ void group_scales(const Weights& w, int64_t expert, int64_t output, int64_t grou
   scales_of(w, expert, output, group, s, m, halves_portable);
 }
 
+const uint8_t* group_bytes(const Weights& w, const Plane& plane, int64_t expert, int64_t output, int64_t group,
+                           uint8_t* room) {
+  const uint8_t* from = static_cast<const uint8_t*>(plane.data) + plane.at(expert, output, group);
+  const int64_t outputs = std::min(kPanel, w.n - output);
+  if (outputs == kPanel) return from;
+  std::memset(room, 0, kPanel);
+  std::memcpy(room, from, outputs);
+  return room;
+}
+
 void prefetch_scales(const Weights& w, int64_t expert, int64_t output, int64_t column, int64_t columns) {
   for (const Plane* plane : {&w.scales, &w.subscales, &w.minima, &w.subminima, &w.zeros}) {
     if (!plane->data) continue;

@@ -87,7 +87,7 @@ constexpr decltype(&interleave_avx512<1>) kInterleave[] = {interleave_avx512<1>,
                                                            interleave_avx512<3>, interleave_avx512<4>,
                                                            interleave_avx512<5>, interleave_avx512<6>};
 
-GROK_AVX512_BF16 int32_t sum_avx512(const char* values, int64_t count) {
+GROK_AVX512_VNNI int32_t sum_avx512(const char* values, int64_t count) {
   __m512i sum = _mm512_setzero_si512();
   for (int64_t i = 0; i < count; i += 64) {
     const __mmask64 here = count - i >= 64 ? ~__mmask64{0} : (__mmask64{1} << (count - i)) - 1;
@@ -171,7 +171,7 @@ void spread(const void* row, int64_t bytes, int64_t runs, int64_t step, uint32_t
 }
 
 Path choose_path(Isa isa, DType x, const Weights& w) {
-  const bool bf16 = isa == Isa::avx512_bf16 || isa == Isa::neon_bf16;  // has products of bf16 and of int8
+  const bool bf16 = isa == Isa::avx512_bf16 || isa == Isa::neon_bf16, vnni = bf16 || isa == Isa::avx512_vnni;
   const bool x86 = isa >= Isa::avx2 && isa <= Isa::avx512_bf16;
   if (w.bits) {
     if (!divides(kCodeColumns, w.k) || !divides(kLeastCodeGroup, w.group())) return Path::f32;
@@ -180,19 +180,21 @@ Path choose_path(Isa isa, DType x, const Weights& w) {
   }
   if (x == DType::int8 && x86 && w.type == DType::int8 && has_even_groups(w)) {
     const bool several = w.groups > 1 && w.group() % kScaleGroup;
-    if ((divides(4, w.group()) || w.groups == 1) && (isa != Isa::avx512_bf16 || several)) return Path::int16;
+    if (vnni && several && divides(kLeastCodeGroup, w.group())) return Path::int8_groups;
+    if ((divides(4, w.group()) || w.groups == 1) && (!vnni || several)) return Path::int16;
   }
-  if (!bf16 || w.type == DType::f32) return Path::f32;
-  if (x == DType::bf16 && (w.groups <= 1 || w.group() % 4 == 0)) return Path::bf16;
-  if (x == DType::int8 && w.type == DType::int8 && (w.groups <= 1 || w.group() % kScaleGroup == 0)) return Path::int8;
-  return Path::f32;
+  if (x == DType::int8 && w.type == DType::int8 && (w.groups <= 1 || w.group() % kScaleGroup == 0)) {
+    return vnni ? Path::int8 : Path::f32;
+  }
+  const bool pairs = x == DType::bf16 && w.type != DType::f32 && (w.groups <= 1 || w.group() % 4 == 0);
+  return bf16 && pairs ? Path::bf16 : Path::f32;
 }
 
 PackedRows::PackedRows(Isa isa_, DType x, const Weights& w, const std::vector<int64_t>& offsets)
     : path(choose_path(isa_, x, w)), isa(isa_), k(w.k), run_columns(columns_of_run(path)),
       runs(round_up(k, 4) / run_columns),
       groups(x != DType::int8 || path == Path::f32 ? 0 : (k + kScaleGroup - 1) / kScaleGroup),
-      sum_columns(path == Path::codes ? std::min(w.group(), kScaleGroup) : 0),
+      sum_columns(path == Path::codes || path == Path::int8_groups ? std::min(w.group(), kScaleGroup) : 0),
       sum_groups(sum_columns ? (k + sum_columns - 1) / sum_columns : 0), total(offsets.back()) {
   for (size_t e = 0; e + 1 < offsets.size(); ++e) {
     const int64_t rows = offsets[e + 1] - offsets[e], count = (rows + kTile - 1) / kTile;
@@ -287,7 +289,7 @@ void PackedRows::pack(const Rows& x, const RowMap& map, int64_t first_tile, int6
         scales[to + g] = scale[r][x.groups == 1 ? 0 : g];
       }
 #if GROK_X86
-      if (path == Path::codes) {
+      if (sum_columns) {
         sum_groups_avx2(rows[r], columns, sum_columns, sums + (t.row + r) * sum_groups + column / sum_columns);
       }
 #endif

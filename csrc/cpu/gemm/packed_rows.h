@@ -13,11 +13,12 @@ namespace grok::cpu {
 //   bf16  bf16 rows, weights converted to bf16 exactly, products of pairs added in fp32
 //   bf16_codes  bf16 rows and weights of 4, 5 or 6 bits, the same; sums of up to 128 products are scaled (avx512_bf16)
 //   int8  int8 rows and weights, exact integer sums of 128 products, these added in fp32
+//   int8_groups  the same where fewer than 128 columns share a scale: sums of these (needs avx512_vnni)
 //   int16 int8 rows and weights, the same by products of 16 bits; any groups of scales (needs avx2)
 //   codes int8 rows and weights of 4, 5 or 6 bits, exact integer sums of up to 128 products (needs avx2)
 //   f32   any types, converted to fp32
-// bf16 and int8 need avx512_bf16 or neon_bf16.
-enum class Path { bf16, bf16_codes, int8, int16, codes, f32 };
+// bf16 needs avx512_bf16 or neon_bf16, int8 avx512_vnni or neon_bf16.
+enum class Path { bf16, bf16_codes, int8, int8_groups, int16, codes, f32 };
 
 constexpr int64_t kSumUnit = 16;  // columns of a bf16 row that are added up while packing
 
@@ -74,7 +75,7 @@ class PackedRows {
   Isa isa;
   int64_t k, run_columns, runs;
   int64_t groups;           // of 128 columns, where rows are int8 on another path than f32; else 0
-  int64_t sum_columns, sum_groups;  // of `sums`, on the codes path; else 0
+  int64_t sum_columns, sum_groups;  // of `sums`, on the paths codes and int8_groups; else 0
   int64_t total;            // rows
   std::vector<Tile> tiles;
   std::vector<RowBlock> blocks;

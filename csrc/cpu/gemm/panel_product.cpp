@@ -73,8 +73,8 @@ float* panel_product(const PackedRows& x, const Weights& w, const PackedRows::Ro
     kernel = int8_block_avx512;
   } else if (x.path == Path::int16) {
     kernel = int16_block_avx2;
-  } else if (x.path == Path::codes) {
-    kernel = codes_block_avx2;
+  } else if (x.path == Path::codes || x.path == Path::int8_groups) {
+    kernel = x.isa >= Isa::avx512_vnni ? codes_block_avx512 : codes_block_avx2;
   }
 #elif GROK_ARM
   if (x.path != Path::f32) kernel = x.path == Path::bf16 ? bf16_block_neon : int8_block_neon;
