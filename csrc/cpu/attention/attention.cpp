@@ -33,6 +33,7 @@ GROK_INLINE void widen(DType type, const void* row, int64_t c, int64_t width, fl
 template <bool fused, int lanes>
 struct Fp32Path {
   static constexpr bool kFused = fused;
+  static constexpr int64_t kRows = 6;
 
   GROK_INLINE static void load_query(const PagedAttention& p, const void* q, float* queries, int64_t r) {
     const int64_t width = padded(p.head_size);
@@ -149,6 +150,7 @@ GROK_ATTENTION(neon, , true, 8)
 Kernel kernel_for(Isa isa, [[maybe_unused]] DType q, [[maybe_unused]] DType kv) {
 #if GROK_X86
   if (isa == Isa::avx512_bf16 && q == DType::bf16 && kv != DType::f32) return bf16_kernel();
+  if (isa >= Isa::avx512 && kv != DType::f32) return avx512_kernel(kv);
   if (isa == Isa::avx2 && kv != DType::f32) return avx2_kernel(kv);
 #endif
   return GROK_PICK(isa, kernel);

@@ -158,6 +158,7 @@ GROK_AVX512_BF16 void accumulate_avx512(const Workspace& w, int64_t from, int64_
 
 struct Bf16Path {
   static constexpr bool kFused = true;
+  static constexpr int64_t kRows = 6;  // 6 · 4 sums of 16 keys fill 24 of 32 registers
 
   GROK_INLINE static void load_query(const PagedAttention& p, const void* q, float* queries, int64_t r) {
     const int64_t width = padded(p.head_size);

@@ -11,6 +11,7 @@
 
 // Attention of one tile of query rows over blocks of keys (FlashAttention's online softmax), written once for all
 // instruction sets. A Path holds what differs:
+//   kRows        how many rows `scores` and `accumulate` take at once: they share a load of keys
 //   load_query   one row of q, in the form that `scores` takes
 //   load_block   the keys of a block, transposed, and its values, in the forms that `scores` and `accumulate` take
 //   scores       q · k of a few rows and all keys of a block
@@ -52,11 +53,15 @@ struct Kernel {
 
 // Of bf16 queries and bf16 or e4m3 pages, for Isa::avx512_bf16.
 Kernel bf16_kernel();
-// Of any queries and bf16 or e4m3 pages, for Isa::avx2.
+// Of any queries and bf16 or e4m3 pages.
 Kernel avx2_kernel(DType kv);
+Kernel avx512_kernel(DType kv);
 
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
-constexpr int64_t kRows = 6;  // rows that share a load of keys: 6 · 4 sums of 16 keys fill 24 of 32 registers
+constexpr int64_t kMostRows = 12;  // Path::kRows is at most this
+
+// Reductions run over the lanes of the widest register on every instruction set: one order of the additions.
+constexpr int kLanes = 16;
 
 inline int64_t padded(int64_t head_size) { return (head_size + 31) / 32 * 32; }
 
@@ -93,8 +98,8 @@ struct Workspace {
   float* staged;   // kBlock rows of `width`: keys before they are transposed
   float* sums;     // RunningSums of a span
   float* totals;   // RunningSums of all spans so far
-  alignas(64) float scores[kRows * kBlock];
-  float keep[kRows];
+  alignas(64) float scores[kMostRows * kBlock];
+  float keep[kLanes];
   float factor[kTileRows];                    // the attention temperature of each row
   int32_t first[kTileRows], last[kTileRows];  // the keys that a row sees
   int64_t element, row_bytes;                 // of an element and of a row of the pages
@@ -140,12 +145,11 @@ inline void load_scales(const PagedAttention& p, const Piece& piece, KeyBlock& b
   }
 }
 
-// Reductions run over the lanes of the widest register on every instruction set: one order of the additions.
-constexpr int kLanes = 16;
-
+// Their loops are not unrolled, because the compiler would leave the scalar statements that it unrolls them to.
 template <int n>
 GROK_INLINE float fold_max(float* m) {
   if constexpr (n > 1) {
+#pragma GCC unroll 1
     for (int j = 0; j < n / 2; ++j) m[j] = m[j + n / 2] > m[j] ? m[j + n / 2] : m[j];
     return fold_max<n / 2>(m);
   }
@@ -155,6 +159,7 @@ GROK_INLINE float fold_max(float* m) {
 template <int n>
 GROK_INLINE float fold_sum(float* m) {
   if constexpr (n > 1) {
+#pragma GCC unroll 1
     for (int j = 0; j < n / 2; ++j) m[j] += m[j + n / 2];
     return fold_sum<n / 2>(m);
   }
@@ -194,7 +199,7 @@ GROK_INLINE float mask(float* __restrict s, const KeyBlock& b, float inner, floa
 template <bool fused>
 GROK_INLINE void softmax(Workspace& w, const Scaling& scaling, int64_t r, int64_t n, float* __restrict top,
                          float* __restrict total) {
-  float shift[kRows] = {}, keep[kRows] = {};
+  float shift[kLanes] = {}, keep[kLanes] = {};
   for (int64_t i = 0; i < n; ++i) {
     const int32_t from = w.first[r + i] - static_cast<int32_t>(w.block.first);
     const int32_t to = w.last[r + i] - static_cast<int32_t>(w.block.first);
@@ -207,7 +212,7 @@ GROK_INLINE void softmax(Workspace& w, const Scaling& scaling, int64_t r, int64_
     keep[i] = top[i] - shift[i];
     top[i] = new_top;
   }
-  for (int i = 0; i < kRows; ++i) w.keep[i] = exp_below<fused>(keep[i]);
+  for (int i = 0; i < kLanes; ++i) w.keep[i] = exp_below<fused>(keep[i]);
   for (int64_t i = 0; i < n; ++i) {
     float* __restrict s = w.scores + i * kBlock;
     float sums[kLanes] = {};
@@ -302,8 +307,8 @@ GROK_INLINE void attend(const PagedAttention& p, const Piece& piece, const Piece
       find_block(p, *next, first, std::min(kBlock, p.seq_lens[next->request] - first), w.next);
     }
     Path::load_block(p, w);
-    for (int64_t r = 0; r < rows; r += kRows) {
-      const int64_t n = std::min(kRows, rows - r);
+    for (int64_t r = 0; r < rows; r += Path::kRows) {
+      const int64_t n = std::min(Path::kRows, rows - r);
       if (w.last[r + n - 1] < at || w.first[r] >= after) continue;
       Path::scores(w, r, n, width);
       softmax<Path::kFused>(w, scaling, r, n, sums.top + r, sums.total + r);
