@@ -35,6 +35,9 @@ struct Fp32Path {
   static constexpr bool kFused = fused;
   static constexpr int64_t kRows = 6;
 
+  GROK_INLINE static float fold_max(float* m) { return attention::fold_max<kLanes>(m); }
+  GROK_INLINE static float fold_sum(float* m) { return attention::fold_sum<kLanes>(m); }
+
   GROK_INLINE static void load_query(const PagedAttention& p, const void* q, float* queries, int64_t r) {
     const int64_t width = padded(p.head_size);
     widen(p.q_type, q, p.head_size, width, queries + r * width);
@@ -43,8 +46,8 @@ struct Fp32Path {
   GROK_INLINE static void load_block(const PagedAttention& p, Workspace& w) {
     const int64_t width = padded(p.head_size);
     for (int64_t j = 0; j < kBlock; ++j) {
-      widen(p.kv_type, w.block.k[j], p.head_size, width, w.staged + j * width);
-      widen(p.kv_type, w.block.v[j], p.head_size, width, w.values + j * width);
+      widen(p.kv_type, w.block->k[j], p.head_size, width, w.staged + j * width);
+      widen(p.kv_type, w.block->v[j], p.head_size, width, w.values + j * width);
     }
     constexpr int64_t kPatch = 16;
     for (int64_t c = 0; c < width; c += kPatch) {

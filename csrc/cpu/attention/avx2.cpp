@@ -21,6 +21,7 @@ constexpr int kWidth = 8;
 constexpr int64_t kRowsAtOnce = 6;
 constexpr int score_vectors(int rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : 2; }
 constexpr int value_pairs(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+constexpr int kScoresAhead = 64;  // rows of the next block that `scores` prefetches
 
 GROK_AVX2 inline __m128i load_128(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
 GROK_AVX2 inline __m256i load_256(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
@@ -61,7 +62,8 @@ GROK_AVX2 bool has_nan(const void* const* rows, int64_t width) {
 }
 
 template <bool nans>
-GROK_AVX2 void convert_values(const void* const* rows, int64_t width, uint16_t* y) {
+GROK_AVX2 void convert_values(Workspace& w, int64_t width, uint16_t* y) {
+  const void* const* rows = w.block->v;
   for (int64_t j = 0; j < kBlock; ++j, y += width) {
     for (int64_t c = 0; c < width; c += 16) {
       const __m256i half = halves<nans>(load_128(static_cast<const char*>(rows[j]) + c));
@@ -81,7 +83,8 @@ GROK_AVX2 inline void transpose_store(const __m256i* x, char* y, int64_t stride)
 }
 
 // bf16 keys: pair i of columns of key j goes to dword i · kBlock + j.
-GROK_AVX2 void transpose_bf16(const void* const* rows, int64_t width, char* y) {
+GROK_AVX2 void transpose_bf16(Workspace& w, int64_t width, char* y) {
+  const void* const* rows = w.block->k;
   for (int64_t j = 0; j < kBlock; j += 8) {
     for (int64_t i = 0; i < width / 2; i += 4) {
       __m256i x[4];  // half k of x[n] is of key j + 4k + n
@@ -96,7 +99,8 @@ GROK_AVX2 void transpose_bf16(const void* const* rows, int64_t width, char* y) {
 
 // e4m3 keys: column c of key j goes, as fp16, to word c · kBlock + j.
 template <bool nans>
-GROK_AVX2 void transpose_e4m3(const void* const* rows, int64_t width, char* y) {
+GROK_AVX2 void transpose_e4m3(Workspace& w, int64_t width, char* y) {
+  const void* const* rows = w.block->k;
   for (int64_t j = 0; j < kBlock; j += 16) {
     for (int64_t c = 0; c < width; c += 16) {
       __m256i low[8], high[8];  // columns c + 0–3, 8–11 and c + 4–7, 12–15 of two keys, interleaved
@@ -118,6 +122,12 @@ GROK_AVX2 void transpose_e4m3(const void* const* rows, int64_t width, char* y) {
       }
     }
   }
+}
+
+GROK_AVX2 inline void load_e4m3(Workspace& w, int64_t width, char* keys, uint16_t* values) {
+  const bool nans = has_nan(w.block->k, width) || has_nan(w.block->v, width);
+  (nans ? transpose_e4m3<true> : transpose_e4m3<false>)(w, width, keys);
+  (nans ? convert_values<true> : convert_values<false>)(w, width, values);
 }
 
 #include "cpu/attention/fp32.inl"

@@ -17,6 +17,7 @@ constexpr int kWidth = 16;
 constexpr int64_t kRowsAtOnce = 12;  // of prompts: a widened register of keys or values serves 12 sums
 constexpr int score_vectors(int rows) { return rows <= 6 ? 4 : 2; }
 constexpr int value_pairs(int rows) { return rows <= 6 ? 2 : 1; }
+constexpr int kLoadAhead = 32, kScoresAhead = 48;  // of 128 rows of the next block, prefetched by load_block and by scores
 
 GROK_AVX512 inline __m256i load_256(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 GROK_AVX512 inline Vec load(const float* from) { return _mm512_loadu_ps(from); }
@@ -36,38 +37,21 @@ GROK_AVX512 inline Vec high_bf16(const void* pairs) {
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(pairs), mask));
 }
 
-// The upper byte of each word, an e4m3 code, as an fp16 number of 2⁻⁸ times its value. Without `nans` the code of NaN
-// becomes 1.875.
-template <bool nans>
+// The upper byte of each word, an e4m3 code, as an fp16 number of 2⁻⁸ times its value.
 GROK_AVX512 inline __m512i halves(__m512i words) {
   const __m512i half = _mm512_and_si512(_mm512_srai_epi16(words, 1), _mm512_set1_epi16(static_cast<int16_t>(0xbf80)));
-  if constexpr (!nans) return half;
   // only NaN carries into bit 14, the top of the exponent of fp16
   const __m512i next = _mm512_add_epi16(half, _mm512_set1_epi16(0x80));
   return _mm512_ternarylogic_epi32(half, next, _mm512_set1_epi16(0x4000), 0xf8);  // half | (next & 0x4000)
 }
 
-GROK_AVX512 bool has_nan(const void* const* rows, int64_t width) {
-  __m512i largest = _mm512_setzero_si512();
-  const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
-  const auto both = [&](const void* low, const void* high) GROK_AVX512 {
-    const __m512i codes = _mm512_inserti64x4(_mm512_castsi256_si512(load_256(low)), load_256(high), 1);
-    largest = _mm512_max_epu8(largest, _mm512_or_si512(codes, sign));
-  };
-  for (int64_t j = 0; j < kBlock; j += 2) {
-    for (int64_t c = 0; c < width; c += 32) {
-      both(static_cast<const char*>(rows[j]) + c, static_cast<const char*>(rows[j + 1]) + c);
-    }
-  }
-  return _mm512_cmpeq_epi8_mask(largest, _mm512_set1_epi8(-1)) != 0;
-}
-
-template <bool nans>
-GROK_AVX512 void convert_values(const void* const* rows, int64_t width, uint16_t* y) {
+GROK_AVX512 void convert_values(Workspace& w, int64_t width, uint16_t* y) {
+  const void* const* rows = w.block->v;
   for (int64_t j = 0; j < kBlock; ++j, y += width) {
+    if (j % 4 == 0) prefetch_rows(w, 1);
     for (int64_t c = 0; c < width; c += 32) {
       const __m512i codes = _mm512_cvtepu8_epi16(load_256(static_cast<const char*>(rows[j]) + c));
-      _mm512_store_si512(y + c, halves<nans>(_mm512_slli_epi16(codes, 8)));
+      _mm512_store_si512(y + c, halves(_mm512_slli_epi16(codes, 8)));
     }
   }
 }
@@ -92,9 +76,11 @@ GROK_AVX512 inline void transpose_quarters(const __m512i* x, __m512i* y) {
 }
 
 // bf16 keys: pair i of columns of key j goes to dword i · kBlock + j. 16 pairs at a time, for fewer loads of addresses.
-GROK_AVX512 void transpose_bf16(const void* const* rows, int64_t width, char* y) {
+GROK_AVX512 void transpose_bf16(Workspace& w, int64_t width, char* y) {
+  const void* const* rows = w.block->k;
   for (int64_t j = 0; j < kBlock; j += 16) {
     for (int64_t i = 0; i < width / 2; i += 16) {
+      prefetch_rows(w, kLoadAhead * 8 / width);
       __m512i x[4][4], z[4];  // quarter k of x[·][n] is of key j + 4k + n
 #pragma GCC unroll 4
       for (int n = 0; n < 4; ++n) {
@@ -112,10 +98,11 @@ GROK_AVX512 void transpose_bf16(const void* const* rows, int64_t width, char* y)
 }
 
 // e4m3 keys: column c of key j goes, as fp16, to word c · kBlock + j. 32 columns at a time.
-template <bool nans>
-GROK_AVX512 void transpose_e4m3(const void* const* rows, int64_t width, char* y) {
+GROK_AVX512 void transpose_e4m3(Workspace& w, int64_t width, char* y) {
+  const void* const* rows = w.block->k;
   for (int64_t j = 0; j < kBlock; j += 32) {
     for (int64_t c = 0; c < width; c += 32) {
+      prefetch_rows(w, kLoadAhead * 8 / width);
       __m512i x[4][4], z[4];  // pairs of columns of two keys, interleaved: quarter k of x[·][n] is of key j + 8k + 2n
 #pragma GCC unroll 4
       for (int n = 0; n < 4; ++n) {
@@ -133,12 +120,17 @@ GROK_AVX512 void transpose_e4m3(const void* const* rows, int64_t width, char* y)
 #pragma GCC unroll 4
         for (int n = 0; n < 4; ++n) {
           char* to = y + 2 * ((c + 8 * part + 2 * n) * kBlock + j);
-          _mm512_store_si512(to, halves<nans>(_mm512_slli_epi16(z[n], 8)));
-          _mm512_store_si512(to + 2 * kBlock, halves<nans>(z[n]));
+          _mm512_store_si512(to, halves(_mm512_slli_epi16(z[n], 8)));
+          _mm512_store_si512(to + 2 * kBlock, halves(z[n]));
         }
       }
     }
   }
+}
+
+GROK_AVX512 inline void load_e4m3(Workspace& w, int64_t width, char* keys, uint16_t* values) {
+  transpose_e4m3(w, width, keys);
+  convert_values(w, width, values);
 }
 
 #include "cpu/attention/fp32.inl"

@@ -1,7 +1,7 @@
 // Attention over bf16 or e4m3 pages in fp32. Included once for each instruction set, which defines: the target
 // GROK_FP32, GROK_FP32_NAME, which puts its name behind that of a function, the register type Vec of kWidth floats, what
 // is done with it, how many of them a step uses (kRowsAtOnce, score_vectors, value_pairs), and for blocks of keys and
-// values the functions has_nan, transpose_bf16, transpose_e4m3 and convert_values.
+// values the functions transpose_bf16 and load_e4m3.
 //
 // Keys are transposed as numbers of 16 bits and widened in the inner loops: a block of fp32 keys would fill the L1
 // cache. bf16 pages hold such numbers; e4m3 codes become fp16 numbers of 2⁻⁸ times their value, exactly, by shifts of
@@ -10,19 +10,13 @@
 // A row of the sums over bf16 values holds, of every 2 · kWidth columns, the even ones and then the odd ones, as a
 // register of bf16 widens.
 
-// Both pages and what follows them lie in an order that the CPU does not foresee. The requests are spread over the
-// work, since of a burst most would wait; within a page they ascend, so that the CPU fetches along.
-GROK_FP32 inline void prefetch_row(const void* row, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(row) + i, _MM_HINT_T0);
-}
-
-// w.keys: 4 · kBlock bytes for each pair of columns. `ahead`: rows to prefetch, or null.
+// w.keys: 4 · kBlock bytes for each pair of columns.
 template <int rows, bool half>
-GROK_FP32 __attribute__((noinline)) void GROK_FP32_NAME(scores)(Workspace& w, const float* q, int64_t width,
-                                                                const void* const* ahead) {
+GROK_FP32 __attribute__((noinline)) void GROK_FP32_NAME(scores)(Workspace& w, const float* q, int64_t width) {
   constexpr int kVectors = score_vectors(rows), kKeys = kWidth * kVectors;
-  constexpr int kSteps = 16, kAhead = kKeys / kSteps;  // width is a multiple of 32
+  constexpr int kSteps = 16, kAhead = std::max<int>(1, kKeys * kScoresAhead / kSteps / kBlock);  // width: 32 times a number
   const int64_t pairs = width / (2 * kSteps);
+  const bool ahead = w.ahead < 2 * kBlock;
   for (int64_t at = 0; at < kBlock; at += kKeys) {
     Vec sums[rows][kVectors];
 #pragma GCC unroll 12
@@ -35,7 +29,7 @@ GROK_FP32 __attribute__((noinline)) void GROK_FP32_NAME(scores)(Workspace& w, co
     for (int step = 0; step < kSteps; ++step) {
       for (int64_t i = 0; i < pairs; ++i, k += 4 * kBlock, x += 2 * kRowsAtOnce) {
         if (ahead) {
-          for (int64_t n = i; n < kAhead; n += pairs) prefetch_row(ahead[at + step * kAhead + n], w.row_bytes);
+          for (int64_t n = i; n < kAhead; n += pairs) prefetch_rows(w, 1);
         }
 #pragma GCC unroll 2
         for (int odd = 0; odd < 2; ++odd) {
@@ -65,11 +59,10 @@ GROK_FP32 __attribute__((noinline)) void GROK_FP32_NAME(scores)(Workspace& w, co
   }
 }
 
-// Of 2 · kWidth · kPairs columns. `ahead`: of 64 steps, `due` prefetch a row, or null.
+// Of 2 · kWidth · kPairs columns.
 template <int rows, bool half, int kPairs>
-GROK_FP32 __attribute__((noinline)) void GROK_FP32_NAME(accumulate)(const Workspace& w, int64_t column, int64_t from,
-                                                                    int64_t to, float* out, int64_t width,
-                                                                    const void* const* ahead, int64_t due) {
+GROK_FP32 __attribute__((noinline)) void GROK_FP32_NAME(accumulate)(Workspace& w, int64_t column, int64_t from,
+                                                                    int64_t to, float* out, int64_t width) {
   constexpr int kVectors = 2 * kPairs;
   Vec sums[rows][kVectors];
 #pragma GCC unroll 12
@@ -81,12 +74,12 @@ GROK_FP32 __attribute__((noinline)) void GROK_FP32_NAME(accumulate)(const Worksp
     }
   }
   const char* staged = reinterpret_cast<const char*>(w.values) + 2 * column;
-  int64_t steps = 0;
+  const int64_t passes = width / (2 * kWidth * kPairs);  // over the block's values
+  int64_t wait = passes;
+  const bool ahead = w.ahead < 2 * kBlock;
   for (int64_t j = from; j < to; ++j) {
-    if (ahead) {
-      for (steps += due; steps >= kBlock; steps -= kBlock) prefetch_row(*ahead++, w.row_bytes);
-    }
-    const char* row = half ? staged + 2 * j * width : static_cast<const char*>(w.block.v[j]) + 2 * column;
+    if (ahead && --wait == 0) prefetch_rows(w, 1), wait = passes;
+    const char* row = half ? staged + 2 * j * width : static_cast<const char*>(w.block->v[j]) + 2 * column;
     Vec value[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kPairs; ++v) {
@@ -109,21 +102,14 @@ GROK_FP32 __attribute__((noinline)) void GROK_FP32_NAME(accumulate)(const Worksp
 }
 
 template <int rows, bool half>
-GROK_FP32 void GROK_FP32_NAME(accumulate)(const Workspace& w, int64_t from, int64_t to, float* out, int64_t width,
-                                          const void* const* ahead) {
+GROK_FP32 void GROK_FP32_NAME(accumulate)(Workspace& w, int64_t from, int64_t to, float* out, int64_t width) {
   constexpr int kPairs = value_pairs(rows), kColumns = 2 * kWidth * kPairs;
   int64_t column = 0;
-  const auto part = [&](int64_t columns) {  // its share of the rows ahead
-    const int64_t first = column * kBlock / width;
-    return std::pair(ahead ? ahead + first : nullptr, (column + columns) * kBlock / width - first);
-  };
   for (; column + kColumns <= width; column += kColumns) {
-    const auto [rows_ahead, due] = part(kColumns);
-    GROK_FP32_NAME(accumulate)<rows, half, kPairs>(w, column, from, to, out, width, rows_ahead, due);
+    GROK_FP32_NAME(accumulate)<rows, half, kPairs>(w, column, from, to, out, width);
   }
   for (; column < width; column += 32) {  // width is a multiple of 32
-    const auto [rows_ahead, due] = part(32);
-    GROK_FP32_NAME(accumulate)<rows, half, 16 / kWidth>(w, column, from, to, out, width, rows_ahead, due);
+    GROK_FP32_NAME(accumulate)<rows, half, 16 / kWidth>(w, column, from, to, out, width);
   }
 }
 
@@ -131,6 +117,19 @@ template <bool half>
 struct GROK_FP32_NAME(Fp32) {
   static constexpr bool kFused = true;
   static constexpr int64_t kRows = kRowsAtOnce;
+
+  GROK_FP32 static float fold_max(const float* m) {
+    const __m256 a = _mm256_max_ps(_mm256_loadu_ps(m + 8), _mm256_loadu_ps(m));
+    const __m128 b = _mm_max_ps(_mm256_extractf128_ps(a, 1), _mm256_castps256_ps128(a));
+    const __m128 c = _mm_max_ps(_mm_movehl_ps(b, b), b);
+    return _mm_cvtss_f32(_mm_max_ss(_mm_movehdup_ps(c), c));
+  }
+  GROK_FP32 static float fold_sum(const float* m) {
+    const __m256 a = _mm256_add_ps(_mm256_loadu_ps(m), _mm256_loadu_ps(m + 8));
+    const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
+  }
 
   // Column c of row r of kRows is number c · kRows + r.
   GROK_INLINE static void load_query(const PagedAttention& p, const void* q, float* queries, int64_t r) {
@@ -149,23 +148,21 @@ struct GROK_FP32_NAME(Fp32) {
       char* k = reinterpret_cast<char*>(w.staged);
       char* v = k + kBlock * width * w.element;
       for (int64_t j = 0; j < kBlock; ++j, k += width * w.element, v += width * w.element) {
-        std::memcpy(k, w.block.k[j], bytes);
+        std::memcpy(k, w.block->k[j], bytes);
         std::memset(k + bytes, 0, width * w.element - bytes);
-        std::memcpy(v, w.block.v[j], bytes);
+        std::memcpy(v, w.block->v[j], bytes);
         std::memset(v + bytes, 0, width * w.element - bytes);
-        w.block.k[j] = k;
-        w.block.v[j] = v;
+        w.block->k[j] = k;
+        w.block->v[j] = v;
       }
     }
     char* keys = reinterpret_cast<char*>(w.keys);
     if constexpr (half) {
       uint16_t* values = reinterpret_cast<uint16_t*>(w.values);
-      const bool nans = has_nan(w.block.k, width) || has_nan(w.block.v, width);
-      (nans ? transpose_e4m3<true> : transpose_e4m3<false>)(w.block.k, width, keys);
-      (nans ? convert_values<true> : convert_values<false>)(w.block.v, width, values);
-      for (int64_t j = 0; j < kBlock; ++j) w.block.k_scale[j] *= 256.0f, w.block.v_scale[j] *= 256.0f;
+      load_e4m3(w, width, keys, values);
+      for (int64_t j = 0; j < kBlock; ++j) w.block->k_scale[j] *= 256.0f, w.block->v_scale[j] *= 256.0f;
     } else {
-      transpose_bf16(w.block.k, width, keys);
+      transpose_bf16(w, width, keys);
     }
   }
 
@@ -174,23 +171,23 @@ struct GROK_FP32_NAME(Fp32) {
     if constexpr (rows > 1) {
       if (count < rows) return scores_of<rows - 1>(w, row, count, width);
     }
-    GROK_FP32_NAME(scores)<rows, half>(w, w.queries + row * width, width, row == 0 ? w.next.k : nullptr);
+    GROK_FP32_NAME(scores)<rows, half>(w, w.queries + row * width, width);
   }
   GROK_INLINE static void scores(Workspace& w, int64_t row, int64_t rows, int64_t width) {
     scores_of<kRows>(w, row, rows, width);
   }
 
   template <int64_t rows>
-  GROK_INLINE static void accumulate_of(const Workspace& w, int64_t row, int64_t count, int64_t from, int64_t to,
+  GROK_INLINE static void accumulate_of(Workspace& w, int64_t count, int64_t from, int64_t to,
                                         float* out, int64_t width) {
     if constexpr (rows > 1) {
-      if (count < rows) return accumulate_of<rows - 1>(w, row, count, from, to, out, width);
+      if (count < rows) return accumulate_of<rows - 1>(w, count, from, to, out, width);
     }
-    GROK_FP32_NAME(accumulate)<rows, half>(w, from, to, out, width, row == 0 ? w.next.v : nullptr);
+    GROK_FP32_NAME(accumulate)<rows, half>(w, from, to, out, width);
   }
-  GROK_INLINE static void accumulate(const Workspace& w, int64_t row, int64_t rows, int64_t from, int64_t to,
+  GROK_INLINE static void accumulate(Workspace& w, int64_t /*row*/, int64_t rows, int64_t from, int64_t to,
                                      float* out, int64_t width) {
-    accumulate_of<kRows>(w, row, rows, from, to, out, width);
+    accumulate_of<kRows>(w, rows, from, to, out, width);
   }
 
   GROK_INLINE static void store(const PagedAttention& p, const float* out, float total, void* y) {
