@@ -209,6 +209,20 @@ GROK_INLINE float mask(float* __restrict s, const KeyBlock& b, float inner, floa
   return Path::fold_max(m);
 }
 
+// Makes exp(score − shift) of a row's scores, times the scales of the values. Returns the sum without these scales.
+template <class Path>
+GROK_INLINE float weigh(float* __restrict s, const float* __restrict scale, float shift) {
+  float sums[kLanes] = {};
+  for (int at = 0; at < kBlock; at += kLanes) {
+    for (int j = 0; j < kLanes; ++j) {
+      const float probability = exp_below<Path::kFused>(s[at + j] - shift);
+      sums[j] += probability;
+      s[at + j] = probability * scale[at + j];
+    }
+  }
+  return Path::fold_sum(sums);
+}
+
 // Turns the scores of rows r..r+n−1 into probabilities, times the scales of the values; w.keep receives the factors
 // that rescale the rows' earlier sums. All rows take each step together, so that their latencies overlap.
 template <class Path>
@@ -229,16 +243,7 @@ GROK_INLINE void softmax(Workspace& w, const Scaling& scaling, int64_t r, int64_
   }
   for (int i = 0; i < kLanes; ++i) w.keep[i] = exp_below<Path::kFused>(keep[i]);
   for (int64_t i = 0; i < n; ++i) {
-    float* __restrict s = w.scores + i * kBlock;
-    float sums[kLanes] = {};
-    for (int at = 0; at < kBlock; at += kLanes) {
-      for (int j = 0; j < kLanes; ++j) {
-        const float probability = exp_below<Path::kFused>(s[at + j] - shift[i]);
-        sums[j] += probability;
-        s[at + j] = probability * w.block->v_scale[at + j];
-      }
-    }
-    total[i] = total[i] * w.keep[i] + Path::fold_sum(sums);
+    total[i] = total[i] * w.keep[i] + weigh<Path>(w.scores + i * kBlock, w.block->v_scale, shift[i]);
   }
 }
 
