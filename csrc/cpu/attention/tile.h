@@ -320,7 +320,7 @@ GROK_INLINE void attend(const PagedAttention& p, const Piece& piece, const Piece
   find_block(p, piece, start, std::min(kBlock, stop - start), *w.next);
   for (int64_t at = start, after = at + kBlock; at < stop; at = after, after += kBlock) {
     std::swap(w.block, w.next);
-    w.ahead = 0;
+    w.ahead = after < stop || next ? 0 : 2 * kBlock;
     if (p.keys.scale) load_scales(p, piece, *w.block);
     if (after < stop) {
       find_block(p, piece, after, std::min(kBlock, stop - after), *w.next);
