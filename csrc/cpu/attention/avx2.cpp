@@ -1,4 +1,9 @@
-// Attention over bf16 or e4m3 pages on AVX2, in fp32.
+// Attention over bf16 or e4m3 pages on AVX2, in fp32. Keys are transposed as numbers of 16 bits and widened in the
+// inner loops: a block of fp32 keys would fill the L1 cache. bf16 pages hold such numbers; e4m3 codes become fp16
+// numbers of 2⁻⁸ times their value, exactly, by one shift of their bits, and the scales of their rows take 2⁸.
+//
+// A row of the sums over bf16 values holds, of every 16 columns, the 8 even ones and then the 8 odd ones, as a register
+// of bf16 widens.
 
 #include "cpu/attention/tile.h"
 #include "cpu/fp8.h"
@@ -13,30 +18,15 @@
 namespace grok::cpu::attention {
 namespace {
 
-#define GROK_FP32 GROK_AVX2
-#define GROK_FP32_NAME(NAME) NAME##_avx2
-
-using Vec = __m256;
-constexpr int kWidth = 8;
-constexpr int64_t kRowsAtOnce = 6;
-constexpr int score_vectors(int rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : 2; }
-constexpr int value_pairs(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
-constexpr int kScoresAhead = 64;  // rows of the next block that `scores` prefetches
+constexpr int64_t kRows = 6;  // rows that share a load of keys
 
 GROK_AVX2 inline __m128i load_128(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
 GROK_AVX2 inline __m256i load_256(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
-GROK_AVX2 inline Vec load(const float* from) { return _mm256_loadu_ps(from); }
-GROK_AVX2 inline void store(float* to, Vec v) { _mm256_storeu_ps(to, v); }
-GROK_AVX2 inline Vec zero() { return _mm256_setzero_ps(); }
-GROK_AVX2 inline Vec splat(const float* from) { return _mm256_broadcast_ss(from); }
-GROK_AVX2 inline Vec multiply(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
-GROK_AVX2 inline Vec add_product(Vec sum, Vec a, Vec b) { return _mm256_fmadd_ps(a, b, sum); }
-GROK_AVX2 inline Vec widen_half(const void* from) { return _mm256_cvtph_ps(load_128(from)); }
 
-// The low and the high bf16 number of each 32-bit lane.
-GROK_AVX2 inline Vec low_bf16(const void* pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(load_256(pairs), 16)); }
-GROK_AVX2 inline Vec high_bf16(const void* pairs) {
-  return _mm256_castsi256_ps(_mm256_and_si256(load_256(pairs), _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+// The low and the high bf16 number of each 32-bit lane, as fp32.
+GROK_AVX2 inline __m256 low_bf16(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+GROK_AVX2 inline __m256 high_bf16(__m256i pairs) {
+  return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
 // 16 e4m3 codes as fp16 numbers of 2⁻⁸ times their value. Without `nans` the code of NaN becomes 1.875.
@@ -62,8 +52,7 @@ GROK_AVX2 bool has_nan(const void* const* rows, int64_t width) {
 }
 
 template <bool nans>
-GROK_AVX2 void convert_values(Workspace& w, int64_t width, uint16_t* y) {
-  const void* const* rows = w.block->v;
+GROK_AVX2 void convert_values_avx2(const void* const* rows, int64_t width, uint16_t* y) {
   for (int64_t j = 0; j < kBlock; ++j, y += width) {
     for (int64_t c = 0; c < width; c += 16) {
       const __m256i half = halves<nans>(load_128(static_cast<const char*>(rows[j]) + c));
@@ -83,8 +72,7 @@ GROK_AVX2 inline void transpose_store(const __m256i* x, char* y, int64_t stride)
 }
 
 // bf16 keys: pair i of columns of key j goes to dword i · kBlock + j.
-GROK_AVX2 void transpose_bf16(Workspace& w, int64_t width, char* y) {
-  const void* const* rows = w.block->k;
+GROK_AVX2 void transpose_bf16(const void* const* rows, int64_t width, char* y) {
   for (int64_t j = 0; j < kBlock; j += 8) {
     for (int64_t i = 0; i < width / 2; i += 4) {
       __m256i x[4];  // half k of x[n] is of key j + 4k + n
@@ -99,8 +87,7 @@ GROK_AVX2 void transpose_bf16(Workspace& w, int64_t width, char* y) {
 
 // e4m3 keys: column c of key j goes, as fp16, to word c · kBlock + j.
 template <bool nans>
-GROK_AVX2 void transpose_e4m3(Workspace& w, int64_t width, char* y) {
-  const void* const* rows = w.block->k;
+GROK_AVX2 void transpose_e4m3_avx2(const void* const* rows, int64_t width, char* y) {
   for (int64_t j = 0; j < kBlock; j += 16) {
     for (int64_t c = 0; c < width; c += 16) {
       __m256i low[8], high[8];  // columns c + 0–3, 8–11 and c + 4–7, 12–15 of two keys, interleaved
@@ -124,17 +111,229 @@ GROK_AVX2 void transpose_e4m3(Workspace& w, int64_t width, char* y) {
   }
 }
 
-GROK_AVX2 inline void load_e4m3(Workspace& w, int64_t width, char* keys, uint16_t* values) {
-  const bool nans = has_nan(w.block->k, width) || has_nan(w.block->v, width);
-  (nans ? transpose_e4m3<true> : transpose_e4m3<false>)(w, width, keys);
-  (nans ? convert_values<true> : convert_values<false>)(w, width, values);
+GROK_AVX2 inline void prefetch_avx2(const void* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(row) + i, _MM_HINT_T0);
 }
 
-#include "cpu/attention/fp32.inl"
+// w.keys: 4 · kBlock bytes for each pair of columns. With `ahead`, prefetches this block's values, which are needed
+// next: pages of one key head may share few sets of L2, so that a whole block ahead would be evicted. The requests are
+// spread over the work, since of a burst most would wait.
+template <int rows, bool half, bool ahead>
+GROK_AVX2 __attribute__((noinline)) void scores_avx2(Workspace& w, const float* q, int64_t width, int64_t row_bytes) {
+  constexpr int kVectors = rows == 1 ? 8 : rows <= 3 ? 4 : 2;
+  constexpr int kKeys = 8 * kVectors, kSteps = 16;  // width is a multiple of 32
+  for (int64_t at = 0; at < kBlock; at += kKeys) {
+    __m256 sums[rows][kVectors];
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm256_setzero_ps();
+    }
+    const char* k = reinterpret_cast<const char*>(w.keys) + (half ? 2 : 4) * at;
+    const float* x = q;
+    for (int step = 0; step < kSteps; ++step) {
+      if constexpr (ahead) {
+#pragma GCC unroll 4
+        for (int n = 0; n < kKeys / kSteps; ++n) prefetch_avx2(w.block->v[at + step * (kKeys / kSteps) + n], row_bytes);
+      }
+      for (int64_t i = 0; i < width / (2 * kSteps); ++i, k += 4 * kBlock, x += 2 * kRows) {
+#pragma GCC unroll 2
+        for (int odd = 0; odd < 2; ++odd) {
+          __m256 key[kVectors];
+#pragma GCC unroll 8
+          for (int v = 0; v < kVectors; ++v) {
+            if constexpr (half) {
+              key[v] = _mm256_cvtph_ps(load_128(k + 2 * kBlock * odd + 16 * v));
+            } else {
+              key[v] = odd ? high_bf16(load_256(k + 32 * v)) : low_bf16(load_256(k + 32 * v));
+            }
+          }
+#pragma GCC unroll 6
+          for (int r = 0; r < rows; ++r) {
+            const __m256 value = _mm256_broadcast_ss(x + kRows * odd + r);
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm256_fmadd_ps(value, key[v], sums[r][v]);
+          }
+        }
+      }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) _mm256_store_ps(w.scores + r * kBlock + at + 8 * v, sums[r][v]);
+    }
+  }
+}
+
+// Of 16 · kPairs columns. With `ahead`, prefetches the keys of the next block.
+template <int rows, bool half, bool ahead, int kPairs>
+GROK_AVX2 __attribute__((noinline)) void accumulate_avx2(const Workspace& w, int64_t column, int64_t from, int64_t to,
+                                                         float* out, int64_t width) {
+  constexpr int kVectors = 2 * kPairs;
+  __m256 sums[rows][kVectors];
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; ++r) {
+    const __m256 keep = _mm256_broadcast_ss(w.keep + r);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      sums[r][v] = _mm256_mul_ps(_mm256_loadu_ps(out + r * width + column + 8 * v), keep);
+    }
+  }
+  const char* staged = reinterpret_cast<const char*>(w.values) + 2 * column;
+  const int64_t offset = column * w.element, lines = offset % 64 ? 0 : 16 * kPairs * w.element;
+  for (int64_t j = from; j < to; ++j) {
+    if constexpr (ahead) prefetch_avx2(static_cast<const char*>(w.next->k[j]) + offset, lines);
+    const char* row = half ? staged + 2 * j * width : static_cast<const char*>(w.block->v[j]) + 2 * column;
+    __m256 value[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kPairs; ++v) {
+      if constexpr (half) {
+        value[2 * v] = _mm256_cvtph_ps(load_128(row + 32 * v));
+        value[2 * v + 1] = _mm256_cvtph_ps(load_128(row + 32 * v + 16));
+      } else {
+        value[2 * v] = low_bf16(load_256(row + 32 * v));
+        value[2 * v + 1] = high_bf16(load_256(row + 32 * v));
+      }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; ++r) {
+      const __m256 weight = _mm256_broadcast_ss(w.scores + r * kBlock + j);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm256_fmadd_ps(weight, value[v], sums[r][v]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) _mm256_storeu_ps(out + r * width + column + 8 * v, sums[r][v]);
+  }
+}
+
+template <int rows, bool half, bool ahead>
+GROK_AVX2 void accumulate_avx2(const Workspace& w, int64_t from, int64_t to, float* out, int64_t width) {
+  constexpr int kPairs = rows == 1 ? 4 : rows <= 3 ? 2 : 1;
+  int64_t column = 0;
+  for (; column + 16 * kPairs <= width; column += 16 * kPairs) {
+    accumulate_avx2<rows, half, ahead, kPairs>(w, column, from, to, out, width);
+  }
+  if (kPairs == 4 && column < width) accumulate_avx2<rows, half, ahead, 2>(w, column, from, to, out, width);
+}
+
+template <bool half>
+struct Avx2Path {
+  static constexpr bool kFused = true;
+  static constexpr int64_t kRows = attention::kRows;
+
+  GROK_INLINE static float fold_max(float* m) { return attention::fold_max<kLanes>(m); }
+  GROK_INLINE static float fold_sum(float* m) { return attention::fold_sum<kLanes>(m); }
+
+  // Column c of row r of six is number 6c + r.
+  GROK_INLINE static void load_query(const PagedAttention& p, const void* q, float* queries, int64_t r) {
+    const int64_t width = padded(p.head_size);
+    float* y = queries + r / kRows * kRows * width + r % kRows;
+    for (int64_t c = 0; c < p.head_size; ++c) {
+      const bool f32 = p.q_type == DType::f32;
+      y[c * kRows] = f32 ? static_cast<const float*>(q)[c] : to_float(static_cast<const BF16*>(q)[c]);
+    }
+    for (int64_t c = p.head_size; c < width; ++c) y[c * kRows] = 0.0f;
+  }
+
+  GROK_INLINE static void load_block(const PagedAttention& p, Workspace& w) {
+    const int64_t width = padded(p.head_size), bytes = p.head_size * w.element;
+    if (width != p.head_size) {
+      char* k = reinterpret_cast<char*>(w.staged);
+      char* v = k + kBlock * width * w.element;
+      for (int64_t j = 0; j < kBlock; ++j, k += width * w.element, v += width * w.element) {
+        std::memcpy(k, w.block->k[j], bytes);
+        std::memset(k + bytes, 0, width * w.element - bytes);
+        std::memcpy(v, w.block->v[j], bytes);
+        std::memset(v + bytes, 0, width * w.element - bytes);
+        w.block->k[j] = k;
+        w.block->v[j] = v;
+      }
+    }
+    char* keys = reinterpret_cast<char*>(w.keys);
+    if constexpr (half) {
+      uint16_t* values = reinterpret_cast<uint16_t*>(w.values);
+      const bool nans = has_nan(w.block->k, width) || has_nan(w.block->v, width);
+      (nans ? transpose_e4m3_avx2<true> : transpose_e4m3_avx2<false>)(w.block->k, width, keys);
+      (nans ? convert_values_avx2<true> : convert_values_avx2<false>)(w.block->v, width, values);
+      for (int64_t j = 0; j < kBlock; ++j) w.block->k_scale[j] *= 256.0f, w.block->v_scale[j] *= 256.0f;
+    } else {
+      transpose_bf16(w.block->k, width, keys);
+    }
+  }
+
+  template <int rows>
+  GROK_INLINE static void scores_of(Workspace& w, int64_t row, int64_t width) {
+    const float* q = w.queries + row * width;
+    if (row == 0) return scores_avx2<rows, half, true>(w, q, width, w.row_bytes);
+    scores_avx2<rows, half, false>(w, q, width, w.row_bytes);
+  }
+
+  GROK_INLINE static void scores(Workspace& w, int64_t row, int64_t rows, int64_t width) {
+    switch (rows) {
+      case 1: return scores_of<1>(w, row, width);
+      case 2: return scores_of<2>(w, row, width);
+      case 3: return scores_of<3>(w, row, width);
+      case 4: return scores_of<4>(w, row, width);
+      case 5: return scores_of<5>(w, row, width);
+      default: return scores_of<kRows>(w, row, width);
+    }
+  }
+
+  template <int rows>
+  GROK_INLINE static void accumulate_of(const Workspace& w, int64_t row, int64_t from, int64_t to, float* out,
+                                        int64_t width) {
+    if (row == 0) return accumulate_avx2<rows, half, true>(w, from, to, out, width);
+    accumulate_avx2<rows, half, false>(w, from, to, out, width);
+  }
+
+  GROK_INLINE static void accumulate(const Workspace& w, int64_t row, int64_t rows, int64_t from, int64_t to,
+                                     float* out, int64_t width) {
+    switch (rows) {
+      case 1: return accumulate_of<1>(w, row, from, to, out, width);
+      case 2: return accumulate_of<2>(w, row, from, to, out, width);
+      case 3: return accumulate_of<3>(w, row, from, to, out, width);
+      case 4: return accumulate_of<4>(w, row, from, to, out, width);
+      case 5: return accumulate_of<5>(w, row, from, to, out, width);
+      default: return accumulate_of<kRows>(w, row, from, to, out, width);
+    }
+  }
+
+  GROK_INLINE static void store(const PagedAttention& p, const float* out, float total, void* y) {
+    const float divisor = total < 0.5f ? 0.5f : total;  // at least 1 wherever a score is not −inf
+    for (int64_t at = 0; at < p.head_size; at += 16) {
+      float x[16];
+      for (int i = 0; i < 8; ++i) {
+        x[half ? i : 2 * i] = out[at + i];
+        x[half ? i + 8 : 2 * i + 1] = out[at + 8 + i];
+      }
+      const int64_t count = std::min<int64_t>(16, p.head_size - at);
+      if (p.q_type == DType::f32) {
+        divide(x, divisor, count, static_cast<float*>(y) + at);
+      } else {
+        divide(x, divisor, count, static_cast<BF16*>(y) + at);
+      }
+    }
+  }
+};
+
+GROK_AVX2 void attend_avx2_bf16(const PagedAttention& p, const Piece& piece, const Piece* next) {
+  attend<Avx2Path<false>>(p, piece, next);
+}
+GROK_AVX2 void attend_avx2_e4m3(const PagedAttention& p, const Piece& piece, const Piece* next) {
+  attend<Avx2Path<true>>(p, piece, next);
+}
+GROK_AVX2 void merge_avx2_bf16(const PagedAttention& p, const Piece& tile) { merge_spans<Avx2Path<false>>(p, tile); }
+GROK_AVX2 void merge_avx2_e4m3(const PagedAttention& p, const Piece& tile) { merge_spans<Avx2Path<true>>(p, tile); }
 
 }  // namespace
 
-Kernel avx2_kernel(DType kv) { return kernel_of(kv); }
+Kernel avx2_kernel(DType kv) {
+  if (kv == DType::e4m3) return {attend_avx2_e4m3, merge_avx2_e4m3};
+  return {attend_avx2_bf16, merge_avx2_bf16};
+}
 
 }  // namespace grok::cpu::attention
 
