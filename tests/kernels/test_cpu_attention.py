@@ -330,7 +330,10 @@ def test_the_inner_loops_are_vector_instructions() -> None:
         return sum(len(re.findall(instruction, body)) for body in bodies)
 
     bf16 = "attend_avx512_bf16|scores_avx512|accumulate_avx512"
-    for names, register in (("attend_avx2", "ymm"), ("attend_avx512", "zmm"), (bf16, "zmm")):
+    avx2, avx512 = (rf"(attend_pages|scores|accumulate)_{isa}" for isa in ("avx2", "avx512"))
+    for names, register in (
+        ("attend_avx2", "ymm"), ("attend_avx512", "zmm"), (avx2, "ymm"), (avx512, "zmm"), (bf16, "zmm")
+    ):  # fmt: skip
         assert count(names, rf"vfmadd\w+ps .*%{register}") > 100
         assert count(names, r"vfmadd\w+ss ") == 0
     assert count(bf16, r"vdpbf16ps .*%zmm") >= 4 * sum(range(1, 7))  # 1 to 6 rows by 64 keys

@@ -33,6 +33,10 @@ GROK_INLINE void widen(DType type, const void* row, int64_t c, int64_t width, fl
 template <bool fused, int lanes>
 struct Fp32Path {
   static constexpr bool kFused = fused;
+  static constexpr int64_t kRows = 6;
+
+  GROK_INLINE static float fold_max(float* m) { return attention::fold_max<kLanes>(m); }
+  GROK_INLINE static float fold_sum(float* m) { return attention::fold_sum<kLanes>(m); }
 
   GROK_INLINE static void load_query(const PagedAttention& p, const void* q, float* queries, int64_t r) {
     const int64_t width = padded(p.head_size);
@@ -42,8 +46,8 @@ struct Fp32Path {
   GROK_INLINE static void load_block(const PagedAttention& p, Workspace& w) {
     const int64_t width = padded(p.head_size);
     for (int64_t j = 0; j < kBlock; ++j) {
-      widen(p.kv_type, w.block.k[j], p.head_size, width, w.staged + j * width);
-      widen(p.kv_type, w.block.v[j], p.head_size, width, w.values + j * width);
+      widen(p.kv_type, w.block->k[j], p.head_size, width, w.staged + j * width);
+      widen(p.kv_type, w.block->v[j], p.head_size, width, w.values + j * width);
     }
     constexpr int64_t kPatch = 16;
     for (int64_t c = 0; c < width; c += kPatch) {
@@ -149,6 +153,7 @@ GROK_ATTENTION(neon, , true, 8)
 Kernel kernel_for(Isa isa, [[maybe_unused]] DType q, [[maybe_unused]] DType kv) {
 #if GROK_X86
   if (isa == Isa::avx512_bf16 && q == DType::bf16 && kv != DType::f32) return bf16_kernel();
+  if (isa >= Isa::avx512 && kv != DType::f32) return avx512_kernel(kv);
   if (isa == Isa::avx2 && kv != DType::f32) return avx2_kernel(kv);
 #endif
   return GROK_PICK(isa, kernel);

@@ -18,6 +18,8 @@
 namespace grok::cpu::attention {
 namespace {
 
+constexpr int64_t kRows = 6;  // rows that share a load of keys
+
 GROK_AVX2 inline __m128i load_128(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
 GROK_AVX2 inline __m256i load_256(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
@@ -132,7 +134,7 @@ GROK_AVX2 __attribute__((noinline)) void scores_avx2(Workspace& w, const float* 
     for (int step = 0; step < kSteps; ++step) {
       if constexpr (ahead) {
 #pragma GCC unroll 4
-        for (int n = 0; n < kKeys / kSteps; ++n) prefetch_avx2(w.block.v[at + step * (kKeys / kSteps) + n], row_bytes);
+        for (int n = 0; n < kKeys / kSteps; ++n) prefetch_avx2(w.block->v[at + step * (kKeys / kSteps) + n], row_bytes);
       }
       for (int64_t i = 0; i < width / (2 * kSteps); ++i, k += 4 * kBlock, x += 2 * kRows) {
 #pragma GCC unroll 2
@@ -180,8 +182,8 @@ GROK_AVX2 __attribute__((noinline)) void accumulate_avx2(const Workspace& w, int
   const char* staged = reinterpret_cast<const char*>(w.values) + 2 * column;
   const int64_t offset = column * w.element, lines = offset % 64 ? 0 : 16 * kPairs * w.element;
   for (int64_t j = from; j < to; ++j) {
-    if constexpr (ahead) prefetch_avx2(static_cast<const char*>(w.next.k[j]) + offset, lines);
-    const char* row = half ? staged + 2 * j * width : static_cast<const char*>(w.block.v[j]) + 2 * column;
+    if constexpr (ahead) prefetch_avx2(static_cast<const char*>(w.next->k[j]) + offset, lines);
+    const char* row = half ? staged + 2 * j * width : static_cast<const char*>(w.block->v[j]) + 2 * column;
     __m256 value[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kPairs; ++v) {
@@ -220,6 +222,10 @@ GROK_AVX2 void accumulate_avx2(const Workspace& w, int64_t from, int64_t to, flo
 template <bool half>
 struct Avx2Path {
   static constexpr bool kFused = true;
+  static constexpr int64_t kRows = attention::kRows;
+
+  GROK_INLINE static float fold_max(float* m) { return attention::fold_max<kLanes>(m); }
+  GROK_INLINE static float fold_sum(float* m) { return attention::fold_sum<kLanes>(m); }
 
   // Column c of row r of six is number 6c + r.
   GROK_INLINE static void load_query(const PagedAttention& p, const void* q, float* queries, int64_t r) {
@@ -238,23 +244,23 @@ struct Avx2Path {
       char* k = reinterpret_cast<char*>(w.staged);
       char* v = k + kBlock * width * w.element;
       for (int64_t j = 0; j < kBlock; ++j, k += width * w.element, v += width * w.element) {
-        std::memcpy(k, w.block.k[j], bytes);
+        std::memcpy(k, w.block->k[j], bytes);
         std::memset(k + bytes, 0, width * w.element - bytes);
-        std::memcpy(v, w.block.v[j], bytes);
+        std::memcpy(v, w.block->v[j], bytes);
         std::memset(v + bytes, 0, width * w.element - bytes);
-        w.block.k[j] = k;
-        w.block.v[j] = v;
+        w.block->k[j] = k;
+        w.block->v[j] = v;
       }
     }
     char* keys = reinterpret_cast<char*>(w.keys);
     if constexpr (half) {
       uint16_t* values = reinterpret_cast<uint16_t*>(w.values);
-      const bool nans = has_nan(w.block.k, width) || has_nan(w.block.v, width);
-      (nans ? transpose_e4m3_avx2<true> : transpose_e4m3_avx2<false>)(w.block.k, width, keys);
-      (nans ? convert_values_avx2<true> : convert_values_avx2<false>)(w.block.v, width, values);
-      for (int64_t j = 0; j < kBlock; ++j) w.block.k_scale[j] *= 256.0f, w.block.v_scale[j] *= 256.0f;
+      const bool nans = has_nan(w.block->k, width) || has_nan(w.block->v, width);
+      (nans ? transpose_e4m3_avx2<true> : transpose_e4m3_avx2<false>)(w.block->k, width, keys);
+      (nans ? convert_values_avx2<true> : convert_values_avx2<false>)(w.block->v, width, values);
+      for (int64_t j = 0; j < kBlock; ++j) w.block->k_scale[j] *= 256.0f, w.block->v_scale[j] *= 256.0f;
     } else {
-      transpose_bf16(w.block.k, width, keys);
+      transpose_bf16(w.block->k, width, keys);
     }
   }
 

@@ -124,8 +124,8 @@ GROK_AVX512_BF16 void accumulate_avx512(const Workspace& w, int64_t column, int6
     }
   }
   for (int64_t j = from; j < to; ++j) {
-    const uint16_t* row = static_cast<const uint16_t*>(w.block.v[j]) + column;
-    prefetch_avx512(w.next.v[j], column * w.element, 32 * halves * w.element);
+    const uint16_t* row = static_cast<const uint16_t*>(w.block->v[j]) + column;
+    prefetch_avx512(w.next->v[j], column * w.element, 32 * halves * w.element);
     __m512 x[kVectors];
 #pragma GCC unroll 2
     for (int h = 0; h < halves; ++h) {
@@ -158,6 +158,10 @@ GROK_AVX512_BF16 void accumulate_avx512(const Workspace& w, int64_t from, int64_
 
 struct Bf16Path {
   static constexpr bool kFused = true;
+  static constexpr int64_t kRows = 6;  // 6 · 4 sums of 16 keys fill 24 of 32 registers
+
+  GROK_INLINE static float fold_max(float* m) { return attention::fold_max<kLanes>(m); }
+  GROK_INLINE static float fold_sum(float* m) { return attention::fold_sum<kLanes>(m); }
 
   GROK_INLINE static void load_query(const PagedAttention& p, const void* q, float* queries, int64_t r) {
     const int64_t width = padded(p.head_size);
@@ -171,13 +175,13 @@ struct Bf16Path {
       uint16_t* k = reinterpret_cast<uint16_t*>(w.staged);
       uint16_t* v = reinterpret_cast<uint16_t*>(w.values);
       for (int64_t j = 0; j < kBlock; ++j, k += width, v += width) {
-        stage_row_avx512(p.kv_type, w.block.k[j], p.head_size, width, k);
-        stage_row_avx512(p.kv_type, w.block.v[j], p.head_size, width, v);
-        w.block.k[j] = k;
-        w.block.v[j] = v;
+        stage_row_avx512(p.kv_type, w.block->k[j], p.head_size, width, k);
+        stage_row_avx512(p.kv_type, w.block->v[j], p.head_size, width, v);
+        w.block->k[j] = k;
+        w.block->v[j] = v;
       }
     }
-    transpose_avx512(w.block.k, width, reinterpret_cast<uint32_t*>(w.keys), w.next.k, p.head_size * w.element);
+    transpose_avx512(w.block->k, width, reinterpret_cast<uint32_t*>(w.keys), w.next->k, p.head_size * w.element);
   }
 
   GROK_INLINE static void scores(Workspace& w, int64_t row, int64_t rows, int64_t width) {

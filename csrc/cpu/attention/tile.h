@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "cpu/attention/attention.h"
 #include "cpu/fused_math.h"
@@ -11,10 +12,12 @@
 
 // Attention of one tile of query rows over blocks of keys (FlashAttention's online softmax), written once for all
 // instruction sets. A Path holds what differs:
+//   kRows        how many rows `scores` and `accumulate` take at once: they share a load of keys
 //   load_query   one row of q, in the form that `scores` takes
 //   load_block   the keys of a block, transposed, and its values, in the forms that `scores` and `accumulate` take
 //   scores       q · k of a few rows and all keys of a block
 //   accumulate   out = out · keep + p · v of a few rows and a range of the block's keys
+//   fold_max     the largest of kLanes numbers, by halves, and fold_sum, their sum
 //   store        one row of the result
 // Every number of a row comes from the same operations in the same order, whatever rows share its tile: keys that the
 // row does not see have probability 0 and add exact zeros.
@@ -52,11 +55,15 @@ struct Kernel {
 
 // Of bf16 queries and bf16 or e4m3 pages, for Isa::avx512_bf16.
 Kernel bf16_kernel();
-// Of any queries and bf16 or e4m3 pages, for Isa::avx2.
+// Of any queries and bf16 or e4m3 pages.
 Kernel avx2_kernel(DType kv);
+Kernel avx512_kernel(DType kv);
 
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
-constexpr int64_t kRows = 6;  // rows that share a load of keys: 6 · 4 sums of 16 keys fill 24 of 32 registers
+constexpr int64_t kMostRows = 12;  // Path::kRows is at most this
+
+// Reductions run over the lanes of the widest register on every instruction set: one order of the additions.
+constexpr int kLanes = 16;
 
 inline int64_t padded(int64_t head_size) { return (head_size + 31) / 32 * 32; }
 
@@ -93,15 +100,28 @@ struct Workspace {
   float* staged;   // kBlock rows of `width`: keys before they are transposed
   float* sums;     // RunningSums of a span
   float* totals;   // RunningSums of all spans so far
-  alignas(64) float scores[kRows * kBlock];
-  float keep[kRows];
+  alignas(64) float scores[kMostRows * kBlock];
+  float keep[kLanes];
   float factor[kTileRows];                    // the attention temperature of each row
   int32_t first[kTileRows], last[kTileRows];  // the keys that a row sees
   int64_t element, row_bytes;                 // of an element and of a row of the pages
-  KeyBlock block, next;                       // the current block, and the one to prefetch
+  KeyBlock blocks[2];
+  KeyBlock *block = blocks, *next = blocks + 1;  // the current block, and the one to prefetch
+  int64_t ahead;                                 // how many rows of `next` are prefetched: its keys, then its values
+
+  const void* row_ahead(int64_t i) const { return i < kBlock ? next->k[i] : next->v[i - kBlock]; }
 };
 
 Workspace& workspace(int64_t head_size);
+
+// Prefetches more rows of the next block. The order of pages and of what follows them is one that the CPU does not
+// foresee. The requests are spread over the work on this block, since of a burst most would wait.
+GROK_INLINE void prefetch_rows(Workspace& w, int64_t rows) {
+  for (const int64_t end = std::min(2 * kBlock, w.ahead + rows); w.ahead < end; ++w.ahead) {
+    const char* row = static_cast<const char*>(w.row_ahead(w.ahead));
+    for (int64_t i = 0; i < w.row_bytes; i += 64) __builtin_prefetch(row + i);
+  }
+}
 
 // Prefetches the scales of the block; load_scales reads them once the block is the current one.
 inline void find_block(const PagedAttention& p, const Piece& piece, int64_t first, int64_t count, KeyBlock& b) {
@@ -138,11 +158,11 @@ inline void load_scales(const PagedAttention& p, const Piece& piece, KeyBlock& b
     std::copy_n(p.values.row_scale(*page, piece.group, slot), count, b.v_scale + j);
     j += count;
   }
+  std::fill(b.k_scale + b.count, b.k_scale + kBlock, 1.0f);
+  std::fill(b.v_scale + b.count, b.v_scale + kBlock, 1.0f);
 }
 
-// Reductions run over the lanes of the widest register on every instruction set: one order of the additions.
-constexpr int kLanes = 16;
-
+// The larger or the sum of the lanes, by halves: lanes j and j + n / 2 first.
 template <int n>
 GROK_INLINE float fold_max(float* m) {
   if constexpr (n > 1) {
@@ -174,51 +194,56 @@ struct Scaling {
 };
 
 // Makes scores of the products with the keys that a row sees, −inf of the others. Returns the largest.
-template <bool fused, bool capped>
+template <class Path, bool capped>
 GROK_INLINE float mask(float* __restrict s, const KeyBlock& b, float inner, float outer, int32_t from, int32_t to) {
   float m[kLanes];
   for (int j = 0; j < kLanes; ++j) m[j] = kMinusInf;
   for (int32_t i = 0; i < kBlock; i += kLanes) {
     for (int32_t j = 0; j < kLanes; ++j) {
       const float x = inner * (s[i + j] * b.k_scale[i + j]);
-      const float y = outer * (capped ? tanh_fused<fused>(x) : x);
+      const float y = outer * (capped ? tanh_fused<Path::kFused>(x) : x);
       s[i + j] = i + j >= from && i + j <= to ? y : kMinusInf;
       m[j] = s[i + j] > m[j] ? s[i + j] : m[j];
     }
   }
-  return fold_max<kLanes>(m);
+  return Path::fold_max(m);
+}
+
+// Makes exp(score − shift) of a row's scores, times the scales of the values. Returns the sum without these scales.
+template <class Path>
+GROK_INLINE float weigh(float* __restrict s, const float* __restrict scale, float shift) {
+  float sums[kLanes] = {};
+  for (int at = 0; at < kBlock; at += kLanes) {
+    for (int j = 0; j < kLanes; ++j) {
+      const float probability = exp_below<Path::kFused>(s[at + j] - shift);
+      sums[j] += probability;
+      s[at + j] = probability * scale[at + j];
+    }
+  }
+  return Path::fold_sum(sums);
 }
 
 // Turns the scores of rows r..r+n−1 into probabilities, times the scales of the values; w.keep receives the factors
 // that rescale the rows' earlier sums. All rows take each step together, so that their latencies overlap.
-template <bool fused>
+template <class Path>
 GROK_INLINE void softmax(Workspace& w, const Scaling& scaling, int64_t r, int64_t n, float* __restrict top,
                          float* __restrict total) {
-  float shift[kRows] = {}, keep[kRows] = {};
+  float shift[kLanes] = {}, keep[kLanes] = {};
   for (int64_t i = 0; i < n; ++i) {
-    const int32_t from = w.first[r + i] - static_cast<int32_t>(w.block.first);
-    const int32_t to = w.last[r + i] - static_cast<int32_t>(w.block.first);
+    const int32_t from = w.first[r + i] - static_cast<int32_t>(w.block->first);
+    const int32_t to = w.last[r + i] - static_cast<int32_t>(w.block->first);
     const float outer = scaling.outer * w.factor[r + i];
     float* s = w.scores + i * kBlock;
-    const float here = scaling.capped ? mask<fused, true>(s, w.block, scaling.inner, outer, from, to)
-                                      : mask<fused, false>(s, w.block, scaling.inner, outer, from, to);
+    const float here = scaling.capped ? mask<Path, true>(s, *w.block, scaling.inner, outer, from, to)
+                                      : mask<Path, false>(s, *w.block, scaling.inner, outer, from, to);
     const float new_top = here > top[i] ? here : top[i];
     shift[i] = new_top == kMinusInf ? 0.0f : new_top;  // no key seen yet: exp(−inf − 0) is 0, not NaN
     keep[i] = top[i] - shift[i];
     top[i] = new_top;
   }
-  for (int i = 0; i < kRows; ++i) w.keep[i] = exp_below<fused>(keep[i]);
+  for (int i = 0; i < kLanes; ++i) w.keep[i] = exp_below<Path::kFused>(keep[i]);
   for (int64_t i = 0; i < n; ++i) {
-    float* __restrict s = w.scores + i * kBlock;
-    float sums[kLanes] = {};
-    for (int at = 0; at < kBlock; at += kLanes) {
-      for (int j = 0; j < kLanes; ++j) {
-        const float probability = exp_below<fused>(s[at + j] - shift[i]);
-        sums[j] += probability;
-        s[at + j] = probability * w.block.v_scale[at + j];
-      }
-    }
-    total[i] = total[i] * w.keep[i] + fold_sum<kLanes>(sums);
+    total[i] = total[i] * w.keep[i] + weigh<Path>(w.scores + i * kBlock, w.block->v_scale, shift[i]);
   }
 }
 
@@ -281,8 +306,9 @@ GROK_INLINE void attend(const PagedAttention& p, const Piece& piece, const Piece
     w.factor[r] = hot ? static_cast<float>(std::log2(row.position) / std::log2(p.temperature_len)) : 1.0f;
   }
   const Scaling scaling(p);
-  for (float* scales : {w.block.k_scale, w.block.v_scale, w.next.k_scale, w.next.v_scale}) {
-    std::fill_n(scales, kBlock, 1.0f);
+  for (KeyBlock& b : w.blocks) {
+    std::fill_n(b.k_scale, kBlock, 1.0f);
+    std::fill_n(b.v_scale, kBlock, 1.0f);
   }
   w.element = size_of(p.kv_type);
   w.row_bytes = p.head_size * w.element;
@@ -291,24 +317,25 @@ GROK_INLINE void attend(const PagedAttention& p, const Piece& piece, const Piece
   totals.clear(rows, width);
   const int64_t start = first_key_read(p, piece);
   const int64_t stop = std::min<int64_t>((piece.span + piece.spans) * kSpan, w.last[rows - 1] + 1);
-  find_block(p, piece, start, std::min(kBlock, stop - start), w.next);
+  find_block(p, piece, start, std::min(kBlock, stop - start), *w.next);
   for (int64_t at = start, after = at + kBlock; at < stop; at = after, after += kBlock) {
-    w.block = w.next;
-    if (p.keys.scale) load_scales(p, piece, w.block);
+    std::swap(w.block, w.next);
+    w.ahead = after < stop || next ? 0 : 2 * kBlock;
+    if (p.keys.scale) load_scales(p, piece, *w.block);
     if (after < stop) {
-      find_block(p, piece, after, std::min(kBlock, stop - after), w.next);
+      find_block(p, piece, after, std::min(kBlock, stop - after), *w.next);
     } else if (next) {
       const int64_t first = first_key_read(p, *next);
-      find_block(p, *next, first, std::min(kBlock, p.seq_lens[next->request] - first), w.next);
+      find_block(p, *next, first, std::min(kBlock, p.seq_lens[next->request] - first), *w.next);
     }
     Path::load_block(p, w);
-    for (int64_t r = 0; r < rows; r += kRows) {
-      const int64_t n = std::min(kRows, rows - r);
+    for (int64_t r = 0; r < rows; r += Path::kRows) {
+      const int64_t n = std::min(Path::kRows, rows - r);
       if (w.last[r + n - 1] < at || w.first[r] >= after) continue;
       Path::scores(w, r, n, width);
-      softmax<Path::kFused>(w, scaling, r, n, sums.top + r, sums.total + r);
+      softmax<Path>(w, scaling, r, n, sums.top + r, sums.total + r);
       const int64_t from = std::max<int64_t>(0, w.first[r] - at);
-      const int64_t to = std::min(w.block.count, w.last[r + n - 1] - at + 1);
+      const int64_t to = std::min(w.block->count, w.last[r + n - 1] - at + 1);
       Path::accumulate(w, r, n, from, to, sums.out + r * width, width);
     }
     if (piece.partial || (after % kSpan && after < stop)) continue;

@@ -168,6 +168,15 @@ GROK_EMULATED __m512 to_floats(__m512i a) {
   const Array<int32_t> x(a);
   return make<float, __m512>([&](int i) GROK_AVX512 { return static_cast<float>(x[i]); });
 }
+GROK_EMULATED __m512 widen_halves(__m256i a) {
+  const __m256 low = _mm256_cvtph_ps(_mm256_castsi256_si128(a)), high = _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1));
+  return make<float, __m512>([&](int i) GROK_AVX512 { return i < 8 ? low[i] : high[i - 8]; });
+}
+GROK_EMULATED __m512i widen_bytes(__m256i a) {
+  uint8_t x[32];
+  std::memcpy(x, &a, 32);
+  return make<uint16_t>([&](int i) GROK_AVX512 { return x[i]; });
+}
 template <class T>
 GROK_EMULATED __m512i permute(__m512i index, __m512i a) {
   const Array<T> at(index), x(a);
@@ -202,7 +211,9 @@ GROK_EMULATED void keep(__m512i&) {}
 
 #undef _mm512_inserti32x4  // macros of the compiler's header, at some levels of optimisation
 #undef _mm512_setr_epi64
+#undef _mm512_slli_epi16
 #undef _mm512_slli_epi32
+#undef _mm512_srai_epi16
 #undef _mm512_srli_epi32
 #undef _mm512_ternarylogic_epi32
 #define GROK_E ::grok::cpu::emulation
@@ -234,11 +245,14 @@ GROK_EMULATED void keep(__m512i&) {}
 #define _mm512_sub_ps(a, b) ((__m512)((a) - (b)))
 #define _mm512_mul_ps(a, b) ((__m512)((a) * (b)))
 #define _mm512_add_epi64(a, b) ((__m512i)((a) + (b)))
+#define _mm512_add_epi16(a, b) ((__m512i)((GROK_E::Lanes<uint16_t>)(a) + (GROK_E::Lanes<uint16_t>)(b)))
 #define _mm512_add_epi32(a, b) ((__m512i)((GROK_E::Lanes<uint32_t>)(a) + (GROK_E::Lanes<uint32_t>)(b)))
 #define _mm512_and_si512(a, b) ((__m512i)((a) & (b)))
 #define _mm512_or_si512(a, b) ((__m512i)((a) | (b)))
 #define _mm512_xor_si512(a, b) ((__m512i)((a) ^ (b)))
 #define _mm512_ternarylogic_epi32(a, b, c, table) GROK_E::ternary<table>(a, b, c)
+#define _mm512_slli_epi16(a, n) ((__m512i)((GROK_E::Lanes<uint16_t>)(a) << (n)))
+#define _mm512_srai_epi16(a, n) ((__m512i)((GROK_E::Lanes<int16_t>)(a) >> (n)))
 #define _mm512_slli_epi32(a, n) ((__m512i)((GROK_E::Lanes<uint32_t>)(a) << (n)))
 #define _mm512_srli_epi32(a, n) ((__m512i)((GROK_E::Lanes<uint32_t>)(a) >> (n)))
 #define _mm512_mullo_epi32(a, b) ((__m512i)((GROK_E::Lanes<uint32_t>)(a) * (GROK_E::Lanes<uint32_t>)(b)))
@@ -253,10 +267,14 @@ GROK_EMULATED void keep(__m512i&) {}
 #define _mm512_mask_mov_epi8(otherwise, m, a) GROK_E::blend<uint8_t>(otherwise, m, a)
 #define _mm512_unpacklo_epi8(a, b) GROK_E::unpack<uint8_t>(a, b, false)
 #define _mm512_unpackhi_epi8(a, b) GROK_E::unpack<uint8_t>(a, b, true)
+#define _mm512_unpacklo_epi16(a, b) GROK_E::unpack<uint16_t>(a, b, false)
+#define _mm512_unpackhi_epi16(a, b) GROK_E::unpack<uint16_t>(a, b, true)
 #define _mm512_unpacklo_epi32(a, b) GROK_E::unpack<uint32_t>(a, b, false)
 #define _mm512_unpackhi_epi32(a, b) GROK_E::unpack<uint32_t>(a, b, true)
 #define _mm512_unpacklo_epi64(a, b) GROK_E::unpack<uint64_t>(a, b, false)
 #define _mm512_unpackhi_epi64(a, b) GROK_E::unpack<uint64_t>(a, b, true)
+#define _mm512_cvtph_ps(a) GROK_E::widen_halves(a)
+#define _mm512_cvtepu8_epi16(a) GROK_E::widen_bytes(a)
 #define _mm512_cmpeq_epi8_mask(a, b) GROK_E::equal<uint8_t>(a, b)
 #define _mm512_min_epi8(a, b) GROK_E::each<int8_t>(a, b, [](int x, int y) GROK_AVX512 { return x < y ? x : y; })
 #define _mm512_abs_epi8(a) GROK_E::each<int8_t>(a, [](int x) GROK_AVX512 { return x < 0 ? -x : x; })
