@@ -70,8 +70,9 @@ def problems(name: str, work: Sizes, new: int, small: bool) -> Iterator[tuple[Ke
     prompt, requests = (16, (1, 2)) if small else (512, (1, 4, 16))
     loads = [(f"prefill/t{prompt}", Load(1, prompt, 0)), *((f"decode/b{n}", Load(n, 16, new)) for n in requests)]
     for case, load in loads:
+        # int8: peers round rows to 8 bits, and ours may
         result = KernelResult(
-            problem=f"model/{name}/{case}", op="model", arithmetic="bf16", bytes=work.read(load.tokens),
+            problem=f"model/{name}/{case}", op="model", arithmetic="int8", bytes=work.read(load.tokens),
             operations=2.0 * (work.layers * load.tokens + work.head * load.requests),
             parameters={"tokens": load.tokens, "weights": work.formats},
         )  # fmt: skip
