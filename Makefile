@@ -19,7 +19,7 @@ NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 OBJECTS := build/objects
 SANITIZED := build/sanitized
 SANITIZERS := -O1 -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
-# Where the machine has no AVX-512, its kernels are tested in emulation.
+# Where the machine lacks a part of AVX-512, all of its kernels are tested in emulation.
 EMULATED := $(shell grep -qw avx512_bf16 /proc/cpuinfo 2>/dev/null || echo -DGROK_EMULATE_AVX512)
 INSTALLED := $(VENV)/.installed
 OTHER_TRITON := $(VENV)/triton-3.6

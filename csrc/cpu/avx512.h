@@ -41,8 +41,11 @@ namespace grok::cpu {
 
 template <int count>  // to the left where it is negative
 GROK_AVX512 __attribute__((always_inline)) inline __m512i shift_right(__m512i value) {
-  if constexpr (count >= 0) return _mm512_srli_epi32(value, count);
-  return _mm512_slli_epi32(value, -count);
+  if constexpr (count >= 0) {
+    return _mm512_srli_epi32(value, count);
+  } else {
+    return _mm512_slli_epi32(value, -count);
+  }
 }
 
 }  // namespace grok::cpu

@@ -330,7 +330,7 @@ def test_the_inner_loops_are_vector_instructions() -> None:
         return sum(len(re.findall(instruction, body)) for body in bodies)
 
     bf16 = "attend_avx512_bf16|scores_avx512|accumulate_avx512"
-    avx2, avx512 = (rf"(attend_pages|scores|accumulate)_{isa}" for isa in ("avx2", "avx512"))
+    avx2, avx512 = "attend_avx2_bf16|scores_avx2|accumulate_avx2", "scores_f32_avx512|accumulate_f32_avx512"
     for names, register in (
         ("attend_avx2", "ymm"), ("attend_avx512", "zmm"), (avx2, "ymm"), (avx512, "zmm"), (bf16, "zmm")
     ):  # fmt: skip

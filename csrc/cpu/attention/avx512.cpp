@@ -82,7 +82,7 @@ GROK_AVX512 void transpose_bf16_avx512(Workspace& w, int64_t width, char* y) {
   const void* const* rows = w.block->k;
   for (int64_t j = 0; j < kBlock; j += 16) {
     for (int64_t i = 0; i < width / 2; i += 16) {
-      prefetch_rows(w, kLoadAhead * 8 / width);
+      prefetch_rows(w, std::max<int64_t>(1, kLoadAhead * 8 / width));
       __m512i x[4][4], z[4];  // quarter k of x[·][n] is of key j + 4k + n
 #pragma GCC unroll 4
       for (int n = 0; n < 4; ++n) {
@@ -104,7 +104,7 @@ GROK_AVX512 void transpose_e4m3_avx512(Workspace& w, int64_t width, char* y) {
   const void* const* rows = w.block->k;
   for (int64_t j = 0; j < kBlock; j += 32) {
     for (int64_t c = 0; c < width; c += 32) {
-      prefetch_rows(w, kLoadAhead * 8 / width);
+      prefetch_rows(w, std::max<int64_t>(1, kLoadAhead * 8 / width));
       __m512i x[4][4], z[4];  // pairs of columns of two keys, interleaved: quarter k of x[·][n] is of key j + 8k + 2n
 #pragma GCC unroll 4
       for (int n = 0; n < 4; ++n) {
@@ -130,14 +130,9 @@ GROK_AVX512 void transpose_e4m3_avx512(Workspace& w, int64_t width, char* y) {
   }
 }
 
-GROK_AVX512 inline void load_e4m3_avx512(Workspace& w, int64_t width, char* keys, uint16_t* values) {
-  transpose_e4m3_avx512(w, width, keys);
-  convert_values_avx512(w, width, values);
-}
-
 // w.keys: 4 · kBlock bytes for each pair of columns.
 template <int rows, bool half>
-GROK_AVX512 __attribute__((noinline)) void scores_avx512(Workspace& w, const float* q, int64_t width) {
+GROK_AVX512 __attribute__((noinline)) void scores_f32_avx512(Workspace& w, const float* q, int64_t width) {
   constexpr int kVectors = score_vectors(rows), kKeys = kWidth * kVectors;
   constexpr int kSteps = 16, kAhead = std::max<int>(1, kKeys * kScoresAhead / kSteps / kBlock);
   const int64_t pairs = width / (2 * kSteps);
@@ -186,8 +181,8 @@ GROK_AVX512 __attribute__((noinline)) void scores_avx512(Workspace& w, const flo
 
 // Of 2 · kWidth · kPairs columns.
 template <int rows, bool half, int kPairs>
-GROK_AVX512 __attribute__((noinline)) void accumulate_avx512(Workspace& w, int64_t column, int64_t from,
-                                                                    int64_t to, float* out, int64_t width) {
+GROK_AVX512 __attribute__((noinline)) void accumulate_f32_avx512(Workspace& w, int64_t column, int64_t from, int64_t to,
+                                                                  float* out, int64_t width) {
   constexpr int kVectors = 2 * kPairs;
   Vec sums[rows][kVectors];
 #pragma GCC unroll 12
@@ -227,14 +222,14 @@ GROK_AVX512 __attribute__((noinline)) void accumulate_avx512(Workspace& w, int64
 }
 
 template <int rows, bool half>
-GROK_AVX512 void accumulate_avx512(Workspace& w, int64_t from, int64_t to, float* out, int64_t width) {
+GROK_AVX512 void accumulate_f32_avx512(Workspace& w, int64_t from, int64_t to, float* out, int64_t width) {
   constexpr int kPairs = value_pairs(rows), kColumns = 2 * kWidth * kPairs;
   int64_t column = 0;
   for (; column + kColumns <= width; column += kColumns) {
-    accumulate_avx512<rows, half, kPairs>(w, column, from, to, out, width);
+    accumulate_f32_avx512<rows, half, kPairs>(w, column, from, to, out, width);
   }
   for (; column < width; column += 32) {  // width is a multiple of 32
-    accumulate_avx512<rows, half, 16 / kWidth>(w, column, from, to, out, width);
+    accumulate_f32_avx512<rows, half, 1>(w, column, from, to, out, width);
   }
 }
 
@@ -283,8 +278,8 @@ struct Avx512Path {
     }
     char* keys = reinterpret_cast<char*>(w.keys);
     if constexpr (half) {
-      uint16_t* values = reinterpret_cast<uint16_t*>(w.values);
-      load_e4m3_avx512(w, width, keys, values);
+      transpose_e4m3_avx512(w, width, keys);
+      convert_values_avx512(w, width, reinterpret_cast<uint16_t*>(w.values));
       for (int64_t j = 0; j < kBlock; ++j) w.block->k_scale[j] *= 256.0f, w.block->v_scale[j] *= 256.0f;
     } else {
       transpose_bf16_avx512(w, width, keys);
@@ -296,7 +291,7 @@ struct Avx512Path {
     if constexpr (rows > 1) {
       if (count < rows) return scores_of<rows - 1>(w, row, count, width);
     }
-    scores_avx512<rows, half>(w, w.queries + row * width, width);
+    scores_f32_avx512<rows, half>(w, w.queries + row * width, width);
   }
   GROK_INLINE static void scores(Workspace& w, int64_t row, int64_t rows, int64_t width) {
     scores_of<kRows>(w, row, rows, width);
@@ -308,7 +303,7 @@ struct Avx512Path {
     if constexpr (rows > 1) {
       if (count < rows) return accumulate_of<rows - 1>(w, count, from, to, out, width);
     }
-    accumulate_avx512<rows, half>(w, from, to, out, width);
+    accumulate_f32_avx512<rows, half>(w, from, to, out, width);
   }
   GROK_INLINE static void accumulate(Workspace& w, int64_t /*row*/, int64_t rows, int64_t from, int64_t to,
                                      float* out, int64_t width) {
@@ -342,14 +337,12 @@ GROK_AVX512 void merge_pages_avx512(const PagedAttention& p, const Piece& tile) 
   merge_spans<Avx512Path<half>>(p, tile);
 }
 
-inline Kernel kernel_of(DType kv) {
+}  // namespace
+
+Kernel avx512_kernel(DType kv) {
   if (kv == DType::e4m3) return {attend_pages_avx512<true>, merge_pages_avx512<true>};
   return {attend_pages_avx512<false>, merge_pages_avx512<false>};
 }
-
-}  // namespace
-
-Kernel avx512_kernel(DType kv) { return kernel_of(kv); }
 
 }  // namespace grok::cpu::attention
 

@@ -55,7 +55,7 @@ struct Kernel {
 
 // Of bf16 queries and bf16 or e4m3 pages, for Isa::avx512_bf16.
 Kernel bf16_kernel();
-// Of any queries and bf16 or e4m3 pages.
+// Of any queries and bf16 or e4m3 pages: for Isa::avx2, and for Isa::avx512 and those after it.
 Kernel avx2_kernel(DType kv);
 Kernel avx512_kernel(DType kv);
 
@@ -64,6 +64,7 @@ constexpr int64_t kMostRows = 12;  // Path::kRows is at most this
 
 // Reductions run over the lanes of the widest register on every instruction set: one order of the additions.
 constexpr int kLanes = 16;
+static_assert(kMostRows <= kLanes);
 
 inline int64_t padded(int64_t head_size) { return (head_size + 31) / 32 * 32; }
 

@@ -1,7 +1,7 @@
 // Path::codes and Path::int8_groups by vpdpbusd, whose first operand is unsigned: int8 rows times codes of 4, 5 or 6
 // bits, or times int8 weights as codes of 8 bits, w + 128, with a zero point of 128. Sums are exact integers until the
-// end of a segment, where the same steps in fp32 follow as in block_codes_avx2.cpp, which gives their formula: both
-// have the same bits.
+// end of a segment, where the same steps in fp32 follow as in block_codes_avx2.cpp, which gives their formula (of int8
+// weights: as in block_int16_avx2.cpp). So the bits are the same too.
 
 #include <cstring>
 
@@ -27,8 +27,9 @@ struct Kind {
   static constexpr bool kTwo = kTwo_, kSigned = kSigned_;
 };
 
-// Outputs of one pass of a tile, over 16: its sums, twice, and a few more values have 32 registers.
-constexpr int wide(int64_t rows) { return rows <= 3 ? 4 : 2; }
+// Registers of 16 outputs that a pass of a tile sums: of all rows up to 24 of 32, and of two levels as many again for
+// their totals. Codes of 5 bits need more for what they are made of.
+constexpr int wide(int64_t rows, int bits, bool two) { return rows > 3 && (two || bits == 5) ? 2 : 4; }
 
 // What the tiles of a row block share: the scales of a column block, for 64 outputs.
 constexpr int64_t kBlockColumns = kRunBlock * 4;
@@ -138,7 +139,7 @@ struct Lines {
 template <class K, int kRows>
 GROK_AVX512_VNNI void codes_tile_avx512(const BlockProduct& b, const PackedRows::Tile& t, const Stage& stage,
                                         Lines ahead) {
-  constexpr int kWide = wide(kRows);
+  constexpr int kWide = wide(kRows, K::kBits, K::kTwo);
   const Weights& w = *b.weights;
   const PackedRows& p = *b.x;
   const int64_t segment = segment_columns(w), steps = w.group() / kStepColumns, sums_each = segment / p.sum_columns;
@@ -243,7 +244,7 @@ void codes_block_avx512(const BlockProduct& b) {
   // The next block is prefetched evenly over the steps of all tiles.
   const int64_t first = b.rows->first_tile, tiles = b.rows->last_tile - first, bits = w.bits ? w.bits : 8;
   const int64_t bytes = b.columns * kPanel * bits / 8;
-  const int64_t steps = b.columns / kStepColumns * (4 / wide(b.x->tiles[first].rows));
+  const int64_t steps = b.columns / kStepColumns * (4 / wide(b.x->tiles[first].rows, w.bits, w.subscales.data));
   const int64_t lines = (bytes / 64 + steps * tiles - 1) / (steps * tiles);
   const uint8_t* next = b.next ? b.next : b.w + bytes;
   for (int64_t i = 0; i < tiles; ++i) {

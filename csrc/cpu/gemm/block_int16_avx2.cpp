@@ -1,5 +1,6 @@
-// Path::int16: int8 rows times int8 weights, exactly, where there is no vpdpbusd. Rows are packed as pairs of 16 bits;
-// weights become such pairs in registers, the even and the odd columns of a run of 4, and vpmaddwd multiplies.
+// Path::int16: int8 rows times int8 weights, exactly, where there is no vpdpbusd or groups of scales are too small for
+// it. Rows are packed as pairs of 16 bits; weights become such pairs in registers, the even and the odd columns of a
+// run of 4, and vpmaddwd multiplies.
 //
 //   c += row scale · Σ (x · w) of each segment, or S · that where the weights have several groups of scales
 //

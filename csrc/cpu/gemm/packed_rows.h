@@ -13,7 +13,7 @@ namespace grok::cpu {
 //   bf16  bf16 rows, weights converted to bf16 exactly, products of pairs added in fp32
 //   bf16_codes  bf16 rows and weights of 4, 5 or 6 bits, the same; sums of up to 128 products are scaled (avx512_bf16)
 //   int8  int8 rows and weights, exact integer sums of 128 products, these added in fp32
-//   int8_groups  the same where fewer than 128 columns share a scale: sums of these (needs avx512_vnni)
+//   int8_groups  the same where 16, 32 or 64 columns share a scale, with a sum for each group (needs avx512_vnni)
 //   int16 int8 rows and weights, the same by products of 16 bits; any groups of scales (needs avx2)
 //   codes int8 rows and weights of 4, 5 or 6 bits, exact integer sums of up to 128 products (needs avx2)
 //   f32   any types, converted to fp32
