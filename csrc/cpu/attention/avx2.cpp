@@ -227,31 +227,13 @@ struct Avx2Path {
   GROK_INLINE static float fold_max(float* m) { return attention::fold_max<kLanes>(m); }
   GROK_INLINE static float fold_sum(float* m) { return attention::fold_sum<kLanes>(m); }
 
-  // Column c of row r of six is number 6c + r.
   GROK_INLINE static void load_query(const PagedAttention& p, const void* q, float* queries, int64_t r) {
-    const int64_t width = padded(p.head_size);
-    float* y = queries + r / kRows * kRows * width + r % kRows;
-    for (int64_t c = 0; c < p.head_size; ++c) {
-      const bool f32 = p.q_type == DType::f32;
-      y[c * kRows] = f32 ? static_cast<const float*>(q)[c] : to_float(static_cast<const BF16*>(q)[c]);
-    }
-    for (int64_t c = p.head_size; c < width; ++c) y[c * kRows] = 0.0f;
+    load_column<kRows>(p, q, queries, r);
   }
 
   GROK_INLINE static void load_block(const PagedAttention& p, Workspace& w) {
-    const int64_t width = padded(p.head_size), bytes = p.head_size * w.element;
-    if (width != p.head_size) {
-      char* k = reinterpret_cast<char*>(w.staged);
-      char* v = k + kBlock * width * w.element;
-      for (int64_t j = 0; j < kBlock; ++j, k += width * w.element, v += width * w.element) {
-        std::memcpy(k, w.block->k[j], bytes);
-        std::memset(k + bytes, 0, width * w.element - bytes);
-        std::memcpy(v, w.block->v[j], bytes);
-        std::memset(v + bytes, 0, width * w.element - bytes);
-        w.block->k[j] = k;
-        w.block->v[j] = v;
-      }
-    }
+    const int64_t width = padded(p.head_size);
+    if (width != p.head_size) pad_rows(w, p.head_size, width);
     char* keys = reinterpret_cast<char*>(w.keys);
     if constexpr (half) {
       uint16_t* values = reinterpret_cast<uint16_t*>(w.values);
@@ -302,20 +284,7 @@ struct Avx2Path {
   }
 
   GROK_INLINE static void store(const PagedAttention& p, const float* out, float total, void* y) {
-    const float divisor = total < 0.5f ? 0.5f : total;  // at least 1 wherever a score is not −inf
-    for (int64_t at = 0; at < p.head_size; at += 16) {
-      float x[16];
-      for (int i = 0; i < 8; ++i) {
-        x[half ? i : 2 * i] = out[at + i];
-        x[half ? i + 8 : 2 * i + 1] = out[at + 8 + i];
-      }
-      const int64_t count = std::min<int64_t>(16, p.head_size - at);
-      if (p.q_type == DType::f32) {
-        divide(x, divisor, count, static_cast<float*>(y) + at);
-      } else {
-        divide(x, divisor, count, static_cast<BF16*>(y) + at);
-      }
-    }
+    store_row<8, !half>(p, out, total, y);
   }
 };
 

@@ -251,31 +251,13 @@ struct Avx512Path {
     return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
   }
 
-  // Column c of row r of kRows is number c · kRows + r.
   GROK_INLINE static void load_query(const PagedAttention& p, const void* q, float* queries, int64_t r) {
-    const int64_t width = padded(p.head_size);
-    float* y = queries + r / kRows * kRows * width + r % kRows;
-    for (int64_t c = 0; c < p.head_size; ++c) {
-      const bool f32 = p.q_type == DType::f32;
-      y[c * kRows] = f32 ? static_cast<const float*>(q)[c] : to_float(static_cast<const BF16*>(q)[c]);
-    }
-    for (int64_t c = p.head_size; c < width; ++c) y[c * kRows] = 0.0f;
+    load_column<kRows>(p, q, queries, r);
   }
 
   GROK_INLINE static void load_block(const PagedAttention& p, Workspace& w) {
-    const int64_t width = padded(p.head_size), bytes = p.head_size * w.element;
-    if (width != p.head_size) {
-      char* k = reinterpret_cast<char*>(w.staged);
-      char* v = k + kBlock * width * w.element;
-      for (int64_t j = 0; j < kBlock; ++j, k += width * w.element, v += width * w.element) {
-        std::memcpy(k, w.block->k[j], bytes);
-        std::memset(k + bytes, 0, width * w.element - bytes);
-        std::memcpy(v, w.block->v[j], bytes);
-        std::memset(v + bytes, 0, width * w.element - bytes);
-        w.block->k[j] = k;
-        w.block->v[j] = v;
-      }
-    }
+    const int64_t width = padded(p.head_size);
+    if (width != p.head_size) pad_rows(w, p.head_size, width);
     char* keys = reinterpret_cast<char*>(w.keys);
     if constexpr (half) {
       transpose_e4m3_avx512(w, width, keys);
@@ -311,20 +293,7 @@ struct Avx512Path {
   }
 
   GROK_INLINE static void store(const PagedAttention& p, const float* out, float total, void* y) {
-    const float divisor = total < 0.5f ? 0.5f : total;  // at least 1 wherever a score is not −inf
-    for (int64_t at = 0; at < p.head_size; at += 2 * kWidth) {
-      float x[2 * kWidth];
-      for (int i = 0; i < kWidth; ++i) {
-        x[half ? i : 2 * i] = out[at + i];
-        x[half ? i + kWidth : 2 * i + 1] = out[at + kWidth + i];
-      }
-      const int64_t count = std::min<int64_t>(2 * kWidth, p.head_size - at);
-      if (p.q_type == DType::f32) {
-        divide(x, divisor, count, static_cast<float*>(y) + at);
-      } else {
-        divide(x, divisor, count, static_cast<BF16*>(y) + at);
-      }
-    }
+    store_row<kWidth, !half>(p, out, total, y);
   }
 };
 

@@ -268,6 +268,50 @@ GROK_INLINE void divide(const float* __restrict x, float total, int64_t c, X* __
   for (int64_t i = 0; i < c; ++i) y[i] = from_float<X>(x[i] / total + 0.0f);
 }
 
+// For a Path's load_query: column c of row r, of each kRows rows, is number c · kRows + r.
+template <int64_t kRows>
+GROK_INLINE void load_column(const PagedAttention& p, const void* q, float* queries, int64_t r) {
+  const int64_t width = padded(p.head_size);
+  float* y = queries + r / kRows * kRows * width + r % kRows;
+  for (int64_t c = 0; c < p.head_size; ++c) {
+    const bool f32 = p.q_type == DType::f32;
+    y[c * kRows] = f32 ? static_cast<const float*>(q)[c] : to_float(static_cast<const BF16*>(q)[c]);
+  }
+  for (int64_t c = p.head_size; c < width; ++c) y[c * kRows] = 0.0f;
+}
+
+// Copies the rows of a block to w.staged, with zeros up to `width`.
+GROK_INLINE void pad_rows(Workspace& w, int64_t head_size, int64_t width) {
+  const int64_t bytes = head_size * w.element, rest = width * w.element - bytes;
+  char* to = reinterpret_cast<char*>(w.staged);
+  for (const void** rows : {w.block->k, w.block->v}) {
+    for (int64_t j = 0; j < kBlock; ++j, to += bytes + rest) {
+      std::memcpy(to, rows[j], bytes);
+      std::memset(to + bytes, 0, rest);
+      rows[j] = to;
+    }
+  }
+}
+
+// For a Path's store. parted: of every 2 · kWidth columns the even ones come first, then the odd ones.
+template <int kWidth, bool parted>
+GROK_INLINE void store_row(const PagedAttention& p, const float* out, float total, void* y) {
+  const float divisor = total < 0.5f ? 0.5f : total;  // at least 1 wherever a score is not −inf
+  for (int64_t at = 0; at < p.head_size; at += 2 * kWidth) {
+    float x[2 * kWidth];
+    for (int i = 0; i < kWidth; ++i) {
+      x[parted ? 2 * i : i] = out[at + i];
+      x[parted ? 2 * i + 1 : i + kWidth] = out[at + kWidth + i];
+    }
+    const int64_t count = std::min<int64_t>(2 * kWidth, p.head_size - at);
+    if (p.q_type == DType::f32) {
+      divide(x, divisor, count, static_cast<float*>(y) + at);
+    } else {
+      divide(x, divisor, count, static_cast<BF16*>(y) + at);
+    }
+  }
+}
+
 struct QueryRow {
   int64_t token, head, position;
 };
